@@ -1,0 +1,49 @@
+# `make run` and `make test` set up what they need. Settings: SPARSELINE_DEVICE, SPARSELINE_THREADS, SPARSELINE_SCRATCH (see README).
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+# Fewer page faults on the CPU: glibc returns large blocks to the system eagerly unless told otherwise.
+export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
+export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
+
+.PHONY: run test check format bench-seeds bench-recipes plan deps environment clean
+
+run: environment  ## reproduce everything that is out of date, print the table and the report's path
+	dvc repro
+	@echo; cat report/table.txt; echo; echo "report: report/index.html"
+
+test: environment  ## the whole test suite
+	python -m pytest
+
+check: environment  ## formatting, lint, types
+	ruff format --check .
+	ruff check .
+	mypy
+
+format: environment  ## mend formatting and what lint can mend
+	ruff format .
+	ruff check --fix .
+
+bench-seeds: environment  ## three calibration seeds of the shipped variants (docs/results.md)
+	python -m benchmarks.pipeline seeds
+
+bench-recipes: environment  ## candidates for `sparseline`, compared on validation text
+	python -m benchmarks.pipeline recipes
+
+plan: environment  ## predict memory, disk and rough time for the configured model, before anything runs
+	python -m stages.plan
+
+deps: environment  ## rewrite the code deps in dvc.yaml as each stage's import closure
+	python -m tests.graph
+
+environment: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:  ## remove the environment; artifacts stay in DVC's cache
+	rm -rf $(VENV)
