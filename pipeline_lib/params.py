@@ -1,0 +1,96 @@
+"""Read ``params.yaml`` into the frozen pydantic model that lives beside each algorithm."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline_lib.errors import SparselineError
+
+FILE = Path("params.yaml")
+
+
+class Params(BaseModel):
+    """A section of params.yaml: frozen, complete (no defaults in code), no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+P = TypeVar("P", bound=Params)
+
+
+def section(name: str, path: Path = FILE) -> Any:
+    """The raw value of a dotted section, read as YAML 1.2 (so ``1e-4`` is a number and ``2:4`` a string).
+
+    Raises:
+        SparselineError: the file cannot be read, or has no such section.
+    """
+    try:
+        value: Any = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise SparselineError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    for key in name.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            raise SparselineError(f"{path} has no section {name!r}; add it (git shows the shipped one: git show HEAD:{path}).")
+        value = value[key]
+    return value
+
+
+def merge(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """``defaults`` with ``overrides`` laid over them, mapping by mapping."""
+    merged = dict(defaults)
+    for key, value in overrides.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def merged(defaults: str, overrides: str, path: Path = FILE) -> dict[str, Any]:
+    """The section ``defaults`` with the section ``overrides`` (which may be empty) laid over it.
+
+    Raises:
+        SparselineError: a section is missing, or is not a mapping.
+    """
+    values = [section(name, path) or {} for name in (defaults, overrides)]
+    for name, value in zip((defaults, overrides), values, strict=True):
+        if not isinstance(value, Mapping):
+            raise SparselineError(
+                f"{path}: {name} = {value!r} is not a mapping of keys to values; write `{name.split('.')[-1]}: {{}}` or keys below it."
+            )
+    return merge(*values)
+
+
+def parse(model: type[P], value: Any, name: str) -> P:
+    """Validate ``value`` as ``model``; ``name`` is where the value stands in params.yaml.
+
+    Raises:
+        SparselineError: the first violation, with its key, its value and what is allowed.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join([name, *(str(part) for part in first["loc"])])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(sorted(_submodel(model, first["loc"][:-1]).model_fields))
+            raise SparselineError(f"{FILE}: {key} is not a known key; remove it or use one of: {known}.") from error
+        if first["type"] == "missing":
+            raise SparselineError(f"{FILE}: {key} is missing; add it.") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise SparselineError(f"{FILE}: {key} = {first['input']!r} cannot be used: {message}.") from error
+
+
+def _submodel(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return model
+
+
+def load(model: type[P], name: str, path: Path = FILE) -> P:
+    """Read and validate one section."""
+    return parse(model, section(name, path), name)

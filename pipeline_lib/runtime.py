@@ -1,0 +1,106 @@
+"""How a stage runs: device and threads (settings, outside the cache key), keyed randomness, one-sentence errors, costs."""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from pipeline_lib.artifacts import write_json
+from pipeline_lib.errors import SparselineError
+
+ENVIRONMENT = Path("env.lock.json")
+
+
+def device() -> torch.device:
+    """SPARSELINE_DEVICE (``cpu``, ``cuda``, ``cuda:1``); the CPU without it.
+
+    Raises:
+        SparselineError: no such device here.
+    """
+    name = os.environ.get("SPARSELINE_DEVICE", "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise SparselineError(f"SPARSELINE_DEVICE={name} is not a device of this machine; use cpu, or cuda where one is.") from error
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Randomness that depends on the seed and on what it is for, never on the order of calls."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def check_environment(path: Path = ENVIRONMENT) -> None:
+    """Refuse to run with other packages than the artifacts' key says (env.lock.json is a dep of the numeric stages).
+
+    Raises:
+        SparselineError: a version differs in major or minor.
+    """
+    try:
+        wanted = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SparselineError(f"{path} cannot be read as JSON ({error}); restore it: git checkout {path}.") from error
+    for name, locked in wanted.items():
+        try:
+            here = platform.python_version() if name == "python" else version(name)
+        except PackageNotFoundError as error:
+            raise SparselineError(f"{path} wants {name} {locked}, which is not installed; run `make environment`.") from error
+        if here.split(".")[:2] != locked.split("."):
+            mend = "run `make environment`" if name != "python" else "use that Python"
+            raise SparselineError(
+                f"{path} wants {name} {locked}, but {here} runs here; {mend}, or change the file to accept other results."
+            )
+
+
+@contextmanager
+def stage(cost: Path | None = None) -> Iterator[None]:
+    """The body of a stage: threads set, environment checked, SparselineError told in one sentence (exit code 2), cost written.
+
+    ``cost`` receives wall seconds, CPU seconds and peak memory, apart from the deterministic outputs.
+    """
+    started = time.monotonic()
+    try:
+        threads = os.environ.get("SPARSELINE_THREADS", "")
+        if threads:
+            if not threads.isdigit() or int(threads) < 1:
+                raise SparselineError(f"SPARSELINE_THREADS={threads} is not a positive whole number.")
+            torch.set_num_threads(int(threads))
+        check_environment()
+        yield
+    except SparselineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    if cost is not None:
+        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        figures = {"wall_s": round(time.monotonic() - started, 2), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2)}
+        write_json(cost, figures | {"peak_rss_bytes": peak})
+
+
+def scratch(name: str, key: str) -> Path:
+    """Where an interrupted stage keeps finished blocks: content-keyed, outside the graph and outside any experiment's copy.
+
+    ``SPARSELINE_SCRATCH`` moves it (default: the user's cache directory).
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    root = Path(os.environ.get("SPARSELINE_SCRATCH") or Path(home) / "sparseline" / "resume")
+    return root / name / key
+
+
+def resume_key(facts: str, inputs: list[Path]) -> str:
+    """A key over parameters, the inputs' bytes, the library's code that is loaded, and torch's version."""
+    digest = hashlib.sha256(facts.encode())
+    code = sorted(module.__file__ for name, module in sys.modules.items() if name.startswith("pipeline_lib") and module.__file__)
+    for path in [*inputs, *map(Path, code)]:
+        digest.update(path.read_bytes())
+    digest.update(f"{torch.__version__} {device().type} {torch.get_num_threads()}".encode())
+    return digest.hexdigest()[:32]
