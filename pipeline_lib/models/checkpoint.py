@@ -1,0 +1,208 @@
+"""Checkpoints on disk: open one block at a time from (sharded) safetensors, write a pruned one shard by shard."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from pipeline_lib.artifacts import write_json
+from pipeline_lib.errors import SparselineError
+from pipeline_lib.models.architecture import Architecture, Matrix, architecture
+
+FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def locate(path: Path, hub_id: str | None, revision: str | None) -> Path:
+    """The local directory of a model: ``path`` itself, or the hub's snapshot of ``hub_id`` at ``revision``.
+
+    Raises:
+        SparselineError: neither can be reached.
+    """
+    if hub_id is None:
+        if not path.is_dir():
+            raise SparselineError(
+                f"model.path = {str(path)!r} is not a directory; give the directory that holds config.json and *.safetensors."
+            )
+        return path
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise SparselineError(f"model.id = {hub_id!r} (revision {revision!r}) cannot be fetched from the hub: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory whose tensors are read lazily; nothing is in memory but their names."""
+
+    path: Path
+    config: PreTrainedConfig
+    architecture: Architecture
+    files: Mapping[str, str]  # tensor name -> file name
+    shapes: Mapping[str, tuple[int, ...]]
+    prefix: str  # what precedes the base model's names ("model." or nothing)
+    dtype: torch.dtype
+
+    def block_prefix(self, block: int) -> str:
+        return f"{self.prefix}{self.architecture.blocks}.{block}."
+
+    @property
+    def parameters(self) -> int:
+        """Stored parameters; tied weights count once."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def matrix_shape(self, block: int, matrix: Matrix) -> tuple[int, int]:
+        """[R, C] of a logical matrix, without reading it."""
+        rows, columns = matrix.view(torch.empty(self.shapes[self.block_prefix(block) + matrix.parameter], device="meta")).shape
+        return rows, columns
+
+    def read(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The named tensors as stored, file by file.
+
+        Raises:
+            SparselineError: NaN or infinity among the weights.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name], []).append(name)
+        for file_name, wanted in by_file.items():
+            with safe_open(self.path / file_name, framework="pt") as file:
+                for name in wanted:
+                    tensor = file.get_tensor(name)
+                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                        raise SparselineError(
+                            f"{self.path / file_name}: weights of {name} hold NaN or infinity; the checkpoint is damaged."
+                        )
+                    yield name, tensor
+
+    def block(self, block: int) -> dict[str, torch.Tensor]:
+        """One block's tensors, named relative to the block, in the stored dtype."""
+        prefix = self.block_prefix(block)
+        names = [name for name in self.files if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensor for name, tensor in self.read(names)}
+
+    def outside_blocks(self) -> list[str]:
+        """Names of embeddings, final norm, head: everything that no block holds."""
+        prefix = f"{self.prefix}{self.architecture.blocks}."
+        return [name for name in self.files if not name.startswith(prefix)]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a Hugging Face model directory of safetensors.
+
+    Raises:
+        SparselineError: no or an unsupported config, no weights, a missing or truncated shard, a tensor missing or of another shape.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise SparselineError(f"{path} holds no config.json that transformers can read: {str(error).splitlines()[0]}") from error
+    entry = architecture(config)
+    files, shapes, dtypes = {}, {}, set()
+    for file_name in _weight_files(path):
+        try:
+            with safe_open(path / file_name, framework="pt") as file:
+                for name in file.keys():
+                    part = file.get_slice(name)
+                    files[name], shapes[name] = file_name, tuple(part.get_shape())
+                    dtypes.add(part.get_dtype())
+        except (OSError, SafetensorError) as error:
+            raise SparselineError(f"{path / file_name} is missing or truncated ({error}); fetch the checkpoint again.") from error
+    if strange := dtypes - set(DTYPES):
+        raise SparselineError(f"{path} holds tensors of type {', '.join(sorted(strange))}; give an unquantised floating-point checkpoint.")
+    prefix = "model." if any(name.startswith(f"model.{entry.blocks}.") for name in files) else ""
+    model = skeleton(config, torch.float32)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    for full, parameter in model.named_parameters(remove_duplicate=False):
+        name = full if prefix else full.removeprefix("model.")
+        if name in files and shapes[name] != tuple(parameter.shape):
+            wanted = f"{list(parameter.shape)}, not {list(shapes[name])}"
+            raise SparselineError(f"{path}: config.json calls for {name} of shape {wanted}; fetch the checkpoint again.")
+        if name not in files and full not in tied:
+            raise SparselineError(f"{path} has no tensor {name}, which its config.json calls for; fetch the checkpoint again.")
+    first = f"{prefix}{entry.blocks}.0.{entry.matrices[0].parameter}"
+    with safe_open(path / files[first], framework="pt") as file:
+        dtype = DTYPES[file.get_slice(first).get_dtype()]
+    return Checkpoint(path, config, entry, files, shapes, prefix, dtype)
+
+
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without its weights: parameters on the meta device, buffers real."""
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
+def _weight_files(path: Path) -> list[str]:
+    if (path / INDEX).exists():
+        try:
+            return sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise SparselineError(f"{path / INDEX} is damaged ({error}); fetch the checkpoint again.") from error
+    if (path / "model.safetensors").exists():
+        return ["model.safetensors"]
+    older = " (pytorch_model.bin cannot be read safely: convert it with save_pretrained)" if list(path.glob("*.bin")) else ""
+    raise SparselineError(f"{path} holds no model.safetensors and no {INDEX}{older}; give a directory with the weights.")
+
+
+class ShardWriter:
+    """Writes a checkpoint as one shard per block plus one for the rest, each atomically, so that finished blocks survive a kill.
+
+    Peak memory is one block's tensors; the source's config, tokenizer and chat template are copied verbatim.
+    """
+
+    def __init__(self, source: Checkpoint, directory: Path) -> None:
+        self.source = source
+        self.directory = directory
+        self.shards = source.architecture.depth + 1
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def shard(self, block: int) -> Path:
+        """Path of a block's shard; block = depth is the shard of everything else."""
+        return self.directory / f"model-{block + 1:05d}-of-{self.shards:05d}.safetensors"
+
+    def write(self, block: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """One finished block, named relative to the block, in the source's dtype."""
+        prefix = self.source.block_prefix(block)
+        self._save(self.shard(block), {prefix + name: tensor for name, tensor in tensors.items()})
+
+    def read(self, block: int) -> dict[str, torch.Tensor]:
+        """A block that was written, named relative to the block."""
+        prefix = self.source.block_prefix(block)
+        with safe_open(self.shard(block), framework="pt") as file:
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}
+
+    def finish(self) -> None:
+        """The remaining tensors, the index, and the source's other files."""
+        rest = self.source.outside_blocks()
+        self._save(self.shard(self.shards - 1), dict(self.source.read(rest)))
+        weight_map, total = {}, 0
+        for block in range(self.shards):
+            with safe_open(self.shard(block), framework="pt") as file:
+                for name in file.keys():
+                    weight_map[name] = self.shard(block).name
+                    part = file.get_slice(name)
+                    total += math.prod(part.get_shape()) * DTYPES[part.get_dtype()].itemsize
+        write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for pattern in FILES[1:]:
+            for path in sorted(self.source.path.glob(pattern)):
+                if path.name != INDEX:
+                    shutil.copyfile(path, self.directory / path.name)
+
+    @staticmethod
+    def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        temporary = path.with_name(f".{path.name}.partial")
+        ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+        save_file(ordered, temporary, metadata={"format": "pt"})
+        temporary.replace(path)

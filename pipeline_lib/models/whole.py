@@ -1,0 +1,12 @@
+"""Load a whole checkpoint for evaluation and for gradients of its loss."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
+    """The model in one copy, in evaluation mode, without gradients."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    return model.to(device).eval().requires_grad_(False)
