@@ -1,0 +1,261 @@
+"""Learn what helps before a mask is final: function-preserving factors and selection weights, with the mask in the loop.
+
+Source: 2602.21652, Eqs. 4, 6–11. The error of pruning a layer is taken in the original coordinates from the Gram matrix,
+E‖(W − W⊙M) X‖² = tr(ΔW G ΔWᵀ), so factors and weights act only through the mask M (docs/method.md says what follows).
+Shape letters: ``R`` outputs, ``C`` inputs of a matrix, ``d`` channels of a site.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from pipeline_lib.allocation.budget import target
+from pipeline_lib.calibration.statistics import SiteStatistics, refresh
+from pipeline_lib.induction.spectral import Norm, SpectralParams, regulariser
+from pipeline_lib.models.architecture import Architecture, Matrix
+from pipeline_lib.params import Params
+from pipeline_lib.pruning.patterns import select, select_n_of_m
+from pipeline_lib.pruning.scores import Curvature, saliency
+from pipeline_lib.pruning.settings import SelectionParams
+from pipeline_lib.reconstruction.obs import factorise
+from pipeline_lib.transforms.scale import normalise
+from pipeline_lib.transforms.transform import Transform
+
+
+class InduceParams(Params):
+    """Section ``induce``, with ``induced.<name>`` laid over it."""
+
+    factors: bool
+    importance: bool
+    steps: int = Field(ge=1)
+    rate: float = Field(gt=0)
+    temperature: float = Field(gt=0)
+    limit: float = Field(gt=0)
+    check_every: int = Field(ge=1)
+    patience: int = Field(ge=1)
+    spectral: SpectralParams
+
+
+@dataclass
+class Outcome:
+    """What induction did to one block. Errors are relative layer errors, averaged over matrices."""
+
+    transform: Transform
+    choice: str  # none, start, learned
+    held_out: dict[str, float]  # candidate -> error on the held-out rows
+    curve: list[dict[str, float]]  # step, loss, held_out
+    mask_changed: float  # share of mask entries that differ from no induction
+    stable_rank: dict[str, float]  # before, after: mean of ‖W‖_F² / ‖W‖_2²
+    scores: dict[str, tuple[torch.Tensor, torch.Tensor]]  # matrix kind -> a sample of log10 scores before and after
+
+    def facts(self) -> dict[str, Any]:
+        return {"choice": self.choice, "held_out": self.held_out, "mask_changed": self.mask_changed, "stable_rank": self.stable_rank}
+
+
+class _Layer:
+    """One logical matrix with everything that its score and error need."""
+
+    def __init__(
+        self, matrix: Matrix, weight: torch.Tensor, statistics: SiteStatistics, curvature: Curvature, settings: SelectionParams
+    ) -> None:
+        if statistics.gram is None:
+            raise ValueError("induction needs Gram matrices")
+        self.matrix, self.weight, self.settings = matrix, weight, settings
+        self.curvature = curvature
+        self.gram = statistics.gram
+        self.held_out_gram = statistics.held_out_gram if statistics.held_out_gram is not None else statistics.gram
+        self.kept = target(settings.sparsity, weight.numel())
+        self.energy = ((weight @ self.gram) * weight).sum().clamp_min(1e-30)
+        self.held_out_energy = ((weight @ self.held_out_gram) * weight).sum().clamp_min(1e-30)
+
+    def scaled(self, scales: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """W̃ = W in the coordinates of the factors; scales are log factors of rows [R] and columns [C]."""
+        return self.weight * (scales[0][:, None] + scales[1]).exp()
+
+    def log_scores(self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor) -> torch.Tensor:
+        """log of the refreshed score [R, C] (fast Hessian update, Eqs. 9–11) times u²: no forward pass, only D."""
+        d_squared = (-2 * scales[1]).exp()  # columns of W̃ carry D⁻¹
+        refreshed = Curvature(
+            self.curvature.second_moment * d_squared, self.curvature.diagonal * d_squared, self.curvature.inverse_diagonal / d_squared
+        )
+        return (saliency(self.settings.score, self.scaled(scales), refreshed) + 1e-30).log() + 2 * log_u
+
+    def mask(self, scores: torch.Tensor) -> torch.Tensor:
+        pattern = self.settings.shape
+        if pattern.m:
+            return select_n_of_m(scores, pattern.n, pattern.m)
+        return select(scores, self.kept, self.settings.group, self.settings.block)
+
+    def soft_mask(self, log_scores: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Hard mask whose gradient is that of a sigmoid around each comparison group's threshold (straight-through)."""
+        hard = self.mask(log_scores.detach())
+        soft = torch.sigmoid((log_scores - self._threshold(log_scores.detach(), hard)) / temperature)
+        return hard + soft - soft.detach()
+
+    def _threshold(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Midway between the weakest kept and the strongest pruned score of each group, spread to [R, C]."""
+        infinity = float("inf")
+        kept, pruned = scores.masked_fill(~mask, infinity), scores.masked_fill(mask, -infinity)
+
+        def middle(a: torch.Tensor, b: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+            low, high = a.amin(dims, keepdim=True), b.amax(dims, keepdim=True)
+            low = torch.where(low.isinf(), high, low)
+            return (low + torch.where(high.isinf(), low, high)) / 2
+
+        pattern = self.settings.shape
+        if pattern.m:
+            grouped = (scores.shape[0], -1, pattern.m)
+            return middle(kept.view(grouped), pruned.view(grouped), (2,)).expand(-1, -1, pattern.m).reshape(scores.shape)
+        if self.settings.group == "row":
+            return middle(kept, pruned, (1,)).expand_as(scores)
+        width = self.settings.block if self.settings.group == "block" else scores.shape[1]
+        parts = zip(kept.split(width, 1), pruned.split(width, 1), strict=True)
+        return torch.cat([middle(a, b, (0, 1)).expand_as(a) for a, b in parts], 1)
+
+    def error(self, mask: torch.Tensor, held_out: bool = False) -> torch.Tensor:
+        """E‖(W − W⊙M) X‖² / E‖W X‖² (Eq. 4 in original coordinates)."""
+        gone = self.weight * (1 - mask.to(self.weight.dtype))
+        gram, energy = (self.held_out_gram, self.held_out_energy) if held_out else (self.gram, self.energy)
+        return ((gone @ gram) * gone).sum() / energy
+
+
+class _Block:
+    """The layers of a block under shared log factors θ per coupling and log selection weights per site."""
+
+    def __init__(self, architecture: Architecture, layers: list[_Layer]) -> None:
+        self.layers = layers
+        self.ties = [
+            [
+                (
+                    coupling.name,
+                    tie.axis,
+                    torch.tensor(tie.index)[slice(*(layer.matrix.rows or (None,))) if tie.axis == 0 else slice(None)],
+                    tie.power,
+                )
+                for coupling in architecture.couplings
+                for tie in coupling.ties
+                if tie.parameter == layer.matrix.parameter
+            ]
+            for layer in layers
+        ]
+
+    def scales(self, number: int, theta: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, columns = (torch.zeros(size) for size in self.layers[number].weight.shape)
+        for name, axis, index, power in self.ties[number]:
+            if name in theta and axis == 0:
+                rows = rows + power * theta[name][index]
+            elif name in theta:
+                columns = columns + power * theta[name][index]
+        return rows, columns
+
+    def log_scores(self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [
+            layer.log_scores(self.scales(number, theta), log_u.get(layer.matrix.site, torch.zeros(())))
+            for number, layer in enumerate(self.layers)
+        ]
+
+    def masks(self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        scores = self.log_scores(theta, log_u)
+        return [layer.mask(score) for layer, score in zip(self.layers, scores, strict=True)]
+
+    def held_out(self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]) -> float:
+        masks = self.masks(theta, log_u)
+        return float(torch.stack([layer.error(mask, held_out=True) for layer, mask in zip(self.layers, masks, strict=True)]).mean())
+
+
+def induce_block(
+    architecture: Architecture,
+    tensors: Mapping[str, torch.Tensor],
+    included: set[Matrix],
+    statistics: Mapping[str, SiteStatistics],
+    start: Transform,
+    selection: SelectionParams,
+    params: InduceParams,
+    where: str,
+) -> Outcome:
+    """Learn one block's factors and selection weights; keep them only if the held-out rows say so.
+
+    Candidates: ``none`` (no transform), ``start`` (what scale wrote), ``learned`` (the best checked step). L = mean layer error
+    + λ R_p (Eqs. 6–8); Adam on log factors, projected to geometric mean 1 and the box |log| ≤ limit after every step.
+    """
+    statistics = {site.name: refresh(statistics[site.name], None, start.shifts.get(site.name)) for site in architecture.sites}
+    curvatures = {
+        site.name: factorise(statistics[site.name].gram, selection.damping, selection.damping_of, f"{where} {site.name}").whole()  # type: ignore[arg-type]
+        for site in architecture.sites
+    }
+    layers = [
+        _Layer(m, m.view(tensors[m.parameter]).float(), statistics[m.site], curvatures[m.site], selection)
+        for m in architecture.matrices
+        if m in included
+    ]
+    block = _Block(architecture, layers)
+    started = {name: factor.log() for name, factor in start.factors.items()}
+    nothing: dict[str, torch.Tensor] = {}
+    held_out = {"none": block.held_out(nothing, nothing), "start": block.held_out(started, nothing)}
+    # Learning sets out from the better of the two: what serves Magnitude can misguide scores that already know the inputs.
+    ahead = held_out["start"] < held_out["none"]
+    theta = {c.name: started[c.name].clone() if ahead and c.name in started else torch.zeros(c.size) for c in architecture.couplings}
+    log_u = {site.name: torch.zeros(len(site.index)) for site in architecture.sites} if params.importance else {}
+    candidates = {"none": (nothing, nothing), "start": (started, nothing), "learned": (dict(theta), nothing)}
+    held_out["learned"] = min(held_out.values())
+    norms = [Norm(layer.weight, params.spectral) for layer in layers]
+    free = [*(theta.values() if params.factors else ()), *log_u.values()]
+    curve: list[dict[str, float]] = []
+    if free:
+        for tensor in free:
+            tensor.requires_grad_(True)
+        optimiser = torch.optim.Adam(free, lr=params.rate)
+        unimproved = 0
+        for step in range(1, params.steps + 1):
+            scores = block.log_scores(theta, log_u)
+            errors = [layer.error(layer.soft_mask(score, params.temperature)) for layer, score in zip(layers, scores, strict=True)]
+            loss = torch.stack(errors).mean()
+            if params.spectral.weight:
+                scaled = [layer.scaled(block.scales(number, theta)) for number, layer in enumerate(layers)]
+                loss = loss + params.spectral.weight * regulariser(norms, scaled, params.spectral)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                for tensor in free:
+                    tensor.copy_(normalise(tensor, params.limit))
+                if step % params.check_every == 0 or step == params.steps:
+                    error = block.held_out(theta, log_u)
+                    curve.append({"step": step, "loss": float(loss.detach()), "held_out": error})
+                    if error < held_out["learned"]:
+                        held_out["learned"], unimproved = error, 0
+                        candidates["learned"] = tuple({k: v.detach().clone() for k, v in part.items()} for part in (theta, log_u))  # type: ignore[assignment]
+                    else:
+                        unimproved += 1
+            if unimproved >= params.patience:
+                break
+    with torch.no_grad():
+        choice = min(held_out, key=lambda name: (held_out[name], list(held_out).index(name)))
+        best_theta, best_u = candidates[choice]
+        before, after = block.masks(nothing, nothing), block.masks(best_theta, best_u)
+        changed = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True)) / sum(m.numel() for m in before)
+        scaled = [layer.scaled(block.scales(number, best_theta)) for number, layer in enumerate(layers)]
+        rank = {"before": _stable_rank([layer.weight for layer in layers]), "after": _stable_rank(scaled)}
+        plain, final = block.log_scores(nothing, nothing), block.log_scores(best_theta, best_u)
+        samples = {layer.matrix.kind: (_sample(a), _sample(b)) for layer, a, b in zip(layers, plain, final, strict=True)}
+    transform = Transform(
+        {name: value.detach().exp() for name, value in best_theta.items()},
+        start.shifts,
+        {name: value.detach().exp() for name, value in best_u.items()},
+    )
+    return Outcome(transform, choice, held_out, curve, changed, rank, samples)
+
+
+def _sample(log_scores: torch.Tensor) -> torch.Tensor:
+    """At most about 20,000 evenly spaced scores as log10: what a histogram needs, whatever the matrix's size."""
+    return log_scores.flatten()[:: max(1, log_scores.numel() // 20_000)] / math.log(10)
+
+
+def _stable_rank(weights: list[torch.Tensor]) -> float:
+    """Mean of ‖W‖_F² / ‖W‖_2², the spectral norm by power iteration."""
+    spectral = SpectralParams(weight=0, alpha=0, order="spectral", iterations=20)
+    return sum(float(w.square().sum() / Norm(w, spectral).initial.square()) for w in weights) / len(weights)

@@ -1,0 +1,53 @@
+"""Feature level: the Spectral Norm Loss's regulariser (2602.21652, Eq. 8), relative so that it neither underflows nor blows up."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from pipeline_lib.params import Params
+
+Order = Literal["spectral", "frobenius", "nuclear"]
+
+
+class SpectralParams(Params):
+    """Subsection ``spectral``: R_p = exp(−α · mean over matrices of ‖W̃‖_p / ‖W‖_p), weighted by λ."""
+
+    weight: float = Field(ge=0)
+    alpha: float
+    order: Order
+    iterations: int = Field(ge=1)
+
+
+class Norm:
+    """‖·‖_p of one matrix as it changes: p = 2 by power iteration that starts where it last stopped."""
+
+    def __init__(self, weight: torch.Tensor, params: SpectralParams) -> None:
+        self.params = params
+        self.right = torch.nn.functional.normalize(weight.detach().square().sum(0).sqrt(), dim=0)
+        for _ in range(10):
+            self(weight.detach())
+        initial = self(weight.detach())
+        self.initial = torch.where(initial > 0, initial, torch.ones_like(initial))  # an all-zero matrix stays at ratio 0
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """Differentiable in ``weight`` [R, C]; the singular vectors count as constants, which is the exact gradient at convergence."""
+        if self.params.order == "frobenius":
+            return weight.norm()
+        if self.params.order == "nuclear":
+            return torch.linalg.matrix_norm(weight, "nuc")
+        with torch.no_grad():
+            for _ in range(self.params.iterations):
+                left = torch.nn.functional.normalize(weight @ self.right, dim=0)
+                self.right = torch.nn.functional.normalize(weight.T @ left, dim=0)
+        return left @ weight @ self.right
+
+    def relative(self, weight: torch.Tensor) -> torch.Tensor:
+        return self(weight) / self.initial
+
+
+def regulariser(norms: Sequence[Norm], weights: Sequence[torch.Tensor], params: SpectralParams) -> torch.Tensor:
+    """R_p of the current weights, one scalar in (0, 1] for α ≥ 0."""
+    ratios = torch.stack([norm.relative(weight) for norm, weight in zip(norms, weights, strict=True)])
+    return torch.exp(-params.alpha * ratios.mean())
