@@ -1,0 +1,70 @@
+"""Finished blocks of a pruning run, kept where a kill does not reach them, and published in one rename when all are there."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline_lib import artifacts
+from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter
+from pipeline_lib.pruning.prune import PrunedBlock
+
+
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """A bool mask as bits, row-major, first entry in the highest bit; 1 = kept."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
+
+
+def unpack(bits: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    size = int(np.prod(shape))
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=size).astype(bool)).reshape(shape)
+
+
+def _place(source: str, target: str) -> None:
+    """A hard link where there can be one: nothing is copied, and until the scratch is dropped a kill loses nothing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+class Progress:
+    """``directory`` holds ``checkpoint/`` (one shard per block), ``masks/`` and ``facts/``; a block's facts are written last."""
+
+    def __init__(self, directory: Path, source: Checkpoint) -> None:
+        self.directory = directory
+        self.source = source
+        self.writer = ShardWriter(source, directory / "checkpoint")
+
+    def _facts(self, index: int) -> Path:
+        return self.directory / "facts" / f"block-{index:03d}.json"
+
+    def finished(self, index: int) -> dict[str, torch.Tensor] | None:
+        """A finished block's stored tensors, or None."""
+        return self.writer.read(index) if self._facts(index).exists() else None
+
+    def done(self) -> int:
+        """Blocks that are finished."""
+        return sum(self._facts(index).exists() for index in range(self.source.architecture.depth))
+
+    def keep(self, index: int, result: PrunedBlock) -> None:
+        self.writer.write(index, result.tensors)
+        prefix = self.source.block_prefix(index)
+        shapes = {prefix + name: list(mask.shape) for name, mask in result.masks.items()}
+        masks = {prefix + name: pack(mask) for name, mask in result.masks.items()}
+        artifacts.write_tensors(self.directory / "masks" / f"block-{index:03d}.safetensors", masks, {"shapes": shapes})
+        artifacts.write_json(self._facts(index), result.facts)
+
+    def publish(self, out: Path) -> dict[int, Any]:
+        """Complete the checkpoint, move it with its masks to ``out``, drop the scratch; every block's facts."""
+        facts = {index: artifacts.read_json(self._facts(index)) for index in range(self.source.architecture.depth)}
+        self.writer.finish()
+        with artifacts.replacing(out) as temporary:
+            temporary.mkdir()
+            for part in ("checkpoint", "masks"):
+                shutil.copytree(self.directory / part, temporary / part, copy_function=_place)
+        shutil.rmtree(self.directory)
+        return facts

@@ -1,0 +1,45 @@
+"""Saliency of weights: what removing each costs. All scores are in squared units, so that they rank as in the papers.
+
+Shape letters: ``R`` outputs, ``C`` inputs. H = G + damping, damped second moment; G = E[X Xᵀ].
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Score = Literal["magnitude", "wanda", "obd", "obs", "isc"]
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What the scores need of a matrix's inputs, each [C].
+
+    ``inverse_diagonal`` is [H⁻¹]_mm of the columns still free: of the whole matrix before a sweep, U_mm² inside one.
+    """
+
+    second_moment: torch.Tensor  # G_mm, undamped
+    diagonal: torch.Tensor  # H_mm, damped
+    inverse_diagonal: torch.Tensor
+
+    def columns(self, start: int, stop: int) -> "Curvature":
+        part = slice(start, stop)
+        return Curvature(self.second_moment[part], self.diagonal[part], self.inverse_diagonal[part])
+
+
+def saliency(score: Score, weight: torch.Tensor, curvature: Curvature) -> torch.Tensor:
+    """Scores [R, C]; the smallest are pruned.
+
+    magnitude: w²;  wanda: w²·G_mm (the square of |w|·‖X_m‖, 2306.11695 up to the token count);  obd: w²·H_mm;
+    obs: w²/[H⁻¹]_mm;  isc: w²·(H_mm + 1/[H⁻¹]_mm)  (2310.09499, Eq. 4).
+    """
+    squared = weight.square()
+    if score == "magnitude":
+        return squared
+    if score == "wanda":
+        return squared * curvature.second_moment
+    if score == "obd":
+        return squared * curvature.diagonal
+    if score == "obs":
+        return squared / curvature.inverse_diagonal
+    return squared * (curvature.diagonal + 1 / curvature.inverse_diagonal)

@@ -1,0 +1,41 @@
+"""Parameters of the choice of a mask, shared by induction (mask in the loop) and pruning."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, model_validator
+
+from pipeline_lib.params import Params
+from pipeline_lib.pruning.patterns import Group, Pattern
+from pipeline_lib.pruning.scores import Score
+from pipeline_lib.reconstruction.obs import DampingOf
+
+
+def _valid_pattern(text: str) -> str:
+    Pattern.parse(text)
+    return text
+
+
+class SelectionParams(Params):
+    """Section ``prune.selection``, with ``variants.<name>.selection`` laid over it."""
+
+    sparsity: float = Field(gt=0, lt=1)
+    pattern: Annotated[str, AfterValidator(_valid_pattern)]
+    score: Score
+    group: Group
+    block: int = Field(ge=1)
+    damping: float = Field(gt=0, le=1)
+    damping_of: DampingOf
+
+    @property
+    def shape(self) -> Pattern:
+        return Pattern.parse(self.pattern)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Any:
+        pattern = Pattern.parse(self.pattern)
+        if pattern.m and abs(self.sparsity - (1 - pattern.n / pattern.m)) > 1e-9:
+            wanted = 1 - pattern.n / pattern.m
+            raise ValueError(
+                f"pattern {self.pattern} keeps {pattern.n} of {pattern.m}, so sparsity must be {wanted:g}, not {self.sparsity:g}"
+            )
+        return self
