@@ -1,0 +1,154 @@
+"""Zero- and few-shot tasks through lm-eval, on a model in memory: local YAML tasks, or any of lm-eval's own by name."""
+
+import copy
+import io
+import logging
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline_lib.errors import SparselineError
+from pipeline_lib.params import Params
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+FILE_FORMATS = {"csv", "json", "parquet", "text"}  # dataset_path of tasks that read files
+
+
+class TasksParams(Params):
+    """Which tasks, and how they are run."""
+
+    path: Path  # folder of local task definitions (YAML, with the data beside them)
+    names: list[str]  # local tasks, or lm-eval's own, which need the network or a filled cache
+    limit: int | None = Field(ge=2)  # items of each task; a standard error needs two
+    batch_rows: int = Field(ge=1)
+    shots: int = Field(ge=0)  # examples before each item; lm-eval keeps 0 for tasks that state it, as the embedded ones do
+    seed: int  # choice of the examples
+
+
+def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: TasksParams) -> dict[str, dict[str, float | None]]:
+    """Accuracy of each task: ``{name: {"acc", "stderr", "chance"}}``, all in [0, 1], sorted by name; a group or tag gives its members.
+
+    ``stderr`` is the standard error of the mean, ``chance`` what guessing gives (None where it is not known). Nothing that depends
+    on date or host is kept. Tasks that read files touch neither the network nor the user's datasets cache. Seeds Python's, numpy's
+    and torch's global generators, as lm-eval does.
+
+    Raises:
+        SparselineError: no such task, one that measures no accuracy, or one whose data cannot be read.
+    """
+    if not params.names:
+        return {}
+    from lm_eval.evaluator import evaluate  # imported here: seconds, needed by no other module
+    from lm_eval.models.huggingface import HFLM
+
+    with _quiet():
+        manager = _manager(params)
+        random.seed(params.seed)
+        np.random.seed(params.seed)  # noqa: NPY002 - the generator that tasks' own code draws from
+        torch.manual_seed(params.seed)
+        with _datasets(private=all(_reads_files(manager, name) for name in params.names)):
+            tasks = _load(manager, params)
+            lm = HFLM(
+                pretrained=model,
+                tokenizer=copy.deepcopy(tokenizer),  # HFLM gives it a padding token
+                batch_size=params.batch_rows,
+                softmax_dtype="float32",
+            )
+            # the standard error of a mean has a formula, but with 0 bootstrap_iters lm-eval leaves it out
+            results = evaluate(lm, {"tasks": tasks}, limit=params.limit, bootstrap_iters=100, log_samples=False)
+            assert results is not None
+            chances = {name: chance(task) for name, task in tasks.items()}
+    flat = {}
+    for name, metrics in sorted(results["results"].items()):
+        key = next(key for key in metrics if key.startswith("acc,"))  # "acc,none", or another filter's name
+        flat[name] = {"acc": float(metrics[key]), "stderr": float(metrics[f"acc_stderr,{key[4:]}"]), "chance": chances[name]}
+    return flat
+
+
+def chance(task: "Task") -> float | None:
+    """Accuracy of guessing: the task's ``metadata.chance``, else the mean of 1 / number of choices, else None."""
+    stated = (task.config.metadata or {}).get("chance")
+    if stated is not None:
+        return float(stated)
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    shares = [1 / len(task.doc_to_choice(document)) for document in task.eval_docs]
+    return sum(shares) / len(shares)
+
+
+def _manager(params: TasksParams) -> "TaskManager":
+    """The local tasks, and lm-eval's own only where a name asks for them: their index takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    local = TaskManager(include_path=str(params.path), include_defaults=False)
+    if set(params.names) <= set(local.all_tasks):
+        return local
+    manager = TaskManager(include_path=str(params.path), include_defaults=True)
+    unknown = [name for name in params.names if name not in manager.all_tasks]
+    if unknown:
+        here = ", ".join(local.all_tasks) or "none"
+        raise SparselineError(f"No task is called {unknown[0]!r}; local tasks in {params.path} are: {here}; the others are lm-eval's.")
+    return manager
+
+
+def _reads_files(manager: "TaskManager", name: str) -> bool:
+    return (manager.task_index[name].cfg or {}).get("dataset_path") in FILE_FORMATS
+
+
+def _load(manager: "TaskManager", params: TasksParams) -> dict[str, "Task"]:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        tasks: dict[str, Task] = manager.load(params.names)["tasks"]
+    except (OSError, DatasetsError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SparselineError(f"The data of tasks {', '.join(params.names)} cannot be read: {reason}") from error
+    for name, task in tasks.items():
+        if "acc" not in task.aggregation():
+            known = ", ".join(task.aggregation())
+            raise SparselineError(f"The task {name} measures no accuracy, only: {known}; choose tasks that have the metric acc.")
+        if task.get_config("num_fewshot") != 0:
+            task.set_config("num_fewshot", params.shots)
+        task.set_fewshot_seed(params.seed)
+    return tasks
+
+
+@contextmanager
+def _datasets(private: bool) -> Iterator[None]:
+    """A cache of our own that lasts as long as the run (so it cannot be stale), and no network."""
+    if not private:
+        yield
+        return
+    import datasets
+
+    config = datasets.config
+    kept = config.HF_DATASETS_CACHE, config.HF_HUB_OFFLINE
+    with tempfile.TemporaryDirectory(prefix="sparseline-tasks-", ignore_cleanup_errors=True) as folder:
+        config.HF_DATASETS_CACHE, config.HF_HUB_OFFLINE = Path(folder), True
+        try:
+            yield
+        finally:
+            config.HF_DATASETS_CACHE, config.HF_HUB_OFFLINE = kept
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval's log and the progress bars held back; errors are exceptions."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
