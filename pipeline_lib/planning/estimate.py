@@ -1,0 +1,113 @@
+"""Predict memory, disk and rough time of every stage from the model's header alone, before anything runs.
+
+Symbols: n calibration tokens, P parameters of a block, B blocks, d channels of a site. Bytes; floats are 4 bytes while computing.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from pipeline_lib.models.checkpoint import Checkpoint
+
+LIBRARIES = 450e6  # resident size of Python with torch and transformers
+SLOWDOWN = 3.0  # wall time over pure matrix products: softmax, norms, sorting, small shapes
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the parameters ask for."""
+
+    rows: int
+    length: int
+    batch_rows: int
+    evaluation_tokens: int
+    probes: int
+    rows_per_probe: int
+    induction_steps: int
+    channel_epochs: int  # 0 without channel compensation
+    gram_budget_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One stage's needs."""
+
+    stage: str
+    memory_bytes: float
+    disk_bytes: float
+    flops: float
+
+    def seconds(self, flops_per_second: float) -> float:
+        return SLOWDOWN * self.flops / flops_per_second
+
+
+def measure_speed(device: torch.device) -> float:
+    """Matrix-product throughput [FLOP/s] of this machine in float32, from half a second of products."""
+    a = torch.randn(1024, 1024, device=device)
+    a @ a
+    started, count = time.monotonic(), 0
+    while time.monotonic() - started < 0.5:
+        float((a @ a)[0, 0])
+        count += 1
+    return 2 * 1024**3 * count / (time.monotonic() - started)
+
+
+def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
+    """Needs per stage; `prune` once for a plain variant, once with channel compensation.
+
+    Formulas: an activation stream takes 4·n·D; a block in use 4·P; calibrate adds its Grams 2·Σ4d²; prune holds two copies of a
+    block, its Grams and the largest site's factorisation (4·4d²), one stream, or two and the fit's activations with compensation;
+    sensitivity holds the whole model with gradients, products and probe vectors (20 bytes a parameter) and the graph of two backward
+    passes: per token 10 copies of the logits, 24 of every site's inputs and 6 of every head's attention row (fitted to a measurement).
+    """
+    entry = checkpoint.architecture
+    shapes = [checkpoint.matrix_shape(0, matrix) for matrix in entry.matrices]
+    block = sum(rows * columns for rows, columns in shapes)
+    sites = [len(site.index) for site in entry.sites]
+    tokens = work.rows * work.length
+    total = checkpoint.parameters
+    stored = total * (torch.finfo(checkpoint.dtype).bits // 8)
+    outside = (total - entry.depth * block) * 4
+    stream = 4 * tokens * entry.width
+    grams = 4 * sum(d * d for d in sites)
+    batch = 4 * work.batch_rows * work.length
+    inner = batch * (sum(sites) + 4 * entry.width) + batch * work.length
+    forward = 2 * tokens * block * entry.depth
+    gram_flops = 2 * tokens * sum(d * d for d in sites) * entry.depth
+    factor = entry.depth * 3 * sum(d**3 for d in sites)
+    sweep = entry.depth * sum(rows * columns * columns for rows, columns in shapes)
+    errors = 6 * entry.depth * sum(rows * columns * columns for rows, columns in shapes)
+    stored_grams = 2 * grams * entry.depth if 2 * grams * entry.depth <= work.gram_budget_bytes else 0
+    base = LIBRARIES + outside
+    config = checkpoint.config
+    per_token = 10 * config.vocab_size + entry.depth * (24 * sum(sites) + 6 * config.num_attention_heads * work.length)
+    graph = 4 * work.rows_per_probe * work.length * per_token
+    steps = [
+        Estimate("prepare", LIBRARIES, 1e5, 0),
+        Estimate(
+            "calibrate", base + stream + 4 * block + 2 * grams + inner, stored_grams + entry.depth * 20 * sum(sites), forward + gram_flops
+        ),
+        Estimate("scale", LIBRARIES + 4 * block + 2 * grams, entry.depth * 4 * sum(sites), 0),
+        Estimate("induce", LIBRARIES + 12 * block + 8 * grams, entry.depth * 8 * sum(sites), errors * work.induction_steps + factor),
+        Estimate(
+            "sensitivity",
+            LIBRARIES + 20 * total + graph,
+            1e4,
+            2 * total * work.probes * work.rows_per_probe * work.length * 10,
+        ),
+        Estimate(
+            "prune (plain)",
+            base + stream + 8 * block + grams + 16 * max(sites) ** 2 + inner,
+            stored + total / 8,
+            2 * forward + gram_flops + factor + sweep,
+        ),
+        Estimate(
+            "prune (channel)",
+            base + 3 * stream + 16 * block + grams + 16 * max(sites) ** 2 + 4 * inner,
+            stored + total / 8,
+            (3 + 4 * work.channel_epochs) * forward + gram_flops + factor + sweep,
+        ),
+        Estimate("evaluate", LIBRARIES + 4 * total, 1e4, 2 * total * work.evaluation_tokens),
+    ]
+    return {step.stage: step for step in steps}

@@ -1,0 +1,440 @@
+"""What the report says, section by section, once for both formats. Prose is plain text with `code` marks."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pipeline_lib.reporting import plots, table
+from pipeline_lib.reporting.plots import Figure
+from pipeline_lib.reporting.table import ABSENT, DENSE, Column, Results, Variant
+
+MOST_ROWS = 12  # a longer table per block is closed until asked for
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    kind: ClassVar[str] = "paragraph"
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    kind: ClassVar[str] = "table"
+    columns: Sequence[Column]
+
+    @property
+    def rows(self) -> list[list[tuple[Column, str, bool]]]:
+        """Row by row: column, cell, whether it is marked."""
+        return [[(column, column.cells[row], row in column.best) for column in self.columns] for row in range(len(self.columns[0].cells))]
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """Neighbouring columns under one group head, and how many they are; none if no column has a group."""
+        spans: list[tuple[str, int]] = []
+        for column in self.columns:
+            if spans and spans[-1][0] == column.group:
+                spans[-1] = (column.group, spans[-1][1] + 1)
+            else:
+                spans.append((column.group, 1))
+        return spans if any(name for name, _ in spans) else []
+
+
+@dataclass(frozen=True)
+class Figures:
+    kind: ClassVar[str] = "figures"
+    figures: Sequence[Figure]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A completion, split where it leaves the dense model's."""
+
+    name: str
+    same: str
+    own: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    kind: ClassVar[str] = "sample"
+    number: int
+    prompt: str
+    continuations: Sequence[Continuation]
+
+
+@dataclass(frozen=True)
+class Code:
+    kind: ClassVar[str] = "code"
+    text: str
+
+
+@dataclass(frozen=True)
+class Details:
+    """Closed until asked for."""
+
+    kind: ClassVar[str] = "details"
+    summary: str
+    blocks: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    name: str  # anchor
+    title: str
+    blocks: Sequence[Any]
+
+
+def lead(results: Results) -> str:
+    """The page's first sentences: what was pruned, and what came of it on the main text."""
+    model, text = results.model, results.main_text
+    source = model.get("id") or model["path"]
+    said = [
+        f"{model['family']} model `{source}` with {model['parameters']:,} parameters ({model['dtype']}); {_variants(len(results.pruned))}."
+    ]
+    rivals = [variant for variant in results.pruned if text in variant.perplexity]
+    if text is not None and rivals and text in results.dense.perplexity:
+        best = min(rivals, key=lambda variant: variant.perplexity[text])
+        gap = table.gap_closed(results, best, text)
+        closes = "" if gap is None else f"; it closes {100 * gap:.1f}% of the gap that `{results.baseline}` leaves"
+        said.append(
+            f"On `{text}`, `{best.name}` has the lowest perplexity of them: {table.perplexity(best.perplexity[text])} at "
+            f"{table.sparsity(best.sparsity)} sparsity, against {table.perplexity(results.dense.perplexity[text])} dense{closes}."
+        )
+    return " ".join(said)
+
+
+def sections(results: Results) -> list[Section]:
+    """Everything below the lead, in reading order."""
+    return [
+        Section("comparison", "Comparison", _comparison(results)),
+        Section("sparsity", "Sparsity per matrix", _sparsity(results)),
+        Section("sensitivity", "Sensitivity", _sensitivity(results)),
+        Section("induction", "Induction", _induction(results)),
+        Section("reconstruction", "Reconstruction", _reconstruction(results)),
+        Section("samples", "Sample completions", _samples(results)),
+        Section("provenance", "Provenance", _provenance(results)),
+    ]
+
+
+def figures(content: Sequence[Section]) -> list[Figure]:
+    """All figures of the report."""
+    return [figure for section in content for block in section.blocks if isinstance(block, Figures) for figure in block.figures]
+
+
+def _variants(count: int) -> str:
+    return {0: "no pruned variant", 1: "one pruned variant"}.get(count, f"{count} pruned variants")
+
+
+def _list(names: Sequence[str]) -> str:
+    quoted = [f"`{name}`" for name in names]
+    return " and ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
+
+
+def _range(values: Sequence[float], digits: int = 2) -> str:
+    return f"{100 * min(values):.{digits}f}% to {100 * max(values):.{digits}f}%"
+
+
+# Comparison
+
+
+def _comparison(results: Results) -> list[Any]:
+    blocks: list[Any] = [Table(table.comparison(results))]
+    if results.pruned:
+        blocks.append(
+            Paragraph(
+                "Marked is the best figure among the pruned variants, as printed; accuracies that differ by less than their errors are "
+                "level. Sparsity is the share of zeros among the prunable weights."
+            )
+        )
+    blocks += [Paragraph(said) for said in (_protocol(results), _gap(results), _tasks(results), _cost(results)) if said]
+    blocks.append(Figures([figure for figure in (plots.perplexity(results), plots.accuracy(results)) if figure]))
+    if results.pruned:
+        blocks.append(Paragraph("What each variant is made of; the full settings are under Provenance."))
+        blocks.append(Table(_recipes(results)))
+        blocks.append(Details("Cost of each stage", [Table(_stages(results))]))
+    return blocks
+
+
+def _protocol(results: Results) -> str:
+    """How perplexity is measured, with the numbers of params.yaml."""
+    cuts = {name: text for name, text in results.texts.items() if name in results.text_names}
+    said = "Perplexity is exp of the mean negative log-likelihood per token over rows without overlap or shared context"
+    if cuts:
+        lengths = sorted({text.length for text in cuts.values()})
+        rows = ", ".join(f"{text.rows} rows of {text.length} tokens of `{name}`" for name, text in cuts.items())
+        predicted = " or ".join(str(length - 1) for length in lengths)
+        said += f" ({rows}); a row's first token is not predicted, the {predicted} after it are"
+    if {"validation", "test"} <= set(results.text_names):
+        said += ". Recipes are chosen on `validation`; `test` is only reported"
+    return said + "."
+
+
+def _gap(results: Results) -> str:
+    base = next((variant for variant in results.pruned if variant.name == results.baseline), None)
+    if base is None:
+        return (
+            f"No gap is given: the baseline `{results.baseline}` is not among the variants (see `report.baseline`)."
+            if results.pruned
+            else ""
+        )
+    said = f"Gap closed = (ln ppl of `{base.name}` − ln ppl) / (ln ppl of `{base.name}` − ln ppl dense): 0% is the baseline, 100% the dense model."
+    without = [
+        t for t in results.text_names if t in base.perplexity and base.perplexity[t] <= results.dense.perplexity.get(t, 0.0) * (1 + 1e-12)
+    ]
+    if without:
+        said += f" On {_list(without)} the baseline is no worse than the dense model, so there is no gap to close."
+    return said
+
+
+def _tasks(results: Results) -> str:
+    if not results.task_names:
+        return "No tasks were run (`evaluate.tasks.names` is empty)."
+    chances: dict[str, float | None] = {}
+    for variant in results.variants:
+        for name, task in variant.tasks.items():
+            chances.setdefault(name, task.chance)
+    known = [f"{100 * chances[name]:.0f}% on `{name}`" for name in results.task_names if chances[name] is not None]  # type: ignore[operator]
+    unknown = [name for name in results.task_names if chances[name] is None]
+    said = "Accuracies stand with the standard error of their mean."
+    if known:
+        said += f" Guessing gives {' and '.join([', '.join(known[:-1]), known[-1]] if len(known) > 1 else known)}."
+    return said + (f" What guessing gives on {_list(unknown)} is not known." if unknown else "")
+
+
+def _cost(results: Results) -> str:
+    if not results.pruned:
+        return ""
+    return (
+        "Seconds are the wall time of the stages a variant needs by itself, one after another: `prune`, with `calibrate`, `scale` and "
+        "`induce` where it takes their factors, and `sensitivity` where it takes sensitivities. Peak is the most resident memory among "
+        "these stages. `prepare`, `text` and `evaluate` are the same for all and not counted."
+    )
+
+
+def _recipes(results: Results) -> list[Column]:
+    settings = [variant.facts["settings"] for variant in results.pruned]
+
+    def within(chosen: Mapping[str, Any]) -> str:
+        if chosen["pattern"] != "unstructured":
+            return str(chosen["pattern"])
+        return f"block of {chosen['block']} columns" if chosen["group"] == "block" else str(chosen["group"])
+
+    def allocation(chosen: Mapping[str, Any]) -> str:
+        return "uniform" if chosen["method"] == "uniform" else f"by {chosen['method']}, α = {chosen['alpha']:g}"
+
+    def source(path: str) -> str:
+        return "none" if path.startswith("prepare/") else path.rpartition("/")[0] or path
+
+    cells = {
+        "variant": [variant.name for variant in results.pruned],
+        "score": [one["selection"]["score"] for one in settings],
+        "compared within": [within(one["selection"]) for one in settings],
+        "allocation": [allocation(one["allocation"]) for one in settings],
+        "reconstruction": [" + ".join(one["reconstruction"]["steps"]) or "none" for one in settings],
+        "factors": [source(one["factors"]) for one in settings],
+    }
+    return [Column("", head, tuple(map(str, column)), numeric=False) for head, column in cells.items()]
+
+
+def _stages(results: Results) -> list[Column]:
+    rows = [(variant.name, stage, cost) for variant in results.pruned for stage, cost in variant.costs.items()]
+    return [
+        Column("", "variant", tuple(name for name, _, _ in rows), numeric=False),
+        Column("", "stage", tuple(stage for _, stage, _ in rows), numeric=False),
+        Column("", "seconds", tuple(table.seconds(cost.wall_s) for _, _, cost in rows)),
+        Column("", "CPU seconds", tuple(table.seconds(cost.cpu_s) for _, _, cost in rows)),
+        Column("", "peak GB", tuple(f"{cost.peak_rss_bytes / 1e9:.2f}" for _, _, cost in rows)),
+    ]
+
+
+# Sparsity per matrix
+
+
+def _sparsity(results: Results) -> list[Any]:
+    if not results.pruned:
+        return [Paragraph("There is no pruned variant.")]
+    blocks: list[Any] = []
+    even = [variant for variant in results.pruned if table.uniform(variant.facts)]
+    if even:
+        shares = sorted({table.sparsity(variant.sparsity) for variant in even})
+        verb = "makes" if len(even) == 1 else "make"
+        each = f" ({shares[0]})" if len(shares) == 1 else ""
+        blocks.append(Paragraph(f"{_list([variant.name for variant in even])} {verb} every matrix equally sparse{each}."))
+    for variant in results.pruned:
+        if variant not in even:
+            shares_of = {name: 1 - matrix["kept"] / matrix["size"] for name, matrix in variant.facts["matrices"].items()}
+            least, most = min(shares_of, key=lambda name: shares_of[name]), max(shares_of, key=lambda name: shares_of[name])
+            blocks.append(
+                Paragraph(
+                    f"`{variant.name}` ranges from {table.sparsity(shares_of[least])} (`{least}`) to {table.sparsity(shares_of[most])} (`{most}`)"
+                    f"{_allocated(variant)}."
+                )
+            )
+    if heatmaps := plots.heatmaps(results):
+        blocks.append(Figures(heatmaps))
+    else:
+        blocks.append(Paragraph("There is no map to draw: it would have one colour."))
+    first = results.pruned[0].facts["matrices"]
+    names = sorted(first, key=lambda name: (int(first[name]["block"]), name))
+    columns = [Column("", "matrix", tuple(names), numeric=False)]
+    for variant in results.pruned:
+        matrices = variant.facts["matrices"]
+        cells = [table.sparsity(1 - matrices[n]["kept"] / matrices[n]["size"]) if n in matrices else ABSENT for n in names]
+        columns.append(Column("", variant.name, tuple(cells)))
+    return [*blocks, Details(f"All {len(names)} matrices", [Table(columns)])]
+
+
+def _allocated(variant: Variant) -> str:
+    unit = {"weight": "matrix", "layer": "block"}.get(variant.facts["settings"]["allocation"]["method"])
+    return f": the more sensitive a {unit} is estimated to be, the less of it is pruned" if unit else ""
+
+
+# Sensitivity
+
+
+def _sensitivity(results: Results) -> list[Any]:
+    measured = next((v for v in results.pruned if any(matrix["sensitivity"] for matrix in v.facts["matrices"].values())), None)
+    if measured is None:
+        return [Paragraph("No variant uses sensitivities (`variants.<name>.sensitivity`), so there are none to show.")]
+    found = {name: matrix["sensitivity"] for name, matrix in measured.facts["matrices"].items() if matrix["sensitivity"]}
+    top = sorted(found, key=lambda name: -found[name]["trace"])[:3]
+    noise = sorted(abs(one["stderr"] / one["trace"]) for one in found.values() if one["trace"])
+    negative = sum(one["trace"] < 0 for one in found.values())
+    said = (
+        "Sensitivity is the mean diagonal of the loss's Hessian over a matrix's weights, Tr(H)/n, estimated on the original model with random "
+        f"probes: what changing a weight there costs. The largest: {_list(top)}."
+    )
+    if noise:
+        said += f" The median standard error is {100 * noise[len(noise) // 2]:.0f}% of the estimate"
+        said += f"; {negative} of {len(found)} estimates are negative." if negative else "."
+    return [Paragraph(said), Figures([plots.sensitivity(measured)])]
+
+
+# Induction
+
+
+def _induction(results: Results) -> list[Any]:
+    induced = [variant for variant in results.pruned if variant.facts["transform"].get("induction")]
+    if not induced:
+        return [Paragraph("No variant has an induce stage, so there are no scores, masks or curves to compare.")]
+    blocks: list[Any] = [
+        Paragraph(
+            "Induction learns, with the mask in the loop, factors that leave the dense model's function as it is and selection weights that bring out "
+            "what matters. A block keeps them only if the layer error on held-out rows falls; otherwise it keeps the starting factors or none."
+        )
+    ]
+    for variant in induced:
+        facts = variant.facts["transform"]["induction"]
+        order = sorted(facts, key=int)
+        choices = [facts[block]["choice"] for block in order]
+        changed = [facts[block]["mask_changed"] for block in order]
+        tally = ", ".join(f"{choice} {choices.count(choice)}" for choice in ("learned", "start", "none"))
+        blocks.append(
+            Paragraph(
+                f"`{variant.name}`: what the {len(order)} blocks kept: {tally}. Induction changed {100 * sum(changed) / len(changed):.2f}% of the mask "
+                f"entries on average ({_range(changed)} by block), against the mask that the same score picks without it."
+            )
+        )
+        choices_table = Table(_choices(facts, order))
+        blocks.append(choices_table if len(order) <= MOST_ROWS else Details(f"All {len(order)} blocks of {variant.name}", [choices_table]))
+        drawn = [plots.scores(variant)] if variant.facts["transform"].get("scores") else []
+        if curve := plots.curve(variant):
+            drawn.append(curve)
+        blocks.append(Figures(drawn))
+        if curve is None:
+            blocks.append(Paragraph(f"There is no curve for `{variant.name}`: its induction took no steps."))
+    return blocks
+
+
+def _choices(facts: Mapping[str, Any], order: Sequence[str]) -> list[Column]:
+    """Per block: held-out errors of the candidates with the kept one marked, mask entries changed, stable rank."""
+    columns = [Column("", "block", tuple(order))]
+    for name in ("none", "start", "learned"):
+        cells = tuple(f"{100 * facts[block]['held_out'][name]:.2f}%" for block in order)
+        kept = frozenset(row for row, block in enumerate(order) if facts[block]["choice"] == name)
+        columns.append(Column("held-out layer error, kept marked", name, cells, kept))
+    columns.append(Column("", "mask changed", tuple(f"{100 * facts[block]['mask_changed']:.2f}%" for block in order)))
+    ranks = [facts[block]["stable_rank"] for block in order]
+    columns.append(Column("", "stable rank", tuple(f"{rank['before']:.1f} → {rank['after']:.1f}" for rank in ranks)))
+    return columns
+
+
+# Reconstruction
+
+
+def _reconstruction(results: Results) -> list[Any]:
+    if not results.pruned:
+        return [Paragraph("There is no pruned variant.")]
+    blocks: list[Any] = [
+        Paragraph(
+            "Layer error says how far the outputs of single matrices are off after pruning, on inputs from the pruned blocks before; variants differ in it "
+            "by their masks and by the OBS sweep. The channel fit then moves the whole block towards the dense model's hidden states."
+        )
+    ]
+    drawn = [figure for figure in (plots.layer_error(results),) if figure]
+    fitted = [variant for variant in results.pruned if any(variant.facts["blocks"].values())]
+    for variant in fitted:
+        found = [facts for facts in variant.facts["blocks"].values() if facts]
+        before, after = (sum(facts[f"held_out_{when}"] for facts in found) / len(found) for when in ("before", "after"))
+        blocks.append(
+            Paragraph(
+                f"`{variant.name}`: the channel fit takes the mean error of a block on held-out rows from {100 * before:.2f}% to {100 * after:.2f}% "
+                "(squared distance to the dense model's output, against its variance)."
+            )
+        )
+        drawn.append(plots.reconstruction(variant))
+    if not fitted:
+        blocks.append(Paragraph("No variant has the step `channel` in `reconstruction.steps`, so there is no fit to show."))
+    return [*blocks, Figures(drawn)]
+
+
+# Samples
+
+
+def _samples(results: Results) -> list[Any]:
+    if not results.dense.completions:
+        return [Paragraph("None were asked for (`evaluate.completions.count` is 0).")]
+    samples = []
+    for number, dense in enumerate(results.dense.completions):
+        written = {
+            variant.name: variant.completions[number].completion for variant in results.variants if number < len(variant.completions)
+        }
+        samples.append(Sample(number + 1, dense.prompt, [_continuation(name, text, dense.completion) for name, text in written.items()]))
+    said = "Greedy continuations of the text's first rows, the dense model's beside the pruned ones; what equals the dense model's beginning is pale."
+    return [Paragraph(said), *samples]
+
+
+def _continuation(name: str, text: str, dense: str) -> Continuation:
+    if name == DENSE:
+        return Continuation(name, "", text)
+    same = next((at for at, (a, b) in enumerate(zip(text, dense, strict=False)) if a != b), min(len(text), len(dense)))
+    return Continuation(name, text[:same], text[same:])
+
+
+# Provenance
+
+
+def _provenance(results: Results) -> list[Any]:
+    model = results.model
+    facts = {
+        "path": model["path"],
+        "hub id": model.get("id") or ABSENT,
+        "revision": model.get("revision") or ABSENT,
+        "family": model["family"],
+        "dtype": model["dtype"],
+        "parameters": f"{model['parameters']:,}",
+    }
+    if results.pruned:
+        facts["prunable"] = f"{results.pruned[0].facts['prunable']:,}"
+        facts |= {f"kept by {variant.name}": f"{variant.facts['kept']:,}" for variant in results.pruned}
+    hashes = dict(sorted(model["sha256"].items()))
+    return [
+        Table([Column("", "model", tuple(facts), numeric=False), Column("", "", tuple(facts.values()), numeric=False)]),
+        Details("SHA-256 of the model's files", [Code("\n".join(f"{digest}  {name}" for name, digest in hashes.items()))]),
+        *(Details(f"Settings of {variant.name}", [Code(_settings(variant))]) for variant in results.pruned),
+    ]
+
+
+def _settings(variant: Variant) -> str:
+    return json.dumps(variant.facts["settings"], indent=2, ensure_ascii=False)

@@ -1,0 +1,327 @@
+"""What was measured of every variant, and the figures that follow from it. Reads JSON, imports nothing heavy."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline_lib.errors import SparselineError
+from pipeline_lib.params import Params
+
+DENSE = "dense"
+ABSENT = "–"
+PERPLEXITY = "perplexity, "  # group of columns, before the name of the text
+
+
+class ReportParams(Params):
+    """Section ``report``."""
+
+    baseline: str  # the variant that gaps are closed against
+    title: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """How an evaluation text was cut."""
+
+    rows: int
+    length: int  # tokens per row
+
+
+@dataclass(frozen=True)
+class Task:
+    """Accuracy of one task, all in [0, 1]."""
+
+    acc: float
+    stderr: float
+    chance: float | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage took."""
+
+    wall_s: float
+    cpu_s: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and how the model went on."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Everything that is known about one model; ``facts`` (build/facts) and ``costs`` are empty for the dense one."""
+
+    name: str
+    perplexity: Mapping[str, float]
+    tasks: Mapping[str, Task]
+    completions: Sequence[Completion]
+    facts: Mapping[str, Any]
+    costs: Mapping[str, Cost]  # of the stages that the variant needs by itself, in the graph's order
+
+    @property
+    def pruned(self) -> bool:
+        return bool(self.facts)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the prunable weights that are zero."""
+        return float(self.facts["sparsity"]) if self.facts else 0.0
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of its stages, one after another."""
+        return sum(cost.wall_s for cost in self.costs.values()) if self.costs else None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Largest resident memory among its stages."""
+        return max((cost.peak_rss_bytes for cost in self.costs.values()), default=None)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The whole report's data: the dense model first, then the variants in the order of params.yaml."""
+
+    title: str
+    baseline: str
+    model: Mapping[str, Any]  # build/prepare/model.json
+    texts: Mapping[str, Text]  # evaluation texts in the order of params.yaml
+    variants: tuple[Variant, ...]
+
+    @property
+    def dense(self) -> Variant:
+        return self.variants[0]
+
+    @property
+    def pruned(self) -> tuple[Variant, ...]:
+        return self.variants[1:]
+
+    @property
+    def text_names(self) -> list[str]:
+        """Texts that perplexity was measured on: the order of params.yaml, then others by name."""
+        measured = {text for variant in self.variants for text in variant.perplexity}
+        return [text for text in self.texts if text in measured] + sorted(measured - set(self.texts))
+
+    @property
+    def task_names(self) -> list[str]:
+        return sorted({task for variant in self.variants for task in variant.tasks})
+
+    @property
+    def main_text(self) -> str | None:
+        """The text that the summary speaks of: ``test`` where there is one, else the last."""
+        names = self.text_names
+        return "test" if "test" in names else next(reversed(names), None)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table as text; ``best`` are the rows to mark."""
+
+    group: str
+    head: str
+    cells: tuple[str, ...]
+    best: frozenset[int] = frozenset()
+    numeric: bool = True
+
+
+def own_stages(name: str, factors: str, sensitivity: str) -> list[str]:
+    """Names of the cost files of all that a variant needs beyond what every variant needs (prepare, texts).
+
+    ``factors`` and ``sensitivity`` are artifacts below build/, as in the variant's settings.
+    """
+    folder, _, rest = factors.partition("/")
+    stages = ["calibrate", "scale"] if folder in ("scale", "induce") else []
+    if folder == "induce":
+        stages.append(f"induce-{rest.partition('/')[0]}")
+    if sensitivity.startswith("sensitivity/"):
+        stages.append("sensitivity")
+    return [*stages, f"prune-{name}"]
+
+
+def collect(build: Path, params: ReportParams, names: Sequence[str], texts: Mapping[str, Text]) -> Results:
+    """Read what the stages left below ``build`` for the dense model and the named variants; other files there are ignored.
+
+    Raises:
+        SparselineError: a file is missing or damaged.
+    """
+    variants = [_variant(build, DENSE)]
+    variants += [_variant(build, name) for name in names]
+    return Results(params.title, params.baseline, _read(build / "prepare" / "model.json", "prepare"), texts, tuple(variants))
+
+
+def _variant(build: Path, name: str) -> Variant:
+    evaluated = _read(build / "evaluate" / f"{name}.json", f"evaluate@{name}")
+    completions = _read(build / "completions" / f"{name}.json", f"evaluate@{name}")
+    facts: Mapping[str, Any] = {}
+    costs = {}
+    if name != DENSE:
+        facts = _read(build / "facts" / f"{name}.json", f"prune@{name}")
+        for stage in own_stages(name, facts["settings"]["factors"], facts["settings"]["sensitivity"]):
+            costs[stage] = Cost(**_read(build / "costs" / f"{stage}.json", stage.replace("-", "@", 1)))
+    tasks = {task: Task(**figures) for task, figures in evaluated["tasks"].items()}
+    return Variant(name, evaluated["perplexity"], tasks, [Completion(**sample) for sample in completions], facts, costs)
+
+
+def _read(path: Path, stage: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SparselineError(f"{path} is missing; run `dvc repro {stage}` to make it.") from error
+    except (OSError, ValueError) as error:
+        raise SparselineError(f"{path} cannot be read ({error}); run `dvc repro -f {stage}` to make it again.") from error
+
+
+# What follows from the measurements
+
+
+def gap_closed(results: Results, variant: Variant, text: str) -> float | None:
+    """(ln ppl_baseline − ln ppl) / (ln ppl_baseline − ln ppl_dense): 0 is the baseline, 1 the dense model.
+
+    None for these two, without a baseline, and where the baseline is no worse than the dense model (there is no gap).
+    """
+    base = next((other for other in results.pruned if other.name == results.baseline), None)
+    if base is None or variant.name in (DENSE, base.name):
+        return None
+    if not all(text in one.perplexity for one in (base, variant, results.dense)):
+        return None
+    start, end = math.log(base.perplexity[text]), math.log(results.dense.perplexity[text])
+    if start - end <= 1e-12:
+        return None
+    return (start - math.log(variant.perplexity[text])) / (start - end)
+
+
+def comparison(results: Results) -> list[Column]:
+    """The comparison table, column by column; the best cell among the pruned variants is marked."""
+    variants = results.variants
+    columns = [Column("", "variant", tuple(variant.name for variant in variants), numeric=False)]
+    columns.append(Column("", "sparsity", tuple(sparsity(variant.sparsity) for variant in variants)))
+    for text in results.text_names:
+        values = [variant.perplexity.get(text) for variant in variants]
+        columns.append(_column(PERPLEXITY + text, "ppl", values, perplexity, best=min))
+        gaps = [gap_closed(results, variant, text) for variant in variants]
+        if any(gap is not None for gap in gaps):
+            column = _column(PERPLEXITY + text, "gap closed", gaps, lambda gap: f"{round(100 * gap, 1) + 0.0:.1f}%", best=max)
+            cells = tuple("baseline" if v.name == results.baseline else cell for v, cell in zip(variants, column.cells, strict=True))
+            columns.append(Column(column.group, column.head, cells, column.best))
+    for task in results.task_names:
+        found = [variant.tasks.get(task) for variant in variants]
+        column = _column("accuracy, %", task, [one.acc if one else None for one in found], lambda share: f"{100 * share:.1f}", best=max)
+        cells = tuple(f"{cell} ± {100 * one.stderr:.1f}" if one else ABSENT for one, cell in zip(found, column.cells, strict=True))
+        columns.append(Column(column.group, column.head, cells, column.best))
+    if results.pruned:
+        columns.append(_column("cost", "seconds", [variant.seconds for variant in variants], seconds, best=min))
+        columns.append(_column("cost", "peak GB", [v.peak_bytes for v in variants], lambda size: f"{size / 1e9:.2f}", best=min))
+    return columns
+
+
+def _column(group: str, head: str, values: Sequence[float | None], show: Any, best: Any) -> Column:
+    """Cells as text; the best of the pruned variants is marked with its ties, if there is anything to choose from."""
+    cells = tuple(ABSENT if value is None else str(show(value)) for value in values)
+    rivals = {row: value for row, value in enumerate(values) if row > 0 and value is not None}
+    marked: frozenset[int] = frozenset()
+    if len({cells[row] for row in rivals}) > 1:
+        chosen = cells[best(rivals, key=lambda row: rivals[row])]
+        marked = frozenset(row for row in rivals if cells[row] == chosen)
+    return Column(group, head, cells, marked)
+
+
+def plain(columns: Sequence[Column]) -> str:
+    """Aligned columns for a terminal."""
+    heads = [
+        " ".join([column.group.removeprefix(PERPLEXITY), column.head]) if column.group.startswith(PERPLEXITY) else column.head
+        for column in columns
+    ]
+    widths = [max(map(len, (head, *column.cells))) for head, column in zip(heads, columns, strict=True)]
+    rows = [heads, *zip(*(column.cells for column in columns), strict=True)]
+    aligned = [
+        "  ".join(
+            cell.rjust(width) if column.numeric else cell.ljust(width) for cell, width, column in zip(row, widths, columns, strict=True)
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in aligned)
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """What report/summary.json holds: quality only, to six digits."""
+    return {
+        variant.name: {
+            "sparsity": round(variant.sparsity, 6),
+            "perplexity": {text: round(value, 6) for text, value in variant.perplexity.items()},
+            "tasks": {name: {"acc": round(task.acc, 6), "stderr": round(task.stderr, 6)} for name, task in variant.tasks.items()},
+        }
+        for variant in results.variants
+    }
+
+
+def costs(results: Results) -> dict[str, Any]:
+    """What report/costs.json holds: seconds and memory of the pruned variants, whole and by stage."""
+    return {
+        variant.name: {
+            "wall_s": round(variant.seconds or 0.0, 2),
+            "cpu_s": round(sum(cost.cpu_s for cost in variant.costs.values()), 2),
+            "peak_rss_bytes": variant.peak_bytes,
+            "stages": {
+                stage: {"wall_s": c.wall_s, "cpu_s": c.cpu_s, "peak_rss_bytes": c.peak_rss_bytes} for stage, c in variant.costs.items()
+            },
+        }
+        for variant in results.pruned
+    }
+
+
+# Numbers as text
+
+
+def sparsity(share: float) -> str:
+    return f"{100 * share:.2f}%"
+
+
+def perplexity(value: float) -> str:
+    if value < 1000:
+        return f"{value:.2f}"
+    return f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+# Matrices as depth × kind
+
+ORDER = ("q", "k", "v", "o", "gate", "up", "down", "fc1", "fc2")  # as data flows through a block
+
+
+def kinds(facts: Mapping[str, Any]) -> list[str]:
+    """Kinds of a variant's matrices, in the order of the computation."""
+    found = {matrix["kind"] for matrix in facts["matrices"].values()}
+    return sorted(found, key=lambda kind: (ORDER.index(kind) if kind in ORDER else len(ORDER), kind))
+
+
+def by_place(facts: Mapping[str, Any]) -> dict[tuple[int, str], list[Mapping[str, Any]]]:
+    """(block, kind) -> matrices there: one, or one per expert."""
+    places: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for matrix in facts["matrices"].values():
+        places.setdefault((int(matrix["block"]), matrix["kind"]), []).append(matrix)
+    return places
+
+
+def sparsity_by_place(facts: Mapping[str, Any]) -> dict[tuple[int, str], float]:
+    return {
+        place: 1 - sum(matrix["kept"] for matrix in matrices) / sum(matrix["size"] for matrix in matrices)
+        for place, matrices in by_place(facts).items()
+    }
+
+
+def uniform(facts: Mapping[str, Any]) -> bool:
+    """Whether all places are equally sparse, to one percentage point (counts are whole numbers)."""
+    shares = sparsity_by_place(facts).values()
+    return max(shares) - min(shares) < 0.01
