@@ -1,0 +1,40 @@
+"""One dense pass over the calibration rows, block by block: statistics of every site's inputs."""
+
+from pathlib import Path
+
+import click
+import torch
+from tqdm import tqdm
+
+from pipeline_lib import artifacts, params, runtime
+from pipeline_lib.calibration.capture import CalibrateParams, block_file, gram_bytes, walk
+from pipeline_lib.calibration.inputs import calibration_rows, open_model
+from pipeline_lib.models.source import ModelParams
+
+OUT = Path("build/calibrate")
+
+
+@click.command(help=__doc__)
+def main() -> None:
+    with runtime.stage(Path("build/costs/calibrate.json")):
+        settings = params.load(CalibrateParams, "calibrate")
+        model = open_model(params.load(ModelParams, "model"))
+        rows = calibration_rows()
+        depth = model.checkpoint.architecture.depth
+        grams = gram_bytes(model.checkpoint.architecture) <= settings.gram_budget_bytes
+        with artifacts.replacing(OUT) as directory:
+            directory.mkdir()
+            for index, sites in tqdm(
+                walk(model, rows["fit"], rows["held_out"], settings, grams), total=depth, desc="calibrate", unit="block"
+            ):
+                tensors: dict[str, torch.Tensor] = {}
+                for name, statistics in sites.items():
+                    tensors |= statistics.tensors(name)
+                artifacts.write_tensors(block_file(directory, index), tensors, {"grams": grams})
+        click.echo(
+            f"calibrate: {sum(r.numel() for r in rows.values()):,} tokens through {depth} blocks, Gram matrices {'stored' if grams else 'left out'}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Measure one saved checkpoint: perplexity per text, zero-shot tasks, sample completions. ``dense`` is the source itself."""
+
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from pipeline_lib import artifacts, params, runtime
+from pipeline_lib.errors import SparselineError
+from pipeline_lib.evaluation.completions import complete
+from pipeline_lib.evaluation.perplexity import perplexity
+from pipeline_lib.evaluation.settings import EvaluateParams
+from pipeline_lib.evaluation.tasks import run_tasks
+from pipeline_lib.models.source import ModelParams, open_source
+from pipeline_lib.models.tokenizer import load_tokenizer
+from pipeline_lib.models.whole import load_model
+
+TEXTS = Path("build/texts/evaluate")
+
+
+@click.command(help=__doc__)
+@click.argument("variant")
+def main(variant: str) -> None:
+    with runtime.stage(Path(f"build/costs/evaluate-{variant}.json")):
+        settings = params.load(EvaluateParams, "evaluate")
+        pruned = Path(f"build/prune/{variant}/checkpoint")
+        directory = open_source(params.load(ModelParams, "model")).path if variant == "dense" else pruned
+        model = load_model(directory, settings.compute_dtype, runtime.device())
+        tokenizer = load_tokenizer(directory, model.config.vocab_size)
+        texts = {path.stem: artifacts.read_tensors(path)[0]["rows"] for path in sorted(TEXTS.glob("*.safetensors"))}
+        if settings.completions.text not in texts:
+            raise SparselineError(
+                f"params.yaml: evaluate.completions.text = {settings.completions.text!r} is no text with use: evaluate; "
+                f"of texts, these are: {', '.join(texts) or 'none'}."
+            )
+        perplexities = {}
+        for name, rows in tqdm(texts.items(), desc=f"evaluate {variant}", unit="text"):
+            perplexities[name] = perplexity(model, rows, settings.batch_rows)
+        completions = complete(model, tokenizer, texts[settings.completions.text], settings.completions)
+        tasks = run_tasks(model, tokenizer, settings.tasks)
+        artifacts.write_json(Path(f"build/evaluate/{variant}.json"), {"perplexity": perplexities, "tasks": tasks})
+        artifacts.write_json(Path(f"build/completions/{variant}.json"), completions)
+        figures = [f"perplexity {name} {value:.3f}" for name, value in perplexities.items()]
+        figures += [f"{name} {task['acc']:.1%}" for name, task in tasks.items()]
+        click.echo(f"evaluate {variant}: {', '.join(figures)}")
+
+
+if __name__ == "__main__":
+    main()

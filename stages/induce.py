@@ -1,0 +1,63 @@
+"""Learn one variant's factors and selection weights, block by block, kept only where the held-out rows agree."""
+
+from pathlib import Path
+
+import click
+import torch
+from tqdm import tqdm
+
+from pipeline_lib import artifacts, params, runtime
+from pipeline_lib.calibration.capture import CalibrateParams, stored_or_walked
+from pipeline_lib.calibration.inputs import calibration_rows, open_model
+from pipeline_lib.induction.induce import InduceParams, induce_block
+from pipeline_lib.induction.summary import histograms
+from pipeline_lib.models.source import ModelParams
+from pipeline_lib.pruning.settings import SelectionParams
+from pipeline_lib.transforms.transform import read_transforms, write_transforms
+
+STATISTICS = Path("build/calibrate")
+START = Path("build/scale/transform.safetensors")
+
+
+@click.command(help=__doc__)
+@click.argument("variant")
+def main(variant: str) -> None:
+    with runtime.stage(Path(f"build/costs/induce-{variant}.json")):
+        settings = params.parse(InduceParams, params.merged("induce", f"induced.{variant}"), "induce")
+        merged = params.merged("prune.selection", f"variants.{variant}.selection")
+        selection = params.parse(SelectionParams, merged, f"variants.{variant}.selection")
+        model = open_model(params.load(ModelParams, "model"))
+        entry, checkpoint = model.checkpoint.architecture, model.checkpoint
+        listed = [m for m in artifacts.read_json(Path("build/prepare/matrices.json")) if m["included"]]
+        for m in listed:
+            selection.shape.quantum(m["name"], tuple(m["shape"]))  # refuses an N:M that does not divide
+        included = {m["name"] for m in listed}
+        starts, _ = read_transforms(START, entry.depth)
+        rows = calibration_rows()
+        outcomes = {}
+        statistics = stored_or_walked(STATISTICS, model, rows["fit"], rows["held_out"], params.load(CalibrateParams, "calibrate"))
+        for index, sites in (bar := tqdm(statistics, total=entry.depth, desc=f"induce {variant}", unit="block")):
+            chosen = {matrix for matrix in entry.matrices if entry.matrix_name(index, matrix) in included}
+            if not chosen:
+                continue
+            tensors = {name: tensor.to(torch.float32) for name, tensor in checkpoint.block(index).items()}
+            where = f"{entry.blocks}.{index}"
+            outcomes[index] = induce_block(entry, tensors, chosen, sites, starts[index], selection, settings, where)
+            bar.set_postfix(choice=outcomes[index].choice)
+        out = Path(f"build/induce/{variant}")
+        curve = [{"block": index, **point} for index, outcome in outcomes.items() for point in outcome.curve]
+        facts = {
+            "induction": {str(index): outcome.facts() for index, outcome in outcomes.items()},
+            "scores": histograms(outcomes),
+            "curve": curve,
+        }
+        write_transforms(out / "transform.safetensors", {index: outcome.transform for index, outcome in outcomes.items()}, facts)
+        artifacts.write_json(out / "curve.json", curve)
+        choices = [outcome.choice for outcome in outcomes.values()]
+        tally = ", ".join(f"{choice} {choices.count(choice)}" for choice in ("none", "start", "learned"))
+        changed = sum(outcome.mask_changed for outcome in outcomes.values()) / max(1, len(outcomes))
+        click.echo(f"induce {variant}: blocks kept {tally}; {changed:.1%} of mask entries changed")
+
+
+if __name__ == "__main__":
+    main()

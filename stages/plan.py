@@ -1,0 +1,69 @@
+"""Predict memory, disk and rough time for the configured model, before anything runs (not a stage: nothing is written)."""
+
+import click
+
+from pipeline_lib import params, runtime
+from pipeline_lib.calibration.capture import CalibrateParams
+from pipeline_lib.calibration.texts import TextParams
+from pipeline_lib.induction.induce import InduceParams
+from pipeline_lib.models.checkpoint import locate, open_checkpoint
+from pipeline_lib.models.source import ModelParams
+from pipeline_lib.planning.estimate import Work, estimate, measure_speed
+from pipeline_lib.pruning.prune import PruneParams, VariantParams
+from pipeline_lib.sensitivity.hutchinson import SensitivityParams
+
+
+@click.command(help=__doc__)
+def main() -> None:
+    with runtime.stage():
+        model = params.load(ModelParams, "model")
+        checkpoint = open_checkpoint(locate(model.path, model.id, model.revision))
+        texts = {name: params.load(TextParams, f"texts.{name}") for name in params.section("texts")}
+        calibration = next(text for text in texts.values() if text.use == "calibrate")
+        names = params.section("variants")
+        variants = {name: params.parse(VariantParams, params.merged("prune", f"variants.{name}"), f"variants.{name}") for name in names}
+        sensitivity = params.load(SensitivityParams, "sensitivity")
+        calibrate = params.load(CalibrateParams, "calibrate")
+        work = Work(
+            rows=calibration.rows,
+            length=calibration.length,
+            batch_rows=calibrate.batch_rows,
+            evaluation_tokens=sum(text.rows * text.length for text in texts.values() if text.use == "evaluate"),
+            probes=sensitivity.probes,
+            rows_per_probe=sensitivity.rows_per_probe,
+            induction_steps=params.load(InduceParams, "induce").steps,
+            channel_epochs=params.load(PruneParams, "prune").reconstruction.channel.epochs,
+            gram_budget_bytes=calibrate.gram_budget_bytes,
+        )
+        steps = estimate(checkpoint, work)
+        speed = measure_speed(runtime.device())
+        runs = dict.fromkeys(steps, 1) | {"induce": len(params.section("induced")), "evaluate": len(variants) + 1}
+        runs["prune (channel)"] = sum("channel" in variant.reconstruction.steps for variant in variants.values())
+        runs["prune (plain)"] = len(variants) - runs["prune (channel)"]
+        click.echo(
+            f"{checkpoint.path}: {checkpoint.parameters:,} parameters, {checkpoint.architecture.depth} blocks; {speed / 1e9:.0f} GFLOP/s here\n"
+        )
+        click.echo(f"{'stage':<18}{'runs':>5}{'memory':>12}{'disk each':>12}{'time each':>12}")
+        for name, step in steps.items():
+            if runs[name]:
+                # A stage takes a few seconds to start, whatever the model.
+                seconds = 4 + step.seconds(speed)
+                click.echo(f"{name:<18}{runs[name]:>5}{size(step.memory_bytes):>12}{size(step.disk_bytes):>12}{duration(seconds):>12}")
+        disk = sum(step.disk_bytes * runs[name] for name, step in steps.items())
+        seconds = sum((4 + step.seconds(speed)) * runs[name] for name, step in steps.items())
+        peak = max(step.memory_bytes for name, step in steps.items() if runs[name])
+        click.echo(
+            f"\npeak memory {size(peak)}, disk {size(disk)} (each output also in DVC's cache unless links are set), about {duration(seconds)} in all"
+        )
+
+
+def size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+if __name__ == "__main__":
+    main()

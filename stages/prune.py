@@ -1,0 +1,78 @@
+"""Prune one variant block by block and write it as a Hugging Face checkpoint with its masks; resumes after a kill."""
+
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from pipeline_lib import artifacts, params, runtime
+from pipeline_lib.allocation.budget import Unit, target
+from pipeline_lib.allocation.plan import plan
+from pipeline_lib.calibration.inputs import CALIBRATION, calibration_rows, open_model
+from pipeline_lib.models.source import MODEL, ModelParams
+from pipeline_lib.pruning.prune import VariantParams, prune
+from pipeline_lib.pruning.resume import Progress
+from pipeline_lib.transforms.transform import read_transforms
+
+MATRICES = Path("build/prepare/matrices.json")
+
+
+@click.command(help=__doc__)
+@click.argument("variant")
+def main(variant: str) -> None:
+    with runtime.stage(Path(f"build/costs/prune-{variant}.json")):
+        settings = params.parse(VariantParams, params.merged("prune", f"variants.{variant}"), f"variants.{variant}")
+        source = params.load(ModelParams, "model")
+        factors, sensitivity = Path("build") / settings.factors, Path("build") / settings.sensitivity
+        model = open_model(source)
+        entry = model.checkpoint.architecture
+        rows = calibration_rows()
+        transforms, transform_facts = read_transforms(factors, entry.depth)
+        sensitivities = artifacts.read_json(sensitivity)
+
+        listed = [m for m in artifacts.read_json(MATRICES) if m["included"]]
+        pattern = settings.selection.shape
+        units = [Unit(m["name"], m["block"], m["shape"][0] * m["shape"][1], pattern.quantum(m["name"], tuple(m["shape"]))) for m in listed]
+        budget = target(settings.selection.sparsity, sum(unit.size for unit in units))
+        counts = plan(units, settings.selection.sparsity, settings.allocation, {n: s["trace"] for n, s in sensitivities.items()})
+        by_label = {matrix.label: matrix for matrix in entry.matrices}
+        kept = {(m["block"], by_label[m["label"]]): count for m, count in zip(listed, counts, strict=True)}
+
+        described = f"{settings.model_dump_json()} {source.model_dump_json()}"
+        inputs = [MODEL, MATRICES, factors, sensitivity, *sorted(CALIBRATION.glob("*.safetensors"))]
+        progress = Progress(runtime.scratch("prune", runtime.resume_key(described, inputs)), model.checkpoint)
+        click.echo(f"prune {variant}: {settings.model_dump_json()}")
+        if done := progress.done():
+            click.echo(f"prune {variant}: resuming after {done} of {entry.depth} blocks")
+        blocks = prune(model, rows["fit"], rows["held_out"], kept, transforms, settings, progress.finished)
+        for index, result in tqdm(blocks, total=entry.depth, initial=done, desc=f"prune {variant}", unit="block"):
+            progress.keep(index, result)
+        by_block = progress.publish(Path(f"build/prune/{variant}"))
+
+        matrices = {}
+        for matrix in listed:
+            facts = by_block[matrix["block"]]["matrices"][matrix["label"]]
+            matrices[matrix["name"]] = facts | {"block": matrix["block"], "sensitivity": sensitivities.get(matrix["name"])}
+        total = sum(facts["kept"] for facts in matrices.values())
+        size = sum(facts["size"] for facts in matrices.values())
+        quantum = max(unit.quantum for unit in units)
+        if abs(total - budget) > (quantum / 2 if quantum > 1 else 0):
+            raise RuntimeError(f"{total} weights kept instead of {budget}")
+        damped = [name for name, facts in matrices.items() if facts["damping"] > settings.selection.damping]
+        if damped:
+            click.echo(f"prune {variant}: damping raised for {', '.join(damped)}")
+        summary = {
+            "settings": settings.model_dump(mode="json"),
+            "kept": total,
+            "prunable": size,
+            "sparsity": 1 - total / size,
+            "matrices": matrices,
+            "blocks": {str(index): facts.get("channel") for index, facts in by_block.items()},
+            "transform": transform_facts,
+        }
+        artifacts.write_json(Path(f"build/facts/{variant}.json"), summary)
+        click.echo(f"prune {variant}: kept {total:,} of {size:,} prunable weights (sparsity {1 - total / size:.4%})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Gather what the stages measured into tables, figures and one page to read."""
+
+from pathlib import Path
+
+import click
+
+from pipeline_lib import artifacts, params, runtime
+from pipeline_lib.reporting import table
+from pipeline_lib.reporting.render import FIGURES, render
+from pipeline_lib.reporting.table import ReportParams, Text
+
+OUT = Path("report")
+
+
+@click.command(help=__doc__)
+def main() -> None:
+    with runtime.stage():
+        settings = params.load(ReportParams, "report")
+        texts = {name: Text(text["rows"], text["length"]) for name, text in params.section("texts").items() if text["use"] == "evaluate"}
+        results = table.collect(Path("build"), settings, list(params.section("variants") or {}), texts)
+        report = render(results)
+        with artifacts.replacing(OUT / FIGURES) as directory:
+            directory.mkdir()
+            for name, svg in report.figures.items():
+                (directory / name).write_text(svg, encoding="utf-8")
+        artifacts.write_text(OUT / "index.html", report.html)
+        artifacts.write_text(OUT / "index.md", report.markdown)
+        artifacts.write_json(OUT / "summary.json", table.summary(results))
+        artifacts.write_json(OUT / "costs.json", table.costs(results))
+        artifacts.write_text(OUT / "table.txt", table.plain(table.comparison(results)) + "\n")
+        click.echo(f"report: {len(results.pruned)} pruned variants; read {OUT / 'index.html'}, or {OUT / 'table.txt'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Read one text, tokenise it with the model's tokenizer, and write rows of token ids with their provenance."""
+
+from pathlib import Path
+
+import click
+
+from pipeline_lib import artifacts, params, runtime
+from pipeline_lib.calibration.rows import encode, rows_of, split
+from pipeline_lib.calibration.texts import TextParams, read_texts
+from pipeline_lib.errors import SparselineError
+from pipeline_lib.models.checkpoint import locate, open_checkpoint
+from pipeline_lib.models.source import ModelParams
+from pipeline_lib.models.tokenizer import load_tokenizer
+
+
+@click.command(help=__doc__)
+@click.argument("name")
+def main(name: str) -> None:
+    with runtime.stage(Path(f"build/costs/text-{name}.json")):
+        settings = params.load(TextParams, f"texts.{name}")
+        model = params.load(ModelParams, "model")
+        directory = locate(model.path, model.id, model.revision)
+        config = open_checkpoint(directory).config
+        window = getattr(config, "max_position_embeddings", None)
+        if window is not None and settings.length > window:
+            raise SparselineError(
+                f"params.yaml: texts.{name}.length = {settings.length} is more than the model's {window} positions; lower it."
+            )
+        tokenizer = load_tokenizer(directory, config.vocab_size)
+        texts = read_texts(settings)
+        documents = encode(tokenizer, texts.documents, settings.chat_template)
+        rows = rows_of(documents, settings)
+        tensors = split(rows, settings.held_out) if settings.use == "calibrate" else {"rows": rows}
+        facts = texts.provenance | {"tokens": sum(map(len, documents)), "rows": len(rows), "length": settings.length}
+        artifacts.write_tensors(Path(f"build/texts/{settings.use}/{name}.safetensors"), tensors, facts)
+        uses = {key: value["use"] for key, value in params.section("texts").items()}
+        for left in Path("build/texts").glob("*/*.safetensors"):  # DVC leaves what a text of another name or use wrote
+            if uses.get(left.stem) != left.parent.name:
+                left.unlink()
+        click.echo(
+            f"text {name}: {len(rows)} rows of {settings.length} tokens from {facts['documents']} documents ({facts['tokens']:,} tokens)"
+        )
+
+
+if __name__ == "__main__":
+    main()
