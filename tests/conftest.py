@@ -1,0 +1,65 @@
+"""Fixtures: one tiny checkpoint per family, made once per run; tests that change files copy it."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Before transformers and datasets are imported: no network, no writes to the user's caches.
+_CACHE = tempfile.mkdtemp(prefix="sparseline-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = _CACHE
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tiny import FAMILIES, make_model  # noqa: E402
+
+from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session() -> Iterator[None]:
+    """One thread (the models are tiny), and the datasets cache removed at the end."""
+    torch.set_num_threads(1)
+    yield
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def model_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Family -> directory of its tiny checkpoint (float32). Read only."""
+    root = tmp_path_factory.mktemp("models")
+    return {family: make_model(root / family, family, seed=number) for number, family in enumerate(FAMILIES)}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def model_path(family: str, model_paths: dict[str, Path]) -> Path:
+    return model_paths[family]
+
+
+@pytest.fixture
+def checkpoint(model_path: Path) -> Checkpoint:
+    return open_checkpoint(model_path)
+
+
+@pytest.fixture
+def llama(model_paths: dict[str, Path]) -> Checkpoint:
+    return open_checkpoint(model_paths["llama"])
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path, model_paths: dict[str, Path]) -> Callable[[str], Path]:
+    """A private copy of a family's checkpoint, to be damaged."""
+
+    def copy(family: str) -> Path:
+        return Path(shutil.copytree(model_paths[family], tmp_path / f"copy-{family}"))
+
+    return copy

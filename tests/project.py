@@ -1,0 +1,184 @@
+"""A small copy of the project to run: this checkout's code and graph, a tiny random model, three short texts, small numbers."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+from ruamel.yaml import YAML
+from tiny import make_model
+
+from pipeline_lib.params import merge
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("pipeline_lib", "stages", "dvc.yaml", "env.lock.json", ".dvcignore", ".gitignore", "data/tasks", "data/stdlib.json")
+CHANNEL = {"epochs": 2, "batch_rows": 4, "patience": 2}
+WANDA = {
+    "factors": "prepare/identity.safetensors",
+    "sensitivity": "prepare/unmeasured.json",
+    "selection": {"score": "wanda", "group": "row"},
+    "reconstruction": {"steps": []},
+}
+SPARSELINE = {
+    "factors": "induce/sparseline/transform.safetensors",
+    "sensitivity": "sensitivity/sensitivity.json",
+    "selection": {"score": "obs", "group": "block"},
+    "allocation": {"method": "weight", "alpha": 0.15},
+    "reconstruction": {"steps": ["obs", "channel"]},
+}
+SMALL: dict[str, Any] = {
+    "model": {"path": "data/model", "id": None, "revision": None},
+    "calibrate": {"batch_rows": 4, "median_tokens": 64},
+    "sensitivity": {"probes": 2, "rows_per_probe": 2},
+    "induce": {"steps": 4, "check_every": 2},
+    "prune": {"batch_rows": 4, "selection": {"block": 16}, "reconstruction": {"channel": CHANNEL}},
+    "evaluate": {
+        "batch_rows": 4,
+        "tasks": {"names": ["corrupted"], "limit": 4, "batch_rows": 4},
+        "completions": {"text": "test", "count": 1, "prompt_tokens": 8, "new_tokens": 4},
+    },
+    "report": {"baseline": "wanda"},
+}
+REMOVED = object()  # in the place of a value: take the key away
+WHOLE: dict[str, Any] = {"induced": {"sparseline": {}}, "variants": {"wanda": WANDA, "sparseline": SPARSELINE}}  # replaced, not merged
+
+
+def text(seed: int, words: int = 400) -> str:
+    """Sentences of made-up words; no two seeds share a sentence."""
+    draw = random.Random(seed)
+    vocabulary = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 8))) for _ in range(60)]
+    return " ".join(draw.choice(vocabulary) + draw.choice(["", "", "", ".\n"]) for _ in range(words))
+
+
+def texts(shipped: Mapping[str, Any], rows: int = 8, length: int = 32) -> dict[str, Any]:
+    """The shipped three texts, read from ``data/texts/<name>.txt``."""
+    small = {"kind": "files", "name": None, "glob": None, "rows": rows, "length": length}
+    return {name: {**one, **small, "path": f"data/texts/{name}.txt"} for name, one in shipped.items()}
+
+
+def make_workspace(directory: Path, *, model: Mapping[str, Any] | None = None, **overrides: Any) -> Path:
+    """What the stages need, without git and DVC.
+
+    Args:
+        model: arguments of ``make_model`` (``family``, ``layers``, config overrides).
+        overrides: sections of params.yaml, laid over the small ones; ``variants`` and ``induced`` replace theirs.
+    """
+    for name in COPIED:
+        source, copy = ROOT / name, directory / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, copy)
+    make_model(directory / "data" / "model", **{"family": "llama", "layers": 2, "max_position_embeddings": 4096, **(model or {})})
+    shipped = YAML(typ="safe").load(ROOT / "params.yaml")
+    (directory / "data" / "texts").mkdir()
+    for seed, name in enumerate(shipped["texts"]):
+        (directory / "data" / "texts" / f"{name}.txt").write_text(text(seed), encoding="utf-8")
+    values = merge(merge(shipped, SMALL), {"texts": texts(shipped["texts"])}) | WHOLE
+    replaced = {name: overrides.pop(name) for name in WHOLE if name in overrides}
+    write_params(directory, merge(values, overrides) | replaced)
+    return directory
+
+
+def make_project(directory: Path, *, model: Mapping[str, Any] | None = None, **overrides: Any) -> Path:
+    """A workspace with everything committed and DVC set up; the cache and DVC's own files are beside it, so that copies share them."""
+    make_workspace(directory, model=model, **overrides)
+    run(directory, "git", "init", "--quiet", "--initial-branch", "main")
+    for key, value in {"user.name": "test", "user.email": "test@localhost", "commit.gpgsign": "false"}.items():
+        run(directory, "git", "config", key, value)
+    run(directory, "dvc", "init", "--quiet")
+    beside = directory.parent / f"{directory.name}.dvc"
+    config = f"""[core]
+    analytics = false
+    check_update = false
+    site_cache_dir = {beside / "site"}
+[cache]
+    dir = {beside / "cache"}
+"""
+    (directory / ".dvc" / "config").write_text(config, encoding="utf-8")
+    commit(directory)
+    return directory
+
+
+def commit(project: Path) -> None:
+    run(project, "git", "add", "--all")
+    run(project, "git", "commit", "--quiet", "--message", "state")
+
+
+def environment(project: Path) -> dict[str, str]:
+    """One thread, this Python first on PATH, modules from the project itself, scratch beside it."""
+    own = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "SPARSELINE_THREADS": "1",
+        "SPARSELINE_SCRATCH": str(project.parent / "scratch"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "DVC_NO_ANALYTICS": "1",
+    }
+    dropped = {"PYTHONPATH", "SPARSELINE_DEVICE", "DVC_ROOT", "DVC_STAGE"}
+    return {key: value for key, value in os.environ.items() if key not in dropped} | own
+
+
+def run(project: Path, *command: str, code: int = 0) -> str:
+    """A command's standard output and error together; it must end with ``code``."""
+    done = subprocess.run(
+        command, cwd=project, env=environment(project), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == code, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+def invoke(stage: str, *arguments: str) -> Result:
+    """A stage in this process, in the current directory."""
+    return CliRunner().invoke(import_module(f"stages.{stage}").main, arguments, catch_exceptions=True)
+
+
+def build(*steps: str) -> None:
+    """Stages in this process, in the current directory, as ``"prune wanda"``; each must end well."""
+    for step in steps:
+        result = invoke(*step.split())
+        assert result.exit_code == 0, f"{step}: {result.output} {result.exception!r}"
+
+
+def read_params(project: Path) -> Any:
+    return YAML(typ="safe").load(project / "params.yaml")
+
+
+def write_params(project: Path, values: Mapping[str, Any]) -> None:
+    with (project / "params.yaml").open("w", encoding="utf-8") as file:
+        YAML().dump(dict(values), file)
+
+
+def change_params(project: Path, key: str, value: Any) -> None:
+    """Set one dotted key; ``REMOVED`` takes it away."""
+    values = read_params(project)
+    *path, last = key.split(".")
+    section = values
+    for part in path:
+        section = section[part]
+    if value is REMOVED:
+        del section[last]
+    else:
+        section[last] = value
+    write_params(project, values)
+
+
+def change_json(path: Path, change: Callable[[Any], Any]) -> None:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(change(value) or value), encoding="utf-8")
+
+
+def tree(directory: Path) -> dict[str, str]:
+    """Path -> SHA-256 of every file below a directory."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,0 +1,364 @@
+"""Artifacts and parameters. Oracles: bytes, subprocesses, and the YAML 1.2 that DVC reads."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline_lib.artifacts import read_json, read_tensors, replacing, sha256, write_json, write_tensors, write_text
+from pipeline_lib.errors import SparselineError
+from pipeline_lib.params import Params, load, merge, parse, section
+from pipeline_lib.pruning.settings import SelectionParams
+from pipeline_lib.runtime import check_environment, device, generator, resume_key, scratch, stage
+from pipeline_lib.transforms.transform import Transform, read_transforms, write_transforms
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# Atomic
+
+
+def test_a_failed_write_keeps_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError, match="half way"), replacing(path) as temporary:
+        temporary.write_text("new but ha")
+        raise RuntimeError("half way")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_failed_first_write_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "deep" / "a.json", {"x": float("nan")})
+    with pytest.raises(Exception):  # noqa: B017 - whatever the serialiser raises
+        write_tensors(tmp_path / "deep" / "a.safetensors", {"x": torch.empty(2, device="meta")})
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_directories_are_replaced_whole(tmp_path: Path) -> None:
+    """The old directory's files go with it; a failure leaves the old directory as it was."""
+    path = tmp_path / "d"
+    for name in ("old", "new"):
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            (temporary / name).write_text(name)
+    assert [p.name for p in path.iterdir()] == ["new"]
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.mkdir()
+        (temporary / "third").write_text("x")
+        raise RuntimeError
+    assert [p.name for p in path.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
+    """A partial file or directory from a killed run does not get into the next write."""
+    (tmp_path / ".d.partial").mkdir()
+    (tmp_path / ".d.partial" / "stale").write_text("x")
+    with replacing(tmp_path / "d") as temporary:
+        temporary.mkdir()
+        (temporary / "fresh").write_text("x")
+    assert [p.name for p in (tmp_path / "d").iterdir()] == ["fresh"]
+
+
+def test_a_file_is_never_absent_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: at the moment of the rename the old file is still there, so that a kill at any point leaves old or new."""
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    seen: list[str] = []
+    real = os.replace
+
+    def spy(source: Any, destination: Any) -> None:
+        seen.append(Path(destination).read_text() if Path(destination).exists() else "absent")
+        real(source, destination)
+
+    monkeypatch.setattr(os, "replace", spy)
+    write_text(path, "new")
+    assert seen == ["old"]
+    assert path.read_text() == "new"
+
+
+# Deterministic
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from pipeline_lib.artifacts import write_json, write_tensors
+out = Path(sys.argv[1])
+names = sys.argv[2].split(",")
+write_tensors(out / "t.safetensors", {n: torch.arange(float(len(n))) for n in names}, {n: n for n in names} | {"x": {"b": 1, "a": 2}})
+write_json(out / "j.json", {n: {"z": 1, "é": [1.5, None]} for n in names})
+"""
+
+
+def test_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:
+    """Two processes with other hash seeds and another order of the keys write the same bytes."""
+    for name, seed, order in (("a", "1", "one,two,three,four,five"), ("b", "2", "five,four,three,two,one")):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", WRITER, str(tmp_path / name), order], check=True, env=environment)
+    for file in ("t.safetensors", "j.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_json_is_sorted_utf_8_with_a_final_newline(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"b": "é", "a": 1})
+    assert (tmp_path / "a.json").read_bytes() == '{\n "a": 1,\n "b": "é"\n}\n'.encode()
+    assert read_json(tmp_path / "a.json") == {"a": 1, "b": "é"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64])
+def test_tensors_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Values, types and facts; transposed and partial views are written as what they show."""
+    base = torch.arange(12).view(3, 4).to(dtype)
+    views = {"turned": base.T, "part": base.clone()[1:, ::2], "empty": base.clone()[:0], "scalar": base.clone()[0, 1]}
+    tensors = {"base": base.clone(), **views}
+    write_tensors(tmp_path / "t.safetensors", tensors, {"grams": True, "n": [1, 2]})
+    found, facts = read_tensors(tmp_path / "t.safetensors")
+    assert facts == {"grams": True, "n": [1, 2]}
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_another_schema_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    for metadata in ({"sparseline": json.dumps({"schema": 999})}, {"sparseline": "{}"}, {"format": "pt"}, None):
+        save_file({"x": torch.ones(1)}, path, metadata=metadata)
+        with pytest.raises(SparselineError, match="written by another version of Sparseline; run `dvc repro`"):
+            read_tensors(path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage that is no safetensors file"])
+def test_unreadable_artifacts_are_told(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "artifact"
+    if content is not None:
+        path.write_bytes(content)
+    for read in (read_json, read_tensors):
+        with pytest.raises(SparselineError, match=r"artifact cannot be read .*run `dvc repro`"):
+            read(path)
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc" * 100_000)
+    assert sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_transforms_round_trip(tmp_path: Path) -> None:
+    """Every part of every block comes back; blocks without any get the identity; dots in names survive."""
+    one = Transform(
+        {"v_o": torch.ones(2), "q_k": torch.full((3,), 2.0)}, {"mlp.input": torch.zeros(4)}, {"mlp.input": torch.full((4,), 0.5)}
+    )
+    write_transforms(tmp_path / "t.safetensors", {0: one, 12: Transform(factors={"v_o": torch.ones(1)})}, {"choice": ["start"]})
+    transforms, facts = read_transforms(tmp_path / "t.safetensors", 13)
+    assert facts == {"choice": ["start"]}
+    assert len(transforms) == 13
+    for part in ("factors", "shifts", "importance"):
+        again, before = getattr(transforms[0], part), getattr(one, part)
+        assert again.keys() == before.keys()
+        assert all(torch.equal(again[name], before[name]) for name in before)
+    assert transforms[12].factors["v_o"].tolist() == [1]
+    assert transforms[5] == Transform()
+
+
+# Parameters
+
+SELECTION = """
+prune:
+  selection:
+    sparsity: 0.5
+    pattern: "2:4"
+    score: wanda
+    group: row
+    block: 128
+    damping: 1e-4
+    damping_of: mean
+"""
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_yaml_1_2(tmp_path: Path) -> None:
+    """``1e-4`` is a number, ``2:4`` a string quoted or not, ``on`` and ``no`` are strings: as DVC reads them, not as PyYAML does."""
+    path = written(tmp_path, 'a:\n  x: 1e-4\n  y: 2:4\n  z: "2:4"\n  w: on\n  v: no\n  u: true\n  t: null\n  s: 010\n')
+    assert section("a", path) == {"x": 1e-4, "y": "2:4", "z": "2:4", "w": "on", "v": "no", "u": True, "t": None, "s": 10}
+
+
+def test_a_section_is_read_into_its_model(tmp_path: Path) -> None:
+    found = load(SelectionParams, "prune.selection", written(tmp_path, SELECTION))
+    assert found.damping == 1e-4
+    assert found.pattern == "2:4"
+    assert (found.shape.n, found.shape.m) == (2, 4)
+    with pytest.raises(ValueError, match="frozen"):
+        found.block = 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("block: 128", "block: 128\n    blok: 1", r"prune\.selection\.blok is not a known key; .* use one of: block, damping, damping_of"),
+        ("    block: 128\n", "", r"prune\.selection\.block is missing; add it"),
+        ("sparsity: 0.5", "sparsity: 1.5", r"prune\.selection\.sparsity = 1\.5 cannot be used: .*less than 1"),
+        ("sparsity: 0.5", "sparsity: 0", r"prune\.selection\.sparsity = 0 cannot be used: .*greater than 0"),
+        ("sparsity: 0.5", "sparsity: .nan", r"prune\.selection\.sparsity = nan cannot be used"),
+        ("sparsity: 0.5", "sparsity: half", r"prune\.selection\.sparsity = 'half' cannot be used: .*number"),
+        ("sparsity: 0.5", "sparsity: 0.6", r"pattern 2:4 keeps 2 of 4, so sparsity must be 0\.5, not 0\.6"),
+        ("block: 128", "block: 1.5", r"prune\.selection\.block = 1\.5 cannot be used: .*integer"),
+        ("block: 128", "block: 0", r"prune\.selection\.block = 0 cannot be used: .*greater than or equal to 1"),
+        ("damping: 1e-4", "damping: 0", r"prune\.selection\.damping = 0 cannot be used"),
+        ("score: wanda", "score: wonder", r"prune\.selection\.score = 'wonder' cannot be used: .*'magnitude', 'wanda'"),
+        ('"2:4"', '"4:2"', r'prune\.selection\.pattern = \'4:2\' cannot be used: a pattern is unstructured or "N:M"'),
+        ('"2:4"', "124", r"prune\.selection\.pattern = 124 cannot be used: .*string"),
+        ("score: wanda", "score: [wanda]", r"prune\.selection\.score = \['wanda'\] cannot be used"),
+    ],
+)
+def test_wrong_parameters_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    """One sentence: the key, its value, what is allowed."""
+    assert old in SELECTION
+    with pytest.raises(SparselineError, match=message) as caught:
+        load(SelectionParams, "prune.selection", written(tmp_path, SELECTION.replace(old, new)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("a: 1\n", "b", "has no section 'b'; add it"),
+        ("a: 1\n", "a.b", r"has no section 'a\.b'"),
+        ("a: {b: {c: 1}}\n", "a.c", r"has no section 'a\.c'"),
+        ("", "a", "has no section 'a'"),
+        ("a: [1\n", "a", "cannot be read as YAML"),
+        ("a: 1\na: 2\n", "a", "cannot be read as YAML: .*duplicate"),
+    ],
+)
+def test_broken_files_and_missing_sections_are_told(tmp_path: Path, text: str, name: str, message: str) -> None:
+    with pytest.raises(SparselineError, match=message) as caught:
+        section(name, written(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_non_utf_8_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SparselineError, match="cannot be read as YAML"):
+        section("a", tmp_path / "absent.yaml")
+    (tmp_path / "latin.yaml").write_bytes("a: é\n".encode("latin-1"))
+    with pytest.raises(SparselineError, match="cannot be read as YAML"):
+        section("a", tmp_path / "latin.yaml")
+
+
+def test_a_section_that_is_no_mapping_is_told() -> None:
+    with pytest.raises(SparselineError, match=r"params\.yaml: prune\.selection = 3 cannot be used"):
+        parse(SelectionParams, 3, "prune.selection")
+
+
+def test_nested_keys_are_told_in_full() -> None:
+    class Inner(Params):
+        x: int
+
+    class Outer(Params):
+        inner: Inner
+
+    with pytest.raises(SparselineError, match=r"params\.yaml: outer\.inner\.x = 'a' cannot be used"):
+        parse(Outer, {"inner": {"x": "a"}}, "outer")
+    with pytest.raises(SparselineError, match=r"outer\.inner\.y is not a known key; remove it or use one of: x\."):
+        parse(Outer, {"inner": {"x": 1, "y": 2}}, "outer")
+
+
+def test_merge() -> None:
+    """Mappings merge level by level; anything else, lists and null included, is replaced; the defaults stay as they were."""
+    defaults = {"a": {"x": 1, "y": {"z": 2}}, "b": [1, 2], "c": 3}
+    before = json.dumps(defaults)
+    merged = merge(defaults, {"a": {"y": {"w": 4}}, "b": [5], "c": None, "d": 6})
+    assert merged == {"a": {"x": 1, "y": {"z": 2, "w": 4}}, "b": [5], "c": None, "d": 6}
+    assert json.dumps(defaults) == before
+    assert merge(defaults, {"a": 1})["a"] == 1
+    assert merge(defaults, {"c": {"q": 1}})["c"] == {"q": 1}
+    assert merge(defaults, {}) == defaults
+
+
+# How stages run
+
+
+def test_generators_are_keyed() -> None:
+    """The same key the same numbers, another seed or name others."""
+    first = torch.rand(4, generator=generator(0, "a"))
+    assert torch.equal(first, torch.rand(4, generator=generator(0, "a")))
+    assert not torch.equal(first, torch.rand(4, generator=generator(1, "a")))
+    assert not torch.equal(first, torch.rand(4, generator=generator(0, "b")))
+
+
+def test_a_stage_tells_its_error_and_exits_with_2(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "env.lock.json", {})
+    with pytest.raises(SystemExit) as caught, stage():
+        raise SparselineError("bad input; mend it.")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: bad input; mend it.\n"
+    with pytest.raises(ZeroDivisionError), stage(tmp_path / "cost.json"):
+        _ = 1 / 0
+    assert not (tmp_path / "cost.json").exists()
+    with stage(tmp_path / "cost.json"):
+        pass
+    assert read_json(tmp_path / "cost.json").keys() >= {"wall_s", "cpu_s", "peak_rss_bytes"}
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "two", "1.5"])
+def test_bad_thread_counts_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "env.lock.json", {})
+    monkeypatch.setenv("SPARSELINE_THREADS", threads)
+    with pytest.raises(SystemExit), stage():
+        pass
+    assert f"SPARSELINE_THREADS={threads} is not a positive whole number" in capsys.readouterr().err
+
+
+def test_other_packages_are_refused(tmp_path: Path) -> None:
+    """major.minor decide; what is installed is named."""
+    here = ".".join(torch.__version__.split(".")[:2])
+    write_json(tmp_path / "env.json", {"torch": here})
+    check_environment(tmp_path / "env.json")
+    for locked in ({"torch": "1.0"}, {"python": "3.1"}):
+        write_json(tmp_path / "env.json", locked)
+        with pytest.raises(SparselineError, match=r"wants (torch 1\.0|python 3\.1), but"):
+            check_environment(tmp_path / "env.json")
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPARSELINE_DEVICE", raising=False)
+    assert device() == torch.device("cpu")
+    monkeypatch.setenv("SPARSELINE_DEVICE", "abacus")
+    with pytest.raises(SparselineError, match="SPARSELINE_DEVICE=abacus is not a device of this machine"):
+        device()
+
+
+def test_resume_keys_and_scratch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The key follows the facts and the inputs' bytes, not their paths; scratch lies where the setting says."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_bytes(b"1")
+    b.write_bytes(b"1")
+    key = resume_key("facts", [a])
+    assert key == resume_key("facts", [b])
+    assert key != resume_key("other", [a])
+    b.write_bytes(b"2")
+    assert key != resume_key("facts", [b])
+    monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "s"))
+    assert scratch("prune", key) == tmp_path / "s" / "prune" / key
+    monkeypatch.delenv("SPARSELINE_SCRATCH")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
+    assert scratch("prune", key) == tmp_path / "c" / "sparseline" / "resume" / "prune" / key

@@ -1,0 +1,512 @@
+"""Every mistake is told in one sentence that names the key or file, its value and the mend; nothing is written, nothing is lost.
+
+Oracle: the wording required of each mistake (words that must occur), exit code 2, and the output tree before and after.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from click.testing import Result
+from project import REMOVED, build, change_json, change_params, invoke, make_workspace, read_params, run, tree, write_params
+from safetensors.torch import load_file, save_file
+from tiny import make_model
+
+from pipeline_lib import artifacts
+
+Change = Callable[[Path], None]
+STEPS = ("prepare", "text calibration", "text validation", "text test", "calibrate", "scale", "sensitivity", "induce sparseline")
+LATER = ("prune wanda", "prune sparseline", "evaluate dense", "evaluate wanda", "evaluate sparseline", "report")
+FIRST = "layers.0.self_attn.q_proj"  # the first logical matrix
+WEIGHTS = Path("data/model/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which every stage has run. Read only."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("finished")
+        patch.setenv("SPARSELINE_SCRATCH", str(home / "scratch"))
+        workspace = make_workspace(home / "project")
+        patch.chdir(workspace)
+        build(*STEPS, *LATER)
+    return workspace
+
+
+@pytest.fixture
+def workspace(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of it to break, as the current directory."""
+    copy = Path(shutil.copytree(finished, tmp_path / "project"))
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "scratch"))
+    threads = torch.get_num_threads()
+    yield copy
+    torch.set_num_threads(threads)
+
+
+def outputs(workspace: Path) -> dict[str, tuple[str, int]]:
+    """Path -> digest and time of writing of all that stages write."""
+    folders = [workspace / name for name in ("build", "report") if (workspace / name).exists()]
+    return {f"{d.name}/{p}": (digest, (d / p).stat().st_mtime_ns) for d in folders for p, digest in tree(d).items()}
+
+
+def told(result: Result) -> str:
+    """The one error line of a stage that failed as it should."""
+    assert result.exit_code == 2, f"{result.exit_code}: {result.output} {result.exception!r}"
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    # progress bars (with carriage returns) may stand before it, nothing after it
+    assert lines[-1] == errors[0], result.stderr
+    assert all("\r" in line or "%|" in line for line in lines[:-1]), result.stderr
+    assert "Traceback" not in result.output
+    message = errors[0].removeprefix("error: ")
+    assert re.search(r"[a-z0-9)`}'\"\]>.]$", message), message
+    assert "\r" not in message, message
+    return message
+
+
+def check(workspace: Path, stage: str, words: tuple[str, ...]) -> None:
+    """The stage tells its mistake with all the words and leaves every output, and the lack of any, as it was."""
+    before = outputs(workspace)
+    message = told(invoke(*stage.split()))
+    missing = [word for word in words if word not in message]
+    assert not missing, f"{missing} not in: {message}"
+    assert outputs(workspace) == before
+
+
+def params(**values: Any) -> Change:
+    """Change keys of params.yaml; ``__`` stands for a dot."""
+
+    def change(workspace: Path) -> None:
+        for key, value in values.items():
+            change_params(workspace, key.replace("__", "."), value)
+
+    return change
+
+
+class Mistake(NamedTuple):
+    name: str
+    stage: str  # the one that must tell it
+    change: Change
+    words: tuple[str, ...]  # key or file, value, mend
+    before: tuple[str, ...] = ()  # stages that accept the changed workspace first
+
+
+def wanda(**values: Any) -> Change:
+    return params(**{f"variants__wanda__{key}": value for key, value in values.items()})
+
+
+SELECTION = {"score": "wanda", "group": "row"}
+
+PARAMETERS = [
+    Mistake(
+        "sparsity above 1",
+        "prune wanda",
+        wanda(selection={**SELECTION, "sparsity": 1.5}),
+        ("variants.wanda.selection.sparsity", "1.5", "less than 1"),
+    ),
+    Mistake("sparsity 0", "prune wanda", params(prune__selection__sparsity=0), ("selection.sparsity", "= 0 ", "greater than 0")),
+    Mistake("sparsity of induction", "induce sparseline", params(prune__selection__sparsity=-1), ("selection.sparsity", "-1", "greater")),
+    Mistake("unknown key", "calibrate", params(calibrate__batch=3), ("calibrate.batch ", "not a known key", "batch_rows")),
+    Mistake(
+        "unknown nested key",
+        "prune wanda",
+        wanda(selection={**SELECTION, "sparcity": 0.5}),
+        ("variants.wanda.selection.sparcity", "not a known key", "sparsity"),
+    ),
+    Mistake("missing key", "sensitivity", params(sensitivity__seed=REMOVED), ("sensitivity.seed", "missing", "add it")),
+    Mistake("missing section", "scale", params(scale=REMOVED), ("scale", "add it")),
+    Mistake("word for a number", "calibrate", params(calibrate__batch_rows="many"), ("calibrate.batch_rows", "'many'", "integer")),
+    Mistake("number for a list", "prepare", params(model__include=3), ("model.include", "= 3 ", "list")),
+    Mistake("no rows in a batch of calibrate", "calibrate", params(calibrate__batch_rows=0), ("calibrate.batch_rows", "= 0 ", "1")),
+    Mistake("no tokens for medians", "calibrate", params(calibrate__median_tokens=0), ("calibrate.median_tokens", "= 0 ", "1")),
+    Mistake("no rows in a batch of prune", "prune wanda", params(prune__batch_rows=0), ("batch_rows", "= 0 ", "1")),
+    Mistake("no rows in a batch of evaluate", "evaluate dense", params(evaluate__batch_rows=0), ("evaluate.batch_rows", "= 0 ", "1")),
+    Mistake("one probe", "sensitivity", params(sensitivity__probes=1), ("sensitivity.probes", "= 1 ", "2")),
+    Mistake("no steps", "induce sparseline", params(induce__steps=0), ("induce.steps", "= 0 ", "1")),
+    Mistake("negative limit of factors", "scale", params(scale__limit=-1), ("scale.limit", "-1", "greater than")),
+    Mistake("unknown start", "scale", params(scale__start="median"), ("scale.start", "'median'", "second_moment")),
+    Mistake(
+        "sparsity that the pattern denies",
+        "prune wanda",
+        params(prune__selection__pattern="2:4", prune__selection__sparsity=0.6),
+        ("variants.wanda.selection", "2:4", "sparsity must be 0.5, not 0.6"),
+    ),
+    Mistake(
+        "N:M that does not divide",
+        "prune wanda",
+        params(prune__selection__pattern="3:5", prune__selection__sparsity=0.4),
+        ("3:5", FIRST, "32 inputs", "choose another M", "exclude"),
+    ),
+    Mistake(
+        "N:M that does not divide, induction",
+        "induce sparseline",
+        params(prune__selection__pattern="3:5", prune__selection__sparsity=0.4),
+        ("3:5", FIRST, "32 inputs", "choose another M", "exclude"),
+    ),
+    Mistake("malformed pattern", "prune wanda", params(prune__selection__pattern="2-4"), ("selection.pattern", "'2-4'", "N:M")),
+    Mistake("number as pattern", "prune wanda", params(prune__selection__pattern=124), ("selection.pattern", "= 124 ", "string")),
+    Mistake("4 of 2", "prune wanda", params(prune__selection__pattern="4:2"), ("selection.pattern", "'4:2'", "N < M")),
+    Mistake(
+        "unknown score", "prune wanda", params(prune__selection__score="sgpt", variants__wanda__selection={}), ("score", "'sgpt'", "obs")
+    ),
+    Mistake("unknown step", "prune wanda", wanda(reconstruction={"steps": ["gptq"]}), ("reconstruction.steps", "'gptq'", "channel")),
+    Mistake(
+        "ranks without sensitivities",
+        "prune wanda",
+        wanda(allocation={"method": "weight"}),
+        ("allocation.method", "'weight'", FIRST, "sensitivity/sensitivity.json"),
+    ),
+    Mistake(
+        "bounds that miss the budget",
+        "prune wanda",
+        wanda(allocation={"density_bounds": [0.6, 0.9]}),
+        ("0.6", "0.9", "sparsity 0.5", "allocation.density_bounds"),
+    ),
+    Mistake(
+        "bounds in the wrong order",
+        "prune wanda",
+        wanda(allocation={"density_bounds": [0.9, 0.1]}),
+        ("allocation", "[0.9, 0.1]", "low <= high"),
+    ),
+    Mistake("one bound", "prune wanda", wanda(allocation={"density_bounds": [0.9]}), ("allocation.density_bounds", "missing")),
+    Mistake("nothing included", "prepare", params(model__include=["*.nothing"]), ("model.include", "model.exclude", "widen include")),
+    Mistake("everything excluded", "prepare", params(model__exclude=["*"]), ("model.include", "model.exclude", "widen include")),
+    Mistake("a variant that says nothing", "prune wanda", params(variants__wanda=None), ("variants.wanda.factors", "missing")),
+    Mistake("a word for a variant", "prune wanda", params(variants__wanda="on"), ("variants.wanda", "'on'", "mapping")),
+    Mistake("a word for induction", "induce sparseline", params(induced__sparseline="on"), ("induced.sparseline", "'on'", "mapping")),
+    Mistake("unknown variant", "prune nonsense", params(), ("variants.nonsense", "add it")),
+    Mistake("unknown text", "text nonsense", params(), ("texts.nonsense", "add it")),
+    Mistake(
+        "factors that nothing made", "prune wanda", wanda(factors="scale/none.safetensors"), ("build/scale/none.safetensors", "dvc repro")
+    ),
+    Mistake(
+        "half precision by another name", "prepare", params(model__compute_dtype="fp16"), ("model.compute_dtype", "'fp16'", "bfloat16")
+    ),
+    Mistake(
+        "a task that does not exist",
+        "evaluate dense",
+        params(evaluate__tasks__names=["nonsense"]),
+        ("'nonsense'", "data/tasks", "corrupted"),
+    ),
+    Mistake(
+        "completions of a text that does not exist",
+        "evaluate dense",
+        params(evaluate__completions__text="nonsense"),
+        ("evaluate.completions.text", "'nonsense'", "test"),
+    ),
+    Mistake(
+        "longer prompts than rows",
+        "evaluate dense",
+        params(evaluate__completions__prompt_tokens=100),
+        ("100 tokens", "'test'", "lower count or prompt_tokens"),
+    ),
+]
+
+
+def replace_model(**arguments: Any) -> Change:
+    def change(workspace: Path) -> None:
+        shutil.rmtree(workspace / "data" / "model")
+        make_model(workspace / "data" / "model", **{"family": "llama", **arguments})
+
+    return change
+
+
+def remove(*names: str) -> Change:
+    def change(workspace: Path) -> None:
+        for name in names:
+            path = workspace / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return change
+
+
+def cut_short(workspace: Path) -> None:
+    path = workspace / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def pickled(workspace: Path) -> None:
+    torch.save(load_file(workspace / WEIGHTS), workspace / "data" / "model" / "pytorch_model.bin")
+    (workspace / WEIGHTS).unlink()
+
+
+def config(**values: Any) -> Change:
+    return lambda workspace: change_json(workspace / "data" / "model" / "config.json", lambda old: old | values)
+
+
+def weights(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    """Replace one stored tensor."""
+
+    def apply(workspace: Path) -> None:
+        tensors = load_file(workspace / WEIGHTS)
+        tensors[name] = change(tensors[name].clone())
+        save_file(tensors, workspace / WEIGHTS, metadata={"format": "pt"})
+
+    return apply
+
+
+def both(first: Change, second: Change) -> Change:
+    def change(workspace: Path) -> None:
+        first(workspace)
+        second(workspace)
+
+    return change
+
+
+def with_entry(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[1, 2] = value
+        return tensor
+
+    return change
+
+
+KEY = "model.layers.1.self_attn.k_proj.weight"
+HEAD = "lm_head.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+HUGE = weights(DOWN, lambda tensor: tensor.sign() * 3e38)
+TEXTS = ("text calibration", "text validation", "text test")
+
+MODELS = [
+    Mistake("no directory", "prepare", params(model__path="data/none"), ("model.path", "'data/none'", "config.json and *.safetensors")),
+    Mistake("no weights", "prepare", remove(str(WEIGHTS)), ("data/model", "model.safetensors", "give a directory with the weights")),
+    Mistake("no config", "prepare", remove("data/model/config.json"), ("data/model", "config.json")),
+    Mistake("truncated weights", "prepare", cut_short, (str(WEIGHTS), "truncated", "fetch the checkpoint again")),
+    Mistake("weights truncated after prepare", "calibrate", cut_short, (str(WEIGHTS), "truncated", "fetch the checkpoint again")),
+    Mistake("pickled weights only", "prepare", pickled, ("data/model", "pytorch_model.bin", "save_pretrained")),
+    Mistake(
+        "tokenizer of a larger vocabulary",
+        "prepare",
+        replace_model(vocab_size=100),
+        ("data/model", "tokenizer", "256", "100", "own tokenizer"),
+    ),
+    Mistake(
+        "no tokenizer", "prepare", remove("data/model/tokenizer.json", "data/model/tokenizer_config.json"), ("data/model", "tokenizer")
+    ),
+    Mistake(
+        "mixture of experts",
+        "prepare",
+        config(model_type="mixtral", architectures=["MixtralForCausalLM"]),
+        ("'mixtral'", "not supported", "llama, opt"),
+    ),
+    Mistake(
+        "quantised",
+        "prepare",
+        config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}),
+        ("quantised", "original checkpoint"),
+    ),
+    Mistake("fewer blocks than the config", "prepare", config(num_hidden_layers=3), ("model.layers.2.", "config.json", "fetch")),
+    Mistake("weights changed after prepare", "calibrate", weights(KEY, with_entry(0.5)), (str(WEIGHTS), "changed", "dvc repro")),
+    Mistake("weights changed, scale", "scale", weights(KEY, with_entry(0.5)), (str(WEIGHTS), "changed", "dvc repro")),
+    Mistake("weights changed, sensitivity", "sensitivity", weights(KEY, with_entry(0.5)), (str(WEIGHTS), "changed", "dvc repro")),
+    Mistake("weights changed, prune", "prune wanda", weights(KEY, with_entry(0.5)), (str(WEIGHTS), "changed", "dvc repro")),
+    Mistake("weights changed, evaluate", "evaluate dense", weights(KEY, with_entry(0.5)), (str(WEIGHTS), "changed", "dvc repro")),
+    *(
+        Mistake(
+            f"{value} in the weights, {stage}", stage, weights(KEY, with_entry(value)), (str(WEIGHTS), KEY, "NaN or infinity"), ("prepare",)
+        )
+        for value in (float("nan"), float("inf"))
+        for stage in ("calibrate", "prune wanda")
+    ),
+    Mistake("nan in the weights, sensitivity", "sensitivity", weights(KEY, with_entry(float("nan"))), ("NaN or infin",), ("prepare",)),
+    Mistake("nan in the head, sensitivity", "sensitivity", weights(HEAD, with_entry(float("nan"))), ("NaN or infin",), ("prepare",)),
+    Mistake("nan in the head, prune", "prune wanda", weights(HEAD, with_entry(float("nan"))), (HEAD, "NaN or infinity"), ("prepare",)),
+    Mistake("nan in the head, evaluate", "evaluate dense", weights(HEAD, with_entry(float("nan"))), ("NaN or infin",), ("prepare",)),
+    *(
+        Mistake(f"overflow, {stage}", stage, HUGE, ("layers.1", "NaN or infinity", "float32"), ("prepare",))
+        for stage in ("calibrate", "prune wanda", "prune sparseline")
+    ),
+    Mistake(
+        "positions beyond the model's",
+        "text test",
+        both(replace_model(family="opt"), params(texts__test__length=200)),
+        ("texts.test.length", "200", "128"),
+        ("prepare",),
+    ),
+]
+
+
+def written(name: str, content: str) -> Change:
+    def change(workspace: Path) -> None:
+        (workspace / name).write_text(content, encoding="utf-8")
+
+    return change
+
+
+DATA = [
+    Mistake("empty text", "text test", written("data/texts/test.txt", " \n"), ("data/texts/test.txt", "empty", "non-empty")),
+    Mistake(
+        "short text",
+        "text test",
+        written("data/texts/test.txt", "a" * 99),
+        ("data/texts/test.txt", "3 rows of 32 tokens", "8 are asked for", "lower rows"),
+    ),
+    Mistake("no such text", "text test", params(texts__test__path="data/texts/none.txt"), ("data/texts/none.txt", "path")),
+    Mistake("unknown use", "text test", params(texts__test__use="train"), ("texts.test.use", "'train'", "evaluate")),
+    *(
+        Mistake(
+            f"two calibration texts, {stage}",
+            stage,
+            params(texts__validation__use="calibrate"),
+            ("texts", "exactly one", "use: calibrate", "not 2"),
+            ("text validation",),
+        )
+        for stage in ("calibrate", "sensitivity", "induce sparseline", "prune wanda")
+    ),
+    Mistake("no calibration text", "calibrate", remove("build/texts/calibrate"), ("texts", "exactly one", "not 0")),
+    Mistake(
+        "other packages",
+        "calibrate",
+        lambda workspace: change_json(workspace / "env.lock.json", lambda old: old | {"torch": "1.13"}),
+        ("env.lock.json", "torch 1.13", torch.__version__.split("+")[0], "make environment"),
+    ),
+    Mistake("damaged list of packages", "calibrate", written("env.lock.json", "{"), ("env.lock.json", "JSON")),
+    Mistake("no list of packages", "calibrate", remove("env.lock.json"), ("env.lock.json",)),
+    Mistake("a package that is not here", "calibrate", written("env.lock.json", '{"nonsense": "1.0"}'), ("env.lock.json", "nonsense")),
+    Mistake("no evaluation text", "evaluate dense", remove("build/texts/evaluate"), ("texts", "use: evaluate")),
+    Mistake("damaged statistics", "scale", written("build/calibrate/block-001.safetensors", "x"), ("block-001.safetensors", "dvc repro")),
+    Mistake("missing facts", "report", remove("build/facts/wanda.json"), ("build/facts/wanda.json", "dvc repro prune@wanda")),
+    Mistake("missing evaluation", "report", remove("build/evaluate/dense.json"), ("build/evaluate/dense.json", "dvc repro")),
+    Mistake("params.yaml that is no YAML", "calibrate", written("params.yaml", "model: [1, 2"), ("params.yaml", "YAML")),
+    Mistake("no params.yaml", "calibrate", remove("params.yaml"), ("params.yaml", "No such file")),
+]
+
+
+def ids(mistakes: list[Mistake]) -> list[str]:
+    return [mistake.name for mistake in mistakes]
+
+
+@pytest.mark.parametrize("mistake", PARAMETERS, ids=ids(PARAMETERS))
+def test_bad_parameters(workspace: Path, mistake: Mistake) -> None:
+    """Oracle: the key with its place in params.yaml, the value that stands there, and what is allowed."""
+    mistake.change(workspace)
+    build(*mistake.before)
+    check(workspace, mistake.stage, mistake.words)
+
+
+@pytest.mark.parametrize("mistake", MODELS, ids=ids(MODELS))
+def test_bad_models(workspace: Path, mistake: Mistake) -> None:
+    """Oracle: the damaged file, tensor or block, and the mend."""
+    mistake.change(workspace)
+    build(*mistake.before)
+    check(workspace, mistake.stage, mistake.words)
+
+
+@pytest.mark.parametrize("mistake", DATA, ids=ids(DATA))
+def test_bad_data(workspace: Path, mistake: Mistake) -> None:
+    """Oracle: the file or key, and the mend."""
+    mistake.change(workspace)
+    build(*mistake.before)
+    check(workspace, mistake.stage, mistake.words)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("SPARSELINE_THREADS", "zero", ("SPARSELINE_THREADS=zero", "positive whole number")),
+        ("SPARSELINE_THREADS", "0", ("SPARSELINE_THREADS=0", "positive whole number")),
+        ("SPARSELINE_THREADS", "1.5", ("SPARSELINE_THREADS=1.5", "positive whole number")),
+        ("SPARSELINE_DEVICE", "nonsense", ("SPARSELINE_DEVICE=nonsense", "use cpu")),
+        ("SPARSELINE_DEVICE", "cuda:99", ("SPARSELINE_DEVICE=cuda:99", "use cpu")),
+    ],
+)
+def test_bad_settings(workspace: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: tuple[str, ...]) -> None:
+    """Oracle: the variable as it was set, and what it may be."""
+    monkeypatch.setenv(name, value)
+    check(workspace, "calibrate", words)
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "prune wanda"])
+def test_nothing_is_written_where_nothing_was(workspace: Path, stage: str) -> None:
+    """A stage that fails half-way (block 1 overflows, block 0 is done) leaves no output behind. Oracle: the files that are there."""
+    HUGE(workspace)
+    build("prepare")
+    for path in ("build/calibrate", "build/prune", "build/facts", "build/costs"):
+        shutil.rmtree(workspace / path)
+    told(invoke(*stage.split()))
+    assert {path.split("/")[0] for path in tree(workspace / "build")} == {
+        "prepare",
+        "texts",
+        "scale",
+        "sensitivity",
+        "induce",
+        "evaluate",
+        "completions",
+    }
+    assert not list((workspace / "build").rglob("*partial*"))
+
+
+def test_an_unquoted_pattern_is_read_as_it_is_meant(workspace: Path) -> None:
+    """YAML 1.1 reads 2:4 as 124; params.yaml is YAML 1.2. Oracle: two kept of every four inputs in every mask."""
+    change_params(workspace, "variants.wanda.selection", {**SELECTION, "pattern": "PATTERN"})
+    path = workspace / "params.yaml"
+    path.write_text(re.sub(r"['\"]?PATTERN['\"]?", "2:4", path.read_text(encoding="utf-8")), encoding="utf-8")
+    assert "pattern: 2:4" in path.read_text(encoding="utf-8")
+    build("prune wanda")
+    tensors = load_file(workspace / "build/prune/wanda/checkpoint/model-00001-of-00003.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            assert (tensor.reshape(-1, 4).ne(0).sum(1) == 2).all(), name
+
+
+def test_an_empty_section_is_an_empty_mapping(workspace: Path) -> None:
+    """``sparseline:`` with nothing behind it is YAML's null. Oracle: the bytes that ``sparseline: {}`` gave."""
+    before = tree(workspace / "build" / "induce")
+    change_params(workspace, "induced.sparseline", None)
+    build("induce sparseline")
+    assert tree(workspace / "build" / "induce") == before
+
+
+def test_a_renamed_text_takes_the_place_of_the_old(workspace: Path) -> None:
+    """DVC leaves the outputs of stages that are gone. Oracle: one text is for calibration, so there is no mistake to tell."""
+    values = read_params(workspace)
+    values["texts"]["other"] = values["texts"].pop("calibration")
+    write_params(workspace, values)
+    build("text other", "calibrate")
+
+
+def test_a_singular_second_moment_raises_the_damping(workspace: Path) -> None:
+    """Oracle: 8 tokens cannot span 32 channels, so without damping no factorisation exists; facts and log name what was needed."""
+    change_params(workspace, "texts.calibration.rows", 1)
+    change_params(workspace, "texts.calibration.length", 8)
+    change_params(workspace, "prune.selection.damping", 1e-12)
+    build("text calibration")
+    result = invoke("prune", "wanda")
+    assert result.exit_code == 0, result.output
+    matrices = artifacts.read_json(workspace / "build" / "facts" / "wanda.json")["matrices"]
+    raised = {name for name, facts in matrices.items() if facts["damping"] > 1e-12}
+    assert FIRST in raised
+    line = next(line for line in result.stdout.splitlines() if "damping raised" in line)
+    assert set(line.split("damping raised for ")[1].split(", ")) == raised
+
+
+def test_a_second_moment_of_nan_is_told(workspace: Path) -> None:
+    """Oracle: the site. Finite weights whose activations overflow inside a block must not become a mask."""
+    weights("model.layers.0.mlp.up_proj.weight", lambda tensor: tensor.sign() * 3e38)(workspace)
+    build("prepare")
+    check(workspace, "prune wanda", ("layers.0", "NaN or infinity"))
+    check(workspace, "calibrate", ("layers.0", "NaN or infinity"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "words"),
+    [
+        (("prepare",), cut_short, (str(WEIGHTS), "truncated")),
+        (("prune", "wanda"), wanda(selection={"sparsity": 2}), ("variants.wanda.selection.sparsity", "= 2 ")),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) and isinstance(value[0], str) else "",
+)
+def test_stages_as_dvc_runs_them(workspace: Path, stage: tuple[str, ...], change: Change, words: tuple[str, ...]) -> None:
+    """A real process: the whole of its output is the error, without warnings of the interpreter. Oracle: the text and the exit code."""
+    change(workspace)
+    before = outputs(workspace)
+    output = run(workspace, "python", "-m", f"stages.{stage[0]}", *stage[1:], code=2)
+    assert output.startswith("error: ") and output.count("\n") == 1, output
+    assert all(word in output for word in words), output
+    assert outputs(workspace) == before

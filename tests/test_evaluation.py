@@ -1,0 +1,305 @@
+"""Perplexity, tasks and completions against independent computations, on tiny models with a byte tokenizer."""
+
+import importlib.util
+import json
+import math
+import platform
+import socket
+import sysconfig
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline_lib.errors import SparselineError
+from pipeline_lib.evaluation.completions import CompletionsParams, complete
+from pipeline_lib.evaluation.perplexity import perplexity
+from pipeline_lib.evaluation.tasks import TasksParams, run_tasks
+
+ROOT = Path(__file__).parent.parent
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+MADE_WITH = "3.11.7"  # as data/tasks/*.yaml say
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """End of text = 0, then one token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={"<|endoftext|>": 0} | {c: i for i, c in enumerate(alphabet, 1)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rest = {"vocab_size": 257, "max_position_embeddings": 1024, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(**(sizes | rest | changes))).eval()
+
+
+def repeater() -> LlamaForCausalLM:
+    """Expects every token to repeat: the blocks add nothing, and the head reads the token's own direction."""
+    model = tiny_llama(hidden_size=272, num_hidden_layers=1, tie_word_embeddings=True)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(257, 272))
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+    return model
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    return torch.randint(1, 257, (7, 24), generator=torch.Generator().manual_seed(1))
+
+
+# perplexity
+
+
+def test_perplexity_is_that_of_a_token_by_token_sum(rows: torch.Tensor) -> None:
+    model = tiny_llama()
+    losses = []
+    for row in rows:
+        likely = torch.log_softmax(model(input_ids=row[None]).logits[0].detach().double(), dim=-1)
+        losses += [-float(likely[i, row[i + 1]]) for i in range(len(row) - 1)]
+    assert len(losses) == 7 * 23
+    assert perplexity(model, rows, batch_rows=3) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+def test_perplexity_of_a_model_that_knows_nothing_is_the_vocabulary(rows: torch.Tensor) -> None:
+    model = tiny_llama()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert perplexity(model, rows, batch_rows=2) == pytest.approx(257, rel=1e-6)
+
+
+def test_perplexity_does_not_depend_on_the_batch_size(rows: torch.Tensor) -> None:
+    model = tiny_llama()
+    whole = perplexity(model, rows, batch_rows=7)
+    assert [perplexity(model, rows, batch_rows=n) for n in (1, 2, 100)] == pytest.approx([whole] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, 1e30])
+def test_a_broken_model_is_told_in_one_sentence(rows: torch.Tensor, broken: float) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[5] = broken
+    with pytest.raises(SparselineError, match="loss is"):
+        perplexity(model, rows, batch_rows=4)
+
+
+@pytest.mark.parametrize("shape", [(0, 24), (3, 1)])
+def test_perplexity_needs_something_to_predict(shape: tuple[int, int]) -> None:
+    with pytest.raises(SparselineError, match="at least one row"):
+        perplexity(tiny_llama(), torch.ones(shape, dtype=torch.long), batch_rows=1)
+
+
+# completions
+
+COMPLETIONS = CompletionsParams(text="test", count=2, prompt_tokens=6, new_tokens=8)
+
+
+def test_completions_are_greedy_and_repeatable(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_llama()
+    rows = torch.tensor(tokenizer(["def one(x):", "import os, "], add_special_tokens=False)["input_ids"])
+    done = complete(model, tokenizer, rows, COMPLETIONS)
+    assert done == complete(model, tokenizer, rows, COMPLETIONS)
+    assert [item["prompt"] for item in done] == ["def on", "import"]
+    for row, item in zip(rows, done, strict=True):  # without a cache, from the whole text so far
+        tokens = row[:6]
+        for _ in range(8):
+            tokens = torch.cat([tokens, model(input_ids=tokens[None]).logits[0, -1:].argmax(-1)])
+        assert item["completion"] == tokenizer.decode(tokens[6:], skip_special_tokens=True)
+
+
+def test_a_completion_stops_at_the_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    ended = torch.tensor([[*tokenizer.encode("abc"), 0]])
+    params = CompletionsParams(text="test", count=1, prompt_tokens=4, new_tokens=3)
+    assert complete(repeater(), tokenizer, ended, params) == [{"prompt": "abc", "completion": ""}]
+    shorter = params.model_copy(update={"prompt_tokens": 3})
+    assert complete(repeater(), tokenizer, ended, shorter) == [{"prompt": "abc", "completion": "ccc"}]
+
+
+@pytest.mark.parametrize(("change", "problem"), [({"count": 8}, "text 'test' has 7"), ({"new_tokens": 2000}, "1024 positions")])
+def test_completions_that_do_not_fit(tokenizer: PreTrainedTokenizerFast, rows: torch.Tensor, change: dict[str, int], problem: str) -> None:
+    with pytest.raises(SparselineError, match=problem):
+        complete(tiny_llama(), tokenizer, rows, COMPLETIONS.model_copy(update=change))
+
+
+def test_no_completions(tokenizer: PreTrainedTokenizerFast, rows: torch.Tensor) -> None:
+    assert complete(tiny_llama(), tokenizer, rows, COMPLETIONS.model_copy(update={"count": 0})) == []
+
+
+# the embedded tasks' files
+
+
+def items(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (ROOT / "data/tasks" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def squeezed(source: str) -> list[str]:
+    return [line.strip() for line in source.splitlines() if line.strip()]
+
+
+def read(module: str) -> str:
+    return (STDLIB / module).read_text(encoding="utf-8")
+
+
+made_here = pytest.mark.skipif(platform.python_version() != MADE_WITH, reason=f"the items are from the library of Python {MADE_WITH}")
+
+
+@pytest.mark.parametrize(("name", "texts", "count"), [("next_line", "choices", 4), ("corrupted", "programs", 2)])
+def test_items_have_one_gold_among_distinct_texts(name: str, texts: str, count: int) -> None:
+    made = items(name)
+    assert len(made) == 200
+    assert all(len(set(item[texts])) == len(item[texts]) == count and item["gold"] in range(count) for item in made)
+    assert len({item.get("context", "") + item[texts][item["gold"]] for item in made}) == 200
+    places = [sum(item["gold"] == place for item in made) for place in range(count)]
+    assert min(places) > 200 / count - 3 * math.sqrt(200 / count)  # gold stands anywhere
+    assert (ROOT / "data/tasks" / f"{name}.jsonl").stat().st_size < 300_000
+    assert f"chance: {1 / count}\n" in (ROOT / "data/tasks" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def test_neither_length_nor_indentation_gives_the_answer_away() -> None:
+    for item in items("next_line"):
+        assert len({len(c) - len(c.lstrip()) for c in item["choices"]}) == 1
+        assert max(map(len, item["choices"])) - min(map(len, item["choices"])) <= 16
+        assert not any(choice.strip() in item["context"] for choice in item["choices"])
+    assert all(len({len(program) for program in item["programs"]}) == 1 for item in items("corrupted"))
+
+
+@made_here
+def test_every_text_is_from_held_out_test_modules_only() -> None:
+    lists = json.loads((ROOT / "data/stdlib.json").read_text(encoding="utf-8"))
+    seen_elsewhere = "\n".join(squeezed("\n".join(read(m) for m in lists["calibration"] + lists["validation"])))
+    lines = {module: set(squeezed(read(module))) for module in lists["test"]}
+    made = [(item["module"], item["context"], item["choices"]) for item in items("next_line")]
+    made += [(item["module"], item["programs"][item["gold"]], []) for item in items("corrupted")]
+    for module, text, others in made:
+        own = squeezed(text)
+        assert set(own) | {line.strip() for line in others} <= lines[module]
+        assert "\n".join(own) not in seen_elsewhere
+    for item in items("next_line"):  # the true line does follow, but for comments left out
+        source = [line for line in squeezed(read(item["module"])) if not line.startswith("#")]
+        assert (squeezed(item["context"])[-1], item["choices"][item["gold"]].strip()) in set(pairwise(source))
+
+
+@made_here
+def test_the_committed_items_are_what_the_script_makes(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("make_tasks", ROOT / "data/tasks/make_tasks.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "make_tasks", script)  # dataclasses look their module up
+        spec.loader.exec_module(script)
+        script.main.callback(output=tmp_path, count=200, seed=0)
+    for name in ("next_line.jsonl", "corrupted.jsonl"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "data/tasks" / name).read_bytes()
+
+
+# running tasks
+
+
+@pytest.fixture
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where stages run, without a network."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a local task asked for the network")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def params(**changes: Any) -> TasksParams:
+    embedded = {"path": "data/tasks", "names": ["next_line", "corrupted"], "limit": 8, "batch_rows": 4, "shots": 0, "seed": 0}
+    return TasksParams.model_validate(embedded | changes)
+
+
+@pytest.mark.usefixtures("at_root")
+def test_embedded_tasks_run_offline_and_repeat(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    found = run_tasks(tiny_llama(), tokenizer, params())
+    assert list(found) == ["corrupted", "next_line"]
+    assert all(set(values) == {"acc", "stderr", "chance"} for values in found.values())
+    assert all(value is not None and 0 <= value <= 1 for values in found.values() for value in values.values())
+    assert (found["next_line"]["chance"], found["corrupted"]["chance"]) == (0.25, 0.5)
+    assert run_tasks(tiny_llama(), tokenizer, params()) == found
+    assert run_tasks(tiny_llama(), tokenizer, params(batch_rows=16)) == found
+    assert not (tmp_path / "cache").exists() and Path(datasets.config.HF_DATASETS_CACHE).parent == tmp_path
+    assert tokenizer.pad_token is None  # the caller's tokenizer is left alone
+    assert capfd.readouterr() == ("", "")
+
+
+def local_task(folder: Path, golds: list[int], **changes: Any) -> None:
+    """Which letter comes after a word? The right one in the repeater's eyes is the word's last."""
+    texts = ["aab", "xyz", "foo", "bar"]
+    choices = [["b", "c"], ["q", "z"], ["o", "f"], ["b", "r"]]
+    records = [{"context": t, "choices": c, "gold": g} for t, c, g in zip(texts, choices, golds, strict=True)]
+    (folder / "letters.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    task = {
+        "task": "letters",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "letters.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "num_fewshot": 0,
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "letters.yaml").write_text(json.dumps(task | changes), encoding="utf-8")  # YAML holds JSON
+
+
+@pytest.mark.usefixtures("at_root")
+def test_a_known_rule_gives_known_answers_and_data_is_never_stale(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    local = params(path=tmp_path, names=["letters"], limit=None)
+    local_task(tmp_path, [0, 1, 0, 1])
+    assert run_tasks(repeater(), tokenizer, local) == {"letters": {"acc": 1.0, "stderr": 0.0, "chance": 0.5}}
+    local_task(tmp_path, [0, 1, 0, 0])  # same names, same size
+    found = run_tasks(repeater(), tokenizer, local)["letters"]
+    assert found["acc"] == 0.75 and found["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+
+
+@pytest.mark.usefixtures("at_root")
+def test_chance_may_be_stated(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    local_task(tmp_path, [0, 1, 0, 1], metadata={"version": 1.0, "chance": 0.125})
+    assert run_tasks(repeater(), tokenizer, params(path=tmp_path, names=["letters"]))["letters"]["chance"] == 0.125
+
+
+@pytest.mark.usefixtures("at_root")
+def test_an_unknown_task_names_the_local_ones(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval.tasks
+
+    everything = lm_eval.tasks.TaskManager
+    quick = lambda include_path, include_defaults: everything(include_path=include_path, include_defaults=False)  # noqa: E731
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", quick)  # without lm-eval's own thousands: ten seconds
+    with pytest.raises(SparselineError, match=r"'next_lime'.*corrupted, next_line"):
+        run_tasks(tiny_llama(), tokenizer, params(names=["next_lime"]))
+
+
+@pytest.mark.usefixtures("at_root")
+def test_tasks_that_cannot_be_used(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    local = params(path=tmp_path, names=["letters"])
+    local_task(tmp_path, [0, 1, 0, 1], metric_list=[{"metric": "brier_score"}])
+    with pytest.raises(SparselineError, match="no accuracy, only: brier_score"):
+        run_tasks(repeater(), tokenizer, local)
+    local_task(tmp_path, [0, 1, 0, 1])
+    (tmp_path / "letters.jsonl").unlink()
+    with pytest.raises(SparselineError, match=r"cannot be read: .*letters\.jsonl"):
+        run_tasks(repeater(), tokenizer, local)
+
+
+def test_no_tasks(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert run_tasks(tiny_llama(), tokenizer, params(names=[])) == {}

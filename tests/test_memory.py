@@ -1,0 +1,83 @@
+"""Calibration and pruning hold one or two blocks, whatever the model's depth.
+
+Oracle: the kernel's high-water mark of resident memory (mapped pages of the checkpoint included), reset before each stage, for 4 and
+for 16 equal blocks; and, so that the mark is known to see a whole model, the mark of one that is loaded whole.
+"""
+
+import json
+import shutil
+from typing import Any
+
+import pytest
+from project import WANDA, build, make_workspace, run
+
+MIB = 2**20
+WIDTH, INNER = 384, 1024
+BLOCK = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)  # bytes of a block's matrices in float32
+SHALLOW, DEEP = 4, 16
+STAGES = ("calibrate", "prune sparsegpt", "prune channel")
+VARIANTS: dict[str, Any] = {
+    "sparsegpt": WANDA | {"selection": {"score": "obs", "group": "block"}, "reconstruction": {"steps": ["obs"]}},
+    "channel": WANDA | {"reconstruction": {"steps": ["channel"], "channel": {"epochs": 1}}},
+}
+# Freed memory goes back at once: what the allocator keeps for later would blur the mark by a block or two.
+MALLOC = ("MALLOC_MMAP_THRESHOLD_=65536", "MALLOC_TRIM_THRESHOLD_=65536")
+# Each stage in a fork of one process that has loaded the packages: a clean heap, an equal start. Writing 5 to clear_refs sets
+# VmHWM back to the present size; from there it is exact, with nothing sampled.
+MEASURE = """
+import contextlib, importlib, json, os, sys
+from pathlib import Path
+import torch
+from pipeline_lib.models.checkpoint import open_checkpoint
+modules = {stage: importlib.import_module("stages." + stage) for stage in ("calibrate", "prune")}
+
+def mark(field):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+def whole():
+    checkpoint = open_checkpoint(Path("data/model"))
+    kept = [checkpoint.block(block) for block in range(checkpoint.architecture.depth)]
+    return sum(float(tensor.sum()) for block in kept for tensor in block.values())
+
+for step in sys.argv[1:]:
+    if os.fork() == 0:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = mark("VmRSS")
+        with contextlib.redirect_stdout(sys.stderr):
+            stage, *arguments = step.split()
+            whole() if stage == "whole" else modules[stage].main.main(arguments, standalone_mode=False)
+        print(json.dumps([step, mark("VmHWM") - before]), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, int]]:
+    """Depth -> stage -> bytes by which the stage raised the process's memory at its peak."""
+    found = {}
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_key_value_heads": 4}
+    for depth in (SHALLOW, DEEP):
+        home = tmp_path_factory.mktemp(f"depth-{depth}")
+        model = {"layers": depth, **sizes}
+        workspace = make_workspace(home / "project", model=model, induced={}, variants=VARIANTS, texts={"calibration": {"length": 16}})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(workspace)
+            build("prepare", "text calibration")
+        output = run(workspace, "env", *MALLOC, "python", "-c", MEASURE, *STAGES, "whole")
+        found[depth] = dict(json.loads(line) for line in output.splitlines() if line.startswith("["))
+        shutil.rmtree(home)
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_peak_memory_does_not_grow_with_depth(peaks: dict[int, dict[str, int]], stage: str) -> None:
+    """Weights that are held would be twelve blocks more. Tolerance: one (measured: a quarter)."""
+    assert (peaks[DEEP][stage] - peaks[SHALLOW][stage]) / BLOCK < 1
+
+
+def test_a_whole_model_would_show(peaks: dict[int, dict[str, int]]) -> None:
+    """What the test above rests on: the mark sees the twelve more blocks of a model that is held whole, to within one."""
+    growth = (peaks[DEEP]["whole"] - peaks[SHALLOW]["whole"]) / BLOCK
+    assert abs(growth - (DEEP - SHALLOW)) < 1

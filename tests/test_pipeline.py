@@ -1,0 +1,337 @@
+"""The whole graph under DVC, on a tiny random model. Oracles: DVC's own account of what it ran, and readers that share no code with ours."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from project import build, change_params, commit, make_project, run, text, tree
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TEXTS = {"text@calibration", "text@validation", "text@test"}
+EVALUATIONS = {"evaluate-dense", "evaluate@wanda", "evaluate@sparseline"}
+PRUNINGS = {"prune@wanda", "prune@sparseline"}
+OTHERS = {"prepare", "calibrate", "scale", "induce@sparseline", "sensitivity", "report"}
+ALL = TEXTS | EVALUATIONS | PRUNINGS | OTHERS
+LAYERS, WIDTH, INNER, HEADS = 2, 32, 48, 16  # HEADS: channels of all key heads
+PRUNABLE = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * HEADS + 3 * WIDTH * INNER)
+
+
+class Ran(NamedTuple):
+    project: Path
+    output: str  # of the first `dvc repro`
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """A project after its first `dvc repro`. Read only."""
+    project = make_project(tmp_path_factory.mktemp("pipeline") / "project")
+    return Ran(project, run(project, "dvc", "repro"))
+
+
+@pytest.fixture
+def project(ran: Ran, tmp_path: Path) -> Path:
+    """A copy to change; it shares the cache."""
+    return Path(shutil.copytree(ran.project, tmp_path / "project"))
+
+
+def executed(output: str) -> set[str]:
+    return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+def restored(output: str) -> set[str]:
+    return set(re.findall(r"Stage '([^']+)' is cached", output))
+
+
+def stale(project: Path) -> set[str]:
+    """What `dvc status` calls changed."""
+    return set(json.loads(run(project, "dvc", "status", "--json")))
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def checkpoint(directory: Path) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def masks(variant: Path) -> dict[str, np.ndarray]:
+    """Read as docs/artifacts.md says: bits, row-major, first entry in the highest bit, 1 = kept; shapes in the header's facts."""
+    found = {}
+    for path in sorted((variant / "masks").glob("*.safetensors")):
+        raw = path.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        shapes = json.loads(header["__metadata__"]["sparseline"])["shapes"]
+        for name, bits in load_file(path).items():
+            found[name] = np.unpackbits(bits, count=math.prod(shapes[name])).reshape(shapes[name])
+    return found
+
+
+def prunable(name: str) -> bool:
+    return name.startswith("model.layers.") and name.endswith("_proj.weight")
+
+
+# One run
+
+
+def test_every_stage_runs_once(ran: Ran) -> None:
+    """Oracle: the stages that dvc.yaml and the two variants should give."""
+    assert executed(ran.output) == ALL
+    assert ran.output.count("Running stage") == len(ALL)
+
+
+def test_the_documented_files_are_there(ran: Ran) -> None:
+    """Oracle: the table in docs/artifacts.md. Nothing else lies below build/, no temporary file stays."""
+    variants, blocks = ("wanda", "sparseline"), range(LAYERS)
+    source = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"}
+    shards = {f"model-{number:05d}-of-{LAYERS + 1:05d}.safetensors" for number in range(1, LAYERS + 2)}
+    expected = {
+        *(f"prepare/{name}" for name in ("model.json", "matrices.json", "identity.safetensors", "unmeasured.json")),
+        *("texts/calibrate/calibration.safetensors", "texts/evaluate/test.safetensors", "texts/evaluate/validation.safetensors"),
+        *(f"calibrate/block-{block:03d}.safetensors" for block in blocks),
+        *("scale/transform.safetensors", "induce/sparseline/transform.safetensors", "induce/sparseline/curve.json"),
+        *("sensitivity/sensitivity.json", "sensitivity/by_depth.json"),
+        *(f"prune/{variant}/checkpoint/{name}" for variant in variants for name in source | shards),
+        *(f"prune/{variant}/masks/block-{block:03d}.safetensors" for variant in variants for block in blocks),
+        *(f"facts/{variant}.json" for variant in variants),
+        *(f"{kind}/{model}.json" for kind in ("evaluate", "completions") for model in ("dense", *variants)),
+        *(f"costs/{re.sub('@', '-', stage)}.json" for stage in ALL - {"report"}),
+    }
+    assert set(tree(ran.project / "build")) == expected
+    report = {path.split("/")[0] for path in tree(ran.project / "report")} - {".gitignore"}  # DVC's
+    assert report == {"index.html", "index.md", "table.txt", "figures", "summary.json", "costs.json"}
+
+
+def test_the_summary_has_its_schema(ran: Ran) -> None:
+    """Oracle: {variant: {sparsity, perplexity{text}, tasks{task: {acc, stderr}}}}, and the figures of build/evaluate."""
+    summary = read(ran.project / "report" / "summary.json")
+    assert set(summary) == {"dense", "wanda", "sparseline"}
+    for name, variant in summary.items():
+        assert set(variant) == {"sparsity", "perplexity", "tasks"}
+        assert variant["sparsity"] == (0 if name == "dense" else 0.5)
+        assert set(variant["perplexity"]) == {"test", "validation"}
+        assert set(variant["tasks"]) == {"corrupted"}
+        assert all(set(task) == {"acc", "stderr"} and 0 <= task["acc"] <= 1 for task in variant["tasks"].values())
+        measured = read(ran.project / "build" / "evaluate" / f"{name}.json")
+        assert all(math.isclose(value, measured["perplexity"][one], rel_tol=1e-6) for one, value in variant["perplexity"].items())
+
+
+def test_the_report_names_every_variant_and_text(ran: Ran) -> None:
+    """Oracle: the names."""
+    for page in ("index.html", "index.md"):
+        content = (ran.project / "report" / page).read_text(encoding="utf-8")
+        assert all(name in content for name in ("dense", "wanda", "sparseline", "test", "validation", "corrupted"))
+
+
+def test_dvc_shows_the_metrics(ran: Ran) -> None:
+    """`dvc metrics show` reads quality and costs. Oracle: the files."""
+    shown = json.loads(run(ran.project, "dvc", "metrics", "show", "--json"))[""]["data"]
+    assert shown["report/summary.json"]["data"] == read(ran.project / "report" / "summary.json")
+    assert set(shown["build/costs/prune-wanda.json"]["data"]) == {"wall_s", "cpu_s", "peak_rss_bytes"}
+
+
+@pytest.mark.parametrize("variant", ["wanda", "sparseline"])
+def test_exactly_the_budget_is_kept(ran: Ran, variant: str) -> None:
+    """Oracle: round((1 − p)·N) with N from the config's sizes; non-zeros and mask bits counted by a reader of our own."""
+    out = ran.project / "build" / "prune" / variant
+    weights = {name: tensor for name, tensor in checkpoint(out / "checkpoint").items() if prunable(name)}
+    assert sum(tensor.size for tensor in weights.values()) == PRUNABLE
+    kept = masks(out)
+    assert set(kept) == set(weights)
+    assert sum(int(mask.sum()) for mask in kept.values()) == round(0.5 * PRUNABLE)
+    for name, tensor in weights.items():
+        assert np.array_equal(tensor != 0, kept[name] == 1), name
+    facts = read(ran.project / "build" / "facts" / f"{variant}.json")
+    assert (facts["kept"], facts["prunable"], facts["sparsity"]) == (round(0.5 * PRUNABLE), PRUNABLE, 0.5)
+    assert {f"model.{name}.weight": matrix["kept"] for name, matrix in facts["matrices"].items()} == {n: m.sum() for n, m in kept.items()}
+
+
+def test_the_rest_of_the_model_is_untouched(ran: Ran) -> None:
+    """Oracle: the source's tensors. Wanda changes no kept weight; no variant changes names, shapes, dtypes, embeddings or head."""
+    source = checkpoint(ran.project / "data" / "model")
+    wanda = checkpoint(ran.project / "build" / "prune" / "wanda" / "checkpoint")
+    for name, tensor in wanda.items():
+        assert np.array_equal(tensor, np.where(tensor == 0, 0, source[name]) if prunable(name) else source[name]), name
+    sparseline = checkpoint(ran.project / "build" / "prune" / "sparseline" / "checkpoint")
+    for variant in (wanda, sparseline):
+        assert {name: (t.shape, t.dtype) for name, t in variant.items()} == {name: (t.shape, t.dtype) for name, t in source.items()}
+    outside = [name for name in source if ".layers." not in name]
+    assert len(outside) == 3
+    assert all(np.array_equal(sparseline[name], source[name]) for name in outside)
+
+
+@pytest.mark.parametrize("variant", ["wanda", "sparseline"])
+def test_checkpoints_are_for_transformers(ran: Ran, variant: str) -> None:
+    """Oracle: transformers' own loss on the saved checkpoint gives the perplexity that evaluate wrote; source files byte for byte."""
+    path = ran.project / "build" / "prune" / variant / "checkpoint"
+    model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    rows = torch.from_numpy(load_file(ran.project / "build" / "texts" / "evaluate" / "test.safetensors")["rows"])
+    with torch.no_grad():
+        losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in rows]
+    measured = read(ran.project / "build" / "evaluate" / f"{variant}.json")["perplexity"]["test"]
+    assert math.isclose(math.exp(sum(losses) / len(losses)), measured, rel_tol=1e-5)
+    assert (
+        AutoTokenizer.from_pretrained(path)("a b")["input_ids"]
+        == AutoTokenizer.from_pretrained(ran.project / "data" / "model")("a b")["input_ids"]
+    )
+    source = ran.project / "data" / "model"
+    for original in source.iterdir():
+        if original.suffix != ".safetensors":
+            assert (path / original.name).read_bytes() == original.read_bytes(), original.name
+
+
+# What reruns
+
+
+def test_nothing_reruns(ran: Ran) -> None:
+    """Oracle: DVC's words."""
+    output = run(ran.project, "dvc", "repro")
+    assert not executed(output) and not restored(output)
+    assert "Data and pipelines are up to date." in output
+
+
+def test_an_experiment_reruns_its_variant(project: Path) -> None:
+    """Oracle: a variant's sparsity matters to its induction (mask in the loop), pruning, evaluation, and the report."""
+    commit(project)
+    output = run(project, "dvc", "exp", "run", "-S", "+variants.sparseline.selection.sparsity=0.6")
+    assert executed(output) == {"induce@sparseline", "prune@sparseline", "evaluate@sparseline", "report"}
+    assert not restored(output)
+    weights = checkpoint(project / "build" / "prune" / "sparseline" / "checkpoint")
+    assert sum(np.count_nonzero(tensor) for name, tensor in weights.items() if prunable(name)) == round(0.4 * PRUNABLE)
+    assert read(project / "report" / "summary.json")["sparseline"]["sparsity"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("variants.sparseline.allocation.alpha", 0.05, {"prune@sparseline"}),
+        ("prune.allocation.alpha", 0.05, PRUNINGS),
+        ("prune.reconstruction.channel.epochs", 1, PRUNINGS),
+        ("prune.selection.damping", 0.02, {"induce@sparseline"} | PRUNINGS),
+        ("calibrate.batch_rows", 2, {"calibrate", "induce@sparseline"}),
+        ("induce.steps", 3, {"induce@sparseline"}),
+        ("sensitivity.probes", 3, {"sensitivity"}),
+        ("model.compute_dtype", "bfloat16", {"prepare", "calibrate", "induce@sparseline"} | PRUNINGS),
+        ("model.exclude", ["*.q_proj"], {"prepare"}),
+        ("texts.test.rows", 7, {"text@test"}),
+        ("evaluate.completions.count", 0, EVALUATIONS),
+        ("report.title", "Another", {"report"}),
+    ],
+)
+def test_a_knob_concerns_its_stages(project: Path, key: str, value: Any, expected: set[str]) -> None:
+    """Oracle: what each knob means. These stages change at once; what depends on their outputs follows."""
+    change_params(project, key, value)
+    assert stale(project) - ({"report"} if key.startswith(("variants.", "texts.")) else set()) == expected
+
+
+def test_sensitivities_concern_the_variants_that_use_them(project: Path) -> None:
+    """Oracle: ``sensitivity`` of the two variants; the report follows its cost."""
+    change_params(project, "sensitivity.probes", 3)
+    assert executed(run(project, "dvc", "repro", "sensitivity")) == {"sensitivity"}
+    assert stale(project) == {"prune@sparseline", "report"}
+
+
+def test_an_edited_text_concerns_those_who_read_it(project: Path) -> None:
+    """Oracle: evaluation texts go to evaluation, the calibration text to everything before it."""
+    (project / "data" / "texts" / "test.txt").write_text(text(seed=9), encoding="utf-8")
+    assert stale(project) == {"text@test"}
+    assert executed(run(project, "dvc", "repro", "text@test")) == {"text@test"}
+    assert stale(project) == EVALUATIONS | {"report"}
+
+
+def test_an_edited_calibration_text_concerns_those_who_read_it(project: Path) -> None:
+    (project / "data" / "texts" / "calibration.txt").write_text(text(seed=9), encoding="utf-8")
+    assert stale(project) == {"text@calibration"}
+    assert executed(run(project, "dvc", "repro", "text@calibration")) == {"text@calibration"}
+    assert stale(project) == {"calibrate", "sensitivity", "induce@sparseline", "report"} | PRUNINGS
+
+
+def test_edited_weights_concern_everything(project: Path) -> None:
+    """Same path, same size, other bytes. Oracle: every stage that reads the model hangs on prepare's hashes."""
+    path = project / "data" / "model" / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-2] ^= 1
+    path.write_bytes(raw)
+    assert stale(project) == {"prepare"}
+    assert executed(run(project, "dvc", "repro", "prepare")) == {"prepare"}
+    assert stale(project) == ALL - {"prepare", "evaluate@wanda", "evaluate@sparseline"}
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("pipeline_lib/reconstruction/channel.py", PRUNINGS),
+        ("pipeline_lib/induction/induce.py", {"induce@sparseline"}),
+        ("pipeline_lib/sensitivity/hutchinson.py", {"sensitivity"}),
+        ("pipeline_lib/evaluation/perplexity.py", EVALUATIONS),
+        ("pipeline_lib/models/architecture.py", ALL - {"report"}),
+        ("pipeline_lib/reporting/report.md.jinja", {"report"}),
+        ("pipeline_lib/planning/estimate.py", set()),
+    ],
+)
+def test_an_edited_module_concerns_its_stages(project: Path, file: str, expected: set[str]) -> None:
+    """Oracle: what each module is for, by hand."""
+    with (project / file).open("a", encoding="utf-8") as stream:
+        stream.write("# a remark\n")
+    assert stale(project) == expected
+
+
+def test_byte_code_concerns_nothing(project: Path) -> None:
+    """Stray caches of Python and tools are no inputs, wherever they are. Oracle: DVC's words."""
+    for folder in ("pipeline_lib", "stages", "data/tasks", "data/model"):
+        (project / folder / "__pycache__").mkdir()
+        (project / folder / "__pycache__" / "module.cpython-311.pyc").write_bytes(b"x")
+    assert stale(project) == set()
+
+
+# Determinism and sharing
+
+
+@pytest.mark.parametrize("step", ["prune sparseline", "induce sparseline", "sensitivity"])
+def test_a_second_process_writes_the_same_bytes(ran: Ran, project: Path, step: str) -> None:
+    """Oracle: the first run's files, written by another process in another directory."""
+    stage, *variant = step.split()
+    shutil.rmtree(project / "build" / stage)
+    for facts in (project / "build" / "facts").glob("*"):
+        facts.unlink()
+    run(project, "python", "-m", f"stages.{stage}", *variant)
+    first, second = tree(ran.project / "build"), tree(project / "build")
+    written = [
+        path
+        for path in first
+        if path.startswith((f"{stage}/{'/'.join(variant)}", *(f"facts/{v}.json" for v in variant if stage == "prune")))
+    ]
+    assert written
+    assert {path: second.get(path) for path in written} == {path: first[path] for path in written}
+
+
+def test_a_clone_is_served_from_the_shared_cache(ran: Ran, tmp_path: Path) -> None:
+    """A fresh clone without dvc.lock restores every stage, metrics outside the cache included. Oracles: DVC's words, the first run's files."""
+    clone = tmp_path / "clone"
+    run(tmp_path, "git", "clone", "--quiet", str(ran.project), str(clone))
+    assert not (clone / "dvc.lock").exists()
+    assert not (clone / "build").exists()
+    output = run(clone, "dvc", "repro")
+    assert executed(output) == set()
+    assert restored(output) == ALL
+    for folder in ("build", "report"):
+        assert tree(clone / folder) == tree(ran.project / folder)
+
+
+def test_the_plan_writes_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the project's files before and after."""
+    before = tree(project)
+    monkeypatch.chdir(project)
+    build("plan")
+    assert tree(project) == before

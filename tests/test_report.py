@@ -1,0 +1,460 @@
+"""The report from synthetic facts. Oracles: arithmetic by hand, the HTML parser, and the bytes of a second run."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from pipeline_lib.errors import SparselineError
+from pipeline_lib.reporting import content, table
+from pipeline_lib.reporting.render import Report, render
+from pipeline_lib.reporting.table import Completion, ReportParams, Results, Text
+from stages.report import main
+
+ROOT = Path(__file__).parent.parent
+KINDS = {"q": 1000, "v": 1000, "down": 2000}  # kind -> size
+TEXTS = {"validation": Text(8, 32), "test": Text(16, 32)}
+# ln ppl dense = 2, baseline = 3 (test) and 2.5 (validation): gaps are easy to tell
+LOG_PERPLEXITY = {"dense": (2.0, 2.0), "plain": (3.0, 2.5), "base": (3.0, 2.5), "full": (2.75, 2.125)}  # name -> (test, validation)
+EVIL = '<script>alert("x")</script> & <b>bold</b> ```` {{ 7 * 7 }}'
+
+
+def settings(name: str) -> dict[str, Any]:
+    full = name == "full"
+    return {
+        "selection": {"sparsity": 0.5, "pattern": "unstructured", "score": "obs", "group": "block", "block": 128},
+        "allocation": {"method": "weight" if full else "uniform", "alpha": 0.15},
+        "reconstruction": {"steps": ["obs", "channel"] if full else []},
+        "factors": "induce/full/transform.safetensors" if full else "prepare/identity.safetensors",
+        "sensitivity": "sensitivity/sensitivity.json" if full else "prepare/unmeasured.json",
+    }
+
+
+def facts(name: str, depth: int) -> dict[str, Any]:
+    full = name == "full"
+    matrices = {}
+    for block in range(depth):
+        for number, (kind, size) in enumerate(KINDS.items()):
+            sensitivity = {"trace": (-1) ** block * 10.0 ** -(number + 1), "stderr": 0.004, "block": block, "kind": kind}
+            density = 0.5 + (0.1 * (number - 1) if full and kind != "down" else 0)
+            density += 0.05 if full and kind == "down" else 0  # 1000·0.4 + 1000·0.5 + 2000·0.55 = half of 4000
+            matrices[f"layers.{block}.{kind}"] = {
+                "block": block,
+                "kind": kind,
+                "size": size,
+                "kept": round(density * size),
+                "layer_error": 0.01 * (number + 1),
+                "damping": 0.01,
+                "sensitivity": sensitivity if full else None,
+            }
+    fit = {"fit_before": 0.05, "fit_after": 0.04, "held_out_before": 0.06, "held_out_after": 0.05, "epochs": 3}
+    transform: dict[str, Any] = {}
+    if full:
+        induction = {
+            "choice": "learned",
+            "held_out": {"none": 0.04, "start": 0.05, "learned": 0.03},
+            "mask_changed": 0.02,
+            "stable_rank": {"before": 20.0, "after": 19.0},
+        }
+        transform = {
+            "induction": {str(block): induction for block in range(depth)},
+            "scores": {kind: {"edges": [-3, -2, -1, 0], "before": [0.2, 0.5, 0.3], "after": [0.1, 0.5, 0.4]} for kind in KINDS},
+            "curve": [
+                {"block": str(b), "step": s, "loss": 0.05 - s / 1e4, "held_out": 0.04 - s / 1e4} for b in range(depth) for s in (10, 20)
+            ],
+        }
+    kept, size = (sum(matrix[key] for matrix in matrices.values()) for key in ("kept", "size"))
+    return {
+        "settings": settings(name),
+        "kept": kept,
+        "prunable": size,
+        "sparsity": 1 - kept / size,
+        "matrices": matrices,
+        "blocks": {str(block): fit if full else None for block in range(depth)},
+        "transform": transform,
+    }
+
+
+def make(build: Path, depth: int = 3) -> Path:
+    """A build folder as the stages leave it."""
+
+    def write(name: str, value: Any) -> None:
+        (build / name).parent.mkdir(parents=True, exist_ok=True)
+        (build / name).write_text(json.dumps(value), encoding="utf-8")
+
+    hashes = {"config.json": "0" * 64}
+    source = {"path": "data/tiny", "id": None, "revision": None, "family": "llama", "dtype": "float32", "parameters": 12345}
+    write("prepare/model.json", source | {"sha256": hashes})
+    for name, (test, validation) in LOG_PERPLEXITY.items():
+        better = 0.1 if name == "full" else 0.0
+        tasks = {
+            "next_line": {"acc": 0.6 + better, "stderr": 0.0123456789, "chance": 0.25},
+            "free": {"acc": 0.5, "stderr": 0.02, "chance": None},
+        }
+        write(f"evaluate/{name}.json", {"perplexity": {"test": math.exp(test), "validation": math.exp(validation)}, "tasks": tasks})
+        write(f"completions/{name}.json", [{"prompt": f"\nof {EVIL}", "completion": f"same then {name} {EVIL}"}])
+        if name != "dense":
+            write(f"facts/{name}.json", facts(name, depth))
+    stages = {"prune-plain": 10, "prune-base": 20, "prune-full": 30, "induce-full": 40, "calibrate": 5, "scale": 1, "sensitivity": 60}
+    for number, (stage, wall) in enumerate(stages.items()):
+        write(f"costs/{stage}.json", {"wall_s": wall, "cpu_s": wall / 2, "peak_rss_bytes": (number + 1) * 10**9})
+    return build
+
+
+def collect(build: Path, names: tuple[str, ...] = ("plain", "base", "full"), baseline: str = "base") -> Results:
+    return table.collect(build, ReportParams(baseline=baseline, title="Trial"), names, TEXTS)
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Path:
+    return make(tmp_path / "build")
+
+
+@pytest.fixture
+def rendered(build: Path) -> Report:
+    return render(collect(build))
+
+
+# The table
+
+
+def test_gap_closed_by_hand(build: Path) -> None:
+    """(3 − 2.75) / (3 − 2) and (2.5 − 2.125) / (2.5 − 2)."""
+    results = collect(build)
+    plain, base, full = results.pruned
+    assert table.gap_closed(results, full, "test") == pytest.approx(0.25)
+    assert table.gap_closed(results, full, "validation") == pytest.approx(0.75)
+    assert table.gap_closed(results, plain, "test") == pytest.approx(0)
+    assert table.gap_closed(results, base, "test") is None
+    assert table.gap_closed(results, results.dense, "test") is None
+
+
+def test_no_gap_without_a_baseline(build: Path) -> None:
+    results = collect(build, baseline="gone")
+    assert all(table.gap_closed(results, variant, "test") is None for variant in results.variants)
+    assert "gap closed" not in {column.head for column in table.comparison(results)}
+    assert "the baseline <code>gone</code> is not among the variants" in render(results).html
+
+
+def test_no_gap_where_the_baseline_is_no_worse(build: Path) -> None:
+    """Equal perplexities would divide by zero; a baseline better than the dense model would turn the sign."""
+    for text, value in (("test", 2.0), ("validation", 1.9)):
+        path = build / "evaluate" / "base.json"
+        changed = json.loads(path.read_text(encoding="utf-8"))
+        changed["perplexity"][text] = math.exp(value)
+        path.write_text(json.dumps(changed), encoding="utf-8")
+    results = collect(build)
+    assert table.gap_closed(results, results.pruned[2], "test") is None
+    assert table.gap_closed(results, results.pruned[2], "validation") is None
+    assert "the baseline is no worse than the dense model" in render(results).html
+
+
+def test_costs_are_of_what_a_variant_needs(build: Path) -> None:
+    """full: calibrate 5 + scale 1 + induce 40 + sensitivity 60 + prune 30; its largest memory is that of sensitivity."""
+    plain, base, full = collect(build).pruned
+    assert (plain.seconds, base.seconds, full.seconds) == (10, 20, 136)
+    assert (plain.peak_bytes, full.peak_bytes) == (1 * 10**9, 7 * 10**9)
+    assert list(full.costs) == ["calibrate", "scale", "induce-full", "sensitivity", "prune-full"]
+    assert table.costs(collect(build))["full"]["cpu_s"] == 68
+
+
+def test_stages_of_shared_factors() -> None:
+    assert table.own_stages("b", "induce/a/transform.safetensors", "prepare/unmeasured.json") == [
+        "calibrate",
+        "scale",
+        "induce-a",
+        "prune-b",
+    ]
+    assert table.own_stages("b", "scale/transform.safetensors", "prepare/unmeasured.json") == ["calibrate", "scale", "prune-b"]
+
+
+def test_the_best_pruned_cell_is_marked(build: Path) -> None:
+    """Never the dense row, which is better; ties are marked together; equal columns not at all."""
+    marks = {(column.group, column.head): column.best for column in table.comparison(collect(build))}
+    assert marks["perplexity, test", "ppl"] == {3}
+    assert marks["perplexity, test", "gap closed"] == {3}
+    assert marks["accuracy, %", "next_line"] == {3}
+    assert marks["accuracy, %", "free"] == frozenset()
+    assert marks["cost", "seconds"] == {1}
+    assert marks["", "sparsity"] == frozenset()
+    one = {column.head: column.best for column in table.comparison(collect(build, ("full",)))}
+    assert not any(one.values())
+
+
+def test_the_plain_table_is_aligned(build: Path) -> None:
+    lines = table.plain(table.comparison(collect(build))).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split("  ")[0] == "variant"
+    assert lines[4].startswith("full ")
+    assert "25.0%" in lines[4]
+
+
+def test_summary_is_pure_metrics(build: Path) -> None:
+    """The exact schema, dense first and with sparsity 0.0, six digits."""
+    summary = table.summary(collect(build))
+    assert list(summary) == ["dense", "plain", "base", "full"]
+    assert summary["dense"] == {
+        "sparsity": 0.0,
+        "perplexity": {"test": 7.389056, "validation": 7.389056},
+        "tasks": {"next_line": {"acc": 0.6, "stderr": 0.012346}, "free": {"acc": 0.5, "stderr": 0.02}},
+    }
+    assert summary["full"]["sparsity"] == 0.5
+
+
+def test_only_the_named_variants_are_reported(build: Path) -> None:
+    (build / "facts" / "stale.json").write_text("not even JSON", encoding="utf-8")
+    assert [variant.name for variant in collect(build, ("full", "base")).variants] == ["dense", "full", "base"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [
+        ("facts/full.json", "dvc repro prune@full"),
+        ("evaluate/dense.json", "dvc repro evaluate@dense"),
+        ("completions/base.json", "dvc repro evaluate@base"),
+        ("costs/induce-full.json", "dvc repro induce@full"),
+        ("costs/sensitivity.json", "dvc repro sensitivity"),
+        ("prepare/model.json", "dvc repro prepare"),
+    ],
+)
+def test_a_missing_file_is_told(build: Path, name: str, mend: str) -> None:
+    (build / name).unlink()
+    with pytest.raises(SparselineError, match=f"{re.escape(name)} is missing; run `{mend}`"):
+        collect(build)
+
+
+def test_a_damaged_file_is_told(build: Path) -> None:
+    (build / "facts" / "full.json").write_text("{", encoding="utf-8")
+    with pytest.raises(SparselineError, match=r"full\.json cannot be read .* run `dvc repro -f prune@full`"):
+        collect(build)
+
+
+# The page
+
+
+class Page(HTMLParser):
+    """What a browser would load, which ids there are, and the text of each completion."""
+
+    VOID = frozenset(("meta", "link", "br", "img", "input", "hr"))
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.pre: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "pre":
+            self.pre.append("")
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+                self.addresses.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "pre" in self.open:
+            self.pre[-1] += data
+
+
+def test_the_page_is_self_contained(rendered: Report) -> None:
+    """Everything it refers to is in it, every element is closed, nothing runs."""
+    page = Page(rendered.html)
+    assert not page.open
+    assert page.addresses
+    assert all(address.startswith("#") for address in page.addresses)
+    assert {address[1:] for address in page.addresses} <= set(page.ids)
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert "@import" not in rendered.html
+    assert not re.findall(r"url\((?!#)", rendered.html)
+    assert len(page.tags) > 100
+
+
+def test_completions_are_escaped(rendered: Report) -> None:
+    """The parser gives back the very text, with its first line break, and no element comes of it."""
+    page = Page(rendered.html)
+    assert f"\n\nof {EVIL}" in page.pre  # the parser of a browser drops the first of the two
+    assert [text[1:] for text in page.pre if "same then" in text] == [f"same then {name} {EVIL}" for name in LOG_PERPLEXITY]
+    assert "<b>" not in rendered.html
+    assert "49" not in "".join(page.pre)
+    assert f"`````text\nsame then full {EVIL}\n`````" in rendered.markdown
+
+
+def test_samples_split_where_they_leave_the_dense_model(build: Path) -> None:
+    """The split never loses a character."""
+    results = collect(build)
+    samples = [block for section in content.sections(results) for block in section.blocks if block.kind == "sample"]
+    dense, plain, _, full = samples[0].continuations
+    assert (dense.same, dense.own) == ("", f"same then dense {EVIL}")
+    assert (plain.same, plain.own) == ("same then ", f"plain {EVIL}")
+    assert full.same + full.own == f"same then full {EVIL}"
+
+
+def test_every_figure_is_there_and_is_xml(rendered: Report) -> None:
+    expected = [
+        "perplexity",
+        "accuracy",
+        "sparsity-full",
+        "sensitivity",
+        "scores-full",
+        "induction-full",
+        "layer-error",
+        "reconstruction-full",
+    ]
+    assert [name.removesuffix(".svg") for name in rendered.figures] == expected
+    for name, svg in rendered.figures.items():
+        assert ET.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+        assert "currentColor" in svg
+        assert f"(figures/{name})" in rendered.markdown
+    assert rendered.html.count("<figure ") == len(expected)
+
+
+def test_tables_of_the_markdown_are_whole(rendered: Report) -> None:
+    """Every row of a table has as many cells as its head."""
+    widths: list[int] = []
+    for line in [*rendered.markdown.splitlines(), ""]:
+        if line.startswith("|"):
+            widths.append(line.count("|"))
+        elif widths:
+            assert len(set(widths)) == 1
+            assert len(widths) > 2
+            widths = []
+    assert "**25.0%**" in rendered.markdown
+
+
+def test_without_induction_sensitivity_and_fit(build: Path) -> None:
+    """Each section says in a sentence why it has no figure."""
+    report = render(collect(build, ("plain", "base")))
+    assert list(report.figures) == ["perplexity.svg", "accuracy.svg", "layer-error.svg"]
+    for sentence in (
+        "No variant has an induce stage",
+        "No variant uses sensitivities",
+        "No variant has the step <code>channel</code>",
+        "There is no map to draw",
+    ):
+        assert sentence in report.html
+
+
+def test_the_dense_model_alone(build: Path) -> None:
+    report = render(collect(build, ()))
+    assert "no pruned variant" in report.html
+    assert list(report.figures) == ["accuracy.svg"]
+
+
+def test_without_tasks_completions_and_curve(build: Path) -> None:
+    for name in LOG_PERPLEXITY:
+        path = build / "evaluate" / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"tasks": {}}), encoding="utf-8")
+        (build / "completions" / f"{name}.json").write_text("[]", encoding="utf-8")
+    path = build / "facts" / "full.json"
+    changed = json.loads(path.read_text(encoding="utf-8"))
+    changed["transform"]["curve"] = []
+    path.write_text(json.dumps(changed), encoding="utf-8")
+    report = render(collect(build))
+    assert "accuracy.svg" not in report.figures
+    assert "induction-full.svg" not in report.figures
+    for sentence in ("No tasks were run", "None were asked for", "its induction took no steps"):
+        assert sentence in report.html
+
+
+def test_a_deep_model(tmp_path: Path) -> None:
+    """No numbers in the map's cells, few ticks, a bar that tells the colours."""
+    report = render(collect(make(tmp_path / "build", depth=40)))
+    assert "Dark to light: first to last block." in report.html
+    assert "<summary>All 40 blocks of full</summary>" in report.html
+    shown = re.findall(r"<text[^>]*>([^<]*)</text>", report.figures["sparsity-full.svg"])
+    assert len(shown) < 40
+
+
+def test_the_level_of_guessing_is_told(rendered: Report) -> None:
+    assert "Guessing gives 25% on `next_line`. What guessing gives on `free` is not known." in rendered.markdown
+
+
+def test_an_empty_completion() -> None:
+    assert Completion("a", "").completion == ""
+    assert content._continuation("x", "", "abc") == content.Continuation("x", "", "")
+
+
+# The stage
+
+PARAMS = """
+report: {baseline: base, title: Trial}
+variants: {plain: {}, base: {}, full: {}}
+texts:
+  calibration: {use: calibrate, rows: 4, length: 16}
+  validation: {use: evaluate, rows: 8, length: 32}
+  test: {use: evaluate, rows: 16, length: 32}
+"""
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def test_two_runs_give_the_same_bytes(build: Path) -> None:
+    """In processes with different hash seeds; the paths are printed."""
+    work = build.parent
+    (work / "params.yaml").write_text(PARAMS, encoding="utf-8")
+    (work / "env.lock.json").write_bytes((ROOT / "env.lock.json").read_bytes())
+    seen = []
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
+        run = subprocess.run([sys.executable, "-m", "stages.report"], cwd=work, env=environment, capture_output=True, text=True, check=True)
+        seen.append((digests(work / "report"), run.stdout))
+    assert seen[0] == seen[1]
+    files, output = seen[0]
+    assert {"index.html", "index.md", "table.txt", "summary.json", "costs.json", "figures/perplexity.svg"} <= set(files)
+    assert output.splitlines() == ["report: 3 pruned variants; read report/index.html, or report/table.txt"]
+    assert len((work / "report" / "table.txt").read_text(encoding="utf-8").splitlines()) == 5
+    summary = json.loads((work / "report" / "summary.json").read_text(encoding="utf-8"))
+    assert set(summary) == set(LOG_PERPLEXITY)
+
+
+def test_the_stage_replaces_old_figures(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A figure of a variant that is gone does not stay behind."""
+    work = build.parent
+    monkeypatch.chdir(work)
+    (work / "params.yaml").write_text(PARAMS, encoding="utf-8")
+    (work / "env.lock.json").write_bytes((ROOT / "env.lock.json").read_bytes())
+    (work / "report" / "figures").mkdir(parents=True)
+    (work / "report" / "figures" / "old.svg").write_text("", encoding="utf-8")
+    result = CliRunner().invoke(main)
+    assert result.exit_code == 0, result.output
+    assert not (work / "report" / "figures" / "old.svg").exists()
+    assert (work / "report" / "figures" / "perplexity.svg").exists()
+
+
+def test_the_library_starts_fast() -> None:
+    """Neither torch nor transformers nor pyplot comes with it."""
+    code = (
+        "import sys, pipeline_lib.reporting.render; print([m for m in ('torch', 'transformers', 'matplotlib.pyplot') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

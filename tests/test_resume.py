@@ -1,0 +1,140 @@
+"""A killed prune goes on where it was. Oracle: the bytes of a run that nobody killed."""
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from project import build, change_params, environment, make_workspace, run, tree
+
+COMMAND = ("python", "-m", "stages.prune", "sparseline")
+BLOCKS = 4
+EPOCHS = 40  # a block takes most of a second, a look at the scratch directory a hundredth of one
+VARIANT: dict[str, Any] = {
+    "factors": "scale/transform.safetensors",
+    "sensitivity": "prepare/unmeasured.json",
+    "reconstruction": {"steps": ["obs", "channel"], "channel": {"epochs": EPOCHS, "patience": EPOCHS}},
+}
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with all that prune needs. Read only."""
+    home = tmp_path_factory.mktemp("ready")
+    with pytest.MonkeyPatch.context() as patch:
+        workspace = make_workspace(home / "project", model={"layers": BLOCKS}, induced={}, variants={"sparseline": VARIANT})
+        patch.chdir(workspace)
+        build("prepare", "text calibration", "calibrate", "scale")
+    return workspace
+
+
+@pytest.fixture
+def workspace(ready: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ready, tmp_path / "project"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What an uninterrupted run writes, and nothing of it left in its scratch."""
+    workspace = Path(shutil.copytree(ready, tmp_path_factory.mktemp("undisturbed") / "project"))
+    output = run(workspace, *COMMAND)
+    assert "resuming" not in output
+    assert not tree(scratch(workspace))
+    return results(workspace)
+
+
+def scratch(workspace: Path) -> Path:
+    return workspace.parent / "scratch"
+
+
+def results(workspace: Path) -> dict[str, str]:
+    """All that a prune stage writes, its cost aside."""
+    return {path: digest for path, digest in tree(workspace / "build").items() if path.split("/")[0] in ("prune", "facts")}
+
+
+def finished(workspace: Path) -> int:
+    """Blocks whose facts, the last of their files, are in the scratch directory."""
+    return len(list(scratch(workspace).glob("prune/*/facts/block-*.json")))
+
+
+def kill_after(workspace: Path, blocks: int) -> int:
+    """Start the stage, kill it (SIGKILL) as soon as so many blocks are finished; how many were."""
+    with (workspace.parent / "log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(COMMAND, cwd=workspace, env=environment(workspace), stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 120
+            while finished(workspace) < blocks:
+                assert process.poll() is None, (workspace.parent / "log").read_text(encoding="utf-8")
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            process.kill()
+            process.wait()
+    assert process.returncode == -9
+    return finished(workspace)
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(workspace: Path, undisturbed: dict[str, str]) -> None:
+    """Killed after the first block and again after the third."""
+    before = tree(workspace / "build")
+    for blocks in (1, 3):
+        done = kill_after(workspace, blocks)
+        assert blocks <= done < BLOCKS
+        assert tree(workspace / "build") == before  # no output, whole or partial
+    output = run(workspace, *COMMAND)
+    assert f"prune sparseline: resuming after {done} of {BLOCKS} blocks" in output
+    assert results(workspace) == undisturbed
+    assert not tree(scratch(workspace))
+
+
+def test_another_run_does_not_resume(workspace: Path) -> None:
+    """Oracle: the log, and the interrupted run's blocks, which stay for whoever goes on with it. Other parameters, then other code."""
+    kill_after(workspace, 1)
+    kept = tree(scratch(workspace))
+    key = "variants.sparseline.reconstruction.channel.epochs"
+    change_params(workspace, key, 1)
+    assert "resuming" not in run(workspace, *COMMAND)
+    assert tree(scratch(workspace)) == kept
+    change_params(workspace, key, EPOCHS)
+    with (workspace / "pipeline_lib" / "reconstruction" / "channel.py").open("a", encoding="utf-8") as file:
+        file.write("# another version\n")
+    assert "resuming" not in run(workspace, *COMMAND)
+    assert tree(scratch(workspace)) == kept
+
+
+def test_damaged_leftovers_are_no_blocks(workspace: Path, undisturbed: dict[str, str]) -> None:
+    """A kill can come between a block's files: without its facts a block is done again. Oracle: the bytes of an undisturbed run."""
+    done = kill_after(workspace, 2)
+    (directory,) = scratch(workspace).glob("prune/*")
+    (directory / "facts" / f"block-{done - 1:03d}.json").unlink()
+    for path in (*directory.glob(f"checkpoint/model-{done:05d}-*"), *directory.glob(f"masks/block-{done - 1:03d}.*")):
+        path.write_bytes(path.read_bytes()[:100])
+    (directory / "checkpoint" / f".model-{done + 1:05d}-of-{BLOCKS + 1:05d}.safetensors.partial").write_bytes(b"half")
+    output = run(workspace, *COMMAND)
+    assert f"resuming after {done - 1} of {BLOCKS} blocks" in output
+    assert results(workspace) == undisturbed
+
+
+def test_a_kill_while_results_move_into_place(workspace: Path, undisturbed: dict[str, str]) -> None:
+    """Between file systems a move takes long. Oracle: what was there before, then the bytes of an undisturbed run."""
+    code = """
+import os, sys
+from stages.prune import main
+
+def kill(event, arguments):
+    # an audit hook sees whichever way the files take: the checkpoint is in place, the masks would follow
+    if event != "import" and any(".sparseline.partial/masks" in str(argument) for argument in arguments):
+        os.kill(os.getpid(), 9)
+
+sys.addaudithook(kill)
+main(["sparseline"], standalone_mode=False)
+"""
+    before = results(workspace)
+    run(workspace, "python", "-c", code, code=-9)
+    assert finished(workspace) == BLOCKS
+    assert results(workspace).keys() - {path for path in results(workspace) if ".partial" in path} == before.keys()
+    run(workspace, *COMMAND)
+    assert results(workspace) == undisturbed
+    assert not tree(scratch(workspace))

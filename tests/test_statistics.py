@@ -1,0 +1,225 @@
+"""Statistics of activations. Oracles: direct formulas over all tokens at once, and statistics recomputed after a real change."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import curved_gram, make_model, power_of_two_factors, random_factors, token_rows
+
+from pipeline_lib.artifacts import write_tensors
+from pipeline_lib.calibration.capture import CalibrateParams, block_file, gram_bytes, stored_or_walked, walk
+from pipeline_lib.calibration.statistics import Accumulator, SiteStatistics, refresh
+from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
+from pipeline_lib.models.folding import fold, site_factor
+from pipeline_lib.models.stream import BlockModel, tapped
+
+CPU = torch.device("cpu")
+PARAMS = CalibrateParams(batch_rows=2, median_tokens=10_000, gram_budget_bytes=0)
+FIT, HELD_OUT = token_rows(5, 9, seed=1), token_rows(3, 9, seed=2)
+
+
+def direct(x: torch.Tensor, held_out: torch.Tensor | None = None) -> SiteStatistics:
+    """The definitions, in float64 over all tokens at once (the median of an even count is the lower one, as torch has it)."""
+    wide = x.double()
+    other = None if held_out is None else held_out.double().T @ held_out.double() / len(held_out)
+    ordered = wide.sort(0).values[(len(x) - 1) // 2]
+    return SiteStatistics(wide.square().mean(0), wide.mean(0), ordered, wide.amin(0), wide.amax(0), wide.T @ wide / len(x), other)
+
+
+def assert_close(a: SiteStatistics, b: SiteStatistics, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    first, second = a.tensors("s"), b.tensors("s")
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name].double(), second[name].double(), rtol=rtol, atol=atol)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(splits=st.lists(st.integers(1, 17), min_size=1, max_size=6), seed=st.integers(0, 99), half=st.booleans())
+def test_accumulator_equals_direct_formulas(splits: list[int], seed: int, half: bool) -> None:
+    """Oracle: ``direct``, however the tokens come in batches; sums must not forget, weigh or double any."""
+    x, _ = curved_gram(5, seed, tokens=sum(splits))
+    x = x.to(torch.bfloat16) if half else x
+    accumulator, held = (Accumulator(len(x), 10_000, gram=True) for _ in range(2))
+    for batch in x.split(splits):
+        accumulator.add(batch)
+    held.add(x[:1] * 3)
+    assert_close(accumulator.finish(held), direct(x, x[:1] * 3), rtol=2e-5, atol=1e-5)
+
+
+def test_all_negative_and_all_positive_channels() -> None:
+    """Oracle: by hand; minimum and maximum must not start from 0."""
+    accumulator = Accumulator(4, 100, gram=False)
+    accumulator.add(torch.tensor([[-3.0, 5.0], [-1.0, 7.0]]))
+    accumulator.add(torch.tensor([[-2.0, 6.0], [-9.0, 8.0]]))
+    statistics = accumulator.finish()
+    assert statistics.minimum.tolist() == [-9, 5]
+    assert statistics.maximum.tolist() == [-1, 8]
+    assert statistics.median.tolist() == [-3, 6]
+    assert statistics.gram is None
+    assert statistics.held_out_gram is None
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(splits=st.lists(st.integers(1, 9), min_size=1, max_size=8), budget=st.integers(1, 30))
+def test_median_sample_is_every_stride_th_token(splits: list[int], budget: int) -> None:
+    """Oracle: one slice of all tokens. At most ``median_tokens`` of them are held, whatever the batches."""
+    total = sum(splits)
+    x = torch.arange(total, dtype=torch.float32)[:, None]
+    accumulator = Accumulator(total, budget, gram=False)
+    for batch in x.split(splits):
+        accumulator.add(batch)
+    sample = torch.cat(accumulator.sample)
+    stride = -(-total // budget)
+    assert torch.equal(sample, x[::stride])
+    assert len(sample) <= budget
+
+
+def test_accumulator_does_not_keep_the_activations() -> None:
+    """A kept sample is a copy: overwriting the activations later changes nothing."""
+    x = torch.ones(4, 2)
+    accumulator = Accumulator(4, 4, gram=True)
+    accumulator.add(x)
+    x.fill_(5)
+    assert accumulator.finish().median.tolist() == [1, 1]
+
+
+def test_large_offsets_do_not_drown_the_variance() -> None:
+    """Oracle: float64. Mean 1000, deviation 1: the sums are in float64, so E[x²] − μ² still shows the variance."""
+    x = (1000 + torch.randn(500, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).float()
+    accumulator = Accumulator(500, 100, gram=False)
+    for batch in x.split(7):
+        accumulator.add(batch)
+    expected = float(x.double().square().mean() - x.double().mean().square())
+    assert float(accumulator.squares / 500 - (accumulator.sum / 500).square()) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("with_factor", "with_shift"), [(True, False), (False, True), (True, True), (False, False)])
+def test_refresh_equals_recomputing(with_factor: bool, with_shift: bool) -> None:
+    """Oracle: ``direct`` on X' = D (X − δ) (fast Hessian update, 2602.21652, Eqs. 9–11)."""
+    x, _ = curved_gram(12, seed=3)
+    random = torch.Generator().manual_seed(4)
+    d = 10 ** (torch.rand(12, generator=random) * 3 - 1.5) if with_factor else None
+    delta = torch.randn(12, generator=random) if with_shift else None
+    changed = (x.double() - (0 if delta is None else delta)) * (1 if d is None else d)
+    narrow = {name: tensor.float() for name, tensor in direct(x, x).tensors("s").items()}
+    refreshed = refresh(SiteStatistics.from_tensors("s", narrow), d, delta)
+    expected = direct(changed, changed)
+    # Compared back in the original coordinates, where all channels are of one size.
+    back = torch.ones(12, dtype=torch.float64) if d is None else 1 / d.double()
+    wide = SiteStatistics.from_tensors("s", {name: tensor.double() for name, tensor in refreshed.tensors("s").items()})
+    assert_close(refresh(wide, back), refresh(expected, back), rtol=1e-5, atol=1e-5)
+
+
+def test_refresh_by_one_channel_by_hand() -> None:
+    """Oracle: by hand: X = ±1 + 2 has G = 5, μ = 2; with δ = 2, d = 3 it is ±3: G' = 9, μ' = 0."""
+    five, two = torch.tensor([5.0]), torch.tensor([2.0])
+    s = SiteStatistics(five, two, torch.tensor([1.0]), torch.tensor([1.0]), torch.tensor([3.0]), five.view(1, 1), None)
+    r = refresh(s, torch.tensor([3.0]), torch.tensor([2.0]))
+    assert (float(r.second_moment), float(r.mean), float(r.median), float(r.minimum), float(r.maximum)) == (9, 0, -3, -3, 3)
+    assert r.gram is not None
+    assert float(r.gram) == 9
+    assert r.held_out_gram is None
+
+
+def test_shift_by_the_mean_gives_the_covariance() -> None:
+    """Oracle: torch.cov."""
+    x, _ = curved_gram(8, seed=5)
+    accumulator = Accumulator(len(x), 100, gram=True)
+    accumulator.add(x)
+    statistics = accumulator.finish()
+    centred = refresh(statistics, None, statistics.mean).gram
+    assert centred is not None
+    torch.testing.assert_close(centred, torch.cov(x.T, correction=0), rtol=1e-4, atol=1e-4)
+
+
+def collect(path: Path, grams: bool = True) -> dict[int, dict[str, SiteStatistics]]:
+    return dict(walk(BlockModel(open_checkpoint(path), torch.float32, CPU), FIT, HELD_OUT, PARAMS, grams))
+
+
+def test_walk_equals_direct_formulas_on_the_captured_inputs(checkpoint: Checkpoint) -> None:
+    """Oracle: hooks on the whole stream in one batch; fitting rows for the vectors, held-out rows for the held-out Gram."""
+    model = BlockModel(checkpoint, torch.float32, CPU)
+    found = collect(checkpoint.path)
+    streams = [model.embed(rows, 100) for rows in (FIT, HELD_OUT)]
+    for index in range(checkpoint.architecture.depth):
+        inputs: list[dict[str, torch.Tensor]] = [{}, {}]
+        for stream, taken in zip(streams, inputs, strict=True):
+            block = model.block(index)
+            with tapped(block, {site.name: site.module for site in checkpoint.architecture.sites}, taken.__setitem__):
+                model.advance(block, index, stream)
+        for site in checkpoint.architecture.sites:
+            assert_close(found[index][site.name], direct(inputs[0][site.name], inputs[1][site.name]), rtol=1e-4, atol=1e-4)
+
+
+def test_walk_without_held_out_rows_and_without_grams(llama: Checkpoint) -> None:
+    model = BlockModel(llama, torch.float32, CPU)
+    with_grams = dict(walk(model, FIT, FIT[:0], PARAMS, grams=True))
+    without = dict(walk(model, FIT, HELD_OUT, PARAMS, grams=False))
+    for index, sites in without.items():
+        for name, statistics in sites.items():
+            assert statistics.gram is None
+            assert statistics.held_out_gram is None
+            assert with_grams[index][name].held_out_gram is None
+            assert with_grams[index][name].gram is not None
+            assert torch.equal(with_grams[index][name].second_moment, statistics.second_moment)
+
+
+@pytest.mark.parametrize("powers", [True, False])
+def test_refresh_equals_walking_the_folded_model(checkpoint: Checkpoint, tmp_path: Path, powers: bool) -> None:
+    """Oracle: a folded checkpoint, written and walked. The fast Hessian update on a real model: no forward pass is needed.
+
+    Powers of two: to the last bit. Other factors: to float32's rounding in the original coordinates.
+    """
+    table = checkpoint.architecture
+    sizes = {coupling.name: coupling.size for coupling in table.couplings}
+    factors = [power_of_two_factors(sizes, seed) if powers else random_factors(sizes, seed) for seed in range(table.depth)]
+    writer = ShardWriter(checkpoint, tmp_path / "folded")
+    for block in range(table.depth):
+        writer.write(block, fold(checkpoint.block(block), table, factors[block]))
+    writer.finish()
+    plain, folded = collect(checkpoint.path), collect(tmp_path / "folded")
+    for block in range(table.depth):
+        for site in table.sites:
+            d = site_factor(table, site.name, factors[block])
+            d = None if d is None else d.float()
+            if powers:
+                assert_close(refresh(plain[block][site.name], d), folded[block][site.name], rtol=0, atol=0)
+            else:
+                back = refresh(folded[block][site.name], None if d is None else 1 / d)
+                scale = float(plain[block][site.name].second_moment.max())
+                assert_close(back, plain[block][site.name], rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_stored_grams_equal_walked_ones_to_the_bit(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Both sides of gram_budget_bytes: files with Grams, and files without, for which the model is walked again."""
+    model = BlockModel(checkpoint, torch.float32, CPU)
+    for name, grams in (("stored", True), ("over", False)):
+        for block, sites in walk(model, FIT, HELD_OUT, PARAMS, grams):
+            tensors: dict[str, torch.Tensor] = {}
+            for site, statistics in sites.items():
+                tensors |= statistics.tensors(site)
+            write_tensors(block_file(tmp_path / name, block), tensors, {"grams": grams})
+    stored = list(stored_or_walked(tmp_path / "stored", model, FIT, HELD_OUT, PARAMS))
+    # A model of its own: what walks again starts from nothing.
+    again = list(stored_or_walked(tmp_path / "over", BlockModel(checkpoint, torch.float32, CPU), FIT, HELD_OUT, PARAMS))
+    assert [block for block, _ in stored] == [block for block, _ in again] == list(range(checkpoint.architecture.depth))
+    for (_, a), (_, b) in zip(stored, again, strict=True):
+        for site in a:
+            assert a[site].gram is not None
+            assert a[site].held_out_gram is not None
+            assert_close(a[site], b[site], rtol=0, atol=0)
+
+
+def test_gram_bytes_is_what_the_files_hold(tmp_path: Path) -> None:
+    """Oracle: the bytes of all Grams that a walk yields; the digest's 0.69 GB per block of a 7B Llama."""
+    path = make_model(tmp_path, "llama", layers=3)
+    checkpoint = open_checkpoint(path)
+    total = 0
+    for sites in collect(path).values():
+        for statistics in sites.values():
+            assert statistics.gram is not None
+            assert statistics.held_out_gram is not None
+            total += sum(gram.numel() * gram.element_size() for gram in (statistics.gram, statistics.held_out_gram))
+    assert gram_bytes(checkpoint.architecture) == total

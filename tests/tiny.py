@@ -1,0 +1,143 @@
+"""Tiny random checkpoints and a byte tokenizer: what every test runs on, small enough for seconds, random enough to be no special case."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
+
+VOCABULARY = 320
+FAMILIES = ("llama", "llama-bias", "opt", "opt-post")
+END = "<|endoftext|>"
+
+
+def make_config(family: str, layers: int = 2, **overrides: Any) -> PreTrainedConfig:
+    """``llama`` (grouped queries, no biases), ``llama-bias``, ``opt`` (pre-norm), ``opt-post`` (post-norm, projections: OPT-350M)."""
+    if family in ("llama", "llama-bias"):
+        bias = family == "llama-bias"
+        values: dict[str, Any] = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "attention_bias": bias,
+            "mlp_bias": bias,
+            "tie_word_embeddings": False,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+        return LlamaConfig(**{**values, **overrides})
+    if family in ("opt", "opt-post"):
+        values = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "word_embed_proj_dim": 24 if family == "opt-post" else 32,
+            "do_layer_norm_before": family == "opt",
+            "dropout": 0.0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 1,
+        }
+        return OPTConfig(**{**values, **overrides})
+    raise ValueError(f"no tiny family {family!r}; there are {FAMILIES}")
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Every parameter random: norm weights in [0.5, 1.5], biases far from 0, matrices of unit gain, so that no factor could hide."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=random)
+            if parameter.ndim == 2:
+                gain = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
+                parameter.copy_(noise * gain)
+            elif name.endswith("weight"):
+                parameter.copy_(torch.rand(parameter.shape, generator=random) + 0.5)
+            else:
+                parameter.copy_(0.3 * noise)
+
+
+def make_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: END is 0, the 256 bytes follow; saved into ``directory``."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {END: 0, **{byte: number for number, byte in enumerate(alphabet, 1)}}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens([AddedToken(END, special=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=END, eos_token=END)
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def make_model(
+    directory: Path,
+    family: str,
+    layers: int = 2,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: bool = True,
+    shard_size: str = "1GB",
+    **overrides: Any,
+) -> Path:
+    """A random checkpoint of ``family`` saved into ``directory`` (returned), its tokenizer beside it."""
+    model = AutoModelForCausalLM.from_config(make_config(family, layers, **overrides))
+    randomise(model, seed)
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
+    if tokenizer:
+        make_tokenizer(directory)
+    return directory
+
+
+def load_full(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The whole model as transformers loads it: the oracle of everything that runs block by block."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def all_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every stored tensor of a checkpoint, by its stored name."""
+    checkpoint = open_checkpoint(path)
+    return dict(checkpoint.read(list(checkpoint.files)))
+
+
+def load_tensors(model: PreTrainedModel, checkpoint: Checkpoint, block: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Put one block's tensors (named relative to the block) into a whole model, in the model's dtype."""
+    module = model.base_model.get_submodule(f"{checkpoint.architecture.blocks}.{block}")
+    module.load_state_dict({name: tensor.to(model.dtype) for name, tensor in tensors.items()})
+
+
+def token_rows(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids [rows, length]."""
+    return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_factors(sizes: dict[str, int], seed: int, decades: float = 3.0) -> dict[str, torch.Tensor]:
+    """Positive factors in float64, log-uniform over so many orders of magnitude around 1."""
+    random = torch.Generator().manual_seed(seed)
+    return {name: 10 ** (decades * (torch.rand(size, generator=random, dtype=torch.float64) - 0.5)) for name, size in sorted(sizes.items())}
+
+
+def power_of_two_factors(sizes: dict[str, int], seed: int, largest: int = 6) -> dict[str, torch.Tensor]:
+    """2^k with k uniform in −largest … largest: the factors that fold without any rounding."""
+    random = torch.Generator().manual_seed(seed)
+    return {name: 2.0 ** torch.randint(-largest, largest + 1, (size,), generator=random) for name, size in sorted(sizes.items())}
+
+
+def curved_gram(size: int, seed: int, tokens: int = 200, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Correlated activations X [tokens, d] of unequal channel sizes, and their second moment G [d, d] (float32)."""
+    random = torch.Generator().manual_seed(seed)
+    mix = torch.randn(size, size, generator=random) / size**0.5 + torch.eye(size)
+    x = (torch.randn(tokens, size, generator=random) @ mix) * (spread * torch.randn(size, generator=random)).exp() + 0.3
+    return x, x.T @ x / tokens
