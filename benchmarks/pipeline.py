@@ -1,0 +1,113 @@
+"""Benchmarks of the pipeline on the embedded model, cell by cell and resumable: ``python -m benchmarks.pipeline seeds|recipes``.
+
+Each cell runs `dvc repro` in a clone of HEAD below ``--work`` with other parameters; the clones share one DVC cache, so that nothing upstream is
+computed twice. Finished cells are in ``benchmarks/results/<name>.json`` and are skipped.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import click
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PLAIN = {"factors": "prepare/identity.safetensors", "sensitivity": "sensitivity/sensitivity.json"}
+INDUCED = PLAIN | {"factors": "induce/{name}/transform.safetensors"}
+
+
+def recipe(score: str, alpha: float, steps: list[str], induced: bool = False, method: str = "weight") -> dict[str, Any]:
+    """A candidate for `sparseline`: one variant's overrides."""
+    base = INDUCED if induced else PLAIN
+    allocation = {"method": method, "alpha": alpha} if alpha else {"method": "uniform"}
+    return base | {"selection": {"score": score, "group": "block"}, "allocation": allocation, "reconstruction": {"steps": steps}}
+
+
+RECIPES = {
+    "obs": recipe("obs", 0, ["obs"]),
+    "obs-induced": recipe("obs", 0, ["obs"], induced=True),
+    "obs-channel": recipe("obs", 0, ["obs", "channel"]),
+    "obs-a10": recipe("obs", 0.10, ["obs"]),
+    "obs-a15": recipe("obs", 0.15, ["obs"]),
+    "obs-a20": recipe("obs", 0.20, ["obs"]),
+    "isc-a15": recipe("isc", 0.15, ["obs"]),
+    "obs-a15-channel": recipe("obs", 0.15, ["obs", "channel"]),
+    "obs-a20-channel": recipe("obs", 0.20, ["obs", "channel"]),
+    "isc-a15-channel": recipe("isc", 0.15, ["obs", "channel"]),
+    "isc-a15-channel-induced": recipe("isc", 0.15, ["obs", "channel"], induced=True),
+    "obs-a15-channel-induced": recipe("obs", 0.15, ["obs", "channel"], induced=True),
+    "obs-l15-channel": recipe("obs", 0.15, ["obs", "channel"], method="layer"),
+}
+
+
+def run(project: Path, *command: str) -> None:
+    subprocess.run(command, cwd=project, check=True)
+
+
+def reproduce(work: Path, cell: str, change: Any) -> Path:
+    """A clone of HEAD with `change(params)` applied, reproduced."""
+    project = work / cell
+    if not project.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        run(work, "git", "clone", "--quiet", str(ROOT), cell)
+    run(project, "dvc", "cache", "dir", "--local", str(work / "cache"))
+    yaml = YAML()
+    values = yaml.load((project / "params.yaml").read_text(encoding="utf-8"))
+    change(values)
+    with (project / "params.yaml").open("w", encoding="utf-8") as file:
+        yaml.dump(values, file)
+    run(project, "dvc", "repro", "--quiet")
+    return project
+
+
+def records(project: Path, cell: dict[str, Any], commit: str) -> list[dict[str, Any]]:
+    """One flat record per variant and text."""
+    summary = json.loads((project / "report" / "summary.json").read_text(encoding="utf-8"))
+    dense = summary["dense"]["perplexity"]
+    return [
+        {**cell, "method": name, "text": text, "ppl": ppl, "dense": dense[text], "commit": commit}
+        for name, row in summary.items()
+        for text, ppl in row["perplexity"].items()
+    ]
+
+
+@click.command(help=__doc__)
+@click.argument("name", type=click.Choice(["seeds", "recipes"]))
+@click.option("--work", type=click.Path(path_type=Path), default=Path("/tmp/sparseline-bench"), show_default=True)
+@click.option("--sparsity", default=0.5, show_default=True)
+@click.option("--seeds", default=3, show_default=True, help="Calibration seeds 0, 1, …")
+def main(name: str, work: Path, sparsity: float, seeds: int) -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    for seed in range(seeds):
+        cell = {"sparsity": sparsity, "seed": seed}
+        if any(all(record[key] == value for key, value in cell.items()) for record in results):
+            continue
+
+        def change(values: Any, seed: int = seed) -> None:
+            values["texts"]["calibration"]["seed"] = seed
+            values["prune"]["selection"]["sparsity"] = sparsity
+            if name == "recipes":
+                values["induced"] = {key: {} for key, value in RECIPES.items() if value["factors"].startswith("induce")}
+                values["variants"] = {key: value | {"factors": value["factors"].format(name=key)} for key, value in RECIPES.items()}
+                values["report"]["baseline"] = "obs"
+                values["evaluate"]["tasks"]["limit"] = 2
+
+        project = reproduce(work, f"{commit}-{name}-{sparsity}-{seed}", change)
+        results += records(project, cell, commit)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    for text in ("validation", "test") if name == "seeds" else ("validation",):
+        click.echo(f"\n{text}")
+        for method in dict.fromkeys(record["method"] for record in results):
+            row = [r["ppl"] for r in results if r["method"] == method and r["text"] == text and r["sparsity"] == sparsity]
+            click.echo(f"  {method:<26}" + "".join(f"{ppl:>9.3f}" for ppl in row))
+
+
+if __name__ == "__main__":
+    main()
