@@ -8,7 +8,7 @@ from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.calibration.rows import encode, rows_of, split
 from pipeline_lib.calibration.texts import TextParams, read_texts
 from pipeline_lib.errors import SparselineError
-from pipeline_lib.models.checkpoint import locate, open_checkpoint
+from pipeline_lib.models.checkpoint import locate, read_config
 from pipeline_lib.models.source import ModelParams
 from pipeline_lib.models.tokenizer import load_tokenizer
 
@@ -20,7 +20,7 @@ def main(name: str) -> None:
         settings = params.load(TextParams, f"texts.{name}")
         model = params.load(ModelParams, "model")
         directory = locate(model.path, model.id, model.revision)
-        config = open_checkpoint(directory).config
+        config = read_config(directory)
         window = getattr(config, "max_position_embeddings", None)
         if window is not None and settings.length > window:
             raise SparselineError(

@@ -152,7 +152,9 @@ def test_a_wide_interval_clips_and_still_meets_the_budget() -> None:
 @pytest.mark.parametrize("bounds", [(0.0, 0.4), (0.6, 1.0), (0.501, 0.502)])
 def test_bounds_without_room_are_told(bounds: tuple[float, float]) -> None:
     """Densities of 0.5 are wanted; in (0.501, 0.502) of 10 weights there is no whole count at all."""
-    with pytest.raises(SparselineError, match=r"No allocation with densities between .* meets sparsity 0\.5; widen prune\.density_bounds"):
+    with pytest.raises(
+        SparselineError, match=r"No allocation with densities between .* meets sparsity 0\.5; widen allocation\.density_bounds"
+    ):
         allocate(units_of([10, 10]), 0.5, np.zeros(2), 0.0, bounds)
 
 

@@ -6,18 +6,21 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from pipeline_lib.artifacts import write_json
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.models.architecture import Architecture, Matrix, architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 INDEX = "model.safetensors.index.json"
@@ -99,16 +102,25 @@ class Checkpoint:
         return [name for name in self.files if not name.startswith(prefix)]
 
 
+def read_config(path: Path) -> PreTrainedConfig:
+    """The model directory's config.
+
+    Raises:
+        SparselineError: there is none that transformers can read.
+    """
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise SparselineError(f"{path} holds no config.json that transformers can read: {str(error).splitlines()[0]}") from error
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a Hugging Face model directory of safetensors.
 
     Raises:
         SparselineError: no or an unsupported config, no weights, a missing or truncated shard, a tensor missing or of another shape.
     """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise SparselineError(f"{path} holds no config.json that transformers can read: {str(error).splitlines()[0]}") from error
+    config = read_config(path)
     entry = architecture(config)
     files, shapes, dtypes = {}, {}, set()
     for file_name in _weight_files(path):
@@ -138,8 +150,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, config, entry, files, shapes, prefix, dtype)
 
 
-def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> "PreTrainedModel":
     """The model without its weights: parameters on the meta device, buffers real."""
+    from accelerate import init_empty_weights  # imported here, like the modelling code below: seconds that not every stage needs
+    from transformers import AutoModelForCausalLM
+
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
