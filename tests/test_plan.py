@@ -1,0 +1,46 @@
+"""The prediction before a run. Oracles: what must not depend on depth, sizes on disk, and the arithmetic of a linear's FLOPs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import make_model
+
+from pipeline_lib.models.checkpoint import open_checkpoint
+from pipeline_lib.planning.estimate import Work, estimate
+
+WORK = Work(
+    rows=8,
+    length=32,
+    batch_rows=4,
+    evaluation_tokens=512,
+    probes=2,
+    rows_per_probe=1,
+    induction_steps=10,
+    channel_epochs=2,
+    gram_budget_bytes=10**9,
+)
+
+
+def test_memory_of_block_wise_stages_does_not_grow_with_depth(tmp_path: Path) -> None:
+    shallow, deep = (estimate(open_checkpoint(make_model(tmp_path / str(layers), "llama", layers)), WORK) for layers in (2, 8))
+    for stage in ("calibrate", "induce", "prune (plain)", "prune (channel)"):
+        assert deep[stage].memory_bytes == shallow[stage].memory_bytes
+        assert deep[stage].flops == pytest.approx(4 * shallow[stage].flops)
+    for stage in ("sensitivity", "evaluate"):
+        assert deep[stage].memory_bytes > shallow[stage].memory_bytes
+
+
+def test_a_pruned_checkpoint_takes_what_the_source_takes_and_a_bit_per_weight(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "model", "opt", 2)
+    source = (path / "model.safetensors").stat().st_size
+    disk = estimate(open_checkpoint(path), WORK)["prune (plain)"].disk_bytes
+    assert source * 0.9 < disk < source * 1.1
+
+
+def test_grams_over_budget_are_not_counted(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_model(tmp_path / "model", "llama", 2))
+    stored = estimate(checkpoint, WORK)["calibrate"].disk_bytes
+    left_out = estimate(checkpoint, replace(WORK, gram_budget_bytes=0))["calibrate"].disk_bytes
+    grams = 2 * 2 * 4 * sum(len(site.index) ** 2 for site in checkpoint.architecture.sites)
+    assert stored - left_out == grams
