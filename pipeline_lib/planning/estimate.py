@@ -12,7 +12,7 @@ import torch
 from pipeline_lib.models.checkpoint import Checkpoint
 
 LIBRARIES = 450e6  # resident size of Python with torch and transformers
-SLOWDOWN = 2.0  # wall time over pure matrix products: softmax, norms, sorting, small shapes (1 to 8 on the embedded model)
+SLOWDOWN = 2.0  # wall time over pure matrix products: softmax, norms, sorting, small shapes
 
 
 @dataclass(frozen=True)
