@@ -1,4 +1,4 @@
-"""Fixtures: one tiny checkpoint per family, made once per run; tests that change files copy it."""
+"""Fixtures: one tiny checkpoint per family, made once per run when first asked for; tests that change files copy it."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from tiny import FAMILIES, make_model  # noqa: E402
+from tiny import ALL_FAMILIES, FAMILIES, make_model  # noqa: E402
 
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 
@@ -29,14 +29,19 @@ def _session() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def model_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Family -> directory of its tiny checkpoint (float32). Read only."""
+    """Family -> directory of its tiny checkpoint (float32), made when first asked for. Read only."""
     root = tmp_path_factory.mktemp("models")
-    return {family: make_model(root / family, family, seed=number) for number, family in enumerate(FAMILIES)}
+
+    class Models(dict[str, Path]):
+        def __missing__(self, family: str) -> Path:
+            return self.setdefault(family, make_model(root / family, family, seed=ALL_FAMILIES.index(family)))
+
+    return Models()
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
-    """Each family in turn."""
+    """Each family in turn; modules that must hold for all of them have a fixture of their own."""
     return str(request.param)
 
 

@@ -6,22 +6,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, load_full, load_tensors, make_config, power_of_two_factors, random_factors, token_rows
+from tiny import ALL_FAMILIES, load_full, load_tensors, make_config, power_of_two_factors, random_factors, token_rows
 from transformers import PreTrainedModel
 
-from pipeline_lib.models.architecture import Architecture, Coupling, Tie, architecture
+from pipeline_lib.models.architecture import Architecture, Coupling, Tie
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline_lib.models.families import architecture
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel, tapped
 
 ROWS = token_rows(2, 12)
-COUPLINGS = [(family, coupling.name) for family in FAMILIES for coupling in architecture(make_config(family)).couplings]
-TIES = [
-    (family, coupling.name, number)
-    for family in FAMILIES
-    for coupling in architecture(make_config(family)).couplings
-    for number in range(len(coupling.ties))
+TABLES = {family: architecture(make_config(family)) for family in ALL_FAMILIES}
+COUPLINGS = [(family, coupling.name) for family, table in TABLES.items() for coupling in table.couplings]
+MISTAKES = [
+    (family, coupling.name, number, mistake)
+    for family, table in TABLES.items()
+    for coupling in table.couplings
+    for number, tie in enumerate(coupling.ties)
+    for mistake in ("power", "index", "dropped", *(["positions"] if tie.positions else []))
 ]
+UNROTATED = ("opt", "opt-post", "gpt2", "gpt2-relu", "bloom")
+
+
+@pytest.fixture(params=ALL_FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family of the table and every kind of config, instead of the few that other tests run on."""
+    return str(request.param)
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
@@ -35,11 +45,17 @@ def dense_logits(path: Path, dtype: torch.dtype) -> torch.Tensor:
     return logits(load_full(path, dtype))
 
 
+@cache
+def shared_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A whole model whose blocks are overwritten by each test."""
+    return load_full(path, dtype)
+
+
 def folded_logits(
     checkpoint: Checkpoint, factors: dict[str, torch.Tensor], dtype: torch.dtype, table: Architecture | None = None
 ) -> torch.Tensor:
     """Logits in ``dtype`` after folding every block in ``dtype``."""
-    model = load_full(checkpoint.path, dtype)
+    model = shared_model(checkpoint.path, dtype)
     for block in range(checkpoint.architecture.depth):
         tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.block(block).items()}
         load_tensors(model, checkpoint, block, fold(tensors, table or checkpoint.architecture, factors))
@@ -50,9 +66,33 @@ def sizes(checkpoint: Checkpoint, only: str | None = None) -> dict[str, int]:
     return {c.name: c.size for c in checkpoint.architecture.couplings if only in (None, c.name)}
 
 
+def lost_precision(checkpoint: Checkpoint, factors: dict[str, torch.Tensor]) -> float:
+    """By how much Gemma's 1 + w magnifies rounding: w is stored, and of 1 + w = d (1 + w₀) ≪ 1 the unit's last bit is all that is left.
+
+    0 where no tie has an offset: nothing at all is lost.
+    """
+    kept = [
+        float((tie.offset + tensors[tie.parameter].double()).mul(factors[coupling.name][torch.tensor(tie.index)]).min())
+        for coupling in checkpoint.architecture.couplings
+        for tie in coupling.ties
+        if tie.offset and coupling.name in factors
+        for tensors in map(checkpoint.block, range(checkpoint.architecture.depth))
+    ]
+    return max(1, 1 / min(kept)) if kept else 0
+
+
 def gap(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference, relative to the logits' own scale."""
     return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+def assert_folds_exactly(checkpoint: Checkpoint, factors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Bit for bit; with Gemma's norms to one rounding of w, magnified."""
+    folded, dense = folded_logits(checkpoint, factors, dtype), dense_logits(checkpoint.path, dtype)
+    if lost := lost_precision(checkpoint, factors):
+        assert 0 < gap(folded, dense) < torch.finfo(dtype).eps * lost
+    else:
+        assert torch.equal(folded, dense)
 
 
 @pytest.mark.parametrize(("family", "coupling"), COUPLINGS)
@@ -60,48 +100,49 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_powers_of_two_fold_bit_for_bit(model_paths: dict[str, Path], family: str, coupling: str, dtype: torch.dtype) -> None:
     """Oracle: the unfolded logits, to the last bit, since powers of two round nowhere."""
     checkpoint = open_checkpoint(model_paths[family])
-    factors = power_of_two_factors(sizes(checkpoint, coupling), seed=1)
-    assert torch.equal(folded_logits(checkpoint, factors, dtype), dense_logits(checkpoint.path, dtype))
+    assert_folds_exactly(checkpoint, power_of_two_factors(sizes(checkpoint, coupling), seed=1), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_couplings_at_once_fold_bit_for_bit(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Oracle: the unfolded logits; each matrix takes up to three factors here (q: norm, Q/K; v: norm, v/o)."""
-    factors = power_of_two_factors(sizes(checkpoint), seed=2)
-    assert torch.equal(folded_logits(checkpoint, factors, dtype), dense_logits(checkpoint.path, dtype))
+    assert_folds_exactly(checkpoint, power_of_two_factors(sizes(checkpoint), seed=2), dtype)
 
 
 @pytest.mark.parametrize(("family", "coupling"), COUPLINGS)
 def test_random_factors_keep_the_logits(model_paths: dict[str, Path], family: str, coupling: str) -> None:
     """Oracle: the unfolded logits, to rounding, for factors over three orders of magnitude.
 
-    float64: 1e-9 for OPT, which computes in float64 throughout. Llama's RMSNorm casts its input to float32, where a double's last
-    bit can tip a value to the neighbouring float32 (6e-8 relative): errors below about 1e-7 are beyond what can be asked of it.
-    bfloat16: three times what bfloat16 itself costs the unfolded model.
+    float64: 1e-9 for the families that compute in float64 throughout. RMSNorm and BLOOM's softmax cast to float32, where a double's
+    last bit can tip a value to the neighbouring float32 (6e-8 relative): errors below about 1e-7 are beyond what can be asked of them.
+    bfloat16: three times what bfloat16 itself costs the unfolded model. Gemma's norms: as much more as they magnify the rounding.
     """
     checkpoint = open_checkpoint(model_paths[family])
     factors = random_factors(sizes(checkpoint, coupling), seed=3)
+    lost = max(1.0, lost_precision(checkpoint, factors))
     exact = dense_logits(checkpoint.path, torch.float64)
-    assert gap(folded_logits(checkpoint, factors, torch.float64), exact) < (1e-9 if family.startswith("opt") else 3e-7)
+    double = family.startswith(("opt", "gpt"))
+    assert gap(folded_logits(checkpoint, factors, torch.float64), exact) < (1e-9 if double else 3e-7 * lost)
     single = dense_logits(checkpoint.path, torch.float32)
     assert gap(folded_logits(checkpoint, factors, torch.float32), single) < 1e-5
     half = dense_logits(checkpoint.path, torch.bfloat16)
     own_rounding = gap(half, single)
-    assert gap(folded_logits(checkpoint, factors, torch.bfloat16), single) < 3 * own_rounding
+    assert gap(folded_logits(checkpoint, factors, torch.bfloat16), single) < 3 * own_rounding * lost
 
 
-@pytest.mark.parametrize(("family", "coupling", "number"), TIES)
-@pytest.mark.parametrize("mistake", ["power", "index", "dropped"])
+@pytest.mark.parametrize(("family", "coupling", "number", "mistake"), MISTAKES)
 def test_a_wrong_tie_would_be_caught(model_paths: dict[str, Path], family: str, coupling: str, number: int, mistake: str) -> None:
-    """The oracle above has power: one tie with the wrong power, a shifted index or left out moves the logits."""
+    """The oracle above has power: one tie with the wrong power, a shifted index, on shifted entries or left out moves the logits."""
     checkpoint = open_checkpoint(model_paths[family])
     table = checkpoint.architecture
     right = next(c for c in table.couplings if c.name == coupling)
     tie = right.ties[number]
+    entries = checkpoint.block(0)[tie.parameter].shape[tie.axis]
     wrong: dict[str, tuple[Tie, ...]] = {
         "power": (dataclasses.replace(tie, power=-tie.power),),
         "index": (dataclasses.replace(tie, index=(*tie.index[1:], tie.index[0])),),
         "dropped": (),
+        "positions": (dataclasses.replace(tie, positions=tuple((i - 1) % entries for i in tie.positions or ())),),
     }
     ties = (*right.ties[:number], *wrong[mistake], *right.ties[number + 1 :])
     changed = tuple(dataclasses.replace(c, ties=ties) if c is right else c for c in table.couplings)
@@ -110,11 +151,11 @@ def test_a_wrong_tie_would_be_caught(model_paths: dict[str, Path], family: str, 
         folded_logits(checkpoint, factors, torch.float32, dataclasses.replace(table, couplings=changed)),
         dense_logits(checkpoint.path, torch.float32),
     )
-    if tie.parameter == "self_attn.k_proj.bias" and family.startswith("opt"):
+    if coupling == "q_k" and family in UNROTATED and tie.parameter.endswith("bias") and tie.power > 0 and mistake != "positions":
         # Without rotation q·(k_j + b) shifts all of a query's logits alike, and the softmax cannot tell: K's bias does nothing.
         assert moved < 1e-5
     else:
-        assert moved > 1e-3
+        assert moved > 1e-4
 
 
 def test_fold_checks_shapes_and_leaves_its_input_alone(checkpoint: Checkpoint) -> None:
@@ -144,7 +185,7 @@ def test_factors_of_ties_cancel(checkpoint: Checkpoint) -> None:
     for coupling in checkpoint.architecture.couplings:
         assert {tie.power for tie in coupling.ties} == {1, -1}
         for tie in coupling.ties:
-            assert len(tie.index) == shapes[tie.parameter][tie.axis]
+            assert len(tie.entries(torch.empty(shapes[tie.parameter]))) == len(tie.index)
             assert set(tie.index) == set(range(coupling.size))
 
 
@@ -154,12 +195,15 @@ def test_table_names_exist_and_cover_every_linear(checkpoint: Checkpoint) -> Non
     matrices = checkpoint.architecture.matrices
     assert {m.parameter for m in matrices} == {name for name, tensor in tensors.items() if tensor.ndim == 2}
     assert len({m.label for m in matrices}) == len(matrices)
-    norms = {tie.parameter for c in checkpoint.architecture.couplings for tie in c.ties if "norm" in tie.parameter}
-    assert norms <= tensors.keys()
+    assert {tie.parameter for c in checkpoint.architecture.couplings for tie in c.ties} <= tensors.keys()
+    stored = {name: tensor.numel() for name, tensor in tensors.items() if tensor.ndim == 2}
     for matrix in matrices:
+        stored[matrix.parameter] -= matrix.view(tensors[matrix.parameter]).numel()
         assert (matrix.bias in tensors) == (matrix.bias is not None)
+        assert matrix.bias is None or len(matrix.bias_view(tensors[matrix.bias])) == len(matrix.view(tensors[matrix.parameter]))
         assert (matrix.parameter.replace(".weight", ".bias") in tensors) == (matrix.bias is not None)
         assert matrix.site in {site.name for site in checkpoint.architecture.sites}
+    assert set(stored.values()) == {0}, "every weight belongs to exactly one logical matrix"
 
 
 def test_sites_capture_what_their_consumers_see(checkpoint: Checkpoint) -> None:
@@ -169,19 +213,23 @@ def test_sites_capture_what_their_consumers_see(checkpoint: Checkpoint) -> None:
     block = model.block(0)
     table = checkpoint.architecture
     seen: dict[str, torch.Tensor] = {}
-    modules = {matrix.label: matrix.label for matrix in table.matrices} | {f"site {site.name}": site.module for site in table.sites}
+    modules = {matrix.parameter: matrix.parameter.removesuffix(".weight") for matrix in table.matrices}
+    modules |= {f"site {site.name}": site.module for site in table.sites}
     with tapped(block, modules, seen.__setitem__):
         model.advance(block, 0, stream)
     for site in table.sites:
         captured = seen[f"site {site.name}"]
         assert captured.shape == (ROWS.numel(), len(site.index))
         for matrix in table.consumers(site.name):
-            assert torch.equal(seen[matrix.label], captured)
-            assert checkpoint.block(0)[matrix.parameter].shape[1] == len(site.index)
+            assert torch.equal(seen[matrix.parameter], captured)
+            assert checkpoint.matrix_shape(0, matrix)[1] == len(site.index)
 
 
 def test_site_factor_is_what_the_activations_are_multiplied_by(checkpoint: Checkpoint) -> None:
-    """Oracle: the activations of the folded block: X' = D X to the last bit for powers of two, X' = X where nothing scales a site."""
+    """Oracle: the activations of the folded block: X' = D X to the last bit for powers of two, X' = X where nothing scales a site.
+
+    Gemma's norms, as above: to a few of float32's last bits, magnified.
+    """
     model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
     factors = power_of_two_factors(sizes(checkpoint), seed=6)
     table = checkpoint.architecture
@@ -192,32 +240,11 @@ def test_site_factor_is_what_the_activations_are_multiplied_by(checkpoint: Check
         captured.append({})
         with tapped(block, {site.name: site.module for site in table.sites}, captured[-1].__setitem__):
             model.advance(block, 0, stream)
-    scaled = 0
+    scaled, lost = 0, lost_precision(checkpoint, factors)
     for site in table.sites:
         factor = site_factor(table, site.name, factors)
         scaled += factor is not None
         expected = captured[0][site.name] * (1 if factor is None else factor)
-        assert torch.equal(captured[1][site.name], expected)
+        torch.testing.assert_close(captured[1][site.name], expected, rtol=4 * torch.finfo(torch.float32).eps * lost, atol=1e-5 * lost)
         assert site_factor(table, site.name, {}) is None
-    assert scaled == (4 if table.family == "llama" or "attention_norm" in factors else 2)
-
-
-def test_options_of_a_config_change_the_table() -> None:
-    """What a config switches off is not offered: GELU carries no factor, post-norm and affine-free norms absorb none."""
-    names = {c.name for c in architecture(make_config("opt", activation_function="gelu")).couplings}
-    assert names == {"v_o", "q_k", "attention_norm", "mlp_norm"}
-    assert {c.name for c in architecture(make_config("opt-post")).couplings} == {"v_o", "q_k", "fc1_fc2"}
-    assert {c.name for c in architecture(make_config("opt", layer_norm_elementwise_affine=False)).couplings} == {"v_o", "q_k", "fc1_fc2"}
-    assert architecture(make_config("opt", enable_bias=False)).matrices[0].bias is None
-
-
-def test_rotated_pairs_and_grouped_queries_share_a_factor() -> None:
-    """Oracle: the rotary layout i ↔ i + size/2 and the 2 query heads per key head of the tiny Llama (size 8)."""
-    q_k = next(c for c in architecture(make_config("llama")).couplings if c.name == "q_k")
-    ties = {tie.parameter: tie for tie in q_k.ties}
-    keys, queries = ties["self_attn.k_proj.weight"].index, ties["self_attn.q_proj.weight"].index
-    assert q_k.size == 2 * 4
-    for head in range(2):
-        for i in range(4):
-            assert keys[head * 8 + i] == keys[head * 8 + i + 4] == head * 4 + i
-    assert queries == tuple(keys[(head // 2) * 8 + i] for head in range(4) for i in range(8))
+    assert scaled == len(factors) - ("q_k" in factors)  # Q/K factors scale no site; every other coupling scales one

@@ -11,19 +11,28 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, all_tensors, load_full, make_model, make_tokenizer, token_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig, PreTrainedConfig
+from tiny import ALL_FAMILIES, FAMILIES, all_tensors, load_full, make_model, make_tokenizer, token_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.models.checkpoint import INDEX, Checkpoint, ShardWriter, locate, open_checkpoint
 from pipeline_lib.models.stream import BlockModel, Stream
+from pipeline_lib.models.whole import load_model
 
 CPU = torch.device("cpu")
 
 
-def layer_outputs(checkpoint: Checkpoint, rows: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+@pytest.fixture(params=ALL_FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family of the table and every kind of config, instead of the few that other tests run on."""
+    return str(request.param)
+
+
+def layer_outputs(
+    checkpoint: Checkpoint, rows: torch.Tensor, dtype: torch.dtype, model: PreTrainedModel | None = None
+) -> list[torch.Tensor]:
     """Hidden states before the first block and after each, from hooks on the whole model."""
-    model = load_full(checkpoint.path, dtype)
+    model = model or load_full(checkpoint.path, dtype)
     states: list[torch.Tensor] = []
 
     def before(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -33,22 +42,26 @@ def layer_outputs(checkpoint: Checkpoint, rows: torch.Tensor, dtype: torch.dtype
         states.append(output[0] if isinstance(output, tuple) else output)
 
     layers = list(model.base_model.get_submodule(checkpoint.architecture.blocks))
-    layers[0].register_forward_pre_hook(before, with_kwargs=True)
-    for layer in layers:
-        layer.register_forward_hook(after)
+    handles = [layers[0].register_forward_pre_hook(before, with_kwargs=True), *(layer.register_forward_hook(after) for layer in layers)]
     with torch.no_grad():
         model(rows, use_cache=False)
+    for handle in handles:
+        handle.remove()
     return states
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("count", "length"), [(5, 12), (4, 2)])
 def test_streaming_equals_the_whole_model(checkpoint: Checkpoint, dtype: torch.dtype, count: int, length: int) -> None:
-    """Oracle: hooks on the whole model, batch by batch, to the last bit. 4 rows of 2 tokens: batch size and length are alike."""
+    """Oracle: hooks on the whole model, batch by batch, to the last bit. 4 rows of 2 tokens: batch size and length are alike.
+
+    Rows of 12 are longer than the sliding windows of the tiny Mistral (all layers) and Qwen2 (the second).
+    """
     rows = token_rows(count, length, seed=1)
     model = BlockModel(checkpoint, dtype, CPU)
     stream = model.embed(rows, batch_rows=2)
-    expected = [layer_outputs(checkpoint, batch, dtype) for batch in rows.split(2)]
+    whole = load_full(checkpoint.path, dtype)
+    expected = [layer_outputs(checkpoint, batch, dtype, whole) for batch in rows.split(2)]
     for index in range(checkpoint.architecture.depth + 1):
         assert len(stream.hidden) == len(expected)
         for hidden, states in zip(stream.hidden, expected, strict=True):
@@ -69,6 +82,50 @@ def test_fewer_rows_than_any_batch_get_fitting_arguments(checkpoint: Checkpoint,
         whole = model.call(block, 0, stream.hidden[0])
         for count in (3, 1):
             torch.testing.assert_close(model.call(block, 0, stream.hidden[0][:count]), whole[:count], rtol=1e-5, atol=1e-5)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, tuple) else a == b
+
+
+@pytest.mark.parametrize("length", [9, 4, 3, 12])
+def test_arguments_for_fewer_rows_are_what_the_model_gives_them(checkpoint: Checkpoint, length: int) -> None:
+    """Oracle: the arguments noted for so many rows. Lengths that equal the batch, the part, and batch · heads (12: 3 · 4, ALiBi)."""
+    model, fresh = (BlockModel(checkpoint, torch.float32, CPU) for _ in range(2))
+    model.embed(token_rows(4, length), batch_rows=4)
+    for count in (3, 1):
+        fresh.embed(token_rows(count, length, seed=1), batch_rows=count)
+        for index in range(checkpoint.architecture.depth):
+            assert same(model.arguments(index, count), fresh.arguments(index, count))
+
+
+def test_a_deep_model_whose_blocks_return_tuples(tmp_path: Path) -> None:
+    """Oracle: the whole model. BLOOM takes the first part of what each block returns, six times here."""
+    checkpoint = open_checkpoint(make_model(tmp_path, "bloom", layers=6))
+    rows = token_rows(2, 5)
+    model = BlockModel(checkpoint, torch.float32, CPU)
+    stream = model.embed(rows, 2)
+    for index in range(6):
+        model.advance(model.block(index), index, stream)
+    assert torch.equal(stream.hidden[0], layer_outputs(checkpoint, rows, torch.float32)[-1])
+
+
+def test_the_sliding_window_is_honoured(copy_of: Callable[[str], Path], model_paths: dict[str, Path]) -> None:
+    """Oracle: the same weights without a window, which agree on rows within it (5 tokens) and on no longer ones."""
+    path = copy_of("mistral")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
+    for length, agree in ((5, True), (12, False)):
+        outputs = []
+        for checkpoint in (open_checkpoint(path), open_checkpoint(model_paths["mistral"])):
+            model = BlockModel(checkpoint, torch.float32, CPU)
+            stream = model.embed(token_rows(2, length), 2)
+            outputs.append(model.call(model.block(0), 0, stream.hidden[0]))
+        assert torch.allclose(*outputs, atol=1e-5) == agree
 
 
 def test_rows_of_another_length_get_arguments_of_their_own(checkpoint: Checkpoint) -> None:
@@ -229,7 +286,7 @@ def test_a_tensor_of_another_shape_is_named(copy_of: Callable[[str], Path]) -> N
 
 
 def test_buffers_of_old_checkpoints_do_no_harm(copy_of: Callable[[str], Path], tmp_path: Path) -> None:
-    """LLaMA checkpoints from before 2023-08 store rotary_emb.inv_freq in every layer: not a parameter, kept as it is."""
+    """LLaMA checkpoints from before 2023-08 store rotary_emb.inv_freq in every layer: not a parameter, neither read nor written."""
     path = copy_of("llama")
     extra = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(path, lambda tensors: tensors.__setitem__(extra, torch.ones(4)))
@@ -239,16 +296,59 @@ def test_buffers_of_old_checkpoints_do_no_harm(copy_of: Callable[[str], Path], t
     stream = model.embed(rows, 1)
     model.advance(model.block(0), 0, stream)
     assert torch.equal(stream.hidden[0], layer_outputs(checkpoint, rows, torch.float32)[1])
+    assert checkpoint.block(0).keys() == checkpoint.block(1).keys()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bloom"])
+def test_checkpoints_as_the_hub_has_them(copy_of: Callable[[str], Path], model_paths: dict[str, Path], tmp_path: Path, family: str) -> None:
+    """GPT-2 and BLOOM without ``transformer.``, GPT-2 and GPT-NeoX with causal masks and a −inf in every layer.
+
+    Oracle: the same weights as transformers writes them. What was no parameter is not counted, and the result is without it.
+    """
+    path, plain = copy_of(family), open_checkpoint(model_paths[family])
+    attention = {"gpt2": "attn", "gpt_neox": "attention"}.get(family)
+
+    def as_on_the_hub(tensors: dict[str, torch.Tensor]) -> None:
+        for index in range(2 if attention else 0):
+            prefix = f"{plain.block_prefix(index)}{attention}"
+            tensors[f"{prefix}.bias"] = torch.ones(1, 1, 16, 16, dtype=torch.uint8).tril()
+            tensors[f"{prefix}.masked_bias"] = torch.tensor(float("-inf"))
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+
+    rewrite(path, as_on_the_hub)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.prefix == ("gpt_neox." if family == "gpt_neox" else "")
+    assert checkpoint.parameters == plain.parameters
+    assert set(checkpoint.files) == {name.removeprefix("transformer.") for name in plain.files}
+    rows = token_rows(2, 7)
+    model = BlockModel(checkpoint, torch.float32, CPU)
+    stream = model.embed(rows, 2)
+    model.advance(model.block(0), 0, stream)
+    assert torch.equal(stream.hidden[0], layer_outputs(plain, rows, torch.float32)[1])
+    write_unchanged(checkpoint, tmp_path / "out")
+    assert all_tensors(tmp_path / "out").keys() == set(checkpoint.files)
+    with torch.no_grad():
+        assert torch.equal(load_full(tmp_path / "out")(rows).logits, load_full(plain.path)(rows).logits)
+
+
+@pytest.mark.parametrize("missing", ["embed_out.weight", "gpt_neox.embed_in.weight", "gpt_neox.layers.1.attention.dense.bias"])
+def test_a_missing_tensor_is_named_as_files_name_it(copy_of: Callable[[str], Path], missing: str) -> None:
+    """Files of GPT-NeoX call the head ``embed_out``, whatever transformers calls it."""
+    path = copy_of("gpt_neox")
+    rewrite(path, lambda tensors: tensors.__delitem__(missing))
+    with pytest.raises(SparselineError, match=f"has no tensor {missing}"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize(
     "config",
-    [GPT2Config(n_embd=16, n_layer=1, n_head=2), MixtralConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1)],
-    ids=["gpt2", "mixtral"],
+    [GPTJConfig(n_embd=16, n_layer=1, n_head=2), MixtralConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1)],
+    ids=["gptj", "mixtral"],
 )
 def test_unsupported_families_are_told_what_is(tmp_path: Path, config: PreTrainedConfig) -> None:
     config.save_pretrained(tmp_path)
-    with pytest.raises(SparselineError, match=f"'{config.model_type}' are not supported.*supported: llama, opt"):
+    with pytest.raises(SparselineError, match=f"'{config.model_type}' are not supported.*supported: bloom, gemma, gpt2, gpt_neox, llama, "):
         open_checkpoint(tmp_path)
 
 
@@ -267,6 +367,18 @@ def test_integer_tensors_are_refused(copy_of: Callable[[str], Path]) -> None:
     rewrite(path, lambda tensors: tensors.__setitem__(name, tensors[name].to(torch.int8)))
     with pytest.raises(SparselineError, match="holds tensors of type I8"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize(("family", "kernel"), [("llama", "sdpa"), ("bloom", "eager")])
+def test_the_attention_kernel_is_not_the_config_s(copy_of: Callable[[str], Path], family: str, kernel: str, key: str) -> None:
+    """A config written on a machine with flash-attention loads on one without; BLOOM has no sdpa."""
+    path = copy_of(family)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {key: "flash_attention_2"}))
+    model = BlockModel(open_checkpoint(path), torch.float32, CPU)
+    assert model.base.config._attn_implementation == kernel
+    assert load_model(path, "float32", CPU).config._attn_implementation == kernel
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"hidden_size": 3}', '{"model_type": "no-such-model"}'])

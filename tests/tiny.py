@@ -5,51 +5,52 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 
 VOCABULARY = 320
-FAMILIES = ("llama", "llama-bias", "opt", "opt-post")
+FAMILIES = ("llama", "llama-bias", "opt", "opt-post")  # what every test runs on; ALL_FAMILIES: what the table must be right for
 END = "<|endoftext|>"
 
 
+_LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+_OPT = {
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_attention_heads": 4,
+    "word_embed_proj_dim": 32,
+    "do_layer_norm_before": True,
+    "dropout": 0.0,
+    "pad_token_id": 1,
+}
+_NEOX = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "rotary_pct": 0.5}
+_GPT2 = {"n_embd": 32, "n_inner": 48, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+# Name -> model type and what differs from its defaults; rows of 12 tokens are longer than the sliding windows.
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _LLAMA | {"attention_bias": False, "mlp_bias": False}),
+    "llama-bias": ("llama", _LLAMA | {"attention_bias": True, "mlp_bias": True}),
+    "opt": ("opt", _OPT),
+    "opt-post": ("opt", _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
+    "mistral": ("mistral", _LLAMA | {"sliding_window": 5}),
+    "qwen2": ("qwen2", _LLAMA | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("qwen3", _LLAMA | {"head_dim": 12, "attention_bias": True}),
+    "gemma": ("gemma", _LLAMA | {"head_dim": 12, "tie_word_embeddings": True}),
+    "phi3": ("phi3", _LLAMA | {"partial_rotary_factor": 0.5, "pad_token_id": None}),
+    "gpt_neox": ("gpt_neox", _NEOX),
+    "gpt_neox-serial": ("gpt_neox", _NEOX | {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "relu"}),
+    "bloom": ("bloom", {"hidden_size": 32, "n_head": 4}),
+    "gpt2": ("gpt2", _GPT2),
+    "gpt2-relu": ("gpt2", _GPT2 | {"activation_function": "relu"}),
+}
+ALL_FAMILIES = tuple(_CONFIGS)
+
+
 def make_config(family: str, layers: int = 2, **overrides: Any) -> PreTrainedConfig:
-    """``llama`` (grouped queries, no biases), ``llama-bias``, ``opt`` (pre-norm), ``opt-post`` (post-norm, projections: OPT-350M)."""
-    if family in ("llama", "llama-bias"):
-        bias = family == "llama-bias"
-        values: dict[str, Any] = {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "attention_bias": bias,
-            "mlp_bias": bias,
-            "tie_word_embeddings": False,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        }
-        return LlamaConfig(**{**values, **overrides})
-    if family in ("opt", "opt-post"):
-        values = {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "ffn_dim": 48,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 128,
-            "word_embed_proj_dim": 24 if family == "opt-post" else 32,
-            "do_layer_norm_before": family == "opt",
-            "dropout": 0.0,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "pad_token_id": 1,
-        }
-        return OPTConfig(**{**values, **overrides})
-    raise ValueError(f"no tiny family {family!r}; there are {FAMILIES}")
+    """A tiny config of one of ``ALL_FAMILIES``; ``opt-post`` is OPT-350M's kind (post-norm, projections)."""
+    model_type, values = _CONFIGS[family]
+    common = {"vocab_size": VOCABULARY, "num_hidden_layers": layers, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0}
+    return AutoConfig.for_model(model_type, **{**common, **values, **overrides})
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
@@ -59,7 +60,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=random)
             if parameter.ndim == 2:
-                gain = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
+                gain = 1.0 if any(part in name for part in ("embed", "wte", "wpe")) else parameter.shape[1] ** -0.5
                 parameter.copy_(noise * gain)
             elif name.endswith("weight"):
                 parameter.copy_(torch.rand(parameter.shape, generator=random) + 0.5)
@@ -102,7 +103,7 @@ def make_model(
 
 def load_full(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The whole model as transformers loads it: the oracle of everything that runs block by block."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 

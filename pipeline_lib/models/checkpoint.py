@@ -17,7 +17,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from pipeline_lib.artifacts import write_json
 from pipeline_lib.errors import SparselineError
-from pipeline_lib.models.architecture import Architecture, Matrix, architecture
+from pipeline_lib.models.architecture import Architecture, Matrix
+from pipeline_lib.models.families import architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,14 +49,18 @@ def locate(path: Path, hub_id: str | None, revision: str | None) -> Path:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory whose tensors are read lazily; nothing is in memory but their names."""
+    """A model directory whose tensors are read lazily; nothing is in memory but their names.
+
+    ``files`` and ``shapes`` hold what the model has as parameters, not the buffers (causal masks, rotary frequencies) that older
+    conversions stored beside them: transformers computes those, so that they are neither read, counted nor written.
+    """
 
     path: Path
     config: PreTrainedConfig
     architecture: Architecture
     files: Mapping[str, str]  # tensor name -> file name
     shapes: Mapping[str, tuple[int, ...]]
-    prefix: str  # what precedes the base model's names ("model." or nothing)
+    prefix: str  # what precedes the base model's names ("model.", "transformer.", "gpt_neox." or nothing)
     dtype: torch.dtype
 
     def block_prefix(self, block: int) -> str:
@@ -103,13 +108,15 @@ class Checkpoint:
 
 
 def read_config(path: Path) -> PreTrainedConfig:
-    """The model directory's config.
+    """The model directory's config, the choice of attention kernel left to transformers: sdpa, or eager where the model has no sdpa.
 
     Raises:
         SparselineError: there is none that transformers can read.
     """
     try:
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
+        config._attn_implementation = None  # not what the machine had that wrote it, as flash_attention_2
+        return config
     except (OSError, ValueError, KeyError) as error:
         raise SparselineError(f"{path} holds no config.json that transformers can read: {str(error).splitlines()[0]}") from error
 
@@ -122,32 +129,36 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     config = read_config(path)
     entry = architecture(config)
-    files, shapes, dtypes = {}, {}, set()
+    model = skeleton(config, torch.float32)
+    base = f"{model.base_model_prefix}."
+    parts: dict[str, tuple[str, tuple[int, ...], str]] = {}
     for file_name in _weight_files(path):
         try:
             with safe_open(path / file_name, framework="pt") as file:
                 for name in file.keys():
                     part = file.get_slice(name)
-                    files[name], shapes[name] = file_name, tuple(part.get_shape())
-                    dtypes.add(part.get_dtype())
+                    parts[name] = file_name, tuple(part.get_shape()), part.get_dtype()
         except (OSError, SafetensorError) as error:
             raise SparselineError(f"{path / file_name} is missing or truncated ({error}); fetch the checkpoint again.") from error
-    if strange := dtypes - set(DTYPES):
-        raise SparselineError(f"{path} holds tensors of type {', '.join(sorted(strange))}; give an unquantised floating-point checkpoint.")
-    prefix = "model." if any(name.startswith(f"model.{entry.blocks}.") for name in files) else ""
-    model = skeleton(config, torch.float32)
+    prefix = base if any(name.startswith(f"{base}{entry.blocks}.") for name in parts) else ""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    files, shapes = {}, {}
     for full, parameter in model.named_parameters(remove_duplicate=False):
-        name = full if prefix else full.removeprefix("model.")
-        if name in files and shapes[name] != tuple(parameter.shape):
+        name = full if prefix else full.removeprefix(base)
+        if name not in parts and name == "lm_head.weight":
+            name = entry.stored_head
+        if name not in parts:
+            if full in tied:
+                continue
+            raise SparselineError(f"{path} has no tensor {name}, which its config.json calls for; fetch the checkpoint again.")
+        files[name], shapes[name], stored = parts[name]
+        if stored not in DTYPES:
+            raise SparselineError(f"{path} holds tensors of type {stored} ({name}); give an unquantised floating-point checkpoint.")
+        if shapes[name] != tuple(parameter.shape):
             wanted = f"{list(parameter.shape)}, not {list(shapes[name])}"
             raise SparselineError(f"{path}: config.json calls for {name} of shape {wanted}; fetch the checkpoint again.")
-        if name not in files and full not in tied:
-            raise SparselineError(f"{path} has no tensor {name}, which its config.json calls for; fetch the checkpoint again.")
     first = f"{prefix}{entry.blocks}.0.{entry.matrices[0].parameter}"
-    with safe_open(path / files[first], framework="pt") as file:
-        dtype = DTYPES[file.get_slice(first).get_dtype()]
-    return Checkpoint(path, config, entry, files, shapes, prefix, dtype)
+    return Checkpoint(path, config, entry, files, shapes, prefix, DTYPES[parts[first][2]])
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> "PreTrainedModel":
@@ -156,7 +167,7 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _weight_files(path: Path) -> list[str]:

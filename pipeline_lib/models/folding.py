@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from pipeline_lib.models.architecture import Architecture
+from pipeline_lib.models.architecture import Architecture, Matrix
 
 
 def fold(tensors: Mapping[str, torch.Tensor], architecture: Architecture, factors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -26,6 +26,9 @@ def fold(tensors: Mapping[str, torch.Tensor], architecture: Architecture, factor
         for tie in coupling.ties:
             old = folded[tie.parameter]
             scale = factor[torch.tensor(tie.index, device=factor.device)].to(old.device)
+            if tie.positions is not None:
+                whole = scale.new_ones(old.shape[tie.axis])
+                scale = whole.index_copy(0, torch.tensor(tie.positions, device=old.device), scale)
             shape = [-1 if axis == tie.axis else 1 for axis in range(old.ndim)]
             wide = torch.promote_types(old.dtype, factor.dtype)
             scale = scale.to(wide).view(shape)
@@ -41,3 +44,40 @@ def site_factor(architecture: Architecture, site: str, factors: Mapping[str, tor
     if entry.coupling is None or entry.coupling not in factors:
         return None
     return factors[entry.coupling][torch.tensor(entry.index)]
+
+
+class MatrixScales:
+    """By what the couplings multiply the rows and columns of one logical matrix [R, C]: indices built once, evaluated often."""
+
+    def __init__(self, architecture: Architecture, matrix: Matrix, shape: tuple[int, int]) -> None:
+        self.shape = shape
+        # Per tie: coupling, 0 for rows or 1 for columns, which of them, the factor that each takes, power.
+        self.ties: list[tuple[str, int, torch.Tensor, torch.Tensor, int]] = []
+        for coupling in architecture.couplings:
+            for tie in coupling.ties:
+                if tie.parameter != matrix.parameter:
+                    continue
+                axis = 1 - tie.axis if matrix.transposed else tie.axis
+                start = matrix.rows[0] if matrix.rows is not None and axis == 0 else 0
+                taken = dict(zip(tie.positions or range(len(tie.index)), tie.index, strict=True))
+                where = [i for i in range(shape[axis]) if start + i in taken]
+                if where:
+                    index = torch.tensor([taken[start + i] for i in where])
+                    self.ties.append((coupling.name, axis, torch.tensor(where), index, tie.power))
+
+    def __call__(self, log_factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log scales of rows [R] and columns [C], differentiable in the log factors; couplings that are not given count as 0."""
+        like = next(iter(log_factors.values()), torch.zeros(()))
+        scales = [like.new_zeros(size) for size in self.shape]
+        for name, axis, where, index, power in self.ties:
+            if name in log_factors:
+                taken = log_factors[name][index.to(like.device)]
+                scales[axis] = scales[axis].index_add(0, where.to(like.device), taken, alpha=power)
+        return scales[0], scales[1]
+
+
+def matrix_scales(
+    architecture: Architecture, matrix: Matrix, log_factors: Mapping[str, torch.Tensor], shape: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log scales of the rows [R] and columns [C] that ``fold`` gives a logical matrix for the factors exp(log_factors)."""
+    return MatrixScales(architecture, matrix, shape)(log_factors)

@@ -16,19 +16,18 @@ from torch.func import functional_call
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.models.checkpoint import Checkpoint, skeleton
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional (after the hidden states) and named
+
 
 class _Recorder(nn.Module):
-    """Stands where a block stood: notes the arguments it is called with and passes the hidden states through."""
+    """Stands where a block stood: notes what it is called with and hands on what it is told to."""
 
-    def __init__(self, note: Callable[[torch.Tensor, dict[str, Any]], None]) -> None:
+    def __init__(self, note: Callable[[torch.Tensor, Arguments], torch.Tensor]) -> None:
         super().__init__()
         self.note = note
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args:
-            raise RuntimeError("blocks are expected to take keyword arguments only, after the hidden states")
-        self.note(hidden, kwargs)
-        return hidden
+        return self.note(hidden, (args, kwargs))
 
 
 @dataclass
@@ -48,39 +47,45 @@ class BlockModel:
         self.base: nn.Module = skeleton(checkpoint.config, dtype).base_model.eval().requires_grad_(False)
         self.templates = list(self.base.get_submodule(checkpoint.architecture.blocks))
         self._length = 0  # tokens in a row, which the arguments below depend on
-        self._arguments: dict[int, list[dict[str, Any]]] = {}  # rows in a batch -> per block, its keyword arguments
+        self._arguments: dict[int, list[Arguments]] = {}  # rows in a batch -> per block
 
     def embed(self, rows: torch.Tensor, batch_rows: int) -> Stream:
         """The stream before the first block, for token rows [N, T]; notes each block's other arguments on the way."""
         prefix = self.checkpoint.prefix
         own = {name for name, _ in self.base.named_parameters() if not name.startswith(f"{self.checkpoint.architecture.blocks}.")}
-        names = [prefix + name for name in sorted(own) if prefix + name in self.checkpoint.files]
+        names = [prefix + name for name in sorted(own)]
         state = {name.removeprefix(prefix): tensor.to(self.device, self.dtype) for name, tensor in self.checkpoint.read(names)}
-        path, _, last = self.checkpoint.architecture.blocks.rpartition(".")
-        holder = self.base.get_submodule(path)
-        hidden: list[torch.Tensor] = []
         if rows.shape[1] != self._length:
             self._length, self._arguments = rows.shape[1], {}
         try:
             self.base.load_state_dict(state, strict=False, assign=True)
             self._buffers_to_device()
-            for batch in rows.split(batch_rows):
-                arguments: list[dict[str, Any]] = []
-                inputs: list[torch.Tensor] = []
+            if 1 not in self._arguments:
+                self._note(rows[:1])
+            return Stream([self._note(batch) for batch in rows.split(batch_rows)])
+        finally:
+            self.base.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()}, strict=False, assign=True)
 
-                def note(states: torch.Tensor, kwargs: dict[str, Any], arguments: Any = arguments, inputs: Any = inputs) -> None:
-                    inputs.append(states)
-                    arguments.append({**kwargs, "use_cache": False, "past_key_values": None})
+    @torch.no_grad()
+    def _note(self, batch: torch.Tensor) -> torch.Tensor:
+        """The hidden states [B, T, D] before the first block for token rows [B, T]; every block's arguments are noted."""
+        path, _, last = self.checkpoint.architecture.blocks.rpartition(".")
+        holder = self.base.get_submodule(path)
+        inputs: list[torch.Tensor] = []
+        noted: list[Arguments] = []
 
-                setattr(holder, last, nn.ModuleList(_Recorder(note) for _ in self.templates))
-                with torch.no_grad():
-                    self.base(input_ids=batch.to(self.device), use_cache=False)
-                hidden.append(inputs[0].detach())
-                self._arguments[len(batch)] = arguments
+        def note(hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+            inputs.append(hidden)
+            noted.append(arguments)
+            return inputs[0]  # not ``hidden``: a model whose blocks return tuples takes the first part, here of a tensor
+
+        setattr(holder, last, nn.ModuleList(_Recorder(note) for _ in self.templates))
+        try:
+            self.base(input_ids=batch.to(self.device), use_cache=False)
         finally:
             setattr(holder, last, nn.ModuleList(self.templates))
-            self.base.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()}, strict=False, assign=True)
-        return Stream(hidden)
+        self._arguments[len(batch)] = noted
+        return inputs[0].detach()
 
     def _buffers_to_device(self) -> None:
         for module in self.base.modules():
@@ -91,26 +96,24 @@ class BlockModel:
         """A block with weights in the computing dtype: the checkpoint's, or the given ones (names relative to the block)."""
         tensors = self.checkpoint.block(index) if tensors is None else tensors
         block = copy.deepcopy(self.templates[index])
-        wanted = block.state_dict().keys()  # older conversions store buffers too (rotary_emb.inv_freq)
-        state = {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items() if name in wanted}
-        block.load_state_dict(state, assign=True)
+        block.load_state_dict({name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}, assign=True)
         block.eval()
         return block.requires_grad_(False)
 
-    def arguments(self, index: int, rows: int) -> dict[str, Any]:
-        """The keyword arguments that block ``index`` gets for a batch of so many rows (they depend on positions, not on tokens)."""
+    def arguments(self, index: int, rows: int) -> Arguments:
+        """What block ``index`` gets besides a batch of so many rows (it depends on positions, not on tokens)."""
         if rows not in self._arguments:
-            larger = min(size for size in self._arguments if size > rows)
-            self._arguments[rows] = [_narrow(arguments, larger, rows) for arguments in self._arguments[larger]]
+            larger = self._arguments[min(size for size in self._arguments if size > rows)]
+            self._arguments[rows] = _narrow(larger, self._arguments[1], rows)
         return self._arguments[rows][index]
 
     def call(self, block: nn.Module, index: int, hidden: torch.Tensor, tensors: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Output [B, T, D] of a block for hidden states [B, T, D]; differentiably with ``tensors`` in the place of its own."""
-        arguments = self.arguments(index, len(hidden))
+        args, kwargs = self.arguments(index, len(hidden))
         if tensors is None:
-            out = block(hidden, **arguments)
+            out = block(hidden, *args, **kwargs)
         else:
-            out = functional_call(block, {name: tensor.to(self.dtype) for name, tensor in tensors.items()}, (hidden,), arguments)
+            out = functional_call(block, {name: tensor.to(self.dtype) for name, tensor in tensors.items()}, (hidden, *args), kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -127,13 +130,19 @@ class BlockModel:
                 raise SparselineError(f"Activations after {name} hold NaN or infinity; check the model, or compute in float32.")
 
 
-def _narrow(value: Any, size: int, rows: int) -> Any:
-    """``value`` with every tensor that has a batch dimension of ``size`` cut to its first ``rows``."""
+def _narrow(value: Any, single: Any, rows: int) -> Any:
+    """``value``, noted for a larger batch, cut to ``rows``; ``single`` was noted for one row, and where its sizes differ are rows.
+
+    Sizes alone would not tell: a batch can be as long as its rows, and ALiBi comes as [B · heads, 1, T].
+    """
     if isinstance(value, torch.Tensor):
-        return value[:rows] if value.ndim and value.shape[0] == size else value
-    if isinstance(value, dict):
-        return {name: _narrow(part, size, rows) for name, part in value.items()}
-    return tuple(_narrow(part, size, rows) for part in value) if isinstance(value, tuple) else value
+        for axis, (size, one) in enumerate(zip(value.shape, single.shape, strict=True)):
+            value = value if size == one else value.narrow(axis, 0, rows * one)
+    elif isinstance(value, dict):
+        return {name: _narrow(part, single[name], rows) for name, part in value.items()}
+    elif isinstance(value, tuple | list):
+        return type(value)(_narrow(part, one, rows) for part, one in zip(value, single, strict=True))
+    return value
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from pipeline_lib.allocation.budget import shares
@@ -44,11 +45,30 @@ class Pattern:
         return shape[0] * shape[1] // self.m
 
 
+def _thresholds(scores: torch.Tensor, ranks: list[int]) -> list[torch.Tensor]:
+    """For each rank k ≥ 1, every row's k-th largest score [g]. A partition finds them without sorting, fastest by far in numpy."""
+    columns = scores.shape[1]
+    if scores.device.type == "cpu":
+        places = [columns - rank for rank in ranks]
+        parted = np.partition(scores.detach().numpy(), places, axis=1)
+        return [torch.from_numpy(parted[:, place].copy()) for place in places]
+    return [scores.kthvalue(columns - rank + 1, dim=1).values for rank in ranks]
+
+
 def _best(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """In each row of scores [g, c], keep the ``kept[g]`` largest."""
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
-    return rank < kept.to(scores.device)[:, None]
+    """In each row of scores [g, c], keep the ``kept[g]`` largest; among equal ones the first."""
+    kept = kept.to(scores.device)
+    ranks = [rank for rank in kept.unique().tolist() if rank > 0]
+    threshold = torch.full((len(scores),), float("inf"), device=scores.device)
+    for rank, values in zip(ranks, _thresholds(scores, ranks) if ranks else [], strict=True):
+        threshold = torch.where(kept == rank, values, threshold)
+    mask = scores >= threshold[:, None]
+    crowded = (mask.sum(1) > kept).nonzero().flatten()  # ties at the threshold: the first ones stay
+    if len(crowded):
+        part, limit = scores[crowded], threshold[crowded, None]
+        above, level = part > limit, part == limit
+        mask[crowded] = above | (level & (level.cumsum(1) <= (kept[crowded] - above.sum(1))[:, None]))
+    return mask
 
 
 def select_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
@@ -72,6 +92,6 @@ def select(scores: torch.Tensor, kept: int, group: Group, block: int) -> torch.T
     base, spare = divmod(kept, rows)
     quota = torch.full((rows,), base)
     if spare:
-        marginal = scores.sort(dim=1, descending=True, stable=True).values[:, base]
+        marginal = _thresholds(scores, [base + 1])[0]
         quota[marginal.argsort(descending=True, stable=True)[:spare].cpu()] += 1
     return _best(scores, quota)

@@ -1,0 +1,71 @@
+"""The testbeds, in memory: small trained models and texts outside the repository, and the protocol that all records share.
+
+Tokens: per document the start token, then its tokens; documents joined, cut into rows of 256. Calibration: 128 rows drawn with the
+seed, a quarter held out. Validation: the first 128 rows; test: the first 256 rows of the mixture's test text and of WikiText-2's.
+"""
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline_lib.calibration.rows import encode, rows_of, split
+from pipeline_lib.calibration.texts import TextParams
+from pipeline_lib.evaluation.perplexity import perplexity
+from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.models.tokenizer import load_tokenizer
+from pipeline_lib.models.whole import load_model
+
+ROOT = Path(os.environ.get("SPARSELINE_TESTBED", Path(__file__).parent.parent.parent / "shared" / "testbed"))
+NAMES = ("llama", "opt")
+TEXTS = {"calibration": "mix.calib", "validation": "mix.valid", "test": "mix.test", "wikitext2": "wikitext2.test"}
+ROWS = {"calibration": 128, "validation": 128, "test": 256, "wikitext2": 256}
+LENGTH = 256
+
+
+@dataclass
+class Testbed:
+    """One of the two models, opened; weights are read when asked for."""
+
+    name: str
+
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(ROOT / self.name)
+
+    @functools.cached_property
+    def whole(self) -> PreTrainedModel:
+        """The model that evaluations put their weights into."""
+        return load_model(ROOT / self.name, "float32", torch.device("cpu"))
+
+    def stream(self) -> BlockModel:
+        return BlockModel(self.checkpoint, torch.float32, torch.device("cpu"))
+
+    def rows(self, text: str, seed: int | None = None) -> torch.Tensor:
+        """Token rows [N, 256]."""
+        documents = _documents(TEXTS[text])
+        params = TextParams.model_construct(path=TEXTS[text], packing="concatenate", rows=ROWS[text], length=LENGTH, seed=seed)
+        return rows_of(encode(load_tokenizer(ROOT / self.name, self.checkpoint.config.vocab_size), documents, chat_template=False), params)
+
+    def calibration(self, seed: int) -> dict[str, torch.Tensor]:
+        """``fit`` and ``held_out`` rows."""
+        return split(self.rows("calibration", seed), 0.25)
+
+    @torch.no_grad()
+    def perplexity(self, blocks: dict[int, dict[str, torch.Tensor]], text: str) -> float:
+        """Of the model with the given blocks' tensors (named relative to the block) in the place of its own."""
+        base = self.whole.base_model.get_submodule(self.checkpoint.architecture.blocks)
+        for index in range(self.checkpoint.architecture.depth):
+            tensors = blocks.get(index) or self.checkpoint.block(index)
+            base.get_submodule(str(index)).load_state_dict(tensors, strict=False)
+        return perplexity(self.whole, self.rows(text), 16)
+
+
+@functools.cache
+def _documents(name: str) -> list[str]:
+    text = (ROOT / "texts" / f"{name}.txt").read_text(encoding="utf-8")
+    return [document.strip("\n") for document in text.split("<|doc|>\n") if document.strip()]

@@ -1,0 +1,246 @@
+"""The table, family by family: what each config offers, how the parts of fused parameters are addressed, and pruning end to end."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ALL_FAMILIES, load_full, make_config, random_factors, token_rows
+
+from pipeline_lib.errors import SparselineError
+from pipeline_lib.models.architecture import Architecture, Coupling, Matrix, Tie
+from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline_lib.models.families import FAMILIES, architecture
+from pipeline_lib.models.folding import MatrixScales, fold, matrix_scales
+from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.pruning.prune import PruneParams, prune
+from pipeline_lib.pruning.resume import Progress
+from pipeline_lib.transforms.transform import Transform
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=ALL_FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+# What a config offers
+
+
+def offered(family: str, **overrides: object) -> set[str]:
+    return {coupling.name for coupling in architecture(make_config(family, **overrides)).couplings}
+
+
+NORMS, ATTENTION = {"attention_norm", "mlp_norm"}, {"v_o", "q_k"}
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "couplings"),
+    [
+        ("llama", {}, {*NORMS, *ATTENTION, "up_down"}),
+        ("llama", {"hidden_act": "relu"}, {*NORMS, *ATTENTION, "up_down"}),
+        ("mistral", {}, {*NORMS, *ATTENTION, "up_down"}),
+        ("qwen2", {}, {*NORMS, *ATTENTION, "up_down"}),
+        ("qwen3", {}, {*NORMS, "v_o", "up_down"}),
+        ("gemma", {}, {*NORMS, *ATTENTION, "up_down"}),
+        ("phi3", {}, {*NORMS, *ATTENTION, "up_down"}),
+        ("opt", {}, {*NORMS, *ATTENTION, "fc1_fc2"}),
+        ("opt", {"activation_function": "gelu"}, {*NORMS, *ATTENTION}),
+        ("opt", {"layer_norm_elementwise_affine": False}, {*ATTENTION, "fc1_fc2"}),
+        ("opt-post", {}, {*ATTENTION, "fc1_fc2"}),
+        ("gpt_neox", {}, {*NORMS, *ATTENTION}),
+        ("gpt_neox-serial", {}, {*NORMS, *ATTENTION, "fc1_fc2"}),
+        ("bloom", {}, {*NORMS, *ATTENTION}),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, ATTENTION),
+        ("gpt2", {}, {*NORMS, *ATTENTION}),
+        ("gpt2", {"activation_function": "leaky_relu"}, {*NORMS, *ATTENTION, "fc1_fc2"}),
+    ],
+)
+def test_options_of_a_config_change_the_table(family: str, overrides: dict[str, object], couplings: set[str]) -> None:
+    """GELU carries no factor, a norm that also feeds the residual stream or has no weight absorbs none, per-head norms undo Q/K's."""
+    assert offered(family, **overrides) == couplings
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "biased"),
+    [
+        ("llama", {}, ""),
+        ("llama", {"attention_bias": True}, "q k v o"),
+        ("llama", {"mlp_bias": True}, "gate up down"),
+        ("mistral", {"attention_bias": True}, ""),  # a stray key: the modelling code has no such switch
+        ("qwen2", {}, "q k v"),
+        ("qwen3", {}, "q k v o"),
+        ("qwen3", {"attention_bias": False}, ""),
+        ("gemma", {"attention_bias": True}, "q k v o"),
+        ("phi3", {}, ""),
+        ("opt", {}, "q k v o fc1 fc2"),
+        ("opt", {"enable_bias": False}, ""),
+        ("gpt_neox", {}, "qkv o fc1 fc2"),
+        ("gpt_neox-serial", {}, "fc1 fc2"),
+        ("bloom", {}, "qkv o fc1 fc2"),
+        ("gpt2", {}, "q k v o fc1 fc2"),
+    ],
+)
+def test_biases_follow_the_config(family: str, overrides: dict[str, object], biased: str) -> None:
+    matrices = architecture(make_config(family, **overrides)).matrices
+    assert " ".join(matrix.kind for matrix in matrices if matrix.bias) == biased
+
+
+def test_every_family_is_tested() -> None:
+    assert {make_config(family).model_type for family in ALL_FAMILIES} == FAMILIES.keys()
+
+
+def test_what_cannot_be_right_is_refused() -> None:
+    with pytest.raises(SparselineError, match="cross-attention"):
+        architecture(make_config("gpt2", add_cross_attention=True))
+    with pytest.raises(SparselineError, match="slow_but_exact"):
+        architecture(make_config("bloom", slow_but_exact=True, pretraining_tp=2))
+
+
+def test_rotated_pairs_and_grouped_queries_share_a_factor() -> None:
+    """Oracle: the rotary layout i ↔ i + size/2 and the 2 query heads per key head of the tiny Llama (size 8)."""
+    q_k = next(c for c in architecture(make_config("llama")).couplings if c.name == "q_k")
+    ties = {tie.parameter: tie for tie in q_k.ties}
+    keys, queries = ties["self_attn.k_proj.weight"].index, ties["self_attn.q_proj.weight"].index
+    assert q_k.size == 2 * 4
+    for head in range(2):
+        for i in range(4):
+            assert keys[head * 8 + i] == keys[head * 8 + i + 4] == head * 4 + i
+    assert queries == tuple(keys[(head // 2) * 8 + i] for head in range(4) for i in range(8))
+
+
+@pytest.mark.parametrize(("family", "heads"), [("phi3", 2), ("gpt_neox", 4)])
+def test_channels_that_do_not_rotate_are_free(family: str, heads: int) -> None:
+    """Oracle: by hand. Of 8 channels 0–3 rotate (0 with 2, 1 with 3) and 4–7 do not: 6 factors per key head."""
+    q_k = next(c for c in architecture(make_config(family)).couplings if c.name == "q_k")
+    assert q_k.size == heads * 6
+    assert q_k.ties[0].index[:16] == (0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9, 10, 11)
+
+
+# Parts of fused parameters
+
+
+def test_bias_view_is_the_part_of_the_matrix_rows() -> None:
+    """Oracle: slices by hand, and a write through the view."""
+    matrices = {matrix.kind: matrix for matrix in architecture(make_config("gpt2")).matrices}
+    bias = torch.arange(96.0)
+    assert torch.equal(matrices["k"].bias_view(bias), torch.arange(32.0, 64.0))
+    matrices["v"].bias_view(bias).zero_()
+    assert torch.equal(bias, torch.cat([torch.arange(64.0), torch.zeros(32)]))
+    assert torch.equal(matrices["o"].bias_view(bias[:32]), bias[:32])
+    assert torch.equal(Matrix("up", "w", "s", "b", expert=1).bias_view(torch.eye(3)), torch.eye(3)[1])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_fold_and_entries_touch_their_positions_only(axis: int) -> None:
+    """Oracle: the product by hand, on rows and on columns of the stored parameter."""
+    weight = torch.arange(1.0, 13.0).view(3, 4)
+    tie = Tie("w", axis, (1, 0), -1, positions=(2, 0))
+    table = Architecture("x", "layers", 1, 2, (), (), (Coupling("c", 2, (tie,)),))
+    folded = fold({"w": weight}, table, {"c": torch.tensor([2.0, 4.0])})["w"]
+    expected = (weight if axis == 0 else weight.T).clone()
+    expected[2] /= 4
+    expected[0] /= 2
+    assert torch.equal(folded if axis == 0 else folded.T, expected)
+    assert torch.equal(tie.entries(weight), (weight if axis == 0 else weight.T)[[2, 0]])
+
+
+@pytest.mark.parametrize("given", ["all", "one", "none"])
+def test_matrix_scales_are_what_fold_does(model_paths: dict[str, Path], family: str, given: str) -> None:
+    """Oracle: ``fold`` on the stored tensors in float64, seen through ``Matrix.view``."""
+    checkpoint = open_checkpoint(model_paths[family])
+    table = checkpoint.architecture
+    tensors = {name: tensor.double() for name, tensor in checkpoint.block(0).items()}
+    sizes = {c.name: c.size for c in table.couplings[: {"all": None, "one": 1, "none": 0}[given]]}
+    factors = random_factors(sizes, seed=1)
+    folded = fold(tensors, table, factors)
+    for matrix in table.matrices:
+        weight = matrix.view(tensors[matrix.parameter])
+        rows, columns = matrix_scales(
+            table, matrix, {name: factor.log() for name, factor in factors.items()}, checkpoint.matrix_shape(0, matrix)
+        )
+        assert (len(rows), len(columns)) == weight.shape
+        torch.testing.assert_close(matrix.view(folded[matrix.parameter]), weight * (rows[:, None] + columns).exp(), rtol=1e-12, atol=0)
+
+
+def test_gradients_of_matrix_scales_are_those_of_fold(model_paths: dict[str, Path], family: str) -> None:
+    """Oracle: autograd through ``fold``, of the sum of log |weight| over all logical matrices."""
+    checkpoint = open_checkpoint(model_paths[family])
+    table, tensors = checkpoint.architecture, checkpoint.block(0)
+    theta = {c.name: torch.zeros(c.size, requires_grad=True) for c in table.couplings}
+    folded = fold(tensors, table, {name: value.exp() for name, value in theta.items()})
+    logs = [matrix.view(folded[matrix.parameter]).abs().log().sum() for matrix in table.matrices]
+    scales = [MatrixScales(table, matrix, checkpoint.matrix_shape(0, matrix))(theta) for matrix in table.matrices]
+    sums = [(rows[:, None] + columns).sum() for rows, columns in scales]
+    expected, actual = (torch.autograd.grad(torch.stack(values).sum(), list(theta.values())) for values in (logs, sums))
+    torch.testing.assert_close(actual, expected)
+
+
+# End to end
+
+
+def settings(score: str, pattern: str) -> PruneParams:
+    spectral = {"weight": 0.0, "alpha": 1.0, "order": "spectral", "iterations": 1}
+    channel = {"epochs": 1, "rate": 0.01, "batch_rows": 2, "patience": 1, "limit": 3.0, "spectral": spectral, "seed": 0}
+    return PruneParams.model_validate(
+        {
+            "batch_rows": 4,
+            "selection": {
+                "sparsity": 0.5,
+                "pattern": pattern,
+                "score": score,
+                "group": "row" if score == "wanda" else "block",
+                "block": 16,
+                "damping": 0.01,
+                "damping_of": "mean",
+            },
+            "allocation": {"method": "uniform", "alpha": 0.0, "layer_sensitivity": "sum", "density_bounds": (0.0, 1.0)},
+            "reconstruction": {"steps": ["obs"] if score == "obs" else [], "channel": channel},
+        }
+    )
+
+
+@functools.cache
+def block_model(path: Path) -> BlockModel:
+    return BlockModel(open_checkpoint(path), torch.float32, CPU)
+
+
+def last_hidden(checkpoint: Checkpoint, rows: torch.Tensor) -> torch.Tensor:
+    """What the streamed model's last block gives."""
+    model = BlockModel(checkpoint, torch.float32, CPU)
+    stream = model.embed(rows, len(rows))
+    for index in range(checkpoint.architecture.depth):
+        model.advance(model.block(index), index, stream)
+    return stream.hidden[0]
+
+
+@pytest.mark.parametrize(
+    ("score", "pattern"), [("magnitude", "unstructured"), ("wanda", "unstructured"), ("obs", "unstructured"), ("obs", "2:4")]
+)
+def test_pruning_end_to_end(model_paths: dict[str, Path], family: str, tmp_path: Path, score: str, pattern: str) -> None:
+    """Oracles: counts of zeros in the written files; the whole model that transformers loads from them against the streamed one."""
+    model = block_model(model_paths[family])
+    table, depth = model.checkpoint.architecture, model.checkpoint.architecture.depth
+    shapes = {matrix: model.checkpoint.matrix_shape(0, matrix) for matrix in table.matrices}
+    kept = {(index, matrix): rows * columns // 2 for index in range(depth) for matrix, (rows, columns) in shapes.items()}
+    factors = {name: factor.float() for name, factor in random_factors({c.name: c.size for c in table.couplings}, 3, decades=1).items()}
+    progress = Progress(tmp_path / "scratch", model.checkpoint)
+    fit, held_out = token_rows(6, 12).split((4, 2))
+    for index, block in prune(model, fit, held_out, kept, [Transform(factors)] * depth, settings(score, pattern), lambda _: None):
+        progress.keep(index, block)
+    progress.publish(tmp_path / "out")
+
+    written = open_checkpoint(tmp_path / "out" / "checkpoint")
+    for index in range(depth):
+        tensors = written.block(index)
+        for matrix in table.matrices:
+            zeros = matrix.view(tensors[matrix.parameter]) == 0
+            assert int(zeros.sum()) == zeros.numel() - kept[index, matrix]
+            if pattern == "2:4":
+                assert torch.equal(zeros.reshape(-1, 4).sum(1), torch.full((zeros.numel() // 4,), 2))
+    whole, states = load_full(written.path), []
+    last = whole.base_model.get_submodule(f"{table.blocks}.{depth - 1}")
+    last.register_forward_hook(lambda _module, _inputs, out: states.append(out[0] if isinstance(out, tuple) else out))
+    assert torch.isfinite(whole(token_rows(3, 9)).logits).all()
+    assert torch.equal(states[0], last_hidden(written, token_rows(3, 9)))
