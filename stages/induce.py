@@ -7,8 +7,10 @@ import torch
 from tqdm import tqdm
 
 from pipeline_lib import artifacts, params, runtime
+from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.capture import CalibrateParams, stored_or_walked
 from pipeline_lib.calibration.inputs import calibration_rows, open_model
+from pipeline_lib.induction.gate import Gate
 from pipeline_lib.induction.induce import InduceParams, induce_block
 from pipeline_lib.induction.summary import histograms
 from pipeline_lib.models.source import ModelParams
@@ -26,6 +28,7 @@ def main(variant: str) -> None:
         settings = params.parse(InduceParams, params.merged("induce", f"induced.{variant}"), "induce")
         merged = params.merged("prune.selection", f"variants.{variant}.selection")
         selection = params.parse(SelectionParams, merged, f"variants.{variant}.selection")
+        steps = params.merged("prune.reconstruction", f"variants.{variant}.reconstruction")["steps"]
         model = open_model(params.load(ModelParams, "model"))
         entry, checkpoint = model.checkpoint.architecture, model.checkpoint
         listed = [m for m in artifacts.read_json(Path("build/prepare/matrices.json")) if m["included"]]
@@ -34,16 +37,20 @@ def main(variant: str) -> None:
         included = {m["name"] for m in listed}
         starts, _ = read_transforms(START, entry.depth)
         rows = calibration_rows()
+        calibrate = params.load(CalibrateParams, "calibrate")
+        judging = rows["held_out"] if len(rows["held_out"]) else rows["fit"]
+        gate = Gate(model, judging, calibrate.batch_rows, selection, compensate="obs" in steps)
         outcomes = {}
-        statistics = stored_or_walked(STATISTICS, model, rows["fit"], rows["held_out"], params.load(CalibrateParams, "calibrate"))
+        statistics = stored_or_walked(STATISTICS, model, rows["fit"], rows["held_out"], calibrate)
         for index, sites in (bar := tqdm(statistics, total=entry.depth, desc=f"induce {variant}", unit="block")):
-            chosen = {matrix for matrix in entry.matrices if entry.matrix_name(index, matrix) in included}
-            if not chosen:
-                continue
             tensors = {name: tensor.to(torch.float32) for name, tensor in checkpoint.block(index).items()}
             where = f"{entry.blocks}.{index}"
-            outcomes[index] = induce_block(entry, tensors, chosen, sites, starts[index], selection, settings, where)
-            bar.set_postfix(choice=outcomes[index].choice)
+            views = {m: m.view(tensors[m.parameter]) for m in entry.matrices if entry.matrix_name(index, m) in included}
+            counts = {matrix: target(selection.sparsity, view.numel()) for matrix, view in views.items()}
+            judge = gate.enter(index, tensors, sites, counts)
+            if counts:
+                outcomes[index] = induce_block(entry, tensors, set(counts), sites, starts[index], selection, settings, where, judge)
+                bar.set_postfix(choice=outcomes[index].choice)
         out = Path(f"build/induce/{variant}")
         curve = [{"block": index, **point} for index, outcome in outcomes.items() for point in outcome.curve]
         facts = {

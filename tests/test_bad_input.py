@@ -293,7 +293,7 @@ MODELS = [
         "mixture of experts",
         "prepare",
         config(model_type="mixtral", architectures=["MixtralForCausalLM"]),
-        ("'mixtral'", "not supported", "llama, opt"),
+        ("'mixtral'", "not supported", "llama, mistral, opt"),
     ),
     Mistake(
         "quantised",

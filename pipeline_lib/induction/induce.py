@@ -6,7 +6,7 @@ Shape letters: ``R`` outputs, ``C`` inputs of a matrix, ``d`` channels of a site
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.statistics import SiteStatistics, refresh
 from pipeline_lib.induction.spectral import Norm, SpectralParams, regulariser
 from pipeline_lib.models.architecture import Architecture, Matrix
+from pipeline_lib.models.folding import MatrixScales, site_factor
 from pipeline_lib.params import Params
 from pipeline_lib.pruning.patterns import select, select_n_of_m
 from pipeline_lib.pruning.scores import Curvature, saliency
@@ -46,14 +47,16 @@ class Outcome:
 
     transform: Transform
     choice: str  # none, start, learned
-    held_out: dict[str, float]  # candidate -> error on the held-out rows
+    judged: dict[str, float]  # candidate -> what the gate made of it
+    held_out: dict[str, float]  # candidate -> layer error on the held-out rows
     curve: list[dict[str, float]]  # step, loss, held_out
     mask_changed: float  # share of mask entries that differ from no induction
-    stable_rank: dict[str, float]  # before, after: mean of ‖W‖_F² / ‖W‖_2²
+    stable_rank: dict[str, dict[str, float]]  # weights, features -> before, after: mean of ‖·‖_F² / ‖·‖_2²
     scores: dict[str, tuple[torch.Tensor, torch.Tensor]]  # matrix kind -> a sample of log10 scores before and after
 
     def facts(self) -> dict[str, Any]:
-        return {"choice": self.choice, "held_out": self.held_out, "mask_changed": self.mask_changed, "stable_rank": self.stable_rank}
+        names = ("choice", "judged", "held_out", "mask_changed", "stable_rank")
+        return {name: getattr(self, name) for name in names}
 
 
 class _Layer:
@@ -128,29 +131,11 @@ class _Block:
 
     def __init__(self, architecture: Architecture, layers: list[_Layer]) -> None:
         self.layers = layers
-        self.ties = [
-            [
-                (
-                    coupling.name,
-                    tie.axis,
-                    torch.tensor(tie.index)[slice(*(layer.matrix.rows or (None,))) if tie.axis == 0 else slice(None)],
-                    tie.power,
-                )
-                for coupling in architecture.couplings
-                for tie in coupling.ties
-                if tie.parameter == layer.matrix.parameter
-            ]
-            for layer in layers
-        ]
+        self.matrix_scales = [MatrixScales(architecture, layer.matrix, (layer.weight.shape[0], layer.weight.shape[1])) for layer in layers]
 
     def scales(self, number: int, theta: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, columns = (torch.zeros(size) for size in self.layers[number].weight.shape)
-        for name, axis, index, power in self.ties[number]:
-            if name in theta and axis == 0:
-                rows = rows + power * theta[name][index]
-            elif name in theta:
-                columns = columns + power * theta[name][index]
-        return rows, columns
+        """Log scales of the layer's rows [R] and columns [C]."""
+        return self.matrix_scales[number](theta)
 
     def log_scores(self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         return [
@@ -176,12 +161,19 @@ def induce_block(
     selection: SelectionParams,
     params: InduceParams,
     where: str,
+    judge: Callable[[Transform], float] | None = None,
 ) -> Outcome:
     """Learn one block's factors and selection weights; keep them only if the held-out rows say so.
 
-    Candidates: ``none`` (no transform), ``start`` (what scale wrote), ``learned`` (the best checked step). L = mean layer error
-    + λ R_p (Eqs. 6–8); Adam on log factors, projected to geometric mean 1 and the box |log| ≤ limit after every step.
+    Shifts are kept per site. Candidates for the rest: ``none``, ``start`` (what scale wrote), ``learned`` (the best checked step).
+    L = mean layer error + λ R_p (Eqs. 6–8); Adam on log factors, projected to geometric mean 1 and the box |log| ≤ limit after every step.
+
+    Args:
+        judge: gives a candidate's error, the least of which wins (``gate.Gate``); without it, the held-out layer error is taken.
     """
+    given = statistics
+    if judge:
+        start = Transform(start.factors, _worthy(start.shifts, judge), {})
     statistics = {site.name: refresh(statistics[site.name], None, start.shifts.get(site.name)) for site in architecture.sites}
     curvatures = {
         site.name: factorise(statistics[site.name].gram, selection.damping, selection.damping_of, f"{where} {site.name}").whole()  # type: ignore[arg-type]
@@ -195,13 +187,15 @@ def induce_block(
     block = _Block(architecture, layers)
     started = {name: factor.log() for name, factor in start.factors.items()}
     nothing: dict[str, torch.Tensor] = {}
+    plain = Transform({}, start.shifts, {})
     held_out = {"none": block.held_out(nothing, nothing), "start": block.held_out(started, nothing)}
+    judged = {"none": judge(plain), "start": judge(start)} if judge else dict(held_out)
     # Learning sets out from the better of the two: what serves Magnitude can misguide scores that already know the inputs.
-    ahead = held_out["start"] < held_out["none"]
+    ahead = judged["start"] < judged["none"]
     theta = {c.name: started[c.name].clone() if ahead and c.name in started else torch.zeros(c.size) for c in architecture.couplings}
     log_u = {site.name: torch.zeros(len(site.index)) for site in architecture.sites} if params.importance else {}
     candidates = {"none": (nothing, nothing), "start": (started, nothing), "learned": (dict(theta), nothing)}
-    held_out["learned"] = min(held_out.values())
+    held_out["learned"] = held_out["start" if ahead else "none"]
     norms = [Norm(layer.weight, params.spectral) for layer in layers]
     free = [*(theta.values() if params.factors else ()), *log_u.values()]
     curve: list[dict[str, float]] = []
@@ -234,20 +228,43 @@ def induce_block(
             if unimproved >= params.patience:
                 break
     with torch.no_grad():
-        choice = min(held_out, key=lambda name: (held_out[name], list(held_out).index(name)))
+        judged["learned"] = held_out["learned"]
+        if judge:
+            judged["learned"] = judge(_transform(*candidates["learned"], start))
+        choice = min(judged, key=lambda name: (judged[name], list(judged).index(name)))
         best_theta, best_u = candidates[choice]
         before, after = block.masks(nothing, nothing), block.masks(best_theta, best_u)
         changed = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True)) / sum(m.numel() for m in before)
         scaled = [layer.scaled(block.scales(number, best_theta)) for number, layer in enumerate(layers)]
-        rank = {"before": _stable_rank([layer.weight for layer in layers]), "after": _stable_rank(scaled)}
-        plain, final = block.log_scores(nothing, nothing), block.log_scores(best_theta, best_u)
-        samples = {layer.matrix.kind: (_sample(a), _sample(b)) for layer, a, b in zip(layers, plain, final, strict=True)}
-    transform = Transform(
-        {name: value.detach().exp() for name, value in best_theta.items()},
-        start.shifts,
-        {name: value.detach().exp() for name, value in best_u.items()},
-    )
-    return Outcome(transform, choice, held_out, curve, changed, rank, samples)
+        transform = _transform(best_theta, best_u, start)
+        features = [given[site.name] for site in architecture.sites]
+        moved = [
+            refresh(given[s.name], site_factor(architecture, s.name, transform.factors), start.shifts.get(s.name))
+            for s in architecture.sites
+        ]
+        rank = {
+            "weights": {"before": _stable_rank([layer.weight for layer in layers]), "after": _stable_rank(scaled)},
+            "features": {"before": _feature_rank(features), "after": _feature_rank(moved)},
+        }
+        before_scores, after_scores = block.log_scores(nothing, nothing), block.log_scores(best_theta, best_u)
+        samples = {layer.matrix.kind: (_sample(a), _sample(b)) for layer, a, b in zip(layers, before_scores, after_scores, strict=True)}
+    return Outcome(transform, choice, judged, held_out, curve, changed, rank, samples)
+
+
+def _worthy(shifts: Mapping[str, torch.Tensor], judge: Callable[[Transform], float]) -> dict[str, torch.Tensor]:
+    """The sites' shifts that lower the judged error, tried one after the other: the mean a nonlinearity wants is not always the inputs' own."""
+    kept: dict[str, torch.Tensor] = {}
+    error = judge(Transform()) if shifts else 0.0
+    for site, shift in shifts.items():
+        tried = judge(Transform({}, kept | {site: shift}, {}))
+        if tried < error:
+            kept, error = kept | {site: shift}, tried
+    return kept
+
+
+def _transform(theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor], start: Transform) -> Transform:
+    factors, importance = ({name: value.detach().exp() for name, value in part.items()} for part in (theta, log_u))
+    return Transform(factors, start.shifts, importance)
 
 
 def _sample(log_scores: torch.Tensor) -> torch.Tensor:
@@ -255,7 +272,15 @@ def _sample(log_scores: torch.Tensor) -> torch.Tensor:
     return log_scores.flatten()[:: max(1, log_scores.numel() // 20_000)] / math.log(10)
 
 
+_SPECTRAL = SpectralParams(weight=0, alpha=0, order="spectral", iterations=5)
+
+
 def _stable_rank(weights: list[torch.Tensor]) -> float:
     """Mean of ‖W‖_F² / ‖W‖_2², the spectral norm by power iteration."""
-    spectral = SpectralParams(weight=0, alpha=0, order="spectral", iterations=20)
-    return sum(float(w.square().sum() / Norm(w, spectral).initial.square()) for w in weights) / len(weights)
+    return sum(float(w.square().sum() / Norm(w, _SPECTRAL).initial.square()) for w in weights) / len(weights)
+
+
+def _feature_rank(sites: list[SiteStatistics]) -> float:
+    """The same of the inputs X, from their second moment: tr(G) / ‖G‖_2."""
+    grams = [site.gram for site in sites if site.gram is not None]
+    return sum(float(gram.trace() / Norm(gram, _SPECTRAL).initial) for gram in grams) / len(grams)

@@ -67,17 +67,18 @@ def prune_matrices(
     statistics: Mapping[str, SiteStatistics],
     kept: Mapping[Matrix, int],
     transform: Transform,
-    params: PruneParams,
+    selection: SelectionParams,
+    compensate: bool,
     where: str,
 ) -> PrunedBlock:
-    """Choose the masks of one (folded) block and, with ``obs``, compensate. Linears that share a site share one factorisation.
+    """Choose the masks of one (folded) block and, if asked to, compensate (OBS). Linears that share a site share one factorisation.
 
     Args:
         tensors: the folded block in float32.
         statistics: of the pruned stream through the folded block, collected before any of its matrices is pruned.
         kept: how many weights each included matrix keeps.
     """
-    selection, pattern = params.selection, params.selection.shape
+    pattern = selection.shape
     pruned, masks = dict(tensors), {}
     facts: dict[str, Any] = {"matrices": {}}
     for site in architecture.sites:
@@ -96,7 +97,7 @@ def prune_matrices(
         importance = transform.importance.get(site.name)
         for matrix in consumers:
             weight = matrix.view(tensors[matrix.parameter])
-            if "obs" in params.reconstruction.steps:
+            if compensate:
                 new, mask = sweep(
                     weight,
                     factorisation,
@@ -123,7 +124,8 @@ def prune_matrices(
             matrix.view(masks[matrix.parameter]).copy_(mask)
             matrix.view(pruned[matrix.parameter]).copy_(new)
             if shift is not None and matrix.bias is not None:
-                pruned[matrix.bias] = pruned[matrix.bias] + (weight - new) @ shift.to(weight.device)
+                pruned[matrix.bias] = pruned[matrix.bias].clone()
+                matrix.bias_view(pruned[matrix.bias]).add_((weight - new) @ shift.to(weight.device))
             facts["matrices"][matrix.label] = {
                 "kind": matrix.kind,
                 "size": weight.numel(),
@@ -176,7 +178,8 @@ def prune(
             block = model.block(index, folded)
             statistics = collect(model, block, index, pruned_stream, rows.numel())
             own = {matrix: kept[index, matrix] for matrix in architecture.matrices if (index, matrix) in kept}
-            result = prune_matrices(architecture, folded, statistics, own, transform, params, where)
+            compensate = "obs" in params.reconstruction.steps
+            result = prune_matrices(architecture, folded, statistics, own, transform, params.selection, compensate, where)
         if dense_stream is not None:
             model.advance(model.block(index, source), index, dense_stream)
         if result is not None and dense_stream is not None and own:

@@ -6,6 +6,7 @@ that the sparse block, fed by the pruned stream, gives what the dense block give
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -22,10 +23,13 @@ class ChannelParams(Params):
     """Section ``prune.reconstruction.channel``."""
 
     epochs: int = Field(ge=1)
+    parts: list[Literal["factors", "biases", "norms"]] = Field(min_length=1)
     rate: float = Field(gt=0)
+    bias_rate: float = Field(gt=0)
     batch_rows: int = Field(ge=1)
     patience: int = Field(ge=1)
     limit: float = Field(gt=0)
+    compute_dtype: Literal["float32", "bfloat16"]
     spectral: SpectralParams
     seed: int
 
@@ -37,20 +41,34 @@ class Stage:
     inputs: Sequence[torch.Tensor]
     targets: Sequence[torch.Tensor]
 
+    def first(self, rows: int) -> "Stage":
+        """The leading batches that hold at least so many rows, or all."""
+        count = held = 0
+        while held < rows and count < len(self.inputs):
+            held += len(self.inputs[count])
+            count += 1
+        return Stage(self.inputs[:count], self.targets[:count])
+
 
 class _Factors:
-    """log a, log r per matrix and β per bias; all zero is the identity."""
+    """log a, log r per matrix, β per bias, log factors of the norms' weights; all zero is the identity."""
 
-    def __init__(self, matrices: Sequence[Matrix], tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, matrices: Sequence[Matrix], tensors: Mapping[str, torch.Tensor], parts: Sequence[str]) -> None:
         self.matrices = matrices
         views = [matrix.view(tensors[matrix.parameter]) for matrix in matrices]
         device = views[0].device
         self.rows = [torch.zeros(view.shape[0], device=device, requires_grad=True) for view in views]
         self.columns = [torch.zeros(view.shape[1], device=device, requires_grad=True) for view in views]
-        self.biases = {m.bias: torch.zeros_like(tensors[m.bias], requires_grad=True) for m in matrices if m.bias is not None}
+        biases = {m.bias for m in matrices if m.bias is not None} if "biases" in parts else set()
+        norms = {n for n, t in tensors.items() if t.ndim == 1 and n.endswith("weight")} if "norms" in parts else set()
+        self.biases = {name: torch.zeros_like(tensors[name], requires_grad=True) for name in sorted(biases)}
+        self.norms = {name: torch.zeros_like(tensors[name], requires_grad=True) for name in sorted(norms)}
+        self.log_factors = [*(self.rows + self.columns if "factors" in parts else ()), *self.norms.values()]
 
-    def leaves(self) -> list[torch.Tensor]:
-        return [*self.rows, *self.columns, *self.biases.values()]
+    def groups(self, params: ChannelParams) -> list[dict[str, Any]]:
+        """What Adam moves: log factors at one rate, biases (which have the outputs' scale) at another."""
+        groups = [{"params": self.log_factors, "lr": params.rate}, {"params": list(self.biases.values()), "lr": params.bias_rate}]
+        return [group for group in groups if group["params"]]
 
     def apply(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The block's tensors with factors and corrections folded in; differentiable."""
@@ -58,13 +76,14 @@ class _Factors:
         for matrix, rows, columns in zip(self.matrices, self.rows, self.columns, strict=True):
             whole = changed.get(matrix.parameter, tensors[matrix.parameter])
             scaled = matrix.view(whole) * (rows[:, None] + columns).exp()
-            if matrix.view(whole).shape == whole.shape:
-                changed[matrix.parameter] = scaled
+            if matrix.rows is None and matrix.expert is None:
+                changed[matrix.parameter] = scaled.T if matrix.transposed else scaled
             else:
                 whole = whole.clone()
                 matrix.view(whole).copy_(scaled)
                 changed[matrix.parameter] = whole
         changed |= {bias: tensors[bias] + correction for bias, correction in self.biases.items()}
+        changed |= {norm: tensors[norm] * log_factor.exp() for norm, log_factor in self.norms.items()}
         return {**tensors, **changed}
 
 
@@ -91,35 +110,41 @@ def fit(
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Fit the factors of one sparse block and fold them; the unfitted block is a candidate and wins ties on the held-out rows.
 
+    Gradients are taken in ``compute_dtype`` (mixed precision), the factors and everything that judges them in float32.
+
     Args:
         run: the block's output [B, T, D] for hidden states and the block's tensors.
         tensors: the sparse block's parameters in float32.
         matrices: the pruned ones, which get factors.
 
     Returns:
-        The block's tensors, zeros where they were, and errors before/after on fitting and held-out rows with the epochs kept.
+        The block's tensors, zeros where they were, and errors before/after on held-out and as many fitting rows, with the epochs kept.
     """
 
     gate = held_out if held_out.inputs else fitting
-    facts = {"fit_before": block_error(run, tensors, fitting), "held_out_before": block_error(run, tensors, gate)}
+    seen = fitting.first(1)  # what the curve needs; the gate's rows decide
+    facts = {"fit_before": block_error(run, tensors, seen), "held_out_before": block_error(run, tensors, gate)}
     best, best_error, best_epoch, unimproved = dict(tensors), facts["held_out_before"], 0, 0
-    factors = _Factors(matrices, tensors)
-    optimiser = torch.optim.Adam(factors.leaves(), lr=params.rate)
-    norms = [Norm(matrix.view(tensors[matrix.parameter]), params.spectral) for matrix in matrices]
+    factors = _Factors(matrices, tensors, params.parts)
+    optimiser = torch.optim.Adam(factors.groups(params))
+    penalised = matrices if params.spectral.weight else ()
+    norms = [Norm(matrix.view(tensors[matrix.parameter]), params.spectral) for matrix in penalised]
     variance = sum(float(target.float().var()) for target in fitting.targets) / len(fitting.targets)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, params.epochs, eta_min=0.1 * params.rate)
     for epoch in range(1, params.epochs + 1):
         for hidden, target in _minibatches(fitting, params, f"{where}:{epoch}"):
             values = factors.apply(tensors)
-            loss = (run(hidden, values) - target).float().square().mean() / variance
-            if params.spectral.weight:
+            with torch.autocast(hidden.device.type, torch.bfloat16, enabled=params.compute_dtype == "bfloat16"):
+                out = run(hidden, values)
+            loss = (out.float() - target).square().mean() / variance
+            if norms:
                 current = [matrix.view(values[matrix.parameter]) for matrix in matrices]
                 loss = loss + params.spectral.weight * regulariser(norms, current, params.spectral)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             with torch.no_grad():
-                for leaf in (*factors.rows, *factors.columns):
+                for leaf in factors.log_factors:
                     leaf.clamp_(-params.limit, params.limit)
         schedule.step()
         with torch.no_grad():
@@ -131,7 +156,7 @@ def fit(
             unimproved += 1
         if unimproved >= params.patience:
             break
-    facts |= {"fit_after": block_error(run, best, fitting), "held_out_after": best_error, "epochs": best_epoch}
+    facts |= {"fit_after": block_error(run, best, seen), "held_out_after": best_error, "epochs": best_epoch}
     return {name: tensor.detach() for name, tensor in best.items()}, facts
 
 

@@ -297,7 +297,7 @@ def seconds(value: float) -> str:
 
 # Matrices as depth × kind
 
-ORDER = ("q", "k", "v", "o", "gate", "up", "down", "fc1", "fc2")  # as data flows through a block
+ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "down", "fc1", "fc2")  # as data flows through a block
 
 
 def kinds(facts: Mapping[str, Any]) -> list[str]:

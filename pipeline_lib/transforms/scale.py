@@ -11,6 +11,7 @@ from pydantic import Field
 
 from pipeline_lib.calibration.statistics import SiteStatistics
 from pipeline_lib.models.architecture import Architecture, Coupling
+from pipeline_lib.models.folding import fold
 from pipeline_lib.params import Params
 
 
@@ -21,7 +22,7 @@ class ScaleParams(Params):
     monotone: Literal["identity", "tanh"]
     power: float
     limit: float = Field(gt=0)
-    balance_qk: bool
+    pairs: Literal["inputs", "balance"]
     shift: Literal["none", "mean", "median"]
 
 
@@ -54,14 +55,14 @@ def _floored_log(s: torch.Tensor) -> torch.Tensor:
 
 
 def _balanced(coupling: Coupling, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """log of the factor that gives the K rows and the Q rows of each pair equal norms."""
-    log_squares = torch.zeros(2, coupling.size)
+    """log of the factor that gives the two matrices' entries behind each of its channels equal norms; 0 where one side is zero."""
+    squares = torch.zeros(2, coupling.size)
     for tie in coupling.ties:
         if tensors[tie.parameter].ndim == 2:
-            rows = tensors[tie.parameter].float().square().sum(1)
-            log_squares[0 if tie.power > 0 else 1].index_add_(0, torch.tensor(tie.index), rows)
-    keys, queries = log_squares.clamp_min(1e-20).log()
-    return (queries - keys) / 4
+            entries = tie.entries(tensors[tie.parameter].float()).square().sum(1)
+            squares[0 if tie.power > 0 else 1].index_add_(0, torch.tensor(tie.index), entries)
+    up, down = squares
+    return torch.where((up > 0) & (down > 0), (down.clamp_min(1e-30).log() - up.clamp_min(1e-30).log()) / 4, 0.0)
 
 
 def starting_factors(
@@ -69,20 +70,32 @@ def starting_factors(
 ) -> dict[str, torch.Tensor]:
     """For every coupling of a block, factors d [size] in float32 with geometric mean 1.
 
-    A coupling whose factor reaches several channels of its site (grouped queries) starts from the mean of their logs.
+    Couplings of a norm start from their site's statistics, and so do pairs of matrices with ``pairs: inputs``; with ``balance``,
+    and always for Q and K, which no site lies between, a pair starts where both sides have equal norms once the norms' factors are
+    in. A coupling whose factor reaches several channels of its site (grouped queries) starts from the mean of their logs.
     """
-    factors = {}
-    for coupling in architecture.couplings:
+    factors: dict[str, torch.Tensor] = {}
+    paired = [coupling for coupling in architecture.couplings if _is_pair(coupling, tensors)]
+    for coupling in sorted(architecture.couplings, key=lambda coupling: coupling in paired):
         site = next((site for site in architecture.sites if site.coupling == coupling.name), None)
-        if site is not None:
+        if site is not None and (coupling not in paired or params.pairs == "inputs"):
             logs = _floored_log(start_of_site(statistics[site.name], params))
             index = torch.tensor(site.index)
             total = torch.zeros(coupling.size).index_add_(0, index, logs)
             log_s = total / torch.zeros(coupling.size).index_add_(0, index, torch.ones(len(index)))
             factors[coupling.name] = torch.exp(-normalise(log_s, params.limit))
-        elif params.balance_qk:
-            factors[coupling.name] = torch.exp(normalise(_balanced(coupling, tensors), params.limit))
+        elif params.start == "identity":
+            factors[coupling.name] = torch.ones(coupling.size)
+        else:
+            norms = {name: factor for name, factor in factors.items() if name not in {c.name for c in paired}}
+            folded = fold(tensors, architecture, norms)
+            factors[coupling.name] = torch.exp(normalise(_balanced(coupling, folded), params.limit))
     return factors
+
+
+def _is_pair(coupling: Coupling, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the factor runs between matrices, not from a norm to matrices."""
+    return all(any(tensors[t.parameter].ndim == 2 for t in coupling.ties if t.power == power) for power in (1, -1))
 
 
 def shifts(architecture: Architecture, statistics: Mapping[str, SiteStatistics], params: ScaleParams) -> dict[str, torch.Tensor]:

@@ -1,0 +1,288 @@
+"""Sparsity Induction on the testbeds, cell by cell and resumable: ``python -m benchmarks.induction cells|verify|timing``.
+
+A cell prunes a testbed with one base method, without and with induction (start, learning, gate) and channel compensation, under the
+parameters that params.yaml ships, and measures both on the test texts. One file per finished cell, named after all that it depends on.
+"""
+
+import json
+import random
+import statistics as stats
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import log
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks.testbed import NAMES, ROOT, Testbed
+from pipeline_lib import params
+from pipeline_lib.allocation.budget import target
+from pipeline_lib.calibration.capture import CalibrateParams, walk
+from pipeline_lib.calibration.statistics import SiteStatistics
+from pipeline_lib.induction.gate import Gate
+from pipeline_lib.induction.induce import InduceParams, Outcome, induce_block
+from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.pruning.prune import PrunedBlock, PruneParams, prune
+from pipeline_lib.runtime import resume_key
+from pipeline_lib.transforms.scale import ScaleParams, shifts, starting_factors
+from pipeline_lib.transforms.transform import Transform
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "induction.json"
+BASES: dict[str, dict[str, Any]] = {
+    "magnitude": {"selection": {"score": "magnitude", "group": "matrix"}, "reconstruction": {"steps": []}},
+    "wanda": {"selection": {"score": "wanda", "group": "row"}, "reconstruction": {"steps": []}},
+    "sparsegpt": {"selection": {"score": "obs", "group": "block"}, "reconstruction": {"steps": ["obs"]}},
+}
+PATTERNS = {
+    "50%": (0.5, "unstructured"),
+    "60%": (0.6, "unstructured"),
+    "70%": (0.7, "unstructured"),
+    "2:4": (0.5, "2:4"),
+    "4:8": (0.5, "4:8"),
+}
+SEEDS = {"50%": 3, "60%": 3, "70%": 3, "2:4": 3, "4:8": 1}
+JUDGED = ("60%", "70%", "2:4")  # over which the mean gap closed is taken
+TEXTS = ("test", "wikitext2")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is laid over params.yaml for one run; ``induce`` None means no induction, ``start`` only the start."""
+
+    base: str
+    pattern: str
+    channel: bool = False
+    induce: bool = False
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # section -> overrides
+
+    def section(self, name: str) -> dict[str, Any]:
+        return params.merge(params.section(name), self.changes.get(name, {}))
+
+    def prune(self) -> PruneParams:
+        sparsity, pattern = PATTERNS[self.pattern]
+        steps = [*BASES[self.base]["reconstruction"]["steps"], *(["channel"] if self.channel else [])]
+        overrides = {
+            "selection": {**BASES[self.base]["selection"], "sparsity": sparsity, "pattern": pattern},
+            "reconstruction": {"steps": steps},
+        }
+        return PruneParams.model_validate(params.merge(self.section("prune"), overrides))
+
+
+@dataclass
+class Run:
+    blocks: dict[int, PrunedBlock]
+    outcomes: list[Outcome]
+    induce_s: float
+    prune_s: float
+
+    def tensors(self) -> dict[int, dict[str, torch.Tensor]]:
+        return {index: block.tensors for index, block in self.blocks.items()}
+
+
+Statistics = list[dict[str, SiteStatistics]]
+
+
+def calibrate(bed: Testbed, rows: dict[str, torch.Tensor]) -> Statistics:
+    """What stage calibrate gives."""
+    settings = params.load(CalibrateParams, "calibrate")
+    return [sites for _, sites in walk(bed.stream(), rows["fit"], rows["held_out"], settings, grams=True)]
+
+
+def execute(bed: Testbed, rows: dict[str, torch.Tensor], statistics: Statistics, recipe: Recipe) -> Run:
+    """Stages scale, induce and prune, in memory."""
+    entry, settings = bed.checkpoint.architecture, recipe.prune()
+    kept: dict[tuple[int, Matrix], int] = {}
+    for index in range(entry.depth):
+        tensors = bed.checkpoint.block(index)
+        kept |= {(index, m): target(settings.selection.sparsity, m.view(tensors[m.parameter]).numel()) for m in entry.matrices}
+    transforms, outcomes = [Transform()] * entry.depth, []
+    started = time.perf_counter()
+    if recipe.induce:
+        model = bed.stream()
+        scale, induce = ScaleParams.model_validate(recipe.section("scale")), InduceParams.model_validate(recipe.section("induce"))
+        gate = Gate(model, rows["held_out"], settings.batch_rows, settings.selection, "obs" in settings.reconstruction.steps)
+        for index in range(entry.depth):
+            tensors, sites = bed.checkpoint.block(index), statistics[index]
+            start = Transform(starting_factors(entry, tensors, sites, scale), shifts(entry, sites, scale))
+            counts = {m: kept[index, m] for m in entry.matrices}
+            judge = gate.enter(index, tensors, sites, counts)
+            outcomes.append(induce_block(entry, tensors, set(counts), sites, start, settings.selection, induce, str(index), judge))
+        transforms = [outcome.transform for outcome in outcomes]
+    middle = time.perf_counter()
+    blocks = dict(prune(bed.stream(), rows["fit"], rows["held_out"], kept, transforms, settings, lambda _: None))
+    return Run(blocks, outcomes, middle - started, time.perf_counter() - middle)
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, check=True, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def gap(without: float, new: float, dense: float) -> float:
+    """Share of the gap that is closed: (ln ppl_without − ln ppl_new) / (ln ppl_without − ln ppl_dense)."""
+    return (log(without) - log(new)) / (log(without) - log(dense))
+
+
+class Bench:
+    """One testbed with what its runs share: rows and statistics of the current seed, dense perplexities."""
+
+    def __init__(self, name: str) -> None:
+        self.bed = Testbed(name)
+        self.seed: int | None = None
+        self.dense: dict[str, float] = {}
+
+    def at(self, seed: int) -> None:
+        if seed != self.seed:
+            self.seed, self.rows = seed, self.bed.calibration(seed)
+            self.statistics = calibrate(self.bed, self.rows)
+
+    def run(self, recipe: Recipe, texts: tuple[str, ...] = TEXTS) -> tuple[Run, dict[str, float]]:
+        for text in texts:
+            if text not in self.dense:
+                self.dense[text] = self.bed.perplexity({}, text)
+        run = execute(self.bed, self.rows, self.statistics, recipe)
+        return run, {text: self.bed.perplexity(run.tensors(), text) for text in texts}
+
+    def cell(self, base: str, pattern: str, seed: int) -> dict[str, Any]:
+        """One cell: flat records and, beside them, how many blocks kept what."""
+        self.at(seed)
+        _, without = self.run(Recipe(base, pattern))
+        run, new = self.run(Recipe(base, pattern, channel=True, induce=True))
+        cell = {"testbed": self.bed.name, "base": base, "pattern": pattern, "seed": seed}
+        records = [
+            {**cell, "text": text, "dense": self.dense[text], "without": without[text], "with": new[text]}
+            | {"wall_s": round(run.induce_s + run.prune_s, 2), "commit": commit()}
+            for text in TEXTS
+        ]
+        choices = [outcome.choice for outcome in run.outcomes]
+        kept = {choice: choices.count(choice) for choice in ("none", "start", "learned")}
+        compensated = sum(block.facts["channel"]["epochs"] > 0 for block in run.blocks.values())
+        return {"records": records, "blocks": {**kept, "compensated": compensated}}
+
+
+def cells() -> Iterator[tuple[str, str, str, int]]:
+    for seed in range(3):
+        for pattern, seeds in SEEDS.items():
+            for base in BASES if seed < seeds else ():
+                for testbed in NAMES:
+                    yield testbed, base, pattern, seed
+
+
+def cell_file(testbed: str, base: str, pattern: str, seed: int) -> Path:
+    """Named after the cell and a key over code, parameters, model and text."""
+    facts = json.dumps([testbed, base, pattern, seed, *(params.section(name) for name in ("calibrate", "scale", "induce", "prune"))])
+    texts = [ROOT / "texts" / f"{name}.txt" for name in ("mix.calib", "mix.test", "wikitext2.test")]
+    key = resume_key(facts, [ROOT / testbed / "model.safetensors", *texts, Path(__file__), HERE / "testbed.py"])
+    return HERE / "results" / "cells" / f"induction-{testbed}-{base}-{pattern.replace(':', 'of')}-{seed}-{key[:8]}.json"
+
+
+def gather() -> list[dict[str, Any]]:
+    """All records: those of finished cells, and for cells of other code or parameters what was recorded before."""
+    records = {}
+    old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+    for record in old:
+        records[record["testbed"], record["base"], record["pattern"], record["seed"], record["text"]] = record
+    for cell in cells():
+        if (path := cell_file(*cell)).exists():
+            records |= {(*cell, record["text"]): record for record in json.loads(path.read_text(encoding="utf-8"))["records"]}
+    return [records[(*cell, text)] for cell in cells() for text in TEXTS if (*cell, text) in records]
+
+
+def table(records: list[dict[str, Any]], text: str) -> str:
+    """Gap closed in percent, mean of the seeds, per testbed, base and pattern."""
+    lines = [f"{text:<22}" + "".join(f"{pattern:>8}" for pattern in PATTERNS) + "   mean of " + ", ".join(JUDGED)]
+    for base in BASES:
+        means = []
+        for testbed in NAMES:
+            row = {}
+            for pattern in PATTERNS:
+                found = [r for r in records if (r["testbed"], r["base"], r["pattern"], r["text"]) == (testbed, base, pattern, text)]
+                if found:
+                    row[pattern] = 100 * stats.mean(gap(r["without"], r["with"], r["dense"]) for r in found)
+            means += [row[pattern] for pattern in JUDGED if pattern in row]
+            lines.append(f"{base + ', ' + testbed:<22}" + "".join(f"{row[p]:>7.1f}%" if p in row else f"{'':>8}" for p in PATTERNS))
+        lines.append(f"{base:<62}   {stats.mean(means):>6.1f}%" if means else base)
+    worst = min(records, key=lambda r: gap(r["without"], r["with"], r["dense"]))
+    lines.append(f"worst cell: {gap(worst['without'], worst['with'], worst['dense']):.1%} {worst}")
+    return "\n".join(lines)
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    if not ROOT.exists():
+        raise click.ClickException(f"no testbeds at {ROOT}; set SPARSELINE_TESTBED to a directory with llama, opt and texts.")
+
+
+@main.command("cells")
+@click.option("--testbed", type=click.Choice(NAMES), help="Only this one.")
+def run_cells(testbed: str | None) -> None:
+    """Every cell that is not there yet; then the table."""
+    bench = {name: Bench(name) for name in NAMES}
+    for cell in cells():
+        path = cell_file(*cell)
+        if path.exists() or testbed not in (None, cell[0]):
+            continue
+        started = time.perf_counter()
+        found = bench[cell[0]].cell(*cell[1:])
+        write(path, found)
+        write(RESULTS, gather())
+        closed = ", ".join(f"{r['text']} {gap(r['without'], r['with'], r['dense']):.1%}" for r in found["records"])
+        click.echo(f"{cell}: gap closed {closed}; blocks {found['blocks']}; {time.perf_counter() - started:.0f} s")
+    for text in TEXTS:
+        click.echo("\n" + table(gather(), text))
+
+
+@main.command()
+@click.option("--count", default=3, show_default=True)
+@click.option("--seed", type=int, help="Which cells; random without.")
+def verify(count: int, seed: int | None) -> None:
+    """Recompute random cells of the recorded results; they must agree within 1% of perplexity (other threads, other rounding)."""
+    records = json.loads(RESULTS.read_text(encoding="utf-8"))
+    known = sorted({(r["testbed"], r["base"], r["pattern"], r["seed"]) for r in records})
+    wrong = 0
+    for cell in random.Random(seed).sample(known, count):
+        fresh = Bench(cell[0]).cell(*cell[1:])["records"]
+        for new in fresh:
+            old = next(r for r in records if all(r[key] == new[key] for key in ("testbed", "base", "pattern", "seed", "text")))
+            apart = max(abs(log(new[key] / old[key])) for key in ("dense", "without", "with"))
+            wrong += apart > 0.01
+            click.echo(f"{cell} {new['text']}: recorded {old['with']:.3f}, now {new['with']:.3f}; largest difference {apart:.2%}")
+    if wrong:
+        raise click.ClickException(f"{wrong} records differ by more than 1%.")
+
+
+@main.command()
+@click.option("--repeats", default=3, show_default=True)
+def timing(repeats: int) -> None:
+    """Wall time of induction and channel compensation over that of a SparseGPT sweep, in the same run."""
+    results = []
+    for name in NAMES:
+        bench = Bench(name)
+        bench.at(0)
+        for base in BASES:
+            ratios = []
+            for _ in range(repeats):
+                sweep, plain = (execute(bench.bed, bench.rows, bench.statistics, Recipe(b, "60%")) for b in ("sparsegpt", base))
+                full = execute(bench.bed, bench.rows, bench.statistics, Recipe(base, "60%", channel=True, induce=True))
+                ratios.append((full.induce_s + full.prune_s - plain.prune_s) / sweep.prune_s)
+            record = {"testbed": name, "base": base, "sweep_s": round(sweep.prune_s, 2), "induce_s": round(full.induce_s, 2)}
+            record |= {"channel_s": round(full.prune_s - plain.prune_s, 2), "ratio": round(stats.median(ratios), 3)}
+            results.append(record | {"threads": torch.get_num_threads(), "commit": commit()})
+            click.echo(results[-1])
+    write(HERE / "results" / "induction_timing.json", results)
+
+
+if __name__ == "__main__":
+    main()
