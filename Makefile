@@ -7,7 +7,8 @@ export PATH := $(BIN):$(PATH)
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
-.PHONY: run test check format bench-seeds bench-recipes plan deps environment clean
+.PHONY: run test check format plan deps environment clean
+.PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-refresh bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
 	dvc repro
@@ -30,6 +31,22 @@ bench-seeds: environment  ## three calibration seeds of the shipped variants (do
 
 bench-recipes: environment  ## candidates for `sparseline`, compared on validation text
 	python -m benchmarks.pipeline recipes
+
+bench-induction: environment  ## testbeds: every base and pattern without and with induction, then the wall-time ratio (docs/results.md)
+	python -m benchmarks.induction cells
+	python -m benchmarks.induction timing
+
+bench-ablation: environment  ## testbeds: what each part of induction brings
+	python -m benchmarks.ablation
+
+bench-twins: environment  ## testbeds and their scrambled twins
+	python -m benchmarks.twins
+
+bench-refresh: environment  ## fast Hessian update against recomputing, at LLaMA-7B layer shapes (about 15 minutes)
+	python -m benchmarks.refresh
+
+bench-verify: environment  ## recompute three random cells of benchmarks/results/induction.json
+	python -m benchmarks.induction verify
 
 plan: environment  ## predict memory, disk and rough time for the configured model, before anything runs
 	python -m stages.plan

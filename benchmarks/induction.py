@@ -5,12 +5,13 @@ parameters that params.yaml ships, and measures both on the test texts. One file
 """
 
 import json
+import os
 import random
 import statistics as stats
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,14 @@ TEXTS = ("test", "wikitext2")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is laid over params.yaml for one run; ``induce`` None means no induction, ``start`` only the start."""
+    """What one run does, and what is laid over params.yaml for it."""
 
     base: str
     pattern: str
     channel: bool = False
     induce: bool = False
+    ungated: bool = False  # take the start as it is
+    couplings: tuple[str, ...] = ("norm", "pair", "q_k")  # which factors there are
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # section -> overrides
 
     def section(self, name: str) -> dict[str, Any]:
@@ -106,16 +109,26 @@ def execute(bed: Testbed, rows: dict[str, torch.Tensor], statistics: Statistics,
         model = bed.stream()
         scale, induce = ScaleParams.model_validate(recipe.section("scale")), InduceParams.model_validate(recipe.section("induce"))
         gate = Gate(model, rows["held_out"], settings.batch_rows, settings.selection, "obs" in settings.reconstruction.steps)
+        entry = replace(entry, couplings=tuple(c for c in entry.couplings if _kind(c.name) in recipe.couplings))
+        starts = []
         for index in range(entry.depth):
             tensors, sites = bed.checkpoint.block(index), statistics[index]
             start = Transform(starting_factors(entry, tensors, sites, scale), shifts(entry, sites, scale))
+            starts.append(start)
+            if recipe.ungated:
+                continue
             counts = {m: kept[index, m] for m in entry.matrices}
             judge = gate.enter(index, tensors, sites, counts)
             outcomes.append(induce_block(entry, tensors, set(counts), sites, start, settings.selection, induce, str(index), judge))
-        transforms = [outcome.transform for outcome in outcomes]
+        transforms = starts if recipe.ungated else [outcome.transform for outcome in outcomes]
     middle = time.perf_counter()
     blocks = dict(prune(bed.stream(), rows["fit"], rows["held_out"], kept, transforms, settings, lambda _: None))
     return Run(blocks, outcomes, middle - started, time.perf_counter() - middle)
+
+
+def _kind(coupling: str) -> str:
+    """norm (a norm's output channels), pair (rows of one matrix, columns of another) or q_k."""
+    return coupling if coupling == "q_k" else "norm" if coupling.endswith("norm") else "pair"
 
 
 def commit() -> str:
@@ -125,7 +138,7 @@ def commit() -> str:
 
 def write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
@@ -138,8 +151,8 @@ def gap(without: float, new: float, dense: float) -> float:
 class Bench:
     """One testbed with what its runs share: rows and statistics of the current seed, dense perplexities."""
 
-    def __init__(self, name: str) -> None:
-        self.bed = Testbed(name)
+    def __init__(self, bed: Testbed) -> None:
+        self.bed = bed
         self.seed: int | None = None
         self.dense: dict[str, float] = {}
 
@@ -229,7 +242,7 @@ def main() -> None:
 @click.option("--testbed", type=click.Choice(NAMES), help="Only this one.")
 def run_cells(testbed: str | None) -> None:
     """Every cell that is not there yet; then the table."""
-    bench = {name: Bench(name) for name in NAMES}
+    bench = {name: Bench(Testbed(name)) for name in NAMES}
     for cell in cells():
         path = cell_file(*cell)
         if path.exists() or testbed not in (None, cell[0]):
@@ -253,7 +266,7 @@ def verify(count: int, seed: int | None) -> None:
     known = sorted({(r["testbed"], r["base"], r["pattern"], r["seed"]) for r in records})
     wrong = 0
     for cell in random.Random(seed).sample(known, count):
-        fresh = Bench(cell[0]).cell(*cell[1:])["records"]
+        fresh = Bench(Testbed(cell[0])).cell(*cell[1:])["records"]
         for new in fresh:
             old = next(r for r in records if all(r[key] == new[key] for key in ("testbed", "base", "pattern", "seed", "text")))
             apart = max(abs(log(new[key] / old[key])) for key in ("dense", "without", "with"))
@@ -269,7 +282,7 @@ def timing(repeats: int) -> None:
     """Wall time of induction and channel compensation over that of a SparseGPT sweep, in the same run."""
     results = []
     for name in NAMES:
-        bench = Bench(name)
+        bench = Bench(Testbed(name))
         bench.at(0)
         for base in BASES:
             ratios = []

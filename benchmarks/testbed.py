@@ -6,19 +6,23 @@ seed, a quarter held out. Validation: the first 128 rows; test: the first 256 ro
 
 import functools
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pipeline_lib.calibration.rows import encode, rows_of, split
 from pipeline_lib.calibration.texts import TextParams
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline_lib.models.folding import fold
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.models.whole import load_model
+from pipeline_lib.runtime import generator
 
 ROOT = Path(os.environ.get("SPARSELINE_TESTBED", Path(__file__).parent.parent.parent / "shared" / "testbed"))
 NAMES = ("llama", "opt")
@@ -32,15 +36,16 @@ class Testbed:
     """One of the two models, opened; weights are read when asked for."""
 
     name: str
+    root: Path = ROOT  # another one for a twin
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint:
-        return open_checkpoint(ROOT / self.name)
+        return open_checkpoint(self.root / self.name)
 
     @functools.cached_property
     def whole(self) -> PreTrainedModel:
         """The model that evaluations put their weights into."""
-        return load_model(ROOT / self.name, "float32", torch.device("cpu"))
+        return load_model(self.root / self.name, "float32", torch.device("cpu"))
 
     def stream(self) -> BlockModel:
         return BlockModel(self.checkpoint, torch.float32, torch.device("cpu"))
@@ -63,6 +68,24 @@ class Testbed:
             tensors = blocks.get(index) or self.checkpoint.block(index)
             base.get_submodule(str(index)).load_state_dict(tensors, strict=False)
         return perplexity(self.whole, self.rows(text), 16)
+
+
+def scrambled(bed: Testbed, root: Path, seed: int, spread: float = 1.0) -> Testbed:
+    """A twin that computes the same function: random factors, log-normal of this spread, folded exactly into every block."""
+    source = bed.checkpoint
+    tensors = dict(source.read(source.outside_blocks()))
+    for index in range(source.architecture.depth):
+        factors = {
+            c.name: torch.exp(spread * torch.randn(c.size, generator=generator(seed, f"{index}.{c.name}")))
+            for c in source.architecture.couplings
+        }
+        folded = fold(source.block(index), source.architecture, factors)
+        tensors |= {source.block_prefix(index) + name: tensor for name, tensor in folded.items()}
+    directory = root / bed.name
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(bed.root / bed.name / "config.json", directory / "config.json")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors", metadata={"format": "pt"})
+    return Testbed(bed.name, root)
 
 
 @functools.cache

@@ -61,9 +61,9 @@ def main(variant: str) -> None:
         write_transforms(out / "transform.safetensors", {index: outcome.transform for index, outcome in outcomes.items()}, facts)
         artifacts.write_json(out / "curve.json", curve)
         choices = [outcome.choice for outcome in outcomes.values()]
-        tally = ", ".join(f"{choice} {choices.count(choice)}" for choice in ("none", "start", "learned"))
+        tally = ", ".join(f"{choice} in {choices.count(choice)}" for choice in ("learned", "start", "none"))
         changed = sum(outcome.mask_changed for outcome in outcomes.values()) / max(1, len(outcomes))
-        click.echo(f"induce {variant}: blocks kept {tally}; {changed:.1%} of mask entries changed")
+        click.echo(f"induce {variant}: of {len(choices)} blocks the gate kept {tally}; {changed:.1%} of mask entries changed")
 
 
 if __name__ == "__main__":

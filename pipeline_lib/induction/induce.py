@@ -6,7 +6,7 @@ Shape letters: ``R`` outputs, ``C`` inputs of a matrix, ``d`` channels of a site
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ from pydantic import Field
 
 from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.statistics import SiteStatistics, refresh
-from pipeline_lib.induction.spectral import Norm, SpectralParams, regulariser
+from pipeline_lib.induction.removed import Removed
+from pipeline_lib.induction.spectral import Norm, SpectralParams, penalty
 from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.models.folding import MatrixScales, site_factor
 from pipeline_lib.params import Params
-from pipeline_lib.pruning.patterns import select, select_n_of_m
+from pipeline_lib.pruning.patterns import bounds, select, select_n_of_m
 from pipeline_lib.pruning.scores import Curvature, saliency
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.reconstruction.obs import factorise
@@ -35,6 +36,8 @@ class InduceParams(Params):
     steps: int = Field(ge=1)
     rate: float = Field(gt=0)
     temperature: float = Field(gt=0)
+    probes: int = Field(ge=0)
+    seed: int
     limit: float = Field(gt=0)
     check_every: int = Field(ge=1)
     patience: int = Field(ge=1)
@@ -72,6 +75,7 @@ class _Layer:
         self.gram = statistics.gram
         self.held_out_gram = statistics.held_out_gram if statistics.held_out_gram is not None else statistics.gram
         self.kept = target(settings.sparsity, weight.numel())
+        self.base = (weight.square() + 1e-30).log_()
         self.energy = ((weight @ self.gram) * weight).sum().clamp_min(1e-30)
         self.held_out_energy = ((weight @ self.held_out_gram) * weight).sum().clamp_min(1e-30)
 
@@ -79,13 +83,50 @@ class _Layer:
         """W̃ = W in the coordinates of the factors; scales are log factors of rows [R] and columns [C]."""
         return self.weight * (scales[0][:, None] + scales[1]).exp()
 
-    def log_scores(self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor) -> torch.Tensor:
-        """log of the refreshed score [R, C] (fast Hessian update, Eqs. 9–11) times u²: no forward pass, only D."""
+    def shifts(self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """By what the refreshed score (fast Hessian update, Eqs. 9–11) times u² moves log W²: of rows [R] and columns [C].
+
+        No forward pass, only D; and since every score is W² times a factor per column, no pass over the matrix either.
+        """
         d_squared = (-2 * scales[1]).exp()  # columns of W̃ carry D⁻¹
         refreshed = Curvature(
             self.curvature.second_moment * d_squared, self.curvature.diagonal * d_squared, self.curvature.inverse_diagonal / d_squared
         )
-        return (saliency(self.settings.score, self.scaled(scales), refreshed) + 1e-30).log() + 2 * log_u
+        factor = saliency(self.settings.score, scales[1].exp()[None], refreshed)[0]
+        return 2 * scales[0], (factor + 1e-30).log() + 2 * log_u
+
+    def scores(self, part: slice, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """log scores of some rows [r, C]."""
+        return (self.base[part] + columns).add_(rows[part, None])
+
+    def log_scores(self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor) -> torch.Tensor:
+        """log of the refreshed score [R, C] times u²."""
+        return self.scores(slice(None), *self.shifts(scales, log_u))
+
+    def removed(
+        self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor, temperature: float, signs: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``error`` of the mask that the refreshed score gives, with a gradient; estimated where there are signs [k, R]."""
+        return Removed.apply(*self.shifts(scales, log_u), self, temperature, signs)  # type: ignore[no-untyped-call]
+
+    @property
+    def _by_row(self) -> bool:
+        """Whether every row is chosen by itself, and alike."""
+        share, spare = divmod(self.kept, len(self.weight))
+        return bool(self.settings.shape.m) or (self.settings.group == "row" and spare == 0 < share < self.weight.shape[1])
+
+    def parts(self, step: int) -> Iterator[slice]:
+        """Rows that can be chosen for at once: ``step`` where rows are independent, else all."""
+        rows = len(self.weight)
+        step = step if self._by_row else rows
+        return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the scores of one part: mask, and each comparison group's threshold, which broadcasts against it."""
+        if self._by_row and not self.settings.shape.m:
+            return bounds(scores, self.kept // len(self.weight))
+        hard = self.mask(scores)
+        return hard, self._threshold(scores, hard)
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         pattern = self.settings.shape
@@ -93,14 +134,8 @@ class _Layer:
             return select_n_of_m(scores, pattern.n, pattern.m)
         return select(scores, self.kept, self.settings.group, self.settings.block)
 
-    def soft_mask(self, log_scores: torch.Tensor, temperature: float) -> torch.Tensor:
-        """Hard mask whose gradient is that of a sigmoid around each comparison group's threshold (straight-through)."""
-        hard = self.mask(log_scores.detach())
-        soft = torch.sigmoid((log_scores - self._threshold(log_scores.detach(), hard)) / temperature)
-        return hard + soft - soft.detach()
-
     def _threshold(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Midway between the weakest kept and the strongest pruned score of each group, spread to [R, C]."""
+        """Midway between the weakest kept and the strongest pruned score of each group; broadcasts against [R, C]."""
         infinity = float("inf")
         kept, pruned = scores.masked_fill(~mask, infinity), scores.masked_fill(mask, -infinity)
 
@@ -114,7 +149,7 @@ class _Layer:
             grouped = (scores.shape[0], -1, pattern.m)
             return middle(kept.view(grouped), pruned.view(grouped), (2,)).expand(-1, -1, pattern.m).reshape(scores.shape)
         if self.settings.group == "row":
-            return middle(kept, pruned, (1,)).expand_as(scores)
+            return middle(kept, pruned, (1,))
         width = self.settings.block if self.settings.group == "block" else scores.shape[1]
         parts = zip(kept.split(width, 1), pruned.split(width, 1), strict=True)
         return torch.cat([middle(a, b, (0, 1)).expand_as(a) for a, b in parts], 1)
@@ -142,6 +177,22 @@ class _Block:
             layer.log_scores(self.scales(number, theta), log_u.get(layer.matrix.site, torch.zeros(())))
             for number, layer in enumerate(self.layers)
         ]
+
+    def removed(
+        self,
+        theta: Mapping[str, torch.Tensor],
+        log_u: Mapping[str, torch.Tensor],
+        temperature: float,
+        probes: int,
+        random: torch.Generator,
+    ) -> list[torch.Tensor]:
+        """Every layer's differentiable error; exact with 0 probes."""
+        errors = []
+        for number, layer in enumerate(self.layers):
+            signs = 2.0 * torch.randint(2, (probes, len(layer.weight)), generator=random) - 1 if probes else None
+            u = log_u.get(layer.matrix.site, torch.zeros(()))
+            errors.append(layer.removed(self.scales(number, theta), u, temperature, signs))
+        return errors
 
     def masks(self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         scores = self.log_scores(theta, log_u)
@@ -204,13 +255,14 @@ def induce_block(
             tensor.requires_grad_(True)
         optimiser = torch.optim.Adam(free, lr=params.rate)
         unimproved = 0
+        random = torch.Generator().manual_seed(params.seed)
         for step in range(1, params.steps + 1):
-            scores = block.log_scores(theta, log_u)
-            errors = [layer.error(layer.soft_mask(score, params.temperature)) for layer, score in zip(layers, scores, strict=True)]
-            loss = torch.stack(errors).mean()
+            loss = torch.stack(block.removed(theta, log_u, params.temperature, params.probes, random)).mean()
             if params.spectral.weight:
-                scaled = [layer.scaled(block.scales(number, theta)) for number, layer in enumerate(layers)]
-                loss = loss + params.spectral.weight * regulariser(norms, scaled, params.spectral)
+                ratios = [
+                    norm.rescaled(layer.weight, *block.scales(n, theta)) for n, (norm, layer) in enumerate(zip(norms, layers, strict=True))
+                ]
+                loss = loss + params.spectral.weight * penalty(ratios, params.spectral)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

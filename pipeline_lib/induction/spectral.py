@@ -46,8 +46,23 @@ class Norm:
     def relative(self, weight: torch.Tensor) -> torch.Tensor:
         return self(weight) / self.initial
 
+    def rescaled(self, weight: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """``relative`` of diag(e^rows) W diag(e^columns), differentiable in the log scales; for p = 2 without forming the product."""
+        if self.params.order != "spectral":
+            return self.relative(weight * (rows[:, None] + columns).exp())
+        outer, inner = rows.exp(), columns.exp()
+        with torch.no_grad():
+            for _ in range(self.params.iterations):
+                left = torch.nn.functional.normalize(outer * (weight @ (inner * self.right)), dim=0)
+                self.right = torch.nn.functional.normalize(inner * (weight.T @ (outer * left)), dim=0)
+        return (outer * left) @ (weight @ (inner * self.right)) / self.initial
+
 
 def regulariser(norms: Sequence[Norm], weights: Sequence[torch.Tensor], params: SpectralParams) -> torch.Tensor:
     """R_p of the current weights, one scalar in (0, 1] for α ≥ 0."""
-    ratios = torch.stack([norm.relative(weight) for norm, weight in zip(norms, weights, strict=True)])
-    return torch.exp(-params.alpha * ratios.mean())
+    return penalty([norm.relative(weight) for norm, weight in zip(norms, weights, strict=True)], params)
+
+
+def penalty(ratios: Sequence[torch.Tensor], params: SpectralParams) -> torch.Tensor:
+    """R_p from every matrix's ‖W̃‖_p / ‖W‖_p."""
+    return torch.exp(-params.alpha * torch.stack(list(ratios)).mean())

@@ -59,6 +59,7 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
 
     Formulas: an activation stream takes 4·n·D; a block in use 4·P; calibrate adds its Grams 2·Σ4d²; prune holds two copies of a
     block, its Grams and the largest site's factorisation (4·4d²), one stream, or two and the fit's activations with compensation;
+    induce prunes each block up to three times for its gate, whose held-out rows (counted as all) stream along;
     sensitivity holds the whole model with gradients, products and probe vectors (20 bytes a parameter) and the graph of two backward
     passes: per token 10 copies of the logits, 24 of every site's inputs and 6 of every head's attention row (fitted to a measurement).
     """
@@ -90,7 +91,12 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
             "calibrate", base + stream + 4 * block + 2 * grams + inner, stored_grams + entry.depth * 20 * sum(sites), forward + gram_flops
         ),
         Estimate("scale", LIBRARIES + 4 * block + 2 * grams, entry.depth * 4 * sum(sites), 0),
-        Estimate("induce", LIBRARIES + 12 * block + 8 * grams, entry.depth * 8 * sum(sites), errors * work.induction_steps + factor),
+        Estimate(
+            "induce",
+            base + stream + 20 * block + 4 * grams + inner,
+            entry.depth * 8 * sum(sites),
+            forward + errors * work.induction_steps + 3 * (factor + sweep),
+        ),
         Estimate(
             "sensitivity",
             LIBRARIES + 20 * total + graph,
@@ -107,7 +113,7 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
             "prune (channel)",
             base + 3 * stream + 16 * block + grams + 16 * max(sites) ** 2 + 4 * inner,
             stored + total / 8,
-            (3 + 4 * work.channel_epochs) * forward + gram_flops + factor + sweep,
+            (4 + 3 * work.channel_epochs) * forward + gram_flops + factor + sweep,
         ),
         Estimate("evaluate", LIBRARIES + 4 * total, 1e4, 2 * total * work.evaluation_tokens),
     ]

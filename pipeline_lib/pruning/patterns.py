@@ -71,6 +71,19 @@ def _best(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return mask
 
 
+def bounds(scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``_best`` with the same count 0 < kept < c in every row of scores [g, c]; and midway between kept and pruned [g, 1], all from one partition."""
+    place = scores.shape[1] - kept
+    if scores.device.type == "cpu":
+        parted = torch.from_numpy(np.partition(scores.detach().numpy(), place, axis=1))
+        low, high = parted[:, place], parted[:, :place].amax(1)
+    else:
+        low, high = (scores.kthvalue(rank, dim=1).values for rank in (place + 1, place))
+    tied = bool((low == high).any())
+    mask = _best(scores, torch.full((len(scores),), kept)) if tied else scores >= low[:, None]
+    return mask, ((low + high) / 2)[:, None]
+
+
 def select_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """Keep the n best of every m consecutive columns of scores [R, C]."""
     groups = scores.reshape(-1, m)

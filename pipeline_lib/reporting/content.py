@@ -10,6 +10,7 @@ from pipeline_lib.reporting.plots import Figure
 from pipeline_lib.reporting.table import ABSENT, DENSE, Column, Results, Variant
 
 MOST_ROWS = 12  # a longer table per block is closed until asked for
+MOVED = "nothing → kept"  # group of columns
 
 
 @dataclass(frozen=True)
@@ -321,19 +322,22 @@ def _induction(results: Results) -> list[Any]:
     blocks: list[Any] = [
         Paragraph(
             "Induction learns, with the mask in the loop, factors that leave the dense model's function as it is and selection weights that bring out "
-            "what matters. A block keeps them only if the layer error on held-out rows falls; otherwise it keeps the starting factors or none."
+            "what matters. A gate prunes each block with nothing, with the starting factors, and with what was learned, and keeps what brings the block's "
+            "output on held-out rows closest to the dense one: never worse than nothing."
         )
     ]
     for variant in induced:
         facts = variant.facts["transform"]["induction"]
         order = sorted(facts, key=int)
-        choices = [facts[block]["choice"] for block in order]
+        kept = [facts[block]["choice"] for block in order]
         changed = [facts[block]["mask_changed"] for block in order]
-        tally = ", ".join(f"{choice} {choices.count(choice)}" for choice in ("learned", "start", "none"))
+        none, best = (sum(facts[b]["judged"][c] for b, c in zip(order, chosen, strict=True)) for chosen in (["none"] * len(order), kept))
         blocks.append(
             Paragraph(
-                f"`{variant.name}`: what the {len(order)} blocks kept: {tally}. Induction changed {100 * sum(changed) / len(changed):.2f}% of the mask "
-                f"entries on average ({_range(changed)} by block), against the mask that the same score picks without it."
+                f"`{variant.name}`: the gate kept what was learned in {kept.count('learned')} of {len(order)} blocks, the start in {kept.count('start')}, "
+                f"nothing in {kept.count('none')}; the mean error of a block's output goes from {100 * none / len(order):.2f}% to "
+                f"{100 * best / len(order):.2f}%. Induction changed {100 * sum(changed) / len(changed):.2f}% of the mask entries on average "
+                f"({_range(changed)} by block), against the mask that the same score picks without it."
             )
         )
         choices_table = Table(_choices(facts, order))
@@ -348,15 +352,18 @@ def _induction(results: Results) -> list[Any]:
 
 
 def _choices(facts: Mapping[str, Any], order: Sequence[str]) -> list[Column]:
-    """Per block: held-out errors of the candidates with the kept one marked, mask entries changed, stable rank."""
+    """Per block: the candidates' judged errors with the kept one marked; layer error, mask and stable ranks of nothing and of the kept one."""
     columns = [Column("", "block", tuple(order))]
     for name in ("none", "start", "learned"):
-        cells = tuple(f"{100 * facts[block]['held_out'][name]:.2f}%" for block in order)
+        cells = tuple(f"{100 * facts[block]['judged'][name]:.2f}%" for block in order)
         kept = frozenset(row for row, block in enumerate(order) if facts[block]["choice"] == name)
-        columns.append(Column("held-out layer error, kept marked", name, cells, kept))
+        columns.append(Column("judged block error, kept marked", name, cells, kept))
     columns.append(Column("", "mask changed", tuple(f"{100 * facts[block]['mask_changed']:.2f}%" for block in order)))
-    ranks = [facts[block]["stable_rank"] for block in order]
-    columns.append(Column("", "stable rank", tuple(f"{rank['before']:.1f} → {rank['after']:.1f}" for rank in ranks)))
+    errors = [(facts[block]["held_out"]["none"], facts[block]["held_out"][facts[block]["choice"]]) for block in order]
+    columns.append(Column(MOVED, "layer error", tuple(f"{100 * before:.2f}% → {100 * after:.2f}%" for before, after in errors)))
+    for name in ("weights", "features"):
+        ranks = [facts[block]["stable_rank"][name] for block in order]
+        columns.append(Column(MOVED, f"stable rank, {name}", tuple(f"{rank['before']:.1f} → {rank['after']:.1f}" for rank in ranks)))
     return columns
 
 
@@ -380,13 +387,18 @@ def _reconstruction(results: Results) -> list[Any]:
         blocks.append(
             Paragraph(
                 f"`{variant.name}`: the channel fit takes the mean error of a block on held-out rows from {100 * before:.2f}% to {100 * after:.2f}% "
-                "(squared distance to the dense model's output, against its variance)."
+                f"(squared distance to the dense model's output, against its variance); the gate kept it in {_kept(found)} of {len(found)} blocks."
             )
         )
         drawn.append(plots.reconstruction(variant))
     if not fitted:
         blocks.append(Paragraph("No variant has the step `channel` in `reconstruction.steps`, so there is no fit to show."))
     return [*blocks, Figures(drawn)]
+
+
+def _kept(found: Sequence[Mapping[str, Any]]) -> int:
+    """Blocks whose fit was kept: in the others the unfitted block was no worse on the held-out rows."""
+    return sum(facts["epochs"] > 0 for facts in found)
 
 
 # Samples

@@ -319,11 +319,12 @@ def curve(variant: Variant) -> Figure | None:
             errors.plot(steps, 100 * (held_out / none - 1), **style)
             losses.plot(steps, 100 * (loss / loss[0] - 1), **style)
         errors.axhline(0, color=INK, linewidth=0.8, linestyle=":")
-        errors.set_title("held-out error against none, %", loc="left")
+        errors.set_title("layer error against none, %", loc="left")
         losses.set_title("loss against the first look, %", loc="left")
         for axes in (errors, losses):
             axes.set_xlabel("step")
             axes.locator_params(nbins=5)
+            axes.locator_params(axis="x", integer=True)
             axes.grid(axis="y")
         if len(blocks) <= 8:
             _legend(canvas, errors, 4)
@@ -396,7 +397,7 @@ def reconstruction(variant: Variant) -> Figure:
             style: dict[str, Any] = {"color": hue, "linestyle": "none", "marker": "o", "markersize": 4}
             axes.plot(x, before, markerfacecolor="none", label=f"{label}, before", **style)
             axes.plot(x, after, label="after", **style)
-        axes.set_ylim(0, None)
+        axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
         axes.set_xlabel("block")
         axes.set_ylabel("error of the block, %")
         axes.grid(axis="y")
@@ -405,6 +406,7 @@ def reconstruction(variant: Variant) -> Figure:
         svg = _svg(canvas)
     name = variant.name
     caption = (
-        f"{name}: error of each block's output before (hollow) and after (filled) the channel fit, on the rows it saw and on held-out rows."
+        f"{name}: error of each block's output before (hollow) and after (filled) the channel fit, on the first of the rows it saw and on "
+        "the held-out rows, which decide."
     )
     return Figure(f"reconstruction-{name}", svg, f"Block error of {name} before and after the channel fit.", caption)

@@ -1,0 +1,59 @@
+"""Gauge twins: the same function in scrambled coordinates, pruned by every base method (``python -m benchmarks.twins``).
+
+Each testbed gets a twin into which random factors (log-normal, spread 1) are folded exactly. Wanda, and OBS undamped or damped relative to
+diag(H), cannot tell the two apart; Magnitude can, and the distribution level has to bring it back.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.induction import Bench, Recipe, commit, write
+from benchmarks.testbed import NAMES, Testbed, scrambled
+from pipeline_lib.pruning.prune import PrunedBlock
+
+RESULTS = Path(__file__).parent / "results" / "twins.json"
+DIAGONAL = {"prune": {"selection": {"damping_of": "diagonal"}}}
+START_ONLY = {"induce": {"factors": False, "importance": False}}
+METHODS = {
+    "magnitude": ("magnitude", {}, False),
+    "wanda": ("wanda", {}, False),
+    "sparsegpt, damping by diag(H)": ("sparsegpt", DIAGONAL, False),
+    "sparsegpt, damping by its mean": ("sparsegpt", {}, False),
+    "magnitude, induced (start only)": ("magnitude", START_ONLY, True),
+    "magnitude, induced": ("magnitude", {}, True),
+}
+
+
+def differing(a: dict[int, PrunedBlock], b: dict[int, PrunedBlock]) -> float:
+    """Share of mask entries that differ."""
+    pairs = [(a[index].masks[name], b[index].masks[name]) for index in a for name in a[index].masks]
+    return sum(int((x != y).sum()) for x, y in pairs) / sum(x.numel() for x, _ in pairs)
+
+
+@click.command(help=__doc__)
+def main() -> None:
+    results: list[dict[str, Any]] = []
+    for name in NAMES:
+        with tempfile.TemporaryDirectory() as folder:
+            benches = {"original": Bench(Testbed(name)), "twin": Bench(scrambled(Testbed(name), Path(folder), seed=0))}
+            for bench in benches.values():
+                bench.at(0)
+            for pattern in ("60%", "2:4"):
+                for method, (base, changes, induced) in METHODS.items():
+                    found = {
+                        key: bench.run(Recipe(base, pattern, induce=induced, changes=changes), ("test",)) for key, bench in benches.items()
+                    }
+                    record = {"testbed": name, "pattern": pattern, "method": method}
+                    record |= {key: round(ppl["test"], 4) for key, (_, ppl) in found.items()}
+                    record |= {f"dense_{key}": round(bench.dense["test"], 4) for key, bench in benches.items()}
+                    record["masks_differ"] = round(differing(found["original"][0].blocks, found["twin"][0].blocks), 6)
+                    results.append(record | {"commit": commit()})
+                    click.echo(results[-1])
+    write(RESULTS, results)
+
+
+if __name__ == "__main__":
+    main()
