@@ -4,6 +4,7 @@ A cell prunes a testbed with one base method, without and with induction (start,
 parameters that params.yaml ships, and measures both on the test texts. One file per finished cell, named after all that it depends on.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -20,15 +21,16 @@ import click
 import torch
 
 from benchmarks.testbed import NAMES, ROOT, Testbed
+from benchmarks.testbed import TEXTS as TEXT_FILES
 from pipeline_lib import params
 from pipeline_lib.allocation.budget import target
+from pipeline_lib.artifacts import sha256
 from pipeline_lib.calibration.capture import CalibrateParams, walk
 from pipeline_lib.calibration.statistics import SiteStatistics
 from pipeline_lib.induction.gate import Gate
 from pipeline_lib.induction.induce import InduceParams, Outcome, induce_block
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.pruning.prune import PrunedBlock, PruneParams, prune
-from pipeline_lib.runtime import resume_key
 from pipeline_lib.transforms.scale import ScaleParams, shifts, starting_factors
 from pipeline_lib.transforms.transform import Transform
 
@@ -194,10 +196,10 @@ def cells() -> Iterator[tuple[str, str, str, int]]:
 
 
 def cell_file(testbed: str, base: str, pattern: str, seed: int) -> Path:
-    """Named after the cell and a key over code, parameters, model and text."""
-    facts = json.dumps([testbed, base, pattern, seed, *(params.section(name) for name in ("calibrate", "scale", "induce", "prune"))])
-    texts = [ROOT / "texts" / f"{name}.txt" for name in ("mix.calib", "mix.test", "wikitext2.test")]
-    key = resume_key(facts, [ROOT / testbed / "model.safetensors", *texts, Path(__file__), HERE / "testbed.py"])
+    """Named after the cell and a key over parameters, model and texts; the code is the records' commit."""
+    facts = json.dumps([params.section(name) for name in ("calibrate", "scale", "induce", "prune")], sort_keys=True)
+    files = [ROOT / testbed / "model.safetensors", *(ROOT / "texts" / f"{TEXT_FILES[text]}.txt" for text in ("calibration", *TEXTS))]
+    key = hashlib.sha256("".join([facts, *map(sha256, files)]).encode()).hexdigest()
     return HERE / "results" / "cells" / f"induction-{testbed}-{base}-{pattern.replace(':', 'of')}-{seed}-{key[:8]}.json"
 
 
@@ -240,12 +242,13 @@ def main() -> None:
 
 @main.command("cells")
 @click.option("--testbed", type=click.Choice(NAMES), help="Only this one.")
-def run_cells(testbed: str | None) -> None:
+@click.option("--again", is_flag=True, help="Also those that are there, after a change of code.")
+def run_cells(testbed: str | None, again: bool) -> None:
     """Every cell that is not there yet; then the table."""
     bench = {name: Bench(Testbed(name)) for name in NAMES}
     for cell in cells():
         path = cell_file(*cell)
-        if path.exists() or testbed not in (None, cell[0]):
+        if (path.exists() and not again) or testbed not in (None, cell[0]):
             continue
         started = time.perf_counter()
         found = bench[cell[0]].cell(*cell[1:])

@@ -14,6 +14,7 @@ from pipeline_lib.induction.gate import Gate
 from pipeline_lib.induction.induce import InduceParams, induce_block
 from pipeline_lib.induction.summary import histograms
 from pipeline_lib.models.source import ModelParams
+from pipeline_lib.pruning.prune import ReconstructionParams
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.transforms.transform import read_transforms, write_transforms
 
@@ -28,7 +29,8 @@ def main(variant: str) -> None:
         settings = params.parse(InduceParams, params.merged("induce", f"induced.{variant}"), "induce")
         merged = params.merged("prune.selection", f"variants.{variant}.selection")
         selection = params.parse(SelectionParams, merged, f"variants.{variant}.selection")
-        steps = params.merged("prune.reconstruction", f"variants.{variant}.reconstruction")["steps"]
+        merged = params.merged("prune.reconstruction", f"variants.{variant}.reconstruction")
+        steps = params.parse(ReconstructionParams, merged, f"variants.{variant}.reconstruction").steps
         model = open_model(params.load(ModelParams, "model"))
         entry, checkpoint = model.checkpoint.architecture, model.checkpoint
         listed = [m for m in artifacts.read_json(Path("build/prepare/matrices.json")) if m["included"]]

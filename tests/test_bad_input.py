@@ -180,6 +180,39 @@ PARAMETERS = [
     Mistake("a variant that says nothing", "prune wanda", params(variants__wanda=None), ("variants.wanda.factors", "missing")),
     Mistake("a word for a variant", "prune wanda", params(variants__wanda="on"), ("variants.wanda", "'on'", "mapping")),
     Mistake("a word for induction", "induce sparseline", params(induced__sparseline="on"), ("induced.sparseline", "'on'", "mapping")),
+    Mistake(
+        "induction of a variant that is not there",
+        "induce nonsense",
+        params(induced__nonsense={}),
+        ("variants.nonsense.selection", "add it"),
+    ),
+    *(
+        Mistake(
+            f"induction of a variant without {key}",
+            "induce sparseline",
+            params(**{f"variants__sparseline__{key}": REMOVED}),
+            (f"variants.sparseline.{key}", "add it"),
+        )
+        for key in ("selection", "reconstruction")
+    ),
+    Mistake(
+        "a word for the selection, induction",
+        "induce sparseline",
+        params(variants__sparseline__selection="obs"),
+        ("variants.sparseline.selection", "'obs'", "mapping"),
+    ),
+    Mistake(
+        "unknown step, induction",
+        "induce sparseline",
+        params(variants__sparseline__reconstruction={"steps": ["gptq"]}),
+        ("variants.sparseline.reconstruction.steps", "'gptq'", "channel"),
+    ),
+    Mistake(
+        "missing steps, induction",
+        "induce sparseline",
+        params(prune__reconstruction__steps=REMOVED, variants__sparseline__reconstruction={}),
+        ("variants.sparseline.reconstruction.steps", "missing"),
+    ),
     Mistake("unknown variant", "prune nonsense", params(), ("variants.nonsense", "add it")),
     Mistake("unknown text", "text nonsense", params(), ("texts.nonsense", "add it")),
     Mistake(
@@ -459,6 +492,20 @@ def test_an_empty_section_is_an_empty_mapping(workspace: Path) -> None:
     """``sparseline:`` with nothing behind it is YAML's null. Oracle: the bytes that ``sparseline: {}`` gave."""
     before = tree(workspace / "build" / "induce")
     change_params(workspace, "induced.sparseline", None)
+    build("induce sparseline")
+    assert tree(workspace / "build" / "induce") == before
+
+
+@pytest.mark.parametrize("empty", [None, {}], ids=["null", "mapping"])
+def test_a_variant_that_changes_nothing_can_be_induced(workspace: Path, empty: Any) -> None:
+    """Oracle: the bytes of a variant that repeats the defaults in full."""
+    defaults = read_params(workspace)["prune"]
+    change_params(workspace, "variants.sparseline.selection", defaults["selection"])
+    change_params(workspace, "variants.sparseline.reconstruction", defaults["reconstruction"])
+    build("induce sparseline")
+    before = tree(workspace / "build" / "induce")
+    change_params(workspace, "variants.sparseline.selection", empty)
+    change_params(workspace, "variants.sparseline.reconstruction", empty)
     build("induce sparseline")
     assert tree(workspace / "build" / "induce") == before
 

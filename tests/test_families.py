@@ -182,7 +182,8 @@ def test_gradients_of_matrix_scales_are_those_of_fold(model_paths: dict[str, Pat
 
 def settings(score: str, pattern: str) -> PruneParams:
     spectral = {"weight": 0.0, "alpha": 1.0, "order": "spectral", "iterations": 1}
-    channel = {"epochs": 1, "rate": 0.01, "batch_rows": 2, "patience": 1, "limit": 3.0, "spectral": spectral, "seed": 0}
+    channel = {"epochs": 1, "parts": ["factors", "biases"], "rate": 0.01, "bias_rate": 0.01, "batch_rows": 2, "patience": 1, "limit": 3.0}
+    channel |= {"compute_dtype": "float32", "spectral": spectral, "seed": 0}
     return PruneParams.model_validate(
         {
             "batch_rows": 4,

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from tiny import curved_gram, random_factors, token_rows
 
 from pipeline_lib.allocation.budget import target
-from pipeline_lib.allocation.plan import AllocationParams
 from pipeline_lib.calibration.capture import CalibrateParams, walk
 from pipeline_lib.calibration.statistics import SiteStatistics, refresh
 from pipeline_lib.induction.induce import InduceParams, Outcome, _Block, _Layer, induce_block
@@ -18,11 +17,10 @@ from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.pruning.patterns import select
-from pipeline_lib.pruning.prune import PruneParams, ReconstructionParams, prune_matrices
+from pipeline_lib.pruning.patterns import bounds, select
+from pipeline_lib.pruning.prune import prune_matrices
 from pipeline_lib.pruning.scores import Curvature, Score, saliency
 from pipeline_lib.pruning.settings import SelectionParams
-from pipeline_lib.reconstruction.channel import ChannelParams
 from pipeline_lib.reconstruction.obs import factorise
 from pipeline_lib.transforms.scale import ScaleParams, normalise, shifts, starting_factors
 from pipeline_lib.transforms.transform import Transform
@@ -45,6 +43,8 @@ def induction(**changes: Any) -> InduceParams:
         "steps": 20,
         "rate": 0.03,
         "temperature": 0.5,
+        "probes": 0,
+        "seed": 0,
         "limit": 3.0,
         "check_every": 5,
         "patience": 10,
@@ -54,16 +54,8 @@ def induction(**changes: Any) -> InduceParams:
 
 
 def scaling(start: str = "second_moment", **changes: Any) -> ScaleParams:
-    values = {"start": start, "monotone": "identity", "power": 0.5, "limit": 50.0, "balance_qk": False, "shift": "none"}
+    values = {"start": start, "monotone": "identity", "power": 0.5, "limit": 50.0, "pairs": "inputs", "shift": "none"}
     return ScaleParams(**{**values, **changes})
-
-
-def pruning(chosen: SelectionParams) -> PruneParams:
-    channel = ChannelParams(epochs=1, rate=0.1, batch_rows=1, patience=1, limit=1.0, spectral=SPECTRAL, seed=0)
-    allocation = AllocationParams(method="uniform", alpha=0.0, layer_sensitivity="sum", density_bounds=(0.0, 1.0))
-    return PruneParams(
-        batch_rows=4, selection=chosen, allocation=allocation, reconstruction=ReconstructionParams(steps=[], channel=channel)
-    )
 
 
 @pytest.fixture
@@ -104,7 +96,7 @@ def masks_of_pruning(
     factors = dict(transform.factors)
     kept = {matrix: target(chosen.sparsity, tensors[matrix.parameter].numel()) for matrix in table.matrices}
     folded = fold(tensors, table, factors)
-    return prune_matrices(table, folded, refreshed(table, statistics, factors), kept, transform, pruning(chosen), "block 0").masks
+    return prune_matrices(table, folded, refreshed(table, statistics, factors), kept, transform, chosen, False, "block 0").masks
 
 
 def held_out_error(
@@ -149,25 +141,82 @@ def test_refreshed_scores_are_those_of_the_folded_block(
         torch.testing.assert_close(log_score.exp(), expected, rtol=1e-2, atol=1e-9 * float(expected.max()))
 
 
+def layer_of(score: Score, group: str, pattern: str, sparsity: float = 0.5, rows: int = 6, columns: int = 24) -> _Layer:
+    random = torch.Generator().manual_seed(5)
+    _, gram = curved_gram(columns, seed=5)
+    ones = torch.ones(columns)
+    curvature = Curvature(gram.diagonal(), gram.diagonal() + 0.1, torch.rand(columns, generator=random) + 0.5)
+    chosen = selection(score, group, pattern).model_copy(update={"sparsity": sparsity})
+    weight = torch.randn(rows, columns, generator=random)
+    return _Layer(Matrix("q", "w", "x"), weight, SiteStatistics(ones, ones, ones, ones, ones, gram), curvature, chosen)
+
+
+def moved(layer: _Layer, seed: int) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Log scales of rows and columns, and log u, that require gradients."""
+    random = torch.Generator().manual_seed(seed)
+    rows, columns = layer.weight.shape
+    tensors = [torch.randn(size, generator=random).mul_(0.3).requires_grad_(True) for size in (rows, columns, columns)]
+    return (tensors[0], tensors[1]), tensors[2]
+
+
+def soft_error(layer: _Layer, scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The error of the hard mask, with a sigmoid's gradient around each group's threshold, by autograd."""
+    hard = layer.mask(scores.detach())
+    soft = torch.sigmoid((scores - layer._threshold(scores.detach(), hard)) / temperature)
+    return layer.error(hard + soft - soft.detach())
+
+
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("group", ["row", "matrix", "block"])
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_soft_masks_are_the_hard_ones_with_a_gradient(group: str, pattern: str) -> None:
-    """Oracle: the hard mask; the straight-through threshold lies between kept and pruned in every comparison group."""
-    _, gram = curved_gram(24, seed=5)
-    weight = torch.randn(6, 24, generator=torch.Generator().manual_seed(5))
-    ones = torch.ones(24)
-    found = SiteStatistics(ones, ones, ones, ones, ones, gram)
-    layer = _Layer(
-        Matrix("q", "w", "x"), weight, found, Curvature(gram.diagonal(), gram.diagonal(), ones), selection("wanda", group, pattern)
-    )
-    scores = weight.square().log().requires_grad_(True)
-    hard, soft = layer.mask(scores.detach()), layer.soft_mask(scores, 0.5)
-    torch.testing.assert_close(soft.detach(), hard.float(), rtol=0, atol=1e-6)
-    threshold = layer._threshold(scores.detach(), hard)
-    assert threshold.shape == scores.shape
-    assert ((scores >= threshold) == hard).all()
-    (gradient,) = torch.autograd.grad(soft.sum(), scores)
-    assert (gradient > 0).all()
+@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.5), ("unstructured", 0.6), ("2:4", 0.5)])
+def test_removed_is_the_soft_masks_error(score: Score, group: str, pattern: str, sparsity: float) -> None:
+    """Oracle: autograd through the whole matrix; thresholds lie between kept and pruned in every comparison group."""
+    layer = layer_of(score, group, pattern, sparsity)
+    scales, log_u = moved(layer, 6)
+    scores = layer.log_scores(scales, log_u)
+    oracle = soft_error(layer, scores, 0.5)
+    expected = torch.autograd.grad(oracle, (*scales, log_u))
+    found = layer.removed(scales, log_u, 0.5, None)
+    assert float(found.detach()) == pytest.approx(float(oracle.detach()), rel=1e-5)
+    for a, b in zip(torch.autograd.grad(found, (*scales, log_u)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for part in layer.parts(4):
+        mask, threshold = layer.choose(scores.detach()[part])
+        assert ((scores[part] >= threshold) == mask).all()
+        assert (mask == layer.mask(scores.detach())[part]).all()
+
+
+@pytest.mark.parametrize("group", ["row", "matrix"])
+def test_probes_estimate_the_error_without_bias(group: str) -> None:
+    """Oracle: all 2^R sign vectors average to the exact error and gradient; the diagonal of G is exact with one."""
+    layer = layer_of("wanda", group, "unstructured", rows=6)
+    scales, log_u = moved(layer, 7)
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 6)
+    results = [(f, *torch.autograd.grad(f, (*scales, log_u))) for s in (None, signs) for f in (layer.removed(scales, log_u, 0.5, s),)]
+    for exact, estimated in zip(*results, strict=True):
+        torch.testing.assert_close(estimated, exact, rtol=1e-4, atol=1e-6)
+    layer.gram = layer.gram.diagonal().diag()
+    assert layer.removed(scales, log_u, 0.5, signs[:1]).item() == pytest.approx(layer.removed(scales, log_u, 0.5, None).item(), rel=1e-5)
+
+
+def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of("wanda", "row", "unstructured", rows=8)
+    scales, log_u = moved(layer, 8)
+    signs = torch.ones(2, 8)
+    whole = [layer.removed(scales, log_u, 0.5, s) for s in (None, signs)]
+    monkeypatch.setattr(layer, "parts", lambda step: (slice(i, i + 3) for i in (0, 3, 6)))
+    for before, s in zip(whole, (None, signs), strict=True):
+        after = layer.removed(scales, log_u, 0.5, s)
+        for a, b in zip(torch.autograd.grad(after, (*scales, log_u)), torch.autograd.grad(before, (*scales, log_u)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_ties_keep_the_first() -> None:
+    """Oracle: ``select``."""
+    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
+    mask, threshold = bounds(scores, 2)
+    assert (mask == select(scores, 4, "row", 0)).all()
+    assert threshold.flatten().tolist() == [2.0, 2.5]
 
 
 def test_layer_error_is_eq_4() -> None:
@@ -247,7 +296,7 @@ def test_a_scrambled_block_is_set_right_for_magnitude(checkpoint: Checkpoint, st
     table, tensors = checkpoint.architecture, checkpoint.block(0)
     scramble = moderate(table, 8, decades=3.0)
     scrambled, new = fold(tensors, table, scramble), refreshed(table, statistics, scramble)
-    start = Transform(starting_factors(table, scrambled, new, scaling(balance_qk=True)))
+    start = Transform(starting_factors(table, scrambled, new, scaling()))
     chosen = selection("magnitude", group)
     outcome = run(checkpoint, scrambled, new, start, chosen, induction(limit=8.0, importance=False))
     plain = run(checkpoint, tensors, statistics, Transform(), chosen, induction(factors=False, importance=False))
@@ -315,7 +364,9 @@ def test_with_nothing_to_learn_the_better_of_none_and_start_is_taken(checkpoint:
     assert outcome.curve == []
     assert outcome.transform == Transform()
     assert outcome.mask_changed == 0
-    assert outcome.stable_rank["before"] == pytest.approx(outcome.stable_rank["after"], rel=1e-5)
+    assert outcome.judged == outcome.held_out
+    for rank in outcome.stable_rank.values():
+        assert rank["before"] == pytest.approx(rank["after"], rel=1e-5)
 
 
 def test_shifts_pass_through_and_count(statistics: Statistics, checkpoint: Checkpoint) -> None:
@@ -342,7 +393,7 @@ def test_induction_foretells_pruning_under_mean_damping(checkpoint: Checkpoint, 
 
 
 def test_stable_rank_and_score_histograms(llama: Checkpoint) -> None:
-    """Oracles: ‖W‖_F²/‖W‖₂² by torch.linalg, and log10 of Wanda's score by hand."""
+    """Oracles: ‖W‖_F²/‖W‖₂² and tr(G)/‖G‖₂ by torch.linalg, and log10 of Wanda's score by hand."""
     model = BlockModel(llama, torch.float32, torch.device("cpu"))
     params = CalibrateParams(batch_rows=8, median_tokens=1000, gram_budget_bytes=0)
     _, found = next(walk(model, token_rows(8, 12, seed=1), token_rows(4, 12, seed=2), params, grams=True))
@@ -350,7 +401,10 @@ def test_stable_rank_and_score_histograms(llama: Checkpoint) -> None:
     outcome = run(llama, tensors, found, Transform(), selection("wanda"), induction(factors=False, importance=False))
     weights = [tensors[m.parameter] for m in llama.architecture.matrices]
     ranks = [float(w.square().sum() / torch.linalg.matrix_norm(w, 2).square()) for w in weights]
-    assert outcome.stable_rank["before"] == pytest.approx(sum(ranks) / len(ranks), rel=0.02)
+    assert outcome.stable_rank["weights"]["before"] == pytest.approx(sum(ranks) / len(ranks), rel=0.02)
+    grams = [site.gram for site in found.values() if site.gram is not None]
+    ranks = [float(gram.trace() / torch.linalg.matrix_norm(gram, 2)) for gram in grams]
+    assert outcome.stable_rank["features"]["before"] == pytest.approx(sum(ranks) / len(ranks), rel=0.02)
     gram = found["mlp_inner"].gram
     assert gram is not None
     expected = (tensors["mlp.down_proj.weight"].square() * gram.diagonal()).log10()
@@ -437,24 +491,11 @@ def test_second_moment_start_turns_magnitude_into_wanda(checkpoint: Checkpoint, 
 
 
 def test_identity_start_is_ones(checkpoint: Checkpoint, statistics: Statistics) -> None:
-    factors = starting_factors(checkpoint.architecture, checkpoint.block(0), statistics, scaling("identity"))
-    assert factors.keys() == {site.coupling for site in checkpoint.architecture.sites if site.coupling is not None}
-    assert all(torch.equal(factor, torch.ones_like(factor)) for factor in factors.values())
-
-
-def test_balanced_queries_and_keys(checkpoint: Checkpoint, statistics: Statistics) -> None:
-    """Oracle: the folded rows' norms: alike between K and Q for every free factor, up to the common geometric mean."""
-    table, tensors = checkpoint.architecture, checkpoint.block(0)
-    factors = starting_factors(table, tensors, statistics, scaling(balance_qk=True))
-    folded = fold(tensors, table, {"q_k": factors["q_k"]})
-    coupling = next(c for c in table.couplings if c.name == "q_k")
-    squares = {1: torch.zeros(coupling.size), -1: torch.zeros(coupling.size)}
-    for tie in coupling.ties:
-        if tie.parameter.endswith("weight"):
-            squares[tie.power].index_add_(0, torch.tensor(tie.index), folded[tie.parameter].square().sum(1))
-    ratio = squares[1] / squares[-1]
-    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=0)
-    assert "q_k" not in starting_factors(table, tensors, statistics, scaling())
+    """Every coupling, pairs and Q/K included, whatever ``pairs`` says."""
+    for pairs in ("inputs", "balance"):
+        factors = starting_factors(checkpoint.architecture, checkpoint.block(0), statistics, scaling("identity", pairs=pairs))
+        assert factors.keys() == {coupling.name for coupling in checkpoint.architecture.couplings}
+        assert all(torch.equal(factor, torch.ones_like(factor)) for factor in factors.values())
 
 
 def test_grouped_queries_share_the_mean_log(llama: Checkpoint) -> None:

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline_lib.allocation.budget import shares
 from pipeline_lib.errors import SparselineError
-from pipeline_lib.pruning.patterns import Group, Pattern, select, select_n_of_m
+from pipeline_lib.pruning.patterns import Group, Pattern, _best, _thresholds, bounds, select, select_n_of_m
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 GROUPS = st.sampled_from(get_args(Group))
@@ -76,6 +77,80 @@ def test_exactly_n_of_every_m(rows: int, m: int, groups: int, seed: int, levels:
             part = slice(g * m, (g + 1) * m)
             assert int(mask[r, part].sum()) == n
             assert sorted(scores[r, part][mask[r, part]].tolist()) == sorted(scores[r, part].tolist())[m - n :]
+
+
+def sorted_best(scores: torch.Tensor, kept: list[int]) -> torch.Tensor:
+    """The oracle: per row, the first so many of a stable descending sort."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for row, count in enumerate(kept):
+        order = sorted(range(scores.shape[1]), key=lambda c: -float(scores[row, c]))
+        mask[row, order[:count]] = True
+    return mask
+
+
+def sorted_select(scores: torch.Tensor, kept: int, group: Group, block: int) -> torch.Tensor:
+    """The same for whole matrices; rows' spare weights by a stable sort of their next best, blocks' shares as ``shares`` has them."""
+    rows, columns = scores.shape
+    if group == "matrix":
+        return sorted_best(scores.reshape(1, -1), [kept]).reshape(rows, columns)
+    if group == "block":
+        parts = scores.split(block, 1)
+        quotas = shares(kept, [part.numel() for part in parts])
+        return torch.cat([sorted_best(p.reshape(1, -1), [q]).reshape(p.shape) for p, q in zip(parts, quotas, strict=True)], 1)
+    base, spare = divmod(kept, rows)
+    following = [sorted(row.tolist(), reverse=True)[base] if base < columns else 0.0 for row in scores]
+    lucky = sorted(range(rows), key=lambda r: -following[r])[:spare]
+    return sorted_best(scores, [base + (r in lucky) for r in range(rows)])
+
+
+@PROPERTY
+@given(ROWS, COLUMNS, st.integers(0, 99), st.sampled_from([1, 2, 5, 1000]), st.data())
+def test_best_is_a_stable_sort(rows: int, columns: int, seed: int, levels: int, data: st.DataObject) -> None:
+    """Oracle: ``sorted_best``; a count of its own per row, 0 and all among them, and many ties."""
+    scores = scores_of(rows, columns, seed, levels)
+    kept = data.draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows))
+    assert torch.equal(_best(scores, torch.tensor(kept)), sorted_best(scores, kept))
+
+
+@PROPERTY
+@given(ROWS, COLUMNS, st.integers(0, 99), st.sampled_from([1, 3, 1000]), GROUPS, st.integers(1, 25), st.data())
+def test_selection_is_a_stable_sort(rows: int, columns: int, seed: int, levels: int, group: Group, block: int, data: st.DataObject) -> None:
+    """Oracle: ``sorted_select``, for every group and any count; none and all besides."""
+    scores = scores_of(rows, columns, seed, levels)
+    for kept in {0, rows * columns, data.draw(st.integers(0, rows * columns))}:
+        assert torch.equal(select(scores, kept, group, block), sorted_select(scores, kept, group, block))
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (15, 16)])
+@pytest.mark.parametrize("levels", [1, 2, 4, 1000])
+def test_n_of_m_is_a_stable_sort(n: int, m: int, levels: int) -> None:
+    """Oracle: ``sorted_best`` in every group of M."""
+    scores = scores_of(7, 3 * m, levels, levels)
+    expected = sorted_best(scores.reshape(-1, m), [n] * (7 * 3)).reshape(scores.shape)
+    assert torch.equal(select_n_of_m(scores, n, m), expected)
+
+
+@PROPERTY
+@given(ROWS, st.integers(2, 20), st.integers(0, 99), st.sampled_from([1, 2, 5, 1000]), st.data())
+def test_bounds_are_best_with_a_threshold(rows: int, columns: int, seed: int, levels: int, data: st.DataObject) -> None:
+    """Oracle: ``sorted_best``; the threshold is midway between the weakest kept and the strongest pruned score of each row."""
+    scores = scores_of(rows, columns, seed, levels)
+    kept = data.draw(st.integers(1, columns - 1))
+    mask, threshold = bounds(scores, kept)
+    assert torch.equal(mask, sorted_best(scores, [kept] * rows))
+    ordered = scores.sort(1, descending=True).values
+    assert torch.equal(threshold[:, 0], (ordered[:, kept - 1] + ordered[:, kept]) / 2)
+
+
+def test_thresholds_are_order_statistics() -> None:
+    """Oracle: torch.sort. The partition finds several ranks at once, repeated values and infinities included; scores stay as they are."""
+    scores = scores_of(6, 11, 3, 4)
+    scores[2, 5], scores[3, 1] = float("inf"), -float("inf")
+    before = scores.clone()
+    ranks = [1, 4, 11]
+    for rank, found in zip(ranks, _thresholds(scores, ranks), strict=True):
+        assert torch.equal(found, before.sort(1, descending=True).values[:, rank - 1])
+    assert torch.equal(scores, before)
 
 
 def test_spare_weights_go_to_the_rows_that_need_them_most() -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from project import build, change_params, commit, make_project, run, text, tree
+from project import REMOVED, build, change_params, commit, make_project, run, text, tree
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -212,12 +212,23 @@ def test_an_experiment_reruns_its_variant(project: Path) -> None:
     assert read(project / "report" / "summary.json")["sparseline"]["sparsity"] == 0.6
 
 
+@pytest.mark.parametrize("key", ["variants.sparseline.selection", "variants.sparseline.reconstruction", "prune.reconstruction.steps"])
+def test_a_missing_key_is_told_before_anything_runs(project: Path, key: str) -> None:
+    """Oracle: DVC's words. `{}` or nothing behind the key is enough for it (tests/test_bad_input.py)."""
+    change_params(project, key, REMOVED)
+    output = run(project, "dvc", "repro", "--single-item", "induce@sparseline", code=255)
+    assert f"failed to reproduce 'induce@sparseline': Parameters '{key}' are missing from 'params.yaml'." in output
+    assert not executed(output)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
         ("variants.sparseline.allocation.alpha", 0.05, {"prune@sparseline"}),
         ("prune.allocation.alpha", 0.05, PRUNINGS),
         ("prune.reconstruction.channel.epochs", 1, PRUNINGS),
+        ("variants.sparseline.reconstruction.steps", ["obs"], {"induce@sparseline", "prune@sparseline"}),
+        ("prune.reconstruction.steps", [], {"induce@sparseline"} | PRUNINGS),
         ("prune.selection.damping", 0.02, {"induce@sparseline"} | PRUNINGS),
         ("calibrate.batch_rows", 2, {"calibrate", "induce@sparseline"}),
         ("induce.steps", 3, {"induce@sparseline"}),
@@ -271,7 +282,7 @@ def test_edited_weights_concern_everything(project: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("pipeline_lib/reconstruction/channel.py", PRUNINGS),
+        ("pipeline_lib/reconstruction/channel.py", {"induce@sparseline"} | PRUNINGS),  # the gate prunes as prune does
         ("pipeline_lib/induction/induce.py", {"induce@sparseline"}),
         ("pipeline_lib/sensitivity/hutchinson.py", {"sensitivity"}),
         ("pipeline_lib/evaluation/perplexity.py", EVALUATIONS),

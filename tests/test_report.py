@@ -40,6 +40,18 @@ def settings(name: str) -> dict[str, Any]:
     }
 
 
+def induction(block: int) -> dict[str, Any]:
+    """Outcome of one block: learned, start, none, and over again."""
+    choice = ("learned", "start", "none")[block % 3]
+    return {
+        "choice": choice,
+        "judged": {"none": 0.06, "start": 0.08, "learned": 0.07} | ({choice: 0.05} if choice != "none" else {}),
+        "held_out": {"none": 0.04, "start": 0.05, "learned": 0.03},
+        "mask_changed": 0.03 if choice != "none" else 0.0,
+        "stable_rank": {"weights": {"before": 20.0, "after": 19.0 + block}, "features": {"before": 3.0, "after": 4.5}},
+    }
+
+
 def facts(name: str, depth: int) -> dict[str, Any]:
     full = name == "full"
     matrices = {}
@@ -57,17 +69,13 @@ def facts(name: str, depth: int) -> dict[str, Any]:
                 "damping": 0.01,
                 "sensitivity": sensitivity if full else None,
             }
-    fit = {"fit_before": 0.05, "fit_after": 0.04, "held_out_before": 0.06, "held_out_after": 0.05, "epochs": 3}
+    # The last block's fit was of no use: its block came back unfitted.
+    fits = [{"fit_before": 0.05, "fit_after": 0.04, "held_out_before": 0.06, "held_out_after": 0.05, "epochs": 3} for _ in range(depth)]
+    fits[-1] |= {"fit_after": 0.05, "held_out_after": 0.06, "epochs": 0}
     transform: dict[str, Any] = {}
     if full:
-        induction = {
-            "choice": "learned",
-            "held_out": {"none": 0.04, "start": 0.05, "learned": 0.03},
-            "mask_changed": 0.02,
-            "stable_rank": {"before": 20.0, "after": 19.0},
-        }
         transform = {
-            "induction": {str(block): induction for block in range(depth)},
+            "induction": {str(block): induction(block) for block in range(depth)},
             "scores": {kind: {"edges": [-3, -2, -1, 0], "before": [0.2, 0.5, 0.3], "after": [0.1, 0.5, 0.4]} for kind in KINDS},
             "curve": [
                 {"block": str(b), "step": s, "loss": 0.05 - s / 1e4, "held_out": 0.04 - s / 1e4} for b in range(depth) for s in (10, 20)
@@ -80,7 +88,7 @@ def facts(name: str, depth: int) -> dict[str, Any]:
         "prunable": size,
         "sparsity": 1 - kept / size,
         "matrices": matrices,
-        "blocks": {str(block): fit if full else None for block in range(depth)},
+        "blocks": {str(block): fits[block] if full else None for block in range(depth)},
         "transform": transform,
     }
 
@@ -380,6 +388,30 @@ def test_without_tasks_completions_and_curve(build: Path) -> None:
     assert "induction-full.svg" not in report.figures
     for sentence in ("No tasks were run", "None were asked for", "its induction took no steps"):
         assert sentence in report.html
+
+
+def test_what_induction_did_by_hand(rendered: Report) -> None:
+    """Three blocks kept one each; judged (6 + 6 + 6)/3 → (5 + 5 + 6)/3, masks (3 + 3 + 0)/3; one of three fits was thrown away."""
+    said = " ".join(rendered.markdown.split())
+    assert "`full`: the gate kept what was learned in 1 of 3 blocks, the start in 1, nothing in 1" in said
+    assert "the mean error of a block's output goes from 6.00% to 5.33%" in said
+    assert "changed 2.00% of the mask entries on average (0.00% to 3.00% by block)" in said
+    assert "from 6.00% to 5.33% (squared distance" in said
+    assert "the gate kept it in 2 of 3 blocks" in said
+
+
+def test_induction_block_by_block(build: Path) -> None:
+    """Oracle: ``induction``, cell by cell; marked is what was kept."""
+    found = [b for section in content.sections(collect(build)) if section.name == "induction" for b in section.blocks if b.kind == "table"]
+    columns = {column.head: column for column in found[0].columns}
+    assert list(columns["none"].cells) == ["6.00%"] * 3
+    assert list(columns["start"].cells) == ["8.00%", "5.00%", "8.00%"]
+    assert list(columns["learned"].cells) == ["5.00%", "7.00%", "7.00%"]
+    assert [columns[name].best for name in ("none", "start", "learned")] == [{2}, {1}, {0}]
+    assert list(columns["mask changed"].cells) == ["3.00%", "3.00%", "0.00%"]
+    assert list(columns["layer error"].cells) == ["4.00% → 3.00%", "4.00% → 5.00%", "4.00% → 4.00%"]
+    assert list(columns["stable rank, weights"].cells) == ["20.0 → 19.0", "20.0 → 20.0", "20.0 → 21.0"]
+    assert list(columns["stable rank, features"].cells) == ["3.0 → 4.5"] * 3
 
 
 def test_a_deep_model(tmp_path: Path) -> None:

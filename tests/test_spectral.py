@@ -77,3 +77,14 @@ def test_a_zero_matrix_does_not_poison_the_mean() -> None:
     weights = [torch.zeros(3, 3), matrix(3, 3).float()]
     norms = [Norm(weight, settings) for weight in weights]
     assert math.isfinite(float(regulariser(norms, weights, settings)))
+
+
+@pytest.mark.parametrize("order", ["spectral", "frobenius", "nuclear"])
+def test_rescaled_is_relative_of_the_scaled_matrix(order: Order) -> None:
+    """Oracle: the scaled matrix itself, value and gradient."""
+    weight, random = matrix(6, 9, seed=5), torch.Generator().manual_seed(6)
+    scales = [torch.randn(size, generator=random, dtype=torch.float64).requires_grad_(True) for size in (6, 9)]
+    expected = Norm(weight, params(order)).relative(weight * (scales[0][:, None] + scales[1]).exp())
+    found = Norm(weight, params(order)).rescaled(weight, scales[0], scales[1])
+    for a, b in zip((found, *torch.autograd.grad(found, scales)), (expected, *torch.autograd.grad(expected, scales)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)

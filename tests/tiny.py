@@ -7,7 +7,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from pipeline_lib.calibration.capture import CalibrateParams, walk
+from pipeline_lib.calibration.statistics import SiteStatistics
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline_lib.models.stream import BlockModel
 
 VOCABULARY = 320
 FAMILIES = ("llama", "llama-bias", "opt", "opt-post")  # what every test runs on; ALL_FAMILIES: what the table must be right for
@@ -122,6 +125,14 @@ def load_tensors(model: PreTrainedModel, checkpoint: Checkpoint, block: int, ten
 def token_rows(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids [rows, length]."""
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def block_statistics(checkpoint: Checkpoint, fit: int = 16, held_out: int = 8) -> list[dict[str, SiteStatistics]]:
+    """Per block, the statistics of so many random rows of 12 tokens in the dense stream, with fitting and held-out Grams."""
+    model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
+    params = CalibrateParams(batch_rows=8, median_tokens=1000, gram_budget_bytes=0)
+    rows = token_rows(fit, 12, seed=1), token_rows(held_out, 12, seed=2)
+    return [sites for _, sites in walk(model, *rows, params, grams=True)]
 
 
 def random_factors(sizes: dict[str, int], seed: int, decades: float = 3.0) -> dict[str, torch.Tensor]:

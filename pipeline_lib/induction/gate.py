@@ -29,7 +29,7 @@ class Gate:
     ) -> Judge:
         """Pass the stream through block ``index`` (blocks come in order) and return its judge.
 
-        A judge folds a transform in, refreshes the statistics for it (no forward pass), prunes as the variant will, and returns
+        A judge folds a transform in, refreshes the statistics for it (no forward pass), prunes as the variant's selection says, and returns
         E‖Y_dense − Y_sparse‖² / E‖Y_dense − E Y_dense‖².
         """
         model, architecture = self.model, self.model.checkpoint.architecture

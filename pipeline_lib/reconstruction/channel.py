@@ -4,6 +4,7 @@ Source: 2602.21652, Eqs. 6–8, in the role that acts on a fixed mask (docs/meth
 that the sparse block, fed by the pruned stream, gives what the dense block gives for the dense stream.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -118,7 +119,7 @@ def fit(
         matrices: the pruned ones, which get factors.
 
     Returns:
-        The block's tensors, zeros where they were, and errors before/after on held-out and as many fitting rows, with the epochs kept.
+        The block's tensors, zeros where they were, and errors before/after on the held-out rows and the first fitting batch, with the epochs kept.
     """
 
     gate = held_out if held_out.inputs else fitting
@@ -126,11 +127,14 @@ def fit(
     facts = {"fit_before": block_error(run, tensors, seen), "held_out_before": block_error(run, tensors, gate)}
     best, best_error, best_epoch, unimproved = dict(tensors), facts["held_out_before"], 0, 0
     factors = _Factors(matrices, tensors, params.parts)
-    optimiser = torch.optim.Adam(factors.groups(params))
+    groups = factors.groups(params)
+    if not groups:  # nothing to move, such as biases in a block without any
+        return dict(tensors), facts | {"fit_after": facts["fit_before"], "held_out_after": best_error, "epochs": 0}
+    optimiser = torch.optim.Adam(groups)
     penalised = matrices if params.spectral.weight else ()
     norms = [Norm(matrix.view(tensors[matrix.parameter]), params.spectral) for matrix in penalised]
     variance = sum(float(target.float().var()) for target in fitting.targets) / len(fitting.targets)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, params.epochs, eta_min=0.1 * params.rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: 0.55 + 0.45 * math.cos(math.pi * done / params.epochs))
     for epoch in range(1, params.epochs + 1):
         for hidden, target in _minibatches(fitting, params, f"{where}:{epoch}"):
             values = factors.apply(tensors)
