@@ -1,5 +1,6 @@
-"""Learn one variant's factors and selection weights, block by block, kept only where the held-out rows agree."""
+"""Learn one variant's factors and selection weights, block by block, kept only where the held-out rows agree; resumes after a kill."""
 
+import shutil
 from pathlib import Path
 
 import click
@@ -9,15 +10,17 @@ from tqdm import tqdm
 from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.capture import CalibrateParams, stored_or_walked
-from pipeline_lib.calibration.inputs import calibration_rows, open_model
+from pipeline_lib.calibration.inputs import CALIBRATION, calibration_rows, open_model
 from pipeline_lib.induction.gate import Gate
 from pipeline_lib.induction.induce import InduceParams, induce_block
+from pipeline_lib.induction.resume import keep, kept
 from pipeline_lib.induction.summary import histograms
-from pipeline_lib.models.source import ModelParams
+from pipeline_lib.models.source import MODEL, ModelParams
 from pipeline_lib.pruning.prune import ReconstructionParams
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.transforms.transform import read_transforms, write_transforms
 
+MATRICES = Path("build/prepare/matrices.json")
 STATISTICS = Path("build/calibrate")
 START = Path("build/scale/transform.safetensors")
 
@@ -31,9 +34,10 @@ def main(variant: str) -> None:
         selection = params.parse(SelectionParams, merged, f"variants.{variant}.selection")
         merged = params.merged("prune.reconstruction", f"variants.{variant}.reconstruction")
         steps = params.parse(ReconstructionParams, merged, f"variants.{variant}.reconstruction").steps
-        model = open_model(params.load(ModelParams, "model"))
+        source = params.load(ModelParams, "model")
+        model = open_model(source)
         entry, checkpoint = model.checkpoint.architecture, model.checkpoint
-        listed = [m for m in artifacts.read_json(Path("build/prepare/matrices.json")) if m["included"]]
+        listed = [m for m in artifacts.read_json(MATRICES) if m["included"]]
         for m in listed:
             selection.shape.quantum(m["name"], tuple(m["shape"]))  # refuses an N:M that does not divide
         included = {m["name"] for m in listed}
@@ -42,6 +46,12 @@ def main(variant: str) -> None:
         calibrate = params.load(CalibrateParams, "calibrate")
         judging = rows["held_out"] if len(rows["held_out"]) else rows["fit"]
         gate = Gate(model, judging, calibrate.batch_rows, selection, compensate="obs" in steps)
+        # The statistics follow from the model, the rows and `calibrate`; their own files may be too large to hash.
+        described = f"{steps} {' '.join(part.model_dump_json() for part in (settings, selection, source, calibrate))}"
+        inputs = [MODEL, MATRICES, START, *sorted(CALIBRATION.glob("*.safetensors"))]
+        scratch = runtime.scratch("induce", runtime.resume_key(described, inputs))
+        if done := sum(kept(scratch, index) is not None for index in range(entry.depth)):
+            click.echo(f"induce {variant}: resuming after {done} of {entry.depth} blocks")
         outcomes = {}
         statistics = stored_or_walked(STATISTICS, model, rows["fit"], rows["held_out"], calibrate)
         for index, sites in (bar := tqdm(statistics, total=entry.depth, desc=f"induce {variant}", unit="block")):
@@ -50,9 +60,14 @@ def main(variant: str) -> None:
             views = {m: m.view(tensors[m.parameter]) for m in entry.matrices if entry.matrix_name(index, m) in included}
             counts = {matrix: target(selection.sparsity, view.numel()) for matrix, view in views.items()}
             judge = gate.enter(index, tensors, sites, counts)
-            if counts:
-                outcomes[index] = induce_block(entry, tensors, set(counts), sites, starts[index], selection, settings, where, judge)
-                bar.set_postfix(choice=outcomes[index].choice)
+            if not counts:
+                continue
+            outcome = kept(scratch, index)
+            if outcome is None:
+                outcome = induce_block(entry, tensors, set(counts), sites, starts[index], selection, settings, where, judge)
+                keep(scratch, index, outcome)
+            outcomes[index] = outcome
+            bar.set_postfix(choice=outcome.choice)
         out = Path(f"build/induce/{variant}")
         curve = [{"block": index, **point} for index, outcome in outcomes.items() for point in outcome.curve]
         facts = {
@@ -62,6 +77,7 @@ def main(variant: str) -> None:
         }
         write_transforms(out / "transform.safetensors", {index: outcome.transform for index, outcome in outcomes.items()}, facts)
         artifacts.write_json(out / "curve.json", curve)
+        shutil.rmtree(scratch, ignore_errors=True)
         choices = [outcome.choice for outcome in outcomes.values()]
         tally = ", ".join(f"{choice} in {choices.count(choice)}" for choice in ("learned", "start", "none"))
         changed = sum(outcome.mask_changed for outcome in outcomes.values()) / max(1, len(outcomes))

@@ -1,5 +1,6 @@
-"""A killed prune goes on where it was. Oracle: the bytes of a run that nobody killed."""
+"""A killed prune or induction goes on where it was. Oracle: the bytes of a run that nobody killed."""
 
+import re
 import shutil
 import subprocess
 import time
@@ -138,3 +139,39 @@ main(["sparseline"], standalone_mode=False)
     run(workspace, *COMMAND)
     assert results(workspace) == undisturbed
     assert not tree(scratch(workspace))
+
+
+def test_a_killed_induction_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Killed once two of four blocks are kept. Oracle: a run that nobody killed; only the other two blocks are learned again."""
+    workspace = make_workspace(tmp_path / "project", model={"layers": BLOCKS})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace)
+        build("prepare", "text calibration", "calibrate", "scale")
+    code = """
+import os, stages.induce as stage
+keep, induce_block = stage.keep, stage.induce_block
+
+def last(directory, index, outcome):
+    keep(directory, index, outcome)
+    os.kill(os.getpid(), 9)
+
+def told(*arguments):
+    print("learning", arguments[7])
+    return induce_block(*arguments)
+
+stage.induce_block = told
+if {killed}:
+    stage.keep = lambda directory, index, outcome: (last if index == 1 else keep)(directory, index, outcome)
+stage.main(["sparseline"], standalone_mode=False)
+"""
+    before = tree(workspace / "build")
+    run(workspace, "python", "-c", code.format(killed=True), code=-9)
+    assert tree(workspace / "build") == before
+    output = run(workspace, "python", "-c", code.format(killed=False))
+    assert f"induce sparseline: resuming after 2 of {BLOCKS} blocks" in output
+    assert re.findall(r"learning (\S+)", output) == ["layers.2", "layers.3"]
+    assert not tree(scratch(workspace))
+    resumed = {path: digest for path, digest in tree(workspace / "build").items() if path.startswith("induce/")}
+    output = run(workspace, "python", "-c", code.format(killed=False))
+    assert output.count("learning") == BLOCKS
+    assert resumed == {path: digest for path, digest in tree(workspace / "build").items() if path.startswith("induce/")}
