@@ -7,8 +7,9 @@ metric -> masks -> loss and gradient -> Adam -> projection. The arms differ only
     recompute  the current factors folded into the block and every calibration token passed through it; the pass ends at the inputs of
                the last matrix, whose product nothing needs, and collects nothing but the diagonals
 
-A step of induction sees all calibration tokens at once (through G), so that every step costs the same and the ratio does not depend on
-their number; nor on the number of blocks, in which both arms are linear.
+A step of induction sees all calibration tokens at once (through G), so that every step costs the same and the ratio depends neither on how
+many there are, nor on the number of blocks. It grows with the tokens, which only the recomputation pays for: quote it with their number.
+Both arms take the loss by `probes` sign vectors, since the exact one costs as much as a forward pass over about C tokens.
 """
 
 import resource
