@@ -216,21 +216,21 @@ def gather() -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]], text: str) -> str:
-    """Gap closed in percent, mean of the seeds, per testbed, base and pattern."""
-    lines = [f"{text:<22}" + "".join(f"{pattern:>8}" for pattern in PATTERNS) + "   mean of " + ", ".join(JUDGED)]
+    """Markdown: gap closed in percent, mean of the seeds (their number where it is not the full one), per testbed, base and pattern."""
+    lines = [f"| {text} | {' | '.join(PATTERNS)} | mean of {', '.join(JUDGED)} |", "|---" * (len(PATTERNS) + 2) + "|"]
     for base in BASES:
         means = []
         for testbed in NAMES:
-            row = {}
+            cells, judged = [], []
             for pattern in PATTERNS:
                 found = [r for r in records if (r["testbed"], r["base"], r["pattern"], r["text"]) == (testbed, base, pattern, text)]
-                if found:
-                    row[pattern] = 100 * stats.mean(gap(r["without"], r["with"], r["dense"]) for r in found)
-            means += [row[pattern] for pattern in JUDGED if pattern in row]
-            lines.append(f"{base + ', ' + testbed:<22}" + "".join(f"{row[p]:>7.1f}%" if p in row else f"{'':>8}" for p in PATTERNS))
-        lines.append(f"{base:<62}   {stats.mean(means):>6.1f}%" if means else base)
-    worst = min(records, key=lambda r: gap(r["without"], r["with"], r["dense"]))
-    lines.append(f"worst cell: {gap(worst['without'], worst['with'], worst['dense']):.1%} {worst}")
+                gaps = [100 * gap(r["without"], r["with"], r["dense"]) for r in found]
+                partial = f" ({len(gaps)} of {SEEDS[pattern]})" if len(gaps) < SEEDS[pattern] else ""
+                cells.append(f"{stats.mean(gaps):.1f}{partial}" if gaps else "")
+                judged += [stats.mean(gaps)] if gaps and pattern in JUDGED else []
+            means += judged
+            lines.append(f"| {base}, {testbed} | {' | '.join(cells)} | {f'{stats.mean(judged):.1f}' if judged else ''} |")
+        lines.append(f"| **{base}** |{' |' * len(PATTERNS)} **{stats.mean(means):.1f}** |" if means else f"| **{base}** |")
     return "\n".join(lines)
 
 
@@ -256,8 +256,11 @@ def run_cells(testbed: str | None, again: bool) -> None:
         write(RESULTS, gather())
         closed = ", ".join(f"{r['text']} {gap(r['without'], r['with'], r['dense']):.1%}" for r in found["records"])
         click.echo(f"{cell}: gap closed {closed}; blocks {found['blocks']}; {time.perf_counter() - started:.0f} s")
+    records = gather()
     for text in TEXTS:
-        click.echo("\n" + table(gather(), text))
+        click.echo("\n" + table(records, text))
+    worst = min(records, key=lambda r: gap(r["without"], r["with"], r["dense"]))
+    click.echo(f"\nworst: {gap(worst['without'], worst['with'], worst['dense']):.1%} {worst}")
 
 
 @main.command()
