@@ -10,9 +10,11 @@ from typing import Any
 
 import click
 
-from benchmarks.induction import BASES, Bench, Recipe, commit, gap, write
+from benchmarks.induction import BASES, Bench, Recipe, gap
+from benchmarks.records import commit
 from benchmarks.testbed import NAMES, Testbed
 from benchmarks.twins import differing
+from pipeline_lib.artifacts import write_json
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 TEXT = "validation"
@@ -43,6 +45,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "start second_moment, pairs inputs, ungated": start(pairs="inputs"),
     "start second_moment, pairs balance, ungated": start(),
     "the same, gated": {"induce": True, "changes": {"induce": {"factors": False, "importance": False}}},
+    "shifts, ungated": start(start="identity", shift="mean"),
     "shifts, gated": learned({"shift": "mean"}, factors=False, importance=False),
     "scales learned": learned(couplings=("norm", "pair"), importance=False, spectral=spectral(0)),
     "Q/K factors learned": learned(couplings=("q_k",), importance=False, spectral=spectral(0)),
@@ -90,8 +93,7 @@ def main(pattern: str, testbed: str | None) -> None:
                 record["block_error"] = (
                     {w: sum(f[f"held_out_{w}"] for f in fits) / len(fits) for w in ("before", "after")} if fits else None
                 )
-                results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-                write(RESULTS, [*results, record])
+                write_json(RESULTS, [*results, record])
                 click.echo(f"{name} {base} {row}: {record['gap_closed']:.1%}, masks {record['mask_changed']:.2%} {record['chosen']}")
 
 

@@ -6,10 +6,8 @@ parameters that params.yaml ships, and measures both on the test texts. One file
 
 import hashlib
 import json
-import os
 import random
 import statistics as stats
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -20,11 +18,12 @@ from typing import Any
 import click
 import torch
 
+from benchmarks.records import commit
 from benchmarks.testbed import NAMES, ROOT, Testbed
 from benchmarks.testbed import TEXTS as TEXT_FILES
 from pipeline_lib import params
 from pipeline_lib.allocation.budget import target
-from pipeline_lib.artifacts import sha256
+from pipeline_lib.artifacts import sha256, write_json
 from pipeline_lib.calibration.capture import CalibrateParams, walk
 from pipeline_lib.calibration.statistics import SiteStatistics
 from pipeline_lib.induction.gate import Gate
@@ -131,18 +130,6 @@ def execute(bed: Testbed, rows: dict[str, torch.Tensor], statistics: Statistics,
 def _kind(coupling: str) -> str:
     """norm (a norm's output channels), pair (rows of one matrix, columns of another) or q_k."""
     return coupling if coupling == "q_k" else "norm" if coupling.endswith("norm") else "pair"
-
-
-def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, check=True, capture_output=True, text=True)
-    return found.stdout.strip()
-
-
-def write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def gap(without: float, new: float, dense: float) -> float:
@@ -252,11 +239,11 @@ def run_cells(testbed: str | None, again: bool) -> None:
             continue
         started = time.perf_counter()
         found = bench[cell[0]].cell(*cell[1:])
-        write(path, found)
-        write(RESULTS, gather())
+        write_json(path, found)
         closed = ", ".join(f"{r['text']} {gap(r['without'], r['with'], r['dense']):.1%}" for r in found["records"])
         click.echo(f"{cell}: gap closed {closed}; blocks {found['blocks']}; {time.perf_counter() - started:.0f} s")
     records = gather()
+    write_json(RESULTS, records)
     for text in TEXTS:
         click.echo("\n" + table(records, text))
     worst = min(records, key=lambda r: gap(r["without"], r["with"], r["dense"]))
@@ -300,7 +287,7 @@ def timing(repeats: int) -> None:
             record |= {"channel_s": round(full.prune_s - plain.prune_s, 2), "ratio": round(stats.median(ratios), 3)}
             results.append(record | {"threads": torch.get_num_threads(), "commit": commit()})
             click.echo(results[-1])
-    write(HERE / "results" / "induction_timing.json", results)
+    write_json(HERE / "results" / "induction_timing.json", results)
 
 
 if __name__ == "__main__":

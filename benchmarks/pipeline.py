@@ -12,6 +12,9 @@ from typing import Any
 import click
 from ruamel.yaml import YAML
 
+from benchmarks.records import commit
+from pipeline_lib.artifacts import write_json
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PLAIN = {"factors": "prepare/identity.safetensors", "sensitivity": "sensitivity/sensitivity.json"}
@@ -62,12 +65,12 @@ def reproduce(work: Path, cell: str, change: Any) -> Path:
     return project
 
 
-def records(project: Path, cell: dict[str, Any], commit: str) -> list[dict[str, Any]]:
+def records(project: Path, cell: dict[str, Any], head: str) -> list[dict[str, Any]]:
     """One flat record per variant and text."""
     summary = json.loads((project / "report" / "summary.json").read_text(encoding="utf-8"))
     dense = summary["dense"]["perplexity"]
     return [
-        {**cell, "method": name, "text": text, "ppl": ppl, "dense": dense[text], "commit": commit}
+        {**cell, "method": name, "text": text, "ppl": ppl, "dense": dense[text], "commit": head}
         for name, row in summary.items()
         for text, ppl in row["perplexity"].items()
     ]
@@ -79,9 +82,8 @@ def records(project: Path, cell: dict[str, Any], commit: str) -> list[dict[str, 
 @click.option("--sparsity", default=0.5, show_default=True)
 @click.option("--seeds", default=3, show_default=True, help="Calibration seeds 0, 1, …")
 def main(name: str, work: Path, sparsity: float, seeds: int) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    head = commit()
     path = RESULTS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     for seed in range(seeds):
         cell = {"sparsity": sparsity, "seed": seed}
@@ -97,11 +99,9 @@ def main(name: str, work: Path, sparsity: float, seeds: int) -> None:
                 values["report"]["baseline"] = "obs"
                 values["evaluate"]["tasks"]["limit"] = 2
 
-        project = reproduce(work, f"{commit}-{name}-{sparsity}-{seed}", change)
-        results += records(project, cell, commit)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        project = reproduce(work, f"{head}-{name}-{sparsity}-{seed}", change)
+        results += records(project, cell, head)
+        write_json(path, results)
     for text in ("validation", "test") if name == "seeds" else ("validation",):
         click.echo(f"\n{text}")
         for method in dict.fromkeys(record["method"] for record in results):

@@ -24,8 +24,9 @@ import click
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from benchmarks.induction import commit, write
+from benchmarks.records import commit
 from pipeline_lib import params
+from pipeline_lib.artifacts import write_json
 from pipeline_lib.calibration.statistics import Accumulator, SiteStatistics
 from pipeline_lib.induction.induce import InduceParams, _Block, _Layer
 from pipeline_lib.induction.spectral import Norm, penalty
@@ -224,7 +225,7 @@ def main(width: int, inner: int, heads: int, tokens: int, row_length: int, steps
     record |= {"refresh_parts": refresh_parts, "recompute_parts": recompute_parts, "masks_differing": differing}
     record |= {"factors_apart": max(float((theta[name] - refresh_theta[name]).abs().max()) for name in theta)}
     record |= {"peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2), "paper": PAPER, "commit": commit()}
-    write(out, record)
+    write_json(out, record)
     click.echo(f"{bench.tokens} tokens (paper: {PAPER['tokens']}), {steps} steps, {probes} probes, {torch.get_num_threads()} threads")
     click.echo(f"{'seconds':<20}{'refresh':>10}{'recompute':>11}")
     for part in ("forward", "metric", "selection", "loss and gradient", "optimiser", "other"):

@@ -1,7 +1,8 @@
 """Gauge twins: the same function in scrambled coordinates, pruned by every base method (``python -m benchmarks.twins``).
 
 Each testbed gets a twin into which random factors (log-normal, spread 1) are folded exactly. Wanda, and OBS undamped or damped relative to
-diag(H), cannot tell the two apart; Magnitude can, and the distribution level has to bring it back.
+diag(H), cannot tell the two apart where they compare within rows (across rows, as in SparseGPT's column blocks, output-channel factors
+count); Magnitude can, and the distribution level has to bring it back.
 """
 
 import tempfile
@@ -10,8 +11,10 @@ from typing import Any
 
 import click
 
-from benchmarks.induction import Bench, Recipe, commit, write
+from benchmarks.induction import Bench, Recipe
+from benchmarks.records import commit
 from benchmarks.testbed import NAMES, Testbed, scrambled
+from pipeline_lib.artifacts import write_json
 from pipeline_lib.pruning.prune import PrunedBlock
 
 RESULTS = Path(__file__).parent / "results" / "twins.json"
@@ -52,7 +55,7 @@ def main() -> None:
                     record["masks_differ"] = round(differing(found["original"][0].blocks, found["twin"][0].blocks), 6)
                     results.append(record | {"commit": commit()})
                     click.echo(results[-1])
-    write(RESULTS, results)
+    write_json(RESULTS, results)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pipeline_lib.errors import SparselineError
 from pipeline_lib.models.architecture import Architecture, Coupling, Matrix, Tie
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.families import FAMILIES, architecture
-from pipeline_lib.models.folding import MatrixScales, fold, matrix_scales
+from pipeline_lib.models.folding import MatrixScales, fold
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.pruning.prune import PruneParams, prune
 from pipeline_lib.pruning.resume import Progress
@@ -157,9 +157,8 @@ def test_matrix_scales_are_what_fold_does(model_paths: dict[str, Path], family: 
     folded = fold(tensors, table, factors)
     for matrix in table.matrices:
         weight = matrix.view(tensors[matrix.parameter])
-        rows, columns = matrix_scales(
-            table, matrix, {name: factor.log() for name, factor in factors.items()}, checkpoint.matrix_shape(0, matrix)
-        )
+        logs = {name: factor.log() for name, factor in factors.items()}
+        rows, columns = MatrixScales(table, matrix, checkpoint.matrix_shape(0, matrix))(logs)
         assert (len(rows), len(columns)) == weight.shape
         torch.testing.assert_close(matrix.view(folded[matrix.parameter]), weight * (rows[:, None] + columns).exp(), rtol=1e-12, atol=0)
 

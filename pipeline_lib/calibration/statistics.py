@@ -21,6 +21,17 @@ class SiteStatistics:
     gram: torch.Tensor | None = None
     held_out_gram: torch.Tensor | None = None
 
+    @property
+    def second_moment_matrix(self) -> torch.Tensor:
+        """G [d, d], where it must be there.
+
+        Raises:
+            ValueError: only the vectors were collected.
+        """
+        if self.gram is None:
+            raise ValueError("these statistics were collected without Gram matrices")
+        return self.gram
+
     def cpu(self) -> "SiteStatistics":
         return SiteStatistics.from_tensors("", {name: tensor.cpu() for name, tensor in self.tensors("").items()})
 

@@ -68,12 +68,10 @@ class _Layer:
     def __init__(
         self, matrix: Matrix, weight: torch.Tensor, statistics: SiteStatistics, curvature: Curvature, settings: SelectionParams
     ) -> None:
-        if statistics.gram is None:
-            raise ValueError("induction needs Gram matrices")
         self.matrix, self.weight, self.settings = matrix, weight, settings
         self.curvature = curvature
-        self.gram = statistics.gram
-        self.held_out_gram = statistics.held_out_gram if statistics.held_out_gram is not None else statistics.gram
+        self.gram = statistics.second_moment_matrix
+        self.held_out_gram = self.gram if statistics.held_out_gram is None else statistics.held_out_gram
         self.kept = target(settings.sparsity, weight.numel())
         self.base = (weight.square() + 1e-30).log_()
         self.energy = ((weight @ self.gram) * weight).sum().clamp_min(1e-30)
@@ -227,8 +225,8 @@ def induce_block(
         start = Transform(start.factors, _worthy(start.shifts, judge), {})
     statistics = {site.name: refresh(statistics[site.name], None, start.shifts.get(site.name)) for site in architecture.sites}
     curvatures = {
-        site.name: factorise(statistics[site.name].gram, selection.damping, selection.damping_of, f"{where} {site.name}").whole()  # type: ignore[arg-type]
-        for site in architecture.sites
+        name: factorise(site.second_moment_matrix, selection.damping, selection.damping_of, f"{where} {name}").whole()
+        for name, site in statistics.items()
     }
     layers = [
         _Layer(m, m.view(tensors[m.parameter]).float(), statistics[m.site], curvatures[m.site], selection)
@@ -246,7 +244,8 @@ def induce_block(
     theta = {c.name: started[c.name].clone() if ahead and c.name in started else torch.zeros(c.size) for c in architecture.couplings}
     log_u = {site.name: torch.zeros(len(site.index)) for site in architecture.sites} if params.importance else {}
     candidates = {"none": (nothing, nothing), "start": (started, nothing), "learned": (dict(theta), nothing)}
-    held_out["learned"] = held_out["start" if ahead else "none"]
+    origin = "start" if ahead else "none"
+    held_out["learned"], judged["learned"] = held_out[origin], judged[origin]
     norms = [Norm(layer.weight, params.spectral) for layer in layers]
     free = [*(theta.values() if params.factors else ()), *log_u.values()]
     curve: list[dict[str, float]] = []
@@ -274,15 +273,14 @@ def induce_block(
                     curve.append({"step": step, "loss": float(loss.detach()), "held_out": error})
                     if error < held_out["learned"]:
                         held_out["learned"], unimproved = error, 0
-                        candidates["learned"] = tuple({k: v.detach().clone() for k, v in part.items()} for part in (theta, log_u))  # type: ignore[assignment]
+                        candidates["learned"] = _copied(theta), _copied(log_u)
                     else:
                         unimproved += 1
             if unimproved >= params.patience:
                 break
     with torch.no_grad():
-        judged["learned"] = held_out["learned"]
-        if judge:
-            judged["learned"] = judge(_transform(*candidates["learned"], start))
+        if held_out["learned"] < held_out[origin]:  # else it is where it set out from
+            judged["learned"] = judge(_transform(*candidates["learned"], start)) if judge else held_out["learned"]
         choice = min(judged, key=lambda name: (judged[name], list(judged).index(name)))
         best_theta, best_u = candidates[choice]
         before, after = block.masks(nothing, nothing), block.masks(best_theta, best_u)
@@ -314,6 +312,10 @@ def _worthy(shifts: Mapping[str, torch.Tensor], judge: Callable[[Transform], flo
     return kept
 
 
+def _copied(logs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: log.detach().clone() for name, log in logs.items()}
+
+
 def _transform(theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor], start: Transform) -> Transform:
     factors, importance = ({name: value.detach().exp() for name, value in part.items()} for part in (theta, log_u))
     return Transform(factors, start.shifts, importance)
@@ -334,5 +336,5 @@ def _stable_rank(weights: list[torch.Tensor]) -> float:
 
 def _feature_rank(sites: list[SiteStatistics]) -> float:
     """The same of the inputs X, from their second moment: tr(G) / ‖G‖_2."""
-    grams = [site.gram for site in sites if site.gram is not None]
+    grams = [site.second_moment_matrix for site in sites]
     return sum(float(gram.trace() / Norm(gram, _SPECTRAL).initial) for gram in grams) / len(grams)

@@ -74,10 +74,3 @@ class MatrixScales:
                 taken = log_factors[name][index.to(like.device)]
                 scales[axis] = scales[axis].index_add(0, where.to(like.device), taken, alpha=power)
         return scales[0], scales[1]
-
-
-def matrix_scales(
-    architecture: Architecture, matrix: Matrix, log_factors: Mapping[str, torch.Tensor], shape: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log scales of the rows [R] and columns [C] that ``fold`` gives a logical matrix for the factors exp(log_factors)."""
-    return MatrixScales(architecture, matrix, shape)(log_factors)

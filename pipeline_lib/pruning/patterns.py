@@ -46,7 +46,7 @@ class Pattern:
 
 
 def _thresholds(scores: torch.Tensor, ranks: list[int]) -> list[torch.Tensor]:
-    """For each rank k ≥ 1, every row's k-th largest score [g]. A partition finds them without sorting, fastest by far in numpy."""
+    """For each rank k ≥ 1, every row's k-th largest score [g]. A partition finds them without sorting."""
     columns = scores.shape[1]
     if scores.device.type == "cpu":
         places = [columns - rank for rank in ranks]
@@ -73,12 +73,7 @@ def _best(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 def bounds(scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``_best`` with the same count 0 < kept < c in every row of scores [g, c]; and midway between kept and pruned [g, 1], all from one partition."""
-    place = scores.shape[1] - kept
-    if scores.device.type == "cpu":
-        parted = torch.from_numpy(np.partition(scores.detach().numpy(), place, axis=1))
-        low, high = parted[:, place], parted[:, :place].amax(1)
-    else:
-        low, high = (scores.kthvalue(rank, dim=1).values for rank in (place + 1, place))
+    low, high = _thresholds(scores, [kept, kept + 1])
     tied = bool((low == high).any())
     mask = _best(scores, torch.full((len(scores),), kept)) if tied else scores >= low[:, None]
     return mask, ((low + high) / 2)[:, None]

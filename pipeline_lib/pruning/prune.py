@@ -18,7 +18,7 @@ from pipeline_lib.pruning.patterns import select, select_n_of_m
 from pipeline_lib.pruning.scores import saliency
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.reconstruction.channel import ChannelParams, Stage, fit
-from pipeline_lib.reconstruction.obs import Factorisation, factorise, layer_error, sweep
+from pipeline_lib.reconstruction.obs import factorise, layer_error, sweep
 from pipeline_lib.transforms.transform import Transform
 
 
@@ -91,9 +91,8 @@ def prune_matrices(
         if shift is not None and factor is not None:
             shift = shift * factor.to(shift.device)
         centred = plain if shift is None else refresh(plain, None, shift)
-        if plain.gram is None or centred.gram is None:
-            raise ValueError("pruning needs Gram matrices")
-        factorisation: Factorisation = factorise(centred.gram, selection.damping, selection.damping_of, f"{where} {site.name}", factor)
+        gram = centred.second_moment_matrix
+        factorisation = factorise(gram, selection.damping, selection.damping_of, f"{where} {site.name}", factor)
         importance = transform.importance.get(site.name)
         for matrix in consumers:
             weight = matrix.view(tensors[matrix.parameter])
@@ -130,7 +129,7 @@ def prune_matrices(
                 "kind": matrix.kind,
                 "size": weight.numel(),
                 "kept": kept[matrix],
-                "layer_error": layer_error(weight, new, centred.gram),
+                "layer_error": layer_error(weight, new, gram),
                 "damping": factorisation.damping,
             }
     return PrunedBlock(pruned, masks, facts)

@@ -42,14 +42,6 @@ class Stage:
     inputs: Sequence[torch.Tensor]
     targets: Sequence[torch.Tensor]
 
-    def first(self, rows: int) -> "Stage":
-        """The leading batches that hold at least so many rows, or all."""
-        count = held = 0
-        while held < rows and count < len(self.inputs):
-            held += len(self.inputs[count])
-            count += 1
-        return Stage(self.inputs[:count], self.targets[:count])
-
 
 class _Factors:
     """log a, log r per matrix, β per bias, log factors of the norms' weights; all zero is the identity."""
@@ -123,7 +115,7 @@ def fit(
     """
 
     gate = held_out if held_out.inputs else fitting
-    seen = fitting.first(1)  # what the curve needs; the gate's rows decide
+    seen = Stage(fitting.inputs[:1], fitting.targets[:1])  # what the curve needs; the gate's rows decide
     facts = {"fit_before": block_error(run, tensors, seen), "held_out_before": block_error(run, tensors, gate)}
     best, best_error, best_epoch, unimproved = dict(tensors), facts["held_out_before"], 0, 0
     factors = _Factors(matrices, tensors, params.parts)

@@ -74,21 +74,24 @@ def starting_factors(
     and always for Q and K, which no site lies between, a pair starts where both sides have equal norms once the norms' factors are
     in. A coupling whose factor reaches several channels of its site (grouped queries) starts from the mean of their logs.
     """
-    factors: dict[str, torch.Tensor] = {}
-    paired = [coupling for coupling in architecture.couplings if _is_pair(coupling, tensors)]
-    for coupling in sorted(architecture.couplings, key=lambda coupling: coupling in paired):
-        site = next((site for site in architecture.sites if site.coupling == coupling.name), None)
-        if site is not None and (coupling not in paired or params.pairs == "inputs"):
-            logs = _floored_log(start_of_site(statistics[site.name], params))
-            index = torch.tensor(site.index)
-            total = torch.zeros(coupling.size).index_add_(0, index, logs)
-            log_s = total / torch.zeros(coupling.size).index_add_(0, index, torch.ones(len(index)))
-            factors[coupling.name] = torch.exp(-normalise(log_s, params.limit))
-        elif params.start == "identity":
-            factors[coupling.name] = torch.ones(coupling.size)
-        else:
-            norms = {name: factor for name, factor in factors.items() if name not in {c.name for c in paired}}
-            folded = fold(tensors, architecture, norms)
+    if params.start == "identity":
+        return {coupling.name: torch.ones(coupling.size) for coupling in architecture.couplings}
+    sites = {site.coupling: site for site in architecture.sites}
+    factors, norms = {}, {}
+    for coupling in architecture.couplings:
+        if coupling.name not in sites or (_is_pair(coupling, tensors) and params.pairs == "balance"):
+            continue
+        site = sites[coupling.name]
+        logs = _floored_log(start_of_site(statistics[site.name], params))
+        index = torch.tensor(site.index)
+        total = torch.zeros(coupling.size).index_add_(0, index, logs)
+        log_s = total / torch.zeros(coupling.size).index_add_(0, index, torch.ones(len(index)))
+        factors[coupling.name] = torch.exp(-normalise(log_s, params.limit))
+        if not _is_pair(coupling, tensors):
+            norms[coupling.name] = factors[coupling.name]
+    folded = fold(tensors, architecture, norms)
+    for coupling in architecture.couplings:
+        if coupling.name not in factors:
             factors[coupling.name] = torch.exp(normalise(_balanced(coupling, folded), params.limit))
     return factors
 
