@@ -74,7 +74,8 @@ class Recipe:
             "selection": {**BASES[self.base]["selection"], "sparsity": sparsity, "pattern": pattern},
             "reconstruction": {"steps": steps},
         }
-        return PruneParams.model_validate(params.merge(self.section("prune"), overrides))
+        shipped = params.merge(params.section("prune"), overrides)
+        return PruneParams.model_validate(params.merge(shipped, self.changes.get("prune", {})))
 
 
 @dataclass

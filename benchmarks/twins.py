@@ -18,13 +18,20 @@ from pipeline_lib.artifacts import write_json
 from pipeline_lib.pruning.prune import PrunedBlock
 
 RESULTS = Path(__file__).parent / "results" / "twins.json"
-DIAGONAL = {"prune": {"selection": {"damping_of": "diagonal"}}}
 START_ONLY = {"induce": {"factors": False, "importance": False}}
+
+
+def selection(**settings: Any) -> dict[str, Any]:
+    return {"prune": {"selection": settings}}
+
+
 METHODS = {
     "magnitude": ("magnitude", {}, False),
     "wanda": ("wanda", {}, False),
-    "sparsegpt, damping by diag(H)": ("sparsegpt", DIAGONAL, False),
-    "sparsegpt, damping by its mean": ("sparsegpt", {}, False),
+    "obs within rows, damping by diag(H)": ("sparsegpt", selection(group="row", damping_of="diagonal"), False),
+    "obs within rows, hardly any damping": ("sparsegpt", selection(group="row", damping=1e-6), False),
+    "obs within rows, damping by its mean": ("sparsegpt", selection(group="row"), False),
+    "sparsegpt (column blocks, mean)": ("sparsegpt", {}, False),
     "magnitude, induced (start only)": ("magnitude", START_ONLY, True),
     "magnitude, induced": ("magnitude", {}, True),
 }

@@ -88,18 +88,14 @@ def select_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
 def select(scores: torch.Tensor, kept: int, group: Group, block: int) -> torch.Tensor:
     """A mask with exactly ``kept`` True, compared within rows, the whole matrix, or column blocks of width ``block``.
 
-    Every row (column block) gets its proportional share; among rows, the spare ones go where the next-best score is largest.
+    Every row (column block) gets its proportional share; the spare ones go to the first rows, since comparing scores across rows would
+    make the mask depend on how each output happens to be scaled.
     """
-    rows = len(scores)
     if group == "matrix":
         return _best(scores.reshape(1, -1), torch.tensor([kept])).reshape(scores.shape)
     if group == "block":
         parts = scores.split(block, dim=1)
         quotas = shares(kept, [part.numel() for part in parts])
         return torch.cat([select(part, quota, "matrix", block) for part, quota in zip(parts, quotas, strict=True)], dim=1)
-    base, spare = divmod(kept, rows)
-    quota = torch.full((rows,), base)
-    if spare:
-        marginal = _thresholds(scores, [base + 1])[0]
-        quota[marginal.argsort(descending=True, stable=True)[:spare].cpu()] += 1
-    return _best(scores, quota)
+    share, spare = divmod(kept, len(scores))
+    return _best(scores, share + (torch.arange(len(scores)) < spare).long())
