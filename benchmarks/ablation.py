@@ -5,6 +5,7 @@ one, what the gate chose; perplexity and the gap closed.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,27 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
+def recorded() -> list[dict[str, Any]]:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+
+
+def table(base: str, pattern: str) -> str:
+    """Markdown, ``llama / opt`` in every cell, in percent. Error removed: of the layers against the plain base, and of the blocks by the fit."""
+    found = {(r["testbed"], r["row"]): r for r in recorded() if (r["base"], r["pattern"]) == (base, pattern)}
+
+    def cell(row: str, value: Callable[[dict[str, Any], dict[str, Any]], float | None]) -> str:
+        values = [value(found[name, row], found[name, "base"]) if (name, row) in found else None for name in NAMES]
+        return " / ".join("–" if v is None else f"{100 * v:.1f}" for v in values) if any(v is not None for v in values) else ""
+
+    lines = [f"| {base}, {pattern} | masks changed | layer error removed | block error removed | gap closed |", "|---" * 5 + "|"]
+    for row in ROWS:
+        masks = cell(row, lambda r, _: r["mask_changed"])
+        layers = cell(row, lambda r, plain: 1 - r["layer_error"] / plain["layer_error"])
+        blocks = cell(row, lambda r, _: 1 - r["block_error"]["after"] / r["block_error"]["before"] if r["block_error"] else None)
+        lines.append(f"| {row} | {masks} | {layers} | {blocks} | {cell(row, lambda r, _: r['gap_closed'])} |")
+    return "\n".join(lines)
+
+
 @click.command(help=__doc__)
 @click.option("--pattern", default="60%", show_default=True)
 @click.option("--testbed", type=click.Choice(NAMES), help="Only this one.")
@@ -71,9 +93,8 @@ def main(pattern: str, testbed: str | None) -> None:
         for base in BASES:
             plain = None
             for row, settings in ROWS.items():
-                results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
                 key = {"testbed": name, "base": base, "pattern": pattern, "row": row}
-                if any(all(record[k] == v for k, v in key.items()) for record in results):
+                if any(all(record[k] == v for k, v in key.items()) for record in recorded()):
                     continue
                 if row == "compensation: biases" and name == "llama":
                     continue  # it has none
@@ -93,8 +114,10 @@ def main(pattern: str, testbed: str | None) -> None:
                 record["block_error"] = (
                     {w: sum(f[f"held_out_{w}"] for f in fits) / len(fits) for w in ("before", "after")} if fits else None
                 )
-                write_json(RESULTS, [*results, record])
+                write_json(RESULTS, [*recorded(), record])  # read again: another testbed may run beside this one
                 click.echo(f"{name} {base} {row}: {record['gap_closed']:.1%}, masks {record['mask_changed']:.2%} {record['chosen']}")
+    for base in BASES:
+        click.echo("\n" + table(base, pattern))
 
 
 if __name__ == "__main__":
