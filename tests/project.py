@@ -45,6 +45,7 @@ SMALL: dict[str, Any] = {
         "tasks": {"names": ["corrupted"], "limit": 4, "batch_rows": 4},
         "completions": {"text": "test", "count": 1, "prompt_tokens": 8, "new_tokens": 4},
     },
+    "choose": {"candidates": ["wanda", "sparseline"]},
     "report": {"baseline": "wanda"},
 }
 REMOVED = object()  # in the place of a value: take the key away

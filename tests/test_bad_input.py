@@ -20,7 +20,7 @@ from pipeline_lib import artifacts
 
 Change = Callable[[Path], None]
 STEPS = ("prepare", "text calibration", "text validation", "text test", "calibrate", "scale", "sensitivity", "induce sparseline")
-LATER = ("prune wanda", "prune sparseline", "evaluate dense", "evaluate wanda", "evaluate sparseline", "report")
+LATER = ("prune wanda", "prune sparseline", "evaluate dense", "evaluate wanda", "evaluate sparseline", "choose", "report")
 FIRST = "layers.0.self_attn.q_proj"  # the first logical matrix
 WEIGHTS = Path("data/model/model.safetensors")
 
@@ -404,6 +404,8 @@ DATA = [
     Mistake("a package that is not here", "calibrate", written("env.lock.json", '{"nonsense": "1.0"}'), ("env.lock.json", "nonsense")),
     Mistake("no evaluation text", "evaluate dense", remove("build/texts/evaluate"), ("texts", "use: evaluate")),
     Mistake("damaged statistics", "scale", written("build/calibrate/block-001.safetensors", "x"), ("block-001.safetensors", "dvc repro")),
+    Mistake("unknown candidate", "choose", params(choose__candidates=["old"]), ("choose.candidates", "'old'", "no variant")),
+    Mistake("missing candidate", "choose", remove("build/evaluate/wanda.json"), ("build/evaluate/wanda.json", "dvc repro")),
     Mistake("missing facts", "report", remove("build/facts/wanda.json"), ("build/facts/wanda.json", "dvc repro prune@wanda")),
     Mistake("missing evaluation", "report", remove("build/evaluate/dense.json"), ("build/evaluate/dense.json", "dvc repro")),
     Mistake("params.yaml that is no YAML", "calibrate", written("params.yaml", "model: [1, 2"), ("params.yaml", "YAML")),

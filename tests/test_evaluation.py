@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline_lib.errors import SparselineError
+from pipeline_lib.evaluation.choice import ChooseParams, check, choose
 from pipeline_lib.evaluation.completions import CompletionsParams, complete
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.evaluation.tasks import TasksParams, run_tasks
@@ -303,3 +304,24 @@ def test_tasks_that_cannot_be_used(tokenizer: PreTrainedTokenizerFast, tmp_path:
 
 def test_no_tasks(tokenizer: PreTrainedTokenizerFast) -> None:
     assert run_tasks(tiny_llama(), tokenizer, params(names=[])) == {}
+
+
+# The model-level gate
+
+FOUND = {"even": {"validation": 20.0, "test": 9.0}, "mixed": {"validation": 18.0, "test": 10.0}, "same": {"validation": 20.0, "test": 8.0}}
+
+
+@pytest.mark.parametrize(
+    ("candidates", "chosen"),
+    [(["even", "mixed"], "mixed"), (["even", "same"], "even"), (["same", "even"], "same"), (["even"], "even"), ([], None)],
+)
+def test_the_gate_goes_by_validation(candidates: list[str], chosen: str | None) -> None:
+    """Oracle: by hand. Test text, which would choose otherwise, has no say; ties go to the earlier."""
+    assert choose(ChooseParams(text="validation", candidates=candidates), FOUND) == chosen
+
+
+def test_the_gate_wants_an_evaluated_text_and_known_variants() -> None:
+    with pytest.raises(SparselineError, match=r"choose\.text = 'train' is no text with use: evaluate; these are: validation, test"):
+        choose(ChooseParams(text="train", candidates=["even"]), FOUND)
+    with pytest.raises(SparselineError, match=r"choose\.candidates names 'old', which is no variant; variants: even, mixed"):
+        check(ChooseParams(text="validation", candidates=["even", "old"]), ["even", "mixed"])

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 TEXTS = {"text@calibration", "text@validation", "text@test"}
 EVALUATIONS = {"evaluate-dense", "evaluate@wanda", "evaluate@sparseline"}
 PRUNINGS = {"prune@wanda", "prune@sparseline"}
-OTHERS = {"prepare", "calibrate", "scale", "induce@sparseline", "sensitivity", "report"}
+SUMMARIES = {"choose", "report"}
+OTHERS = {"prepare", "calibrate", "scale", "induce@sparseline", "sensitivity"} | SUMMARIES
 ALL = TEXTS | EVALUATIONS | PRUNINGS | OTHERS
 LAYERS, WIDTH, INNER, HEADS = 2, 32, 48, 16  # HEADS: channels of all key heads
 PRUNABLE = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * HEADS + 3 * WIDTH * INNER)
@@ -105,7 +106,8 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
         *(f"prune/{variant}/masks/block-{block:03d}.safetensors" for variant in variants for block in blocks),
         *(f"facts/{variant}.json" for variant in variants),
         *(f"{kind}/{model}.json" for kind in ("evaluate", "completions") for model in ("dense", *variants)),
-        *(f"costs/{re.sub('@', '-', stage)}.json" for stage in ALL - {"report"}),
+        *(f"costs/{re.sub('@', '-', stage)}.json" for stage in ALL - SUMMARIES),
+        "choice.json",
     }
     assert set(tree(ran.project / "build")) == expected
     report = {path.split("/")[0] for path in tree(ran.project / "report")} - {".gitignore"}  # DVC's
@@ -205,7 +207,7 @@ def test_an_experiment_reruns_its_variant(project: Path) -> None:
     """Oracle: a variant's sparsity matters to its induction (mask in the loop), pruning, evaluation, and the report."""
     commit(project)
     output = run(project, "dvc", "exp", "run", "-S", "+variants.sparseline.selection.sparsity=0.6")
-    assert executed(output) == {"induce@sparseline", "prune@sparseline", "evaluate@sparseline", "report"}
+    assert executed(output) == {"induce@sparseline", "prune@sparseline", "evaluate@sparseline"} | SUMMARIES
     assert not restored(output)
     weights = checkpoint(project / "build" / "prune" / "sparseline" / "checkpoint")
     assert sum(np.count_nonzero(tensor) for name, tensor in weights.items() if prunable(name)) == round(0.4 * PRUNABLE)
@@ -237,13 +239,14 @@ def test_a_missing_key_is_told_before_anything_runs(project: Path, key: str) -> 
         ("model.exclude", ["*.q_proj"], {"prepare"}),
         ("texts.test.rows", 7, {"text@test"}),
         ("evaluate.completions.count", 0, EVALUATIONS),
+        ("choose.candidates", ["wanda"], {"choose"}),
         ("report.title", "Another", {"report"}),
     ],
 )
 def test_a_knob_concerns_its_stages(project: Path, key: str, value: Any, expected: set[str]) -> None:
     """Oracle: what each knob means. These stages change at once; what depends on their outputs follows."""
     change_params(project, key, value)
-    assert stale(project) - ({"report"} if key.startswith(("variants.", "texts.")) else set()) == expected
+    assert stale(project) - (SUMMARIES if key.startswith(("variants.", "texts.")) else set()) == expected
 
 
 def test_sensitivities_concern_the_variants_that_use_them(project: Path) -> None:
@@ -276,7 +279,7 @@ def test_edited_weights_concern_everything(project: Path) -> None:
     path.write_bytes(raw)
     assert stale(project) == {"prepare"}
     assert executed(run(project, "dvc", "repro", "prepare")) == {"prepare"}
-    assert stale(project) == ALL - {"prepare", "evaluate@wanda", "evaluate@sparseline"}
+    assert stale(project) == ALL - {"prepare", "evaluate@wanda", "evaluate@sparseline", "choose"}
 
 
 @pytest.mark.parametrize(
@@ -286,7 +289,7 @@ def test_edited_weights_concern_everything(project: Path) -> None:
         ("pipeline_lib/induction/induce.py", {"induce@sparseline"}),
         ("pipeline_lib/sensitivity/hutchinson.py", {"sensitivity"}),
         ("pipeline_lib/evaluation/perplexity.py", EVALUATIONS),
-        ("pipeline_lib/models/architecture.py", ALL - {"report"}),
+        ("pipeline_lib/models/architecture.py", ALL - SUMMARIES),
         ("pipeline_lib/reporting/report.md.jinja", {"report"}),
         ("pipeline_lib/planning/estimate.py", set()),
     ],

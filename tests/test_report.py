@@ -113,6 +113,9 @@ def make(build: Path, depth: int = 3) -> Path:
         write(f"completions/{name}.json", [{"prompt": f"\nof {EVIL}", "completion": f"same then {name} {EVIL}"}])
         if name != "dense":
             write(f"facts/{name}.json", facts(name, depth))
+    write("choice.json", {"text": "validation", "chosen": "full", "perplexity": {"base": math.exp(2.5), "full": math.exp(2.125)}})
+    for seconds, name in enumerate(("base", "full"), 7):
+        write(f"costs/evaluate-{name}.json", {"wall_s": seconds, "cpu_s": 1, "peak_rss_bytes": 1})
     stages = {"prune-plain": 10, "prune-base": 20, "prune-full": 30, "induce-full": 40, "calibrate": 5, "scale": 1, "sensitivity": 60}
     for number, (stage, wall) in enumerate(stages.items()):
         write(f"costs/{stage}.json", {"wall_s": wall, "cpu_s": wall / 2, "peak_rss_bytes": (number + 1) * 10**9})
@@ -217,6 +220,16 @@ def test_summary_is_pure_metrics(build: Path) -> None:
         "tasks": {"next_line": {"acc": 0.6, "stderr": 0.012346}, "free": {"acc": 0.5, "stderr": 0.02}},
     }
     assert summary["full"]["sparsity"] == 0.5
+
+
+def test_the_gate_is_told_with_its_cost(build: Path) -> None:
+    """Evaluating base and full took 7 + 8 s; e^2.125 against e^2.5."""
+    assert (
+        "names `full`: perplexity 8.37 on `validation`, against `base` 12.18. It cost the candidates' seconds below and 15.0 s of"
+        in " ".join(render(collect(build)).markdown.split())
+    )
+    (build / "choice.json").write_text(json.dumps({"text": "validation", "chosen": None, "perplexity": {}}), encoding="utf-8")
+    assert "The gate" not in render(collect(build)).markdown
 
 
 def test_only_the_named_variants_are_reported(build: Path) -> None:

@@ -148,7 +148,7 @@ def _comparison(results: Results) -> list[Any]:
                 "level. Sparsity is the share of zeros among the prunable weights."
             )
         )
-    blocks += [Paragraph(said) for said in (_protocol(results), _gap(results), _tasks(results), _cost(results)) if said]
+    blocks += [Paragraph(said) for said in (_protocol(results), _gap(results), _choice(results), _tasks(results), _cost(results)) if said]
     blocks.append(Figures([figure for figure in (plots.perplexity(results), plots.accuracy(results)) if figure]))
     if results.pruned:
         blocks.append(Paragraph("What each variant is made of; the full settings are under Provenance."))
@@ -186,6 +186,17 @@ def _gap(results: Results) -> str:
     if without:
         said += f" On {_list(without)} the baseline is no worse than the dense model, so there is no gap to close."
     return said
+
+
+def _choice(results: Results) -> str:
+    choice = results.choice
+    if choice.chosen is None:
+        return ""
+    others = [f"`{name}` {table.perplexity(value)}" for name, value in choice.perplexity.items() if name != choice.chosen]
+    return (
+        f"The gate (`choose`) names `{choice.chosen}`: perplexity {table.perplexity(choice.perplexity[choice.chosen])} on `{choice.text}`, against "
+        f"{', '.join(others) or 'no other candidate'}. It cost the candidates' seconds below and {table.seconds(choice.evaluation_s)} s of evaluating them."
+    )
 
 
 def _tasks(results: Results) -> str:

@@ -88,6 +88,16 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What the model-level gate named, on what grounds and at what price (build/choice.json; seconds of evaluating)."""
+
+    text: str
+    chosen: str | None
+    perplexity: Mapping[str, float]  # by candidate
+    evaluation_s: float
+
+
+@dataclass(frozen=True)
 class Results:
     """The whole report's data: the dense model first, then the variants in the order of params.yaml."""
 
@@ -96,6 +106,7 @@ class Results:
     model: Mapping[str, Any]  # build/prepare/model.json
     texts: Mapping[str, Text]  # evaluation texts in the order of params.yaml
     variants: tuple[Variant, ...]
+    choice: Choice
 
     @property
     def dense(self) -> Variant:
@@ -155,7 +166,14 @@ def collect(build: Path, params: ReportParams, names: Sequence[str], texts: Mapp
     """
     variants = [_variant(build, DENSE)]
     variants += [_variant(build, name) for name in names]
-    return Results(params.title, params.baseline, _read(build / "prepare" / "model.json", "prepare"), texts, tuple(variants))
+    source = _read(build / "prepare" / "model.json", "prepare")
+    return Results(params.title, params.baseline, source, texts, tuple(variants), _choice(build))
+
+
+def _choice(build: Path) -> Choice:
+    found = _read(build / "choice.json", "choose")
+    seconds = [_read(build / "costs" / f"evaluate-{name}.json", f"evaluate@{name}")["wall_s"] for name in found["perplexity"]]
+    return Choice(**found, evaluation_s=sum(seconds))
 
 
 def _variant(build: Path, name: str) -> Variant:
