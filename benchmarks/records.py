@@ -1,5 +1,6 @@
 """What every record of a benchmark carries, and where finished cells are kept."""
 
+import functools
 import hashlib
 import json
 import subprocess
@@ -18,7 +19,10 @@ def commit() -> str:
     return found.stdout.strip()
 
 
+_digest = functools.cache(sha256)  # many cells share their inputs
+
+
 def cell_file(name: str, parameters: Any, inputs: Iterable[Path]) -> Path:
     """Named after the cell and a key over parameters and input files; the code is the records' commit."""
-    key = hashlib.sha256("".join([json.dumps(parameters, sort_keys=True), *map(sha256, inputs)]).encode()).hexdigest()
+    key = hashlib.sha256("".join([json.dumps(parameters, sort_keys=True), *map(_digest, inputs)]).encode()).hexdigest()
     return CELLS / f"{name.replace(':', 'of')}-{key[:8]}.json"

@@ -277,11 +277,13 @@ def main() -> None:
 @main.command("cells")
 @click.option("--testbed", type=click.Choice(NAMES), help="Only this one.")
 @click.option("--seed", type=int, help="Only this one.")
-def run_cells(testbed: str | None, seed: int | None) -> None:
+@click.option("--sparsity", type=float, help="Only this one.")
+def run_cells(testbed: str | None, seed: int | None, sparsity: float | None) -> None:
     """Every cell that is not there yet; then the tables."""
     labs = {name: Lab(Testbed(name)) for name in NAMES}
     for cell in cells():
-        if testbed in (None, cell.testbed) and seed in (None, cell.seed) and not (path := cell.file()).exists():
+        asked = testbed in (None, cell.testbed) and seed in (None, cell.seed) and sparsity in (None, cell.sparsity)
+        if asked and not (path := cell.file()).exists():
             found = labs[cell.testbed].cell(cell)
             write_json(path, found)
             click.echo(f"{cell}: " + ", ".join(f"{r['text']} {r['ppl']:.3f}" for r in found) + f"; {found[0]['wall_s']:.1f} s")
