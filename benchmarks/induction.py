@@ -4,7 +4,6 @@ A cell prunes a testbed with one base method, without and with induction (start,
 parameters that params.yaml ships, and measures both on the test texts. One file per finished cell, named after all that it depends on.
 """
 
-import hashlib
 import json
 import random
 import statistics as stats
@@ -18,12 +17,12 @@ from typing import Any
 import click
 import torch
 
+from benchmarks.records import cell_file as named_cell
 from benchmarks.records import commit
-from benchmarks.testbed import NAMES, ROOT, Testbed
-from benchmarks.testbed import TEXTS as TEXT_FILES
+from benchmarks.testbed import NAMES, ROOT, Testbed, inputs
 from pipeline_lib import params
 from pipeline_lib.allocation.budget import target
-from pipeline_lib.artifacts import sha256, write_json
+from pipeline_lib.artifacts import write_json
 from pipeline_lib.calibration.capture import CalibrateParams, walk
 from pipeline_lib.calibration.statistics import SiteStatistics
 from pipeline_lib.induction.gate import Gate
@@ -152,11 +151,15 @@ class Bench:
             self.statistics = calibrate(self.bed, self.rows)
 
     def run(self, recipe: Recipe, texts: tuple[str, ...] = TEXTS) -> tuple[Run, dict[str, float]]:
+        run = execute(self.bed, self.rows, self.statistics, recipe)
+        return run, self.perplexities(run.tensors(), texts)
+
+    def perplexities(self, blocks: dict[int, dict[str, torch.Tensor]], texts: tuple[str, ...]) -> dict[str, float]:
+        """Per text; the dense model's on the way, if it is not known yet."""
         for text in texts:
             if text not in self.dense:
                 self.dense[text] = self.bed.perplexity({}, text)
-        run = execute(self.bed, self.rows, self.statistics, recipe)
-        return run, {text: self.bed.perplexity(run.tensors(), text) for text in texts}
+        return {text: self.bed.perplexity(blocks, text) for text in texts}
 
     def cell(self, base: str, pattern: str, seed: int) -> dict[str, Any]:
         """One cell: flat records and, beside them, how many blocks kept what."""
@@ -184,11 +187,8 @@ def cells() -> Iterator[tuple[str, str, str, int]]:
 
 
 def cell_file(testbed: str, base: str, pattern: str, seed: int) -> Path:
-    """Named after the cell and a key over parameters, model and texts; the code is the records' commit."""
-    facts = json.dumps([params.section(name) for name in ("calibrate", "scale", "induce", "prune")], sort_keys=True)
-    files = [ROOT / testbed / "model.safetensors", *(ROOT / "texts" / f"{TEXT_FILES[text]}.txt" for text in ("calibration", *TEXTS))]
-    key = hashlib.sha256("".join([facts, *map(sha256, files)]).encode()).hexdigest()
-    return HERE / "results" / "cells" / f"induction-{testbed}-{base}-{pattern.replace(':', 'of')}-{seed}-{key[:8]}.json"
+    parameters = [params.section(name) for name in ("calibrate", "scale", "induce", "prune")]
+    return named_cell(f"induction-{testbed}-{base}-{pattern}-{seed}", parameters, inputs(testbed, TEXTS))
 
 
 def gather() -> list[dict[str, Any]]:

@@ -61,13 +61,22 @@ class Testbed:
         return split(self.rows("calibration", seed), 0.25)
 
     @torch.no_grad()
-    def perplexity(self, blocks: dict[int, dict[str, torch.Tensor]], text: str) -> float:
-        """Of the model with the given blocks' tensors (named relative to the block) in the place of its own."""
+    def loaded(self, blocks: dict[int, dict[str, torch.Tensor]]) -> PreTrainedModel:
+        """The whole model with the given blocks' tensors (named relative to the block) in the place of its own."""
         base = self.whole.base_model.get_submodule(self.checkpoint.architecture.blocks)
         for index in range(self.checkpoint.architecture.depth):
             tensors = blocks.get(index) or self.checkpoint.block(index)
             base.get_submodule(str(index)).load_state_dict(tensors, strict=False)
-        return perplexity(self.whole, self.rows(text), 16)
+        return self.whole
+
+    @torch.no_grad()
+    def perplexity(self, blocks: dict[int, dict[str, torch.Tensor]], text: str) -> float:
+        return perplexity(self.loaded(blocks), self.rows(text), 16)
+
+
+def inputs(name: str, texts: tuple[str, ...]) -> list[Path]:
+    """The files that a cell on these texts depends on."""
+    return [ROOT / name / "model.safetensors", *(ROOT / "texts" / f"{TEXTS[text]}.txt" for text in ("calibration", *texts))]
 
 
 def scrambled(bed: Testbed, root: Path, seed: int, spread: float = 1.0) -> Testbed:

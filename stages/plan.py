@@ -3,6 +3,7 @@
 import click
 
 from pipeline_lib import params, runtime
+from pipeline_lib.allocation.curves import CurvesParams
 from pipeline_lib.calibration.capture import CalibrateParams
 from pipeline_lib.calibration.texts import TextParams
 from pipeline_lib.induction.induce import InduceParams
@@ -33,11 +34,16 @@ def main() -> None:
             rows_per_probe=sensitivity.rows_per_probe,
             induction_steps=params.load(InduceParams, "induce").steps,
             channel_epochs=params.load(PruneParams, "prune").reconstruction.channel.epochs,
+            densities=len(params.load(CurvesParams, "curves").densities),
             gram_budget_bytes=calibrate.gram_budget_bytes,
         )
         steps = estimate(checkpoint, work)
         speed = measure_speed(runtime.device())
-        runs = dict.fromkeys(steps, 1) | {"induce": len(params.section("induced")), "evaluate": len(variants) + 1}
+        runs = dict.fromkeys(steps, 1) | {
+            "induce": len(params.section("induced")),
+            "curves": len(params.section("curved")),
+            "evaluate": len(variants) + 1,
+        }
         runs["prune (channel)"] = sum("channel" in variant.reconstruction.steps for variant in variants.values())
         runs["prune (plain)"] = len(variants) - runs["prune (channel)"]
         click.echo(

@@ -1,6 +1,7 @@
 """Prune one variant block by block and write it as a Hugging Face checkpoint with its masks; resumes after a kill."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 from tqdm import tqdm
@@ -28,13 +29,13 @@ def main(variant: str) -> None:
         entry = model.checkpoint.architecture
         rows = calibration_rows()
         transforms, transform_facts = read_transforms(factors, entry.depth)
-        sensitivities = artifacts.read_json(sensitivity)
+        measured = artifacts.read_json(sensitivity)
 
         listed = [m for m in artifacts.read_json(MATRICES) if m["included"]]
         pattern = settings.selection.shape
         units = [Unit(m["name"], m["block"], m["shape"][0] * m["shape"][1], pattern.quantum(m["name"], tuple(m["shape"]))) for m in listed]
         budget = target(settings.selection.sparsity, sum(unit.size for unit in units))
-        counts = plan(units, settings.selection.sparsity, settings.allocation, {n: s["trace"] for n, s in sensitivities.items()})
+        counts = plan(units, settings.selection.sparsity, settings.allocation, measured)
         by_label = {matrix.label: matrix for matrix in entry.matrices}
         kept = {(m["block"], by_label[m["label"]]): count for m, count in zip(listed, counts, strict=True)}
 
@@ -52,7 +53,7 @@ def main(variant: str) -> None:
         matrices = {}
         for matrix in listed:
             facts = by_block[matrix["block"]]["matrices"][matrix["label"]]
-            matrices[matrix["name"]] = facts | {"block": matrix["block"], "sensitivity": sensitivities.get(matrix["name"])}
+            matrices[matrix["name"]] = facts | {"block": matrix["block"], "sensitivity": _sensitivity(measured.get(matrix["name"]))}
         total = sum(facts["kept"] for facts in matrices.values())
         size = sum(facts["size"] for facts in matrices.values())
         quantum = max(unit.quantum for unit in units)
@@ -72,6 +73,11 @@ def main(variant: str) -> None:
         }
         artifacts.write_json(Path(f"build/facts/{variant}.json"), summary)
         click.echo(f"prune {variant}: kept {total:,} of {size:,} prunable weights (sparsity {1 - total / size:.4%})")
+
+
+def _sensitivity(entry: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A matrix's entry of sensitivity.json; curves stay where they are."""
+    return entry and {key: entry[key] for key in ("trace", "stderr", "sensitivity", "block", "kind")}
 
 
 if __name__ == "__main__":

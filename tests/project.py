@@ -29,7 +29,7 @@ WANDA = {
 }
 SPARSELINE = {
     "factors": "induce/sparseline/transform.safetensors",
-    "sensitivity": "sensitivity/sensitivity.json",
+    "sensitivity": "curves/sparseline.json",
     "selection": {"score": "obs", "group": "block"},
     "allocation": {"method": "weight", "alpha": 0.15},
     "reconstruction": {"steps": ["obs", "channel"]},
@@ -38,6 +38,7 @@ SMALL: dict[str, Any] = {
     "model": {"path": "data/model", "id": None, "revision": None},
     "calibrate": {"batch_rows": 4, "median_tokens": 64},
     "sensitivity": {"probes": 2, "rows_per_probe": 2},
+    "curves": {"densities": [0.3, 0.6]},
     "induce": {"steps": 4, "check_every": 2},
     "prune": {"batch_rows": 4, "selection": {"block": 16}, "reconstruction": {"channel": CHANNEL}},
     "evaluate": {
@@ -49,7 +50,11 @@ SMALL: dict[str, Any] = {
     "report": {"baseline": "wanda"},
 }
 REMOVED = object()  # in the place of a value: take the key away
-WHOLE: dict[str, Any] = {"induced": {"sparseline": {}}, "variants": {"wanda": WANDA, "sparseline": SPARSELINE}}  # replaced, not merged
+WHOLE: dict[str, Any] = {
+    "induced": {"sparseline": {}},
+    "curved": {"sparseline": {}},
+    "variants": {"wanda": WANDA, "sparseline": SPARSELINE},
+}  # replaced, not merged
 
 
 def text(seed: int, words: int = 400) -> str:
@@ -70,7 +75,7 @@ def make_workspace(directory: Path, *, model: Mapping[str, Any] | None = None, *
 
     Args:
         model: arguments of ``make_model`` (``family``, ``layers``, config overrides).
-        overrides: sections of params.yaml, laid over the small ones; ``variants`` and ``induced`` replace theirs.
+        overrides: sections of params.yaml, laid over the small ones; ``variants``, ``induced`` and ``curved`` replace theirs.
     """
     for name in COPIED:
         source, copy = ROOT / name, directory / name

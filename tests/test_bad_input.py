@@ -19,7 +19,17 @@ from tiny import make_model
 from pipeline_lib import artifacts
 
 Change = Callable[[Path], None]
-STEPS = ("prepare", "text calibration", "text validation", "text test", "calibrate", "scale", "sensitivity", "induce sparseline")
+STEPS = (
+    "prepare",
+    "text calibration",
+    "text validation",
+    "text test",
+    "calibrate",
+    "scale",
+    "sensitivity",
+    "curves sparseline",
+    "induce sparseline",
+)
 LATER = ("prune wanda", "prune sparseline", "evaluate dense", "evaluate wanda", "evaluate sparseline", "choose", "report")
 FIRST = "layers.0.self_attn.q_proj"  # the first logical matrix
 WEIGHTS = Path("data/model/model.safetensors")
@@ -162,6 +172,16 @@ PARAMETERS = [
         wanda(allocation={"method": "weight"}),
         ("allocation.method", "'weight'", FIRST, "sensitivity/sensitivity.json"),
     ),
+    Mistake(
+        "prediction without curves",
+        "prune wanda",
+        wanda(allocation={"method": "predicted"}),
+        ("allocation.method", "'predicted'", FIRST, "curves/<variant>.json", "curved"),
+    ),
+    Mistake(
+        "densities out of order", "curves sparseline", params(curves__densities=[0.5, 0.2]), ("curves.densities", "[0.5, 0.2]", "increase")
+    ),
+    Mistake("curves of no variant", "curves other", params(curved__other={}), ("variants.other", "add it")),
     Mistake(
         "bounds that miss the budget",
         "prune wanda",
@@ -470,6 +490,7 @@ def test_nothing_is_written_where_nothing_was(workspace: Path, stage: str) -> No
         "texts",
         "scale",
         "sensitivity",
+        "curves",
         "induce",
         "evaluate",
         "completions",

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline_lib.allocation.budget import Unit, allocate, ranks, shares, target
-from pipeline_lib.allocation.plan import AllocationParams, plan
 from pipeline_lib.errors import SparselineError
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
@@ -169,35 +168,3 @@ def test_ranks() -> None:
     assert ranks([5.0, 1.0, 3.0]).tolist() == [1, -1, 0]
     assert ranks([2.0, 2.0, 1.0]).tolist() == [0, 1, -1]
     assert ranks([7.0]).tolist() == [0]
-
-
-# Plans
-
-
-def params(method: str, layer_sensitivity: str = "sum", alpha: float = 0.1) -> AllocationParams:
-    return AllocationParams.model_validate(
-        {"method": method, "alpha": alpha, "layer_sensitivity": layer_sensitivity, "density_bounds": (0.0, 1.0)}
-    )
-
-
-def test_plan_by_weight_and_by_layer() -> None:
-    """Oracle: by hand. Layer 0 sums to 6 (mean 2), layer 1 to 5 (mean 5): ``sum`` favours layer 0, ``mean`` layer 1."""
-    units = [Unit("a", 0, 100, 1), Unit("b", 0, 100, 1), Unit("c", 0, 100, 1), Unit("d", 1, 300, 1)]
-    sensitivities = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 5.0}
-    assert plan(units, 0.5, params("uniform"), {}) == [50, 50, 50, 150]
-    assert plan(units, 0.5, params("layer", "sum"), sensitivities) == [60, 60, 60, 120]
-    assert plan(units, 0.5, params("layer", "mean"), sensitivities) == [40, 40, 40, 180]
-    by_weight = plan(units, 0.5, params("weight"), sensitivities)
-    assert sum(by_weight) == 300
-    assert by_weight[0] < by_weight[1] < by_weight[2] < by_weight[3] / 3
-
-
-def test_a_missing_sensitivity_is_named() -> None:
-    with pytest.raises(SparselineError, match="needs sensitivities, but there is none for m1"):
-        plan(units_of([10, 10]), 0.5, params("weight"), {"m0": 1.0})
-
-
-@pytest.mark.parametrize("bounds", [(0.6, 0.4), (-0.1, 0.5), (0.5, 1.1)])
-def test_density_bounds_are_checked(bounds: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match="0 <= low <= high <= 1"):
-        AllocationParams(method="uniform", alpha=0.1, layer_sensitivity="sum", density_bounds=bounds)

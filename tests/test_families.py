@@ -195,7 +195,14 @@ def settings(score: str, pattern: str) -> PruneParams:
                 "damping": 0.01,
                 "damping_of": "mean",
             },
-            "allocation": {"method": "uniform", "alpha": 0.0, "layer_sensitivity": "sum", "density_bounds": (0.0, 1.0)},
+            "allocation": {
+                "method": "uniform",
+                "alpha": 0.0,
+                "layer_sensitivity": "sum",
+                "weighting": "trace",
+                "temper": 1.0,
+                "density_bounds": (0.0, 1.0),
+            },
             "reconstruction": {"steps": ["obs"] if score == "obs" else [], "channel": channel},
         }
     )

@@ -18,7 +18,8 @@ TEXTS = {"text@calibration", "text@validation", "text@test"}
 EVALUATIONS = {"evaluate-dense", "evaluate@wanda", "evaluate@sparseline"}
 PRUNINGS = {"prune@wanda", "prune@sparseline"}
 SUMMARIES = {"choose", "report"}
-OTHERS = {"prepare", "calibrate", "scale", "induce@sparseline", "sensitivity"} | SUMMARIES
+OTHERS = {"prepare", "calibrate", "scale", "induce@sparseline", "sensitivity", "curves@sparseline"} | SUMMARIES
+MEASURED = {"induce@sparseline", "curves@sparseline"}  # what prunes on the way, by the variant's own selection
 ALL = TEXTS | EVALUATIONS | PRUNINGS | OTHERS
 LAYERS, WIDTH, INNER, HEADS = 2, 32, 48, 16  # HEADS: channels of all key heads
 PRUNABLE = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * HEADS + 3 * WIDTH * INNER)
@@ -101,7 +102,7 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
         *("texts/calibrate/calibration.safetensors", "texts/evaluate/test.safetensors", "texts/evaluate/validation.safetensors"),
         *(f"calibrate/block-{block:03d}.safetensors" for block in blocks),
         *("scale/transform.safetensors", "induce/sparseline/transform.safetensors", "induce/sparseline/curve.json"),
-        *("sensitivity/sensitivity.json", "sensitivity/by_depth.json"),
+        *("sensitivity/sensitivity.json", "sensitivity/by_depth.json", "curves/sparseline.json"),
         *(f"prune/{variant}/checkpoint/{name}" for variant in variants for name in source | shards),
         *(f"prune/{variant}/masks/block-{block:03d}.safetensors" for variant in variants for block in blocks),
         *(f"facts/{variant}.json" for variant in variants),
@@ -204,10 +205,13 @@ def test_nothing_reruns(ran: Ran) -> None:
 
 
 def test_an_experiment_reruns_its_variant(project: Path) -> None:
-    """Oracle: a variant's sparsity matters to its induction (mask in the loop), pruning, evaluation, and the report."""
+    """Oracle: a variant's sparsity matters to its induction (mask in the loop), pruning, evaluation, and the report.
+
+    Its curves are measured again, since DVC sees only that the variant's selection has changed; the sparsity of all (``prune``) leaves them alone.
+    """
     commit(project)
     output = run(project, "dvc", "exp", "run", "-S", "+variants.sparseline.selection.sparsity=0.6")
-    assert executed(output) == {"induce@sparseline", "prune@sparseline", "evaluate@sparseline"} | SUMMARIES
+    assert executed(output) == MEASURED | {"prune@sparseline", "evaluate@sparseline"} | SUMMARIES
     assert not restored(output)
     weights = checkpoint(project / "build" / "prune" / "sparseline" / "checkpoint")
     assert sum(np.count_nonzero(tensor) for name, tensor in weights.items() if prunable(name)) == round(0.4 * PRUNABLE)
@@ -229,13 +233,17 @@ def test_a_missing_key_is_told_before_anything_runs(project: Path, key: str) -> 
         ("variants.sparseline.allocation.alpha", 0.05, {"prune@sparseline"}),
         ("prune.allocation.alpha", 0.05, PRUNINGS),
         ("prune.reconstruction.channel.epochs", 1, PRUNINGS),
-        ("variants.sparseline.reconstruction.steps", ["obs"], {"induce@sparseline", "prune@sparseline"}),
-        ("prune.reconstruction.steps", [], {"induce@sparseline"} | PRUNINGS),
-        ("prune.selection.damping", 0.02, {"induce@sparseline"} | PRUNINGS),
-        ("calibrate.batch_rows", 2, {"calibrate", "induce@sparseline"}),
+        ("variants.sparseline.allocation", {"method": "predicted", "weighting": "trace"}, {"prune@sparseline"}),
+        ("prune.allocation.weighting", "trace", PRUNINGS),
+        ("prune.selection.sparsity", 0.6, {"induce@sparseline"} | PRUNINGS),
+        ("variants.sparseline.reconstruction.steps", ["obs"], MEASURED | {"prune@sparseline"}),
+        ("prune.reconstruction.steps", [], MEASURED | PRUNINGS),
+        ("prune.selection.damping", 0.02, MEASURED | PRUNINGS),
+        ("calibrate.batch_rows", 2, {"calibrate"} | MEASURED),
+        ("curves.densities", [0.5], {"curves@sparseline"}),
         ("induce.steps", 3, {"induce@sparseline"}),
         ("sensitivity.probes", 3, {"sensitivity"}),
-        ("model.compute_dtype", "bfloat16", {"prepare", "calibrate", "induce@sparseline"} | PRUNINGS),
+        ("model.compute_dtype", "bfloat16", {"prepare", "calibrate"} | MEASURED | PRUNINGS),
         ("model.exclude", ["*.q_proj"], {"prepare"}),
         ("texts.test.rows", 7, {"text@test"}),
         ("evaluate.completions.count", 0, EVALUATIONS),
@@ -250,10 +258,22 @@ def test_a_knob_concerns_its_stages(project: Path, key: str, value: Any, expecte
 
 
 def test_sensitivities_concern_the_variants_that_use_them(project: Path) -> None:
-    """Oracle: ``sensitivity`` of the two variants; the report follows its cost."""
+    """Oracle: ``sensitivity`` of the two variants, through the curves; the report follows its cost."""
     change_params(project, "sensitivity.probes", 3)
     assert executed(run(project, "dvc", "repro", "sensitivity")) == {"sensitivity"}
-    assert stale(project) == {"prune@sparseline", "report"}
+    assert stale(project) == {"curves@sparseline", "report"}
+
+
+def test_another_allocation_prunes_and_nothing_else(project: Path) -> None:
+    """Neither calibration nor sensitivity nor curves run again for another method or α. Oracle: DVC's words; the kept counts, which change."""
+    counts = []
+    for allocation in ({"method": "predicted", "alpha": 1.0, "weighting": "trace"}, {"method": "owl", "alpha": 0.2}):
+        change_params(project, "variants.sparseline.allocation", allocation)
+        assert executed(run(project, "dvc", "repro")) == {"prune@sparseline", "evaluate@sparseline", "report"}
+        facts = read(project / "build" / "facts" / "sparseline.json")
+        assert facts["kept"] == round(0.5 * PRUNABLE)
+        counts.append([matrix["kept"] for matrix in facts["matrices"].values()])
+    assert counts[0] != counts[1]
 
 
 def test_an_edited_text_concerns_those_who_read_it(project: Path) -> None:
@@ -268,7 +288,7 @@ def test_an_edited_calibration_text_concerns_those_who_read_it(project: Path) ->
     (project / "data" / "texts" / "calibration.txt").write_text(text(seed=9), encoding="utf-8")
     assert stale(project) == {"text@calibration"}
     assert executed(run(project, "dvc", "repro", "text@calibration")) == {"text@calibration"}
-    assert stale(project) == {"calibrate", "sensitivity", "induce@sparseline", "report"} | PRUNINGS
+    assert stale(project) == {"calibrate", "sensitivity", "report"} | MEASURED | PRUNINGS
 
 
 def test_edited_weights_concern_everything(project: Path) -> None:
@@ -287,6 +307,8 @@ def test_edited_weights_concern_everything(project: Path) -> None:
     [
         ("pipeline_lib/reconstruction/channel.py", {"induce@sparseline"} | PRUNINGS),  # the gate prunes as prune does
         ("pipeline_lib/induction/induce.py", {"induce@sparseline"}),
+        ("pipeline_lib/allocation/curves.py", {"curves@sparseline"}),
+        ("pipeline_lib/allocation/plan.py", {"induce@sparseline"} | PRUNINGS),  # the gate's module knows pruning's parameters
         ("pipeline_lib/sensitivity/hutchinson.py", {"sensitivity"}),
         ("pipeline_lib/evaluation/perplexity.py", EVALUATIONS),
         ("pipeline_lib/models/architecture.py", ALL - SUMMARIES),
@@ -312,7 +334,7 @@ def test_byte_code_concerns_nothing(project: Path) -> None:
 # Determinism and sharing
 
 
-@pytest.mark.parametrize("step", ["prune sparseline", "induce sparseline", "sensitivity"])
+@pytest.mark.parametrize("step", ["prune sparseline", "induce sparseline", "curves sparseline", "sensitivity"])
 def test_a_second_process_writes_the_same_bytes(ran: Ran, project: Path, step: str) -> None:
     """Oracle: the first run's files, written by another process in another directory."""
     stage, *variant = step.split()

@@ -18,13 +18,14 @@ WORK = Work(
     rows_per_probe=1,
     induction_steps=10,
     channel_epochs=2,
+    densities=5,
     gram_budget_bytes=10**9,
 )
 
 
 def test_memory_of_block_wise_stages_does_not_grow_with_depth(tmp_path: Path) -> None:
     shallow, deep = (estimate(open_checkpoint(make_model(tmp_path / str(layers), "llama", layers)), WORK) for layers in (2, 8))
-    for stage in ("calibrate", "induce", "prune (plain)", "prune (channel)"):
+    for stage in ("calibrate", "induce", "prune (plain)", "prune (channel)", "curves"):
         assert deep[stage].memory_bytes == shallow[stage].memory_bytes
         assert deep[stage].flops == pytest.approx(4 * shallow[stage].flops)
     for stage in ("sensitivity", "evaluate"):

@@ -179,7 +179,10 @@ def test_costs_are_of_what_a_variant_needs(build: Path) -> None:
     assert table.costs(collect(build))["full"]["cpu_s"] == 68
 
 
-def test_stages_of_shared_factors() -> None:
+def test_stages_of_shared_factors_and_curves() -> None:
+    """Oracle: what wrote the artifacts that a variant names, in the graph's order."""
+    curved = ["calibrate", "sensitivity", "curves-a", "prune-b"]
+    assert table.own_stages("b", "prepare/identity.safetensors", "curves/a.json") == curved
     assert table.own_stages("b", "induce/a/transform.safetensors", "prepare/unmeasured.json") == [
         "calibrate",
         "scale",

@@ -1,22 +1,38 @@
-"""Sensitivities to kept counts: which rank each matrix takes in the allocation."""
+"""What was measured of each matrix to kept counts: the methods of allocation behind one interface."""
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline_lib.allocation.budget import Unit, allocate, ranks
+from pipeline_lib.allocation.predicted import Curve, minimise
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.params import Params
+
+Measured = Mapping[str, Mapping[str, Any]]  # matrix name -> its entry of sensitivity.json, or of a variant's curves
+SENSITIVITIES, CURVES = (
+    "`sensitivity: sensitivity/sensitivity.json`",
+    "`sensitivity: curves/<variant>.json`, with the variant under `curved`",
+)
+NEEDS = {  # method -> what it reads of an entry, and which artifact has it
+    "weight": ("sensitivity", SENSITIVITIES),
+    "layer": ("sensitivity", SENSITIVITIES),
+    "predicted": ("curve", CURVES),
+    "owl": ("outliers", CURVES),
+    "dlp": ("median", CURVES),
+}
 
 
 class AllocationParams(Params):
     """Section ``prune.allocation``, with ``variants.<name>.allocation`` laid over it."""
 
-    method: Literal["uniform", "weight", "layer"]
+    method: Literal["uniform", "weight", "layer", "predicted", "owl", "dlp", "depth"]
     alpha: float = Field(ge=0)
     layer_sensitivity: Literal["sum", "mean"]
+    weighting: Literal["trace", "kronecker"]
+    temper: float = Field(gt=0, le=1)
     density_bounds: tuple[float, float]
 
     @model_validator(mode="after")
@@ -27,27 +43,78 @@ class AllocationParams(Params):
         return self
 
 
-def plan(units: Sequence[Unit], sparsity: float, params: AllocationParams, sensitivities: Mapping[str, float]) -> list[int]:
-    """Kept weights per matrix (Algorithm 1 of 2310.09499): ``weight`` ranks matrices, ``layer`` ranks blocks.
+def plan(units: Sequence[Unit], sparsity: float, params: AllocationParams, measured: Measured) -> list[int]:
+    """Kept weights per matrix.
 
-    Args:
-        sensitivities: mean Hessian diagonal Tr(H)/n per matrix name; a layer takes its matrices' sum or mean.
+    ``uniform``: the same density everywhere. ``weight``, ``layer``: Algorithm 1 of 2310.09499, by the rank of a matrix's or block's sensitivity.
+    ``owl``, ``dlp``, ``depth``: cheap references, a density per block, half-width α like Algorithm 1's (``_places``).
+    ``predicted``: least sum of tempered predicted losses, every density within α of the overall one (``minimise``).
 
     Raises:
-        SparselineError: sensitivities are missing, or no allocation meets the budget.
+        SparselineError: something that the method needs was not measured, or no allocation meets the budget.
+    """
+    if params.method in NEEDS:
+        key, where = NEEDS[params.method]
+        missing = [unit.name for unit in units if measured.get(unit.name, {}).get(key) is None]
+        if missing:
+            what = {"sensitivity": "sensitivities", "curve": "error curves"}.get(key, f"{key} per block")
+            raise SparselineError(
+                f"allocation.method = {params.method!r} needs {what}, but there is none for {missing[0]}; set the variant's {where}."
+            )
+    if params.method == "predicted":
+        low, high = params.density_bounds
+        within = max(low, 1 - sparsity - params.alpha), min(high, 1 - sparsity + params.alpha)
+        return minimise(units, sparsity, [predicted(unit.name, measured[unit.name], params) for unit in units], within)
+    return allocate(units, sparsity, _places(units, params, measured), params.alpha, params.density_bounds)
+
+
+def predicted(name: str, entry: Mapping[str, Any], params: AllocationParams) -> Curve:
+    """One matrix's predicted loss increase [nats/token], second order, at its measured densities, to the power τ = ``temper``.
+
+    ``trace``: ½·(Tr H/n)·‖ΔW‖², the Hessian as a multiple of the identity. ``kronecker``: ½·tr(E[ggᵀ] ΔW G ΔWᵀ), the Fisher matrix as E[ggᵀ] ⊗ G.
+    τ = 1 takes the predictions at their word; towards 0 only each curve's own relative fall counts, Σ log f.
+
+    Raises:
+        SparselineError: ``kronecker`` without output moments.
+    """
+    curve = entry["curve"]
+    if params.weighting == "kronecker" and curve["kronecker"] is None:
+        raise SparselineError(
+            f"allocation.weighting = 'kronecker' needs output moments, but there are none for {name}; set sensitivity.moments, or weighting: trace."
+        )
+    errors = np.array(curve["kronecker"]) if params.weighting == "kronecker" else entry["sensitivity"] * np.array(curve["frobenius"])
+    return Curve(np.array(curve["density"]), errors / 2, params.temper)
+
+
+def _places(units: Sequence[Unit], params: AllocationParams, measured: Measured) -> np.ndarray:
+    """Each matrix's place in [−1, 1]; 1 is densest.
+
+    OWL (2310.05175): linear in the block's outlier ratio. DLP (2505.23807): the median of |w|·‖X‖ measures how *un*important a block is, so that
+    density falls linearly with it. ``depth``: falls linearly from the first block to the last.
     """
     if params.method == "uniform":
-        return allocate(units, sparsity, np.zeros(len(units)), 0.0, params.density_bounds)
-    missing = [unit.name for unit in units if unit.name not in sensitivities]
-    if missing:
-        raise SparselineError(
-            f"allocation.method = {params.method!r} needs sensitivities, but there is none for {missing[0]}; "
-            "set the variant's `sensitivity: sensitivity/sensitivity.json`."
-        )
+        return np.zeros(len(units))
     if params.method == "weight":
-        return allocate(units, sparsity, ranks([sensitivities[unit.name] for unit in units]), params.alpha, params.density_bounds)
+        return ranks([measured[unit.name]["sensitivity"] for unit in units])
     blocks = sorted({unit.block for unit in units})
-    combine = sum if params.layer_sensitivity == "sum" else np.mean
-    by_block = [float(combine([sensitivities[unit.name] for unit in units if unit.block == block])) for block in blocks]
-    place = dict(zip(blocks, ranks(by_block), strict=True))
-    return allocate(units, sparsity, np.array([place[unit.block] for unit in units]), params.alpha, params.density_bounds)
+
+    def by_block(combine: Callable[[list[float]], Any], key: str) -> list[float]:
+        return [float(combine([measured[unit.name][key] for unit in units if unit.block == block])) for block in blocks]
+
+    if params.method == "layer":
+        t = ranks(by_block(sum if params.layer_sensitivity == "sum" else np.mean, "sensitivity"))
+    elif params.method == "owl":
+        t = _spread(by_block(np.mean, "outliers"))
+    elif params.method == "dlp":
+        t = -_spread(by_block(np.mean, "median"))
+    else:
+        t = -_spread(blocks)
+    place = dict(zip(blocks, t, strict=True))
+    return np.array([place[unit.block] for unit in units])
+
+
+def _spread(values: Sequence[float]) -> np.ndarray:
+    """Linearly to [−1, 1], the least to −1; equal ones to 0."""
+    found = np.asarray(values, dtype=float)
+    width = found.max() - found.min()
+    return 2 * (found - found.min()) / width - 1 if width > 0 else np.zeros(len(found))

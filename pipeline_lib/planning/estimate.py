@@ -27,6 +27,7 @@ class Work:
     rows_per_probe: int
     induction_steps: int
     channel_epochs: int  # 0 without channel compensation
+    densities: int  # of an error curve
     gram_budget_bytes: int
 
 
@@ -59,7 +60,8 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
 
     Formulas: an activation stream takes 4·n·D; a block in use 4·P; calibrate adds its Grams 2·Σ4d²; prune holds two copies of a
     block, its Grams and the largest site's factorisation (4·4d²), one stream, or two and the fit's activations with compensation;
-    induce prunes each block up to three times for its gate, whose held-out rows (counted as all) stream along;
+    induce prunes each block up to three times for its gate, whose held-out rows (counted as all) stream along; curves prunes each matrix of a block
+    at every density and takes two products with its errors, all from stored Grams (beyond their budget a dense pass comes on top);
     sensitivity holds the whole model with gradients, products and probe vectors (20 bytes a parameter) and the graph of two backward
     passes: per token 10 copies of the logits, 24 of every site's inputs and 6 of every head's attention row (fitted to a measurement).
     """
@@ -102,6 +104,9 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
             LIBRARIES + 20 * total + graph,
             1e4,
             2 * total * work.probes * work.rows_per_probe * work.length * 10,
+        ),
+        Estimate(
+            "curves", LIBRARIES + 16 * block + 2 * grams + 16 * max(sites) ** 2, 1e4 * entry.depth, factor + work.densities * 4 * sweep
         ),
         Estimate(
             "prune (plain)",

@@ -3,10 +3,10 @@
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from pipeline_lib.allocation.plan import AllocationParams
 from pipeline_lib.calibration.statistics import Accumulator, SiteStatistics, refresh
@@ -14,26 +14,17 @@ from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.params import Params
-from pipeline_lib.pruning.patterns import select, select_n_of_m
-from pipeline_lib.pruning.scores import saliency
-from pipeline_lib.pruning.settings import SelectionParams
+from pipeline_lib.pruning.matrix import prune_matrix
+from pipeline_lib.pruning.settings import SelectionParams, StepsParams
 from pipeline_lib.reconstruction.channel import ChannelParams, Stage, fit
-from pipeline_lib.reconstruction.obs import factorise, layer_error, sweep
+from pipeline_lib.reconstruction.obs import factorise, layer_error
 from pipeline_lib.transforms.transform import Transform
 
 
-class ReconstructionParams(Params):
+class ReconstructionParams(StepsParams):
     """Section ``prune.reconstruction``: the steps in order, and the parameters of each."""
 
-    steps: list[Literal["obs", "channel"]]
     channel: ChannelParams
-
-    @field_validator("steps")
-    @classmethod
-    def _in_order(cls, steps: list[str]) -> list[str]:
-        if steps != [step for step in ("obs", "channel") if step in steps]:
-            raise ValueError("each step once, and obs (which chooses the mask) before channel (which fits what is left)")
-        return steps
 
 
 class PruneParams(Params):
@@ -78,7 +69,6 @@ def prune_matrices(
         statistics: of the pruned stream through the folded block, collected before any of its matrices is pruned.
         kept: how many weights each included matrix keeps.
     """
-    pattern = selection.shape
     pruned, masks = dict(tensors), {}
     facts: dict[str, Any] = {"matrices": {}}
     for site in architecture.sites:
@@ -96,25 +86,7 @@ def prune_matrices(
         importance = transform.importance.get(site.name)
         for matrix in consumers:
             weight = matrix.view(tensors[matrix.parameter])
-            if compensate:
-                new, mask = sweep(
-                    weight,
-                    factorisation,
-                    kept=kept[matrix],
-                    score=selection.score,
-                    pattern=pattern,
-                    group=selection.group,
-                    block=selection.block,
-                    importance=importance,
-                )
-            else:
-                scores = saliency(selection.score, weight, factorisation.whole())
-                scores = scores if importance is None else scores * importance.square()
-                if pattern.m:
-                    mask = select_n_of_m(scores, kept[matrix] * pattern.m // weight.numel(), pattern.m)
-                else:
-                    mask = select(scores, kept[matrix], selection.group, selection.block)
-                new = weight.masked_fill(~mask, 0)
+            new, mask = prune_matrix(weight, factorisation, kept[matrix], selection, compensate, importance)
             if int(mask.sum()) != kept[matrix]:
                 raise RuntimeError(f"{where}.{matrix.label}: {int(mask.sum())} weights kept instead of {kept[matrix]}")
             if matrix.parameter not in masks:

@@ -1,8 +1,8 @@
 """Parameters of the choice of a mask, shared by induction (mask in the loop) and pruning."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline_lib.params import Params
 from pipeline_lib.pruning.patterns import Group, Pattern
@@ -39,3 +39,16 @@ class SelectionParams(Params):
                 f"pattern {self.pattern} keeps {pattern.n} of {pattern.m}, so sparsity must be {wanted:g}, not {self.sparsity:g}"
             )
         return self
+
+
+class StepsParams(Params):
+    """What of ``prune.reconstruction`` says which steps there are."""
+
+    steps: list[Literal["obs", "channel"]]
+
+    @field_validator("steps")
+    @classmethod
+    def _in_order(cls, steps: list[str]) -> list[str]:
+        if steps != [step for step in ("obs", "channel") if step in steps]:
+            raise ValueError("each step once, and obs (which chooses the mask) before channel (which fits what is left)")
+        return steps

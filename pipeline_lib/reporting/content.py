@@ -219,7 +219,7 @@ def _cost(results: Results) -> str:
         return ""
     return (
         "Seconds are the wall time of the stages a variant needs by itself, one after another: `prune`, with `calibrate`, `scale` and "
-        "`induce` where it takes their factors, and `sensitivity` where it takes sensitivities. Peak is the most resident memory among "
+        "`induce` where it takes their factors, `sensitivity` where it takes sensitivities, and `curves` where it takes error curves. Peak is the most resident memory among "
         "these stages. `prepare`, `text` and `evaluate` are the same for all and not counted."
     )
 
@@ -233,7 +233,10 @@ def _recipes(results: Results) -> list[Column]:
         return f"block of {chosen['block']} columns" if chosen["group"] == "block" else str(chosen["group"])
 
     def allocation(chosen: Mapping[str, Any]) -> str:
-        return "uniform" if chosen["method"] == "uniform" else f"by {chosen['method']}, α = {chosen['alpha']:g}"
+        method, alpha = chosen["method"], f"α = {chosen['alpha']:g}"
+        if method == "predicted":
+            return f"least predicted loss ({chosen['weighting']}), {alpha}"
+        return "uniform" if method == "uniform" else f"by {method}, {alpha}"
 
     def source(path: str) -> str:
         return "none" if path.startswith("prepare/") else path.rpartition("/")[0] or path
@@ -298,8 +301,12 @@ def _sparsity(results: Results) -> list[Any]:
 
 
 def _allocated(variant: Variant) -> str:
-    unit = {"weight": "matrix", "layer": "block"}.get(variant.facts["settings"]["allocation"]["method"])
-    return f": the more sensitive a {unit} is estimated to be, the less of it is pruned" if unit else ""
+    told = {
+        "weight": ": the more sensitive a matrix is estimated to be, the less of it is pruned",
+        "layer": ": the more sensitive a block is estimated to be, the less of it is pruned",
+        "predicted": ", which the matrices' measured error curves predict to cost the loss least",
+    }
+    return told.get(variant.facts["settings"]["allocation"]["method"], "")
 
 
 # Sensitivity

@@ -150,11 +150,16 @@ def own_stages(name: str, factors: str, sensitivity: str) -> list[str]:
     ``factors`` and ``sensitivity`` are artifacts below build/, as in the variant's settings.
     """
     folder, _, rest = factors.partition("/")
-    stages = ["calibrate", "scale"] if folder in ("scale", "induce") else []
+    measured, _, curves = sensitivity.partition("/")
+    stages = ["calibrate"] if folder in ("scale", "induce") or measured == "curves" else []
+    if folder in ("scale", "induce"):
+        stages.append("scale")
     if folder == "induce":
         stages.append(f"induce-{rest.partition('/')[0]}")
-    if sensitivity.startswith("sensitivity/"):
+    if measured in ("sensitivity", "curves"):
         stages.append("sensitivity")
+    if measured == "curves":
+        stages.append(f"curves-{curves.removesuffix('.json')}")
     return [*stages, f"prune-{name}"]
 
 

@@ -59,9 +59,10 @@ def traces(
 
 
 def summarise(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean over probes and its standard error, per matrix."""
+    """Mean over probes and its standard error, per matrix; ``sensitivity`` is the mean, but not below its error."""
     summary = {}
     for name in samples[0]:
         values = torch.tensor([sample[name] for sample in samples], dtype=torch.float64)
-        summary[name] = {"trace": float(values.mean()), "stderr": float(values.std() / len(values) ** 0.5)}
+        trace, stderr = float(values.mean()), float(values.std() / len(values) ** 0.5)
+        summary[name] = {"trace": trace, "stderr": stderr, "sensitivity": max(trace, stderr)}
     return summary

@@ -1,0 +1,351 @@
+"""Allocations and scores on the testbeds, cell by cell and resumable: ``python -m benchmarks.sparsity cells|unsquared|verify``.
+
+A cell allocates a budget, prunes with the OBS sweep (column blocks of 128, damping 1%) and measures perplexity. Combinations are chosen on
+validation text; test and WikiText-2 are only reported. One file per finished cell, named after all that it depends on.
+"""
+
+import functools
+import json
+import random
+import statistics as stats
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import exp, log
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+
+from benchmarks.induction import Bench, gap
+from benchmarks.records import cell_file, commit
+from benchmarks.testbed import NAMES, ROOT, Testbed, inputs
+from benchmarks.twins import differing
+from pipeline_lib import params
+from pipeline_lib.allocation.budget import Unit
+from pipeline_lib.allocation.curves import CurvesParams, measure
+from pipeline_lib.allocation.plan import NEEDS, plan
+from pipeline_lib.artifacts import write_json
+from pipeline_lib.pruning.prune import PrunedBlock, PruneParams, prune
+from pipeline_lib.pruning.scores import Curvature, Score
+from pipeline_lib.reconstruction import obs
+from pipeline_lib.runtime import generator
+from pipeline_lib.transforms.transform import Transform
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "sparsity.json"
+UNSQUARED = HERE / "results" / "unsquared.json"
+TEXTS = ("validation", "test", "wikitext2")
+KEY = ("testbed", "pattern", "sparsity", "allocation", "score", "seed")
+ALLOCATIONS: dict[str, dict[str, Any]] = {
+    "uniform": {"method": "uniform"},
+    "layer": {"method": "layer", "alpha": 0.15},
+    "weight": {"method": "weight", "alpha": 0.15},
+    "predicted": {"method": "predicted", "weighting": "kronecker", "temper": 0.75, "alpha": 0.2},
+}
+OTHERS = {  # one seed
+    **{f"{method}-{alpha:g}": {"method": method, "alpha": alpha} for method in ("layer", "weight") for alpha in (0.05, 0.1, 0.2, 0.25)},
+    **{
+        f"predicted-{weighting}-{temper:g}-{alpha:g}": {"method": "predicted", "weighting": weighting, "temper": temper, "alpha": alpha}
+        for weighting, temper, alpha in [
+            ("trace", 1, 1),
+            ("trace", 0.75, 0.2),
+            ("kronecker", 1, 1),
+            ("kronecker", 0.75, 1),
+            ("kronecker", 1, 0.15),
+        ]
+    },
+    "owl": {"method": "owl", "alpha": 0.08},  # its authors' lambda
+    "dlp": {"method": "dlp", "alpha": 0.15},  # its authors' alpha
+    "depth": {"method": "depth", "alpha": 0.15},
+}
+FREE = ("predicted-kronecker-1-1", "predicted-kronecker-0.75-1")  # N:M has no other density within 0.2 of 2:4
+SPARSITIES = (0.5, 0.6, 0.7, 0.8)
+FISHER_ROWS = 4  # rows of one backward pass
+Entries = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    testbed: str
+    pattern: str
+    sparsity: float
+    allocation: str
+    score: Score
+    seed: int
+
+    def prune(self) -> PruneParams:
+        overrides = {
+            "selection": {"score": self.score, "group": "block", "sparsity": self.sparsity, "pattern": self.pattern},
+            "allocation": (ALLOCATIONS | OTHERS)[self.allocation],
+            "reconstruction": {"steps": ["obs"]},
+        }
+        return PruneParams.model_validate(params.merge(params.section("prune"), overrides))
+
+    def file(self) -> Path:
+        parameters = [params.section(name) for name in ("calibrate", "curves")] + [self.prune().model_dump(mode="json")]
+        return cell_file("sparsity-" + "-".join(str(value) for value in asdict(self).values()), parameters, inputs(self.testbed, TEXTS))
+
+
+def cells() -> Iterator[Cell]:
+    """In the order of the questions: the main table seed by seed, then what has one seed."""
+    for seed in range(3):
+        for sparsity in SPARSITIES:
+            for testbed in NAMES:
+                for score in ("obs", "isc"):
+                    for allocation in ALLOCATIONS:
+                        yield Cell(testbed, "unstructured", sparsity, allocation, score, seed)
+    for testbed in NAMES:
+        for sparsity in SPARSITIES:
+            yield from (Cell(testbed, "unstructured", sparsity, allocation, "obs", 0) for allocation in OTHERS)
+            yield from (Cell(testbed, "unstructured", sparsity, allocation, "obd", 0) for allocation in ALLOCATIONS)
+        for pattern in ("2:4", "4:8"):
+            for score in ("obs", "isc", "obd"):
+                yield from (Cell(testbed, pattern, 0.5, allocation, score, 0) for allocation in ("uniform", "weight", *FREE))
+
+
+def fisher(bed: Testbed, rows: torch.Tensor, seed: int) -> tuple[Entries, list[dict[str, torch.Tensor]]]:
+    """Per matrix name: ``trace`` = Tr(F)/n with its standard error over batches; per block and label: E[ggᵀ] [R, R].
+
+    Labels are drawn from the model and the loss is summed, so that ‖grad‖² per token is an unbiased estimate of Tr(F); g is the gradient at the
+    matrix's outputs.
+    """
+    entry, model = bed.checkpoint.architecture, bed.loaded({})
+    names = {entry.matrix_name(index, m): (index, m) for index in range(entry.depth) for m in entry.matrices}
+    modules = {
+        name: model.base_model.get_submodule(f"{entry.blocks}.{i}.{m.parameter.removesuffix('.weight')}") for name, (i, m) in names.items()
+    }
+    moments: dict[str, Any] = dict.fromkeys(names, 0.0)
+
+    def tap(module: torch.nn.Module, args: Any, out: torch.Tensor, name: str) -> None:
+        def take(gradient: torch.Tensor) -> None:
+            g = gradient.reshape(-1, gradient.shape[-1])
+            moments[name] = moments[name] + g.T @ g
+
+        out.register_hook(take)
+
+    handles = [module.register_forward_hook(functools.partial(tap, name=name)) for name, module in modules.items()]
+    weights = [module.weight.requires_grad_(True) for module in modules.values()]
+    random_, samples = generator(seed, "labels"), []
+    for batch in rows.split(FISHER_ROWS):
+        logits = model(input_ids=batch, use_cache=False).logits.float()
+        logits = logits.reshape(-1, logits.shape[-1])
+        labels = torch.multinomial(logits.detach().softmax(1), 1, generator=random_)[:, 0]
+        gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), weights)
+        samples.append([float(g.square().sum()) / len(logits) / g.numel() for g in gradients])
+    for handle in handles:
+        handle.remove()
+    for weight in weights:
+        weight.requires_grad_(False)
+    found: Entries = {}
+    for name, values in zip(names, zip(*samples, strict=True), strict=True):
+        trace, stderr = stats.mean(values), stats.stdev(values) / len(values) ** 0.5
+        index, matrix = names[name]
+        found[name] = {"trace": trace, "stderr": stderr, "sensitivity": max(trace, stderr), "block": index, "kind": matrix.kind}
+    by_block: list[dict[str, torch.Tensor]] = [{} for _ in range(entry.depth)]
+    for name, (index, matrix) in names.items():
+        by_block[index][matrix.label] = moments[name] / rows.numel()
+    return found, by_block
+
+
+class Lab(Bench):
+    """A testbed with what the cells of a seed share: sensitivities, and the curves of a score and pattern."""
+
+    def at(self, seed: int) -> None:
+        if seed != self.seed:
+            self.known: dict[Any, tuple[Any, float]] = {}
+            started = time.perf_counter()
+            super().at(seed)
+            self.calibrate_s = time.perf_counter() - started
+
+    def once(self, key: Any, compute: Any) -> tuple[Any, float]:
+        """A shared result and the seconds it took."""
+        if key not in self.known:
+            started = time.perf_counter()
+            value = compute()
+            self.known[key] = value, time.perf_counter() - started
+        return self.known[key]
+
+    def measured(self, settings: PruneParams) -> tuple[Entries, float]:
+        """What the allocation reads, and the seconds that it took."""
+        if settings.allocation.method not in NEEDS:
+            return {}, 0.0
+        assert self.seed is not None
+        (entries, moments), seconds = self.once("fisher", lambda: fisher(self.bed, torch.cat(list(self.rows.values())), self.seed))
+        if NEEDS[settings.allocation.method][0] == "sensitivity":
+            return entries, seconds
+        selection = settings.selection
+        curves, more = self.once((selection.score, selection.pattern), lambda: self.curves(settings, entries, moments))
+        return curves, seconds + more + self.calibrate_s
+
+    def curves(self, settings: PruneParams, entries: Entries, moments: list[dict[str, torch.Tensor]]) -> Entries:
+        """What stage curves gives."""
+        entry, given = self.bed.checkpoint.architecture, params.load(CurvesParams, "curves")
+        found: Entries = {}
+        for index, sites in enumerate(self.statistics):
+            tensors = {name: tensor.float() for name, tensor in self.bed.checkpoint.block(index).items()}
+            where = f"{entry.blocks}.{index}"
+            block = measure(entry, tensors, sites, entry.matrices, moments[index], settings.selection, True, given, where)
+            found |= {f"{where}.{label}": entries[f"{where}.{label}"] | facts for label, facts in block.items()}
+        return found
+
+    def prune(self, settings: PruneParams) -> tuple[dict[int, PrunedBlock], float]:
+        """The pruned blocks, and the wall seconds of all that they took."""
+        entries, seconds = self.measured(settings)
+        started = time.perf_counter()
+        entry, pattern = self.bed.checkpoint.architecture, settings.selection.shape
+        places = [(index, matrix) for index in range(entry.depth) for matrix in entry.matrices]
+        units = []
+        for index, matrix in places:
+            name, shape = entry.matrix_name(index, matrix), self.bed.checkpoint.matrix_shape(index, matrix)
+            units.append(Unit(name, index, shape[0] * shape[1], pattern.quantum(name, shape)))
+        kept = dict(zip(places, plan(units, settings.selection.sparsity, settings.allocation, entries), strict=True))
+        transforms = [Transform()] * entry.depth
+        blocks = dict(prune(self.bed.stream(), self.rows["fit"], self.rows["held_out"], kept, transforms, settings, lambda _: None))
+        return blocks, seconds + time.perf_counter() - started
+
+    def cell(self, cell: Cell) -> list[dict[str, Any]]:
+        self.at(cell.seed)
+        blocks, seconds = self.prune(cell.prune())
+        ppl = self.perplexities({index: block.tensors for index, block in blocks.items()}, TEXTS)
+        told = {"wall_s": round(seconds, 2), "commit": commit()}
+        return [{**asdict(cell), "text": text, "ppl": ppl[text], "dense": self.dense[text], "selected": False, **told} for text in TEXTS]
+
+
+def select(records: list[dict[str, Any]]) -> None:
+    """Mark, per testbed, pattern and sparsity, the combination with the least mean log perplexity on validation text, of those with most seeds."""
+    combined: dict[tuple[Any, ...], dict[tuple[Any, ...], list[float]]] = {}
+    for r in records:
+        r["selected"] = False
+        if r["text"] == "validation":
+            place = combined.setdefault((r["testbed"], r["pattern"], r["sparsity"]), {})
+            place.setdefault((r["allocation"], r["score"]), []).append(log(r["ppl"]))
+    for place, found in combined.items():
+        seeds = max(map(len, found.values()))
+        best = min((key for key, values in found.items() if len(values) == seeds), key=lambda key: stats.mean(found[key]))
+        for r in records:
+            r["selected"] |= (r["testbed"], r["pattern"], r["sparsity"], r["allocation"], r["score"]) == (*place, *best)
+
+
+def gather() -> list[dict[str, Any]]:
+    """All records: those of finished cells, and for cells of other code or parameters what was recorded before."""
+    known = {}
+    old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+    finished = [json.loads(path.read_text(encoding="utf-8")) for cell in cells() if (path := cell.file()).exists()]
+    for record in [*old, *(record for cell in finished for record in cell)]:
+        known[(*(record[key] for key in KEY), record["text"])] = record
+    order = [(*asdict(cell).values(), text) for cell in cells() for text in TEXTS]
+    records = [known[key] for key in order if key in known]
+    select(records)
+    return records
+
+
+def table(records: list[dict[str, Any]], text: str) -> str:
+    """Markdown: perplexity, geometric mean ± spread (largest distance of a seed from it), and in brackets the share of the gap between uniform
+    OBS and dense that is closed (paired by seed, mean); ``*`` marks what validation text named."""
+    known = {tuple(r[key] for key in KEY): r for r in records if r["text"] == text}
+    columns = [(t, p, s) for t in NAMES for p, s in [("unstructured", s) for s in SPARSITIES] + [("2:4", 0.5), ("4:8", 0.5)]]
+    rows = list(dict.fromkeys((cell.allocation, cell.score) for cell in cells()))
+    heads = [f"{t} {f'{s:.0%}' if p == 'unstructured' else p}" for t, p, s in columns]
+    lines = [f"| {text} | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
+    for allocation, score in rows:
+        line = []
+        for column in columns:
+            found = [known[key] for seed in range(3) if (key := (*column, allocation, score, seed)) in known]
+            if not found:
+                line.append("")
+                continue
+            middle = exp(stats.mean(log(r["ppl"]) for r in found))
+            spread = f" ± {max(abs(r['ppl'] - middle) for r in found):.2f}" if len(found) > 1 else ""
+            bases = [known.get((*column, "uniform", "obs", r["seed"])) for r in found]
+            gaps = [gap(base["ppl"], r["ppl"], r["dense"]) for base, r in zip(bases, found, strict=True) if base]
+            closed = f" ({100 * stats.mean(gaps):.1f}%)" if gaps and (allocation, score) != ("uniform", "obs") else ""
+            line.append(f"{middle:.2f}{spread}{closed}{'*' if found[0]['selected'] else ''}")
+        if any(line):
+            lines.append(f"| {allocation}, {score} | {' | '.join(line)} |")
+    return "\n".join(lines)
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    if not ROOT.exists():
+        raise click.ClickException(f"no testbeds at {ROOT}; set SPARSELINE_TESTBED to a directory with llama, opt and texts.")
+
+
+@main.command("cells")
+@click.option("--testbed", type=click.Choice(NAMES), help="Only this one.")
+@click.option("--seed", type=int, help="Only this one.")
+@click.option("--sparsity", type=float, help="Only this one.")
+def run_cells(testbed: str | None, seed: int | None, sparsity: float | None) -> None:
+    """Every cell that is not there yet; then the tables."""
+    labs = {name: Lab(Testbed(name)) for name in NAMES}
+    for cell in cells():
+        asked = testbed in (None, cell.testbed) and seed in (None, cell.seed) and sparsity in (None, cell.sparsity)
+        if asked and not (path := cell.file()).exists():
+            found = labs[cell.testbed].cell(cell)
+            write_json(path, found)
+            click.echo(f"{cell}: " + ", ".join(f"{r['text']} {r['ppl']:.3f}" for r in found) + f"; {found[0]['wall_s']:.1f} s")
+    records = gather()
+    write_json(RESULTS, records)
+    for text in TEXTS:
+        click.echo("\n" + table(records, text))
+
+
+@main.command("table")
+def show() -> None:
+    """The tables of the recorded results."""
+    for text in TEXTS:
+        click.echo(table(json.loads(RESULTS.read_text(encoding="utf-8")), text) + "\n")
+
+
+@main.command()
+@click.option("--count", default=3, show_default=True)
+@click.option("--seed", type=int, help="Which cells; random without.")
+def verify(count: int, seed: int | None) -> None:
+    """Recompute random cells of the recorded results; they must agree within 1% of perplexity (other threads, other rounding)."""
+    records = json.loads(RESULTS.read_text(encoding="utf-8"))
+    known = sorted({tuple(r[key] for key in KEY) for r in records})
+    wrong = 0
+    for key in random.Random(seed).sample(known, count):
+        for new in Lab(Testbed(key[0])).cell(Cell(*key)):
+            old = next(r for r in records if all(r[name] == new[name] for name in (*KEY, "text")))
+            apart = abs(log(new["ppl"] / old["ppl"]))
+            wrong += apart > 0.01
+            click.echo(f"{key} {new['text']}: recorded {old['ppl']:.3f}, now {new['ppl']:.3f}; apart by {apart:.2%}")
+    if wrong:
+        raise click.ClickException(f"{wrong} records differ by more than 1%.")
+
+
+def _unsquared(score: Score, weight: torch.Tensor, curvature: Curvature) -> torch.Tensor:
+    """ISC as its authors' released code has it: w²·(H_mm + 1/U_mm), with the Cholesky factor's diagonal not squared."""
+    return weight.square() * (curvature.diagonal + curvature.inverse_diagonal.rsqrt())
+
+
+@main.command()
+@click.option("--testbed", type=click.Choice(NAMES), help="Only this one.")
+def unsquared(testbed: str | None) -> None:
+    """What the authors' code, which does not square U_mm, changes of ISC: share of mask entries and perplexity, uniform, seed 0."""
+    results = []
+    for name in (testbed,) if testbed else NAMES:
+        lab = Lab(Testbed(name))
+        lab.at(0)
+        for sparsity in SPARSITIES:
+            settings = Cell(name, "unstructured", sparsity, "uniform", "isc", 0).prune()
+            squared, _ = lab.prune(settings)
+            with mock.patch.object(obs, "saliency", _unsquared):
+                plain, _ = lab.prune(settings)
+            runs = {"squared": squared, "unsquared": plain}
+            ppl = {
+                key: lab.perplexities({i: block.tensors for i, block in blocks.items()}, ("validation", "test"))
+                for key, blocks in runs.items()
+            }
+            changed = differing(squared, plain)
+            results.append({"testbed": name, "sparsity": sparsity, "seed": 0, "masks_differ": changed, **ppl, "commit": commit()})
+            click.echo(results[-1])
+    write_json(UNSQUARED, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Error curves: what pruning each matrix of a block to a few densities changes, on the dense stream; and what OWL and DLP read of a block.
+
+Shape letters: ``R`` outputs, ``C`` inputs of a matrix. G = E[X Xᵀ] [C, C], M = E[g gᵀ] of the loss's gradients at the outputs, [R, R] or its diagonal [R].
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from pydantic import Field, field_validator
+
+from pipeline_lib.allocation.budget import target
+from pipeline_lib.calibration.statistics import SiteStatistics
+from pipeline_lib.models.architecture import Architecture, Matrix
+from pipeline_lib.params import Params
+from pipeline_lib.pruning.matrix import prune_matrix
+from pipeline_lib.pruning.settings import SelectionParams
+from pipeline_lib.reconstruction.obs import factorise
+
+
+class CurvesParams(Params):
+    """Section ``curves``, with ``curved.<variant>`` laid over it."""
+
+    densities: list[float] = Field(min_length=1)
+    outlier_factor: float = Field(gt=0)
+
+    @field_validator("densities")
+    @classmethod
+    def _increasing(cls, densities: list[float]) -> list[float]:
+        if not all(low < high for low, high in zip([0.0, *densities], [*densities, 1.0], strict=True)):
+            raise ValueError("densities must increase and lie between 0 and 1; both ends are measured anyway")
+        return densities
+
+
+def counts(size: int, quantum: int, densities: Collection[float]) -> list[int]:
+    """Kept counts to measure between none and all: every multiple of an N:M pattern's quantum, or the densities' nearest."""
+    if quantum > 1:
+        return list(range(quantum, size, quantum))
+    return sorted({target(1 - density, size) for density in densities} - {0, size})
+
+
+def errors(difference: torch.Tensor, gram: torch.Tensor, moment: torch.Tensor | None) -> tuple[float, float, float | None]:
+    """‖ΔW‖²_F, the layer error tr(ΔW G ΔWᵀ) (= E‖ΔW X‖²), and the Kronecker error tr(M ΔW G ΔWᵀ), for ΔW [R, C]."""
+    product = difference @ gram
+    layer = (product * difference).sum(1, dtype=torch.float64)  # the diagonal of ΔW G ΔWᵀ [R]
+    if moment is None:
+        kronecker = None
+    elif moment.ndim == 1:
+        kronecker = float(moment.double() @ layer)
+    else:
+        kronecker = float(((moment @ difference) * product).sum(dtype=torch.float64))
+    return float(difference.square().sum(dtype=torch.float64)), float(layer.sum()), kronecker
+
+
+def measure(
+    architecture: Architecture,
+    tensors: Mapping[str, torch.Tensor],
+    statistics: Mapping[str, SiteStatistics],
+    included: Collection[Matrix],
+    moments: Mapping[str, torch.Tensor],
+    selection: SelectionParams,
+    compensate: bool,
+    params: CurvesParams,
+    where: str,
+) -> dict[str, dict[str, Any]]:
+    """Per label of an included matrix: ``curve``, ``damping``, and its block's ``outliers`` and ``median``.
+
+    Masks and compensation come from the fitting rows' Gram matrix, as in ``prune``; errors are taken on the held-out rows' where there are some, since
+    the compensation is fitted. One factorisation serves all matrices of a site at all densities. At density 0 ΔW = −W, at 1 it is 0: both are exact.
+
+    Args:
+        tensors: the block in float32.
+        moments: M per label; may be empty.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    metrics = []
+    for site in architecture.sites:
+        consumers = [matrix for matrix in architecture.consumers(site.name) if matrix in included]
+        if not consumers:
+            continue
+        known = statistics[site.name]
+        factorisation = factorise(known.second_moment_matrix, selection.damping, selection.damping_of, f"{where} {site.name}")
+        judging = known.second_moment_matrix if known.held_out_gram is None else known.held_out_gram
+        for matrix in consumers:
+            weight = matrix.view(tensors[matrix.parameter])
+            metrics.append((weight.abs() * known.second_moment.sqrt()).flatten())
+            moment, size = moments.get(matrix.label), weight.numel()
+            quantum = selection.shape.quantum(f"{where}.{matrix.label}", (weight.shape[0], weight.shape[1]))
+            inner = counts(size, quantum, params.densities)
+            taken = [errors(weight, judging, moment)]  # of keeping none
+            for kept in inner:
+                new, _ = prune_matrix(weight, factorisation, kept, selection, compensate)
+                taken.append(errors(new - weight, judging, moment))
+            taken.append((0.0, 0.0, 0.0))
+            frobenius, layer, kronecker = zip(*taken, strict=True)
+            curve = {"density": [0.0, *(kept / size for kept in inner), 1.0], "frobenius": list(frobenius), "layer": list(layer)}
+            found[matrix.label] = {
+                "curve": curve | {"kronecker": None if moment is None else list(kronecker)},
+                "damping": factorisation.damping,
+            }
+    if metrics:
+        metric = torch.cat(metrics)
+        outliers, median = float((metric > params.outlier_factor * metric.mean()).float().mean()), float(metric.median())
+        found = {label: facts | {"outliers": outliers, "median": median} for label, facts in found.items()}
+    return found

@@ -1,0 +1,54 @@
+"""Measure one variant's error curves: every matrix pruned to a few densities, what that changes, weighted by what the loss feels."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from pipeline_lib import artifacts, params, runtime
+from pipeline_lib.allocation.curves import CurvesParams, measure
+from pipeline_lib.calibration.capture import CalibrateParams, block_file, stored_or_walked
+from pipeline_lib.calibration.inputs import calibration_rows, open_model
+from pipeline_lib.models.source import ModelParams
+from pipeline_lib.pruning.settings import SelectionParams, StepsParams
+
+MATRICES = Path("build/prepare/matrices.json")
+STATISTICS = Path("build/calibrate")
+SENSITIVITY = Path("build/sensitivity")
+
+
+@click.command(help=__doc__)
+@click.argument("variant")
+def main(variant: str) -> None:
+    with runtime.stage(Path(f"build/costs/curves-{variant}.json")):
+        settings = params.parse(CurvesParams, params.merged("curves", f"curved.{variant}"), "curves")
+        merged = params.merged("prune.selection", f"variants.{variant}.selection")
+        selection = params.parse(SelectionParams, merged, f"variants.{variant}.selection")
+        merged = params.merged("prune.reconstruction", f"variants.{variant}.reconstruction")
+        steps = params.parse(StepsParams, {"steps": merged.get("steps")}, f"variants.{variant}.reconstruction").steps
+        calibrate = params.load(CalibrateParams, "calibrate")
+        model = open_model(params.load(ModelParams, "model"))
+        entry, checkpoint = model.checkpoint.architecture, model.checkpoint
+        listed = {m["name"]: m for m in artifacts.read_json(MATRICES) if m["included"]}
+        for name, m in listed.items():
+            selection.shape.quantum(name, tuple(m["shape"]))  # refuses an N:M that does not divide
+        sensitivities = artifacts.read_json(SENSITIVITY / "sensitivity.json")
+        rows = calibration_rows()
+        curves: dict[str, dict[str, Any]] = {}
+        statistics = stored_or_walked(STATISTICS, model, rows["fit"], rows["held_out"], calibrate)
+        for index, sites in tqdm(statistics, total=entry.depth, desc=f"curves {variant}", unit="block"):
+            tensors = {name: tensor.float() for name, tensor in checkpoint.block(index).items()}
+            included = [matrix for matrix in entry.matrices if entry.matrix_name(index, matrix) in listed]
+            path = block_file(SENSITIVITY / "moments", index)
+            moments = artifacts.read_tensors(path)[0] if path.exists() else {}
+            where = f"{entry.blocks}.{index}"
+            found = measure(entry, tensors, sites, included, moments, selection, "obs" in steps, settings, where)
+            curves |= {f"{where}.{label}": sensitivities[f"{where}.{label}"] | facts for label, facts in found.items()}
+        artifacts.write_json(Path(f"build/curves/{variant}.json"), curves)
+        points = len(next(iter(curves.values()))["curve"]["density"])
+        click.echo(f"curves {variant}: {len(curves)} matrices at {points} densities, moments in {'use' if moments else 'none'}")
+
+
+if __name__ == "__main__":
+    main()
