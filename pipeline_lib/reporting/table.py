@@ -12,6 +12,7 @@ from pipeline_lib.params import Params
 
 DENSE = "dense"
 ABSENT = "–"
+SENSITIVITY = "sensitivity/"  # where the sensitivity stage's artifacts are, below build/
 PERPLEXITY = "perplexity, "  # group of columns, before the name of the text
 
 
@@ -96,6 +97,7 @@ class Results:
     model: Mapping[str, Any]  # build/prepare/model.json
     texts: Mapping[str, Text]  # evaluation texts in the order of params.yaml
     variants: tuple[Variant, ...]
+    estimate: Mapping[str, Any]  # build/sensitivity/estimate.json; empty if no variant uses it
 
     @property
     def dense(self) -> Variant:
@@ -142,7 +144,7 @@ def own_stages(name: str, factors: str, sensitivity: str) -> list[str]:
     stages = ["calibrate", "scale"] if folder in ("scale", "induce") else []
     if folder == "induce":
         stages.append(f"induce-{rest.partition('/')[0]}")
-    if sensitivity.startswith("sensitivity/"):
+    if sensitivity.startswith(SENSITIVITY):
         stages.append("sensitivity")
     return [*stages, f"prune-{name}"]
 
@@ -155,7 +157,9 @@ def collect(build: Path, params: ReportParams, names: Sequence[str], texts: Mapp
     """
     variants = [_variant(build, DENSE)]
     variants += [_variant(build, name) for name in names]
-    return Results(params.title, params.baseline, _read(build / "prepare" / "model.json", "prepare"), texts, tuple(variants))
+    measured = any(variant.facts["settings"]["sensitivity"].startswith(SENSITIVITY) for variant in variants[1:])
+    estimate = _read(build / "sensitivity" / "estimate.json", "sensitivity") if measured else {}
+    return Results(params.title, params.baseline, _read(build / "prepare" / "model.json", "prepare"), texts, tuple(variants), estimate)
 
 
 def _variant(build: Path, name: str) -> Variant:
