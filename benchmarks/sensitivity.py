@@ -58,17 +58,17 @@ def settings(rows_per_probe: int) -> SensitivityParams:
     return shipped.model_copy(update={"probes": max(PROBES), "rows_per_probe": rows_per_probe})
 
 
-def streamed(name: str, estimator: str, rows_per_probe: int) -> Samples:
+def streamed(name: str, rows: torch.Tensor, estimator: str, rows_per_probe: int) -> Samples:
     """All samples, pass by pass as the stage takes them."""
     bed, chosen = Testbed(name), settings(rows_per_probe)
     entry = bed.checkpoint.architecture
     matrices = {index: {entry.matrix_name(index, m): m for m in entry.matrices} for index in range(entry.depth)}
-    subject = Subject(bed.stream(), torch.cat(list(bed.calibration(0).values())), matrices)
+    subject = Subject(bed.stream(), rows, matrices)
     passes = torch.arange(chosen.probes).split(chosen.probes_per_pass)
     return [sample for probes in passes for sample in ESTIMATORS[estimator](subject, chosen, probes.tolist())]
 
 
-def at_once(name: str, rows_per_probe: int) -> None:
+def at_once(name: str, rows: torch.Tensor, rows_per_probe: int) -> None:
     """Hessian-vector products of the whole model, gradients of all matrices in memory."""
     bed = Testbed(name)
     model = load_model(bed.root / name, "float32", torch.device("cpu"))
@@ -78,8 +78,7 @@ def at_once(name: str, rows_per_probe: int) -> None:
         for index in range(entry.depth)
         for path in sorted({matrix.parameter for matrix in entry.matrices})
     ]
-    rows = torch.cat(list(bed.calibration(0).values())).split(rows_per_probe)
-    for ids in rows[:WHOLE_PROBES]:
+    for ids in rows.split(rows_per_probe)[:WHOLE_PROBES]:
         with sdpa_kernel(SDPBackend.MATH):
             logits = model(ids, use_cache=False).logits[:, :-1]
             loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -129,15 +128,16 @@ def main() -> None:
     torch.set_num_threads(1)  # a fork does not survive its parent's threads
     results: dict[str, list[dict[str, Any]]] = {"runs": [], "whole": [], "rankings": []}
     for name in NAMES:
-        Testbed(name).whole(torch.zeros(1, 2, dtype=torch.long))  # what is loaded late is loaded now, in no fork's account
+        rows = torch.cat(list(Testbed(name).calibration(0).values()))
+        Testbed(name).whole(rows[:1, :2])  # what is loaded late is loaded now, in no fork's account
         by_estimator: dict[str, Samples] = {}
         for rows_per_probe in ROWS:
             for estimator in ESTIMATORS:
-                samples, wall, peak = measured(streamed, name, estimator, rows_per_probe)
+                samples, wall, peak = measured(streamed, name, rows, estimator, rows_per_probe)
                 results["runs"].append(record(name, estimator, rows_per_probe, samples, wall, peak) | {"commit": commit()})
                 click.echo(results["runs"][-1])
                 by_estimator[estimator] = samples  # of the most rows, in the end
-            _, wall, peak = measured(at_once, name, rows_per_probe)
+            _, wall, peak = measured(at_once, name, rows, rows_per_probe)
             whole = {
                 "testbed": name,
                 "rows_per_probe": rows_per_probe,
