@@ -1,7 +1,7 @@
 """The two estimators of sensitivity on the testbeds, against each other in one run: ``python -m benchmarks.sensitivity``.
 
 Each estimator, at 1 and 4 calibration rows a probe, runs in a fork of its own, on one thread; so does, for comparison, the Hessian-vector product of
-the whole model at once. Wall seconds and the kernel's high-water mark of memory (reset at the start) are the fork's; rankings, their
+the whole model at once. Seconds and the kernel's high-water mark of memory (reset at the start) are the fork's; rankings, their
 agreement and what the adaptive rule would have stopped at come from its samples.
 """
 
@@ -9,6 +9,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +35,39 @@ WHOLE_PROBES = 4  # of the whole model at once: enough for its cost
 ESTIMATORS: dict[str, Callable[..., Samples]] = {"fisher": fisher.samples, "hutchinson": hutchinson.samples}
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, and bytes by which memory rose at its peak."""
+
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int
+
+    def per_probe(self, probes: int) -> dict[str, float]:
+        return {
+            "wall_s_per_probe": round(self.wall_s / probes, 3),
+            "cpu_s_per_probe": round(self.cpu_s / probes, 3),
+            "peak_bytes": self.peak_bytes,
+        }
+
+
 def mark(field: str) -> int:
     """VmRSS or VmHWM of this process in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
-def measured(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float, int]:
-    """Result, wall seconds, and bytes by which memory rose at its peak, in a fork of its own."""
+def measured(work: Callable[..., Any], *arguments: Any) -> tuple[Any, Cost]:
+    """Result and cost of a piece of work, in a fork of its own."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(_measure, (work, *arguments))
 
 
-def _measure(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float, int]:
+def _measure(work: Callable[..., Any], *arguments: Any) -> tuple[Any, Cost]:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM back to the present size
-    before, started = mark("VmRSS"), time.monotonic()
+    before, wall, cpu = mark("VmRSS"), time.monotonic(), time.process_time()
     result = work(*arguments)
-    return result, time.monotonic() - started, mark("VmHWM") - before
+    return result, Cost(time.monotonic() - wall, time.process_time() - cpu, mark("VmHWM") - before)
 
 
 def settings(rows_per_probe: int) -> SensitivityParams:
@@ -86,7 +103,7 @@ def at_once(name: str, rows: torch.Tensor, rows_per_probe: int) -> None:
             torch.autograd.grad(gradients, tensors, [torch.ones_like(tensor) for tensor in tensors])
 
 
-def record(name: str, estimator: str, rows_per_probe: int, samples: Samples, wall: float, peak: int) -> dict[str, Any]:
+def record(name: str, estimator: str, rows_per_probe: int, samples: Samples, cost: Cost) -> dict[str, Any]:
     """What one run says: agreement and error as probes grow, and where the adaptive rule would have stopped."""
     chosen = settings(rows_per_probe)
     *_, stopped = estimates(lambda probes: [samples[p] for p in probes], chosen.probes, chosen.probes_per_pass, chosen.agreement)
@@ -98,11 +115,10 @@ def record(name: str, estimator: str, rows_per_probe: int, samples: Samples, wal
         "halves": {str(count): round(split_half(samples[:count]), 3) for count in PROBES},
         "relative_error": {str(n): round(relative_error(Estimate(samples[:n], 0.0, False).summary()), 3) for n in PROBES},
         "negative": sum(one["trace"] < 0 for one in summary.values()),
-        "wall_s_per_probe": round(wall / len(samples), 3),
-        "peak_bytes": peak,
+        **cost.per_probe(len(samples)),
         "stopped_at": len(stopped.samples),
         "reached": stopped.reached,
-        "wall_s_to_stop": round(wall * len(stopped.samples) / len(samples), 1),
+        "cpu_s_to_stop": round(cost.cpu_s * len(stopped.samples) / len(samples), 1),
     }
 
 
@@ -123,6 +139,20 @@ def places(name: str, samples: Samples) -> dict[str, Any]:
     }
 
 
+def rankings(name: str, taken: dict[tuple[str, int], Samples]) -> dict[str, Any]:
+    """Fisher's ranking against Hutchinson's best one (most rows), with as many rows and with few; and what both find most sensitive."""
+
+    def means(samples: Samples) -> list[float]:
+        return [one["trace"] for one in Estimate(samples, 0.0, False).summary().values()]
+
+    best = means(taken["hutchinson", ROWS[-1]])
+    tau = {f"{count} x {rows}": round(kendall(means(taken["fisher", rows][:count]), best), 3) for rows in ROWS for count in PROBES}
+    ratio = statistics.median(f / h for f, h in zip(means(taken["fisher", ROWS[-1]]), best, strict=True) if h > 0)
+    found = {estimator: places(name, taken[estimator, ROWS[-1]]) for estimator in ESTIMATORS}
+    hutchinson_is = f"{PROBES[-1]} x {ROWS[-1]}"
+    return {"testbed": name, "hutchinson": hutchinson_is, "tau": tau, "fisher_over_hutchinson": round(ratio, 3), "places": found}
+
+
 @click.command(help=__doc__)
 def main() -> None:
     torch.set_num_threads(1)  # a fork does not survive its parent's threads
@@ -130,28 +160,18 @@ def main() -> None:
     for name in NAMES:
         rows = torch.cat(list(Testbed(name).calibration(0).values()))
         Testbed(name).whole(rows[:1, :2])  # what is loaded late is loaded now, in no fork's account
-        by_estimator: dict[str, Samples] = {}
+        taken: dict[tuple[str, int], Samples] = {}
         for rows_per_probe in ROWS:
             for estimator in ESTIMATORS:
-                samples, wall, peak = measured(streamed, name, rows, estimator, rows_per_probe)
-                results["runs"].append(record(name, estimator, rows_per_probe, samples, wall, peak) | {"commit": commit()})
+                samples, cost = measured(streamed, name, rows, estimator, rows_per_probe)
+                results["runs"].append(record(name, estimator, rows_per_probe, samples, cost) | {"commit": commit()})
                 click.echo(results["runs"][-1])
-                by_estimator[estimator] = samples  # of the most rows, in the end
-            _, wall, peak = measured(at_once, name, rows, rows_per_probe)
-            whole = {
-                "testbed": name,
-                "rows_per_probe": rows_per_probe,
-                "wall_s_per_probe": round(wall / WHOLE_PROBES, 3),
-                "peak_bytes": peak,
-            }
+                taken[estimator, rows_per_probe] = samples
+            _, cost = measured(at_once, name, rows, rows_per_probe)
+            whole = {"testbed": name, "rows_per_probe": rows_per_probe, **cost.per_probe(WHOLE_PROBES)}
             results["whole"].append(whole | {"commit": commit()})
             click.echo(results["whole"][-1])
-        means = {key: Estimate(samples, 0.0, False).summary() for key, samples in by_estimator.items()}
-        values = [[one["trace"] for one in means[key].values()] for key in ESTIMATORS]
-        ranking = {"testbed": name, "rows_per_probe": ROWS[-1], "probes": PROBES[-1], "tau": round(kendall(*values), 3)}
-        ratio = statistics.median(f / h for f, h in zip(*values, strict=True) if h > 0)
-        ranking |= {"fisher_over_hutchinson": round(ratio, 3)}
-        results["rankings"].append(ranking | {key: places(name, samples) for key, samples in by_estimator.items()} | {"commit": commit()})
+        results["rankings"].append(rankings(name, taken) | {"commit": commit()})
         click.echo(results["rankings"][-1])
     write_json(RESULTS, results)
 

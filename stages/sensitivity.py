@@ -76,8 +76,9 @@ def main() -> None:
         artifacts.write_json(OUT / "estimate.json", facts)
         with artifacts.replacing(OUT / "moments") as directory:
             directory.mkdir()
-            for index in range(entry.depth) if moments is not None else ():
-                artifacts.write_tensors(directory / f"block-{index:03d}.safetensors", moments.block(index), {"full": full})
+            if moments is not None:
+                for index in range(entry.depth):
+                    artifacts.write_tensors(directory / f"block-{index:03d}.safetensors", moments.block(index), {"full": full})
         click.echo(
             f"sensitivity: {settings.estimator}, {len(described)} matrices, {facts['probes']} probes; split-half Kendall τ {found.agreement:.2f}, "
             f"{'reached' if found.reached else 'capped below'} {settings.agreement:g}; median relative standard error {facts['relative_error']:.0%}"

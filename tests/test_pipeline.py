@@ -101,6 +101,7 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
         *(f"calibrate/block-{block:03d}.safetensors" for block in blocks),
         *("scale/transform.safetensors", "induce/sparseline/transform.safetensors", "induce/sparseline/curve.json"),
         *(f"sensitivity/{name}.json" for name in ("sensitivity", "estimate", "by_depth")),
+        *(f"sensitivity/moments/block-{block:03d}.safetensors" for block in blocks),
         *(f"prune/{variant}/checkpoint/{name}" for variant in variants for name in source | shards),
         *(f"prune/{variant}/masks/block-{block:03d}.safetensors" for variant in variants for block in blocks),
         *(f"facts/{variant}.json" for variant in variants),
