@@ -1,8 +1,8 @@
 """The two estimators of sensitivity on the testbeds, against each other in one run: ``python -m benchmarks.sensitivity``.
 
-Each estimator, at 1 and 4 calibration rows a probe, runs in a fork of its own, on one thread; so does, for comparison, the Hessian-vector product of
-the whole model at once. Seconds and the kernel's high-water mark of memory (reset at the start) are the fork's; rankings, their
-agreement and what the adaptive rule would have stopped at come from its samples.
+Each estimator, at 1 and 4 calibration rows a probe, runs in a fork of its own, on one thread; so does, for comparison, the
+Hessian-vector product of the whole model at once. Seconds and the kernel's high-water mark of memory (reset at the start) are the
+fork's; rankings, their agreement and where the adaptive rule would have stopped come from its samples.
 """
 
 import multiprocessing
@@ -153,6 +153,30 @@ def rankings(name: str, taken: dict[tuple[str, int], Samples]) -> dict[str, Any]
     return {"testbed": name, "hutchinson": hutchinson_is, "tau": tau, "fisher_over_hutchinson": round(ratio, 3), "places": found}
 
 
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """The runs as Markdown, as in docs/results.md."""
+    heads = [
+        "testbed",
+        "estimator",
+        "rows a probe",
+        *(f"τ, {n} probes" for n in PROBES),
+        "error, 64 probes",
+        "CPU s a probe",
+        "peak MB",
+        "stops at",
+    ]
+    lines = [heads, ["---"] * len(heads)]
+    for run in results["runs"]:
+        halves = [f"{run['halves'][str(n)]:.2f}" for n in PROBES]
+        error, stop = f"{run['relative_error'][str(PROBES[-1])]:.1%}", f"{run['stopped_at']}" if run["reached"] else "never"
+        own = [run["testbed"], run["estimator"], run["rows_per_probe"], *halves, error]
+        lines.append([*map(str, own), f"{run['cpu_s_per_probe']:.2f}", f"{run['peak_bytes'] / 1e6:.0f}", stop])
+    for run in results["whole"]:
+        own = [run["testbed"], "whole model", run["rows_per_probe"], *[""] * (len(PROBES) + 1)]
+        lines.append([*map(str, own), f"{run['cpu_s_per_probe']:.2f}", f"{run['peak_bytes'] / 1e6:.0f}", ""])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 @click.command(help=__doc__)
 def main() -> None:
     torch.set_num_threads(1)  # a fork does not survive its parent's threads
@@ -174,6 +198,7 @@ def main() -> None:
         results["rankings"].append(rankings(name, taken) | {"commit": commit()})
         click.echo(results["rankings"][-1])
     write_json(RESULTS, results)
+    click.echo(table(results))
 
 
 if __name__ == "__main__":

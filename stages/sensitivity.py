@@ -41,24 +41,27 @@ def main() -> None:
         if full and (size := moment_bytes([m["shape"] for m in included.values()])) > settings.moment_budget_bytes:
             click.echo(f"sensitivity: full output moments take {size:,} bytes, more than moment_budget_bytes; diagonals instead")
             full = False
-        moments = None if settings.output_moments == "none" else OutputMoments(full)
+        wanted = settings.output_moments != "none"
 
-        def sample(probes: Sequence[int]) -> Samples:
-            if settings.estimator == "hutchinson":
+        with artifacts.replacing(OUT / "moments") as directory:
+            directory.mkdir()
+            moments = OutputMoments(directory, full) if wanted else None
+
+            def sample(probes: Sequence[int]) -> Samples:
+                if settings.estimator == "fisher":
+                    return fisher.samples(subject, settings, probes, moments)
+                if moments is not None:
+                    fisher.samples(subject, settings, probes, moments)
                 return hutchinson.samples(subject, settings, probes)
-            return fisher.samples(subject, settings, probes, moments)
 
-        passes = -(-settings.probes // settings.probes_per_pass)
-        groups = estimates(sample, settings.probes, settings.probes_per_pass, settings.agreement)
-        for found in tqdm(groups, total=passes, desc="sensitivity", unit="pass"):
-            summary = found.summary()
-            if wrong := [name for name, value in summary.items() if not math.isfinite(value["trace"] + value["stderr"])]:
-                raise SparselineError(
-                    f"The sensitivity of {wrong[0]} is NaN or infinite; check the model's weights, or its loss on this text."
-                )
-        if moments is not None and settings.estimator == "hutchinson":
-            for first in range(0, len(found.samples), settings.probes_per_pass):
-                fisher.samples(subject, settings, range(first, min(first + settings.probes_per_pass, len(found.samples))), moments)
+            passes = -(-settings.probes // settings.probes_per_pass)
+            groups = estimates(sample, settings.probes, settings.probes_per_pass, settings.agreement)
+            for found in tqdm(groups, total=passes, desc="sensitivity", unit="pass"):
+                summary = found.summary()
+                if wrong := [name for name, value in summary.items() if not math.isfinite(value["trace"] + value["stderr"])]:
+                    raise SparselineError(
+                        f"The sensitivity of {wrong[0]} is NaN or infinite; check the model's weights, or its loss on this text."
+                    )
 
         described = {name: value | {k: included[name][k] for k in ("block", "kind")} for name, value in summary.items()}
         artifacts.write_json(OUT / "sensitivity.json", described)
@@ -71,14 +74,9 @@ def main() -> None:
             "wanted": settings.agreement,
             "reached": found.reached,
             "relative_error": relative_error(summary),
-            "output_moments": "none" if moments is None else "full" if full else "diagonal",
+            "output_moments": ("full" if full else "diagonal") if wanted else "none",
         }
         artifacts.write_json(OUT / "estimate.json", facts)
-        with artifacts.replacing(OUT / "moments") as directory:
-            directory.mkdir()
-            if moments is not None:
-                for index in range(entry.depth):
-                    artifacts.write_tensors(directory / f"block-{index:03d}.safetensors", moments.block(index), {"full": full})
         click.echo(
             f"sensitivity: {settings.estimator}, {len(described)} matrices, {facts['probes']} probes; split-half Kendall τ {found.agreement:.2f}, "
             f"{'reached' if found.reached else 'capped below'} {settings.agreement:g}; median relative standard error {facts['relative_error']:.0%}"

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from project import build, change_params, make_workspace
+from project import build, change_params, make_workspace, tree
 from scipy.stats import kendalltau
 from tiny import ALL_FAMILIES, load_full, make_model, token_rows
 from torch.nn.functional import cross_entropy
@@ -21,7 +21,7 @@ from pipeline_lib.runtime import generator
 from pipeline_lib.sensitivity import fisher, hutchinson
 from pipeline_lib.sensitivity.backward import Subject
 from pipeline_lib.sensitivity.estimate import Estimate, estimates, kendall, relative_error, split_half
-from pipeline_lib.sensitivity.fisher import OutputMoments, moment_bytes
+from pipeline_lib.sensitivity.fisher import OutputMoments, moment_bytes, moment_file
 from pipeline_lib.sensitivity.hutchinson import probe_vector
 from pipeline_lib.sensitivity.settings import SensitivityParams
 
@@ -238,13 +238,13 @@ def test_probe_vectors_are_white_and_keyed(distribution: Any) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "bloom"])
-def test_output_moments(model_paths: dict[str, Path], family: str) -> None:
+def test_output_moments(model_paths: dict[str, Path], tmp_path: Path, family: str) -> None:
     """Oracle: gradients at the outputs of the whole model's own linears, from hooks; the diagonal is that of the full one."""
     checkpoint = open_checkpoint(model_paths[family])
-    rows, full, diagonal = token_rows(4, 9), OutputMoments(True), OutputMoments(False)
+    rows, full, diagonal = token_rows(6, 9), OutputMoments(tmp_path / "full", True), OutputMoments(tmp_path / "diagonal", False)
     for moments in (full, diagonal):
-        for first in (0, 1):
-            fisher.samples(subject(checkpoint, rows), params(), [first], moments)
+        for probes in ([0], [1, 2]):
+            fisher.samples(subject(checkpoint, rows), params(), probes, moments)
     model = load_full(checkpoint.path)
     parameters(model, checkpoint)  # so that gradients are asked for
     taken: dict[str, list[torch.Tensor]] = {}
@@ -257,7 +257,7 @@ def test_output_moments(model_paths: dict[str, Path], family: str) -> None:
 
     for name in {name.removesuffix(".weight") for name in parameters(model, checkpoint)}:
         model.base_model.get_submodule(name).register_forward_hook(watch(name))
-    for probe in (0, 1):
+    for probe in range(3):
         random = generator(0, f"labels:{probe}")
         for row in rows[2 * probe : 2 * probe + 2].split(1):
             scores = model(row, use_cache=False).logits[0, :-1]
@@ -265,13 +265,16 @@ def test_output_moments(model_paths: dict[str, Path], family: str) -> None:
             cross_entropy(scores, labels, reduction="sum").backward()
     entry = checkpoint.architecture
     for index in range(entry.depth):
+        tensors, facts = read_tensors(moment_file(full.directory, index))
+        assert facts == {"full": True, "tokens": 6 * 8}
+        diagonals, _ = read_tensors(moment_file(diagonal.directory, index))
         for matrix in entry.matrices:
             module = f"{entry.blocks}.{index}.{matrix.parameter.removesuffix('.weight')}"
             g = torch.cat(taken[module])[:, slice(*(matrix.rows or (None,)))]
-            expected = g.T @ g / (4 * 8)
-            found = full.block(index)[matrix.label]
+            expected = g.T @ g / (6 * 8)
+            found = tensors[matrix.label]
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.diagonal().max()))
-            torch.testing.assert_close(diagonal.block(index)[matrix.label], found.diagonal(), rtol=1e-4, atol=0)
+            torch.testing.assert_close(diagonals[matrix.label], found.diagonal(), rtol=1e-4, atol=0)
 
 
 def test_bytes_of_moments() -> None:
@@ -371,7 +374,7 @@ def test_the_stage_writes_what_it_estimated(workspace: Path, estimator: str) -> 
     out = workspace / "build" / "sensitivity"
     checkpoint = open_checkpoint(workspace / "data" / "model")
     rows = torch.cat(list(read_tensors(workspace / "build" / "texts" / "calibrate" / "calibration.safetensors")[0].values()))
-    settings, moments = params(distribution="rademacher"), OutputMoments(True)
+    settings, moments = params(distribution="rademacher"), OutputMoments(workspace / "moments", True)
     samples = []
     for probes in ([0, 1], [2, 3]):
         gradients = fisher.samples(subject(checkpoint, rows), settings, probes, moments)
@@ -390,11 +393,8 @@ def test_the_stage_writes_what_it_estimated(workspace: Path, estimator: str) -> 
     }
     assert facts["agreement"] == split_half(samples)
     assert facts["reached"] == (split_half(samples) >= 1)
-    for index in range(2):
-        tensors, header = read_tensors(out / "moments" / f"block-{index:03d}.safetensors")
-        assert header == {"full": True}
-        assert tensors.keys() == moments.block(index).keys()
-        assert all(torch.equal(tensor, moments.block(index)[label]) for label, tensor in tensors.items())
+    assert tree(out / "moments") == tree(workspace / "moments")
+    assert read_tensors(out / "moments" / "block-001.safetensors")[1] == {"full": True, "tokens": 8 * 31}
 
 
 def test_moments_beyond_the_budget_fall_back(workspace: Path) -> None:
@@ -404,7 +404,7 @@ def test_moments_beyond_the_budget_fall_back(workspace: Path) -> None:
     build("sensitivity")
     out = workspace / "build" / "sensitivity"
     tensors, header = read_tensors(out / "moments" / "block-000.safetensors")
-    assert header == {"full": False}
+    assert not header["full"]
     assert tensors["mlp.up_proj"].shape == (48,)
     assert read_json(out / "estimate.json")["output_moments"] == "diagonal"
 

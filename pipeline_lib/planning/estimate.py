@@ -66,7 +66,7 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
     induce prunes each block up to three times for its gate, whose held-out rows (counted as all) stream along;
     sensitivity holds every block's inputs for a pass of probes, one block (weights, probe vector, gradients, products: 20 bytes a
     parameter; 8 without second derivatives), the graph of one probe in it, and the logits of one row (copies per token of every site's
-    inputs, of every head's attention row and of the logits are fitted to a measurement), besides full moments where they are asked for.
+    inputs, of every head's attention row and of the logits are fitted to a measurement), and one block's full moments.
     """
     entry = checkpoint.architecture
     shapes = [checkpoint.matrix_shape(0, matrix) for matrix in entry.matrices]
@@ -95,7 +95,7 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
     top = 4 * work.length * logits * config.vocab_size
     moments = 4 * entry.depth * sum(rows * rows for rows, _ in shapes) if work.full_moments else 0
     moments = moments if moments <= work.moment_budget_bytes else 0
-    forwards = 12 if work.second_order else 4  # matrix products, in units of a forward pass
+    forwards = 14 if work.second_order else 4  # matrix products, in units of a forward pass
     probed = work.probes * work.rows_per_probe * work.length
     steps = [
         Estimate("prepare", LIBRARIES, 1e5, 0),
@@ -111,7 +111,7 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
         ),
         Estimate(
             "sensitivity",
-            base + boundaries + (20 if work.second_order else 8) * block + max(graph, top) + moments,
+            base + boundaries + (20 if work.second_order else 8) * block + max(graph, top) + moments / entry.depth,
             1e4 + moments,
             forwards * 2 * probed * (block * entry.depth + entry.width * config.vocab_size),
         ),

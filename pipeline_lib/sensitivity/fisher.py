@@ -7,11 +7,13 @@ information is the Hessian of the mean cross-entropy (its Gauss-Newton part, the
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from pipeline_lib.artifacts import read_tensors, write_tensors
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.runtime import generator
 from pipeline_lib.sensitivity.backward import Logits, Subject, walk
@@ -19,22 +21,32 @@ from pipeline_lib.sensitivity.settings import SensitivityParams
 
 
 class OutputMoments:
-    """E[g gᵀ] [R, R] of every included matrix, or its diagonal [R]; the mean is over predicted tokens."""
+    """E[g gᵀ] [R, R] of every included matrix, or its diagonal [R], mean over predicted tokens: one file per block, one block in memory."""
 
-    def __init__(self, full: bool) -> None:
+    def __init__(self, directory: Path, full: bool) -> None:
+        self.directory = directory
         self.full = full
-        self.tokens = 0
-        self._sums: dict[tuple[int, str], torch.Tensor] = {}
+        self._sums: dict[str, torch.Tensor] = {}
 
-    def add(self, index: int, matrix: Matrix, gradients: torch.Tensor) -> None:
-        """Take output gradients g [tokens, R]; the predicted tokens among them are counted in ``tokens``, once for all matrices."""
-        sums = gradients.T @ gradients if self.full else gradients.square().sum(0)
-        key = index, matrix.label
-        self._sums[key] = self._sums[key].add_(sums) if key in self._sums else sums
+    def add(self, matrix: Matrix, gradients: torch.Tensor) -> None:
+        """Take output gradients g [tokens, R] of a matrix of the block at hand."""
+        sums = (gradients.T @ gradients if self.full else gradients.square().sum(0)).float()
+        self._sums[matrix.label] = self._sums[matrix.label].add_(sums) if matrix.label in self._sums else sums
 
-    def block(self, index: int) -> dict[str, torch.Tensor]:
-        """Matrix label -> E[g gᵀ] or its diagonal, float32."""
-        return {label: sums.float() / self.tokens for (block, label), sums in self._sums.items() if block == index}
+    def keep(self, index: int, tokens: int) -> None:
+        """Done with the block for now: its sums over so many predicted tokens go into the mean that its file holds."""
+        path = moment_file(self.directory, index)
+        before, facts = read_tensors(path) if path.exists() else ({}, {"tokens": 0})
+        total = facts["tokens"] + tokens
+        means = {label: sums.cpu() / total for label, sums in self._sums.items()}
+        for label, mean in before.items():
+            means[label] += mean * (facts["tokens"] / total)
+        write_tensors(path, means, {"full": self.full, "tokens": total})
+        self._sums = {}
+
+
+def moment_file(directory: Path, block: int) -> Path:
+    return directory / f"block-{block:03d}.safetensors"
 
 
 def moment_bytes(shapes: Sequence[tuple[int, int]]) -> int:
@@ -81,8 +93,6 @@ class _Gradient:
     def turn(self, logits: Logits, number: int, state: torch.Tensor) -> torch.Tensor:
         """∂ℓ/∂x for labels that the model draws itself, row by row, so that the logits of one row are in memory."""
         random = generator(self.params.seed, f"labels:{self.probes[number]}")
-        if self.moments is not None:
-            self.moments.tokens += self.predicted
         rows = []
         for row in state.split(1):
             x = row.detach().requires_grad_(True)
@@ -108,7 +118,9 @@ class _Gradient:
             squares = sum(float((g[row].T @ inner[row]).square().sum()) for row in range(len(x)))
             self.samples[number][name] = squares / (self.predicted * g.shape[-1] * inner.shape[-1])
             if self.moments is not None:
-                self.moments.add(index, matrix, g.flatten(0, 1))
+                self.moments.add(matrix, g.flatten(0, 1))
+        if self.moments is not None and number == len(self.batches) - 1:
+            self.moments.keep(index, self.predicted * len(self.batches))
         return below
 
 
