@@ -8,7 +8,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
 .PHONY: run test check format plan deps environment clean
-.PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sparsity bench-refresh bench-verify
+.PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-refresh bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
 	dvc repro
@@ -41,6 +41,9 @@ bench-ablation: environment  ## testbeds: what each part of induction brings
 
 bench-twins: environment  ## testbeds and their scrambled twins
 	python -m benchmarks.twins
+
+bench-sensitivity: environment  ## testbeds: both estimators of sensitivity, their rankings, cost and memory
+	python -m benchmarks.sensitivity
 
 bench-sparsity: environment  ## testbeds: allocations, scores and sparsities; what the authors' unsquared ISC changes
 	python -m benchmarks.sparsity cells

@@ -4,10 +4,10 @@ A cell allocates a budget, prunes with the OBS sweep (column blocks of 128, damp
 validation text; test and WikiText-2 are only reported. One file per finished cell, named after all that it depends on.
 """
 
-import functools
 import json
 import random
 import statistics as stats
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,11 +27,15 @@ from pipeline_lib import params
 from pipeline_lib.allocation.budget import Unit
 from pipeline_lib.allocation.curves import CurvesParams, measure
 from pipeline_lib.allocation.plan import NEEDS, plan
-from pipeline_lib.artifacts import write_json
+from pipeline_lib.artifacts import read_tensors, write_json
 from pipeline_lib.pruning.prune import PrunedBlock, PruneParams, prune
 from pipeline_lib.pruning.scores import Curvature, Score
 from pipeline_lib.reconstruction import obs
-from pipeline_lib.runtime import generator
+from pipeline_lib.sensitivity import fisher
+from pipeline_lib.sensitivity.backward import Subject
+from pipeline_lib.sensitivity.estimate import estimates
+from pipeline_lib.sensitivity.fisher import OutputMoments, moment_file
+from pipeline_lib.sensitivity.settings import SensitivityParams
 from pipeline_lib.transforms.transform import Transform
 
 HERE = Path(__file__).parent
@@ -63,7 +67,6 @@ OTHERS = {  # one seed
 }
 FREE = ("predicted-kronecker-1-1", "predicted-kronecker-0.75-1")  # N:M has no other density within 0.2 of 2:4
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
-FISHER_ROWS = 4  # rows of one backward pass
 Entries = dict[str, dict[str, Any]]
 
 
@@ -85,7 +88,7 @@ class Cell:
         return PruneParams.model_validate(params.merge(params.section("prune"), overrides))
 
     def file(self) -> Path:
-        parameters = [params.section(name) for name in ("calibrate", "curves")] + [self.prune().model_dump(mode="json")]
+        parameters = [params.section(name) for name in ("calibrate", "sensitivity", "curves")] + [self.prune().model_dump(mode="json")]
         return cell_file("sparsity-" + "-".join(str(value) for value in asdict(self).values()), parameters, inputs(self.testbed, TEXTS))
 
 
@@ -106,48 +109,20 @@ def cells() -> Iterator[Cell]:
                 yield from (Cell(testbed, pattern, 0.5, allocation, score, 0) for allocation in ("uniform", "weight", *FREE))
 
 
-def fisher(bed: Testbed, rows: torch.Tensor, seed: int) -> tuple[Entries, list[dict[str, torch.Tensor]]]:
-    """Per matrix name: ``trace`` = Tr(F)/n with its standard error over batches; per block and label: E[ggᵀ] [R, R].
-
-    Labels are drawn from the model and the loss is summed, so that ‖grad‖² per token is an unbiased estimate of Tr(F); g is the gradient at the
-    matrix's outputs.
-    """
-    entry, model = bed.checkpoint.architecture, bed.loaded({})
-    names = {entry.matrix_name(index, m): (index, m) for index in range(entry.depth) for m in entry.matrices}
-    modules = {
-        name: model.base_model.get_submodule(f"{entry.blocks}.{i}.{m.parameter.removesuffix('.weight')}") for name, (i, m) in names.items()
-    }
-    moments: dict[str, Any] = dict.fromkeys(names, 0.0)
-
-    def tap(module: torch.nn.Module, args: Any, out: torch.Tensor, name: str) -> None:
-        def take(gradient: torch.Tensor) -> None:
-            g = gradient.reshape(-1, gradient.shape[-1])
-            moments[name] = moments[name] + g.T @ g
-
-        out.register_hook(take)
-
-    handles = [module.register_forward_hook(functools.partial(tap, name=name)) for name, module in modules.items()]
-    weights = [module.weight.requires_grad_(True) for module in modules.values()]
-    random_, samples = generator(seed, "labels"), []
-    for batch in rows.split(FISHER_ROWS):
-        logits = model(input_ids=batch, use_cache=False).logits.float()
-        logits = logits.reshape(-1, logits.shape[-1])
-        labels = torch.multinomial(logits.detach().softmax(1), 1, generator=random_)[:, 0]
-        gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), weights)
-        samples.append([float(g.square().sum()) / len(logits) / g.numel() for g in gradients])
-    for handle in handles:
-        handle.remove()
-    for weight in weights:
-        weight.requires_grad_(False)
-    found: Entries = {}
-    for name, values in zip(names, zip(*samples, strict=True), strict=True):
-        trace, stderr = stats.mean(values), stats.stdev(values) / len(values) ** 0.5
-        index, matrix = names[name]
-        found[name] = {"trace": trace, "stderr": stderr, "sensitivity": max(trace, stderr), "block": index, "kind": matrix.kind}
-    by_block: list[dict[str, torch.Tensor]] = [{} for _ in range(entry.depth)]
-    for name, (index, matrix) in names.items():
-        by_block[index][matrix.label] = moments[name] / rows.numel()
-    return found, by_block
+def sensitivities(bed: Testbed, rows: torch.Tensor) -> tuple[Entries, list[dict[str, torch.Tensor]]]:
+    """What stage sensitivity gives: per matrix name its entry; per block the output moments by label."""
+    entry, settings = bed.checkpoint.architecture, params.load(SensitivityParams, "sensitivity")
+    matrices = {index: {entry.matrix_name(index, matrix): matrix for matrix in entry.matrices} for index in range(entry.depth)}
+    subject = Subject(bed.stream(), rows, matrices)
+    with tempfile.TemporaryDirectory() as folder:
+        moments = OutputMoments(Path(folder), full=True)
+        groups = estimates(
+            lambda probes: fisher.samples(subject, settings, probes, moments), settings.probes, settings.probes_per_pass, settings.agreement
+        )
+        summary = list(groups)[-1].summary()
+        found = [read_tensors(moment_file(Path(folder), index))[0] for index in range(entry.depth)]
+    places = {name: {"block": index, "kind": m.kind} for index, named in matrices.items() for name, m in named.items()}
+    return {name: {**values, **places[name]} for name, values in summary.items()}, found
 
 
 class Lab(Bench):
@@ -172,8 +147,7 @@ class Lab(Bench):
         """What the allocation reads, and the seconds that it took."""
         if settings.allocation.method not in NEEDS:
             return {}, 0.0
-        assert self.seed is not None
-        (entries, moments), seconds = self.once("fisher", lambda: fisher(self.bed, torch.cat(list(self.rows.values())), self.seed))
+        (entries, moments), seconds = self.once("sensitivities", lambda: sensitivities(self.bed, torch.cat(list(self.rows.values()))))
         if NEEDS[settings.allocation.method][0] == "sensitivity":
             return entries, seconds
         selection = settings.selection

@@ -11,7 +11,7 @@ from pipeline_lib.models.checkpoint import locate, open_checkpoint
 from pipeline_lib.models.source import ModelParams
 from pipeline_lib.planning.estimate import Work, estimate, measure_speed
 from pipeline_lib.pruning.prune import PruneParams, VariantParams
-from pipeline_lib.sensitivity.hutchinson import SensitivityParams
+from pipeline_lib.sensitivity.settings import SensitivityParams
 
 
 @click.command(help=__doc__)
@@ -30,8 +30,12 @@ def main() -> None:
             length=calibration.length,
             batch_rows=calibrate.batch_rows,
             evaluation_tokens=sum(text.rows * text.length for text in texts.values() if text.use == "evaluate"),
+            second_order=sensitivity.estimator == "hutchinson",
             probes=sensitivity.probes,
             rows_per_probe=sensitivity.rows_per_probe,
+            probes_per_pass=sensitivity.probes_per_pass,
+            full_moments=sensitivity.output_moments == "full",
+            moment_budget_bytes=sensitivity.moment_budget_bytes,
             induction_steps=params.load(InduceParams, "induce").steps,
             channel_epochs=params.load(PruneParams, "prune").reconstruction.channel.epochs,
             densities=len(params.load(CurvesParams, "curves").densities),

@@ -1,6 +1,7 @@
-"""Hutchinson trace of the cross-entropy Hessian per logical matrix, on the original model."""
+"""How sensitive the loss is to each matrix: trace of its Hessian (hutchinson) or Fisher information (fisher), on the original model."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -11,8 +12,12 @@ from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.calibration.inputs import calibration_rows
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.models.source import ModelParams, open_source
-from pipeline_lib.models.whole import load_model
-from pipeline_lib.sensitivity.hutchinson import SensitivityParams, summarise, traces
+from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.sensitivity import fisher, hutchinson
+from pipeline_lib.sensitivity.backward import Subject
+from pipeline_lib.sensitivity.estimate import Samples, estimates, relative_error
+from pipeline_lib.sensitivity.fisher import OutputMoments, moment_bytes
+from pipeline_lib.sensitivity.settings import SensitivityParams
 
 OUT = Path("build/sensitivity")
 
@@ -21,36 +26,60 @@ OUT = Path("build/sensitivity")
 def main() -> None:
     with runtime.stage(Path("build/costs/sensitivity.json")):
         settings = params.load(SensitivityParams, "sensitivity")
-        source = params.load(ModelParams, "model")
-        checkpoint = open_source(source)
+        checkpoint = open_source(params.load(ModelParams, "model"))
         entry = checkpoint.architecture
         included = {m["name"]: m for m in artifacts.read_json(Path("build/prepare/matrices.json")) if m["included"]}
-        model = load_model(checkpoint.path, "float32", runtime.device())
-        matrices, parameters = {}, {}
-        for index in range(entry.depth):
-            for matrix in entry.matrices:
-                if (name := entry.matrix_name(index, matrix)) in included:
-                    path = f"{entry.blocks}.{index}.{matrix.parameter}"
-                    matrices[name] = (path, matrix)
-                    parameters[path] = model.base_model.get_parameter(path).requires_grad_(True)
-        rows = torch.cat(list(calibration_rows().values()))
-        chunks = rows.repeat(-(-settings.probes * settings.rows_per_probe // len(rows)), 1).split(settings.rows_per_probe)
+        matrices = {
+            index: {name: matrix for matrix in entry.matrices if (name := entry.matrix_name(index, matrix)) in included}
+            for index in range(entry.depth)
+        }
+        # In float32 whatever the checkpoint's dtype: second derivatives are differences of small numbers.
+        model = BlockModel(checkpoint, torch.float32, runtime.device())
+        subject = Subject(model, torch.cat(list(calibration_rows().values())), matrices)
 
-        def loss(probe: int) -> torch.Tensor:
-            ids = chunks[probe].to(runtime.device())
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+        full = settings.output_moments == "full"
+        if full and (size := moment_bytes([m["shape"] for m in included.values()])) > settings.moment_budget_bytes:
+            click.echo(f"sensitivity: full output moments take {size:,} bytes, more than moment_budget_bytes; diagonals instead")
+            full = False
+        wanted = settings.output_moments != "none"
 
-        samples = list(tqdm(traces(loss, parameters, matrices, settings), total=settings.probes, desc="sensitivity", unit="probe"))
-        summary = {name: value | {k: included[name][k] for k in ("block", "kind")} for name, value in summarise(samples).items()}
-        if wrong := [name for name, value in summary.items() if not math.isfinite(value["trace"] + value["stderr"])]:
-            raise SparselineError(f"The sensitivity of {wrong[0]} is NaN or infinite; check the model's weights, or its loss on this text.")
-        artifacts.write_json(OUT / "sensitivity.json", summary)
-        points = [{"block": value["block"], "trace": value["trace"], "kind": value["kind"]} for value in summary.values()]
-        artifacts.write_json(OUT / "by_depth.json", points)
-        noise = sorted(abs(value["stderr"] / value["trace"]) if value["trace"] else float("inf") for value in summary.values())
+        with artifacts.replacing(OUT / "moments") as directory:
+            directory.mkdir()
+            moments = OutputMoments(directory, full) if wanted else None
+
+            def sample(probes: Sequence[int]) -> Samples:
+                if settings.estimator == "fisher":
+                    return fisher.samples(subject, settings, probes, moments)
+                if moments is not None:
+                    fisher.samples(subject, settings, probes, moments)
+                return hutchinson.samples(subject, settings, probes)
+
+            passes = -(-settings.probes // settings.probes_per_pass)
+            groups = estimates(sample, settings.probes, settings.probes_per_pass, settings.agreement)
+            for found in tqdm(groups, total=passes, desc="sensitivity", unit="pass"):
+                summary = found.summary()
+                if wrong := [name for name, value in summary.items() if not math.isfinite(value["trace"] + value["stderr"])]:
+                    raise SparselineError(
+                        f"The sensitivity of {wrong[0]} is NaN or infinite; check the model's weights, or its loss on this text."
+                    )
+
+        described = {name: value | {k: included[name][k] for k in ("block", "kind")} for name, value in summary.items()}
+        artifacts.write_json(OUT / "sensitivity.json", described)
+        artifacts.write_json(OUT / "by_depth.json", list(described.values()))
+        facts = {
+            "estimator": settings.estimator,
+            "probes": len(found.samples),
+            "rows_per_probe": settings.rows_per_probe,
+            "agreement": found.agreement,
+            "wanted": settings.agreement,
+            "reached": found.reached,
+            "relative_error": relative_error(summary),
+            "output_moments": ("full" if full else "diagonal") if wanted else "none",
+        }
+        artifacts.write_json(OUT / "estimate.json", facts)
         click.echo(
-            f"sensitivity: {settings.probes} probes, {len(summary)} matrices, median relative standard error {noise[len(noise) // 2]:.0%}"
+            f"sensitivity: {settings.estimator}, {len(described)} matrices, {facts['probes']} probes; split-half Kendall τ {found.agreement:.2f}, "
+            f"{'reached' if found.reached else 'capped below'} {settings.agreement:g}; median relative standard error {facts['relative_error']:.0%}"
         )
 
 

@@ -37,7 +37,7 @@ SPARSELINE = {
 SMALL: dict[str, Any] = {
     "model": {"path": "data/model", "id": None, "revision": None},
     "calibrate": {"batch_rows": 4, "median_tokens": 64},
-    "sensitivity": {"probes": 2, "rows_per_probe": 2},
+    "sensitivity": {"probes": 2, "rows_per_probe": 2, "probes_per_pass": 2},
     "curves": {"densities": [0.3, 0.6]},
     "induce": {"steps": 4, "check_every": 2},
     "prune": {"batch_rows": 4, "selection": {"block": 16}, "reconstruction": {"channel": CHANNEL}},

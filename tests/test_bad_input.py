@@ -137,6 +137,8 @@ PARAMETERS = [
     Mistake("no tokens for medians", "calibrate", params(calibrate__median_tokens=0), ("calibrate.median_tokens", "= 0 ", "1")),
     Mistake("no rows in a batch of prune", "prune wanda", params(prune__batch_rows=0), ("batch_rows", "= 0 ", "1")),
     Mistake("no rows in a batch of evaluate", "evaluate dense", params(evaluate__batch_rows=0), ("evaluate.batch_rows", "= 0 ", "1")),
+    Mistake("no such estimator", "sensitivity", params(sensitivity__estimator="hessian"), ("sensitivity.estimator", "hessian", "'fisher'")),
+    Mistake("agreement above 1", "sensitivity", params(sensitivity__agreement=90), ("sensitivity.agreement", "= 90 ", "1")),
     Mistake("one probe", "sensitivity", params(sensitivity__probes=1), ("sensitivity.probes", "= 1 ", "2")),
     Mistake("no steps", "induce sparseline", params(induce__steps=0), ("induce.steps", "= 0 ", "1")),
     Mistake("negative limit of factors", "scale", params(scale__limit=-1), ("scale.limit", "-1", "greater than")),
@@ -373,7 +375,7 @@ MODELS = [
     Mistake("nan in the head, evaluate", "evaluate dense", weights(HEAD, with_entry(float("nan"))), ("NaN or infin",), ("prepare",)),
     *(
         Mistake(f"overflow, {stage}", stage, HUGE, ("layers.1", "NaN or infinity", "float32"), ("prepare",))
-        for stage in ("calibrate", "prune wanda", "prune sparseline")
+        for stage in ("calibrate", "sensitivity", "prune wanda", "prune sparseline")
     ),
     Mistake(
         "positions beyond the model's",

@@ -1,4 +1,4 @@
-"""Calibration and pruning hold one or two blocks, whatever the model's depth.
+"""Calibration, sensitivity and pruning hold one or two blocks, whatever the model's depth.
 
 Oracle: the kernel's high-water mark of resident memory (mapped pages of the checkpoint included), reset before each stage, for 4 and
 for 16 equal blocks; and, so that the mark is known to see a whole model, the mark of one that is loaded whole.
@@ -6,16 +6,18 @@ for 16 equal blocks; and, so that the mark is known to see a whole model, the ma
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
-from project import WANDA, build, make_workspace, run
+from project import WANDA, build, change_params, make_workspace, run
 
 MIB = 2**20
 WIDTH, INNER = 384, 1024
 BLOCK = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)  # bytes of a block's matrices in float32
 SHALLOW, DEEP = 4, 16
 STAGES = ("calibrate", "prune sparsegpt", "prune channel")
+ESTIMATORS = ("fisher", "hutchinson")
 VARIANTS: dict[str, Any] = {
     "sparsegpt": WANDA | {"selection": {"score": "obs", "group": "block"}, "reconstruction": {"steps": ["obs"]}},
     "channel": WANDA | {"reconstruction": {"steps": ["channel"], "channel": {"epochs": 1}}},
@@ -29,7 +31,7 @@ import contextlib, importlib, json, os, sys
 from pathlib import Path
 import torch
 from pipeline_lib.models.checkpoint import open_checkpoint
-modules = {stage: importlib.import_module("stages." + stage) for stage in ("calibrate", "prune")}
+modules = {stage: importlib.import_module("stages." + stage) for stage in ("calibrate", "sensitivity", "prune")}
 
 def mark(field):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
@@ -65,15 +67,25 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, int]]
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(workspace)
             build("prepare", "text calibration")
-        output = run(workspace, "env", *MALLOC, "python", "-c", MEASURE, *STAGES, "whole")
-        found[depth] = dict(json.loads(line) for line in output.splitlines() if line.startswith("["))
+
+        def measure(*steps: str, workspace: Path = workspace) -> dict[str, int]:
+            output = run(workspace, "env", *MALLOC, "python", "-c", MEASURE, *steps)
+            return dict(json.loads(line) for line in output.splitlines() if line.startswith("["))
+
+        found[depth] = measure(*STAGES, "whole")
+        for estimator in ESTIMATORS:
+            change_params(workspace, "sensitivity.estimator", estimator)
+            found[depth][f"sensitivity {estimator}"] = measure("sensitivity")["sensitivity"]
         shutil.rmtree(home)
     return found
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *(f"sensitivity {estimator}" for estimator in ESTIMATORS)])
 def test_peak_memory_does_not_grow_with_depth(peaks: dict[int, dict[str, int]], stage: str) -> None:
-    """Weights that are held would be twelve blocks more. Tolerance: one (measured: a quarter)."""
+    """Weights that are held would be twelve blocks more. Tolerance: one (measured: a quarter).
+
+    Sensitivity also keeps every block's inputs: at 2 probes of 2 rows of 16 tokens, with tangents, a thirtieth of a block each.
+    """
     assert (peaks[DEEP][stage] - peaks[SHALLOW][stage]) / BLOCK < 1
 
 

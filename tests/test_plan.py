@@ -14,8 +14,12 @@ WORK = Work(
     length=32,
     batch_rows=4,
     evaluation_tokens=512,
+    second_order=True,
     probes=2,
     rows_per_probe=1,
+    probes_per_pass=2,
+    full_moments=False,
+    moment_budget_bytes=10**9,
     induction_steps=10,
     channel_epochs=2,
     densities=5,
@@ -28,8 +32,16 @@ def test_memory_of_block_wise_stages_does_not_grow_with_depth(tmp_path: Path) ->
     for stage in ("calibrate", "induce", "prune (plain)", "prune (channel)", "curves"):
         assert deep[stage].memory_bytes == shallow[stage].memory_bytes
         assert deep[stage].flops == pytest.approx(4 * shallow[stage].flops)
-    for stage in ("sensitivity", "evaluate"):
-        assert deep[stage].memory_bytes > shallow[stage].memory_bytes
+    assert deep["evaluate"].memory_bytes > shallow["evaluate"].memory_bytes
+
+
+@pytest.mark.parametrize(("second_order", "copies"), [(False, 1), (True, 2)])
+def test_sensitivity_keeps_the_blocks_inputs_and_no_more(tmp_path: Path, second_order: bool, copies: int) -> None:
+    """Six more blocks: their inputs [2 probes, 1 row, 32 tokens, 32 channels] in float32, with second derivatives their tangents too."""
+    work = replace(WORK, second_order=second_order)
+    shallow, deep = (estimate(open_checkpoint(make_model(tmp_path / str(n), "llama", n)), work)["sensitivity"] for n in (2, 8))
+    assert deep.memory_bytes - shallow.memory_bytes == 6 * copies * 4 * 2 * 32 * 32
+    assert deep.flops < 4 * shallow.flops
 
 
 def test_a_pruned_checkpoint_takes_what_the_source_takes_and_a_bit_per_weight(tmp_path: Path) -> None:

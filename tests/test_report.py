@@ -57,7 +57,8 @@ def facts(name: str, depth: int) -> dict[str, Any]:
     matrices = {}
     for block in range(depth):
         for number, (kind, size) in enumerate(KINDS.items()):
-            sensitivity = {"trace": (-1) ** block * 10.0 ** -(number + 1), "stderr": 0.004, "block": block, "kind": kind}
+            trace = (-1) ** block * 10.0 ** -(number + 1)
+            sensitivity = {"trace": trace, "stderr": 0.004, "sensitivity": max(trace, 0.004), "block": block, "kind": kind}
             density = 0.5 + (0.1 * (number - 1) if full and kind != "down" else 0)
             density += 0.05 if full and kind == "down" else 0  # 1000·0.4 + 1000·0.5 + 2000·0.55 = half of 4000
             matrices[f"layers.{block}.{kind}"] = {
@@ -116,6 +117,8 @@ def make(build: Path, depth: int = 3) -> Path:
     write("choice.json", {"text": "validation", "chosen": "full", "perplexity": {"base": math.exp(2.5), "full": math.exp(2.125)}})
     for seconds, name in enumerate(("base", "full"), 7):
         write(f"costs/evaluate-{name}.json", {"wall_s": seconds, "cpu_s": 1, "peak_rss_bytes": 1})
+    probed = {"estimator": "fisher", "probes": 24, "rows_per_probe": 2, "output_moments": "none"}
+    write("sensitivity/estimate.json", probed | {"agreement": 0.876, "wanted": 0.9, "reached": False, "relative_error": 0.31})
     stages = {"prune-plain": 10, "prune-base": 20, "prune-full": 30, "induce-full": 40, "calibrate": 5, "scale": 1, "sensitivity": 60}
     for number, (stage, wall) in enumerate(stages.items()):
         write(f"costs/{stage}.json", {"wall_s": wall, "cpu_s": wall / 2, "peak_rss_bytes": (number + 1) * 10**9})
@@ -248,6 +251,7 @@ def test_only_the_named_variants_are_reported(build: Path) -> None:
         ("completions/base.json", "dvc repro evaluate@base"),
         ("costs/induce-full.json", "dvc repro induce@full"),
         ("costs/sensitivity.json", "dvc repro sensitivity"),
+        ("sensitivity/estimate.json", "dvc repro sensitivity"),
         ("prepare/model.json", "dvc repro prepare"),
     ],
 )

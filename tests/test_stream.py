@@ -103,6 +103,40 @@ def test_arguments_for_fewer_rows_are_what_the_model_gives_them(checkpoint: Chec
             assert same(model.arguments(index, count), fresh.arguments(index, count))
 
 
+def streamed_logits(model: BlockModel, rows: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, V] by way of every block and the head."""
+    stream = model.embed(rows, len(rows))
+    for index in range(model.checkpoint.architecture.depth):
+        model.advance(model.block(index), index, stream)
+    with model.head() as logits, torch.no_grad():
+        return logits(stream.hidden[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_streamed_logits_equal_the_whole_model_s(family: str, tmp_path: Path, dtype: torch.dtype, layers: int) -> None:
+    """Oracle: transformers' logits, to the last bit: last norm, projection, tied or untied head. Afterwards nothing is held."""
+    checkpoint = open_checkpoint(make_model(tmp_path, family, layers))
+    rows = token_rows(3, 12, seed=1)
+    model = BlockModel(checkpoint, dtype, CPU)
+    with torch.no_grad():
+        assert torch.equal(streamed_logits(model, rows), load_full(checkpoint.path, dtype)(rows, use_cache=False).logits)
+    assert {parameter.device.type for parameter in model.whole.parameters()} == {"meta"}
+
+
+def test_the_head_is_differentiable_in_the_hidden_states(checkpoint: Checkpoint) -> None:
+    """Oracle: differences of the logits along a random direction, in float64 (the norms' float32 inside sets the tolerance)."""
+    model = BlockModel(checkpoint, torch.float64, CPU)
+    hidden = model.embed(token_rows(2, 6), 2).hidden[0].requires_grad_(True)
+    direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with model.head() as logits:
+        weights = torch.randn(2, 6, 320, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        (gradient,) = torch.autograd.grad((weights * logits(hidden)).sum(), hidden)
+        with torch.no_grad():
+            ahead, behind = ((weights * logits(hidden + step * direction)).sum() for step in (1e-2, -1e-2))
+    assert float((gradient * direction).sum()) == pytest.approx(float(ahead - behind) / 2e-2, rel=1e-3)
+
+
 def test_a_deep_model_whose_blocks_return_tuples(tmp_path: Path) -> None:
     """Oracle: the whole model. BLOOM takes the first part of what each block returns, six times here."""
     checkpoint = open_checkpoint(make_model(tmp_path, "bloom", layers=6))

@@ -80,7 +80,7 @@ def predicted(name: str, entry: Mapping[str, Any], params: AllocationParams) -> 
     curve = entry["curve"]
     if params.weighting == "kronecker" and curve["kronecker"] is None:
         raise SparselineError(
-            f"allocation.weighting = 'kronecker' needs output moments, but there are none for {name}; set sensitivity.moments, or weighting: trace."
+            f"allocation.weighting = 'kronecker' needs output moments, but there are none for {name}; set sensitivity.output_moments, or weighting: trace."
         )
     errors = np.array(curve["kronecker"]) if params.weighting == "kronecker" else entry["sensitivity"] * np.array(curve["frobenius"])
     return Curve(np.array(curve["density"]), errors / 2, params.temper)

@@ -62,6 +62,7 @@ class Checkpoint:
     shapes: Mapping[str, tuple[int, ...]]
     prefix: str  # what precedes the base model's names ("model.", "transformer.", "gpt_neox." or nothing)
     dtype: torch.dtype
+    names: Mapping[str, str]  # transformers' name of every parameter -> tensor name; tied parameters share theirs
 
     def block_prefix(self, block: int) -> str:
         return f"{self.prefix}{self.architecture.blocks}.{block}."
@@ -141,8 +142,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         except (OSError, SafetensorError) as error:
             raise SparselineError(f"{path / file_name} is missing or truncated ({error}); fetch the checkpoint again.") from error
     prefix = base if any(name.startswith(f"{base}{entry.blocks}.") for name in parts) else ""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    files, shapes = {}, {}
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    files, shapes, names = {}, {}, {}
     for full, parameter in model.named_parameters(remove_duplicate=False):
         name = full if prefix else full.removeprefix(base)
         if name not in parts and name == "lm_head.weight":
@@ -152,13 +153,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 continue
             raise SparselineError(f"{path} has no tensor {name}, which its config.json calls for; fetch the checkpoint again.")
         files[name], shapes[name], stored = parts[name]
+        names[full] = name
         if stored not in DTYPES:
             raise SparselineError(f"{path} holds tensors of type {stored} ({name}); give an unquantised floating-point checkpoint.")
         if shapes[name] != tuple(parameter.shape):
             wanted = f"{list(parameter.shape)}, not {list(shapes[name])}"
             raise SparselineError(f"{path}: config.json calls for {name} of shape {wanted}; fetch the checkpoint again.")
     first = f"{prefix}{entry.blocks}.0.{entry.matrices[0].parameter}"
-    return Checkpoint(path, config, entry, files, shapes, prefix, DTYPES[parts[first][2]])
+    names |= {full: names[source] for full, source in tied.items() if full not in names}
+    return Checkpoint(path, config, entry, files, shapes, prefix, DTYPES[parts[first][2]], names)
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> "PreTrainedModel":

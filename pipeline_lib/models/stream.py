@@ -1,6 +1,6 @@
 """Run a model block by block: the peak memory is one or two blocks plus the activations, whatever the depth.
 
-Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of the residual stream.
+Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of the residual stream, ``V`` tokens of the vocabulary.
 """
 
 import copy
@@ -38,39 +38,73 @@ class Stream:
 
 
 class BlockModel:
-    """A checkpoint of which only the embeddings, and the blocks asked for, are in memory."""
+    """A checkpoint of which only what is asked for is in memory: embeddings, single blocks, or the head."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
-        self.base: nn.Module = skeleton(checkpoint.config, dtype).base_model.eval().requires_grad_(False)
+        self.whole = skeleton(checkpoint.config, dtype).eval().requires_grad_(False)
+        self.base: nn.Module = self.whole.base_model
         self.templates = list(self.base.get_submodule(checkpoint.architecture.blocks))
         self._length = 0  # tokens in a row, which the arguments below depend on
         self._arguments: dict[int, list[Arguments]] = {}  # rows in a batch -> per block
+        self._first_parts = False  # of what a block returns, the model takes the first part
 
     def embed(self, rows: torch.Tensor, batch_rows: int) -> Stream:
         """The stream before the first block, for token rows [N, T]; notes each block's other arguments on the way."""
-        prefix = self.checkpoint.prefix
-        own = {name for name, _ in self.base.named_parameters() if not name.startswith(f"{self.checkpoint.architecture.blocks}.")}
-        names = [prefix + name for name in sorted(own)]
-        state = {name.removeprefix(prefix): tensor.to(self.device, self.dtype) for name, tensor in self.checkpoint.read(names)}
         if rows.shape[1] != self._length:
             self._length, self._arguments = rows.shape[1], {}
-        try:
-            self.base.load_state_dict(state, strict=False, assign=True)
-            self._buffers_to_device()
+        with self._outside_blocks(head=False):
             if 1 not in self._arguments:
                 self._note(rows[:1])
             return Stream([self._note(batch) for batch in rows.split(batch_rows)])
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """While open, the function from hidden states [B, T, D] after the last block to logits [B, T, V], differentiable in them.
+
+        transformers' own code computes it, last norm, projection and scaling included; ``embed`` has to come first.
+        """
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            states = hidden[None] if self._first_parts else hidden
+            with self._standing_in(lambda _hidden, _arguments: states):
+                any_tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+                return self.whole(input_ids=any_tokens, use_cache=False).logits
+
+        with self._outside_blocks(head=True):
+            yield logits
+
+    @contextmanager
+    def _outside_blocks(self, head: bool) -> Iterator[None]:
+        """While open, what no block holds is in memory: the embeddings, the last norm and, if asked for, the head."""
+        base = f"{self.whole.base_model_prefix}."
+        blocks = f"{base}{self.checkpoint.architecture.blocks}."
+        names = {full: name for full, name in self.checkpoint.names.items() if full.startswith("" if head else base)}
+        names = {full: name for full, name in names.items() if not full.startswith(blocks)}
+        tensors = {name: tensor.to(self.device, self.dtype) for name, tensor in self.checkpoint.read(sorted(set(names.values())))}
+        try:
+            self.whole.load_state_dict({full: tensors[name] for full, name in names.items()}, strict=False, assign=True)
+            self._buffers_to_device()
+            yield
         finally:
-            self.base.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()}, strict=False, assign=True)
+            self.whole.load_state_dict({full: tensors[name].to("meta") for full, name in names.items()}, strict=False, assign=True)
+
+    @contextmanager
+    def _standing_in(self, note: Callable[[torch.Tensor, Arguments], torch.Tensor]) -> Iterator[None]:
+        """While open, recorders stand where the blocks stood."""
+        path, _, last = self.checkpoint.architecture.blocks.rpartition(".")
+        holder = self.base.get_submodule(path)
+        setattr(holder, last, nn.ModuleList(_Recorder(note) for _ in self.templates))
+        try:
+            yield
+        finally:
+            setattr(holder, last, nn.ModuleList(self.templates))
 
     @torch.no_grad()
     def _note(self, batch: torch.Tensor) -> torch.Tensor:
         """The hidden states [B, T, D] before the first block for token rows [B, T]; every block's arguments are noted."""
-        path, _, last = self.checkpoint.architecture.blocks.rpartition(".")
-        holder = self.base.get_submodule(path)
         inputs: list[torch.Tensor] = []
         noted: list[Arguments] = []
 
@@ -79,11 +113,9 @@ class BlockModel:
             noted.append(arguments)
             return inputs[0]  # not ``hidden``: a model whose blocks return tuples takes the first part, here of a tensor
 
-        setattr(holder, last, nn.ModuleList(_Recorder(note) for _ in self.templates))
-        try:
-            self.base(input_ids=batch.to(self.device), use_cache=False)
-        finally:
-            setattr(holder, last, nn.ModuleList(self.templates))
+        with self._standing_in(note):
+            out = self.base(input_ids=batch.to(self.device), use_cache=False)[0]
+        self._first_parts = out.ndim < inputs[0].ndim
         self._arguments[len(batch)] = noted
         return inputs[0].detach()
 
@@ -125,9 +157,17 @@ class BlockModel:
         """
         for number, hidden in enumerate(stream.hidden):
             stream.hidden[number] = self.call(block, index, hidden)
-            if not torch.isfinite(stream.hidden[number]).all():
-                name = f"{self.checkpoint.architecture.blocks}.{index}"
-                raise SparselineError(f"Activations after {name} hold NaN or infinity; check the model, or compute in float32.")
+            self.check_finite(index, stream.hidden[number])
+
+    def check_finite(self, index: int, hidden: torch.Tensor) -> None:
+        """Refuse a block's output that nothing can be made of.
+
+        Raises:
+            SparselineError: it holds NaN or infinity.
+        """
+        if not torch.isfinite(hidden).all():
+            name = f"{self.checkpoint.architecture.blocks}.{index}"
+            raise SparselineError(f"Activations after {name} hold NaN or infinity; check the model, or compute in float32.")
 
 
 def _narrow(value: Any, single: Any, rows: int) -> Any:

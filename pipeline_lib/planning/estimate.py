@@ -23,8 +23,12 @@ class Work:
     length: int
     batch_rows: int
     evaluation_tokens: int
+    second_order: bool  # sensitivity by Hessian-vector products instead of gradients
     probes: int
     rows_per_probe: int
+    probes_per_pass: int
+    full_moments: bool  # of output gradients; diagonals weigh nothing
+    moment_budget_bytes: int
     induction_steps: int
     channel_epochs: int  # 0 without channel compensation
     densities: int  # of an error curve
@@ -62,8 +66,9 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
     block, its Grams and the largest site's factorisation (4·4d²), one stream, or two and the fit's activations with compensation;
     induce prunes each block up to three times for its gate, whose held-out rows (counted as all) stream along; curves prunes each matrix of a block
     at every density and takes two products with its errors, all from stored Grams (beyond their budget a dense pass comes on top);
-    sensitivity holds the whole model with gradients, products and probe vectors (20 bytes a parameter) and the graph of two backward
-    passes: per token 10 copies of the logits, 24 of every site's inputs and 6 of every head's attention row (fitted to a measurement).
+    sensitivity holds every block's inputs for a pass of probes, one block (weights, probe vector, gradients, products: 20 bytes a
+    parameter; 8 without second derivatives), the graph of one probe in it, and the logits of one row (copies per token of every site's
+    inputs, of every head's attention row and of the logits are fitted to a measurement), and one block's full moments.
     """
     entry = checkpoint.architecture
     shapes = [checkpoint.matrix_shape(0, matrix) for matrix in entry.matrices]
@@ -85,8 +90,15 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
     stored_grams = 2 * grams * entry.depth if 2 * grams * entry.depth <= work.gram_budget_bytes else 0
     base = LIBRARIES + outside
     config = checkpoint.config
-    per_token = 10 * config.vocab_size + entry.depth * (24 * sum(sites) + 6 * config.num_attention_heads * work.length)
-    graph = 4 * work.rows_per_probe * work.length * per_token
+    orders = 2 if work.second_order else 1  # values, or values and their tangents
+    boundaries = orders * 4 * work.probes_per_pass * work.rows_per_probe * work.length * entry.width * (entry.depth + 1)
+    inputs, attention, logits = (24, 6, 10) if work.second_order else (8, 1, 6)
+    graph = 4 * work.rows_per_probe * work.length * (inputs * sum(sites) + attention * config.num_attention_heads * work.length)
+    top = 4 * work.length * logits * config.vocab_size
+    moments = 4 * entry.depth * sum(rows * rows for rows, _ in shapes) if work.full_moments else 0
+    moments = moments if moments <= work.moment_budget_bytes else 0
+    forwards = 14 if work.second_order else 4  # matrix products, in units of a forward pass
+    probed = work.probes * work.rows_per_probe * work.length
     steps = [
         Estimate("prepare", LIBRARIES, 1e5, 0),
         Estimate(
@@ -101,9 +113,9 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
         ),
         Estimate(
             "sensitivity",
-            LIBRARIES + 20 * total + graph,
-            1e4,
-            2 * total * work.probes * work.rows_per_probe * work.length * 10,
+            base + boundaries + (20 if work.second_order else 8) * block + max(graph, top) + moments / entry.depth,
+            1e4 + moments,
+            forwards * 2 * probed * (block * entry.depth + entry.width * config.vocab_size),
         ),
         Estimate(
             "curves", LIBRARIES + 16 * block + 2 * grams + 16 * max(sites) ** 2, 1e4 * entry.depth, factor + work.densities * 4 * sweep

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, ClassVar
 
 from pipeline_lib.reporting import plots, table
@@ -314,20 +315,30 @@ def _allocated(variant: Variant) -> str:
 
 def _sensitivity(results: Results) -> list[Any]:
     measured = next((v for v in results.pruned if any(matrix["sensitivity"] for matrix in v.facts["matrices"].values())), None)
-    if measured is None:
+    if measured is None or not results.estimate:
         return [Paragraph("No variant uses sensitivities (`variants.<name>.sensitivity`), so there are none to show.")]
     found = {name: matrix["sensitivity"] for name, matrix in measured.facts["matrices"].items() if matrix["sensitivity"]}
-    top = sorted(found, key=lambda name: -found[name]["trace"])[:3]
-    noise = sorted(abs(one["stderr"] / one["trace"]) for one in found.values() if one["trace"])
-    negative = sum(one["trace"] < 0 for one in found.values())
+    made = results.estimate
+    quantity = {"hutchinson": "Hessian", "fisher": "Fisher information"}[made["estimator"]]
+    order = sorted(found, key=lambda name: -found[name]["sensitivity"])
     said = (
-        "Sensitivity is the mean diagonal of the loss's Hessian over a matrix's weights, Tr(H)/n, estimated on the original model with random "
-        f"probes: what changing a weight there costs. The largest: {_list(top)}."
+        f"Sensitivity is what changing a weight costs: the mean diagonal of the loss's {quantity} over a matrix's weights, measured on the "
+        f"original model (`{made['estimator']}`) with {made['probes']} probes of {made['rows_per_probe']} calibration rows each. Ranked by the even and by "
+        f"the odd probes alone, the matrices' orders agree to Kendall's τ = {made['agreement']:.2f}"
     )
-    if noise:
-        said += f" The median standard error is {100 * noise[len(noise) // 2]:.0f}% of the estimate"
-        said += f"; {negative} of {len(found)} estimates are negative." if negative else "."
-    return [Paragraph(said), Figures([plots.sensitivity(measured)])]
+    said += (
+        f" ({made['wanted']:g} was asked for)."
+        if made["reached"]
+        else f", less than the {made['wanted']:g} asked for: all probes allowed were used."
+    )
+    said += f" The median standard error is {100 * made['relative_error']:.0f}% of the estimate."
+    if floored := sum(one["trace"] < one["stderr"] for one in found.values()):
+        said += f" {floored} of {len(found)} estimates are below their standard error and stand there."
+    ranked = f"Most sensitive: {_list(order[:3])}; least: {_list(order[-3:])}."
+    by_kind = {kind: [one["sensitivity"] for one in found.values() if one["kind"] == kind] for kind in table.kinds(measured.facts)}
+    typical = {kind: median(values) for kind, values in by_kind.items() if values}
+    ranked += f" By kind, median over blocks: {' > '.join(f'`{kind}`' for kind in sorted(typical, key=lambda kind: -typical[kind]))}."
+    return [Paragraph(said), Paragraph(ranked), Figures([plots.sensitivity(measured, quantity)])]
 
 
 # Induction

@@ -232,8 +232,8 @@ def _heatmap(variant: Variant, shares: Mapping[tuple[int, str], float], low: flo
 # Sensitivity
 
 
-def sensitivity(measured: Variant) -> Figure:
-    """Mean Hessian diagonal by depth, a panel per kind, on one logarithmic axis."""
+def sensitivity(measured: Variant, quantity: str) -> Figure:
+    """The mean diagonal of ``quantity`` by depth, a panel per kind, on one logarithmic axis."""
     by_kind: dict[str, list[tuple[int, float, float]]] = {kind: [] for kind in table.kinds(measured.facts)}
     for (block, kind), matrices in sorted(table.by_place(measured.facts).items()):
         found = [(matrix["size"], matrix["sensitivity"]) for matrix in matrices if matrix["sensitivity"] is not None]
@@ -243,16 +243,17 @@ def sensitivity(measured: Variant) -> Figure:
             by_kind[kind].append((block, trace, error))
     by_kind = {kind: points for kind, points in by_kind.items() if points}
     blocks = sorted({block for points in by_kind.values() for block, _, _ in points})
-    sizes = [abs(trace) for points in by_kind.values() for _, trace, _ in points if trace]
+    sizes = [size for points in by_kind.values() for _, trace, error in points if (size := max(trace, error)) > 0]
     low, high = (min(sizes) / 2, max(sizes) * 2.5) if sizes else (1e-3, 1.0)
-    negative = any(trace < 0 for points in by_kind.values() for _, trace, _ in points)
+    floored = any(trace < error for points in by_kind.values() for _, trace, error in points)
     with _canvas(0.4 + 1.3 * -(-len(by_kind) // _across(len(by_kind)))) as canvas:
         axes_of = _panels(canvas, len(by_kind), _across(len(by_kind)), sharex=True, sharey=True)
         for number, (axes, (kind, points)) in enumerate(zip(axes_of, by_kind.items(), strict=True)):
             hue = HUES[number % len(HUES)]
+            axes.plot([b for b, _, _ in points], [max(t, e, low) for _, t, e in points], color=hue, linewidth=0.8, alpha=0.35)
             for block, trace, error in points:
-                size = max(abs(trace), low)
-                face = hue if trace >= 0 else "none"
+                size = max(trace, error, low)
+                face = hue if trace >= error else "none"
                 axes.plot([block, block], [max(size - error, low), size + error], color=hue, linewidth=1.2, alpha=0.7)
                 axes.plot(
                     block, size, marker="o", markersize=4 if len(blocks) <= 40 else 2, color=hue, markerfacecolor=face, linestyle="none"
@@ -265,10 +266,12 @@ def sensitivity(measured: Variant) -> Figure:
             _blocks_axis(axes, blocks, most=6)
             axes.minorticks_off()
         canvas.supxlabel("block", fontsize=9)
-        canvas.supylabel("Tr(H) / n", fontsize=9)
+        canvas.supylabel("mean diagonal", fontsize=9)
         svg = _svg(canvas)
-    hollow = " Hollow: the estimate came out negative and stands at its size." if negative else ""
-    caption = f"Mean Hessian diagonal by depth, one panel per kind of matrix; bars are ± one standard error over the probes.{hollow}"
+    hollow = " Hollow: the estimate is below its standard error and stands there." if floored else ""
+    caption = (
+        f"Mean diagonal of the {quantity} by depth, one panel per kind of matrix; bars are ± one standard error over the probes.{hollow}"
+    )
     return Figure("sensitivity", svg, "Sensitivity by depth and kind of matrix, logarithmic.", caption)
 
 

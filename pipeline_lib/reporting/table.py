@@ -107,6 +107,7 @@ class Results:
     texts: Mapping[str, Text]  # evaluation texts in the order of params.yaml
     variants: tuple[Variant, ...]
     choice: Choice
+    estimate: Mapping[str, Any]  # build/sensitivity/estimate.json; empty if no variant uses it
 
     @property
     def dense(self) -> Variant:
@@ -172,7 +173,9 @@ def collect(build: Path, params: ReportParams, names: Sequence[str], texts: Mapp
     variants = [_variant(build, DENSE)]
     variants += [_variant(build, name) for name in names]
     source = _read(build / "prepare" / "model.json", "prepare")
-    return Results(params.title, params.baseline, source, texts, tuple(variants), _choice(build))
+    measured = any("sensitivity" in variant.costs for variant in variants)
+    estimate = _read(build / "sensitivity" / "estimate.json", "sensitivity") if measured else {}
+    return Results(params.title, params.baseline, source, texts, tuple(variants), _choice(build), estimate)
 
 
 def _choice(build: Path) -> Choice:

@@ -1,68 +1,129 @@
-"""Sensitivity of logical matrices: the trace of the cross-entropy Hessian by Hutchinson's estimator (2310.09499, Eqs. 5–6)."""
+"""Trace of the cross-entropy Hessian per logical matrix by Hutchinson's estimator (2310.09499, Eqs. 5–6), block by block.
 
-from collections.abc import Callable, Iterator, Mapping
+Symbols: z probe over all included parameters θ, L mean cross-entropy [nats/token], x a block's inputs [B, T, D], f a block;
+ẋ = dx/dt and so on along θ + t z, x̄ = ∂L/∂x and so on. Hz is the tangent of θ̄.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 
-from pipeline_lib.models.architecture import Matrix
-from pipeline_lib.params import Params
 from pipeline_lib.runtime import generator
+from pipeline_lib.sensitivity.backward import Logits, Subject, walk
+from pipeline_lib.sensitivity.settings import SensitivityParams
+
+Tensors = Sequence[torch.Tensor]
+State = tuple[torch.Tensor, torch.Tensor]  # a value and its tangent, both [B, T, D]
 
 
-class SensitivityParams(Params):
-    """Section ``sensitivity``."""
-
-    probes: int = Field(ge=2)
-    rows_per_probe: int = Field(ge=1)
-    distribution: Literal["rademacher", "gaussian"]
-    seed: int
-
-
-def probe_vector(name: str, like: torch.Tensor, params: SensitivityParams, probe: int) -> torch.Tensor:
+def probe_vector(name: str, like: torch.Tensor, distribution: Literal["rademacher", "gaussian"], seed: int, probe: int) -> torch.Tensor:
     """z of the parameter's shape with E[zzᵀ] = 1, keyed by seed, parameter and probe."""
-    random = generator(params.seed, f"{name}:{probe}")
-    if params.distribution == "gaussian":
+    random = generator(seed, f"{name}:{probe}")
+    if distribution == "gaussian":
         return torch.randn(like.shape, generator=random).to(like)
-    return (torch.randint(0, 2, like.shape, generator=random).float() * 2 - 1).to(like)
+    return (torch.randint(0, 2, like.shape, generator=random, dtype=torch.int8) * 2 - 1).to(like)
 
 
-def traces(
-    loss: Callable[[int], torch.Tensor],
-    parameters: Mapping[str, torch.Tensor],
-    matrices: Mapping[str, tuple[str, Matrix]],
-    params: SensitivityParams,
-) -> Iterator[dict[str, float]]:
-    """For each probe, zᵀHz / n per logical matrix: an unbiased sample of its mean Hessian diagonal Tr(H)/n.
+def push_forward(function: Callable[..., torch.Tensor], inputs: Tensors, tangents: Tensors) -> State:
+    """f(u) and its tangent J u̇, as the derivative of Jᵀ w with respect to w: blocks can have parts without forward-mode derivatives."""
+    u = [tensor.detach().requires_grad_(True) for tensor in inputs]
+    output = function(*u)
+    w = torch.zeros_like(output, requires_grad=True)
+    gradients = torch.autograd.grad(output, u, w, create_graph=True)
+    return output.detach(), torch.autograd.grad(gradients, w, tangents)[0]
 
-    One Hessian-vector product serves all matrices: z is drawn for all at once, and the cross terms vanish in expectation.
 
-    The graph of both backward passes is in memory at once, so it grows with depth, width and tokens of a probe; checkpointing does
-    not help, since the second pass keeps what the first one recomputed.
+def pull_back(
+    function: Callable[..., torch.Tensor], inputs: Tensors, tangents: Tensors, gradient: torch.Tensor, gradient_tangent: torch.Tensor
+) -> tuple[Tensors, Tensors]:
+    """One link of the chain for first and second derivatives of L: from those at a function's output to those at its inputs.
+
+    With φ = ⟨ȳ, f(u)⟩: ū = ∇φ, and its tangent is ∇[⟨∇φ, u̇⟩ + ⟨ȳ̇, f⟩], one double backward.
 
     Args:
-        loss: the mean cross-entropy [nats/token] on the probe's rows, differentiable twice in ``parameters``.
-        parameters: every parameter that holds a logical matrix.
-        matrices: logical name -> (parameter name, matrix).
+        inputs: u, and ``tangents`` u̇ of the same shapes.
+        gradient: ȳ = ∂L/∂f, and ``gradient_tangent`` its tangent ȳ̇.
+
+    Returns:
+        ū, and the tangents of ū.
     """
-    names = sorted(parameters)
-    tensors = [parameters[name] for name in names]
-    for probe in range(params.probes):
+    u = [tensor.detach().requires_grad_(True) for tensor in inputs]
+    output = function(*u)
+    gradients = torch.autograd.grad(output, u, gradient, create_graph=True)
+    products = torch.autograd.grad((*gradients, output), u, (*tangents, gradient_tangent))
+    return [tensor.detach() for tensor in gradients], products
+
+
+class _Product:
+    """The Hessian-vector products of a group of probes, reduced to zᵀHz / n per matrix as soon as a block's are known."""
+
+    def __init__(self, subject: Subject, params: SensitivityParams, probes: Sequence[int]) -> None:
+        self.subject, self.params, self.probes = subject, params, probes
+        self.batches = [subject.batch(probe, params.rows_per_probe) for probe in probes]
+        self.samples: list[dict[str, float]] = [{} for _ in probes]
+
+    def enter(self, hidden: torch.Tensor) -> State:
+        return hidden, torch.zeros_like(hidden)  # embeddings do not move
+
+    def directions(self, block: nn.Module, index: int, number: int) -> dict[str, torch.Tensor]:
+        """z for every parameter of the block that holds an included matrix."""
+        names = sorted({matrix.parameter for matrix in self.subject.matrices[index].values()})
+        path = f"{self.subject.model.checkpoint.architecture.blocks}.{index}"
+        distribution, seed = self.params.distribution, self.params.seed
+        return {n: probe_vector(f"{path}.{n}", block.get_parameter(n), distribution, seed, self.probes[number]) for n in names}
+
+    def moving(
+        self, block: nn.Module, index: int, number: int, state: State
+    ) -> tuple[Callable[..., torch.Tensor], Tensors, Tensors, dict[str, torch.Tensor]]:
+        """The block as a function of its inputs and of the parameters that move; all of these, their tangents, and z by name."""
+        z = self.directions(block, index, number)
+
+        def function(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+            return self.subject.model.call(block, index, x, dict(zip(z, parameters, strict=True)))
+
+        return function, [state[0], *(block.get_parameter(name) for name in z)], [state[1], *z.values()], z
+
+    def up(self, block: nn.Module, index: int, number: int, state: State) -> State:
+        """ẏ = (∂f/∂x) ẋ + (∂f/∂θ) z, with y in the same pass."""
+        function, inputs, tangents, _ = self.moving(block, index, number, state)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no double backward on the CPU
-            gradients = torch.autograd.grad(loss(probe), tensors, create_graph=True)
-            z = [probe_vector(name, tensor, params, probe) for name, tensor in zip(names, tensors, strict=True)]
-            products = torch.autograd.grad(gradients, tensors, grad_outputs=z)
-        quadratic = {name: zi * hz for name, zi, hz in zip(names, z, products, strict=True)}
-        yield {name: float(matrix.view(quadratic[parameter]).double().mean()) for name, (parameter, matrix) in matrices.items()}
+            output, tangent = push_forward(function, inputs, tangents)
+        self.subject.model.check_finite(index, output)
+        return output, tangent
+
+    def turn(self, logits: Logits, number: int, state: State) -> State:
+        """x̄ and its tangent at the loss, row by row, so that the logits of one row are in memory."""
+        batch = self.batches[number].to(state[0].device)
+        predicted = batch[:, 1:].numel()
+        one = torch.ones((), dtype=state[0].dtype, device=state[0].device)
+        rows = []
+        for x, tangent, tokens in zip(state[0].split(1), state[1].split(1), batch, strict=True):
+
+            def loss(x: torch.Tensor, labels: torch.Tensor = tokens[1:]) -> torch.Tensor:
+                return cross_entropy(logits(x)[0, :-1], labels, reduction="sum") / predicted
+
+            rows.append(pull_back(loss, [x], [tangent], one, torch.zeros_like(one)))
+        return torch.cat([gradient for (gradient,), _ in rows]), torch.cat([product for _, (product,) in rows])
+
+    def down(self, block: nn.Module, index: int, number: int, state: State, gradient: State) -> State:
+        function, inputs, tangents, z = self.moving(block, index, number, state)
+        with sdpa_kernel(SDPBackend.MATH):
+            gradients, products = pull_back(function, inputs, tangents, *gradient)
+        quadratic = {name: z[name] * product for name, product in zip(z, products[1:], strict=True)}
+        for name, matrix in self.subject.matrices[index].items():
+            self.samples[number][name] = float(matrix.view(quadratic[matrix.parameter]).double().mean())
+        return gradients[0], products[0]
 
 
-def summarise(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean over probes and its standard error, per matrix; ``sensitivity`` is the mean, but not below its error."""
-    summary = {}
-    for name in samples[0]:
-        values = torch.tensor([sample[name] for sample in samples], dtype=torch.float64)
-        trace, stderr = float(values.mean()), float(values.std() / len(values) ** 0.5)
-        summary[name] = {"trace": trace, "stderr": stderr, "sensitivity": max(trace, stderr)}
-    return summary
+def samples(subject: Subject, params: SensitivityParams, probes: Sequence[int]) -> list[dict[str, float]]:
+    """For each probe, zᵀHz / n per logical matrix: an unbiased sample of its mean Hessian diagonal Tr(H)/n on the probe's rows.
+
+    One Hessian-vector product serves all matrices: z is drawn for all at once, and the cross terms vanish in expectation.
+    """
+    product = _Product(subject, params, probes)
+    walk(subject.model, product.batches, product)
+    return product.samples
