@@ -50,15 +50,13 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
     "predicted": {"method": "predicted", "weighting": "kronecker", "temper": 0.75, "alpha": 0.2},
 }
 OTHERS = {  # one seed
-    **{f"{method}-{alpha:g}": {"method": method, "alpha": alpha} for method in ("layer", "weight") for alpha in (0.05, 0.1, 0.2, 0.25)},
+    **{f"{method}-{alpha:g}": {"method": method, "alpha": alpha} for method in ("layer", "weight") for alpha in (0.1, 0.2)},
     **{
         f"predicted-{weighting}-{temper:g}-{alpha:g}": {"method": "predicted", "weighting": weighting, "temper": temper, "alpha": alpha}
         for weighting, temper, alpha in [
             ("trace", 1, 1),
-            ("trace", 0.75, 0.2),
             ("kronecker", 1, 1),
             ("kronecker", 0.75, 1),
-            ("kronecker", 1, 0.15),
         ]
     },
     "owl": {"method": "owl", "alpha": 0.08},  # its authors' lambda
