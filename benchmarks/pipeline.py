@@ -17,31 +17,36 @@ from pipeline_lib.artifacts import write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PLAIN = {"factors": "prepare/identity.safetensors", "sensitivity": "sensitivity/sensitivity.json"}
-INDUCED = PLAIN | {"factors": "induce/{name}/transform.safetensors"}
 
 
-def recipe(score: str, alpha: float, steps: list[str], induced: bool = False, method: str = "weight") -> dict[str, Any]:
-    """A candidate for `sparseline`: one variant's overrides."""
-    base = INDUCED if induced else PLAIN
-    allocation = {"method": method, "alpha": alpha} if alpha else {"method": "uniform"}
-    return base | {"selection": {"score": score, "group": "block"}, "allocation": allocation, "reconstruction": {"steps": steps}}
+def recipe(score: str, allocation: dict[str, Any], steps: list[str], induced: bool = False) -> dict[str, Any]:
+    """A candidate for `sparseline`: one variant; ``{name}`` in its artifacts is the variant's own."""
+    return {
+        "factors": "induce/{name}/transform.safetensors" if induced else "prepare/identity.safetensors",
+        "sensitivity": "curves/{name}.json" if allocation["method"] == "predicted" else "sensitivity/sensitivity.json",
+        "selection": {"score": score, "group": "block"},
+        "allocation": allocation,
+        "reconstruction": {"steps": steps},
+    }
 
 
+UNIFORM = {"method": "uniform"}
+RANKED = {"method": "weight", "alpha": 0.15}
+PREDICTED = {"method": "predicted", "alpha": 0.2}
 RECIPES = {
-    "obs": recipe("obs", 0, ["obs"]),
-    "obs-induced": recipe("obs", 0, ["obs"], induced=True),
-    "obs-channel": recipe("obs", 0, ["obs", "channel"]),
-    "obs-a10": recipe("obs", 0.10, ["obs"]),
-    "obs-a15": recipe("obs", 0.15, ["obs"]),
-    "obs-a20": recipe("obs", 0.20, ["obs"]),
-    "isc-a15": recipe("isc", 0.15, ["obs"]),
-    "obs-a15-channel": recipe("obs", 0.15, ["obs", "channel"]),
-    "obs-a20-channel": recipe("obs", 0.20, ["obs", "channel"]),
-    "isc-a15-channel": recipe("isc", 0.15, ["obs", "channel"]),
-    "isc-a15-channel-induced": recipe("isc", 0.15, ["obs", "channel"], induced=True),
-    "obs-a15-channel-induced": recipe("obs", 0.15, ["obs", "channel"], induced=True),
-    "obs-l15-channel": recipe("obs", 0.15, ["obs", "channel"], method="layer"),
+    "obs": recipe("obs", UNIFORM, ["obs"]),
+    "obs-induced": recipe("obs", UNIFORM, ["obs"], induced=True),
+    "obs-channel": recipe("obs", UNIFORM, ["obs", "channel"]),
+    "obs-ranked": recipe("obs", RANKED, ["obs"]),
+    "isc-ranked": recipe("isc", RANKED, ["obs"]),
+    "obs-predicted": recipe("obs", PREDICTED, ["obs"]),
+    "isc-predicted": recipe("isc", PREDICTED, ["obs"]),
+    "obs-ranked-channel": recipe("obs", RANKED, ["obs", "channel"]),
+    "isc-ranked-channel": recipe("isc", RANKED, ["obs", "channel"]),
+    "obs-predicted-channel": recipe("obs", PREDICTED, ["obs", "channel"]),
+    "isc-predicted-channel": recipe("isc", PREDICTED, ["obs", "channel"]),
+    "obs-predicted-channel-induced": recipe("obs", PREDICTED, ["obs", "channel"], induced=True),
+    "isc-predicted-channel-induced": recipe("isc", PREDICTED, ["obs", "channel"], induced=True),
 }
 
 
@@ -95,7 +100,10 @@ def main(name: str, work: Path, sparsity: float, seeds: int) -> None:
             values["prune"]["selection"]["sparsity"] = sparsity
             if name == "recipes":
                 values["induced"] = {key: {} for key, value in RECIPES.items() if value["factors"].startswith("induce")}
-                values["variants"] = {key: value | {"factors": value["factors"].format(name=key)} for key, value in RECIPES.items()}
+                values["curved"] = {key: {} for key, value in RECIPES.items() if value["sensitivity"].startswith("curves")}
+                own = {key: {k: value[k].format(name=key) for k in ("factors", "sensitivity")} for key, value in RECIPES.items()}
+                values["variants"] = {key: value | own[key] for key, value in RECIPES.items()}
+                values["choose"]["candidates"] = []
                 values["report"]["baseline"] = "obs"
                 values["evaluate"]["tasks"]["limit"] = 2
 
