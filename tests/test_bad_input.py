@@ -496,6 +496,7 @@ def test_nothing_is_written_where_nothing_was(workspace: Path, stage: str) -> No
         "induce",
         "evaluate",
         "completions",
+        "choice.json",
     }
     assert not list((workspace / "build").rglob("*partial*"))
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from pipeline_lib.allocation.plan import AllocationParams
 from pipeline_lib.calibration.statistics import Accumulator, SiteStatistics, refresh
+from pipeline_lib.errors import SparselineError
 from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
@@ -88,7 +89,7 @@ def prune_matrices(
             weight = matrix.view(tensors[matrix.parameter])
             new, mask = prune_matrix(weight, factorisation, kept[matrix], selection, compensate, importance)
             if int(mask.sum()) != kept[matrix]:
-                raise RuntimeError(f"{where}.{matrix.label}: {int(mask.sum())} weights kept instead of {kept[matrix]}")
+                raise SparselineError(f"The scores of {where}.{matrix.label} hold NaN or infinity; check the model, or compute in float32.")
             if matrix.parameter not in masks:
                 masks[matrix.parameter] = torch.ones_like(tensors[matrix.parameter], dtype=torch.bool)
                 pruned[matrix.parameter] = tensors[matrix.parameter].clone()
