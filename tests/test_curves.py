@@ -1,5 +1,6 @@
 """Error curves. Oracles: explicit Kronecker products, raw activations of a whole model in transformers, sorted lists; checkpoints, counted."""
 
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,8 @@ def test_grams_over_budget_give_the_same_curves(workspace: Path) -> None:
 def test_stored_moments_are_used(workspace: Path, diagonal: bool) -> None:
     """Moments c·1 make the Kronecker error c times the layer error, as a matrix or as its diagonal. Oracle: that."""
     path = workspace / "build" / "curves" / "mixed.json"
+    shutil.rmtree(workspace / "build" / "sensitivity" / "moments")
+    build("curves mixed")
     plain = artifacts.read_json(path)
     for block in range(2):
         moments = {}
