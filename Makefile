@@ -30,7 +30,7 @@ bench-seeds: environment  ## three calibration seeds of the shipped variants (do
 	python -m benchmarks.pipeline seeds
 
 bench-recipes: environment  ## candidates for `sparseline`, compared on validation text
-	python -m benchmarks.pipeline recipes
+	python -m benchmarks.pipeline recipes --seeds 1
 
 bench-induction: environment  ## testbeds: every base and pattern without and with induction, then the wall-time ratio (docs/results.md)
 	python -m benchmarks.induction cells

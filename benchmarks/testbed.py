@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -37,6 +38,10 @@ class Testbed:
 
     name: str
     root: Path = ROOT  # another one for a twin
+
+    def __post_init__(self) -> None:
+        if not ROOT.exists():
+            raise click.ClickException(f"no testbeds at {ROOT}; set SPARSELINE_TESTBED to a directory with llama, opt and texts.")
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint:
