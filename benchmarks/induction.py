@@ -28,7 +28,8 @@ from pipeline_lib.calibration.statistics import SiteStatistics
 from pipeline_lib.induction.gate import Gate
 from pipeline_lib.induction.induce import InduceParams, Outcome, induce_block
 from pipeline_lib.models.architecture import Matrix
-from pipeline_lib.pruning.prune import PrunedBlock, PruneParams, prune
+from pipeline_lib.pruning.layerwise import PrunedBlock
+from pipeline_lib.pruning.prune import PruneParams, prune
 from pipeline_lib.transforms.scale import ScaleParams, shifts, starting_factors
 from pipeline_lib.transforms.transform import Transform
 

@@ -28,7 +28,8 @@ from pipeline_lib.allocation.budget import Unit
 from pipeline_lib.allocation.curves import CurvesParams, measure
 from pipeline_lib.allocation.plan import NEEDS, plan
 from pipeline_lib.artifacts import read_tensors, write_json
-from pipeline_lib.pruning.prune import PrunedBlock, PruneParams, prune
+from pipeline_lib.pruning.layerwise import PrunedBlock
+from pipeline_lib.pruning.prune import PruneParams, prune
 from pipeline_lib.pruning.scores import Curvature, Score
 from pipeline_lib.reconstruction import obs
 from pipeline_lib.sensitivity import fisher

@@ -11,7 +11,7 @@ from pipeline_lib.allocation.budget import Unit, target
 from pipeline_lib.allocation.plan import plan
 from pipeline_lib.calibration.inputs import CALIBRATION, calibration_rows, open_model
 from pipeline_lib.models.source import MODEL, ModelParams
-from pipeline_lib.pruning.prune import VariantParams, prune
+from pipeline_lib.pruning.prune import FITS, VariantParams, prune
 from pipeline_lib.pruning.resume import Progress
 from pipeline_lib.transforms.transform import read_transforms
 
@@ -41,11 +41,12 @@ def main(variant: str) -> None:
 
         described = f"{settings.model_dump_json()} {source.model_dump_json()}"
         inputs = [MODEL, MATRICES, factors, sensitivity, *sorted(CALIBRATION.glob("*.safetensors"))]
-        progress = Progress(runtime.scratch("prune", runtime.resume_key(described, inputs)), model.checkpoint)
+        scratch = runtime.scratch("prune", runtime.resume_key(described, inputs))
+        progress = Progress(scratch, model.checkpoint)
         click.echo(f"prune {variant}: {settings.model_dump_json()}")
         if done := progress.done():
             click.echo(f"prune {variant}: resuming after {done} of {entry.depth} blocks")
-        blocks = prune(model, rows["fit"], rows["held_out"], kept, transforms, settings, progress.finished)
+        blocks = prune(model, rows["fit"], rows["held_out"], kept, transforms, settings, progress.finished, scratch / "streams")
         for index, result in tqdm(blocks, total=entry.depth, initial=done, desc=f"prune {variant}", unit="block"):
             progress.keep(index, result)
         by_block = progress.publish(Path(f"build/prune/{variant}"))
@@ -68,7 +69,7 @@ def main(variant: str) -> None:
             "prunable": size,
             "sparsity": 1 - total / size,
             "matrices": matrices,
-            "blocks": {str(index): facts.get("channel") for index, facts in by_block.items()},
+            "blocks": {str(index): {step: facts[step] for step in FITS if step in facts} for index, facts in by_block.items()},
             "transform": transform_facts,
         }
         artifacts.write_json(Path(f"build/facts/{variant}.json"), summary)

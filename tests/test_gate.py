@@ -16,7 +16,7 @@ from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.pruning.prune import prune_matrices
+from pipeline_lib.pruning.layerwise import Layerwise, prune_matrices
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.transforms.transform import Transform
 
@@ -78,7 +78,7 @@ def test_a_judge_gives_the_block_error(checkpoint: Checkpoint, score: str, compe
         for transform in (Transform(), Transform(moderate(checkpoint, 3))):
             folded = fold(tensors, table, transform.factors)
             moved = {name: refresh(site, site_factor(table, name, transform.factors)) for name, site in statistics[index].items()}
-            pruned = prune_matrices(table, folded, moved, counts(checkpoint, index), transform, chosen, compensate, "x")
+            pruned = prune_matrices(table, folded, moved, counts(checkpoint, index), transform, chosen, Layerwise(compensate), "x")
             sparse = block_outputs(checkpoint, index, pruned.tensors)
             expected = (sparse - dense).square().sum() / (dense - dense.mean((0, 1))).square().sum()
             assert judge(transform) == pytest.approx(float(expected), rel=1e-4)

@@ -17,8 +17,8 @@ from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.pruning.layerwise import Layerwise, prune_matrices
 from pipeline_lib.pruning.patterns import bounds, select
-from pipeline_lib.pruning.prune import prune_matrices
 from pipeline_lib.pruning.scores import Curvature, Score, saliency
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.reconstruction.obs import factorise
@@ -96,7 +96,7 @@ def masks_of_pruning(
     factors = dict(transform.factors)
     kept = {matrix: target(chosen.sparsity, tensors[matrix.parameter].numel()) for matrix in table.matrices}
     folded = fold(tensors, table, factors)
-    return prune_matrices(table, folded, refreshed(table, statistics, factors), kept, transform, chosen, False, "block 0").masks
+    return prune_matrices(table, folded, refreshed(table, statistics, factors), kept, transform, chosen, Layerwise(False), "block 0").masks
 
 
 def held_out_error(

@@ -211,7 +211,8 @@ def test_an_infinite_hidden_state_is_named(llama: Checkpoint) -> None:
     model = BlockModel(llama, torch.float32, CPU)
     stream = model.embed(token_rows(1, 4), batch_rows=1)
     with pytest.raises(SparselineError, match=r"layers\.0 hold NaN or infinity"):
-        model.advance(model.block(0), 0, Stream([torch.full_like(stream.hidden[0], float("inf"))]))
+        stream.hidden[0] = torch.full_like(stream.hidden[0], float("inf"))
+        model.advance(model.block(0), 0, stream)
 
 
 # Damaged and unsupported checkpoints: each is refused with a sentence that says where and what to do.

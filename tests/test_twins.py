@@ -15,7 +15,7 @@ from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.statistics import SiteStatistics, refresh
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
 from pipeline_lib.models.folding import fold, site_factor
-from pipeline_lib.pruning.prune import prune_matrices
+from pipeline_lib.pruning.layerwise import Layerwise, prune_matrices
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.transforms.scale import ScaleParams, starting_factors
 from pipeline_lib.transforms.transform import Transform
@@ -69,7 +69,7 @@ def masks(
         factors = start(table, tensors, statistics, START) if start else {}
         moved = {name: refresh(site, site_factor(table, name, factors)) for name, site in statistics.items()}
         kept = {m: target(chosen.sparsity, m.view(tensors[m.parameter]).numel()) for m in table.matrices}
-        pruned = prune_matrices(table, fold(tensors, table, factors), moved, kept, Transform(factors), chosen, compensate, "x")
+        pruned = prune_matrices(table, fold(tensors, table, factors), moved, kept, Transform(factors), chosen, Layerwise(compensate), "x")
         found += [mask.flatten() for _, mask in sorted(pruned.masks.items())]
     return torch.cat(found)
 

@@ -20,6 +20,8 @@ class SiteStatistics:
     maximum: torch.Tensor
     gram: torch.Tensor | None = None
     held_out_gram: torch.Tensor | None = None
+    cross: torch.Tensor | None = None  # C = E[X_dense Xᵀ] with the same site's inputs X_dense in the dense stream
+    dense_mean: torch.Tensor | None = None  # E[X_dense]
 
     @property
     def second_moment_matrix(self) -> torch.Tensor:
@@ -56,10 +58,17 @@ class Accumulator:
         self.sum = self.squares = torch.zeros((), dtype=torch.float64)
         self.minimum = self.maximum = torch.empty(0)
         self.gram: torch.Tensor | None = None
+        self.cross: torch.Tensor | None = None
+        self.dense_sum = torch.zeros((), dtype=torch.float64)
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Take activations [tokens, d]."""
+    def add(self, inputs: torch.Tensor, dense: torch.Tensor | None = None) -> None:
+        """Take activations [tokens, d]; with what the dense stream has in their places, the cross moment is collected too."""
         x = inputs.float()
+        if dense is not None:
+            if self.cross is None:
+                self.cross = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            self.cross.addmm_(dense.float().T, x)
+            self.dense_sum = self.dense_sum.to(x.device) + dense.double().sum(0)
         self.sum = self.sum.to(x.device) + x.double().sum(0)
         self.squares = self.squares.to(x.device) + x.double().square().sum(0)
         low, high = x.amin(0), x.amax(0)
@@ -88,13 +97,15 @@ class Accumulator:
             maximum=self.maximum,
             gram=self.second_moment_matrix() if self.want_gram else None,
             held_out_gram=held_out.second_moment_matrix() if held_out is not None and held_out.want_gram else None,
+            cross=None if self.cross is None else self.cross / self.count,
+            dense_mean=None if self.cross is None else (self.dense_sum / self.count).float(),
         )
 
 
 def refresh(statistics: SiteStatistics, factor: torch.Tensor | None, shift: torch.Tensor | None = None) -> SiteStatistics:
     """Statistics of X' = D (X − δ) from those of X: the fast Hessian update (2602.21652, Eqs. 9–11).
 
-    G' = D (G − δμᵀ − μδᵀ + δδᵀ) D, hence diag(G') = d² ∘ (diag(G) − 2δ∘μ + δ²) and μ' = D (μ − δ).
+    G' = D (G − δμᵀ − μδᵀ + δδᵀ) D, hence diag(G') = d² ∘ (diag(G) − 2δ∘μ + δ²) and μ' = D (μ − δ); C' = D (C − δμᵀ − μ_dense δᵀ + δδᵀ) D.
     The held-out Gram is centred with the fitting rows' mean, so with a shift it is exact only up to the two means' difference.
 
     Args:
@@ -105,11 +116,10 @@ def refresh(statistics: SiteStatistics, factor: torch.Tensor | None, shift: torc
     d = torch.ones_like(statistics.mean) if factor is None else factor
     mean = statistics.mean
 
-    def matrix(gram: torch.Tensor | None) -> torch.Tensor | None:
-        if gram is None:
+    def matrix(moment: torch.Tensor | None, left: torch.Tensor | None = mean) -> torch.Tensor | None:
+        if moment is None or left is None:
             return None
-        cross = torch.outer(delta, mean)
-        return d[:, None] * (gram - cross - cross.T + torch.outer(delta, delta)) * d
+        return d[:, None] * (moment - torch.outer(delta, mean) - torch.outer(left, delta) + torch.outer(delta, delta)) * d
 
     return SiteStatistics(
         second_moment=d * d * (statistics.second_moment - 2 * delta * mean + delta * delta),
@@ -119,4 +129,6 @@ def refresh(statistics: SiteStatistics, factor: torch.Tensor | None, shift: torc
         maximum=d * (statistics.maximum - delta),
         gram=matrix(statistics.gram),
         held_out_gram=matrix(statistics.held_out_gram),
+        cross=matrix(statistics.cross, statistics.dense_mean),
+        dense_mean=None if statistics.dense_mean is None else d * (statistics.dense_mean - delta),
     )

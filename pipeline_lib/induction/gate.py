@@ -9,9 +9,9 @@ from pipeline_lib.calibration.statistics import SiteStatistics, refresh
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.pruning.prune import prune_matrices
+from pipeline_lib.pruning.layerwise import Layerwise, prune_matrices
 from pipeline_lib.pruning.settings import SelectionParams
-from pipeline_lib.reconstruction.channel import Stage, block_error
+from pipeline_lib.reconstruction.fit import Pairs, block_error
 from pipeline_lib.transforms.transform import Transform
 
 Judge = Callable[[Transform], float]
@@ -36,13 +36,13 @@ class Gate:
         block = model.block(index, tensors)
         inputs = list(self.stream.hidden)
         model.advance(block, index, self.stream)
-        rows = Stage(inputs, list(self.stream.hidden))
+        rows = Pairs(inputs, list(self.stream.hidden))
 
         def judge(transform: Transform) -> float:
             folded = fold(tensors, architecture, transform.factors)
             moved = {name: refresh(site, site_factor(architecture, name, transform.factors)) for name, site in statistics.items()}
             where = f"{architecture.blocks}.{index}"
-            pruned = prune_matrices(architecture, folded, moved, kept, transform, self.selection, self.compensate, where)
+            pruned = prune_matrices(architecture, folded, moved, kept, transform, self.selection, Layerwise(self.compensate), where)
             there = {name: tensor.to(model.device) for name, tensor in pruned.tensors.items()}
             return block_error(functools.partial(model.call, block, index), there, rows)
 

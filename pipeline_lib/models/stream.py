@@ -4,12 +4,13 @@ Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of t
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 
@@ -30,11 +31,50 @@ class _Recorder(nn.Module):
         return self.note(hidden, (args, kwargs))
 
 
-@dataclass
-class Stream:
-    """Hidden states [B, T, D] of every batch before some block, in order; overwritten as the blocks are passed."""
+class OnDisk(Sequence[torch.Tensor]):
+    """A list of tensors of which none is in memory; what is asked for is read. Slices share the files."""
 
-    hidden: list[torch.Tensor]
+    def __init__(self, files: list[Path], device: torch.device) -> None:
+        self.files = files
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, place: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, place: slice) -> "OnDisk": ...
+    def __getitem__(self, place: int | slice) -> "torch.Tensor | OnDisk":
+        if isinstance(place, slice):
+            return OnDisk(self.files[place], self.device)
+        return load_file(self.files[place])["hidden"].to(self.device)
+
+    def __setitem__(self, place: int, hidden: torch.Tensor) -> None:
+        save_file({"hidden": hidden.contiguous()}, self.files[place])
+
+
+class Stream:
+    """Hidden states [B, T, D] of every batch before some block, in order; overwritten as the blocks are passed.
+
+    In memory; or, given a directory, in one file per batch there, whose name starts with ``name``.
+    """
+
+    def __init__(self, batches: int, device: torch.device, directory: Path | None = None, name: str = "") -> None:
+        self.device = device
+        self.hidden: list[torch.Tensor] | OnDisk
+        if directory is None:
+            self.hidden = [torch.empty(0)] * batches
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.hidden = OnDisk([directory / f"{name}-{number:05d}.safetensors" for number in range(batches)], device)
+
+    def copy(self, directory: Path | None = None, name: str = "") -> "Stream":
+        """Another one that starts where this one is."""
+        other = Stream(len(self.hidden), self.device, directory, name)
+        for number, hidden in enumerate(self.hidden):
+            other.hidden[number] = hidden
+        return other
 
 
 class BlockModel:
@@ -51,14 +91,18 @@ class BlockModel:
         self._arguments: dict[int, list[Arguments]] = {}  # rows in a batch -> per block
         self._first_parts = False  # of what a block returns, the model takes the first part
 
-    def embed(self, rows: torch.Tensor, batch_rows: int) -> Stream:
+    def embed(self, rows: torch.Tensor, batch_rows: int, directory: Path | None = None, name: str = "") -> Stream:
         """The stream before the first block, for token rows [N, T]; notes each block's other arguments on the way."""
         if rows.shape[1] != self._length:
             self._length, self._arguments = rows.shape[1], {}
         with self._outside_blocks(head=False):
             if 1 not in self._arguments:
                 self._note(rows[:1])
-            return Stream([self._note(batch) for batch in rows.split(batch_rows)])
+            batches = rows.split(batch_rows)
+            stream = Stream(len(batches), self.device, directory, name)
+            for number, batch in enumerate(batches):
+                stream.hidden[number] = self._note(batch)
+            return stream
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
@@ -156,8 +200,9 @@ class BlockModel:
             SparselineError: the block's output holds NaN or infinity.
         """
         for number, hidden in enumerate(stream.hidden):
-            stream.hidden[number] = self.call(block, index, hidden)
-            self.check_finite(index, stream.hidden[number])
+            out = self.call(block, index, hidden)
+            self.check_finite(index, out)
+            stream.hidden[number] = out
 
     def check_finite(self, index: int, hidden: torch.Tensor) -> None:
         """Refuse a block's output that nothing can be made of.

@@ -2,10 +2,9 @@
 
 import torch
 
-from pipeline_lib.pruning.patterns import select, select_n_of_m
 from pipeline_lib.pruning.scores import saliency
 from pipeline_lib.pruning.settings import SelectionParams
-from pipeline_lib.reconstruction.obs import Factorisation, sweep
+from pipeline_lib.reconstruction.obs import Factorisation, choose, sweep
 
 
 def prune_matrix(
@@ -24,22 +23,22 @@ def prune_matrix(
         kept: how many weights stay.
         importance: selection weights u > 0 [C]; scores are multiplied by u².
     """
-    pattern = selection.shape
     if compensate:
         return sweep(
             weight,
             factorisation,
             kept=kept,
             score=selection.score,
-            pattern=pattern,
+            pattern=selection.shape,
             group=selection.group,
             block=selection.block,
             importance=importance,
         )
     scores = saliency(selection.score, weight, factorisation.whole())
-    scores = scores if importance is None else scores * importance.square()
-    if pattern.m:
-        mask = select_n_of_m(scores, kept * pattern.m // weight.numel(), pattern.m)
-    else:
-        mask = select(scores, kept, selection.group, selection.block)
+    mask = chosen(scores if importance is None else scores * importance.square(), kept, selection)
     return weight.masked_fill(~mask, 0), mask
+
+
+def chosen(scores: torch.Tensor, kept: int, selection: SelectionParams) -> torch.Tensor:
+    """The mask [R, C] of the best scores [R, C] by the variant's pattern and comparison group."""
+    return choose(scores, kept=kept, pattern=selection.shape, group=selection.group, block=selection.block)

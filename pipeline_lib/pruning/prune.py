@@ -1,37 +1,41 @@
 """Prune a model block by block: each block sees the outputs of the pruned blocks before it, and is written when it is done."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from pydantic import Field
 
 from pipeline_lib.allocation.plan import AllocationParams
-from pipeline_lib.calibration.statistics import Accumulator, SiteStatistics, refresh
-from pipeline_lib.errors import SparselineError
-from pipeline_lib.models.architecture import Architecture, Matrix
-from pipeline_lib.models.folding import fold, site_factor
+from pipeline_lib.calibration.statistics import Accumulator, SiteStatistics
+from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.models.folding import fold
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.params import Params
-from pipeline_lib.pruning.matrix import prune_matrix
-from pipeline_lib.pruning.settings import SelectionParams, StepsParams
-from pipeline_lib.reconstruction.channel import ChannelParams, Stage, fit
-from pipeline_lib.reconstruction.obs import factorise, layer_error
+from pipeline_lib.pruning.layerwise import Layerwise, PrunedBlock, prune_matrices, prune_site
+from pipeline_lib.pruning.matrix import chosen
+from pipeline_lib.pruning.scores import saliency
+from pipeline_lib.pruning.settings import LayerwiseParams, SelectionParams
+from pipeline_lib.reconstruction.fit import BlockParams, FitParams, Masks, Pairs, fit
 from pipeline_lib.transforms.transform import Transform
 
+FITS = ("channel", "block")  # the steps that fit a whole block
 
-class ReconstructionParams(StepsParams):
+
+class ReconstructionParams(LayerwiseParams):
     """Section ``prune.reconstruction``: the steps in order, and the parameters of each."""
 
-    channel: ChannelParams
+    channel: FitParams
+    block: BlockParams
 
 
 class PruneParams(Params):
     """Section ``prune``, with ``variants.<name>`` laid over it."""
 
     batch_rows: int = Field(ge=1)
+    activation_budget_bytes: int = Field(ge=0)
     selection: SelectionParams
     allocation: AllocationParams
     reconstruction: ReconstructionParams
@@ -44,78 +48,44 @@ class VariantParams(PruneParams):
     sensitivity: str
 
 
-@dataclass
-class PrunedBlock:
-    """One finished block."""
-
-    tensors: dict[str, torch.Tensor]  # every parameter, in the checkpoint's dtype
-    masks: dict[str, torch.Tensor]  # parameter -> bool, True = kept, in the checkpoint's orientation
-    facts: dict[str, Any]  # per matrix: kept, size, layer error, damping; per block: reconstruction
+class _Reached(Exception):
+    """The site was reached: what comes after it in the block is not needed."""
 
 
-def prune_matrices(
-    architecture: Architecture,
-    tensors: Mapping[str, torch.Tensor],
-    statistics: Mapping[str, SiteStatistics],
-    kept: Mapping[Matrix, int],
-    transform: Transform,
-    selection: SelectionParams,
-    compensate: bool,
-    where: str,
-) -> PrunedBlock:
-    """Choose the masks of one (folded) block and, if asked to, compensate (OBS). Linears that share a site share one factorisation.
+def collect(
+    model: BlockModel,
+    block: torch.nn.Module,
+    index: int,
+    stream: Stream,
+    tokens: int,
+    site: str | None = None,
+    beside: tuple[torch.nn.Module, Stream] | None = None,
+) -> dict[str, SiteStatistics]:
+    """Second moments of the sites' inputs for a stream before a block, which stays where it is.
 
     Args:
-        tensors: the folded block in float32.
-        statistics: of the pruned stream through the folded block, collected before any of its matrices is pruned.
-        kept: how many weights each included matrix keeps.
+        site: only this one, and no more of the block is run than it needs; all without.
+        beside: the dense block and the dense stream before it: the cross moments with its inputs are collected too.
     """
-    pruned, masks = dict(tensors), {}
-    facts: dict[str, Any] = {"matrices": {}}
-    for site in architecture.sites:
-        consumers = [matrix for matrix in architecture.consumers(site.name) if matrix in kept]
-        if not consumers:
-            continue
-        plain = statistics[site.name]
-        shift = transform.shifts.get(site.name)
-        factor = site_factor(architecture, site.name, transform.factors)
-        if shift is not None and factor is not None:
-            shift = shift * factor.to(shift.device)
-        centred = plain if shift is None else refresh(plain, None, shift)
-        gram = centred.second_moment_matrix
-        factorisation = factorise(gram, selection.damping, selection.damping_of, f"{where} {site.name}", factor)
-        importance = transform.importance.get(site.name)
-        for matrix in consumers:
-            weight = matrix.view(tensors[matrix.parameter])
-            new, mask = prune_matrix(weight, factorisation, kept[matrix], selection, compensate, importance)
-            if int(mask.sum()) != kept[matrix]:
-                raise SparselineError(f"The scores of {where}.{matrix.label} hold NaN or infinity; check the model, or compute in float32.")
-            if matrix.parameter not in masks:
-                masks[matrix.parameter] = torch.ones_like(tensors[matrix.parameter], dtype=torch.bool)
-                pruned[matrix.parameter] = tensors[matrix.parameter].clone()
-            matrix.view(masks[matrix.parameter]).copy_(mask)
-            matrix.view(pruned[matrix.parameter]).copy_(new)
-            if shift is not None and matrix.bias is not None:
-                pruned[matrix.bias] = pruned[matrix.bias].clone()
-                matrix.bias_view(pruned[matrix.bias]).add_((weight - new) @ shift.to(weight.device))
-            facts["matrices"][matrix.label] = {
-                "kind": matrix.kind,
-                "size": weight.numel(),
-                "kept": kept[matrix],
-                "layer_error": layer_error(weight, new, gram),
-                "damping": factorisation.damping,
-            }
-    return PrunedBlock(pruned, masks, facts)
+    sites = {one.name: one.module for one in model.checkpoint.architecture.sites if site in (None, one.name)}
+    accumulators = {name: Accumulator(tokens, 1024, gram=True) for name in sites}
+    dense: dict[str, torch.Tensor] = {}
 
+    def run(through: torch.nn.Module, hidden: torch.Tensor, take: Callable[[str, torch.Tensor], None]) -> None:
+        def reach(name: str, x: torch.Tensor) -> None:
+            take(name, x)
+            if site is not None:
+                raise _Reached
 
-def collect(model: BlockModel, block: torch.nn.Module, index: int, stream: Stream, tokens: int) -> dict[str, SiteStatistics]:
-    """Second moments of every site for the given stream through a block, without moving the stream on."""
-    sites = {site.name: site.module for site in model.checkpoint.architecture.sites}
-    accumulators = {site: Accumulator(tokens, 1024, gram=True) for site in sites}
-    with torch.no_grad(), tapped(block, sites, lambda site, x: accumulators[site].add(x)):
-        for hidden in stream.hidden:
-            model.call(block, index, hidden)
-    return {site: accumulator.finish() for site, accumulator in accumulators.items()}
+        with suppress(_Reached), tapped(through, sites, reach):
+            model.call(through, index, hidden)
+
+    with torch.no_grad():
+        for number, hidden in enumerate(stream.hidden):
+            if beside is not None:
+                run(beside[0], beside[1].hidden[number], dense.__setitem__)
+            run(block, hidden, lambda name, x: accumulators[name].add(x, dense.get(name)))
+    return {name: accumulator.finish() for name, accumulator in accumulators.items()}
 
 
 def prune(
@@ -126,57 +96,131 @@ def prune(
     transforms: list[Transform],
     params: PruneParams,
     finished: Callable[[int], Mapping[str, torch.Tensor] | None],
+    scratch: Path | None = None,
 ) -> Iterator[tuple[int, PrunedBlock]]:
     """Yield every block that is not yet ``finished`` (which gives a block's stored tensors, or None), in order.
 
     The streams before the first unfinished block are recomputed from the finished blocks' stored tensors, which are the very
     tensors (rounded to the checkpoint's dtype) that an uninterrupted run passes its stream through: the bytes are the same.
+
+    Memory: the streams (one, or two where something aims at the dense model, 4·tokens·D bytes each; above ``activation_budget_bytes``
+    they are files in ``scratch``), and one window of blocks with what its step needs (``fit``); nothing grows with depth.
     """
     checkpoint, architecture = model.checkpoint, model.checkpoint.architecture
+    steps = params.reconstruction.steps
+    layerwise = Layerwise(
+        compensate="obs" in steps,
+        towards_dense=params.reconstruction.towards_dense,
+        reorder=params.reconstruction.reorder,
+        lsq=params.reconstruction.lsq if "lsq" in steps else None,
+    )
     rows = torch.cat([fit_rows, held_out_rows])
-    channel = "channel" in params.reconstruction.steps
-    pruned_stream = model.embed(rows, params.batch_rows)
-    dense_stream = Stream(list(pruned_stream.hidden)) if channel else None
-    for index in range(architecture.depth):
-        where = f"{architecture.blocks}.{index}"
-        source = checkpoint.block(index)
-        stored = finished(index)
-        result = None
-        inputs = list(pruned_stream.hidden)
-        if stored is None:
+    size = params.reconstruction.block.window if "block" in steps else 1
+    fits = [(name, getattr(params.reconstruction, name)) for name in FITS if name in steps]
+    streams = 1 + bool(fits or layerwise.towards_dense) + (size > 1)
+    spilled = scratch if streams * 4 * rows.numel() * architecture.width > params.activation_budget_bytes else None
+    pruned_stream = model.embed(rows, params.batch_rows, spilled, "pruned")
+    dense_stream = pruned_stream.copy(spilled, "dense") if fits or layerwise.towards_dense else None
+    held_out = _batches(len(held_out_rows), pruned_stream)
+    for first in range(0, architecture.depth, size):
+        window = range(first, min(first + size, architecture.depth))
+        stored = {index: finished(index) for index in window}
+        done = all(tensors is not None for tensors in stored.values())
+        ahead = pruned_stream.copy(spilled, "ahead") if len(window) > 1 and not done else pruned_stream
+        results: dict[int, PrunedBlock] = {}
+        for index in window:
             transform = transforms[index].to(model.device)
-            folded = {name: tensor.to(model.device, torch.float32) for name, tensor in source.items()}
+            folded = {name: tensor.to(model.device, torch.float32) for name, tensor in checkpoint.block(index).items()}
             folded = fold(folded, architecture, transform.factors)
             block = model.block(index, folded)
-            statistics = collect(model, block, index, pruned_stream, rows.numel())
-            own = {matrix: kept[index, matrix] for matrix in architecture.matrices if (index, matrix) in kept}
-            compensate = "obs" in params.reconstruction.steps
-            result = prune_matrices(architecture, folded, statistics, own, transform, params.selection, compensate, where)
-        if dense_stream is not None:
-            model.advance(model.block(index, source), index, dense_stream)
-        if result is not None and dense_stream is not None and own:
-            cut = len(inputs) - _batches(len(held_out_rows), inputs)
-            targets = dense_stream.hidden
-            result.tensors, result.facts["channel"] = fit(
-                functools.partial(model.call, block, index),
-                result.tensors,
-                list(own),
-                Stage(inputs[:cut], targets[:cut]),
-                Stage(inputs[cut:], targets[cut:]),
-                params.reconstruction.channel,
-                where,
-            )
-        if result is not None:
-            result.tensors = {name: tensor.to(source[name].dtype) for name, tensor in result.tensors.items()}
-        model.advance(model.block(index, result.tensors if result is not None else stored), index, pruned_stream)
-        if result is not None:
-            yield index, result
+            if not done:
+                own = {matrix: kept[index, matrix] for matrix in architecture.matrices if (index, matrix) in kept}
+                how = transform, params.selection, layerwise, f"{architecture.blocks}.{index}"
+                if params.reconstruction.collect == "block":
+                    results[index] = prune_matrices(architecture, folded, collect(model, block, index, ahead, rows.numel()), own, *how)
+                else:
+                    results[index] = result = PrunedBlock(dict(folded), {}, {"matrices": {}}, {})
+                    for site in architecture.sites:
+                        now = model.block(index, result.tensors)
+                        beside = (block, dense_stream) if layerwise.towards_dense and dense_stream is not None else None
+                        found = collect(model, now, index, ahead, rows.numel(), site.name, beside)
+                        prune_site(result, architecture, site.name, found[site.name], own, *how)
+            if dense_stream is not None:
+                model.advance(block, index, dense_stream)
+            if index != window[-1] and not done:
+                model.advance(model.block(index, results[index].tensors), index, ahead)
+        if results and dense_stream is not None:
+            cut = len(pruned_stream.hidden) - held_out
+            inputs, targets = pruned_stream.hidden, dense_stream.hidden
+            for name, settings in fits:
+                _fit(
+                    model,
+                    results,
+                    kept,
+                    params.selection,
+                    name,
+                    settings,
+                    Pairs(inputs[:cut], targets[:cut]),
+                    Pairs(inputs[cut:], targets[cut:]),
+                )
+        for index in window:
+            source = checkpoint.block(index)
+            if index in results:
+                results[index].tensors = {name: tensor.to(source[name].dtype) for name, tensor in results[index].tensors.items()}
+                stored[index] = results[index].tensors
+            model.advance(model.block(index, stored[index]), index, pruned_stream)
+        yield from results.items()
 
 
-def _batches(rows: int, stream: list[torch.Tensor]) -> int:
+def _fit(
+    model: BlockModel,
+    results: Mapping[int, PrunedBlock],
+    kept: Mapping[tuple[int, Matrix], int],
+    selection: SelectionParams,
+    name: str,
+    params: FitParams,
+    fitting: Pairs,
+    held_out: Pairs,
+) -> None:
+    """Fit the pruned blocks of one window together, in place; each is told the window's errors under the step's name."""
+    blocks = {index: model.block(index, result.tensors) for index, result in results.items()}
+    places = {  # matrices as they are called in the window -> block and matrix
+        replace(m, parameter=f"{index}/{m.parameter}", bias=m.bias and f"{index}/{m.bias}"): (index, m)
+        for index, result in results.items()
+        for m in result.curvatures
+    }
+    if not places:
+        return
+
+    def run(hidden: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        for index, block in blocks.items():
+            prefix = f"{index}/"
+            own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            hidden = model.call(block, index, hidden, own)
+        return hidden
+
+    def remask(tensors: Mapping[str, torch.Tensor]) -> Masks:
+        masks = {}
+        for matrix, (index, own) in places.items():
+            scores = saliency(selection.score, matrix.view(tensors[matrix.parameter]), results[index].curvatures[own])
+            masks[matrix] = chosen(scores, kept[index, own], selection)
+        return masks
+
+    tensors = {f"{index}/{name}": tensor for index, result in results.items() for name, tensor in result.tensors.items()}
+    where = f"{model.checkpoint.architecture.blocks}.{min(results)}"
+    fitted = fit(run, tensors, list(places), fitting, held_out, params, where, remask)
+    for index, result in results.items():
+        result.tensors = {name: fitted.tensors[f"{index}/{name}"] for name in result.tensors}
+        result.facts[name] = fitted.facts
+    for matrix, mask in (fitted.masks or {}).items():
+        index, own = places[matrix]
+        own.view(results[index].masks[own.parameter]).copy_(mask)
+
+
+def _batches(rows: int, stream: Stream) -> int:
     """How many whole batches at the stream's end hold at least ``rows`` rows, leaving at least one for fitting."""
     count = held = 0
-    while held < rows and count < len(stream) - 1:
+    while held < rows and count < len(stream.hidden) - 1:
         count += 1
-        held += len(stream[-count])
+        held += len(stream.hidden[-count])
     return count

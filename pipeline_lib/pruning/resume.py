@@ -10,7 +10,7 @@ import torch
 
 from pipeline_lib import artifacts
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter
-from pipeline_lib.pruning.prune import PrunedBlock
+from pipeline_lib.pruning.layerwise import PrunedBlock
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:

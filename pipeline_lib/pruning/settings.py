@@ -41,14 +41,40 @@ class SelectionParams(Params):
         return self
 
 
+STEPS = ("obs", "lsq", "channel", "block")
+
+
 class StepsParams(Params):
     """What of ``prune.reconstruction`` says which steps there are."""
 
-    steps: list[Literal["obs", "channel"]]
+    steps: list[Literal["obs", "lsq", "channel", "block"]]
 
     @field_validator("steps")
     @classmethod
     def _in_order(cls, steps: list[str]) -> list[str]:
-        if steps != [step for step in ("obs", "channel") if step in steps]:
-            raise ValueError("each step once, and obs (which chooses the mask) before channel (which fits what is left)")
+        if steps != [step for step in STEPS if step in steps]:
+            raise ValueError(f"each step once, in the order {', '.join(STEPS)}: masks come before what fits the weights that are left")
         return steps
+
+
+class LsqParams(Params):
+    """Section ``prune.reconstruction.lsq``."""
+
+    iterations: int = Field(ge=1)
+    tolerance: float = Field(gt=0, lt=1)
+    mask_iterations: int = Field(ge=0)
+
+
+class LayerwiseParams(StepsParams):
+    """What of ``prune.reconstruction`` concerns one matrix at a time."""
+
+    collect: Literal["block", "site"]
+    towards_dense: float = Field(ge=0, le=1)
+    reorder: float | None = Field(ge=0, le=1)
+    lsq: LsqParams
+
+    @model_validator(mode="after")
+    def _aims_site_by_site(self) -> Any:
+        if self.towards_dense and self.collect != "site":
+            raise ValueError("towards_dense wants collect: site, or each matrix would mend what those before it have mended already")
+        return self

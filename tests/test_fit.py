@@ -11,10 +11,10 @@ from pipeline_lib.induction.spectral import SpectralParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.reconstruction.channel import ChannelParams, Run, Stage, _Factors, block_error, fit
+from pipeline_lib.reconstruction.fit import FitParams, Pairs, Run, _Free, block_error, fit
 
 
-def params(weight: float = 0.0, **changes: Any) -> ChannelParams:
+def params(weight: float = 0.0, **changes: Any) -> FitParams:
     values = {
         "epochs": 30,
         "parts": ["factors", "biases"],
@@ -27,7 +27,7 @@ def params(weight: float = 0.0, **changes: Any) -> ChannelParams:
         "spectral": SpectralParams(weight=weight, alpha=1.0, order="spectral", iterations=2),
         "seed": 0,
     }
-    return ChannelParams(**{**values, **changes})
+    return FitParams(**{**values, **changes})
 
 
 def setting(checkpoint: Checkpoint) -> tuple[Run, dict[str, torch.Tensor], list[torch.Tensor]]:
@@ -40,6 +40,12 @@ def setting(checkpoint: Checkpoint) -> tuple[Run, dict[str, torch.Tensor], list[
         weight = tensors[parameter]
         tensors[parameter] = weight * (torch.rand(weight.shape, generator=random) < 0.5)
     return functools.partial(model.call, model.block(0), 0), tensors, stream.hidden
+
+
+def fitting(*arguments: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The tensors and facts that ``fit`` gives."""
+    found = fit(*arguments)
+    return found.tensors, found.facts
 
 
 def targets_of(run: Run, tensors: dict[str, torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -67,8 +73,8 @@ def test_a_known_scaling_is_undone(checkpoint: Checkpoint) -> None:
     matrices = checkpoint.architecture.matrices
     targets = targets_of(run, tensors, inputs)
     broken = damaged(tensors, matrices)
-    held_out = Stage(inputs[6:], targets[6:])
-    fitted, facts = fit(run, broken, matrices, Stage(inputs[:6], targets[:6]), held_out, params(), "layers.0")
+    held_out = Pairs(inputs[6:], targets[6:])
+    fitted, facts = fitting(run, broken, matrices, Pairs(inputs[:6], targets[:6]), held_out, params(), "layers.0")
     before, after = block_error(run, broken, held_out), block_error(run, fitted, held_out)
     assert after < 0.3 * before
     assert facts["held_out_before"] == pytest.approx(before)
@@ -88,8 +94,8 @@ def test_nothing_to_improve_returns_the_input(checkpoint: Checkpoint, with_held_
     """Oracle: the input itself, which is exact here; any step is worse, and ties go to the unfitted block."""
     run, tensors, inputs = setting(checkpoint)
     targets = targets_of(run, tensors, inputs)
-    held_out = Stage(inputs[6:], targets[6:]) if with_held_out else Stage([], [])
-    fitted, facts = fit(run, tensors, checkpoint.architecture.matrices, Stage(inputs[:2], targets[:2]), held_out, params(epochs=2), "x")
+    held_out = Pairs(inputs[6:], targets[6:]) if with_held_out else Pairs([], [])
+    fitted, facts = fitting(run, tensors, checkpoint.architecture.matrices, Pairs(inputs[:2], targets[:2]), held_out, params(epochs=2), "x")
     assert all(torch.equal(fitted[name], tensors[name]) for name in tensors)
     assert facts["epochs"] == 0
     assert facts["held_out_after"] == facts["held_out_before"] == 0
@@ -107,7 +113,7 @@ def test_held_out_rows_decide(checkpoint: Checkpoint) -> None:
         return run(hidden, values)
 
     matrices = checkpoint.architecture.matrices
-    fitted, facts = fit(counted, tensors, matrices, Stage(inputs[:2], wrong), Stage(inputs[6:], targets[6:]), params(patience=3), "x")  # type: ignore[arg-type]
+    fitted, facts = fitting(counted, tensors, matrices, Pairs(inputs[:2], wrong), Pairs(inputs[6:], targets[6:]), params(patience=3), "x")  # type: ignore[arg-type]
     assert all(torch.equal(fitted[name], tensors[name]) for name in tensors)
     assert facts["fit_after"] == facts["fit_before"]
     # Before: 1 + 2 batches; each of 3 epochs: 2 batches in 2 steps each, 2 held-out ones; after: 1.
@@ -119,7 +125,7 @@ def test_only_the_given_matrices_change(llama: Checkpoint) -> None:
     targets = targets_of(run, tensors, inputs)
     broken = damaged(tensors, llama.architecture.matrices)
     chosen = [m for m in llama.architecture.matrices if m.kind in ("up", "down")]
-    fitted, _ = fit(run, broken, chosen, Stage(inputs[:6], targets[:6]), Stage(inputs[6:], targets[6:]), params(epochs=2), "x")
+    fitted, _ = fitting(run, broken, chosen, Pairs(inputs[:6], targets[:6]), Pairs(inputs[6:], targets[6:]), params(epochs=2), "x")
     changed = {name for name in tensors if not torch.equal(fitted[name], broken[name])}
     assert changed == {m.parameter for m in chosen}
 
@@ -129,8 +135,8 @@ def test_factors_stay_inside_the_box(llama: Checkpoint) -> None:
     run, tensors, inputs = setting(llama)
     targets = targets_of(run, tensors, inputs)
     broken = damaged(tensors, llama.architecture.matrices)
-    fitted, facts = fit(
-        run, broken, llama.architecture.matrices, Stage(inputs[:6], targets[:6]), Stage([], []), params(epochs=3, rate=0.3, limit=0.05), "x"
+    fitted, facts = fitting(
+        run, broken, llama.architecture.matrices, Pairs(inputs[:6], targets[:6]), Pairs([], []), params(epochs=3, rate=0.3, limit=0.05), "x"
     )
     assert facts["epochs"] > 0
     for matrix in llama.architecture.matrices:
@@ -147,8 +153,8 @@ def test_the_same_seed_gives_the_same_bits_and_the_name_matters(llama: Checkpoin
     name = "mlp.up_proj.weight"
 
     def run_once(where: str, seed: int) -> torch.Tensor:
-        stages = Stage(inputs[:4], targets[:4]), Stage(inputs[6:], targets[6:])
-        return fit(run, broken, llama.architecture.matrices, *stages, params(epochs=2, seed=seed), where)[0][name]
+        stages = Pairs(inputs[:4], targets[:4]), Pairs(inputs[6:], targets[6:])
+        return fitting(run, broken, llama.architecture.matrices, *stages, params(epochs=2, seed=seed), where)[0][name]
 
     first = run_once("layers.0", 0)
     assert torch.equal(first, run_once("layers.0", 0))
@@ -161,10 +167,10 @@ def test_the_regulariser_pulls_norms_up(llama: Checkpoint) -> None:
     run, tensors, inputs = setting(llama)
     targets = targets_of(run, tensors, inputs)
     broken = damaged(tensors, llama.architecture.matrices)
-    stages = Stage(inputs[:4], targets[:4]), Stage([], [])
+    stages = Pairs(inputs[:4], targets[:4]), Pairs([], [])
     norms = []
     for weight in (0.0, 3.0):
-        fitted, _ = fit(run, broken, llama.architecture.matrices, *stages, params(epochs=1, weight=weight), "x")
+        fitted, _ = fitting(run, broken, llama.architecture.matrices, *stages, params(epochs=1, weight=weight), "x")
         norms.append(sum(float(torch.linalg.matrix_norm(fitted[m.parameter], 2)) for m in llama.architecture.matrices))
     assert norms[1] > norms[0]
 
@@ -172,7 +178,7 @@ def test_the_regulariser_pulls_norms_up(llama: Checkpoint) -> None:
 def test_block_error_by_hand() -> None:
     """Oracle: by hand. Targets ±1 around 0 have a scale of 4; outputs off by 1 everywhere are wrong by 4: error 1."""
     target = torch.tensor([[[1.0], [-1.0]], [[1.0], [-1.0]]])
-    rows = Stage([target], [target])
+    rows = Pairs([target], [target])
     assert block_error(lambda hidden, _tensors: hidden, {}, rows) == 0
     assert block_error(lambda hidden, _tensors: hidden + 1, {}, rows) == pytest.approx(1)
     assert block_error(lambda hidden, _tensors: 0 * hidden, {}, rows) == pytest.approx(1)
@@ -182,9 +188,9 @@ def test_block_error_does_not_depend_on_the_batches() -> None:
     """Oracle: one batch of all rows. A short last batch must weigh no more than its rows."""
     random = torch.Generator().manual_seed(4)
     target = torch.randn(7, 3, 2, generator=random) + 5 * torch.randn(7, 1, 1, generator=random)
-    whole = block_error(lambda hidden, _tensors: 0.9 * hidden, {}, Stage([target], [target]))
+    whole = block_error(lambda hidden, _tensors: 0.9 * hidden, {}, Pairs([target], [target]))
     parts = list(target.split(6))
-    assert block_error(lambda hidden, _tensors: 0.9 * hidden, {}, Stage(parts, parts)) == pytest.approx(whole, rel=1e-5)
+    assert block_error(lambda hidden, _tensors: 0.9 * hidden, {}, Pairs(parts, parts)) == pytest.approx(whole, rel=1e-5)
 
 
 PARTS: tuple[list[Literal["factors", "biases", "norms"]], ...] = (["factors"], ["biases"], ["norms"], ["norms", "factors"])
@@ -204,8 +210,8 @@ def test_only_the_named_parts_move(checkpoint: Checkpoint, parts: list[str]) -> 
         if "norm" in name or "ln_" in name:
             broken[name] = broken[name] * 1.3
     targets = targets_of(run, tensors, inputs)
-    held_out = Stage(inputs[6:], targets[6:])
-    fitted, facts = fit(run, broken, matrices, Stage(inputs[:6], targets[:6]), held_out, params(epochs=2, parts=parts), "x")
+    held_out = Pairs(inputs[6:], targets[6:])
+    fitted, facts = fitting(run, broken, matrices, Pairs(inputs[:6], targets[:6]), held_out, params(epochs=2, parts=parts), "x")
     kinds = {name: "factors" if t.ndim == 2 else "biases" if name.endswith("bias") else "norms" for name, t in tensors.items()}
     biases = {matrix.bias for matrix in matrices}
     movable = {name for name, kind in kinds.items() if kind in parts and (kind != "biases" or name in biases)}
@@ -226,8 +232,8 @@ def test_a_block_without_the_named_parts_comes_back_unfitted(checkpoint: Checkpo
     chosen = [matrix for matrix in table.matrices if matrix.bias is None]
     assert chosen
     broken = damaged(tensors, tuple(chosen))
-    stages = Stage(inputs[:2], targets[:2]), Stage(inputs[6:], targets[6:])
-    fitted, facts = fit(run, broken, chosen, *stages, params(epochs=1, parts=["biases"]), "x")
+    stages = Pairs(inputs[:2], targets[:2]), Pairs(inputs[6:], targets[6:])
+    fitted, facts = fitting(run, broken, chosen, *stages, params(epochs=1, parts=["biases"]), "x")
     assert all(torch.equal(fitted[name], broken[name]) for name in broken)
     assert facts["epochs"] == 0
     assert facts["held_out_after"] == facts["held_out_before"]
@@ -240,10 +246,10 @@ def test_mixed_precision_ends_where_single_precision_does(checkpoint: Checkpoint
     matrices = checkpoint.architecture.matrices
     targets = targets_of(run, tensors, inputs)
     broken = damaged(tensors, matrices, 0.2)
-    held_out = Stage(inputs[6:], targets[6:])
+    held_out = Pairs(inputs[6:], targets[6:])
     found = {}
     for dtype in ("float32", "bfloat16"):
-        fitted, facts = fit(run, broken, matrices, Stage(inputs[:6], targets[:6]), held_out, params(epochs=6, compute_dtype=dtype), "x")
+        fitted, facts = fitting(run, broken, matrices, Pairs(inputs[:6], targets[:6]), held_out, params(epochs=6, compute_dtype=dtype), "x")
         assert {tensor.dtype for tensor in fitted.values()} == {torch.float32}
         assert facts["held_out_after"] == pytest.approx(block_error(run, fitted, held_out), rel=1e-4)
         found[dtype] = facts
@@ -260,7 +266,7 @@ def test_transposed_parameters(checkpoint: Checkpoint) -> None:
     run, tensors, inputs = setting(checkpoint)
     assert all(matrix.transposed for matrix in table.matrices)
     assert {matrix.rows is None for matrix in table.matrices} == {True, False}
-    factors = _Factors(table.matrices, tensors, ["factors"])
+    factors = _Free(table.matrices, tensors, ["factors"])
     assert all(torch.equal(factors.apply(tensors)[name], tensors[name]) for name in tensors)
     random = torch.Generator().manual_seed(9)
     for group in (factors.rows, factors.columns):
@@ -302,8 +308,8 @@ def fused_tensors() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=random, dtype=torch.float64) for name, shape in shapes.items()}
 
 
-def wide_factors(tensors: dict[str, torch.Tensor]) -> _Factors:
-    factors = _Factors(FUSED, tensors, ("factors", "biases"))
+def wide_factors(tensors: dict[str, torch.Tensor]) -> _Free:
+    factors = _Free(FUSED, tensors, ("factors", "biases"))
     random = torch.Generator().manual_seed(6)
     for group in (factors.rows, factors.columns):
         group[:] = [0.3 * torch.randn(leaf.shape, generator=random, dtype=torch.float64) for leaf in group]
@@ -347,7 +353,7 @@ def test_gradients_of_apply() -> None:
 
 def test_factors_start_at_the_identity() -> None:
     tensors = fused_tensors()
-    factors = _Factors(FUSED, tensors, ("factors", "biases"))
+    factors = _Free(FUSED, tensors, ("factors", "biases"))
     out = factors.apply(tensors)
     assert all(torch.equal(out[name], tensors[name]) for name in tensors)
     leaves = [leaf for group in factors.groups(params()) for leaf in group["params"]]

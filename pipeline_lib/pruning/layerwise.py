@@ -1,0 +1,143 @@
+"""Prune and compensate the matrices of one block, each by itself, from the statistics of its inputs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pipeline_lib.calibration.statistics import SiteStatistics, refresh
+from pipeline_lib.errors import SparselineError
+from pipeline_lib.models.architecture import Architecture, Matrix
+from pipeline_lib.models.folding import site_factor
+from pipeline_lib.pruning.matrix import chosen, prune_matrix
+from pipeline_lib.pruning.scores import Curvature
+from pipeline_lib.pruning.settings import LsqParams, SelectionParams
+from pipeline_lib.reconstruction import lsq
+from pipeline_lib.reconstruction.obs import Factorisation, aim, column_losses, factorise, layer_error, rose_order
+from pipeline_lib.transforms.transform import Transform
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """What is done to each matrix besides choosing its mask."""
+
+    compensate: bool  # the OBS sweep
+    towards_dense: float = 0.0  # what it aims at: outputs for its own stream, or (1) those that the dense stream gives
+    reorder: float | None = None  # ROSE's least relative range; None: columns are swept from left to right
+    lsq: LsqParams | None = None  # the best weights on the mask
+
+
+@dataclass
+class PrunedBlock:
+    """One block whose matrices are pruned."""
+
+    tensors: dict[str, torch.Tensor]  # every parameter
+    masks: dict[str, torch.Tensor]  # parameter -> bool, True = kept, in the checkpoint's orientation
+    facts: dict[str, Any]  # per matrix: kept, size, layer error, damping; per step that fitted the block: its errors
+    curvatures: dict[Matrix, Curvature] = field(default_factory=dict)  # what scores need, for masks chosen anew
+
+
+def prune_matrices(
+    architecture: Architecture,
+    tensors: Mapping[str, torch.Tensor],
+    statistics: Mapping[str, SiteStatistics],
+    kept: Mapping[Matrix, int],
+    transform: Transform,
+    selection: SelectionParams,
+    layerwise: Layerwise,
+    where: str,
+) -> PrunedBlock:
+    """Prune all matrices of one (folded) block.
+
+    Args:
+        tensors: the folded block in float32.
+        statistics: of the pruned stream through the folded block, collected before any of its matrices is pruned.
+        kept: how many weights each included matrix keeps.
+    """
+    result = PrunedBlock(dict(tensors), {}, {"matrices": {}}, {})
+    for site in architecture.sites:
+        prune_site(result, architecture, site.name, statistics[site.name], kept, transform, selection, layerwise, where)
+    return result
+
+
+def prune_site(
+    block: PrunedBlock,
+    architecture: Architecture,
+    site: str,
+    statistics: SiteStatistics,
+    kept: Mapping[Matrix, int],
+    transform: Transform,
+    selection: SelectionParams,
+    layerwise: Layerwise,
+    where: str,
+) -> None:
+    """Choose the masks of the matrices that share a site, compensate as asked, and put both into ``block``. They share one factorisation.
+
+    Args:
+        statistics: of the site's inputs in the pruned stream, folded; with ``cross`` where the compensation aims towards the dense stream.
+    """
+    weights = {m: m.view(block.tensors[m.parameter]) for m in architecture.consumers(site) if m in kept}
+    if not weights:
+        return
+    shift = transform.shifts.get(site)
+    factor = site_factor(architecture, site, transform.factors)
+    if shift is not None and factor is not None:
+        shift = shift * factor.to(shift.device)
+    centred = statistics if shift is None else refresh(statistics, None, shift)
+    gram = centred.second_moment_matrix
+    importance = transform.importance.get(site)
+
+    def ordering(curvature: Curvature) -> torch.Tensor | None:
+        how: Any = {"score": selection.score, "pattern": selection.shape, "group": selection.group, "block": selection.block}
+        losses = [column_losses(w, curvature, kept=kept[m], importance=importance, **how) for m, w in weights.items()]
+        return rose_order(torch.stack(losses).sum(0), selection.block, selection.shape.m, layerwise.reorder or 0.0)
+
+    order = None if layerwise.reorder is None else ordering
+    factorisation = factorise(gram, selection.damping, selection.damping_of, f"{where} {site}", factor, order)
+    for matrix, weight in weights.items():
+        target = weight
+        if layerwise.towards_dense and centred.cross is not None:
+            target = aim(weight, gram, centred.cross, factorisation, layerwise.towards_dense)
+        new, mask = prune_matrix(target, factorisation, kept[matrix], selection, layerwise.compensate, importance)
+        if int(mask.sum()) != kept[matrix]:
+            raise SparselineError(f"The scores of {where}.{matrix.label} hold NaN or infinity; check the model, or compute in float32.")
+        told: dict[str, Any] = {"layer_error": layer_error(target, new, gram)}
+        if layerwise.lsq is not None:
+            new, mask, steps = _refit(target, new, mask, gram, factorisation, kept[matrix], selection, layerwise.lsq)
+            told |= {"lsq_iterations": steps, "layer_error": layer_error(target, new, gram), "selected_error": told["layer_error"]}
+        if matrix.parameter not in block.masks:
+            block.masks[matrix.parameter] = torch.ones_like(block.tensors[matrix.parameter], dtype=torch.bool)
+            block.tensors[matrix.parameter] = block.tensors[matrix.parameter].clone()
+        matrix.view(block.masks[matrix.parameter]).copy_(mask)
+        matrix.view(block.tensors[matrix.parameter]).copy_(new)
+        if shift is not None and matrix.bias is not None:
+            block.tensors[matrix.bias] = block.tensors[matrix.bias].clone()
+            matrix.bias_view(block.tensors[matrix.bias]).add_((weight - new) @ shift.to(weight.device))
+        block.curvatures[matrix] = factorisation.whole()
+        block.facts["matrices"][matrix.label] = {
+            "kind": matrix.kind,
+            "size": weight.numel(),
+            "kept": kept[matrix],
+            **told,
+            "damping": factorisation.damping,
+        }
+
+
+def _refit(
+    target: torch.Tensor,
+    new: torch.Tensor,
+    mask: torch.Tensor,
+    gram: torch.Tensor,
+    factorisation: Factorisation,
+    kept: int,
+    selection: SelectionParams,
+    params: LsqParams,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The best weights on the mask (or on a better one, if asked for), the mask, and the iterations that were taken."""
+    hessian = gram.clone()
+    hessian.diagonal().copy_(factorisation.diagonal)
+    if params.mask_iterations:
+        mask = lsq.admm(target, hessian, mask, lambda scores: chosen(scores, kept, selection), params.mask_iterations)
+    solved, steps = lsq.solve(target, mask, hessian, new, iterations=params.iterations, tolerance=params.tolerance)
+    return solved, mask, steps
