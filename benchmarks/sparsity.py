@@ -27,14 +27,14 @@ from pipeline_lib import params
 from pipeline_lib.allocation.budget import Unit
 from pipeline_lib.allocation.curves import CurvesParams, measure
 from pipeline_lib.allocation.plan import NEEDS, plan
-from pipeline_lib.artifacts import read_tensors, write_json
+from pipeline_lib.artifacts import block_file, read_tensors, write_json
 from pipeline_lib.pruning.prune import PrunedBlock, PruneParams, prune
 from pipeline_lib.pruning.scores import Curvature, Score
 from pipeline_lib.reconstruction import obs
 from pipeline_lib.sensitivity import fisher
 from pipeline_lib.sensitivity.backward import Subject
 from pipeline_lib.sensitivity.estimate import estimates
-from pipeline_lib.sensitivity.fisher import OutputMoments, moment_file
+from pipeline_lib.sensitivity.fisher import OutputMoments
 from pipeline_lib.sensitivity.settings import SensitivityParams
 from pipeline_lib.transforms.transform import Transform
 
@@ -118,7 +118,7 @@ def sensitivities(bed: Testbed, rows: torch.Tensor) -> tuple[Entries, list[dict[
             lambda probes: fisher.samples(subject, settings, probes, moments), settings.probes, settings.probes_per_pass, settings.agreement
         )
         summary = list(groups)[-1].summary()
-        found = [read_tensors(moment_file(Path(folder), index))[0] for index in range(entry.depth)]
+        found = [read_tensors(block_file(Path(folder), index))[0] for index in range(entry.depth)]
     places = {name: {"block": index, "kind": m.kind} for index, named in matrices.items() for name, m in named.items()}
     return {name: {**values, **places[name]} for name, values in summary.items()}, found
 
