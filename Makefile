@@ -52,8 +52,9 @@ bench-sparsity: environment  ## testbeds: allocations, scores and sparsities; wh
 bench-refresh: environment  ## fast Hessian update against recomputing, at LLaMA-7B layer shapes (about 15 minutes)
 	python -m benchmarks.refresh
 
-bench-verify: environment  ## recompute three random cells of benchmarks/results/induction.json
+bench-verify: environment  ## recompute three random cells each of benchmarks/results/induction.json and sparsity.json
 	python -m benchmarks.induction verify
+	python -m benchmarks.sparsity verify
 
 plan: environment  ## predict memory, disk and rough time for the configured model, before anything runs
 	python -m stages.plan

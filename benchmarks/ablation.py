@@ -4,7 +4,6 @@ Per row: share of mask entries changed against the plain base, mean layer error 
 one, what the gate chose; perplexity and the gap closed.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import click
 
 from benchmarks.induction import BASES, Bench, Recipe, gap
-from benchmarks.records import commit
+from benchmarks.records import commit, recorded
 from benchmarks.testbed import NAMES, Testbed
 from benchmarks.twins import differing
 from pipeline_lib.artifacts import write_json
@@ -63,13 +62,9 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def recorded() -> list[dict[str, Any]]:
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-
-
 def table(base: str, pattern: str) -> str:
     """Markdown, ``llama / opt`` in every cell, in percent. Error removed: of the layers against the plain base, and of the blocks by the fit."""
-    found = {(r["testbed"], r["row"]): r for r in recorded() if (r["base"], r["pattern"]) == (base, pattern)}
+    found = {(r["testbed"], r["row"]): r for r in recorded(RESULTS) if (r["base"], r["pattern"]) == (base, pattern)}
 
     def cell(row: str, value: Callable[[dict[str, Any], dict[str, Any]], float | None]) -> str:
         values = [value(found[name, row], found[name, "base"]) if (name, row) in found else None for name in NAMES]
@@ -94,7 +89,7 @@ def main(pattern: str, testbed: str | None) -> None:
             plain = None
             for row, settings in ROWS.items():
                 key = {"testbed": name, "base": base, "pattern": pattern, "row": row}
-                if any(all(record[k] == v for k, v in key.items()) for record in recorded()):
+                if any(all(record[k] == v for k, v in key.items()) for record in recorded(RESULTS)):
                     continue
                 if row == "compensation: biases" and name == "llama":
                     continue  # it has none
@@ -114,7 +109,7 @@ def main(pattern: str, testbed: str | None) -> None:
                 record["block_error"] = (
                     {w: sum(f[f"held_out_{w}"] for f in fits) / len(fits) for w in ("before", "after")} if fits else None
                 )
-                write_json(RESULTS, [*recorded(), record])  # read again: another testbed may run beside this one
+                write_json(RESULTS, [*recorded(RESULTS), record])  # read again: another testbed may run beside this one
                 click.echo(f"{name} {base} {row}: {record['gap_closed']:.1%}, masks {record['mask_changed']:.2%} {record['chosen']}")
     for base in BASES:
         click.echo("\n" + table(base, pattern))

@@ -4,12 +4,10 @@ A cell prunes a testbed with one base method, without and with induction (start,
 parameters that params.yaml ships, and measures both on the test texts. One file per finished cell, named after all that it depends on.
 """
 
-import json
-import random
 import statistics as stats
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from math import log
 from pathlib import Path
 from typing import Any
@@ -17,17 +15,14 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.records import cell_file as named_cell
-from benchmarks.records import commit
+from benchmarks.records import Record, cell_file, commit, finish_cells, gather, recompute
 from benchmarks.testbed import NAMES, Testbed, inputs
 from pipeline_lib import params
-from pipeline_lib.allocation.budget import target
 from pipeline_lib.artifacts import write_json
 from pipeline_lib.calibration.capture import CalibrateParams, walk
 from pipeline_lib.calibration.statistics import SiteStatistics
 from pipeline_lib.induction.gate import Gate
 from pipeline_lib.induction.induce import InduceParams, Outcome, induce_block
-from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.pruning.layerwise import PrunedBlock
 from pipeline_lib.pruning.prune import PruneParams, prune
 from pipeline_lib.transforms.scale import ScaleParams, shifts, starting_factors
@@ -101,10 +96,7 @@ def calibrate(bed: Testbed, rows: dict[str, torch.Tensor]) -> Statistics:
 def execute(bed: Testbed, rows: dict[str, torch.Tensor], statistics: Statistics, recipe: Recipe) -> Run:
     """Stages scale, induce and prune, in memory."""
     entry, settings = bed.checkpoint.architecture, recipe.prune()
-    kept: dict[tuple[int, Matrix], int] = {}
-    for index in range(entry.depth):
-        tensors = bed.checkpoint.block(index)
-        kept |= {(index, m): target(settings.selection.sparsity, m.view(tensors[m.parameter]).numel()) for m in entry.matrices}
+    kept = bed.uniform(settings.selection.sparsity)
     transforms, outcomes = [Transform()] * entry.depth, []
     started = time.perf_counter()
     if recipe.induce:
@@ -138,6 +130,26 @@ def gap(without: float, new: float, dense: float) -> float:
     return (log(without) - log(new)) / (log(without) - log(dense))
 
 
+@dataclass(frozen=True)
+class Cell:
+    testbed: str
+    base: str
+    pattern: str
+    seed: int
+
+    def file(self) -> Path:
+        parameters = [params.section(name) for name in ("calibrate", "scale", "induce", "prune")]
+        return cell_file("induction-" + "-".join(map(str, astuple(self))), parameters, inputs(self.testbed, TEXTS))
+
+
+def cells() -> Iterator[Cell]:
+    for seed in range(3):
+        for pattern, seeds in SEEDS.items():
+            for base in BASES if seed < seeds else ():
+                for testbed in NAMES:
+                    yield Cell(testbed, base, pattern, seed)
+
+
 class Bench:
     """One testbed with what its runs share: rows and statistics of the current seed, dense perplexities."""
 
@@ -162,14 +174,13 @@ class Bench:
                 self.dense[text] = self.bed.perplexity({}, text)
         return {text: self.bed.perplexity(blocks, text) for text in texts}
 
-    def cell(self, base: str, pattern: str, seed: int) -> dict[str, Any]:
-        """One cell: flat records and, beside them, how many blocks kept what."""
-        self.at(seed)
-        _, without = self.run(Recipe(base, pattern))
-        run, new = self.run(Recipe(base, pattern, channel=True, induce=True))
-        cell = {"testbed": self.bed.name, "base": base, "pattern": pattern, "seed": seed}
+    def cell(self, cell: Cell) -> dict[str, Any]:
+        """Flat records and, beside them, how many blocks kept what."""
+        self.at(cell.seed)
+        _, without = self.run(Recipe(cell.base, cell.pattern))
+        run, new = self.run(Recipe(cell.base, cell.pattern, channel=True, induce=True))
         records = [
-            {**cell, "text": text, "dense": self.dense[text], "without": without[text], "with": new[text]}
+            {**asdict(cell), "text": text, "dense": self.dense[text], "without": without[text], "with": new[text]}
             | {"wall_s": round(run.induce_s + run.prune_s, 2), "commit": commit()}
             for text in TEXTS
         ]
@@ -179,32 +190,7 @@ class Bench:
         return {"records": records, "blocks": {**kept, "compensated": compensated}}
 
 
-def cells() -> Iterator[tuple[str, str, str, int]]:
-    for seed in range(3):
-        for pattern, seeds in SEEDS.items():
-            for base in BASES if seed < seeds else ():
-                for testbed in NAMES:
-                    yield testbed, base, pattern, seed
-
-
-def cell_file(testbed: str, base: str, pattern: str, seed: int) -> Path:
-    parameters = [params.section(name) for name in ("calibrate", "scale", "induce", "prune")]
-    return named_cell(f"induction-{testbed}-{base}-{pattern}-{seed}", parameters, inputs(testbed, TEXTS))
-
-
-def gather() -> list[dict[str, Any]]:
-    """All records: those of finished cells, and for cells of other code or parameters what was recorded before."""
-    records = {}
-    old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    for record in old:
-        records[record["testbed"], record["base"], record["pattern"], record["seed"], record["text"]] = record
-    for cell in cells():
-        if (path := cell_file(*cell)).exists():
-            records |= {(*cell, record["text"]): record for record in json.loads(path.read_text(encoding="utf-8"))["records"]}
-    return [records[(*cell, text)] for cell in cells() for text in TEXTS if (*cell, text) in records]
-
-
-def table(records: list[dict[str, Any]], text: str) -> str:
+def table(records: list[Record], text: str) -> str:
     """Markdown: gap closed in percent, mean of the seeds (their number where it is not the full one), per testbed, base and pattern."""
     lines = [f"| {text} | {' | '.join(PATTERNS)} | mean of {', '.join(JUDGED)} |", "|---" * (len(PATTERNS) + 2) + "|"]
     for base in BASES:
@@ -233,17 +219,15 @@ def main() -> None:
 @click.option("--again", is_flag=True, help="Also those that are there, after a change of code.")
 def run_cells(testbed: str | None, again: bool) -> None:
     """Every cell that is not there yet; then the table."""
-    bench = {name: Bench(Testbed(name)) for name in NAMES}
-    for cell in cells():
-        path = cell_file(*cell)
-        if (path.exists() and not again) or testbed not in (None, cell[0]):
-            continue
-        started = time.perf_counter()
-        found = bench[cell[0]].cell(*cell[1:])
-        write_json(path, found)
+    benches = {name: Bench(Testbed(name)) for name in NAMES}
+
+    def tell(found: dict[str, Any]) -> str:
         closed = ", ".join(f"{r['text']} {gap(r['without'], r['with'], r['dense']):.1%}" for r in found["records"])
-        click.echo(f"{cell}: gap closed {closed}; blocks {found['blocks']}; {time.perf_counter() - started:.0f} s")
-    records = gather()
+        return f"gap closed {closed}; blocks {found['blocks']}"
+
+    asked = [cell for cell in cells() if testbed in (None, cell.testbed)]
+    finish_cells(asked, lambda cell: benches[cell.testbed].cell(cell), tell, again)
+    records = gather(RESULTS, list(cells()))
     write_json(RESULTS, records)
     for text in TEXTS:
         click.echo("\n" + table(records, text))
@@ -256,18 +240,7 @@ def run_cells(testbed: str | None, again: bool) -> None:
 @click.option("--seed", type=int, help="Which cells; random without.")
 def verify(count: int, seed: int | None) -> None:
     """Recompute random cells of the recorded results; they must agree within 1% of perplexity (other threads, other rounding)."""
-    records = json.loads(RESULTS.read_text(encoding="utf-8"))
-    known = sorted({(r["testbed"], r["base"], r["pattern"], r["seed"]) for r in records})
-    wrong = 0
-    for cell in random.Random(seed).sample(known, count):
-        fresh = Bench(Testbed(cell[0])).cell(*cell[1:])["records"]
-        for new in fresh:
-            old = next(r for r in records if all(r[key] == new[key] for key in ("testbed", "base", "pattern", "seed", "text")))
-            apart = max(abs(log(new[key] / old[key])) for key in ("dense", "without", "with"))
-            wrong += apart > 0.01
-            click.echo(f"{cell} {new['text']}: recorded {old['with']:.3f}, now {new['with']:.3f}; largest difference {apart:.2%}")
-    if wrong:
-        raise click.ClickException(f"{wrong} records differ by more than 1%.")
+    recompute(RESULTS, Cell, lambda cell: Bench(Testbed(cell.testbed)).cell(cell), ("dense", "without", "with"), count, seed)
 
 
 @main.command()

@@ -12,7 +12,7 @@ from typing import Any
 import click
 from ruamel.yaml import YAML
 
-from benchmarks.records import commit
+from benchmarks.records import commit, recorded
 from pipeline_lib.artifacts import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +89,7 @@ def records(project: Path, cell: dict[str, Any], head: str) -> list[dict[str, An
 def main(name: str, work: Path, sparsity: float, seeds: int) -> None:
     head = commit()
     path = RESULTS / f"{name}.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    results = recorded(path)
     for seed in range(seeds):
         cell = {"sparsity": sparsity, "seed": seed}
         if any(all(record[key] == value for key, value in cell.items()) for record in results):

@@ -4,13 +4,11 @@ A cell allocates a budget, prunes with the OBS sweep (column blocks of 128, damp
 validation text; test and WikiText-2 are only reported. One file per finished cell, named after all that it depends on.
 """
 
-import json
-import random
 import statistics as stats
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from math import exp, log
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,14 @@ import click
 import torch
 
 from benchmarks.induction import Bench, gap
-from benchmarks.records import cell_file, commit
+from benchmarks.records import Record, cell_file, commit, finish_cells, gather, recompute, recorded
 from benchmarks.testbed import NAMES, Testbed, inputs
 from benchmarks.twins import differing
 from pipeline_lib import params
 from pipeline_lib.allocation.budget import Unit
 from pipeline_lib.allocation.curves import CurvesParams, measure
 from pipeline_lib.allocation.plan import NEEDS, plan
-from pipeline_lib.artifacts import read_tensors, write_json
+from pipeline_lib.artifacts import block_file, read_tensors, write_json
 from pipeline_lib.pruning.layerwise import PrunedBlock
 from pipeline_lib.pruning.prune import PruneParams, prune
 from pipeline_lib.pruning.scores import Curvature, Score
@@ -35,7 +33,7 @@ from pipeline_lib.reconstruction import obs
 from pipeline_lib.sensitivity import fisher
 from pipeline_lib.sensitivity.backward import Subject
 from pipeline_lib.sensitivity.estimate import estimates
-from pipeline_lib.sensitivity.fisher import OutputMoments, moment_file
+from pipeline_lib.sensitivity.fisher import OutputMoments
 from pipeline_lib.sensitivity.settings import SensitivityParams
 from pipeline_lib.transforms.transform import Transform
 
@@ -43,7 +41,6 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "sparsity.json"
 UNSQUARED = HERE / "results" / "unsquared.json"
 TEXTS = ("validation", "test", "wikitext2")
-KEY = ("testbed", "pattern", "sparsity", "allocation", "score", "seed")
 ALLOCATIONS: dict[str, dict[str, Any]] = {
     "uniform": {"method": "uniform"},
     "layer": {"method": "layer", "alpha": 0.15},
@@ -88,7 +85,10 @@ class Cell:
 
     def file(self) -> Path:
         parameters = [params.section(name) for name in ("calibrate", "sensitivity", "curves")] + [self.prune().model_dump(mode="json")]
-        return cell_file("sparsity-" + "-".join(str(value) for value in asdict(self).values()), parameters, inputs(self.testbed, TEXTS))
+        return cell_file("sparsity-" + "-".join(map(str, astuple(self))), parameters, inputs(self.testbed, TEXTS))
+
+
+KEY = tuple(one.name for one in fields(Cell))
 
 
 def cells() -> Iterator[Cell]:
@@ -119,7 +119,7 @@ def sensitivities(bed: Testbed, rows: torch.Tensor) -> tuple[Entries, list[dict[
             lambda probes: fisher.samples(subject, settings, probes, moments), settings.probes, settings.probes_per_pass, settings.agreement
         )
         summary = list(groups)[-1].summary()
-        found = [read_tensors(moment_file(Path(folder), index))[0] for index in range(entry.depth)]
+        found = [read_tensors(block_file(Path(folder), index))[0] for index in range(entry.depth)]
     places = {name: {"block": index, "kind": m.kind} for index, named in matrices.items() for name, m in named.items()}
     return {name: {**values, **places[name]} for name, values in summary.items()}, found
 
@@ -187,7 +187,7 @@ class Lab(Bench):
         return [{**asdict(cell), "text": text, "ppl": ppl[text], "dense": self.dense[text], "selected": False, **told} for text in TEXTS]
 
 
-def select(records: list[dict[str, Any]]) -> None:
+def select(records: list[Record]) -> None:
     """Mark, per testbed, pattern and sparsity, the combination with the least mean log perplexity on validation text, of those with most seeds."""
     combined: dict[tuple[Any, ...], dict[tuple[Any, ...], list[float]]] = {}
     for r in records:
@@ -202,20 +202,7 @@ def select(records: list[dict[str, Any]]) -> None:
             r["selected"] |= (r["testbed"], r["pattern"], r["sparsity"], r["allocation"], r["score"]) == (*place, *best)
 
 
-def gather() -> list[dict[str, Any]]:
-    """All records: those of finished cells, and for cells of other code or parameters what was recorded before."""
-    known = {}
-    old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    finished = [json.loads(path.read_text(encoding="utf-8")) for cell in cells() if (path := cell.file()).exists()]
-    for record in [*old, *(record for cell in finished for record in cell)]:
-        known[(*(record[key] for key in KEY), record["text"])] = record
-    order = [(*asdict(cell).values(), text) for cell in cells() for text in TEXTS]
-    records = [known[key] for key in order if key in known]
-    select(records)
-    return records
-
-
-def table(records: list[dict[str, Any]], text: str) -> str:
+def table(records: list[Record], text: str) -> str:
     """Markdown: perplexity, geometric mean ± spread (largest distance of a seed from it), and in brackets the share of the gap between uniform
     OBS and dense that is closed (paired by seed, mean); ``*`` marks what validation text named."""
     known = {tuple(r[key] for key in KEY): r for r in records if r["text"] == text}
@@ -241,7 +228,7 @@ def table(records: list[dict[str, Any]], text: str) -> str:
     return "\n".join(lines)
 
 
-def named(records: list[dict[str, Any]]) -> str:
+def named(records: list[Record]) -> str:
     """Markdown: the combinations that validation text named, and the share of the gap between uniform OBS and dense that they close, seed by seed."""
     known = {(*(r[key] for key in KEY), r["text"]): r for r in records if r["pattern"] == "unstructured"}
     lines = ["| testbed, sparsity | allocation, score | test | wikitext2 |", "|---|---|---|---|"]
@@ -274,18 +261,17 @@ def main() -> None:
 def run_cells(testbed: str | None, seed: int | None, sparsity: float | None) -> None:
     """Every cell that is not there yet; then the tables."""
     labs = {name: Lab(Testbed(name)) for name in NAMES}
-    for cell in cells():
-        asked = testbed in (None, cell.testbed) and seed in (None, cell.seed) and sparsity in (None, cell.sparsity)
-        if asked and not (path := cell.file()).exists():
-            found = labs[cell.testbed].cell(cell)
-            write_json(path, found)
-            click.echo(f"{cell}: " + ", ".join(f"{r['text']} {r['ppl']:.3f}" for r in found) + f"; {found[0]['wall_s']:.1f} s")
-    records = gather()
+    asked = [
+        cell for cell in cells() if testbed in (None, cell.testbed) and seed in (None, cell.seed) and sparsity in (None, cell.sparsity)
+    ]
+    finish_cells(asked, lambda cell: labs[cell.testbed].cell(cell), lambda found: ", ".join(f"{r['text']} {r['ppl']:.3f}" for r in found))
+    records = gather(RESULTS, list(cells()))
+    select(records)
     write_json(RESULTS, records)
     show_tables(records)
 
 
-def show_tables(records: list[dict[str, Any]]) -> None:
+def show_tables(records: list[Record]) -> None:
     for text in TEXTS:
         click.echo("\n" + table(records, text))
     click.echo("\n" + named(records))
@@ -294,7 +280,7 @@ def show_tables(records: list[dict[str, Any]]) -> None:
 @main.command("table")
 def show() -> None:
     """The tables of the recorded results."""
-    show_tables(json.loads(RESULTS.read_text(encoding="utf-8")))
+    show_tables(recorded(RESULTS))
 
 
 @main.command()
@@ -302,17 +288,7 @@ def show() -> None:
 @click.option("--seed", type=int, help="Which cells; random without.")
 def verify(count: int, seed: int | None) -> None:
     """Recompute random cells of the recorded results; they must agree within 1% of perplexity (other threads, other rounding)."""
-    records = json.loads(RESULTS.read_text(encoding="utf-8"))
-    known = sorted({tuple(r[key] for key in KEY) for r in records})
-    wrong = 0
-    for key in random.Random(seed).sample(known, count):
-        for new in Lab(Testbed(key[0])).cell(Cell(*key)):
-            old = next(r for r in records if all(r[name] == new[name] for name in (*KEY, "text")))
-            apart = abs(log(new["ppl"] / old["ppl"]))
-            wrong += apart > 0.01
-            click.echo(f"{key} {new['text']}: recorded {old['ppl']:.3f}, now {new['ppl']:.3f}; apart by {apart:.2%}")
-    if wrong:
-        raise click.ClickException(f"{wrong} records differ by more than 1%.")
+    recompute(RESULTS, Cell, lambda cell: Lab(Testbed(cell.testbed)).cell(cell), ("dense", "ppl"), count, seed)
 
 
 def _unsquared(score: Score, weight: torch.Tensor, curvature: Curvature) -> torch.Tensor:

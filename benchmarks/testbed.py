@@ -5,6 +5,7 @@ seed, a quarter held out. Validation: the first 128 rows; test: the first 256 ro
 """
 
 import functools
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.rows import encode, rows_of, split
 from pipeline_lib.calibration.texts import TextParams
 from pipeline_lib.evaluation.perplexity import perplexity
+from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.folding import fold
 from pipeline_lib.models.stream import BlockModel
@@ -64,6 +67,12 @@ class Testbed:
     def calibration(self, seed: int) -> dict[str, torch.Tensor]:
         """``fit`` and ``held_out`` rows."""
         return split(self.rows("calibration", seed), 0.25)
+
+    def uniform(self, sparsity: float) -> dict[tuple[int, Matrix], int]:
+        """Kept counts with every matrix at the same sparsity, by block and matrix."""
+        entry = self.checkpoint.architecture
+        places = [(index, matrix) for index in range(entry.depth) for matrix in entry.matrices]
+        return {place: target(sparsity, math.prod(self.checkpoint.matrix_shape(*place))) for place in places}
 
     @torch.no_grad()
     def loaded(self, blocks: dict[int, dict[str, torch.Tensor]]) -> PreTrainedModel:

@@ -81,6 +81,11 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, facts
 
 
+def block_file(directory: Path, block: int) -> Path:
+    """Where an artifact of one file per block keeps a block's tensors."""
+    return directory / f"block-{block:03d}.safetensors"
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

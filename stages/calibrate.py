@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline_lib import artifacts, params, runtime
-from pipeline_lib.calibration.capture import CalibrateParams, block_file, gram_bytes, walk
+from pipeline_lib.calibration.capture import CalibrateParams, gram_bytes, walk
 from pipeline_lib.calibration.inputs import calibration_rows, open_model
 from pipeline_lib.models.source import ModelParams
 
@@ -30,7 +30,7 @@ def main() -> None:
                 tensors: dict[str, torch.Tensor] = {}
                 for name, statistics in sites.items():
                     tensors |= statistics.tensors(name)
-                artifacts.write_tensors(block_file(directory, index), tensors, {"grams": grams})
+                artifacts.write_tensors(artifacts.block_file(directory, index), tensors, {"grams": grams})
         click.echo(
             f"calibrate: {sum(r.numel() for r in rows.values()):,} tokens through {depth} blocks, Gram matrices {'stored' if grams else 'left out'}"
         )

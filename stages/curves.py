@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.allocation.curves import CurvesParams, measure
-from pipeline_lib.calibration.capture import CalibrateParams, block_file, stored_or_walked
+from pipeline_lib.calibration.capture import CalibrateParams, stored_or_walked
 from pipeline_lib.calibration.inputs import calibration_rows, open_model
 from pipeline_lib.models.source import ModelParams
 from pipeline_lib.pruning.settings import SelectionParams, StepsParams
@@ -40,7 +40,7 @@ def main(variant: str) -> None:
         for index, sites in tqdm(statistics, total=entry.depth, desc=f"curves {variant}", unit="block"):
             tensors = {name: tensor.float() for name, tensor in checkpoint.block(index).items()}
             included = [matrix for matrix in entry.matrices if entry.matrix_name(index, matrix) in listed]
-            path = block_file(SENSITIVITY / "moments", index)
+            path = artifacts.block_file(SENSITIVITY / "moments", index)
             moments = artifacts.read_tensors(path)[0] if path.exists() else {}
             where = f"{entry.blocks}.{index}"
             found = measure(entry, tensors, sites, included, moments, selection, "obs" in steps, settings, where)

@@ -32,6 +32,7 @@ def main() -> None:
             evaluation_tokens=sum(text.rows * text.length for text in texts.values() if text.use == "evaluate"),
             second_order=sensitivity.estimator == "hutchinson",
             probes=sensitivity.probes,
+            agreement=sensitivity.agreement,
             rows_per_probe=sensitivity.rows_per_probe,
             probes_per_pass=sensitivity.probes_per_pass,
             full_moments=sensitivity.output_moments == "full",
@@ -53,17 +54,18 @@ def main() -> None:
         click.echo(
             f"{checkpoint.path}: {checkpoint.parameters:,} parameters, {checkpoint.architecture.depth} blocks; {speed / 1e9:.0f} GFLOP/s here\n"
         )
-        click.echo(f"{'stage':<18}{'runs':>5}{'memory':>12}{'disk each':>12}{'time each':>12}")
+        click.echo(f"{'stage':<18}{'runs':>5}{'memory':>12}{'disk each':>12}{'time each':>18}")
+        least = most = 0.0
         for name, step in steps.items():
             if runs[name]:
                 # A stage takes a few seconds to start, whatever the model.
-                seconds = 4 + step.seconds(speed)
-                click.echo(f"{name:<18}{runs[name]:>5}{size(step.memory_bytes):>12}{size(step.disk_bytes):>12}{duration(seconds):>12}")
+                early, late = 4 + step.least * step.seconds(speed), 4 + step.seconds(speed)
+                least, most = least + early * runs[name], most + late * runs[name]
+                click.echo(f"{name:<18}{runs[name]:>5}{size(step.memory_bytes):>12}{size(step.disk_bytes):>12}{span(early, late):>18}")
         disk = sum(step.disk_bytes * runs[name] for name, step in steps.items())
-        seconds = sum((4 + step.seconds(speed)) * runs[name] for name, step in steps.items())
         peak = max(step.memory_bytes for name, step in steps.items() if runs[name])
         click.echo(
-            f"\npeak memory {size(peak)}, disk {size(disk)} (each output also in DVC's cache unless links are set), about {duration(seconds)} in all"
+            f"\npeak memory {size(peak)}, disk {size(disk)} (each output also in DVC's cache unless links are set), about {span(least, most)} in all"
         )
 
 
@@ -73,6 +75,10 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def span(least: float, most: float) -> str:
+    return " to ".join(dict.fromkeys((duration(least), duration(most))))
 
 
 if __name__ == "__main__":

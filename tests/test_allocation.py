@@ -245,6 +245,26 @@ def test_plan_by_references() -> None:
     assert plan(units, 0.5, params("owl"), {name: {"outliers": 0.1} for name in "abc"}) == [500, 500, 500]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_references_are_what_their_papers_write(seed: int) -> None:
+    """Oracle: the papers' own densities for blocks of one size: OWL's D scaled to 2λ, DLP's importance 1 − S/ΣS scaled to 2α, ATP's progression."""
+    draw = np.random.default_rng(seed)
+    units = [Unit(f"m{block}", block, 100_000, 1) for block in range(7)]
+    d, s = draw.random(7), draw.random(7)
+    facts = {unit.name: {"outliers": d[unit.block], "median": s[unit.block]} for unit in units}
+    alpha, sparsity = 0.15, 0.6
+
+    def scaled(importance: np.ndarray) -> np.ndarray:
+        width = (importance - importance.min()) / (importance.max() - importance.min()) * 2 * alpha
+        return width - width.mean() + 1 - sparsity
+
+    beta = 2 * alpha / (len(units) - 1)
+    wanted = {"owl": scaled(d), "dlp": scaled(1 - s / s.sum()), "depth": 1 - (sparsity - beta * (len(units) - 1) / 2 + beta * np.arange(7))}
+    for method, densities in wanted.items():
+        kept = plan(units, sparsity, params(method, alpha=alpha), facts)
+        assert np.abs(np.array(kept) / 100_000 - densities).max() < 2e-5
+
+
 def test_predicted_by_both_weightings() -> None:
     """Oracle: by hand, with quarters as quanta. ``trace`` weighs ‖ΔW‖² by 2 to 1 (marginals 7, 5, 3, 1), ``kronecker`` has its own curves, the other way round."""
     units = [Unit("a", 0, 400, 100), Unit("b", 0, 400, 100)]

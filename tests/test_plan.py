@@ -16,6 +16,7 @@ WORK = Work(
     evaluation_tokens=512,
     second_order=True,
     probes=2,
+    agreement=0.9,
     rows_per_probe=1,
     probes_per_pass=2,
     full_moments=False,
@@ -42,6 +43,16 @@ def test_sensitivity_keeps_the_blocks_inputs_and_no_more(tmp_path: Path, second_
     shallow, deep = (estimate(open_checkpoint(make_model(tmp_path / str(n), "llama", n)), work)["sensitivity"] for n in (2, 8))
     assert deep.memory_bytes - shallow.memory_bytes == 6 * copies * 4 * 2 * 32 * 32
     assert deep.flops < 4 * shallow.flops
+
+
+def test_probing_may_stop_after_its_first_pass(tmp_path: Path) -> None:
+    """Of 128 probes, 16 a pass; with an agreement of 1 all are used, and no other stage ends early. Time is that of all, in proportion to them."""
+    checkpoint = open_checkpoint(make_model(tmp_path / "model", "llama", 2))
+    many = estimate(checkpoint, replace(WORK, probes=128, probes_per_pass=16))
+    assert {name: step.least for name, step in many.items() if step.least < 1} == {"sensitivity": 16 / 128}
+    assert estimate(checkpoint, replace(WORK, probes=128, probes_per_pass=16, agreement=1.0))["sensitivity"].least == 1
+    assert estimate(checkpoint, replace(WORK, probes=128, probes_per_pass=1))["sensitivity"].least == 2 / 128  # one has no halves
+    assert many["sensitivity"].flops == pytest.approx(64 * estimate(checkpoint, WORK)["sensitivity"].flops)
 
 
 def test_a_pruned_checkpoint_takes_what_the_source_takes_and_a_bit_per_weight(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tiny import ALL_FAMILIES, load_full, make_model, token_rows
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from pipeline_lib.artifacts import read_json, read_tensors
+from pipeline_lib.artifacts import block_file, read_json, read_tensors
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.stream import BlockModel
@@ -21,7 +21,7 @@ from pipeline_lib.runtime import generator
 from pipeline_lib.sensitivity import fisher, hutchinson
 from pipeline_lib.sensitivity.backward import Subject
 from pipeline_lib.sensitivity.estimate import Estimate, estimates, kendall, relative_error, split_half
-from pipeline_lib.sensitivity.fisher import OutputMoments, moment_bytes, moment_file
+from pipeline_lib.sensitivity.fisher import OutputMoments, moment_bytes
 from pipeline_lib.sensitivity.hutchinson import probe_vector
 from pipeline_lib.sensitivity.settings import SensitivityParams
 
@@ -265,9 +265,9 @@ def test_output_moments(model_paths: dict[str, Path], tmp_path: Path, family: st
             cross_entropy(scores, labels, reduction="sum").backward()
     entry = checkpoint.architecture
     for index in range(entry.depth):
-        tensors, facts = read_tensors(moment_file(full.directory, index))
+        tensors, facts = read_tensors(block_file(full.directory, index))
         assert facts == {"full": True, "tokens": 6 * 8}
-        diagonals, _ = read_tensors(moment_file(diagonal.directory, index))
+        diagonals, _ = read_tensors(block_file(diagonal.directory, index))
         for matrix in entry.matrices:
             module = f"{entry.blocks}.{index}.{matrix.parameter.removesuffix('.weight')}"
             g = torch.cat(taken[module])[:, slice(*(matrix.rows or (None,)))]

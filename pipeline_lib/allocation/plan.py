@@ -89,8 +89,9 @@ def predicted(name: str, entry: Mapping[str, Any], params: AllocationParams) -> 
 def _places(units: Sequence[Unit], params: AllocationParams, measured: Measured) -> np.ndarray:
     """Each matrix's place in [−1, 1]; 1 is densest.
 
-    OWL (2310.05175): linear in the block's outlier ratio. DLP (2505.23807): the median of |w|·‖X‖ measures how *un*important a block is, so that
-    density falls linearly with it. ``depth``: falls linearly from the first block to the last.
+    OWL (2310.05175): linear in the block's outlier ratio, over a width of 2λ (our α is λ). DLP (2505.23807): the median S of the block's |w|·‖X‖
+    measures how *un*important it is, and the density is linear in the importance 1 − S/ΣS over a width of 2α: it falls linearly with S.
+    ``depth``: ATP (2502.14770), sparsities in arithmetic progression from the first block up to the last; its difference β is 2α/(blocks − 1).
     """
     if params.method == "uniform":
         return np.zeros(len(units))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from pipeline_lib.artifacts import read_tensors
+from pipeline_lib.artifacts import block_file, read_tensors
 from pipeline_lib.calibration.statistics import Accumulator, SiteStatistics
 from pipeline_lib.models.architecture import Architecture
 from pipeline_lib.models.stream import BlockModel, tapped
@@ -41,10 +41,6 @@ def walk(
                 model.advance(block, index, stream)
             taken.append(accumulators)
         yield index, {site: taken[0][site].finish(taken[1][site] if len(taken) > 1 else None).cpu() for site in sites}
-
-
-def block_file(directory: Path, block: int) -> Path:
-    return directory / f"block-{block:03d}.safetensors"
 
 
 def stored(directory: Path, architecture: Architecture, block: int) -> dict[str, SiteStatistics]:

@@ -25,6 +25,7 @@ class Work:
     evaluation_tokens: int
     second_order: bool  # sensitivity by Hessian-vector products instead of gradients
     probes: int
+    agreement: float  # of the probes' halves, at which probing stops before it has used all
     rows_per_probe: int
     probes_per_pass: int
     full_moments: bool  # of output gradients; diagonals weigh nothing
@@ -43,6 +44,7 @@ class Estimate:
     memory_bytes: float
     disk_bytes: float
     flops: float
+    least: float = 1.0  # share of the FLOPs after which the stage may be done already
 
     def seconds(self, flops_per_second: float) -> float:
         return SLOWDOWN * self.flops / flops_per_second
@@ -68,7 +70,8 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
     at every density and takes two products with its errors, all from stored Grams (beyond their budget a dense pass comes on top);
     sensitivity holds every block's inputs for a pass of probes, one block (weights, probe vector, gradients, products: 20 bytes a
     parameter; 8 without second derivatives), the graph of one probe in it, and the logits of one row (copies per token of every site's
-    inputs, of every head's attention row and of the logits are fitted to a measurement), and one block's full moments.
+    inputs, of every head's attention row and of the logits are fitted to a measurement), and one block's full moments. Its time is that of all
+    probes; unless an agreement of 1 is asked for, those of the first pass (two at least) may be enough.
     """
     entry = checkpoint.architecture
     shapes = [checkpoint.matrix_shape(0, matrix) for matrix in entry.matrices]
@@ -99,6 +102,7 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
     moments = moments if moments <= work.moment_budget_bytes else 0
     forwards = 14 if work.second_order else 4  # matrix products, in units of a forward pass
     probed = work.probes * work.rows_per_probe * work.length
+    first = min(work.probes, max(2, work.probes_per_pass)) if work.agreement < 1 else work.probes
     steps = [
         Estimate("prepare", LIBRARIES, 1e5, 0),
         Estimate(
@@ -116,6 +120,7 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
             base + boundaries + (20 if work.second_order else 8) * block + max(graph, top) + moments / entry.depth,
             1e4 + moments,
             forwards * 2 * probed * (block * entry.depth + entry.width * config.vocab_size),
+            first / work.probes,
         ),
         Estimate(
             "curves", LIBRARIES + 16 * block + 2 * grams + 16 * max(sites) ** 2, 1e4 * entry.depth, factor + work.densities * 4 * sweep

@@ -55,7 +55,7 @@ class Progress:
         prefix = self.source.block_prefix(index)
         shapes = {prefix + name: list(mask.shape) for name, mask in result.masks.items()}
         masks = {prefix + name: pack(mask) for name, mask in result.masks.items()}
-        artifacts.write_tensors(self.directory / "masks" / f"block-{index:03d}.safetensors", masks, {"shapes": shapes})
+        artifacts.write_tensors(artifacts.block_file(self.directory / "masks", index), masks, {"shapes": shapes})
         artifacts.write_json(self._facts(index), result.facts)
 
     def publish(self, out: Path) -> dict[int, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pipeline_lib.artifacts import read_tensors, write_tensors
+from pipeline_lib.artifacts import block_file, read_tensors, write_tensors
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.runtime import generator
 from pipeline_lib.sensitivity.backward import Logits, Subject, walk
@@ -35,7 +35,7 @@ class OutputMoments:
 
     def keep(self, index: int, tokens: int) -> None:
         """Done with the block for now: its sums over so many predicted tokens go into the mean that its file holds."""
-        path = moment_file(self.directory, index)
+        path = block_file(self.directory, index)
         before, facts = read_tensors(path) if path.exists() else ({}, {"tokens": 0})
         total = facts["tokens"] + tokens
         means = {label: sums.cpu() / total for label, sums in self._sums.items()}
@@ -43,10 +43,6 @@ class OutputMoments:
             means[label] += mean * (facts["tokens"] / total)
         write_tensors(path, means, {"full": self.full, "tokens": total})
         self._sums = {}
-
-
-def moment_file(directory: Path, block: int) -> Path:
-    return directory / f"block-{block:03d}.safetensors"
 
 
 def moment_bytes(shapes: Sequence[tuple[int, int]]) -> int:
