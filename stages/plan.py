@@ -9,8 +9,8 @@ from pipeline_lib.calibration.texts import TextParams
 from pipeline_lib.induction.induce import InduceParams
 from pipeline_lib.models.checkpoint import locate, open_checkpoint
 from pipeline_lib.models.source import ModelParams
-from pipeline_lib.planning.estimate import Work, estimate, measure_speed
-from pipeline_lib.pruning.prune import PruneParams, VariantParams
+from pipeline_lib.planning.estimate import Work, estimate, measure_speed, pruning
+from pipeline_lib.pruning.prune import VariantParams
 from pipeline_lib.sensitivity.settings import SensitivityParams
 
 
@@ -38,30 +38,31 @@ def main() -> None:
             full_moments=sensitivity.output_moments == "full",
             moment_budget_bytes=sensitivity.moment_budget_bytes,
             induction_steps=params.load(InduceParams, "induce").steps,
-            channel_epochs=params.load(PruneParams, "prune").reconstruction.channel.epochs,
             densities=len(params.load(CurvesParams, "curves").densities),
             gram_budget_bytes=calibrate.gram_budget_bytes,
         )
         steps = estimate(checkpoint, work)
+        evaluate = steps.pop("evaluate")
+        for name, variant in variants.items():
+            steps[f"prune {name}"] = pruning(checkpoint, f"prune {name}", variant, calibration.rows, calibration.length)
+        steps["evaluate"] = evaluate
         speed = measure_speed(runtime.device())
         runs = dict.fromkeys(steps, 1) | {
             "induce": len(params.section("induced")),
             "curves": len(params.section("curved")),
             "evaluate": len(variants) + 1,
         }
-        runs["prune (channel)"] = sum("channel" in variant.reconstruction.steps for variant in variants.values())
-        runs["prune (plain)"] = len(variants) - runs["prune (channel)"]
         click.echo(
             f"{checkpoint.path}: {checkpoint.parameters:,} parameters, {checkpoint.architecture.depth} blocks; {speed / 1e9:.0f} GFLOP/s here\n"
         )
-        click.echo(f"{'stage':<18}{'runs':>5}{'memory':>12}{'disk each':>12}{'time each':>18}")
+        click.echo(f"{'stage':<20}{'runs':>5}{'memory':>12}{'disk each':>12}{'time each':>18}")
         least = most = 0.0
         for name, step in steps.items():
             if runs[name]:
                 # A stage takes a few seconds to start, whatever the model.
                 early, late = 4 + step.least * step.seconds(speed), 4 + step.seconds(speed)
                 least, most = least + early * runs[name], most + late * runs[name]
-                click.echo(f"{name:<18}{runs[name]:>5}{size(step.memory_bytes):>12}{size(step.disk_bytes):>12}{span(early, late):>18}")
+                click.echo(f"{name:<20}{runs[name]:>5}{size(step.memory_bytes):>12}{size(step.disk_bytes):>12}{span(early, late):>18}")
         disk = sum(step.disk_bytes * runs[name] for name, step in steps.items())
         peak = max(step.memory_bytes for name, step in steps.items() if runs[name])
         click.echo(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, Mixtra
 
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.models.checkpoint import INDEX, Checkpoint, ShardWriter, locate, open_checkpoint
-from pipeline_lib.models.stream import BlockModel, Stream
+from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.whole import load_model
 
 CPU = torch.device("cpu")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline_lib.models.checkpoint import Checkpoint
+from pipeline_lib.pruning.prune import FITS, PruneParams
 
 LIBRARIES = 450e6  # resident size of Python with torch and transformers
 SLOWDOWN = 2.0  # wall time over pure matrix products: softmax, norms, sorting, small shapes
@@ -31,7 +32,6 @@ class Work:
     full_moments: bool  # of output gradients; diagonals weigh nothing
     moment_budget_bytes: int
     induction_steps: int
-    channel_epochs: int  # 0 without channel compensation
     densities: int  # of an error curve
     gram_budget_bytes: int
 
@@ -62,11 +62,9 @@ def measure_speed(device: torch.device) -> float:
 
 
 def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
-    """Needs per stage; `prune` once for a plain variant, once with channel compensation.
+    """Needs per stage, but for `prune`, which depends on the variant (``pruning``).
 
-    Formulas: an activation stream takes 4·n·D; a block in use 4·P; calibrate adds its Grams 2·Σ4d²; prune holds two copies of a
-    block, its Grams and the largest site's factorisation (4·4d²), one stream, or two and the fit's activations with compensation;
-    induce prunes each block up to three times for its gate, whose held-out rows (counted as all) stream along; curves prunes each matrix of a block
+    Formulas: an activation stream takes 4·n·D; a block in use 4·P; calibrate adds its Grams 2·Σ4d²; induce prunes each block up to three times for its gate, whose held-out rows (counted as all) stream along; curves prunes each matrix of a block
     at every density and takes two products with its errors, all from stored Grams (beyond their budget a dense pass comes on top);
     sensitivity holds every block's inputs for a pass of probes, one block (weights, probe vector, gradients, products: 20 bytes a
     parameter; 8 without second derivatives), the graph of one probe in it, and the logits of one row (copies per token of every site's
@@ -125,18 +123,49 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
         Estimate(
             "curves", LIBRARIES + 16 * block + 2 * grams + 16 * max(sites) ** 2, 1e4 * entry.depth, factor + work.densities * 4 * sweep
         ),
-        Estimate(
-            "prune (plain)",
-            base + stream + 8 * block + grams + 16 * max(sites) ** 2 + inner,
-            stored + total / 8,
-            2 * forward + gram_flops + factor + sweep,
-        ),
-        Estimate(
-            "prune (channel)",
-            base + 3 * stream + 16 * block + grams + 16 * max(sites) ** 2 + 4 * inner,
-            stored + total / 8,
-            (4 + 3 * work.channel_epochs) * forward + gram_flops + factor + sweep,
-        ),
         Estimate("evaluate", LIBRARIES + 4 * total, 1e4, 2 * total * work.evaluation_tokens),
     ]
     return {step.stage: step for step in steps}
+
+
+def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, length: int) -> Estimate:
+    """Needs of one variant's `prune`.
+
+    Memory: the streams, 4·n·D each (one; two where something aims at the dense model; one more for windows) up to their budget; then the
+    larger of two phases. Selection: a block twice and its masks (9·P), the Grams 4·Σd² (site by site only the largest, and the cross
+    moment beside it), the largest site's factorisation (16·d²; 24·d² more for ADMM), three matrices of the largest kind where there is a
+    target to aim at or least squares, and a batch's activations. Fit: per block of the window 5·P as pruned and 24·P with ``weights``
+    (as they move, gradient, Adam's moments, masked, the best so far; 12·P else), and the graph of one of its batches.
+
+    Time: the products of all forward passes, of the sweeps (R·C²) and of at most all iterations and epochs, gradients at twice a forward pass.
+    """
+    entry, how = checkpoint.architecture, params.reconstruction
+    shapes = [checkpoint.matrix_shape(0, matrix) for matrix in entry.matrices]
+    block, largest = sum(r * c for r, c in shapes), max(r * c for r, c in shapes)
+    sites = [len(site.index) for site in entry.sites]
+    tokens = rows * length
+    fits = [getattr(how, step) for step in FITS if step in how.steps]
+    window = how.block.window if "block" in how.steps else 1
+    sitewise, aimed, refit = how.collect == "site", how.towards_dense > 0, "lsq" in how.steps
+    streams = (1 + (aimed or bool(fits)) + (window > 1)) * 4 * tokens * entry.width
+    kept = streams if streams <= params.activation_budget_bytes else 12 * params.batch_rows * length * entry.width
+    outside = 4 * sum(math.prod(checkpoint.shapes[outer]) for outer in checkpoint.outside_blocks())
+
+    def inner(batch_rows: int) -> float:
+        return 4 * batch_rows * length * (sum(sites) + 4 * entry.width + checkpoint.config.num_attention_heads * length / 4)
+
+    d = max(sites)
+    grams = 4 * (d * d if sitewise else sum(size * size for size in sites)) + (4 * d * d if aimed else 0)
+    solver = (16 + (24 if refit and how.lsq.mask_iterations else 0)) * d * d + (12 * largest if aimed or refit else 4 * largest)
+    selecting = 9 * block * window + grams + solver + inner(params.batch_rows)
+    fitting = [window * (5 + (24 if "weights" in fit.parts else 12)) * block + 3 * inner(fit.batch_rows) for fit in fits]
+    forward = 2 * tokens * block
+    collects = (2.2 if sitewise else 1) * (2 if aimed else 1)  # site by site, a pass stops where it has what it came for
+    passes = collects + 1 + bool(fits or aimed) + sum(4 * fit.epochs for fit in fits)
+    each = sum(r * c * c for r, c in shapes)
+    solve = ("obs" in how.steps) + 4 * aimed + (2 * (how.lsq.iterations + 4 * how.lsq.mask_iterations) if refit else 0)
+    flops = (
+        passes * forward + 2 * tokens * sum(size * size for size in sites) * (1 + aimed) + 3 * sum(size**3 for size in sites) + solve * each
+    )
+    disk = checkpoint.parameters * (torch.finfo(checkpoint.dtype).bits // 8) + checkpoint.parameters / 8
+    return Estimate(name, LIBRARIES + outside + kept + max([selecting, *fitting]), disk, entry.depth * flops)
