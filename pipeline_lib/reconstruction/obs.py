@@ -1,6 +1,12 @@
-"""The OBS column sweep of SparseGPT (2301.00774), with any score of 2310.09499 choosing the mask on the way."""
+"""The OBS column sweep of SparseGPT (2301.00774), with any score of 2310.09499 choosing the mask on the way.
 
+Two things around it: ``aim`` moves what the sweep starts from to where the dense stream's outputs are best met, and
+``column_losses`` with ``rose_order`` let it take the columns in the order of ROSE (2603.05878).
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -18,7 +24,8 @@ LARGEST_DAMPING = 1.0
 class Factorisation:
     """H = G + damping of a site, factorised once for all matrices that share it.
 
-    ``upper`` is U [C, C], upper triangular with H⁻¹ = Uᵀ U: U_mm² is [H⁻¹]_mm of the trailing submatrix from m on.
+    ``upper`` is U [C, C], upper triangular with H⁻¹ = Uᵀ U: U_mm² is [H⁻¹]_mm of the trailing submatrix from m on. With an
+    ``order`` that is so for H's rows and columns in that order; all other fields are in the order of the matrix's own columns.
     """
 
     second_moment: torch.Tensor  # G_mm [C]
@@ -27,17 +34,34 @@ class Factorisation:
     upper: torch.Tensor
     dead: torch.Tensor  # [C] inputs that were always zero
     damping: float  # the one that was needed
+    order: torch.Tensor | None = None  # [C] the columns as the sweep takes them; None: from left to right
 
     def whole(self) -> Curvature:
-        """For scores of the whole matrix at once."""
+        """For scores of the whole matrix at once: columns in their own order."""
         return Curvature(self.second_moment, self.diagonal, self.inverse_diagonal)
 
     def trailing(self) -> Curvature:
-        """For scores inside the sweep."""
-        return Curvature(self.second_moment, self.diagonal, self.upper.diagonal().square())
+        """For scores inside the sweep: columns as it takes them."""
+        inverse_diagonal = self.upper.diagonal().square()
+        if self.order is None:
+            return Curvature(self.second_moment, self.diagonal, inverse_diagonal)
+        return Curvature(self.second_moment[self.order], self.diagonal[self.order], inverse_diagonal)
+
+    def hessian(self, gram: torch.Tensor) -> torch.Tensor:
+        """H [C, C] from the G that was factorised, columns in their own order."""
+        hessian = gram.clone()
+        hessian.diagonal().copy_(self.diagonal)
+        return hessian
 
 
-def factorise(gram: torch.Tensor, damping: float, damping_of: DampingOf, where: str, factor: torch.Tensor | None = None) -> Factorisation:
+def factorise(
+    gram: torch.Tensor,
+    damping: float,
+    damping_of: DampingOf,
+    where: str,
+    factor: torch.Tensor | None = None,
+    ordering: Callable[[Curvature], torch.Tensor | None] | None = None,
+) -> Factorisation:
     """Damp and factorise a second moment G [C, C].
 
     ``mean`` adds ``damping`` times the mean diagonal (SparseGPT), taken in the original coordinates where G is of folded inputs
@@ -45,6 +69,7 @@ def factorise(gram: torch.Tensor, damping: float, damping_of: DampingOf, where: 
 
     Args:
         factor: D's diagonal [C], if G is of folded inputs.
+        ordering: from the whole matrix's curvature to the order [C] of the sweep, or None for left to right.
 
     Raises:
         SparselineError: G holds NaN or infinity, or cannot be factorised even so.
@@ -62,11 +87,99 @@ def factorise(gram: torch.Tensor, damping: float, damping_of: DampingOf, where: 
         lower, failed = torch.linalg.cholesky_ex(hessian)
         if failed == 0:
             inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            diagonal, inverse_diagonal = hessian.diagonal().clone(), inverse.diagonal().clone()
+            order = None if ordering is None else ordering(Curvature(second_moment, diagonal, inverse_diagonal))
+            upper, failed = torch.linalg.cholesky_ex(inverse if order is None else inverse[order][:, order], upper=True)
             if failed == 0 and torch.isfinite(upper).all():
-                return Factorisation(second_moment, hessian.diagonal().clone(), inverse.diagonal().clone(), upper, dead, damping)
+                return Factorisation(second_moment, diagonal, inverse_diagonal, upper, dead, damping, order)
         damping = max(10 * damping, 1e-4)
     raise SparselineError(f"The second moment of {where} cannot be factorised even with damping 1; give more calibration rows.")
+
+
+def aim(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, factorisation: Factorisation, share: float) -> torch.Tensor:
+    """What to prune instead of W so that Ŵ X comes near the outputs of the dense stream: W₀ = W + share·W (C − G) H⁻¹.
+
+    With X the inputs the pruned layer will get, X_d those of the dense stream and H = G + Λ, completing the square gives
+    E‖Ŵ X − W (X + share·(X_d − X))‖² + ‖(Ŵ − W) Λ^½‖² = tr((Ŵ − W₀) H (Ŵ − W₀)ᵀ) + const for every Ŵ. So whatever minimises the error of
+    W₀ (``sweep``, ``lsq.solve``; measured by ``layer_error`` with W₀ as the original) minimises that of the outputs, and damping
+    draws to W. Share 0 is SparseGPT's own target W X, and 1 the dense stream's W X_d.
+
+    Args:
+        weight: W [R, C].
+        gram: G = E[X Xᵀ] [C, C], the one that was factorised.
+        cross: C = E[X_d Xᵀ] [C, C].
+        share: 0 … 1.
+
+    Returns:
+        W₀ [R, C]; W itself, to the last bit, if both streams are the same or ``share`` is 0.
+    """
+    order, upper = factorisation.order, factorisation.upper
+    shift = weight @ (cross - gram)
+    shift = shift @ upper.T @ upper if order is None else _restored(shift[:, order] @ upper.T @ upper, order)
+    return shift.mul_(share).add_(weight)
+
+
+def choose(scores: torch.Tensor, *, kept: int, pattern: Pattern, group: Group, block: int) -> torch.Tensor:
+    """The mask [R, C] of the ``kept`` best scores [R, C], compared as the pattern or, if it is unstructured, the group says."""
+    if pattern.m:
+        return select_n_of_m(scores, kept * pattern.m // scores.numel(), pattern.m)
+    return select(scores, kept, group, block)
+
+
+def column_losses(
+    weight: torch.Tensor,
+    curvature: Curvature,
+    *,
+    kept: int,
+    score: Score,
+    pattern: Pattern,
+    group: Group,
+    block: int,
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What each column [C] will probably cost: w²/[H⁻¹]_mm, summed over the weights that would go if the mask were chosen now.
+
+    ROSE (2603.05878) chooses and adds up |w|·‖X_m‖ in every column block; here the variant's own score chooses within its own group, and
+    the sum is of what OBS says removing a weight costs. Always-zero inputs cost nothing.
+
+    Args:
+        weight: [R, C].
+        curvature: of the whole matrix.
+        kept: how many weights stay.
+        importance: selection weights u > 0 [C]; scores are multiplied by u².
+    """
+    weight = weight.masked_fill(curvature.second_moment == 0, 0)
+    scores = saliency(score, weight, curvature)
+    scores = scores if importance is None else scores * importance.square()
+    mask = choose(scores, kept=kept, pattern=pattern, group=group, block=block)
+    return saliency("obs", weight, curvature).masked_fill_(mask, 0).sum(0)
+
+
+def rose_order(column_loss: torch.Tensor, block: int, m: int, least_range: float) -> torch.Tensor | None:
+    """ROSE's order of a site's columns [C]: those that will cost most first, while many columns are left to make up for them.
+
+    Two levels (2603.05878): column blocks by descending loss, and in each of them its columns by descending loss; ties from left to right.
+    For N:M it is the groups of M that are ordered in each block, and each moves as one. None, for left to right, where the site is not
+    columnar: the relative range (max − min)/max of the block losses is below ``least_range`` (0.5 in the authors' code; 0 always orders).
+    A block's loss is its mean over columns, which ranks as the paper's sum and lets a short last block be compared.
+
+    Args:
+        column_loss: [C], of one matrix or summed over those that share the site.
+        block: width of the column blocks; rounded up to whole groups of M.
+        m: M of the pattern, 0 for unstructured.
+    """
+    unit = m or 1
+    block = -(-block // unit) * unit
+    columns = torch.arange(len(column_loss), device=column_loss.device)
+    blocks = column_loss.split(block)
+    losses = torch.stack([part.mean() for part in blocks])
+    if losses.max() - losses.min() < least_range * losses.max():
+        return None
+    inside = [
+        part.view(-1, unit)[loss.view(-1, unit).sum(1).argsort(descending=True, stable=True)].flatten()
+        for part, loss in zip(columns.split(block), blocks, strict=True)
+    ]
+    return torch.cat([inside[i] for i in losses.argsort(descending=True, stable=True).tolist()])
 
 
 def sweep(
@@ -80,22 +193,26 @@ def sweep(
     block: int,
     importance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prune columns in order and let the columns to their right make up for each error (2310.09499, Eq. 3).
+    """Prune columns in order and let the columns still to come make up for each error (2310.09499, Eq. 3).
 
     With group ``block`` (and for N:M) the mask of each column block (group of M) is chosen from the weights as compensated so
-    far and from U_mm²; with ``row`` and ``matrix`` it is chosen beforehand from the whole matrix.
+    far and from U_mm²; with ``row`` and ``matrix`` it is chosen beforehand from the whole matrix. Blocks and groups are those of the
+    matrix's own columns, whatever the factorisation's order.
 
     Args:
-        weight: [R, C] float32.
+        weight: [R, C] float32: W, or what ``aim`` makes of it.
         kept: how many weights stay.
         importance: selection weights u > 0 [C]; scores are multiplied by u².
 
     Returns:
         The compensated weight [R, C], exactly zero outside the mask, and the mask [R, C].
+
+    Raises:
+        ValueError: the order does not keep the column blocks together.
     """
+    order = factorisation.order
     weight = weight.clone()
     weight[:, factorisation.dead] = 0
-    columns = weight.shape[1]
     curvature = factorisation.trailing()
     emphasis = torch.ones_like(curvature.diagonal) if importance is None else importance.square()
     mask = torch.zeros_like(weight, dtype=torch.bool)
@@ -104,10 +221,10 @@ def sweep(
         block = -(-block // pattern.m) * pattern.m  # groups of M lie within one column block
     elif group != "block":
         mask = select(saliency(score, weight, factorisation.whole()) * emphasis, kept, group, block)
-    starts = range(0, columns, block)
-    quotas = _quotas(kept, weight.shape, block)
-    for start, quota in zip(starts, quotas, strict=True):
-        stop = min(start + block, columns)
+    if order is not None:
+        weight, mask, emphasis = weight[:, order], mask[:, order], emphasis[order]
+        _runs(order, pattern.m or 1)
+    for start, stop, quota in _blocks(kept, weight.shape, block, order):
         part, chosen = weight[:, start:stop], mask[:, start:stop]
         upper = factorisation.upper[start:stop, start:stop]
         local = curvature.columns(start, stop)
@@ -123,17 +240,38 @@ def sweep(
             part[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1)
             errors[:, j] = error
         part.masked_fill_(~chosen, 0)
-        if stop < columns:
+        if stop < weight.shape[1]:
             weight[:, stop:].addmm_(errors, factorisation.upper[start:stop, stop:], alpha=-1)
-    return weight, mask
+    return (weight, mask) if order is None else (_restored(weight, order), _restored(mask, order))
 
 
-def _quotas(kept: int, shape: torch.Size, block: int) -> list[int]:
-    return shares(kept, [shape[0] * min(block, shape[1] - start) for start in range(0, shape[1], block)])
+def _blocks(kept: int, shape: torch.Size, block: int, order: torch.Tensor | None) -> list[tuple[int, int, int]]:
+    """The column blocks as the sweep meets them: where each starts and stops, and how many weights it keeps, in proportion to its size."""
+    rows, columns = shape
+    widths = [min(block, columns - start) for start in range(0, columns, block)]
+    quotas = shares(kept, [rows * width for width in widths])
+    met = range(len(widths)) if order is None else _runs(order, block)
+    stops = accumulate(widths[i] for i in met)
+    return [(stop - widths[i], stop, quotas[i]) for i, stop in zip(met, stops, strict=True)]
+
+
+def _runs(order: torch.Tensor, width: int) -> list[int]:
+    """Which ``width`` consecutive columns come one after the other in an order that keeps them together."""
+    runs: list[int] = (order // width).unique_consecutive().tolist()
+    if len(runs) != -(-len(order) // width):
+        raise ValueError(f"the order of the columns tears apart {width} that belong together")
+    return runs
+
+
+def _restored(permuted: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Columns in ``order``, back in their own."""
+    restored = torch.empty_like(permuted)
+    restored[:, order] = permuted
+    return restored
 
 
 def layer_error(original: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> float:
-    """E‖(W − Ŵ) X‖² / E‖W X‖² from the second moment G [C, C]."""
+    """E‖(W − Ŵ) X‖² / E‖W X‖² from the second moment G [C, C]; W is ``original``, or the target W₀ of ``aim``."""
     difference = (original - pruned).float()
     own = original.float()
     return float(((difference @ gram) * difference).sum() / ((own @ gram) * own).sum().clamp_min(1e-30))
