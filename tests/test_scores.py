@@ -1,5 +1,6 @@
 """Scores and the OBS sweep. Oracles: formulas by loops, explicit inverses in float64, least squares on the final mask."""
 
+from itertools import accumulate
 from typing import get_args
 
 import pytest
@@ -9,7 +10,8 @@ from tiny import curved_gram
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.pruning.patterns import Group, Pattern, select, select_n_of_m
 from pipeline_lib.pruning.scores import Score, saliency
-from pipeline_lib.reconstruction.obs import DampingOf, factorise, layer_error, sweep
+from pipeline_lib.reconstruction.lsq import solve
+from pipeline_lib.reconstruction.obs import DampingOf, Factorisation, aim, choose, column_losses, factorise, layer_error, rose_order, sweep
 
 SCORES: tuple[Score, ...] = get_args(Score)
 DAMPINGS: tuple[DampingOf, ...] = get_args(DampingOf)
@@ -116,24 +118,33 @@ def keep_best(scores: torch.Tensor, kept: int) -> torch.Tensor:
 
 
 def literal_sweep(
-    weight: torch.Tensor, gram: torch.Tensor, hessian: torch.Tensor, score: Score, quotas: list[int], width: int, pattern: Pattern
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    hessian: torch.Tensor,
+    score: Score,
+    quotas: list[int],
+    width: int | list[int],
+    pattern: Pattern,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """OBS column by column as 2310.09499's Eq. 3 says, in float64, inverting H[m:, m:] anew for every column.
 
     The mask of each ``width`` columns is chosen when the sweep reaches them; for N:M that width is M, compared within rows.
     """
+    widths = [width] * -(-weight.shape[1] // width) if isinstance(width, int) else width
+    starts = [0, *accumulate(widths)]
     w, columns = weight.double().clone(), weight.shape[1]
     inverses = [torch.linalg.inv(hessian[m:, m:]) for m in range(columns)]
     mask = torch.zeros(w.shape, dtype=torch.bool)
     for m in range(columns):
-        if m % width == 0:
-            stop = min(m + width, columns)
+        if m in starts:
+            index = starts.index(m)
+            stop = min(starts[index + 1], columns)
             inverse = torch.stack([inverses[c][0, 0] for c in range(m, stop)])
             part = by_loops(score, w[:, m:stop], gram[m:stop, m:stop].double(), hessian[m:stop, m:stop], inverse)
             if pattern.m:
                 mask[:, m:stop] = torch.cat([keep_best(row[None], pattern.n) for row in part])
             else:
-                mask[:, m:stop] = keep_best(part, quotas[m // width])
+                mask[:, m:stop] = keep_best(part, quotas[index])
         for r in range(w.shape[0]):
             if not mask[r, m]:
                 w[r, m:] -= w[r, m] / inverses[m][0, 0] * inverses[m][0]
@@ -347,3 +358,290 @@ def test_sweep_leaves_its_input_alone() -> None:
     before = weight.clone()
     sweep(weight, factorise(gram, 0.01, "mean", "x"), kept=16, score="obs", pattern=PLAIN, group="block", block=4)
     assert torch.equal(weight, before)
+
+
+# The order of the columns
+
+
+def ordered(gram: torch.Tensor, order: torch.Tensor, damping: float = 0.01) -> Factorisation:
+    return factorise(gram, damping, "mean", "here", ordering=lambda curvature: order)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(
+    ("block", "met"),
+    [(20, [0]), (8, [2, 0, 1]), (8, [1, 2, 0]), (5, [3, 1, 0, 2])],  # of 20 columns: the short last block first, in between, none
+)
+def test_ordered_sweep_is_the_sweep_of_ordered_columns(score: Score, block: int, met: list[int]) -> None:
+    """Oracle: ``literal_sweep`` of explicitly permuted W and H, blocks and their quotas permuted with them, and its result permuted back."""
+    weight, (_, gram) = weights(6, 20, seed=5), curved_gram(20, seed=5)
+    random = torch.Generator().manual_seed(block)
+    parts = torch.arange(20).split(block)
+    order = torch.cat([parts[i][torch.randperm(len(parts[i]), generator=random)] for i in met])
+    assert not torch.equal(order, torch.arange(20))
+    widths = [len(parts[i]) for i in met]
+    hessian = damped(gram, 0.01, "mean")[order][:, order]
+    expected, mask = literal_sweep(weight[:, order], gram[order][:, order], hessian, score, [3 * w for w in widths], widths, PLAIN)
+    found, chosen = sweep(weight, ordered(gram, order), kept=60, score=score, pattern=PLAIN, group="block", block=block)
+    assert torch.equal(chosen[:, order], mask)
+    torch.testing.assert_close(found[:, order].double(), expected, rtol=1e-2, atol=1e-3)
+    assert [int(part.sum()) for part in chosen.split(block, 1)] == [3 * len(part) for part in parts]
+    assert not torch.equal(
+        found, sweep(weight, ordered(gram, torch.arange(20)), kept=60, score=score, pattern=PLAIN, group="block", block=block)[0]
+    )
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(("text", "block"), [("2:4", 4), ("1:4", 6), ("3:8", 12)])
+def test_ordered_sweep_for_n_of_m(score: Score, text: str, block: int) -> None:
+    """Oracle: ``literal_sweep`` of permuted inputs; N are kept of every M of the matrix's own columns."""
+    pattern = Pattern.parse(text)
+    weight, (_, gram) = weights(5, 24, seed=6), curved_gram(24, seed=6)
+    order = rose_order(torch.arange(24.0), block, pattern.m, 0.0)
+    assert order is not None
+    assert not torch.equal(order, torch.arange(24))
+    hessian = damped(gram, 0.01, "mean")[order][:, order]
+    expected, mask = literal_sweep(weight[:, order], gram[order][:, order], hessian, score, [], pattern.m, pattern)
+    kept = 5 * 24 * pattern.n // pattern.m
+    found, chosen = sweep(weight, ordered(gram, order), kept=kept, score=score, pattern=pattern, group="row", block=block)
+    assert torch.equal(chosen[:, order], mask)
+    torch.testing.assert_close(found[:, order].double(), expected, rtol=1e-2, atol=1e-3)
+    assert (chosen.reshape(-1, pattern.m).sum(1) == pattern.n).all()
+
+
+@pytest.mark.parametrize("group", ["row", "matrix"])
+def test_ordered_sweep_with_a_mask_chosen_beforehand(group: Group) -> None:
+    """The mask, chosen with importance, is the one of any other order; oracle of the weights: OBS for it on permuted inputs."""
+    weight, (_, gram) = weights(4, 18, seed=7), curved_gram(18, seed=7)
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(7))  # any order will do: no blocks are compared
+    u = torch.rand(18, generator=torch.Generator().manual_seed(8)) + 0.2
+    factorisation = ordered(gram, order)
+    mask = select(saliency("obs", weight, factorise(gram, 0.01, "mean", "x").whole()) * u.square(), 30, group, 128)
+    inverse = torch.linalg.inv(damped(gram, 0.01, "mean"))
+    expected = weight.double().clone()
+    for m in order.tolist():
+        for r in range(4):
+            if not mask[r, m]:
+                expected[r] -= expected[r, m] / inverse[m, m] * inverse[m]
+        inverse = inverse - torch.outer(inverse[:, m], inverse[m]) / inverse[m, m]
+    found, chosen = sweep(weight, factorisation, kept=30, score="obs", pattern=PLAIN, group=group, block=128, importance=u)
+    assert torch.equal(chosen, mask)
+    torch.testing.assert_close(found.double(), expected.masked_fill(~mask, 0), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("group", get_args(Group))
+def test_left_to_right_as_an_order_changes_no_bit(group: Group) -> None:
+    """Oracle: the sweep without an order. With dead inputs; and importance moves along where the columns are turned around."""
+    weight, (x, _) = weights(6, 16, seed=19), curved_gram(16, seed=19)
+    x[:, [3, 9]] = 0
+    gram = x.T @ x / len(x)
+    u = torch.rand(16, generator=torch.Generator().manual_seed(19)) + 0.2
+    results = []
+    for order in (None, torch.arange(16), torch.arange(15, -1, -1)):
+        factorisation = factorise(gram, 0.01, "mean", "x", ordering=lambda curvature, order=order: order)  # type: ignore[misc]
+        results.append(sweep(weight, factorisation, kept=40, score="isc", pattern=PLAIN, group=group, block=4, importance=u))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(results[0][0], results[2][0])
+    flipped = factorise(gram.flip(0, 1), 0.01, "mean", "x")
+    if group == "block":
+        found, mask = sweep(weight.flip(1), flipped, kept=40, score="isc", pattern=PLAIN, group=group, block=4, importance=u.flip(0))
+        assert torch.equal(mask.flip(1), results[2][1])
+        torch.testing.assert_close(found.flip(1), results[2][0], rtol=1e-3, atol=1e-4)
+
+
+def test_an_ordered_factorisation_is_that_of_ordered_columns() -> None:
+    """Oracle: explicit inverses in float64; what is handed to the ordering, and ``whole``, are in the matrix's own order."""
+    _, gram = curved_gram(11, seed=20)
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(20))
+    seen = []
+    found = factorise(gram, 0.02, "mean", "here", ordering=lambda curvature: seen.append(curvature) or order)  # type: ignore[func-returns-value]
+    hessian = damped(gram, 0.02, "mean")
+    torch.testing.assert_close(seen[0].inverse_diagonal.double(), torch.linalg.inv(hessian).diagonal(), rtol=1e-3, atol=1e-6)
+    assert torch.equal(found.whole().inverse_diagonal, seen[0].inverse_diagonal)
+    assert torch.equal(found.whole().diagonal, factorise(gram, 0.02, "mean", "here").diagonal)
+    torch.testing.assert_close(found.hessian(gram).double(), hessian, rtol=1e-5, atol=1e-6)
+    permuted = hessian[order][:, order]
+    torch.testing.assert_close((found.upper.T @ found.upper).double(), torch.linalg.inv(permuted), rtol=1e-3, atol=1e-4)
+    trailing = torch.stack([torch.linalg.inv(permuted[m:, m:])[0, 0] for m in range(11)])
+    torch.testing.assert_close(found.trailing().inverse_diagonal.double(), trailing, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found.trailing().diagonal.double(), permuted.diagonal(), rtol=1e-5, atol=0)
+    assert torch.equal(found.trailing().second_moment, gram.diagonal()[order])
+
+
+@pytest.mark.parametrize(("text", "block", "order"), [("unstructured", 4, [0, 4, 1, 2, 3, 5, 6, 7]), ("2:4", 8, [0, 4, 1, 2, 3, 5, 6, 7])])
+def test_an_order_that_tears_apart_what_is_compared_is_refused(text: str, block: int, order: list[int]) -> None:
+    _, gram = curved_gram(8, seed=21)
+    with pytest.raises(ValueError, match=r"tears apart 4 that belong together"):
+        sweep(
+            weights(3, 8), ordered(gram, torch.tensor(order)), kept=12, score="obs", pattern=Pattern.parse(text), group="block", block=block
+        )
+
+
+@pytest.mark.parametrize(("columns", "block", "m"), [(24, 8, 0), (20, 8, 0), (24, 8, 4), (20, 6, 4), (16, 128, 8), (7, 3, 0)])
+def test_rose_order_has_two_levels(columns: int, block: int, m: int) -> None:
+    """Oracle: sorted lists. Blocks by falling mean loss, in each the columns (groups of M, whole) by falling loss."""
+    losses = torch.randint(0, 6, (columns,), generator=torch.Generator().manual_seed(columns + block)).float()  # with ties
+    values, unit = losses.tolist(), m or 1
+    width = -(-block // unit) * unit
+    blocks = [list(range(start, min(start + width, columns))) for start in range(0, columns, width)]
+    blocks.sort(key=lambda b: -sum(values[c] for c in b) / len(b))
+    expected = []
+    for b in blocks:
+        units = [b[i : i + unit] for i in range(0, len(b), unit)]
+        units.sort(key=lambda g: -sum(values[c] for c in g))
+        expected += [c for g in units for c in g]
+    order = rose_order(losses, block, m, 0.0)
+    assert order is not None
+    assert order.tolist() == expected
+
+
+def test_rose_order_only_where_the_site_is_columnar() -> None:
+    """The relative range of the block losses decides; a short last block is compared by its mean. One block is never columnar."""
+    losses = torch.tensor([1.0, 3, 3, 3, 0, 3, 2, 1, 8, 8, 8, 5])  # blocks of 4: 10, 6 and 29
+    assert rose_order(losses, 4, 0, 23 / 29 + 1e-6) is None
+    order = rose_order(losses, 4, 0, 23 / 29 - 1e-6)
+    assert order is not None
+    assert order.tolist() == [8, 9, 10, 11, 1, 2, 3, 0, 5, 6, 7, 4]
+    short = torch.tensor([4.0, 4, 4, 4, 4, 4, 4, 3])  # blocks of 3: means 4, 4 and 3.5, sums 12, 12 and 7
+    assert rose_order(short, 3, 0, 0.2) is None
+    assert rose_order(short, 3, 0, 0.1) is not None
+    assert rose_order(torch.arange(8.0), 128, 0, 0.5) is None
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(
+    ("text", "group"), [("unstructured", "row"), ("unstructured", "matrix"), ("unstructured", "block"), ("2:4", "row")]
+)
+def test_column_losses_by_loops(score: Score, text: str, group: Group) -> None:
+    """Oracle: w²/[H⁻¹]_mm of the weights that go, added up one by one; the mask from the variant's own score, group and importance."""
+    pattern = Pattern.parse(text)
+    weight, (x, _) = weights(6, 16, seed=22), curved_gram(16, seed=22)
+    x[:, 5] = 0
+    gram = x.T @ x / len(x)
+    u = torch.rand(16, generator=torch.Generator().manual_seed(22)) + 0.2
+    alive = weight.clone()
+    alive[:, 5] = 0
+    curvature = factorise(gram, 0.01, "mean", "x").whole()
+    scores = saliency(score, alive, curvature) * u.square()
+    mask = select_n_of_m(scores, 2, 4) if pattern.m else select(scores, 48, group, 6)
+    assert torch.equal(mask, choose(scores, kept=48, pattern=pattern, group=group, block=6))
+    inverse = torch.linalg.inv(damped(gram, 0.01, "mean")).diagonal()
+    expected = torch.zeros(16, dtype=torch.float64)
+    for r in range(6):
+        for c in range(16):
+            if not mask[r, c] and c != 5:
+                expected[c] += float(weight[r, c]) ** 2 / float(inverse[c])
+    found = column_losses(weight, curvature, kept=48, score=score, pattern=pattern, group=group, block=6, importance=u)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-9)
+
+
+def test_large_losses_first_lowers_the_error_of_a_columnar_matrix() -> None:
+    """What ROSE is for: large columns at the end leave nothing to make up for them; swept first, they cost less."""
+    errors: dict[bool, float] = {False: 0.0, True: 0.0}
+    for seed in range(5):
+        weight, (_, gram) = weights(24, 32, seed=seed), curved_gram(32, seed=seed, spread=0.1)
+        weight[:, 24:] *= 6
+        for reorder in errors:
+            rules = {"kept": 384, "score": "obs", "pattern": PLAIN, "group": "block", "block": 8}
+            found = factorise(
+                gram,
+                0.01,
+                "mean",
+                "x",
+                ordering=lambda c, w=weight, r=reorder, k=rules: rose_order(column_losses(w, c, **k), 8, 0, 0.5) if r else None,  # type: ignore[misc]
+            )
+            assert (found.order is not None) == reorder
+            errors[reorder] += layer_error(weight, sweep(weight, found, **rules)[0], gram)  # type: ignore[arg-type]
+    assert errors[True] < 0.9 * errors[False]
+
+
+# The target
+
+
+def streams(columns: int, seed: int, dead: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Dense and pruned inputs X_d, X [tokens, C] in float64, G = E[X Xᵀ] and C = E[X_d Xᵀ]; ``dead`` inputs are zero in X only."""
+    dense = curved_gram(columns, seed, tokens=60)[0].double()
+    pruned = 0.8 * dense + 0.5 * curved_gram(columns, seed + 100, tokens=60)[0].double()
+    pruned[:, dead] = 0
+    return dense, pruned, pruned.T @ pruned / 60, dense.T @ pruned / 60
+
+
+@pytest.mark.parametrize("order", [None, [3, 1, 0, 2, 7, 5, 4, 6]])
+def test_aim_is_w_for_equal_streams_and_for_share_zero(order: list[int] | None) -> None:
+    """To the last bit, so that everything after it is what it was without."""
+    weight, (_, gram) = weights(5, 8, seed=23), curved_gram(8, seed=23)
+    _, cross = curved_gram(8, seed=24)
+    factorisation = factorise(gram, 0.01, "mean", "x") if order is None else ordered(gram, torch.tensor(order))
+    assert torch.equal(aim(weight, gram, gram.clone(), factorisation, 1.0), weight)
+    assert torch.equal(aim(weight, gram, cross, factorisation, 0.0), weight)
+    assert not torch.equal(aim(weight, gram, cross, factorisation, 0.5), weight)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("reorder", [False, True])
+def test_aim_by_an_explicit_inverse(share: float, reorder: bool) -> None:
+    """Oracle: W + share·W (C − G) H⁻¹ with torch.linalg.inv, in the matrix's own order whatever the sweep's."""
+    _, _, gram, cross = streams(12, seed=25)
+    weight = weights(5, 12, seed=25).double()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(25))
+    factorisation = ordered(gram, order) if reorder else factorise(gram, 0.01, "mean", "x")
+    expected = weight + share * weight @ (cross - gram) @ torch.linalg.inv(damped(gram, 0.01, "mean"))
+    torch.testing.assert_close(aim(weight, gram, cross, factorisation, share), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("dead", [(), (2, 9)])
+def test_aim_meets_the_outputs_of_the_dense_stream(share: float, dead: tuple[int, ...]) -> None:
+    """Oracle: torch.linalg.lstsq of the outputs W (X + share·(X_d − X)) on the kept inputs X, row by row, without damping to speak of.
+
+    Inputs that are always zero in the pruned stream alone are among those: what they did is made up for by the others.
+    """
+    dense, pruned, gram, cross = streams(12, seed=26, dead=dead)
+    weight = weights(6, 12, seed=26).double()
+    mask = select_n_of_m(weights(6, 12, seed=27), 2, 4)
+    mask[0] = True
+    factorisation = factorise(gram, 1e-9, "diagonal", "x")
+    target = aim(weight, gram, cross, factorisation, share)
+    start = torch.zeros_like(weight)
+    target[:, dead] = 0
+    found, _ = solve(target, mask, factorisation.hessian(gram), start, iterations=200, tolerance=1e-12)
+    outputs = (pruned + share * (dense - pruned)) @ weight.T
+    for r in range(6):
+        kept = [c for c in mask[r].nonzero()[:, 0].tolist() if c not in dead]
+        expected = torch.linalg.lstsq(pruned[:, kept], outputs[:, r], driver="gelsd").solution
+        torch.testing.assert_close(found[r, kept], expected, rtol=1e-5, atol=1e-7)
+    assert not found[:, dead].any()
+
+
+def test_the_error_of_the_target_is_that_of_the_outputs() -> None:
+    """Oracle: E‖Ŵ X − W X_d‖² + ‖(Ŵ − W) Λ^½‖² from the activations: its difference between any two Ŵ is that of tr((Ŵ − W₀) H (Ŵ − W₀)ᵀ)."""
+    dense, pruned, gram, cross = streams(10, seed=28)
+    weight, factorisation = weights(4, 10, seed=28).double(), factorise(gram, 0.1, "mean", "x")
+    target, hessian = aim(weight, gram, cross, factorisation, 1.0), factorisation.hessian(gram)
+    ridge = hessian.diagonal() - gram.diagonal()
+
+    def outputs(new: torch.Tensor) -> float:
+        return float((pruned @ new.T - dense @ weight.T).square().sum() / len(dense) + ((new - weight).square() * ridge).sum())
+
+    def squared(new: torch.Tensor) -> float:
+        return float((((new - target) @ hessian) * (new - target)).sum())
+
+    one, other = weights(4, 10, seed=29).double(), weights(4, 10, seed=30).double()
+    assert outputs(one) - outputs(other) == pytest.approx(squared(one) - squared(other), rel=1e-8)
+    relative = layer_error(target, one, hessian.float()) / layer_error(target, other, hessian.float())
+    assert relative == pytest.approx(squared(one) / squared(other), rel=1e-4)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_the_sweep_from_the_target_comes_nearer_to_the_dense_outputs(score: Score) -> None:
+    """Swept from W₀ the outputs on the pruned stream are nearer to the dense ones than swept from W, clearly and with either mask."""
+    dense, pruned, gram, cross = (tensor.float() for tensor in streams(24, seed=31))
+    weight = weights(16, 24, seed=31)
+    factorisation = factorise(gram, 0.01, "mean", "x")
+    errors = []
+    for share in (0.0, 1.0):
+        start = aim(weight, gram, cross, factorisation, share)
+        found, _ = sweep(start, factorisation, kept=192, score=score, pattern=PLAIN, group="block", block=8)
+        errors.append(float((pruned @ found.T - dense @ weight.T).square().sum()))
+    assert errors[1] < 0.9 * errors[0]

@@ -77,7 +77,6 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
     sites = [len(site.index) for site in entry.sites]
     tokens = work.rows * work.length
     total = checkpoint.parameters
-    stored = total * (torch.finfo(checkpoint.dtype).bits // 8)
     outside = 4 * sum(math.prod(checkpoint.shapes[name]) for name in checkpoint.outside_blocks())
     stream = 4 * tokens * entry.width
     grams = 4 * sum(d * d for d in sites)

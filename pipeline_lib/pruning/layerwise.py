@@ -1,6 +1,6 @@
 """Prune and compensate the matrices of one block, each by itself, from the statistics of its inputs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from pipeline_lib.pruning.matrix import chosen, prune_matrix
 from pipeline_lib.pruning.scores import Curvature
 from pipeline_lib.pruning.settings import LsqParams, SelectionParams
 from pipeline_lib.reconstruction import lsq
-from pipeline_lib.reconstruction.obs import Factorisation, aim, column_losses, factorise, layer_error, rose_order
+from pipeline_lib.reconstruction.obs import aim, column_losses, factorise, layer_error, rose_order
 from pipeline_lib.transforms.transform import Transform
 
 
@@ -95,6 +95,8 @@ def prune_site(
 
     order = None if layerwise.reorder is None else ordering
     factorisation = factorise(gram, selection.damping, selection.damping_of, f"{where} {site}", factor, order)
+    hessian = torch.diagonal_scatter(gram, factorisation.diagonal)
+    spectrum = lsq.spectrum(hessian) if layerwise.lsq is not None and layerwise.lsq.mask_iterations else None
     for matrix, weight in weights.items():
         target = weight
         if layerwise.towards_dense and centred.cross is not None:
@@ -104,8 +106,9 @@ def prune_site(
             raise SparselineError(f"The scores of {where}.{matrix.label} hold NaN or infinity; check the model, or compute in float32.")
         told: dict[str, Any] = {"layer_error": layer_error(target, new, gram)}
         if layerwise.lsq is not None:
-            new, mask, steps = _refit(target, new, mask, gram, factorisation, kept[matrix], selection, layerwise.lsq)
-            told |= {"lsq_iterations": steps, "layer_error": layer_error(target, new, gram), "selected_error": told["layer_error"]}
+            count = kept[matrix]
+            new, mask, took = _refit(target, new, mask, hessian, spectrum, lambda scores, k=count: chosen(scores, k, selection), layerwise.lsq)
+            told |= {"layer_error": layer_error(target, new, gram), "selected_error": told["layer_error"], **took}
         if matrix.parameter not in block.masks:
             block.masks[matrix.parameter] = torch.ones_like(block.tensors[matrix.parameter], dtype=torch.bool)
             block.tensors[matrix.parameter] = block.tensors[matrix.parameter].clone()
@@ -128,16 +131,16 @@ def _refit(
     target: torch.Tensor,
     new: torch.Tensor,
     mask: torch.Tensor,
-    gram: torch.Tensor,
-    factorisation: Factorisation,
-    kept: int,
-    selection: SelectionParams,
+    hessian: torch.Tensor,
+    spectrum: lsq.Spectrum | None,
+    choose: Callable[[torch.Tensor], torch.Tensor],
     params: LsqParams,
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The best weights on the mask (or on a better one, if asked for), the mask, and the iterations that were taken."""
-    hessian = gram.clone()
-    hessian.diagonal().copy_(factorisation.diagonal)
-    if params.mask_iterations:
-        mask = lsq.admm(target, hessian, mask, lambda scores: chosen(scores, kept, selection), params.mask_iterations)
-    solved, steps = lsq.solve(target, mask, hessian, new, iterations=params.iterations, tolerance=params.tolerance)
-    return solved, mask, steps
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """The best weights on the mask (or on a better one, where a spectrum is given), the mask, and what it took."""
+    how: Any = {"iterations": params.iterations, "tolerance": params.tolerance}
+    solved, steps = lsq.solve(target, mask, hessian, new, **how)
+    if spectrum is None:
+        return solved, mask, {"lsq_iterations": steps}
+    how = {"iterations": params.mask_iterations, "solve_iterations": params.iterations, "tolerance": params.tolerance}
+    solved, mask, facts = lsq.admm(target, mask, hessian, solved, spectrum, choose, rho=0.1, every=3, **how)  # rho, every: the authors'
+    return solved, mask, {"lsq_iterations": steps, "mask_swapped": facts["swapped"]}

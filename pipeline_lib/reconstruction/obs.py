@@ -47,6 +47,12 @@ class Factorisation:
             return Curvature(self.second_moment, self.diagonal, inverse_diagonal)
         return Curvature(self.second_moment[self.order], self.diagonal[self.order], inverse_diagonal)
 
+    def hessian(self, gram: torch.Tensor) -> torch.Tensor:
+        """H [C, C] from the G that was factorised, columns in their own order."""
+        hessian = gram.clone()
+        hessian.diagonal().copy_(self.diagonal)
+        return hessian
+
 
 def factorise(
     gram: torch.Tensor,
