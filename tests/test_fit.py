@@ -583,11 +583,17 @@ def test_masks_are_chosen_anew(checkpoint: Checkpoint) -> None:
     """A mask that keeps the smaller half. Oracles: the larger half, more of which is kept; the error without refreshing; the counts."""
     run, tensors, masks, best, fitting_rows, held_out = poorly_masked(checkpoint)
     counts = {matrix: int(mask.sum()) for matrix, mask in masks.items()}
-    remask = functools.partial(largest, counts)
-    matrices = list(masks)
+    matrices, asked = list(masks), [0]
+
+    def remask(tensors: Mapping[str, torch.Tensor]) -> Masks:
+        asked[0] += 1
+        return largest(counts, tensors)
+
     refreshed = fit(run, tensors, matrices, fitting_rows, held_out, block_params(epochs=8, refresh_epochs=4), "x", remask)
+    assert asked == [4]
     fixed = fit(run, tensors, matrices, fitting_rows, held_out, block_params(epochs=8), "x", remask)
     unasked = fit(run, tensors, matrices, fitting_rows, held_out, block_params(epochs=1, refresh_epochs=1), "x")
+    assert asked == [4]
     assert fixed.masks is None
     assert unasked.masks is None
     assert refreshed.masks is not None

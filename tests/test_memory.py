@@ -16,11 +16,17 @@ MIB = 2**20
 WIDTH, INNER = 384, 1024
 BLOCK = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)  # bytes of a block's matrices in float32
 SHALLOW, DEEP = 4, 16
-STAGES = ("calibrate", "prune sparsegpt", "prune channel")
+STAGES = ("calibrate", "prune sparsegpt", "prune channel", "prune block", "prune dense")
 ESTIMATORS = ("fisher", "hutchinson")
 VARIANTS: dict[str, Any] = {
     "sparsegpt": WANDA | {"selection": {"score": "obs", "group": "block"}, "reconstruction": {"steps": ["obs"]}},
     "channel": WANDA | {"reconstruction": {"steps": ["channel"], "channel": {"epochs": 1}}},
+    "block": WANDA | {"reconstruction": {"steps": ["obs", "block"], "block": {"epochs": 1}}},
+    "dense": WANDA
+    | {
+        "activation_budget_bytes": 0,
+        "reconstruction": {"steps": ["obs", "lsq"], "collect": "site", "towards_dense": 1.0, "lsq": {"iterations": 3}},
+    },
 }
 # Freed memory goes back at once: what the allocator keeps for later would blur the mark by a block or two.
 MALLOC = ("MALLOC_MMAP_THRESHOLD_=65536", "MALLOC_TRIM_THRESHOLD_=65536")

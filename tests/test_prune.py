@@ -9,10 +9,11 @@ import torch
 from project import prune_params
 from tiny import make_model, token_rows
 
+from pipeline_lib.calibration.statistics import Accumulator
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import open_checkpoint
-from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.pruning.layerwise import Layerwise, PrunedBlock, prune_matrices
+from pipeline_lib.models.stream import BlockModel, Stream, tapped
+from pipeline_lib.pruning.layerwise import Layerwise, PrunedBlock, prune_matrices, prune_site
 from pipeline_lib.pruning.prune import PruneParams, collect, prune
 from pipeline_lib.reconstruction.fit import Pairs, fit
 from pipeline_lib.transforms.transform import Transform
@@ -226,3 +227,39 @@ def test_statistics_site_by_site_see_what_was_pruned_before(path: Path) -> None:
     first = {matrix.parameter for matrix in table.consumers(table.sites[0].name)}
     for parameter in {matrix.parameter for matrix in table.matrices}:
         assert torch.equal(at_once[1].tensors[parameter], by_site[1].tensors[parameter]) == (parameter in first), parameter
+
+
+def inputs_of(model: BlockModel, block: torch.nn.Module, index: int, stream: Stream) -> dict[str, list[torch.Tensor]]:
+    """Every site's inputs [tokens, d], batch by batch."""
+    sites = model.checkpoint.architecture.sites
+    taken: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
+    with torch.no_grad(), tapped(block, {site.name: site.module for site in sites}, lambda site, x: taken[site].append(x)):
+        for hidden in stream.hidden:
+            model.call(block, index, hidden)
+    return taken
+
+
+def test_towards_the_dense_stream_as_written_out(path: Path) -> None:
+    """Oracle: each site's inputs in both streams by hooks: the dense block's in the dense one, the half-pruned block's in the pruned one."""
+    settings = params(("obs",), collect="site", towards_dense=0.7)
+    model = model_of(path)
+    table, kept = model.checkpoint.architecture, half(model)
+    rows = torch.cat([FITTING, HELD_OUT])
+    sparse = model.embed(rows, settings.batch_rows)
+    dense = sparse.copy()
+    for index, result in pruned(path, settings).items():
+        block, own = model.block(index), {matrix: kept[index, matrix] for matrix in table.matrices}
+        expected = PrunedBlock(model.checkpoint.block(index), {}, {"matrices": {}})
+        wanted = inputs_of(model, block, index, dense)
+        for site in table.sites:
+            accumulator = Accumulator(rows.numel(), 1024, gram=True)
+            given = inputs_of(model, model.block(index, expected.tensors), index, sparse)
+            for x, target in zip(given[site.name], wanted[site.name], strict=True):
+                accumulator.add(x, target)
+            how = Transform({}), settings.selection, Layerwise(True, towards_dense=0.7), "here"
+            prune_site(expected, table, site.name, accumulator.finish(), own, *how)
+        assert result.facts == expected.facts
+        for name, tensor in expected.tensors.items():
+            assert torch.equal(result.tensors[name], tensor), f"{index} {name}"
+        model.advance(block, index, dense)
+        model.advance(model.block(index, expected.tensors), index, sparse)

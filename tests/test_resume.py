@@ -1,5 +1,6 @@
 """A killed prune or induction goes on where it was. Oracle: the bytes of a run that nobody killed."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -18,6 +19,19 @@ VARIANT: dict[str, Any] = {
     "sensitivity": "prepare/unmeasured.json",
     "reconstruction": {"steps": ["obs", "channel"], "channel": {"epochs": EPOCHS, "patience": EPOCHS}},
 }
+# Blocks in windows of two, aiming at the dense stream, and with streams that are files beside the finished blocks.
+WINDOWS: dict[str, Any] = {
+    "factors": "scale/transform.safetensors",
+    "sensitivity": "prepare/unmeasured.json",
+    "activation_budget_bytes": 0,
+    "reconstruction": {
+        "steps": ["obs", "lsq", "block"],
+        "collect": "site",
+        "towards_dense": 1.0,
+        "lsq": {"iterations": 5},
+        "block": {"window": 2},
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +39,8 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with all that prune needs. Read only."""
     home = tmp_path_factory.mktemp("ready")
     with pytest.MonkeyPatch.context() as patch:
-        workspace = make_workspace(home / "project", model={"layers": BLOCKS}, induced={}, variants={"sparseline": VARIANT})
+        variants = {"sparseline": VARIANT, "windows": WINDOWS}
+        workspace = make_workspace(home / "project", model={"layers": BLOCKS}, induced={}, variants=variants)
         patch.chdir(workspace)
         build("prepare", "text calibration", "calibrate", "scale")
     return workspace
@@ -99,7 +114,7 @@ def test_another_run_does_not_resume(workspace: Path) -> None:
     assert "resuming" not in run(workspace, *COMMAND)
     assert tree(scratch(workspace)) == kept
     change_params(workspace, key, EPOCHS)
-    with (workspace / "pipeline_lib" / "reconstruction" / "channel.py").open("a", encoding="utf-8") as file:
+    with (workspace / "pipeline_lib" / "reconstruction" / "fit.py").open("a", encoding="utf-8") as file:
         file.write("# another version\n")
     assert "resuming" not in run(workspace, *COMMAND)
     assert tree(scratch(workspace)) == kept
@@ -138,6 +153,51 @@ main(["sparseline"], standalone_mode=False)
     assert results(workspace).keys() - {path for path in results(workspace) if ".partial" in path} == before.keys()
     run(workspace, *COMMAND)
     assert results(workspace) == undisturbed
+    assert not tree(scratch(workspace))
+
+
+def test_a_window_that_was_killed_is_done_again(workspace: Path) -> None:
+    """Killed after the first block of a window, after its last, and after the first of the next. Oracles: the bytes of a run that nobody
+    killed, which comes first; and which blocks are kept each time: a window that is not whole is done again as a whole.
+    """
+    code = """
+import json, os
+from pathlib import Path
+import stages.prune as stage
+keep = stage.Progress.keep
+
+def run(last):
+    def told(self, index, result):
+        keep(self, index, result)
+        kept.append(index)
+        if index == last:
+            files = {path.name.split("-")[0] for path in self.directory.glob("streams/*.safetensors")}
+            print()
+            print(json.dumps([kept, sorted(files)]), flush=True)
+            os.kill(os.getpid(), 9)
+
+    kept, stage.Progress.keep = [], told
+    stage.main(["windows"], standalone_mode=False)
+    print()
+    print(json.dumps([kept, []]), flush=True)
+    os._exit(0)
+
+for last in (None, 0, 1, 2, None):
+    if os.fork() == 0:
+        run(last)
+    print(json.dumps(os.waitstatus_to_exitcode(os.wait()[1])), flush=True)
+    if last is None:
+        Path("build/prune").rename(Path("build/prune").with_name(f"prune-{len(list(Path('build').glob('prune-*')))}"))
+        Path("build/facts/windows.json").rename(sorted(Path("build").glob("prune-*"))[-1] / "facts.json")
+"""
+    output = run(workspace, "python", "-c", code)
+    told = [json.loads(line) for line in output.splitlines() if re.match(r"[\[\d-]", line)]
+    streams = ["ahead", "dense", "pruned"]
+    assert told == [[[0, 1, 2, 3], []], 0, [[0], streams], -9, [[0, 1], streams], -9, [[2], streams], -9, [[2, 3], []], 0]
+    assert [int(done) for done in re.findall(r"resuming after (\d) of 4 blocks", output)] == [1, 2, 3]
+    undisturbed, resumed = (tree(workspace / "build" / f"prune-{number}") for number in (0, 1))
+    assert resumed == undisturbed
+    assert len(undisturbed) > 2 * BLOCKS
     assert not tree(scratch(workspace))
 
 
