@@ -25,7 +25,7 @@ VARIANTS: dict[str, Any] = {
     "dense": WANDA
     | {
         "activation_budget_bytes": 0,
-        "reconstruction": {"steps": ["obs", "lsq"], "collect": "site", "towards_dense": 1.0, "lsq": {"iterations": 3}},
+        "reconstruction": {"steps": ["lsq"], "collect": "site", "towards_dense": 1.0, "lsq": {"iterations": 3}},
     },
 }
 # Freed memory goes back at once: what the allocator keeps for later would blur the mark by a block or two.
