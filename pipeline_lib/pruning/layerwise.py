@@ -1,5 +1,6 @@
 """Prune and compensate the matrices of one block, each by itself, from the statistics of its inputs."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,8 +96,9 @@ def prune_site(
 
     order = None if layerwise.reorder is None else ordering
     factorisation = factorise(gram, selection.damping, selection.damping_of, f"{where} {site}", factor, order)
-    hessian = torch.diagonal_scatter(gram, factorisation.diagonal)
-    spectrum = lsq.spectrum(hessian) if layerwise.lsq is not None and layerwise.lsq.mask_iterations else None
+    refit = layerwise.lsq
+    hessian = torch.diagonal_scatter(gram, factorisation.diagonal) if refit else gram  # damped: what the sweep minimises, too
+    spectrum = lsq.spectrum(hessian) if refit and refit.mask_iterations else None
     for matrix, weight in weights.items():
         target = weight
         if layerwise.towards_dense and centred.cross is not None:
@@ -105,9 +107,9 @@ def prune_site(
         if int(mask.sum()) != kept[matrix]:
             raise SparselineError(f"The scores of {where}.{matrix.label} hold NaN or infinity; check the model, or compute in float32.")
         told: dict[str, Any] = {"layer_error": layer_error(target, new, gram)}
-        if layerwise.lsq is not None:
-            count = kept[matrix]
-            new, mask, took = _refit(target, new, mask, hessian, spectrum, lambda scores, k=count: chosen(scores, k, selection), layerwise.lsq)
+        if refit:
+            choose = functools.partial(chosen, kept=kept[matrix], selection=selection)
+            new, mask, took = _refit(target, new, mask, hessian, spectrum, choose, refit)
             told |= {"layer_error": layer_error(target, new, gram), "selected_error": told["layer_error"], **took}
         if matrix.parameter not in block.masks:
             block.masks[matrix.parameter] = torch.ones_like(block.tensors[matrix.parameter], dtype=torch.bool)
