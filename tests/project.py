@@ -7,7 +7,8 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from ruamel.yaml import YAML
 from tiny import make_model
 
 from pipeline_lib.params import merge
+from pipeline_lib.pruning.prune import PruneParams
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("pipeline_lib", "stages", "dvc.yaml", "env.lock.json", ".dvcignore", ".gitignore", "data/tasks", "data/stdlib.json")
-CHANNEL = {"epochs": 2, "batch_rows": 4, "patience": 2}
+FIT = {"epochs": 2, "batch_rows": 4, "patience": 2}
 WANDA = {
     "factors": "prepare/identity.safetensors",
     "sensitivity": "prepare/unmeasured.json",
@@ -40,7 +42,7 @@ SMALL: dict[str, Any] = {
     "sensitivity": {"probes": 2, "rows_per_probe": 2, "probes_per_pass": 2},
     "curves": {"densities": [0.3, 0.6]},
     "induce": {"steps": 4, "check_every": 2},
-    "prune": {"batch_rows": 4, "selection": {"block": 16}, "reconstruction": {"channel": CHANNEL}},
+    "prune": {"batch_rows": 4, "selection": {"block": 16}, "reconstruction": {"channel": FIT, "block": FIT}},
     "evaluate": {
         "batch_rows": 4,
         "tasks": {"names": ["corrupted"], "limit": 4, "batch_rows": 4},
@@ -70,6 +72,16 @@ def texts(shipped: Mapping[str, Any], rows: int = 8, length: int = 32) -> dict[s
     return {name: {**one, **small, "path": f"data/texts/{name}.txt"} for name, one in shipped.items()}
 
 
+@cache
+def _shipped() -> Any:
+    return YAML(typ="safe").load(ROOT / "params.yaml")
+
+
+def prune_params(steps: Sequence[str] = (), **changes: Any) -> PruneParams:
+    """The shipped section ``prune`` with these steps, and with ``changes`` laid over it."""
+    return PruneParams.model_validate(merge(merge(_shipped()["prune"], {"reconstruction": {"steps": list(steps)}}), changes))
+
+
 def make_workspace(directory: Path, *, model: Mapping[str, Any] | None = None, **overrides: Any) -> Path:
     """What the stages need, without git and DVC.
 
@@ -85,7 +97,7 @@ def make_workspace(directory: Path, *, model: Mapping[str, Any] | None = None, *
         else:
             shutil.copyfile(source, copy)
     make_model(directory / "data" / "model", **{"family": "llama", "layers": 2, "max_position_embeddings": 4096, **(model or {})})
-    shipped = YAML(typ="safe").load(ROOT / "params.yaml")
+    shipped = _shipped()
     (directory / "data" / "texts").mkdir()
     for seed, name in enumerate(shipped["texts"]):
         (directory / "data" / "texts" / f"{name}.txt").write_text(text(seed), encoding="utf-8")

@@ -2,9 +2,11 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from project import prune_params
 from tiny import ALL_FAMILIES, load_full, make_config, random_factors, token_rows
 
 from pipeline_lib.errors import SparselineError
@@ -179,33 +181,14 @@ def test_gradients_of_matrix_scales_are_those_of_fold(model_paths: dict[str, Pat
 # End to end
 
 
-def settings(score: str, pattern: str) -> PruneParams:
-    spectral = {"weight": 0.0, "alpha": 1.0, "order": "spectral", "iterations": 1}
-    channel = {"epochs": 1, "parts": ["factors", "biases"], "rate": 0.01, "bias_rate": 0.01, "batch_rows": 2, "patience": 1, "limit": 3.0}
-    channel |= {"compute_dtype": "float32", "spectral": spectral, "seed": 0}
-    return PruneParams.model_validate(
-        {
-            "batch_rows": 4,
-            "selection": {
-                "sparsity": 0.5,
-                "pattern": pattern,
-                "score": score,
-                "group": "row" if score == "wanda" else "block",
-                "block": 16,
-                "damping": 0.01,
-                "damping_of": "mean",
-            },
-            "allocation": {
-                "method": "uniform",
-                "alpha": 0.0,
-                "layer_sensitivity": "sum",
-                "weighting": "trace",
-                "temper": 1.0,
-                "density_bounds": (0.0, 1.0),
-            },
-            "reconstruction": {"steps": ["obs"] if score == "obs" else [], "channel": channel},
-        }
-    )
+LITTLE: dict[str, Any] = {"epochs": 2, "batch_rows": 4, "compute_dtype": "float32"}
+EVERYTHING: dict[str, Any] = {"collect": "site", "towards_dense": 1.0, "channel": LITTLE}
+EVERYTHING |= {"block": {**LITTLE, "parts": ["weights", "factors", "biases", "norms"], "window": 2, "refresh_epochs": 1}}
+
+
+def settings(score: str, pattern: str, steps: tuple[str, ...]) -> PruneParams:
+    selection = {"score": score, "pattern": pattern, "group": "row" if score == "wanda" else "block", "block": 16}
+    return prune_params(steps, batch_rows=4, selection=selection, reconstruction=EVERYTHING if "block" in steps else {})
 
 
 @functools.cache
@@ -223,9 +206,19 @@ def last_hidden(checkpoint: Checkpoint, rows: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("score", "pattern"), [("magnitude", "unstructured"), ("wanda", "unstructured"), ("obs", "unstructured"), ("obs", "2:4")]
+    ("score", "pattern", "steps"),
+    [
+        ("magnitude", "unstructured", ()),
+        ("wanda", "unstructured", ()),
+        ("obs", "unstructured", ("obs",)),
+        ("obs", "2:4", ("obs",)),
+        ("obs", "unstructured", ("obs", "lsq", "channel", "block")),
+        ("wanda", "2:4", ("lsq", "block")),
+    ],
 )
-def test_pruning_end_to_end(model_paths: dict[str, Path], family: str, tmp_path: Path, score: str, pattern: str) -> None:
+def test_pruning_end_to_end(
+    model_paths: dict[str, Path], family: str, tmp_path: Path, score: str, pattern: str, steps: tuple[str, ...]
+) -> None:
     """Oracles: counts of zeros in the written files; the whole model that transformers loads from them against the streamed one."""
     model = block_model(model_paths[family])
     table, depth = model.checkpoint.architecture, model.checkpoint.architecture.depth
@@ -234,8 +227,12 @@ def test_pruning_end_to_end(model_paths: dict[str, Path], family: str, tmp_path:
     factors = {name: factor.float() for name, factor in random_factors({c.name: c.size for c in table.couplings}, 3, decades=1).items()}
     progress = Progress(tmp_path / "scratch", model.checkpoint)
     fit, held_out = token_rows(6, 12).split((4, 2))
-    for index, block in prune(model, fit, held_out, kept, [Transform(factors)] * depth, settings(score, pattern), lambda _: None):
+    for index, block in prune(model, fit, held_out, kept, [Transform(factors)] * depth, settings(score, pattern, steps), lambda _: None):
         progress.keep(index, block)
+        for name, mask in block.masks.items():
+            assert torch.equal(block.tensors[name] != 0, mask)
+        for step in {"channel", "block"} & set(steps):
+            assert block.facts[step]["held_out_after"] <= block.facts[step]["held_out_before"]
     progress.publish(tmp_path / "out")
 
     written = open_checkpoint(tmp_path / "out" / "checkpoint")

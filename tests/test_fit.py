@@ -1,6 +1,7 @@
-"""Channel compensation. Oracles: a damage that factors can undo, finite differences, and the block's own zeros."""
+"""Fits of a sparse block. Oracles: a damage that what moves can undo, finite differences, and the block's own zeros."""
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pytest
@@ -11,7 +12,7 @@ from pipeline_lib.induction.spectral import SpectralParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.reconstruction.fit import FitParams, Pairs, Run, _Free, block_error, fit
+from pipeline_lib.reconstruction.fit import BlockParams, FitParams, Masks, Pairs, Run, _Free, block_error, fit
 
 
 def params(weight: float = 0.0, **changes: Any) -> FitParams:
@@ -30,11 +31,13 @@ def params(weight: float = 0.0, **changes: Any) -> FitParams:
     return FitParams(**{**values, **changes})
 
 
-def setting(checkpoint: Checkpoint) -> tuple[Run, dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Block 0 as ``fit`` runs it, half of its weights zeroed, and the stream before it: 8 batches of 4 rows."""
-    model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
-    stream = model.embed(token_rows(32, 12, seed=1), 4)
-    tensors = checkpoint.block(0)
+def setting(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, batches: int = 8
+) -> tuple[Run, dict[str, torch.Tensor], Sequence[torch.Tensor]]:
+    """Block 0 as ``fit`` runs it, half of its weights zeroed, and the stream before it: batches of 4 rows."""
+    model = BlockModel(checkpoint, dtype, torch.device("cpu"))
+    stream = model.embed(token_rows(4 * batches, 12, seed=1), 4)
+    tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.block(0).items()}
     random = torch.Generator().manual_seed(2)
     for parameter in dict.fromkeys(matrix.parameter for matrix in checkpoint.architecture.matrices):
         weight = tensors[parameter]
@@ -48,7 +51,7 @@ def fitting(*arguments: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]
     return found.tensors, found.facts
 
 
-def targets_of(run: Run, tensors: dict[str, torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+def targets_of(run: Run, tensors: dict[str, torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     with torch.no_grad():
         return [run(hidden, tensors) for hidden in inputs]
 
@@ -359,3 +362,266 @@ def test_factors_start_at_the_identity() -> None:
     leaves = [leaf for group in factors.groups(params()) for leaf in group["params"]]
     assert len(leaves) == 2 * len(FUSED) + 2
     assert all(leaf.requires_grad for leaf in leaves)
+
+
+# Kept weights
+
+
+def block_params(**changes: Any) -> BlockParams:
+    values = {**params().model_dump(), "parts": ["weights"], "epochs": 12, "window": 1, "refresh_epochs": 0}
+    return BlockParams.model_validate({**values, **changes})
+
+
+def noisy(tensors: Mapping[str, torch.Tensor], matrices: Sequence[Matrix], spread: float = 0.3) -> dict[str, torch.Tensor]:
+    """Every kept weight of these matrices moved, in units of their matrix's scale; zeros stay."""
+    random = torch.Generator().manual_seed(3)
+    out = {name: tensor.clone() for name, tensor in tensors.items()}
+    for matrix in matrices:
+        view = matrix.view(out[matrix.parameter])
+        kept = view != 0
+        noise = spread * torch.randn(view.shape, generator=random) * view[kept].square().mean().sqrt()
+        view.copy_(view + noise * kept)
+    return out
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "gpt_neox"])
+def test_noise_on_kept_weights_is_undone(checkpoint: Checkpoint) -> None:
+    """Oracle: the undamaged block, on rows that the fit did not see; and its zeros, which stay zero to the sign bit."""
+    run, tensors, inputs = setting(checkpoint, batches=20)
+    matrices = checkpoint.architecture.matrices
+    targets = targets_of(run, tensors, inputs)
+    broken = noisy(tensors, matrices)
+    held_out = Pairs(inputs[16:], targets[16:])
+    found = fit(run, broken, matrices, Pairs(inputs[:16], targets[:16]), held_out, block_params(batch_rows=4), "layers.0")
+    before, after = block_error(run, broken, held_out), block_error(run, found.tensors, held_out)
+    assert after < 0.3 * before
+    assert found.masks is None
+    assert found.facts["held_out_before"] == pytest.approx(before)
+    assert found.facts["held_out_after"] == pytest.approx(after, rel=1e-4)
+    for matrix in matrices:
+        pruned = matrix.view(tensors[matrix.parameter]) == 0
+        assert 0.4 < float(pruned.float().mean()) < 0.6
+        left = matrix.view(found.tensors[matrix.parameter])
+        assert not left[pruned].view(torch.int32).any()
+        assert (left != 0)[~pruned].all()
+    assert {name for name in tensors if not torch.equal(found.tensors[name], broken[name])} == {m.parameter for m in matrices}
+    assert not any(tensor.requires_grad for tensor in found.tensors.values())
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("phi3", {"q", "v", "up"}), ("gpt2", {"k", "fc2"})])
+@pytest.mark.parametrize("parts", [["weights"], ["weights", "factors"]])
+def test_rows_of_an_excluded_matrix_stay(checkpoint: Checkpoint, kinds: set[str], parts: list[str]) -> None:
+    """A fused parameter of which only some matrices are pruned. Oracle: the bits of the other rows; no zero of theirs counts as pruned."""
+    run, tensors, inputs = setting(checkpoint)
+    matrices = checkpoint.architecture.matrices
+    chosen = [matrix for matrix in matrices if matrix.kind in kinds]
+    assert {matrix.kind for matrix in chosen} == kinds
+    targets = targets_of(run, tensors, inputs)
+    broken = noisy(tensors, matrices)
+    stages = Pairs(inputs[:6], targets[:6]), Pairs(inputs[6:], targets[6:])
+    found = fit(run, broken, chosen, *stages, block_params(epochs=2, parts=parts), "x").tensors
+    for matrix in matrices:
+        same = torch.equal(matrix.view(found[matrix.parameter]), matrix.view(broken[matrix.parameter]))
+        assert same == (matrix not in chosen), matrix.label
+    untouched = tensors.keys() - {matrix.parameter for matrix in chosen}
+    assert all(torch.equal(found[name], broken[name]) for name in untouched)
+
+
+def sparse_tensors() -> dict[str, torch.Tensor]:
+    """``fused_tensors`` with a norm's weight and about half of all matrices' entries zero."""
+    random = torch.Generator().manual_seed(7)
+    tensors = {name: t * (torch.rand(t.shape, generator=random) < 0.5) if t.ndim > 1 else t for name, t in fused_tensors().items()}
+    return tensors | {"norm.weight": torch.rand(3, generator=random, dtype=torch.float64) + 0.5}
+
+
+def everything(tensors: Mapping[str, torch.Tensor]) -> _Free:
+    """All parts moved a little, in float64."""
+    free = _Free(FUSED, tensors, ("weights", "factors", "biases", "norms"))
+    random = torch.Generator().manual_seed(8)
+
+    def moved(leaf: torch.Tensor) -> torch.Tensor:
+        noise = 0.3 * torch.randn(leaf.shape, generator=random, dtype=torch.float64)
+        return (leaf.detach().double() + noise).requires_grad_(True)
+
+    free.weights, free.rows, free.columns = ([moved(leaf) for leaf in group] for group in (free.weights, free.rows, free.columns))
+    free.biases, free.norms = ({name: moved(leaf) for name, leaf in group.items()} for group in (free.biases, free.norms))
+    return free
+
+
+def test_gradients_of_apply_with_weights() -> None:
+    """Oracle: finite differences in float64 (gradcheck) of every leaf, through every kind of logical matrix."""
+    tensors = sparse_tensors()
+    free = everything(tensors)
+    count, names = len(FUSED), [*free.biases, *free.norms]
+    leaves = [*free.weights, *free.rows, *free.columns, *free.biases.values(), *free.norms.values()]
+    assert len(leaves) == 3 * count + 2 + 1
+
+    def function(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        free.weights, free.rows, free.columns = (list(values[start * count : (start + 1) * count]) for start in range(3))
+        rest = dict(zip(names, values[3 * count :], strict=True))
+        free.biases, free.norms = ({name: rest[name] for name in group} for group in (free.biases, free.norms))
+        return tuple(free.apply(tensors).values())
+
+    assert torch.autograd.gradcheck(function, leaves)
+    before = sparse_tensors()
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("refreshing", [False, True])
+def test_gradients_at_pruned_weights(refreshing: bool) -> None:
+    """Oracle: by hand, d⟨A, r W a⟩/dW = r A a. Pruned weights get none of it, but all of it while masks are chosen anew."""
+    tensors = sparse_tensors()
+    free = everything(tensors)
+    free.refreshing = refreshing
+    random = torch.Generator().manual_seed(9)
+    adjoint = {name: torch.randn(tensor.shape, generator=random, dtype=torch.float64) for name, tensor in tensors.items()}
+    out = free.apply(tensors)
+    sum((adjoint[name] * out[name]).sum() for name in tensors).backward()
+    for matrix, weight, row, column in zip(FUSED, free.weights, free.rows, free.columns, strict=True):
+        pruned = matrix.view(tensors[matrix.parameter]) == 0
+        assert pruned.any()
+        assert not matrix.view(out[matrix.parameter])[pruned].any()
+        expected = (row[:, None] + column).exp() * matrix.view(adjoint[matrix.parameter])
+        expected = expected if refreshing else expected.masked_fill(pruned, 0)
+        torch.testing.assert_close(weight.grad, expected.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "phi3"])
+def test_gradients_of_a_block_s_loss(checkpoint: Checkpoint) -> None:
+    """Oracle: central differences of the loss in float64, at a few kept weights of every matrix (RMSNorm computes in float32)."""
+    run, tensors, inputs = setting(checkpoint, torch.float64, batches=2)
+    matrices = checkpoint.architecture.matrices
+    target = targets_of(run, tensors, inputs)[0]
+    broken = {name: tensor * 1.1 for name, tensor in tensors.items()}
+    free = _Free(matrices, broken, ["weights"])
+
+    def loss() -> torch.Tensor:
+        return (run(inputs[0], free.apply(broken)) - target).square().mean()
+
+    loss().backward()
+    for weight, kept in zip(free.weights, free.kept, strict=True):
+        gradient, values = weight.grad, weight.detach()
+        assert gradient is not None
+        assert not gradient[~kept].any()
+        largest = gradient.abs().flatten().argsort(descending=True)[:2].tolist()
+        for place in [*largest, int(kept.flatten().nonzero()[5])]:
+            entry = values.view(-1)[place : place + 1]
+            ends = []
+            for step in (1e-3, -2e-3, 1e-3):  # and back
+                entry += step
+                ends.append(float(loss().detach()))
+            expected = (ends[0] - ends[1]) / 2e-3
+            assert float(gradient.reshape(-1)[place]) == pytest.approx(expected, rel=1e-3, abs=1e-3 * float(gradient.abs().max()))
+
+
+def test_step_sizes_are_in_units_of_each_matrix() -> None:
+    """Oracle: by hand, the root mean square of the kept weights. A matrix without any weight left has nothing to move."""
+    tensors = sparse_tensors()
+    tensors["o.weight"] *= 8
+    tensors["experts"] = tensors["experts"].clone()
+    tensors["experts"][1] = 0
+    free = _Free(FUSED, tensors, ("weights", "biases", "norms"))
+    groups = free.groups(params(rate=0.01, bias_rate=0.003))
+    rates = {id(leaf): group["lr"] for group in groups for leaf in group["params"]}
+    assert len(rates) == 3 + 2 + 1
+    for matrix, weight in list(zip(FUSED, free.weights, strict=True))[:3]:
+        view = matrix.view(tensors[matrix.parameter])
+        assert rates[id(weight)] == pytest.approx(0.01 * float(view[view != 0].square().mean().sqrt()))
+    assert {rates[id(leaf)] for leaf in free.norms.values()} == {0.01}
+    assert {rates[id(leaf)] for leaf in free.biases.values()} == {0.003}
+
+
+def test_steps_do_not_depend_on_the_scale_of_a_matrix(llama: Checkpoint) -> None:
+    """Up eight times as large and down an eighth is the same block. Oracle: the fit of the unscaled one, scaled afterwards."""
+    run, tensors, inputs = setting(llama)
+    targets = targets_of(run, tensors, inputs)
+    broken = noisy(tensors, llama.architecture.matrices)
+    scales = {"mlp.up_proj.weight": 8.0, "mlp.down_proj.weight": 0.125}
+    scaled = {name: tensor * scales.get(name, 1.0) for name, tensor in broken.items()}
+    stages = Pairs(inputs[:6], targets[:6]), Pairs(inputs[6:], targets[6:])
+    plain, other = (
+        fit(run, start, llama.architecture.matrices, *stages, block_params(epochs=3), "x").tensors for start in (broken, scaled)
+    )
+    for name, scale in scales.items():
+        moved = float((plain[name] - broken[name]).square().mean().sqrt())
+        assert moved > 0.01 * float(broken[name].square().mean().sqrt())
+        torch.testing.assert_close(other[name] / scale, plain[name], rtol=0, atol=0.01 * moved)
+
+
+# Masks chosen anew
+
+
+def poorly_masked(checkpoint: Checkpoint) -> tuple[Run, dict[str, torch.Tensor], Masks, Masks, Pairs, Pairs]:
+    """A dense block as the target, and it with the larger half of ``down`` (or fc2) pruned: run, tensors, masks, better masks, rows."""
+    model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
+    inputs = model.embed(token_rows(48, 12, seed=1), 4).hidden
+    run = functools.partial(model.call, model.block(0), 0)
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.block(0).items()}
+    targets = targets_of(run, tensors, inputs)
+    matrices = [matrix for matrix in checkpoint.architecture.matrices if matrix.kind in ("down", "fc2")]
+    best = {}
+    for matrix in matrices:
+        view = matrix.view(tensors[matrix.parameter])
+        best[matrix] = view.abs() > view.abs().median()
+        view.masked_fill_(best[matrix], 0)
+    masks = {matrix: matrix.view(tensors[matrix.parameter]) != 0 for matrix in matrices}
+    return run, tensors, masks, best, Pairs(inputs[:10], targets[:10]), Pairs(inputs[10:], targets[10:])
+
+
+def largest(counts: Mapping[Matrix, int], tensors: Mapping[str, torch.Tensor]) -> Masks:
+    """As many of the largest weights of each matrix."""
+    masks = {}
+    for matrix, count in counts.items():
+        size = matrix.view(tensors[matrix.parameter]).abs()
+        masks[matrix] = torch.zeros(size.shape, dtype=torch.bool)
+        masks[matrix].view(-1)[size.flatten().argsort(descending=True)[:count]] = True
+    return masks
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_masks_are_chosen_anew(checkpoint: Checkpoint) -> None:
+    """A mask that keeps the smaller half. Oracles: the larger half, more of which is kept; the error without refreshing; the counts."""
+    run, tensors, masks, best, fitting_rows, held_out = poorly_masked(checkpoint)
+    counts = {matrix: int(mask.sum()) for matrix, mask in masks.items()}
+    remask = functools.partial(largest, counts)
+    matrices = list(masks)
+    refreshed = fit(run, tensors, matrices, fitting_rows, held_out, block_params(epochs=8, refresh_epochs=4), "x", remask)
+    fixed = fit(run, tensors, matrices, fitting_rows, held_out, block_params(epochs=8), "x", remask)
+    unasked = fit(run, tensors, matrices, fitting_rows, held_out, block_params(epochs=1, refresh_epochs=1), "x")
+    assert fixed.masks is None
+    assert unasked.masks is None
+    assert refreshed.masks is not None
+    assert refreshed.masks.keys() == masks.keys()
+    for matrix, mask in refreshed.masks.items():
+        left = matrix.view(refreshed.tensors[matrix.parameter])
+        assert int(mask.sum()) == counts[matrix]
+        assert not left[~mask].view(torch.int32).any()
+        assert int((mask & best[matrix]).sum()) > 0.2 * counts[matrix]
+        assert torch.equal(matrix.view(fixed.tensors[matrix.parameter]) != 0, masks[matrix])
+    assert refreshed.facts["held_out_after"] == pytest.approx(block_error(run, refreshed.tensors, held_out), rel=1e-4)
+    assert refreshed.facts["held_out_after"] < 0.9 * fixed.facts["held_out_after"]
+
+
+def test_masks_stay_while_they_are_refreshed_to_themselves(llama: Checkpoint) -> None:
+    """A choice that always falls on the same weights. Oracle: the masks, and zeros to the sign bit after the refreshing epochs too."""
+    run, tensors, masks, _, fitting_rows, held_out = poorly_masked(llama)
+    found = fit(run, tensors, list(masks), fitting_rows, held_out, block_params(epochs=2, refresh_epochs=2), "x", lambda _: masks)
+    assert found.masks is not None
+    assert found.facts["epochs"] > 0
+    for matrix, mask in masks.items():
+        assert torch.equal(found.masks[matrix], mask)
+        left = matrix.view(found.tensors[matrix.parameter])
+        assert not left[~mask].view(torch.int32).any()
+        assert (left[mask] != 0).all()
+
+
+def test_masks_that_made_it_worse_are_not_returned(llama: Checkpoint) -> None:
+    """Oracle: the input. Masks that only destroy lose to the unfitted block, whose masks stay."""
+    run, tensors, masks, _, fitting_rows, held_out = poorly_masked(llama)
+    targets = targets_of(run, tensors, held_out.inputs)
+    worse = {matrix: ~mask for matrix, mask in masks.items()}
+    how = block_params(epochs=1, refresh_epochs=1)
+    found = fit(run, tensors, list(masks), fitting_rows, Pairs(held_out.inputs, targets), how, "x", lambda _: worse)
+    assert found.masks is None
+    assert found.facts["epochs"] == 0
+    assert all(torch.equal(found.tensors[name], tensors[name]) for name in tensors)

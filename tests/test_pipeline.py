@@ -307,7 +307,7 @@ def test_edited_weights_concern_everything(project: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("pipeline_lib/reconstruction/channel.py", {"induce@sparseline"} | PRUNINGS),  # the gate prunes as prune does
+        ("pipeline_lib/reconstruction/fit.py", {"induce@sparseline"} | PRUNINGS),  # the gate prunes as prune does
         ("pipeline_lib/induction/induce.py", {"induce@sparseline"}),
         ("pipeline_lib/allocation/curves.py", {"curves@sparseline"}),
         ("pipeline_lib/allocation/plan.py", {"induce@sparseline"} | PRUNINGS),  # the gate's module knows pruning's parameters

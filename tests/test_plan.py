@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from project import prune_params
 from tiny import make_model
 
 from pipeline_lib.models.checkpoint import open_checkpoint
-from pipeline_lib.planning.estimate import Work, estimate
+from pipeline_lib.planning.estimate import Estimate, Work, estimate, pruning
 
 WORK = Work(
     rows=8,
@@ -22,7 +24,6 @@ WORK = Work(
     full_moments=False,
     moment_budget_bytes=10**9,
     induction_steps=10,
-    channel_epochs=2,
     densities=5,
     gram_budget_bytes=10**9,
 )
@@ -30,7 +31,7 @@ WORK = Work(
 
 def test_memory_of_block_wise_stages_does_not_grow_with_depth(tmp_path: Path) -> None:
     shallow, deep = (estimate(open_checkpoint(make_model(tmp_path / str(layers), "llama", layers)), WORK) for layers in (2, 8))
-    for stage in ("calibrate", "induce", "prune (plain)", "prune (channel)", "curves"):
+    for stage in ("calibrate", "induce", "curves"):
         assert deep[stage].memory_bytes == shallow[stage].memory_bytes
         assert deep[stage].flops == pytest.approx(4 * shallow[stage].flops)
     assert deep["evaluate"].memory_bytes > shallow["evaluate"].memory_bytes
@@ -55,16 +56,97 @@ def test_probing_may_stop_after_its_first_pass(tmp_path: Path) -> None:
     assert many["sensitivity"].flops == pytest.approx(64 * estimate(checkpoint, WORK)["sensitivity"].flops)
 
 
-def test_a_pruned_checkpoint_takes_what_the_source_takes_and_a_bit_per_weight(tmp_path: Path) -> None:
-    path = make_model(tmp_path / "model", "opt", 2)
-    source = (path / "model.safetensors").stat().st_size
-    disk = estimate(open_checkpoint(path), WORK)["prune (plain)"].disk_bytes
-    assert source * 0.9 < disk < source * 1.1
-
-
 def test_grams_over_budget_are_not_counted(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path / "model", "llama", 2))
     stored = estimate(checkpoint, WORK)["calibrate"].disk_bytes
     left_out = estimate(checkpoint, replace(WORK, gram_budget_bytes=0))["calibrate"].disk_bytes
     grams = 2 * 2 * 4 * sum(len(site.index) ** 2 for site in checkpoint.architecture.sites)
     assert stored - left_out == grams
+
+
+# prune, whose needs hang on the variant's own steps
+
+
+def needs(path: Path, steps: tuple[str, ...], rows: int = 8, length: int = 32, budget: int = 10**12, **changes: Any) -> Estimate:
+    """Of the shipped section with these steps and ``changes`` of ``reconstruction``."""
+    params = prune_params(steps, reconstruction=changes, activation_budget_bytes=budget)
+    return pruning(open_checkpoint(path), "prune x", params, rows, length)
+
+
+TOWARDS_DENSE: dict[str, Any] = {"collect": "site", "towards_dense": 1.0}
+WAYS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    ((), {}),
+    (("obs",), {}),
+    (("obs", "channel"), {}),
+    (("obs", "lsq"), TOWARDS_DENSE),
+    (("obs", "lsq", "channel", "block"), {**TOWARDS_DENSE, "block": {"window": 2}, "lsq": {"mask_iterations": 10}}),
+)
+
+
+@pytest.mark.parametrize(("steps", "changes"), WAYS)
+def test_prune_holds_as_much_at_any_depth_and_takes_time_in_proportion(
+    tmp_path: Path, steps: tuple[str, ...], changes: dict[str, Any]
+) -> None:
+    """Four times as many blocks: the same memory, four times the FLOPs, four times the blocks' bytes on disk."""
+    shallow, deep = (needs(make_model(tmp_path / str(layers), "llama", layers), steps, **changes) for layers in (2, 8))
+    assert deep.memory_bytes == shallow.memory_bytes
+    assert deep.flops == pytest.approx(4 * shallow.flops)
+    assert shallow.disk_bytes < deep.disk_bytes < 4 * shallow.disk_bytes  # embeddings and head are there once
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose blocks outweigh the activations of a few tokens."""
+    return make_model(tmp_path_factory.mktemp("wide"), "llama", 2, hidden_size=128, intermediate_size=128)
+
+
+def test_what_is_fitted_is_what_takes_memory_and_time(wide: Path) -> None:
+    """Weights bring a gradient and two moments of their own, as any window brings a block; each step adds to the time."""
+
+    def own(*steps: str, **changes: Any) -> Estimate:
+        return needs(wide, steps, rows=1, length=8, **changes)
+
+    channel, block = own("obs", "channel"), own("obs", "block")
+    factors, two = own("obs", "block", block={"parts": ["factors"]}), own("obs", "block", block={"window": 2})
+    matrices = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 128)  # bytes: Q, O; K, V of two of four heads; gate, up, down
+    assert factors.memory_bytes == channel.memory_bytes
+    assert block.memory_bytes - channel.memory_bytes == pytest.approx(3 * matrices)
+    assert two.memory_bytes - block.memory_bytes == pytest.approx((5 + 24) / 4 * matrices + 4 * 8 * 128, rel=1e-3)  # and a stream
+    plain, swept, solved = own(), own("obs"), own("obs", "lsq")
+    assert plain.flops < swept.flops < solved.flops
+    assert solved.flops < own("obs", "lsq", lsq={"mask_iterations": 10}).flops
+    assert solved.flops < own("obs", "lsq", **TOWARDS_DENSE).flops
+    assert swept.flops < own("obs", collect="site").flops
+    assert channel.flops < block.flops < own("obs", "channel", "block").flops
+    twice = own("obs", "block", block={"epochs": 16})
+    assert twice.flops - block.flops == pytest.approx(8 * 4 * 2 * 8 * 2 * matrices / 4)  # epochs, passes, FLOPs, tokens, blocks, weights
+
+
+@pytest.mark.parametrize(
+    ("steps", "changes", "streams"),
+    [
+        (("obs",), {}, 1),
+        (("obs", "channel"), {}, 2),
+        (("obs",), TOWARDS_DENSE, 2),
+        (("obs", "block"), {"block": {"window": 2}}, 3),
+        (("obs",), {"block": {"window": 2}}, 1),
+    ],
+)
+def test_streams_over_budget_are_not_counted(wide: Path, steps: tuple[str, ...], changes: dict[str, Any], streams: int) -> None:
+    """Twice as many rows: as many more bytes as the streams have, and once they are on disk, none."""
+    bytes_of_a_stream = 4 * 256 * 32 * 128  # float32, rows, tokens, channels
+
+    def memory(rows: int, budget: int) -> float:
+        return needs(wide, steps, rows, budget=budget, **changes).memory_bytes
+
+    assert memory(512, 10**12) - memory(256, 10**12) == streams * bytes_of_a_stream
+    assert memory(256, streams * bytes_of_a_stream) == memory(256, 10**12)
+    assert memory(256, streams * bytes_of_a_stream - 1) < memory(256, 10**12)
+    assert memory(512, 0) == memory(256, 0)
+
+
+@pytest.mark.parametrize("steps", [(), ("obs", "lsq", "block")])
+def test_a_pruned_checkpoint_takes_what_the_source_takes_and_a_bit_per_weight(tmp_path: Path, steps: tuple[str, ...]) -> None:
+    path = make_model(tmp_path / "model", "opt", 2)
+    source = (path / "model.safetensors").stat().st_size
+    assert source * 0.9 < needs(path, steps).disk_bytes < source * 1.1

@@ -1,5 +1,7 @@
 """Statistics of activations. Oracles: direct formulas over all tokens at once, and statistics recomputed after a real change."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from pipeline_lib.calibration.capture import CalibrateParams, gram_bytes, stored
 from pipeline_lib.calibration.statistics import Accumulator, SiteStatistics, refresh
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
 from pipeline_lib.models.folding import fold, site_factor
-from pipeline_lib.models.stream import BlockModel, tapped
+from pipeline_lib.models.stream import BlockModel, Stream, tapped
+from pipeline_lib.pruning import prune
 
 CPU = torch.device("cpu")
 PARAMS = CalibrateParams(batch_rows=2, median_tokens=10_000, gram_budget_bytes=0)
@@ -93,6 +96,44 @@ def test_large_offsets_do_not_drown_the_variance() -> None:
         accumulator.add(batch)
     expected = float(x.double().square().mean() - x.double().mean().square())
     assert float(accumulator.squares / 500 - (accumulator.sum / 500).square()) == pytest.approx(expected, rel=1e-6)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(splits=st.lists(st.integers(1, 17), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_accumulated_cross_moments_equal_direct_formulas(splits: list[int], seed: int) -> None:
+    """Oracle: E[X_dense Xᵀ] and E[X_dense] in float64 over all tokens at once; what else is collected does not notice."""
+    x, dense = (curved_gram(5, number, tokens=sum(splits))[0] for number in (seed, seed + 100))
+    beside, alone = (Accumulator(len(x), 10_000, gram=True) for _ in range(2))
+    for own, other in zip(x.split(splits), dense.split(splits), strict=True):
+        beside.add(own, other)
+        alone.add(own)
+    found, expected = beside.finish(), alone.finish()
+    assert_close(replace(found, cross=None, dense_mean=None), expected, rtol=0, atol=0)
+    assert found.cross is not None
+    assert found.dense_mean is not None
+    scale = float(dense.abs().max() * x.abs().max())
+    torch.testing.assert_close(found.cross.double(), dense.double().T @ x.double() / len(x), rtol=1e-5, atol=1e-6 * scale)
+    torch.testing.assert_close(found.dense_mean.double(), dense.double().mean(0), rtol=1e-6, atol=1e-6)
+    assert expected.cross is None
+    assert expected.dense_mean is None
+
+
+@pytest.mark.parametrize(("with_factor", "with_shift"), [(True, False), (False, True), (True, True), (False, False)])
+def test_refresh_of_cross_moments_equals_recomputing(with_factor: bool, with_shift: bool) -> None:
+    """Oracle: E[X_dense' X'ᵀ] of X' = D (X − δ) and X_dense' = D (X_dense − δ), in float64; compared in the original coordinates."""
+    x, dense = (curved_gram(12, seed, spread=0.3)[0].double() for seed in (3, 4))
+    random = torch.Generator().manual_seed(5)
+    d = 10 ** (torch.rand(12, generator=random, dtype=torch.float64) * 3 - 1.5) if with_factor else torch.ones(12, dtype=torch.float64)
+    delta = torch.randn(12, generator=random, dtype=torch.float64) if with_shift else torch.zeros(12, dtype=torch.float64)
+    plain = replace(direct(x), cross=dense.T @ x / len(x), dense_mean=dense.mean(0))
+    found = refresh(plain, d if with_factor else None, delta if with_shift else None)
+    after, dense_after = (x - delta) * d, (dense - delta) * d
+    assert found.cross is not None
+    assert found.dense_mean is not None
+    torch.testing.assert_close(found.cross / d / d[:, None], dense_after.T @ after / len(x) / d / d[:, None], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.dense_mean, dense_after.mean(0), rtol=1e-9, atol=1e-9)
+    assert_close(replace(found, cross=None, dense_mean=None), direct(after), rtol=1e-8, atol=1e-8)
+    assert refresh(direct(x), d, delta).cross is None
 
 
 @pytest.mark.parametrize(("with_factor", "with_shift"), [(True, False), (False, True), (True, True), (False, False)])
@@ -254,3 +295,64 @@ def test_gram_bytes_is_what_the_files_hold(tmp_path: Path) -> None:
             assert statistics.held_out_gram is not None
             total += sum(gram.numel() * gram.element_size() for gram in (statistics.gram, statistics.held_out_gram))
     assert gram_bytes(checkpoint.architecture) == total
+
+
+# What pruning collects
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_site_by_site_equals_all_at_once(checkpoint: Checkpoint) -> None:
+    """Oracle: one pass through the whole block, to the bit. Site by site nothing of the block runs beyond the site, and the stream stays."""
+    table = checkpoint.architecture
+    model = BlockModel(checkpoint, torch.float32, CPU)
+    stream = model.embed(FIT, 2)
+    before = list(stream.hidden)
+    block = model.block(0)
+    at_once = prune.collect(model, block, 0, stream, FIT.numel())
+    assert list(at_once) == [site.name for site in table.sites]
+    reached: Counter[str] = Counter()
+    for site in table.sites:
+        block.get_submodule(site.module).register_forward_pre_hook(lambda _module, _inputs, name=site.name: reached.update([name]))
+    for number, site in enumerate(table.sites):
+        reached.clear()
+        found = prune.collect(model, block, 0, stream, FIT.numel(), site.name)
+        assert found.keys() == {site.name}
+        assert_close(found[site.name], at_once[site.name], rtol=0, atol=0)
+        assert reached == dict.fromkeys([one.name for one in table.sites[: number + 1]], 3)  # 5 rows in batches of 2
+    assert all(torch.equal(a, b) for a, b in zip(before, stream.hidden, strict=True))
+
+
+def inputs_of(model: BlockModel, block: torch.nn.Module, stream: Stream) -> dict[str, torch.Tensor]:
+    """Every site's inputs [tokens, d], of all batches."""
+    taken: dict[str, list[torch.Tensor]] = {site.name: [] for site in model.checkpoint.architecture.sites}
+    with torch.no_grad(), tapped(block, {s.name: s.module for s in model.checkpoint.architecture.sites}, lambda s, x: taken[s].append(x)):
+        for hidden in stream.hidden:
+            model.call(block, 0, hidden)
+    return {name: torch.cat(parts) for name, parts in taken.items()}
+
+
+@pytest.mark.parametrize("one_site", [True, False])
+@pytest.mark.parametrize("family", ["llama", "opt", "phi3", "gpt_neox"])
+def test_cross_moments_are_of_both_streams_inputs(checkpoint: Checkpoint, one_site: bool) -> None:
+    """Oracle: hooks on the dense block in the dense stream and on a damaged one in another stream; E[X_dense Xᵀ], not its transpose."""
+    table = checkpoint.architecture
+    model = BlockModel(checkpoint, torch.float32, CPU)
+    dense_stream, stream = model.embed(FIT, 2), model.embed(FIT, 2)
+    random = torch.Generator().manual_seed(1)
+    stream.hidden = [hidden + 0.5 * torch.randn(hidden.shape, generator=random) for hidden in stream.hidden]
+    dense, block = (model.block(0, {n: t * s if t.ndim == 2 else t for n, t in checkpoint.block(0).items()}) for s in (1.0, 0.8))
+    own, beside = inputs_of(model, block, stream), inputs_of(model, dense, dense_stream)
+    found = {}
+    for site in [one.name for one in table.sites] if one_site else [None]:
+        found |= prune.collect(model, block, 0, stream, FIT.numel(), site, (dense, dense_stream))
+    plain = prune.collect(model, block, 0, stream, FIT.numel())
+    for site in table.sites:
+        cross, mean = found[site.name].cross, found[site.name].dense_mean
+        expected = beside[site.name].double().T @ own[site.name].double() / FIT.numel()
+        assert cross is not None
+        assert mean is not None
+        scale = float(expected.abs().max())
+        assert float((expected - expected.T).abs().max()) > 1e-2 * scale
+        torch.testing.assert_close(cross.double(), expected, rtol=1e-5, atol=1e-5 * scale)
+        torch.testing.assert_close(mean.double(), beside[site.name].double().mean(0), rtol=1e-5, atol=1e-6)
+        assert_close(replace(found[site.name], cross=None, dense_mean=None), plain[site.name], rtol=0, atol=0)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, Mixtra
 
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.models.checkpoint import INDEX, Checkpoint, ShardWriter, locate, open_checkpoint
-from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.models.stream import BlockModel, OnDisk, Stream
 from pipeline_lib.models.whole import load_model
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def same(a: Any, b: Any) -> bool:
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, tuple) else a == b
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, tuple | list) else a == b
 
 
 @pytest.mark.parametrize("length", [9, 4, 3, 12])
@@ -213,6 +213,67 @@ def test_an_infinite_hidden_state_is_named(llama: Checkpoint) -> None:
     with pytest.raises(SparselineError, match=r"layers\.0 hold NaN or infinity"):
         stream.hidden[0] = torch.full_like(stream.hidden[0], float("inf"))
         model.advance(model.block(0), 0, stream)
+
+
+# Streams on disk
+
+
+def numbered(count: int) -> list[torch.Tensor]:
+    return [torch.full((2, 3), float(number)) for number in range(count)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stream_on_disk_is_a_list(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Oracle: a list that is used the same way. Bits, dtypes and shapes come back, transposed tensors included; slices share the files."""
+    random = torch.Generator().manual_seed(0)
+    model = [torch.randn(size, 4, 3, generator=random).to(dtype) for size in (2, 2, 1)]
+    model[1] = model[1].transpose(0, 2)
+    files = OnDisk([tmp_path / f"{number}.safetensors" for number in range(3)], CPU)
+    for number, hidden in enumerate(model):
+        files[number] = hidden
+    assert len(files) == 3
+    assert same(list(files), model)
+    for where in (slice(None, 2), slice(2, None), slice(-1, None), slice(None, -1), slice(0, 0), slice(1, 3)):
+        assert len(files[where]) == len(model[where])
+        assert same(list(files[where]), model[where])
+    assert same(files[-1], model[-1])
+    assert same(list(reversed(files)), model[::-1])
+    with pytest.raises(IndexError):
+        files[3]
+    part = files[1:]
+    kept = files[1]
+    part[0] = files[2] + 1
+    files[2] = files[2].clone()  # as advance does: what was read is written in the same place
+    assert same(files[1], model[2] + 1)
+    assert same(kept, model[1])
+    assert same(files[2], model[2])
+
+
+def test_copies_of_streams_are_apart(tmp_path: Path) -> None:
+    """Memory to disk, disk to disk and disk to memory. Oracle: what each was given, after another of them went on."""
+    first = Stream(2, CPU)
+    first.hidden[:] = numbered(2)
+    second = first.copy(tmp_path / "new" / "folder", "second")
+    third = second.copy(tmp_path, "third")
+    fourth = third.copy()
+    third.hidden[0] = torch.zeros(1)
+    assert same([list(stream.hidden) for stream in (first, second, fourth)], 3 * [numbered(2)])
+    assert same(list(third.hidden), [torch.zeros(1), numbered(2)[1]])
+    assert not isinstance(fourth.hidden, OnDisk)
+    assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [
+        f"{n}-0000{i}.safetensors" for n in ("second", "third") for i in (0, 1)
+    ]
+
+
+def test_a_stream_on_disk_passes_blocks_as_one_in_memory(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Oracle: the same rows in memory, to the bit; a short last batch included."""
+    model = BlockModel(checkpoint, torch.float32, CPU)
+    streams = [model.embed(token_rows(5, 8), 2, directory, "x") for directory in (None, tmp_path)]
+    for index in range(checkpoint.architecture.depth):
+        for stream in streams:
+            model.advance(model.block(index), index, stream)
+        assert same(*(list(stream.hidden) for stream in streams))
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 # Damaged and unsupported checkpoints: each is refused with a sentence that says where and what to do.

@@ -1,4 +1,4 @@
-"""Plug and play: every shipped criterion takes induction before it and the channel fit after it, without a word in the code about which.
+"""Plug and play: every shipped criterion takes induction before it and any reconstruction after it, without a word in the code about which.
 
 Oracles: the saved checkpoints, counted; the facts' own inequalities; and the same variant without either.
 """
@@ -16,13 +16,23 @@ from pipeline_lib.transforms.transform import read_transforms
 
 CRITERIA = ("magnitude", "wanda", "sparsegpt", "isc")
 PATTERNS = {"unstructured": "unstructured", "2of4": "2:4"}
+# What comes after the criterion's own steps: one fit, or two of a window that aim at the dense stream, with masks chosen anew.
+AFTER: dict[str, Any] = {
+    "unstructured": {"steps": ["channel"]},
+    "2of4": {
+        "steps": ["channel", "block"],
+        "collect": "site",
+        "towards_dense": 0.5,
+        "block": {"window": 2, "refresh_epochs": 1, "rate": 0.005},
+    },
+}
 NAMES = [f"{criterion}-{short}" for criterion in CRITERIA for short in PATTERNS]
 LAYERS = 2
 RANKS = {(what, when) for what in ("weights", "features") for when in ("before", "after")}
 
 
 def variants() -> dict[str, Any]:
-    """The shipped entries, each with its own induction and ``channel`` as the last step, once per pattern."""
+    """The shipped entries, each with its own induction, once per pattern with what comes after it."""
     values = YAML(typ="safe").load(ROOT / "params.yaml")
     found = {}
     for name in NAMES:
@@ -32,7 +42,7 @@ def variants() -> dict[str, Any]:
         changes = {
             "factors": f"induce/{name}/transform.safetensors",
             "selection": {"pattern": PATTERNS[short]},
-            "reconstruction": {"steps": [*steps, "channel"]},
+            "reconstruction": {**AFTER[short], "steps": [*steps, *AFTER[short]["steps"]]},
         }
         found[name] = merge(own, changes)
     return found
@@ -54,7 +64,7 @@ def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_criterion_is_induced_and_fitted(workspace: Path, name: str) -> None:
-    """The gate judged three candidates in every block and took the best, the fit made no block worse, and zeros are as many as asked for."""
+    """The gate judged three candidates in every block and took the best, no fit made a block worse, and zeros are as many as asked for."""
     _, written = read_transforms(workspace / "build" / "induce" / name / "transform.safetensors", LAYERS)
     facts = artifacts.read_json(workspace / "build" / "facts" / f"{name}.json")
     assert facts["transform"] == written
@@ -63,9 +73,11 @@ def test_every_criterion_is_induced_and_fitted(workspace: Path, name: str) -> No
         assert block["judged"].keys() == block["held_out"].keys() == {"none", "start", "learned"}
         assert block["judged"][block["choice"]] == min(block["judged"].values())
         assert {(key, when) for key, rank in block["stable_rank"].items() for when in rank} == RANKS
-    for fitted in facts["blocks"].values():
-        assert fitted["held_out_after"] <= fitted["held_out_before"]
-        assert (fitted["held_out_after"] < fitted["held_out_before"]) == (fitted["epochs"] > 0)
+    for steps in facts["blocks"].values():
+        assert steps.keys() == {*AFTER[name.split("-")[1]]["steps"]}
+        for fitted in steps.values():
+            assert fitted["held_out_after"] <= fitted["held_out_before"]
+            assert (fitted["held_out_after"] < fitted["held_out_before"]) == (fitted["epochs"] > 0)
     prunable = zeros = 0
     for path in sorted((workspace / "build" / "prune" / name / "checkpoint").glob("*.safetensors")):
         for key, tensor in load_file(path).items():
@@ -81,4 +93,6 @@ def test_something_came_of_it(workspace: Path) -> None:
     """Not vacuous: some gate kept more than nothing, and some fit was kept."""
     facts = [artifacts.read_json(workspace / "build" / "facts" / f"{name}.json") for name in NAMES]
     assert any(block["choice"] != "none" for one in facts for block in one["transform"]["induction"].values())
-    assert all(any(block["epochs"] > 0 for block in one["blocks"].values()) for one in facts)
+    kept = [{step for block in one["blocks"].values() for step, fitted in block.items() if fitted["epochs"] > 0} for one in facts]
+    assert all(kept)
+    assert set().union(*kept) == {"channel", "block"}

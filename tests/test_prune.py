@@ -1,0 +1,228 @@
+"""Pruning block by block. Oracles: the same steps written out, the whole stream through dense and pruned blocks, and runs that differ in one knob."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from project import prune_params
+from tiny import make_model, token_rows
+
+from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.models.checkpoint import open_checkpoint
+from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.pruning.layerwise import Layerwise, PrunedBlock, prune_matrices
+from pipeline_lib.pruning.prune import PruneParams, collect, prune
+from pipeline_lib.reconstruction.fit import Pairs, fit
+from pipeline_lib.transforms.transform import Transform
+
+CPU = torch.device("cpu")
+DEPTH = 3
+FITTING, HELD_OUT, UNSEEN = token_rows(48, 12, seed=1), token_rows(8, 12, seed=2), token_rows(32, 12, seed=3)
+LITTLE: dict[str, Any] = {"epochs": 2, "batch_rows": 4, "compute_dtype": "float32"}
+Kept = Mapping[tuple[int, Matrix], int]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("deep"), "llama", DEPTH, seed=3, tokenizer=False)
+
+
+def model_of(path: Path) -> BlockModel:
+    return BlockModel(open_checkpoint(path), torch.float32, CPU)
+
+
+def half(model: BlockModel, *whole: int) -> Kept:
+    """Half of every matrix, and all of those in the blocks ``whole``."""
+    checkpoint = model.checkpoint
+    sizes = {matrix: checkpoint.matrix_shape(0, matrix) for matrix in checkpoint.architecture.matrices}
+    return {(i, m): rows * columns // (1 if i in whole else 2) for i in range(DEPTH) for m, (rows, columns) in sizes.items()}
+
+
+def params(steps: tuple[str, ...], budget: int = 10**12, **reconstruction: Any) -> PruneParams:
+    changes = {"channel": LITTLE, **reconstruction, "block": {**LITTLE, **reconstruction.get("block", {})}}
+    return prune_params(steps, batch_rows=8, activation_budget_bytes=budget, selection={"block": 16}, reconstruction=changes)
+
+
+def pruned(path: Path, settings: PruneParams, *whole: int, scratch: Path | None = None) -> dict[int, PrunedBlock]:
+    model = model_of(path)
+    transforms = [Transform({})] * DEPTH
+    found = list(prune(model, FITTING, HELD_OUT, half(model, *whole), transforms, settings, lambda _: None, scratch))
+    assert [index for index, _ in found] == list(range(DEPTH))
+    return dict(found)
+
+
+def assert_same(a: Mapping[int, PrunedBlock], b: Mapping[int, PrunedBlock]) -> None:
+    """To the last bit."""
+    assert a.keys() == b.keys()
+    for index in a:
+        for name in a[index].tensors:
+            assert torch.equal(a[index].tensors[name], b[index].tensors[name]), f"{index} {name}"
+        for name in a[index].masks:
+            assert torch.equal(a[index].masks[name], b[index].masks[name]), f"{index} {name}"
+        assert a[index].facts == b[index].facts
+
+
+def passed(model: BlockModel, rows: torch.Tensor, blocks: Mapping[int, Mapping[str, torch.Tensor]], upto: int = DEPTH) -> torch.Tensor:
+    """Hidden states [B, T, D] after the blocks before ``upto``, the given ones in the place of the dense ones."""
+    stream = model.embed(rows, len(rows))
+    for index in range(upto):
+        model.advance(model.block(index, blocks.get(index)), index, stream)
+    return stream.hidden[0]
+
+
+def relative(out: torch.Tensor, target: torch.Tensor) -> float:
+    """E‖Y_dense − Y‖² / E‖Y_dense − E Y_dense‖²."""
+    return float((out - target).square().sum() / (target - target.mean((0, 1))).square().sum())
+
+
+# Windows
+
+
+@pytest.mark.parametrize("refresh_epochs", [0, 1])
+@pytest.mark.parametrize("window", [1, 2, 3, 5])
+def test_every_block_once_with_exact_counts(path: Path, window: int, refresh_epochs: int) -> None:
+    """Three blocks in windows of one to five. Oracles: the counts asked for, masks and zeros against each other, the facts' own inequality."""
+    model = model_of(path)
+    kept = half(model)
+    block = {"window": window, "refresh_epochs": refresh_epochs, "parts": ["weights", "norms"]}
+    found = pruned(path, params(("obs", "block"), block=block))
+    for index, result in found.items():
+        assert result.masks.keys() == {matrix.parameter for matrix in model.checkpoint.architecture.matrices}
+        for matrix in model.checkpoint.architecture.matrices:
+            mask, left = matrix.view(result.masks[matrix.parameter]), matrix.view(result.tensors[matrix.parameter])
+            assert int(mask.sum()) == kept[index, matrix]
+            assert torch.equal(left != 0, mask)
+            assert not left[~mask].view(torch.int32).any()
+        facts = result.facts["block"]
+        assert facts["held_out_after"] <= facts["held_out_before"]
+        assert facts["epochs"] > 0
+        assert facts == found[index - index % window].facts["block"]  # a window is fitted, and told of, as one
+    assert len({found[first].facts["block"]["held_out_before"] for first in range(0, DEPTH, window)}) == -(-DEPTH // window)
+
+
+def test_one_block_at_a_time_as_written_out(path: Path) -> None:
+    """Oracle: collect, prune, fit and advance in a loop, to the last bit."""
+    settings = params(("obs", "channel", "block"))
+    model = model_of(path)
+    table, kept = model.checkpoint.architecture, half(model)
+    rows = torch.cat([FITTING, HELD_OUT])
+    sparse = model.embed(rows, settings.batch_rows)
+    dense = sparse.copy()
+    for index, result in pruned(path, settings).items():
+        own = {matrix: kept[index, matrix] for matrix in table.matrices}
+        block, how = model.block(index), (Transform({}), settings.selection, Layerwise(True), "here")
+        tensors = prune_matrices(
+            table, model.checkpoint.block(index), collect(model, block, index, sparse, rows.numel()), own, *how
+        ).tensors
+        model.advance(block, index, dense)
+        cut = len(FITTING) // settings.batch_rows
+        stages = Pairs(sparse.hidden[:cut], dense.hidden[:cut]), Pairs(sparse.hidden[cut:], dense.hidden[cut:])
+        for step in (settings.reconstruction.channel, settings.reconstruction.block):
+
+            def run(hidden: torch.Tensor, given: Mapping[str, torch.Tensor], block: Any = block, index: int = index) -> torch.Tensor:
+                return model.call(block, index, hidden, given)
+
+            found = fit(run, tensors, table.matrices, *stages, step, f"layers.{index}")
+            tensors = found.tensors
+        assert found.facts == result.facts["block"]
+        assert tensors.keys() == result.tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, result.tensors[name]), name
+        model.advance(model.block(index, tensors), index, sparse)
+
+
+def test_a_window_is_fitted_to_what_its_last_block_gives(path: Path) -> None:
+    """Oracle: the held-out rows through the dense model and through the blocks as they came out, with and without the fit."""
+    model = model_of(path)
+    plain, fitted = pruned(path, params(("obs",))), pruned(path, params(("obs", "block"), block={"window": 2}))
+    blocks: dict[int, Mapping[str, torch.Tensor]] = {}
+    for last, window in ((1, (0, 1)), (2, (2,))):
+        dense = passed(model, HELD_OUT, {}, last + 1)
+        after = {**blocks, **{index: fitted[index].tensors for index in window}}
+        facts = fitted[last].facts["block"]
+        assert facts["held_out_after"] == pytest.approx(relative(passed(model, HELD_OUT, after, last + 1), dense), rel=1e-4)
+        if last == 1:  # afterwards the streams differ
+            before = {index: plain[index].tensors for index in window}
+            assert facts["held_out_before"] == pytest.approx(relative(passed(model, HELD_OUT, before, 2), dense), rel=1e-4)
+        blocks = after
+    assert relative(passed(model, UNSEEN, blocks), passed(model, UNSEEN, {})) < relative(
+        passed(model, UNSEEN, {index: result.tensors for index, result in plain.items()}), passed(model, UNSEEN, {})
+    )
+
+
+# Streams on disk
+
+TOWARDS_DENSE: dict[str, Any] = {"collect": "site", "towards_dense": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("steps", "changes", "streams"),
+    [
+        (("obs",), {}, {"pruned"}),
+        (("obs", "block"), {"block": {"window": 2}}, {"pruned", "dense", "ahead"}),
+        (("obs", "lsq"), TOWARDS_DENSE, {"pruned", "dense"}),
+    ],
+)
+def test_streams_on_disk_change_no_bit(
+    path: Path, tmp_path: Path, steps: tuple[str, ...], changes: dict[str, Any], streams: set[str]
+) -> None:
+    """Oracle: the run that holds them in memory. A byte below what they take, all of them are files, one for each batch of 8 of 56 rows."""
+    needed = len(streams) * 4 * (len(FITTING) + len(HELD_OUT)) * 12 * 32
+    for budget in (needed, needed - 1):
+        found = pruned(path, params(steps, budget, **changes), scratch=tmp_path / str(budget))
+        if budget == needed:
+            assert not (tmp_path / str(budget)).exists()
+            in_memory = found
+    assert_same(found, in_memory)
+    files = [file.name.rpartition("-")[0] for file in (tmp_path / str(budget)).iterdir()]
+    assert sorted(files) == sorted(7 * list(streams))
+
+
+def test_without_a_directory_streams_stay_in_memory(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nowhere to put them is no error. Oracle: the working directory."""
+    monkeypatch.chdir(tmp_path)
+    pruned(path, params((), 0))
+    assert not list(tmp_path.iterdir())
+
+
+# Towards the dense stream
+
+
+def test_streams_that_do_not_differ_yet_change_nothing(path: Path) -> None:
+    """Block 0 keeps all: until block 1's first site is pruned both streams are one. Oracle: the run that does not look at the dense one."""
+    table = open_checkpoint(path).architecture
+    own, towards = (pruned(path, params(("obs",), collect="site", towards_dense=share), 0) for share in (0.0, 1.0))
+    first = {matrix.parameter for matrix in table.consumers(table.sites[0].name)}
+    dense = open_checkpoint(path).block(0)
+    for name in dense:
+        assert torch.equal(own[0].tensors[name], dense[name])
+        assert torch.equal(towards[0].tensors[name], dense[name])
+    assert len(first) == 3
+    for parameter in {matrix.parameter for matrix in table.matrices}:
+        assert torch.equal(own[1].tensors[parameter], towards[1].tensors[parameter]) == (parameter in first), parameter
+
+
+@pytest.mark.parametrize("steps", [("obs",), ("obs", "lsq")])
+def test_aiming_at_the_dense_stream_comes_nearer_to_it(path: Path, steps: tuple[str, ...]) -> None:
+    """Oracle: rows that calibration did not see, through the dense and through both pruned models."""
+    model = model_of(path)
+    dense = passed(model, UNSEEN, {})
+    errors = {}
+    for share in (0.0, 1.0):
+        blocks = pruned(path, params(steps, collect="site", towards_dense=share))
+        for facts in blocks[1].facts["matrices"].values():
+            assert ("lsq_iterations" in facts) == ("lsq" in steps)
+            assert facts["layer_error"] <= facts.get("selected_error", facts["layer_error"]) * 1.001
+        errors[share] = relative(passed(model, UNSEEN, {index: result.tensors for index, result in blocks.items()}), dense)
+    assert errors[1.0] < errors[0.0]
+
+
+def test_statistics_site_by_site_see_what_was_pruned_before(path: Path) -> None:
+    """Oracle: both ways of collecting agree at a block's first site, to the bit, and nowhere after it."""
+    table = open_checkpoint(path).architecture
+    at_once, by_site = (pruned(path, params(("obs",), collect=way), 0) for way in ("block", "site"))
+    first = {matrix.parameter for matrix in table.consumers(table.sites[0].name)}
+    for parameter in {matrix.parameter for matrix in table.matrices}:
+        assert torch.equal(at_once[1].tensors[parameter], by_site[1].tensors[parameter]) == (parameter in first), parameter
