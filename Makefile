@@ -8,7 +8,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
 .PHONY: run test check format plan deps environment clean
-.PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-refresh bench-verify
+.PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-refresh bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
 	dvc repro
@@ -49,12 +49,17 @@ bench-sparsity: environment  ## testbeds: allocations, scores and sparsities; wh
 	python -m benchmarks.sparsity cells
 	python -m benchmarks.sparsity unsquared
 
+bench-reconstruction: environment  ## testbeds: least squares, towards the dense stream, gradients through blocks; then one LLaMA-7B-shaped block
+	python -m benchmarks.reconstruction cells
+	python -m benchmarks.reconstruction block
+
 bench-refresh: environment  ## fast Hessian update against recomputing, at LLaMA-7B layer shapes (about 15 minutes)
 	python -m benchmarks.refresh
 
-bench-verify: environment  ## recompute three random cells each of benchmarks/results/induction.json and sparsity.json
+bench-verify: environment  ## recompute three random cells each of induction.json, sparsity.json and reconstruction.json
 	python -m benchmarks.induction verify
 	python -m benchmarks.sparsity verify
+	python -m benchmarks.reconstruction verify
 
 plan: environment  ## predict memory, disk and rough time for the configured model, before anything runs
 	python -m stages.plan

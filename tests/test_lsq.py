@@ -166,23 +166,19 @@ def test_solved_rows_stand_still() -> None:
     assert exact[1] == 0
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 40])
-def test_an_undamped_singular_hessian_in_float32_breaks_nothing(tokens: int) -> None:
-    """Fewer tokens than kept weights, no tolerance, far more iterations than make sense: finite, and no row ends above its start.
-
-    Along directions without curvature rounding alone decides; 40 tokens are no such case, and there the minimum is met all the same.
-    """
-    for seed in range(10):
-        x = curved_gram(24, seed, tokens=tokens)[0]
-        gram = x.T @ x / tokens
-        target, mask = normal(16, 24, seed).float(), masks(16, 24, seed)["uneven"]
+def test_an_indefinite_hessian_moves_no_row_beyond_its_start() -> None:
+    """The undamped Gram of fewer tokens than inputs is singular, and rounded to float32 has eigenvalues just below 0: E falls for ever along
+    them. What comes back is finite, and E no larger in absolute value than where a row started; other rows are solved all the same."""
+    for seed in range(8):
+        x = curved_gram(24, seed, tokens=8)[0]
+        gram = (x.T @ x / 8).double()
+        target, mask = normal(16, 24, seed), masks(16, 24, seed)["uneven"]
+        mask[2:4] = torch.arange(24) < 5
         start = torch.zeros_like(target)
         found, _ = solve(target, mask, gram, start, iterations=300, tolerance=0.0)
         assert torch.isfinite(found).all()
-        assert (energy(target, found, gram) <= energy(target, start, gram) * (1 + 1e-3)).all()
-        if tokens == 40:
-            best = by_lstsq(target.double(), mask, x.double())
-            assert (energy(target, found, gram) <= energy(target, best, gram) + 1e-6 * energy(target, start, gram)).all()
+        assert (energy(target, found, gram).abs() <= energy(target, start, gram) * (1 + 1e-6)).all()
+        torch.testing.assert_close(found[2:4], by_lstsq(target, mask, x.double())[2:4], rtol=1e-3, atol=1e-3)
 
 
 def test_solve_leaves_its_inputs_alone() -> None:

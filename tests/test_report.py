@@ -89,7 +89,7 @@ def facts(name: str, depth: int) -> dict[str, Any]:
         "prunable": size,
         "sparsity": 1 - kept / size,
         "matrices": matrices,
-        "blocks": {str(block): fits[block] if full else None for block in range(depth)},
+        "blocks": {str(block): {"channel": fits[block]} if full else {} for block in range(depth)},
         "transform": transform,
     }
 
@@ -352,7 +352,7 @@ def test_every_figure_is_there_and_is_xml(rendered: Report) -> None:
         "scores-full",
         "induction-full",
         "layer-error",
-        "reconstruction-full",
+        "reconstruction-full-channel",
     ]
     assert [name.removesuffix(".svg") for name in rendered.figures] == expected
     for name, svg in rendered.figures.items():
@@ -382,7 +382,7 @@ def test_without_induction_sensitivity_and_fit(build: Path) -> None:
     for sentence in (
         "No variant has an induce stage",
         "No variant uses sensitivities",
-        "No variant has the step <code>channel</code>",
+        "No variant has the step <code>channel</code> or <code>block</code>",
         "There is no map to draw",
     ):
         assert sentence in report.html
@@ -416,8 +416,8 @@ def test_what_induction_did_by_hand(rendered: Report) -> None:
     assert "`full`: the gate kept what was learned in 1 of 3 blocks, the start in 1, nothing in 1" in said
     assert "the mean error of a block's output goes from 6.00% to 5.33%" in said
     assert "changed 2.00% of the mask entries on average (0.00% to 3.00% by block)" in said
-    assert "from 6.00% to 5.33% (squared distance" in said
-    assert "the gate kept it in 2 of 3 blocks" in said
+    assert "on held-out rows from 6.00% to 5.33%, on rows it was fitted to from 5.00% to 4.33% (squared distance" in said
+    assert "it was kept in 2 of 3 blocks" in said
 
 
 def test_induction_block_by_block(build: Path) -> None:

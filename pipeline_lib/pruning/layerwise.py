@@ -1,5 +1,6 @@
 """Prune and compensate the matrices of one block, each by itself, from the statistics of its inputs."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from pipeline_lib.pruning.settings import LsqParams, SelectionParams
 from pipeline_lib.reconstruction import lsq
 from pipeline_lib.reconstruction.obs import aim, column_losses, factorise, layer_error, rose_order
 from pipeline_lib.transforms.transform import Transform
+
+EVERY = 3  # ADMM's iterations between two changes of its penalty (ALPS)
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,9 @@ def prune_site(
 
     order = None if layerwise.reorder is None else ordering
     factorisation = factorise(gram, selection.damping, selection.damping_of, f"{where} {site}", factor, order)
-    hessian = torch.diagonal_scatter(gram, factorisation.diagonal)
-    spectrum = lsq.spectrum(hessian) if layerwise.lsq is not None and layerwise.lsq.mask_iterations else None
+    refit = layerwise.lsq
+    hessian = factorisation.hessian(gram) if refit else gram  # what the sweep minimises, too
+    spectrum = lsq.spectrum(hessian) if refit and refit.mask_iterations else None
     for matrix, weight in weights.items():
         target = weight
         if layerwise.towards_dense and centred.cross is not None:
@@ -105,9 +109,11 @@ def prune_site(
         if int(mask.sum()) != kept[matrix]:
             raise SparselineError(f"The scores of {where}.{matrix.label} hold NaN or infinity; check the model, or compute in float32.")
         told: dict[str, Any] = {"layer_error": layer_error(target, new, gram)}
-        if layerwise.lsq is not None:
-            count = kept[matrix]
-            new, mask, took = _refit(target, new, mask, hessian, spectrum, lambda scores, k=count: chosen(scores, k, selection), layerwise.lsq)
+        if refit:
+            emphasis = 1 if importance is None else importance.square()
+            choose = functools.partial(_choose, emphasis=emphasis, kept=kept[matrix], selection=selection)
+            alive = target.masked_fill(factorisation.dead, 0)
+            new, mask, took = _refit(alive, new, mask, hessian, spectrum, choose, refit)
             told |= {"layer_error": layer_error(target, new, gram), "selected_error": told["layer_error"], **took}
         if matrix.parameter not in block.masks:
             block.masks[matrix.parameter] = torch.ones_like(block.tensors[matrix.parameter], dtype=torch.bool)
@@ -127,6 +133,10 @@ def prune_site(
         }
 
 
+def _choose(scores: torch.Tensor, emphasis: torch.Tensor | int, kept: int, selection: SelectionParams) -> torch.Tensor:
+    return chosen(scores * emphasis, kept, selection)
+
+
 def _refit(
     target: torch.Tensor,
     new: torch.Tensor,
@@ -141,6 +151,6 @@ def _refit(
     solved, steps = lsq.solve(target, mask, hessian, new, **how)
     if spectrum is None:
         return solved, mask, {"lsq_iterations": steps}
-    how = {"iterations": params.mask_iterations, "solve_iterations": params.iterations, "tolerance": params.tolerance}
-    solved, mask, facts = lsq.admm(target, mask, hessian, solved, spectrum, choose, rho=0.1, every=3, **how)  # rho, every: the authors'
+    how |= {"solve_iterations": params.iterations, "iterations": params.mask_iterations, "rho": params.mask_penalty, "every": EVERY}
+    solved, mask, facts = lsq.admm(target, mask, hessian, solved, spectrum, choose, **how)
     return solved, mask, {"lsq_iterations": steps, "mask_swapped": facts["swapped"]}

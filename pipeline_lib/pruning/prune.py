@@ -107,69 +107,74 @@ def prune(
     they are files in ``scratch``), and one window of blocks with what its step needs (``fit``); nothing grows with depth.
     """
     checkpoint, architecture = model.checkpoint, model.checkpoint.architecture
-    steps = params.reconstruction.steps
-    layerwise = Layerwise(
-        compensate="obs" in steps,
-        towards_dense=params.reconstruction.towards_dense,
-        reorder=params.reconstruction.reorder,
-        lsq=params.reconstruction.lsq if "lsq" in steps else None,
-    )
+    how = params.reconstruction
+    fits: dict[str, FitParams] = {name: getattr(how, name) for name in FITS if name in how.steps}
+    aims = bool(fits) or how.towards_dense > 0
+    size = how.block.window if "block" in how.steps else 1
     rows = torch.cat([fit_rows, held_out_rows])
-    size = params.reconstruction.block.window if "block" in steps else 1
-    fits = [(name, getattr(params.reconstruction, name)) for name in FITS if name in steps]
-    streams = 1 + bool(fits or layerwise.towards_dense) + (size > 1)
-    spilled = scratch if streams * 4 * rows.numel() * architecture.width > params.activation_budget_bytes else None
-    pruned_stream = model.embed(rows, params.batch_rows, spilled, "pruned")
-    dense_stream = pruned_stream.copy(spilled, "dense") if fits or layerwise.towards_dense else None
-    held_out = _batches(len(held_out_rows), pruned_stream)
+    streams = (1 + aims + (size > 1)) * 4 * rows.numel() * architecture.width
+    directory = scratch if streams > params.activation_budget_bytes else None
+    pruned_stream = model.embed(rows, params.batch_rows, directory, "pruned")
+    dense_stream = pruned_stream.copy(directory, "dense") if aims else None
+    cut = len(pruned_stream.hidden) - _batches(len(held_out_rows), pruned_stream)
     for first in range(0, architecture.depth, size):
         window = range(first, min(first + size, architecture.depth))
-        stored = {index: finished(index) for index in window}
-        done = all(tensors is not None for tensors in stored.values())
-        ahead = pruned_stream.copy(spilled, "ahead") if len(window) > 1 and not done else pruned_stream
+        stored = {index: tensors for index in window if (tensors := finished(index)) is not None}
+        done = len(stored) == len(window)
+        ahead = pruned_stream if done or len(window) == 1 else pruned_stream.copy(directory, "ahead")
         results: dict[int, PrunedBlock] = {}
         for index in window:
+            if done and dense_stream is None:
+                continue
             transform = transforms[index].to(model.device)
             folded = {name: tensor.to(model.device, torch.float32) for name, tensor in checkpoint.block(index).items()}
             folded = fold(folded, architecture, transform.factors)
-            block = model.block(index, folded)
             if not done:
                 own = {matrix: kept[index, matrix] for matrix in architecture.matrices if (index, matrix) in kept}
-                how = transform, params.selection, layerwise, f"{architecture.blocks}.{index}"
-                if params.reconstruction.collect == "block":
-                    results[index] = prune_matrices(architecture, folded, collect(model, block, index, ahead, rows.numel()), own, *how)
-                else:
-                    results[index] = result = PrunedBlock(dict(folded), {}, {"matrices": {}}, {})
-                    for site in architecture.sites:
-                        now = model.block(index, result.tensors)
-                        beside = (block, dense_stream) if layerwise.towards_dense and dense_stream is not None else None
-                        found = collect(model, now, index, ahead, rows.numel(), site.name, beside)
-                        prune_site(result, architecture, site.name, found[site.name], own, *how)
+                results[index] = _select(model, index, folded, ahead, dense_stream, rows.numel(), own, transform, params)
             if dense_stream is not None:
-                model.advance(block, index, dense_stream)
+                model.advance(model.block(index, folded), index, dense_stream)
             if index != window[-1] and not done:
                 model.advance(model.block(index, results[index].tensors), index, ahead)
         if results and dense_stream is not None:
-            cut = len(pruned_stream.hidden) - held_out
             inputs, targets = pruned_stream.hidden, dense_stream.hidden
-            for name, settings in fits:
-                _fit(
-                    model,
-                    results,
-                    kept,
-                    params.selection,
-                    name,
-                    settings,
-                    Pairs(inputs[:cut], targets[:cut]),
-                    Pairs(inputs[cut:], targets[cut:]),
-                )
+            fitting, held_out = Pairs(inputs[:cut], targets[:cut]), Pairs(inputs[cut:], targets[cut:])
+            for step, settings in fits.items():
+                _fit(model, results, kept, params.selection, step, settings, fitting, held_out)
         for index in window:
-            source = checkpoint.block(index)
             if index in results:
+                source = checkpoint.block(index)
                 results[index].tensors = {name: tensor.to(source[name].dtype) for name, tensor in results[index].tensors.items()}
                 stored[index] = results[index].tensors
             model.advance(model.block(index, stored[index]), index, pruned_stream)
         yield from results.items()
+
+
+def _select(
+    model: BlockModel,
+    index: int,
+    folded: Mapping[str, torch.Tensor],
+    stream: Stream,
+    dense_stream: Stream | None,
+    tokens: int,
+    kept: Mapping[Matrix, int],
+    transform: Transform,
+    params: PruneParams,
+) -> PrunedBlock:
+    """Prune one folded block's matrices by the statistics of both streams before it, collected once or again for every site."""
+    architecture, how = model.checkpoint.architecture, params.reconstruction
+    block = model.block(index, folded)
+    refit = how.lsq if "lsq" in how.steps else None
+    layerwise = Layerwise("obs" in how.steps, how.towards_dense, how.reorder, refit)
+    told = transform, params.selection, layerwise, f"{architecture.blocks}.{index}"
+    if how.collect == "block":
+        return prune_matrices(architecture, folded, collect(model, block, index, stream, tokens), kept, *told)
+    result = PrunedBlock(dict(folded), {}, {"matrices": {}}, {})
+    beside = (block, dense_stream) if how.towards_dense and dense_stream is not None else None
+    for site in architecture.sites:
+        found = collect(model, model.block(index, result.tensors), index, stream, tokens, site.name, beside)
+        prune_site(result, architecture, site.name, found[site.name], kept, *told)
+    return result
 
 
 def _fit(
@@ -177,7 +182,7 @@ def _fit(
     results: Mapping[int, PrunedBlock],
     kept: Mapping[tuple[int, Matrix], int],
     selection: SelectionParams,
-    name: str,
+    step: str,
     params: FitParams,
     fitting: Pairs,
     held_out: Pairs,
@@ -211,7 +216,7 @@ def _fit(
     fitted = fit(run, tensors, list(places), fitting, held_out, params, where, remask)
     for index, result in results.items():
         result.tensors = {name: fitted.tensors[f"{index}/{name}"] for name in result.tensors}
-        result.facts[name] = fitted.facts
+        result.facts[step] = fitted.facts
     for matrix, mask in (fitted.masks or {}).items():
         index, own = places[matrix]
         own.view(results[index].masks[own.parameter]).copy_(mask)

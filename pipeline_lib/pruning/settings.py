@@ -63,6 +63,7 @@ class LsqParams(Params):
     iterations: int = Field(ge=1)
     tolerance: float = Field(gt=0, lt=1)
     mask_iterations: int = Field(ge=0)
+    mask_penalty: float = Field(gt=0)
 
 
 class LayerwiseParams(StepsParams):

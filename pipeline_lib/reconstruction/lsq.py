@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 ROWS = 1024  # solved at a time: bounds the memory, and is enough for a matrix product to run at full speed
-FLAT = 10.0  # a curvature of so many units of rounding is none: steps along such a direction would have no bound
 LEAST_RHO = 1e-6  # a ρ at which nothing is held back any more: if the support does not move now, it never will
 
 
@@ -71,13 +70,11 @@ def _descend(
     residual.masked_fill_(off, 0)
     direction = residual * inverse
     size = torch.linalg.vecdot(residual, direction)
-    span = size  # the direction's own square, weighted by H_mm
-    flat = FLAT * torch.finfo(hessian.dtype).eps
     steps = 0
     while steps < iterations:
         torch.mm(direction, hessian, out=product)
         curvature = torch.linalg.vecdot(direction, product)
-        going = (size > limit) & (curvature > flat * span)
+        going = (size > limit) & (curvature > 0)
         if not going.any():
             break
         steps += 1
@@ -86,9 +83,8 @@ def _descend(
         residual.addcmul_(product.masked_fill_(off, 0), length[:, None], value=-1)
         torch.mul(residual, inverse, out=product)
         smaller = torch.linalg.vecdot(residual, product)
-        carried = torch.where(going, smaller / size, 0)
-        direction.mul_(carried[:, None]).add_(product)
-        size, span = torch.where(going, smaller, size), torch.where(going, smaller + carried.square() * span, span)
+        direction.mul_(torch.where(going, smaller / size, 0)[:, None]).add_(product)
+        size = torch.where(going, smaller, size)
     torch.sub(target, found, out=product)
     after = torch.linalg.vecdot(torch.mm(product, hessian, out=residual), product)
     worse = ~(after.abs() <= before)  # only by rounding: in exact arithmetic every step lowers E, and E is never negative

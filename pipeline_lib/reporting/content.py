@@ -398,6 +398,8 @@ def _choices(facts: Mapping[str, Any], order: Sequence[str]) -> list[Column]:
 
 # Reconstruction
 
+FITS = ("channel", "block")  # steps that fit a whole block
+
 
 def _reconstruction(results: Results) -> list[Any]:
     if not results.pruned:
@@ -405,29 +407,41 @@ def _reconstruction(results: Results) -> list[Any]:
     blocks: list[Any] = [
         Paragraph(
             "Layer error says how far the outputs of single matrices are off after pruning, on inputs from the pruned blocks before; variants differ in it "
-            "by their masks and by the OBS sweep. The channel fit then moves the whole block towards the dense model's hidden states."
+            "by their masks, by the OBS sweep and by least squares. A fit of the whole block then moves it towards the dense model's hidden states."
         )
     ]
     drawn = [figure for figure in (plots.layer_error(results),) if figure]
-    fitted = [variant for variant in results.pruned if any(variant.facts["blocks"].values())]
-    for variant in fitted:
-        found = [facts for facts in variant.facts["blocks"].values() if facts]
-        before, after = (sum(facts[f"held_out_{when}"] for facts in found) / len(found) for when in ("before", "after"))
+    fits = [(variant, step, found) for variant in results.pruned for step in FITS if (found := fitted(variant, step))]
+    for variant, step, found in fits:
+        held, seen = ([_mean(found, f"{side}_{when}") for when in ("before", "after")] for side in ("held_out", "fit"))
         blocks.append(
             Paragraph(
-                f"`{variant.name}`: the channel fit takes the mean error of a block on held-out rows from {100 * before:.2f}% to {100 * after:.2f}% "
-                f"(squared distance to the dense model's output, against its variance); the gate kept it in {_kept(found)} of {len(found)} blocks."
+                f"`{variant.name}`: step `{step}` takes the mean error of a block on held-out rows from {held[0]:.2f}% to {held[1]:.2f}%, on rows it "
+                f"was fitted to from {seen[0]:.2f}% to {seen[1]:.2f}% (squared distance to the dense model's output, against its variance); "
+                f"it was kept in {_kept(found)} of {len(found)} blocks."
             )
         )
-        drawn.append(plots.reconstruction(variant))
-    if not fitted:
-        blocks.append(Paragraph("No variant has the step `channel` in `reconstruction.steps`, so there is no fit to show."))
+        drawn.append(plots.reconstruction(variant.name, step, found))
+    if not fits:
+        blocks.append(Paragraph("No variant has the step `channel` or `block` in `reconstruction.steps`, so there is no fit to show."))
     return [*blocks, Figures(drawn)]
 
 
-def _kept(found: Sequence[Mapping[str, Any]]) -> int:
+def fitted(variant: Variant, step: str) -> dict[int, Mapping[str, float]]:
+    """Block -> its errors before and after a step; blocks without it are left out."""
+    return {
+        int(block): facts[step] for block, facts in sorted(variant.facts["blocks"].items(), key=lambda item: int(item[0])) if step in facts
+    }
+
+
+def _mean(found: Mapping[int, Mapping[str, float]], key: str) -> float:
+    """In percent."""
+    return 100 * sum(facts[key] for facts in found.values()) / len(found)
+
+
+def _kept(found: Mapping[int, Mapping[str, float]]) -> int:
     """Blocks whose fit was kept: in the others the unfitted block was no worse on the held-out rows."""
-    return sum(facts["epochs"] > 0 for facts in found)
+    return sum(facts["epochs"] > 0 for facts in found.values())
 
 
 # Samples

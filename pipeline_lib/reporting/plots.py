@@ -387,15 +387,14 @@ def _log_percent(axes: Axes) -> None:
     axes.set_ylim(low, high)
 
 
-def reconstruction(variant: Variant) -> Figure:
-    """Error of each block's output before and after the fit, on fitting and held-out rows."""
-    found = sorted((int(block), facts) for block, facts in variant.facts["blocks"].items() if facts)
-    blocks = [block for block, _ in found]
+def reconstruction(name: str, step: str, found: Mapping[int, Mapping[str, float]]) -> Figure:
+    """Error of each block's output before and after a fit, on fitting and held-out rows."""
+    blocks = list(found)
     with _canvas(2.5) as canvas:
         axes = canvas.subplots()
         for side, label, hue, shift in (("fit", "fitting rows", GREY, -0.14), ("held_out", "held-out rows", HUES[0], 0.14)):
             x = [block + shift for block in blocks]
-            before, after = ([100 * facts[f"{side}_{when}"] for _, facts in found] for when in ("before", "after"))
+            before, after = ([100 * facts[f"{side}_{when}"] for facts in found.values()] for when in ("before", "after"))
             axes.vlines(x, after, before, color=hue, linewidth=1.4, alpha=0.6)
             style: dict[str, Any] = {"color": hue, "linestyle": "none", "marker": "o", "markersize": 4}
             axes.plot(x, before, markerfacecolor="none", label=f"{label}, before", **style)
@@ -407,9 +406,8 @@ def reconstruction(variant: Variant) -> Figure:
         _blocks_axis(axes, blocks)
         _legend(canvas, axes, 2)
         svg = _svg(canvas)
-    name = variant.name
     caption = (
-        f"{name}: error of each block's output before (hollow) and after (filled) the channel fit, on the first of the rows it saw and on "
+        f"{name}: error of each block's output before (hollow) and after (filled) step {step}, on the first of the rows it saw and on "
         "the held-out rows, which decide."
     )
-    return Figure(f"reconstruction-{name}", svg, f"Block error of {name} before and after the channel fit.", caption)
+    return Figure(f"reconstruction-{name}-{step}", svg, f"Block error of {name} before and after step {step}.", caption)
