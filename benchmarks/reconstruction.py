@@ -80,7 +80,9 @@ class Cell:
     def file(self) -> Path:
         how = self.prune().model_dump(mode="json")
         steps = how["reconstruction"].pop("steps")
-        for step in {"lsq", "channel", "block"} - set(steps):  # parameters of steps that are not taken do not matter
+        if not how["reconstruction"]["lsq"]["mask_iterations"]:  # parameters of what is not done do not matter
+            del how["reconstruction"]["lsq"]["mask_penalty"]
+        for step in {"lsq", "channel", "block"} - set(steps):
             del how["reconstruction"][step]
         name = "-".join(map(str, astuple(self))).replace(", ", "-").replace(" ", "_")
         return cell_file(f"reconstruction-{name}", [steps, how], inputs(self.testbed, TEXTS))
