@@ -36,6 +36,7 @@ MEASURE = """
 import contextlib, importlib, json, os, sys
 from pathlib import Path
 import torch
+from transformers.models.llama import modeling_llama  # loaded late, by whoever first makes a model
 from pipeline_lib.models.checkpoint import open_checkpoint
 modules = {stage: importlib.import_module("stages." + stage) for stage in ("calibrate", "sensitivity", "prune")}
 

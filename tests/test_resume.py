@@ -164,6 +164,7 @@ def test_a_window_that_was_killed_is_done_again(workspace: Path) -> None:
 import json, os
 from pathlib import Path
 import stages.prune as stage
+from transformers.models.llama import modeling_llama  # once, before the forks
 keep = stage.Progress.keep
 
 def run(last):
