@@ -167,4 +167,5 @@ def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, l
         passes * forward + 2 * tokens * sum(size * size for size in sites) * (1 + aimed) + 3 * sum(size**3 for size in sites) + solve * each
     )
     disk = checkpoint.parameters * (torch.finfo(checkpoint.dtype).bits // 8) + checkpoint.parameters / 8
+    disk += streams if streams > params.activation_budget_bytes else 0
     return Estimate(name, LIBRARIES + outside + kept + max([selecting, *fitting]), disk, entry.depth * flops)

@@ -39,6 +39,7 @@ class PrunedBlock:
     masks: dict[str, torch.Tensor]  # parameter -> bool, True = kept, in the checkpoint's orientation
     facts: dict[str, Any]  # per matrix: kept, size, layer error, damping; per step that fitted the block: its errors
     curvatures: dict[Matrix, Curvature] = field(default_factory=dict)  # what scores need, for masks chosen anew
+    emphases: dict[Matrix, torch.Tensor | int] = field(default_factory=dict)  # u² of the selection weights, or 1
 
 
 def prune_matrices(
@@ -58,7 +59,7 @@ def prune_matrices(
         statistics: of the pruned stream through the folded block, collected before any of its matrices is pruned.
         kept: how many weights each included matrix keeps.
     """
-    result = PrunedBlock(dict(tensors), {}, {"matrices": {}}, {})
+    result = PrunedBlock(dict(tensors), {}, {"matrices": {}})
     for site in architecture.sites:
         prune_site(result, architecture, site.name, statistics[site.name], kept, transform, selection, layerwise, where)
     return result
@@ -90,6 +91,7 @@ def prune_site(
     centred = statistics if shift is None else refresh(statistics, None, shift)
     gram = centred.second_moment_matrix
     importance = transform.importance.get(site)
+    emphasis = 1 if importance is None else importance.square()
 
     def ordering(curvature: Curvature) -> torch.Tensor | None:
         how: Any = {"score": selection.score, "pattern": selection.shape, "group": selection.group, "block": selection.block}
@@ -110,7 +112,6 @@ def prune_site(
             raise SparselineError(f"The scores of {where}.{matrix.label} hold NaN or infinity; check the model, or compute in float32.")
         told: dict[str, Any] = {"layer_error": layer_error(target, new, gram)}
         if refit:
-            emphasis = 1 if importance is None else importance.square()
             choose = functools.partial(_choose, emphasis=emphasis, kept=kept[matrix], selection=selection)
             alive = target.masked_fill(factorisation.dead, 0)
             new, mask, took = _refit(alive, new, mask, hessian, spectrum, choose, refit)
@@ -123,7 +124,7 @@ def prune_site(
         if shift is not None and matrix.bias is not None:
             block.tensors[matrix.bias] = block.tensors[matrix.bias].clone()
             matrix.bias_view(block.tensors[matrix.bias]).add_((weight - new) @ shift.to(weight.device))
-        block.curvatures[matrix] = factorisation.whole()
+        block.curvatures[matrix], block.emphases[matrix] = factorisation.whole(), emphasis
         block.facts["matrices"][matrix.label] = {
             "kind": matrix.kind,
             "size": weight.numel(),

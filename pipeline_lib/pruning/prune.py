@@ -98,7 +98,7 @@ def prune(
     finished: Callable[[int], Mapping[str, torch.Tensor] | None],
     scratch: Path | None = None,
 ) -> Iterator[tuple[int, PrunedBlock]]:
-    """Yield every block that is not yet ``finished`` (which gives a block's stored tensors, or None), in order.
+    """Yield every block, in order, of every window that is not yet ``finished`` (which gives a block's stored tensors, or None).
 
     The streams before the first unfinished block are recomputed from the finished blocks' stored tensors, which are the very
     tensors (rounded to the checkpoint's dtype) that an uninterrupted run passes its stream through: the bytes are the same.
@@ -169,11 +169,12 @@ def _select(
     told = transform, params.selection, layerwise, f"{architecture.blocks}.{index}"
     if how.collect == "block":
         return prune_matrices(architecture, folded, collect(model, block, index, stream, tokens), kept, *told)
-    result = PrunedBlock(dict(folded), {}, {"matrices": {}}, {})
+    result = PrunedBlock(dict(folded), {}, {"matrices": {}})
     beside = (block, dense_stream) if how.towards_dense and dense_stream is not None else None
-    for site in architecture.sites:
-        found = collect(model, model.block(index, result.tensors), index, stream, tokens, site.name, beside)
-        prune_site(result, architecture, site.name, found[site.name], kept, *told)
+    pruned_sites = {matrix.site for matrix in kept}
+    for site in (one.name for one in architecture.sites if one.name in pruned_sites):
+        found = collect(model, model.block(index, result.tensors), index, stream, tokens, site, beside)
+        prune_site(result, architecture, site, found[site], kept, *told)
     return result
 
 
@@ -207,7 +208,8 @@ def _fit(
     def remask(tensors: Mapping[str, torch.Tensor]) -> Masks:
         masks = {}
         for matrix, (index, own) in places.items():
-            scores = saliency(selection.score, matrix.view(tensors[matrix.parameter]), results[index].curvatures[own])
+            pruned = results[index]
+            scores = saliency(selection.score, matrix.view(tensors[matrix.parameter]), pruned.curvatures[own]) * pruned.emphases[own]
             masks[matrix] = chosen(scores, kept[index, own], selection)
         return masks
 
