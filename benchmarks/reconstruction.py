@@ -196,7 +196,7 @@ ROWS, LENGTH = 4, 2048  # 8,192 tokens, a quarter held out
 
 
 def large(method: str) -> PruneParams:
-    """A method's parameters for the large block: rows one by one, as long rows want, and 20 iterations of least squares, which bring most of it."""
+    """A method's parameters for the large block: rows one by one, as long rows want."""
     changes = {
         "selection": {"sparsity": 0.6},
         "batch_rows": 1,
