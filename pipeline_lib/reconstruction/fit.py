@@ -198,9 +198,10 @@ def fit(
             if norms:
                 current = [matrix.view(values[matrix.parameter]) for matrix in matrices]
                 loss = loss + params.spectral.weight * regulariser(norms, current, params.spectral)
-            optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+            optimiser.zero_grad()
+            del values, out, loss  # the graph and its copy of the weights, before the next
             with torch.no_grad():
                 for leaf in free.log_factors:
                     leaf.clamp_(-params.limit, params.limit)
