@@ -133,8 +133,8 @@ def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, l
     Memory: the streams, 4·n·D each (one; two where something aims at the dense model; one more for windows) up to their budget; then the
     larger of two phases. Selection: a block twice and its masks (9·P), the Grams 4·Σd² (site by site only the largest, and the cross
     moment beside it), the largest site's factorisation (16·d²; 24·d² more for ADMM), three matrices of the largest kind where there is a
-    target to aim at or least squares, and a batch's activations. Fit: per block of the window 5·P as pruned and 24·P with ``weights``
-    (as they move, gradient, Adam's moments, masked, the best so far; 12·P else), and the graph of one of its batches.
+    target to aim at or least squares, and a batch's activations. Fit: per block of the window 5·P as pruned and 28·P with ``weights``
+    (as they move, gradient, Adam's moments, masked, the best so far, masks and bfloat16 copies; 12·P else), and one batch's graph.
 
     Time: the products of all forward passes, of the sweeps (R·C²) and of at most all iterations and epochs, gradients at twice a forward pass.
     """
@@ -157,7 +157,7 @@ def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, l
     grams = 4 * (d * d if sitewise else sum(size * size for size in sites)) + (4 * d * d if aimed else 0)
     solver = (16 + (24 if refit and how.lsq.mask_iterations else 0)) * d * d + (12 * largest if aimed or refit else 4 * largest)
     selecting = 9 * block * window + grams + solver + inner(params.batch_rows)
-    fitting = [window * (5 + (24 if "weights" in fit.parts else 12)) * block + 3 * inner(fit.batch_rows) for fit in fits]
+    fitting = [window * (5 + (28 if "weights" in fit.parts else 12)) * block + 3 * inner(fit.batch_rows) for fit in fits]
     forward = 2 * tokens * block
     collects = (2.2 if sitewise else 1) * (2 if aimed else 1)  # site by site, a pass stops where it has what it came for
     passes = collects + 1 + bool(fits or aimed) + sum(4 * fit.epochs for fit in fits)
