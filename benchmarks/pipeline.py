@@ -19,38 +19,34 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def recipe(score: str, allocation: dict[str, Any], reconstruction: dict[str, Any], induced: bool = False) -> dict[str, Any]:
+def recipe(score: str, allocation: dict[str, Any], steps: list[str], induced: bool = False) -> dict[str, Any]:
     """A candidate for `sparseline`: one variant; ``{name}`` in its artifacts is the variant's own."""
     return {
         "factors": "induce/{name}/transform.safetensors" if induced else "prepare/identity.safetensors",
         "sensitivity": "curves/{name}.json" if allocation["method"] == "predicted" else "sensitivity/sensitivity.json",
         "selection": {"score": score, "group": "block"},
         "allocation": allocation,
-        "reconstruction": reconstruction,
+        "reconstruction": {"steps": steps},
     }
 
 
 UNIFORM = {"method": "uniform"}
 RANKED = {"method": "weight", "alpha": 0.15}
 PREDICTED = {"method": "predicted", "alpha": 0.2}
-OBS, CHANNEL = {"steps": ["obs"]}, {"steps": ["obs", "channel"]}
-LSQ = {"steps": ["obs", "lsq"], "collect": "site", "towards_dense": 1.0, "lsq": {"mask_iterations": 300}}
-GENTLE = {"rate": 0.005, "bias_rate": 0.0015}  # after least squares little is left to move
 RECIPES = {
-    "obs": recipe("obs", UNIFORM, OBS),
-    "obs-ranked": recipe("obs", RANKED, OBS),
-    "obs-predicted": recipe("obs", PREDICTED, OBS),
-    "isc-predicted": recipe("isc", PREDICTED, OBS),
-    "obs-predicted-channel": recipe("obs", PREDICTED, CHANNEL),
-    "isc-predicted-channel": recipe("isc", PREDICTED, CHANNEL),
-    "isc-predicted-channel-induced": recipe("isc", PREDICTED, CHANNEL, induced=True),
-    "obs-lsq": recipe("obs", UNIFORM, LSQ),
-    "obs-ranked-lsq": recipe("obs", RANKED, LSQ),
-    "obs-predicted-lsq": recipe("obs", PREDICTED, LSQ),
-    "isc-predicted-lsq": recipe("isc", PREDICTED, LSQ),
-    "isc-predicted-lsq-induced": recipe("isc", PREDICTED, LSQ, induced=True),
-    "obs-predicted-lsq-channel": recipe("obs", PREDICTED, {**LSQ, "steps": ["obs", "lsq", "channel"]}),
-    "obs-predicted-lsq-block": recipe("obs", PREDICTED, {**LSQ, "steps": ["obs", "lsq", "block"], "block": GENTLE}),
+    "obs": recipe("obs", UNIFORM, ["obs"]),
+    "obs-induced": recipe("obs", UNIFORM, ["obs"], induced=True),
+    "obs-channel": recipe("obs", UNIFORM, ["obs", "channel"]),
+    "obs-ranked": recipe("obs", RANKED, ["obs"]),
+    "isc-ranked": recipe("isc", RANKED, ["obs"]),
+    "obs-predicted": recipe("obs", PREDICTED, ["obs"]),
+    "isc-predicted": recipe("isc", PREDICTED, ["obs"]),
+    "obs-ranked-channel": recipe("obs", RANKED, ["obs", "channel"]),
+    "isc-ranked-channel": recipe("isc", RANKED, ["obs", "channel"]),
+    "obs-predicted-channel": recipe("obs", PREDICTED, ["obs", "channel"]),
+    "isc-predicted-channel": recipe("isc", PREDICTED, ["obs", "channel"]),
+    "obs-predicted-channel-induced": recipe("obs", PREDICTED, ["obs", "channel"], induced=True),
+    "isc-predicted-channel-induced": recipe("isc", PREDICTED, ["obs", "channel"], induced=True),
 }
 
 
