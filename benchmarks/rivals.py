@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field, replace
 from math import exp, log
 from pathlib import Path
 from typing import Any
@@ -27,23 +27,67 @@ from safetensors.torch import load_file, save_file
 from benchmarks.induction import PATTERNS, Bench, Statistics, calibrate, gap
 from benchmarks.records import Record, cell_file, commit, finish_cells, gather, recompute, recorded
 from benchmarks.sparsity import Lab
-from benchmarks.testbed import NAMES, Testbed, inputs
+from benchmarks.testbed import CODE, LENGTH, NAMES, Testbed, inputs
 from pipeline_lib import params
 from pipeline_lib.artifacts import write_json
+from pipeline_lib.calibration.rows import split
 from pipeline_lib.pruning.prune import PruneParams
+from pipeline_lib.runtime import generator
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "rivals.json"
 COST = HERE / "results" / "rivals_cost.json"
 TEXTS = ("validation", "test", "wikitext2")
+TEXTS_OF = {"mix.calib": "calibration", CODE: "code"}
 JUDGED = ("50%", "60%", "70%", "2:4")
-VARIANTS = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "sparsegpt", "fast": "fast", "best": "sparseline"}
 LLMCOMPRESSOR = {f"llm-compressor {name}": name for name in ("sparsegpt", "wanda")}
-METHODS = (*VARIANTS, *LLMCOMPRESSOR)
-REFERENCES: dict[str, dict[str, Any]] = {  # one seed: SparseGPT under others' cheap allocations
-    "owl": {"allocation": {"method": "owl", "alpha": 0.08}},
-    "dlp": {"allocation": {"method": "dlp", "alpha": 0.15}},
+
+
+@dataclass(frozen=True)
+class Method:
+    """One of ours: a variant of params.yaml, what is laid over it, and on how much of which text."""
+
+    variant: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    rows: int = 128
+    source: str = "mix.calib"
+
+
+MAIN = {name: Method({"best": "sparseline"}.get(name, name)) for name in ("magnitude", "wanda", "sparsegpt", "fast", "best")}
+UNIFORM = {"allocation": {"method": "uniform"}}
+REFERENCES = {  # SparseGPT under others' cheap allocations
+    "owl": Method("sparsegpt", {"allocation": {"method": "owl", "alpha": 0.08}}),
+    "dlp": Method("sparsegpt", {"allocation": {"method": "dlp", "alpha": 0.15}}),
 }
+PARTS = {  # what each part adds: one taken away from `best`, or another in its place
+    "best, uniform": Method("sparseline", UNIFORM),
+    "best, sweep's mask and weights": Method(
+        "sparseline", {"reconstruction": {"steps": ["obs", "block"], "collect": "block", "towards_dense": 0.0}}
+    ),
+    "best, sweep's mask": Method("sparseline", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
+    "best, pruned stream": Method("sparseline", {"reconstruction": {"collect": "block", "towards_dense": 0.0}}),
+    "best, dense stream": Method("sparseline", {"reconstruction": {"towards_dense": 1.0}}),
+    "best, masks not refreshed": Method("sparseline", {"reconstruction": {"block": {"refresh_epochs": 0}}}),
+    "best, no gradients": Method("sparseline", {"reconstruction": {"steps": ["obs", "lsq"]}}),
+    "best, channel instead of block": Method("sparseline", {"reconstruction": {"steps": ["obs", "lsq", "channel"]}}),
+    "best, ISC": Method("sparseline", {"selection": {"score": "isc"}}),
+    "best, 2 epochs": Method("sparseline", {"reconstruction": {"block": {"epochs": 2, "refresh_epochs": 1}}}),
+    "best, 4 epochs": Method("sparseline", {"reconstruction": {"block": {"epochs": 4}}}),
+    "best, 16 epochs": Method("sparseline", {"reconstruction": {"block": {"epochs": 16}}}),
+    "best, windows of 2": Method("sparseline", {"reconstruction": {"block": {"window": 2}}}),
+    "fast, uniform": Method("fast", UNIFORM),
+    "fast, sweep's mask": Method("fast", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
+}
+TEXT = {  # what calibration text does, how much and which
+    **{f"{name}, {rows} rows": replace(MAIN[name], rows=rows) for rows in (16, 32, 64, 256, 512) for name in ("sparsegpt", "fast", "best")},
+    **{
+        f"{name}, {source}": replace(MAIN[name], source=source)
+        for source in (CODE, "random tokens")
+        for name in ("sparsegpt", "fast", "best")
+    },
+}
+METHODS = (*MAIN, *LLMCOMPRESSOR)
+OTHERS = REFERENCES | PARTS | TEXT  # one seed
 PYTHON = os.environ.get("SPARSELINE_RIVALS", str(HERE.parent / ".rivals" / "bin" / "python"))
 
 
@@ -54,22 +98,35 @@ class Cell:
     method: str
     seed: int
 
+    @property
+    def how(self) -> Method:
+        return (MAIN | OTHERS)[self.method]
+
     def prune(self) -> PruneParams:
         """Our own methods' parameters; where N:M is asked for, every matrix is N:M, as hardware wants it."""
         sparsity, pattern = PATTERNS[self.pattern]
-        variant = params.merged("prune", f"variants.{VARIANTS.get(self.method, 'sparsegpt')}")
-        changed = params.merge(variant, REFERENCES.get(self.method, {}))
+        changed = params.merge(params.merged("prune", f"variants.{self.how.variant}"), self.how.changes)
         changed = params.merge(changed, {"selection": {"sparsity": sparsity, "pattern": pattern}})
-        uniform = {"allocation": {"method": "uniform"}} if pattern != "unstructured" else {}
-        return PruneParams.model_validate(
-            {key: value for key, value in params.merge(changed, uniform).items() if key not in ("factors", "sensitivity")}
-        )
+        changed = params.merge(changed, UNIFORM if pattern != "unstructured" else {})
+        return PruneParams.model_validate({key: changed[key] for key in PruneParams.model_fields})
+
+    def calibration(self, bed: Testbed) -> dict[str, torch.Tensor]:
+        """``fit`` and ``held_out`` rows."""
+        if self.method in LLMCOMPRESSOR or self.how.source in TEXTS_OF:
+            count = 128 if self.method in LLMCOMPRESSOR else self.how.rows
+            source = "calibration" if self.method in LLMCOMPRESSOR else TEXTS_OF[self.how.source]
+            return split(bed.rows(source, self.seed, count), 0.25)
+        random = generator(self.seed, "random tokens")
+        return split(torch.randint(bed.checkpoint.config.vocab_size, (self.how.rows, LENGTH), generator=random), 0.25)
 
     def file(self) -> Path:
-        how: Any = LLMCOMPRESSOR.get(self.method)
-        if how is None:
+        if self.method in LLMCOMPRESSOR:
+            how: Any = LLMCOMPRESSOR[self.method]
+        else:
             how = [params.section(name) for name in ("calibrate", "sensitivity", "curves")] + [self.prune().model_dump(mode="json")]
-        return cell_file("rivals-" + "-".join(map(str, astuple(self))).replace(" ", "_"), how, inputs(self.testbed, TEXTS))
+            how += [] if self.method in MAIN else [self.how.rows, self.how.source]
+        name = "-".join(map(str, astuple(self))).replace(", ", "-").replace(" ", "_").replace("'", "")
+        return cell_file(f"rivals-{name}", how, inputs(self.testbed, TEXTS))
 
 
 def cells() -> Iterator[Cell]:
@@ -79,6 +136,8 @@ def cells() -> Iterator[Cell]:
             yield from (Cell(testbed, pattern, method, seed) for pattern in JUDGED for method in METHODS)
     for testbed in NAMES:
         yield from (Cell(testbed, pattern, method, 0) for pattern in ("50%", "60%", "70%") for method in REFERENCES)
+        yield from (Cell(testbed, pattern, method, 0) for pattern in ("60%", "2:4") for method in PARTS)
+        yield from (Cell(testbed, "60%", method, 0) for method in TEXT)
 
 
 def resident(name: str) -> int:
@@ -90,8 +149,9 @@ def resident(name: str) -> int:
 class Fresh(Lab):
     """A testbed whose statistics are taken when they are asked for, so that a method pays for what it needs alone."""
 
-    def at(self, seed: int) -> None:
-        self.seed, self.rows, self.known, self.calibrate_s = seed, self.bed.calibration(seed), {}, 0.0
+    def calibrated(self, rows: dict[str, torch.Tensor]) -> "Fresh":
+        self.rows, self.known, self.calibrate_s = rows, {}, 0.0
+        return self
 
     @functools.cached_property
     def statistics(self) -> Statistics:  # type: ignore[override]
@@ -100,9 +160,9 @@ class Fresh(Lab):
 
 def one(cell: Cell, out: Path) -> dict[str, Any]:
     """Prune as the cell says, in this process: its cost; the blocks go to a file."""
-    lab, settings = Fresh(Testbed(cell.testbed)), cell.prune()
-    lab.at(cell.seed)
-    lab.bed.stream()
+    bed, settings = Testbed(cell.testbed), cell.prune()
+    lab = Fresh(bed).calibrated(cell.calibration(bed))
+    bed.stream()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
     cpu, started = time.process_time(), time.perf_counter()
@@ -132,7 +192,7 @@ def pruned(bed: Testbed, cell: Cell) -> tuple[dict[int, dict[str, torch.Tensor]]
                     f"no llm-compressor at {PYTHON}; run `make rivals-environment`, or set SPARSELINE_RIVALS to its Python."
                 )
             rows, (sparsity, pattern) = Path(folder) / "rows.safetensors", PATTERNS[cell.pattern]
-            save_file({"rows": torch.cat(list(bed.calibration(cell.seed).values()))}, rows)
+            save_file({"rows": torch.cat(list(cell.calibration(bed).values()))}, rows)
             script = HERE / "llm_compressor.py"
             cost = called(PYTHON, script, bed.root / bed.name, rows, LLMCOMPRESSOR[cell.method], str(sparsity), pattern, out)
             prefixes = {bed.checkpoint.block_prefix(index): index for index in range(bed.checkpoint.architecture.depth)}
@@ -199,15 +259,15 @@ def agreement(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def costs(records: list[Record], key: str = "median") -> str:
+def costs(records: list[Record]) -> str:
     """Markdown: wall seconds, CPU seconds and peak of each method over llm-compressor's SparseGPT on the same testbed, pattern and seed; medians, and the largest."""
     lines = ["| over llm-compressor's SparseGPT | wall, median (largest) | CPU | peak memory |", "|---|---|---|---|"]
     known = {(r["testbed"], r["pattern"], r["method"], r["seed"]): r for r in records if r["text"] in ("test", None)}
     for method in METHODS:
         line = []
-        for field in ("wall_s", "cpu_s", "peak_rss_bytes"):
+        for key in ("wall_s", "cpu_s", "peak_rss_bytes"):
             ratios = [
-                r[field] / known[base][field]
+                r[key] / known[base][key]
                 for (t, p, m, s), r in known.items()
                 if m == method and (base := (t, p, "llm-compressor sparsegpt", s)) in known
             ]
@@ -234,7 +294,7 @@ def run_one(testbed: str, pattern: str, method: str, seed: int, out: Path) -> No
 
 @main.command("cells")
 @click.option("--testbed", type=click.Choice(NAMES), help="Only this one.")
-@click.option("--method", type=click.Choice((*METHODS, *REFERENCES)), help="Only this one.")
+@click.option("--method", type=click.Choice((*METHODS, *OTHERS)), help="Only this one.")
 def run_cells(testbed: str | None, method: str | None) -> None:
     """Every cell that is not there yet; then the tables."""
     harness = {name: Harness(Testbed(name)) for name in NAMES}

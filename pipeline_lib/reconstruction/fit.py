@@ -166,7 +166,8 @@ def fit(
     """Fit a sparse block (or window of blocks) and fold its factors; the unfitted block is a candidate and wins ties on the held-out rows.
 
     Gradients are taken in ``compute_dtype`` (mixed precision); what moves, and everything that judges it, is float32. With ``weights``
-    seven copies of the matrices are in memory: as they came, as they move, gradient, Adam's two moments, masked, and the best so far.
+    there are in memory, besides the block as it came, six copies of its matrices (as they move, gradient, Adam's two moments, masked, the best so far), masks and copies in
+    ``compute_dtype``.
 
     Args:
         run: the block's output [B, T, D] for hidden states and the block's tensors.
