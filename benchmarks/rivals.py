@@ -9,6 +9,7 @@ params.yaml's variant `sparseline`; `fast` and the baselines are the variants of
 import functools
 import json
 import os
+import shutil
 import statistics as stats
 import subprocess
 import sys
@@ -25,9 +26,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.induction import PATTERNS, Bench, Statistics, calibrate, gap
+from benchmarks.reconstruction import large_block
 from benchmarks.records import Record, cell_file, commit, finish_cells, gather, recompute, recorded
 from benchmarks.sparsity import Lab
-from benchmarks.testbed import CODE, LENGTH, NAMES, Testbed, inputs
+from benchmarks.testbed import CODE, LENGTH, NAMES, ROOT, Testbed, inputs
 from pipeline_lib import params
 from pipeline_lib.artifacts import write_json
 from pipeline_lib.calibration.rows import split
@@ -36,6 +38,7 @@ from pipeline_lib.runtime import generator
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "rivals.json"
+BLOCK = HERE / "results" / "rivals_block.json"
 COST = HERE / "results" / "rivals_cost.json"
 TEXTS = ("validation", "test", "wikitext2")
 TEXTS_OF = {"mix.calib": "calibration", CODE: "code"}
@@ -88,6 +91,8 @@ TEXT = {  # what calibration text does, how much and which
 }
 METHODS = (*MAIN, *LLMCOMPRESSOR)
 OTHERS = REFERENCES | PARTS | TEXT  # one seed
+LARGE = "llama-7b-block"  # one random block of that shape, in place of a testbed
+LONG = {"batch_rows": 1, "reconstruction": {"block": {"batch_rows": 1}}}  # its rows have 2048 tokens
 PYTHON = os.environ.get("SPARSELINE_RIVALS", str(HERE.parent / ".rivals" / "bin" / "python"))
 
 
@@ -108,10 +113,13 @@ class Cell:
         changed = params.merge(params.merged("prune", f"variants.{self.how.variant}"), self.how.changes)
         changed = params.merge(changed, {"selection": {"sparsity": sparsity, "pattern": pattern}})
         changed = params.merge(changed, UNIFORM if pattern != "unstructured" else {})
+        changed = params.merge(changed, LONG if self.testbed == LARGE else {})
         return PruneParams.model_validate({key: changed[key] for key in PruneParams.model_fields})
 
     def calibration(self, bed: Testbed) -> dict[str, torch.Tensor]:
         """``fit`` and ``held_out`` rows."""
+        if self.testbed == LARGE:
+            return split(torch.randint(bed.checkpoint.config.vocab_size, (4, 2048), generator=generator(self.seed, LARGE)), 0.25)
         if self.method in LLMCOMPRESSOR or self.how.source in TEXTS_OF:
             count = 128 if self.method in LLMCOMPRESSOR else self.how.rows
             source = "calibration" if self.method in LLMCOMPRESSOR else TEXTS_OF[self.how.source]
@@ -158,9 +166,9 @@ class Fresh(Lab):
         return calibrate(self.bed, self.rows)
 
 
-def one(cell: Cell, out: Path) -> dict[str, Any]:
+def one(bed: Testbed, cell: Cell, out: Path) -> dict[str, Any]:
     """Prune as the cell says, in this process: its cost; the blocks go to a file."""
-    bed, settings = Testbed(cell.testbed), cell.prune()
+    settings = cell.prune()
     lab = Fresh(bed).calibrated(cell.calibration(bed))
     bed.stream()
     before = resident("VmRSS")
@@ -199,7 +207,7 @@ def pruned(bed: Testbed, cell: Cell) -> tuple[dict[int, dict[str, torch.Tensor]]
             named = {(p, name.removeprefix(p)): tensor for name, tensor in load_file(out).items() for p in prefixes if name.startswith(p)}
             blocks = {i: bed.checkpoint.block(i) | {name: t for (q, name), t in named.items() if q == p} for p, i in prefixes.items()}
         else:
-            cost = called(sys.executable, "-m", "benchmarks.rivals", "one", *map(str, astuple(cell)), out)
+            cost = called(sys.executable, "-m", "benchmarks.rivals", "one", *map(str, astuple(cell)), bed.root, out)
             blocks = {}
             for name, tensor in load_file(out).items():
                 index, _, inner = name.partition("/")
@@ -286,10 +294,11 @@ def main() -> None:
 @click.argument("pattern")
 @click.argument("method")
 @click.argument("seed", type=int)
+@click.argument("root", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-def run_one(testbed: str, pattern: str, method: str, seed: int, out: Path) -> None:
+def run_one(testbed: str, pattern: str, method: str, seed: int, root: Path, out: Path) -> None:
     """One of our methods in this process; prints its cost."""
-    click.echo(json.dumps(one(Cell(testbed, pattern, method, seed), out)))
+    click.echo(json.dumps(one(Testbed(testbed, root), Cell(testbed, pattern, method, seed), out)))
 
 
 @main.command("cells")
@@ -334,6 +343,25 @@ def cost(repeats: int) -> None:
                 results.append(key | pruned(Testbed(cell.testbed), cell)[1] | {"commit": commit()})
                 click.echo(results[-1])
                 write_json(COST, results)
+    click.echo(costs(results))
+
+
+@main.command()
+@click.option("--width", default=4096, show_default=True)
+@click.option("--inner", default=11008, show_default=True)
+def block(width: int, inner: int) -> None:
+    """Cost on one random LLaMA-7B-shaped block in bfloat16, 8,192 tokens, 60%."""
+    results = recorded(BLOCK)
+    with tempfile.TemporaryDirectory() as folder:
+        large_block(Path(folder) / LARGE, width, inner)
+        for file in (ROOT / "llama").glob("tokenizer*"):  # llm-compressor wants one, though it is given token ids
+            shutil.copy(file, Path(folder) / LARGE)
+        for method in ("llm-compressor sparsegpt", "sparsegpt", "fast", "best"):
+            if all(r["method"] != method for r in results):
+                cell = Cell(LARGE, "60%", method, 0)
+                results.append(asdict(cell) | {"text": None} | pruned(Testbed(LARGE, Path(folder)), cell)[1] | {"commit": commit()})
+                click.echo(results[-1])
+                write_json(BLOCK, results)
     click.echo(costs(results))
 
 
