@@ -92,7 +92,6 @@ TEXT = {  # what calibration text does, how much and which
 METHODS = (*MAIN, *LLMCOMPRESSOR)
 OTHERS = REFERENCES | PARTS | TEXT  # one seed
 LARGE = "llama-7b-block"  # one random block of that shape, in place of a testbed
-LONG = {"batch_rows": 1, "reconstruction": {"block": {"batch_rows": 1}}}  # its rows have 2048 tokens
 PYTHON = os.environ.get("SPARSELINE_RIVALS", str(HERE.parent / ".rivals" / "bin" / "python"))
 
 
@@ -113,13 +112,12 @@ class Cell:
         changed = params.merge(params.merged("prune", f"variants.{self.how.variant}"), self.how.changes)
         changed = params.merge(changed, {"selection": {"sparsity": sparsity, "pattern": pattern}})
         changed = params.merge(changed, UNIFORM if pattern != "unstructured" else {})
-        changed = params.merge(changed, LONG if self.testbed == LARGE else {})
         return PruneParams.model_validate({key: changed[key] for key in PruneParams.model_fields})
 
     def calibration(self, bed: Testbed) -> dict[str, torch.Tensor]:
         """``fit`` and ``held_out`` rows."""
         if self.testbed == LARGE:
-            return split(torch.randint(bed.checkpoint.config.vocab_size, (4, 2048), generator=generator(self.seed, LARGE)), 0.25)
+            return split(torch.randint(bed.checkpoint.config.vocab_size, (32, 256), generator=generator(self.seed, LARGE)), 0.25)
         if self.method in LLMCOMPRESSOR or self.how.source in TEXTS_OF:
             count = 128 if self.method in LLMCOMPRESSOR else self.how.rows
             source = "calibration" if self.method in LLMCOMPRESSOR else TEXTS_OF[self.how.source]
@@ -350,7 +348,7 @@ def cost(repeats: int) -> None:
 @click.option("--width", default=4096, show_default=True)
 @click.option("--inner", default=11008, show_default=True)
 def block(width: int, inner: int) -> None:
-    """Cost on one random LLaMA-7B-shaped block in bfloat16, 8,192 tokens, 60%."""
+    """Cost on one random LLaMA-7B-shaped block in bfloat16, 32 rows of 256 tokens, 60%."""
     results = recorded(BLOCK)
     with tempfile.TemporaryDirectory() as folder:
         large_block(Path(folder) / LARGE, width, inner)
