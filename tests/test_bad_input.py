@@ -193,6 +193,12 @@ PARAMETERS = [
         ("variants.wanda.reconstruction", "towards_dense", "collect: site"),
     ),
     Mistake(
+        "aiming what does not move",
+        "prune wanda",
+        wanda(reconstruction={"steps": [], "collect": "site", "towards_dense": 0.5}),
+        ("variants.wanda.reconstruction", "towards_dense", "obs or lsq"),
+    ),
+    Mistake(
         "more than the dense stream",
         "prune wanda",
         wanda(reconstruction={"steps": ["obs"], "collect": "site", "towards_dense": 1.5}),

@@ -317,7 +317,11 @@ def test_site_by_site_equals_all_at_once(checkpoint: Checkpoint) -> None:
     stream = model.embed(FIT, 2)
     before = list(stream.hidden)
     block = model.block(0)
+    ran: list[str] = []
+    handle = block.get_submodule(table.sites[-1].module).register_forward_hook(lambda *_: ran.append("beyond the last site"))
     at_once = prune.collect(model, block, 0, stream)
+    handle.remove()
+    assert not ran
     assert list(at_once) == [site.name for site in table.sites]
     reached: Counter[str] = Counter()
     for site in table.sites:

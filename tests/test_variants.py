@@ -39,10 +39,11 @@ def variants() -> dict[str, Any]:
         criterion, short = name.split("-")
         own = values["variants"][criterion]
         steps = merge(values["prune"]["reconstruction"], own.get("reconstruction", {}))["steps"]
+        aims = {} if "obs" in steps else {"towards_dense": 0.0}  # where no weight changes there is nothing to aim
         changes = {
             "factors": f"induce/{name}/transform.safetensors",
             "selection": {"pattern": PATTERNS[short]},
-            "reconstruction": {**AFTER[short], "steps": [*steps, *AFTER[short]["steps"]]},
+            "reconstruction": {**AFTER[short], **aims, "steps": [*steps, *AFTER[short]["steps"]]},
         }
         found[name] = merge(own, changes)
     return found
