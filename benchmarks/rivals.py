@@ -25,6 +25,7 @@ import click
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks import dsnot
 from benchmarks.induction import PATTERNS, Bench, Statistics, calibrate, gap
 from benchmarks.reconstruction import large_block
 from benchmarks.records import Record, cell_file, commit, finish_cells, gather, recompute, recorded
@@ -58,7 +59,8 @@ class Method:
 
 MAIN = {name: Method({"best": "sparseline"}.get(name, name)) for name in ("magnitude", "wanda", "sparsegpt", "fast", "best")}
 UNIFORM = {"allocation": {"method": "uniform"}}
-REFERENCES = {  # SparseGPT under others' cheap allocations
+REFERENCES = {  # SparseGPT under others' cheap allocations; Wanda with others' swaps (benchmarks/dsnot.py)
+    "dsnot": Method("wanda"),
     "owl": Method("sparsegpt", {"allocation": {"method": "owl", "alpha": 0.08}}),
     "dlp": Method("sparsegpt", {"allocation": {"method": "dlp", "alpha": 0.15}}),
 }
@@ -172,9 +174,12 @@ def one(bed: Testbed, cell: Cell, out: Path) -> dict[str, Any]:
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
     cpu, started = time.process_time(), time.perf_counter()
-    blocks, _ = lab.prune(settings)
+    if cell.method == "dsnot":
+        blocks = dsnot.prune(bed, torch.cat(list(lab.rows.values())), bed.uniform(settings.selection.sparsity))
+    else:
+        blocks = {index: block.tensors for index, block in lab.prune(settings)[0].items()}
     cost = {"wall_s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu, "peak_rss_bytes": resident("VmHWM") - before}
-    save_file({f"{index}/{name}": tensor.contiguous() for index, block in blocks.items() for name, tensor in block.tensors.items()}, out)
+    save_file({f"{index}/{name}": tensor.contiguous() for index, tensors in blocks.items() for name, tensor in tensors.items()}, out)
     return cost | {"threads": torch.get_num_threads()}
 
 
