@@ -5,7 +5,7 @@ sign(ε)·w_i μ_i / Var x_i, and prunes the kept one with the least |w|·‖x�
 paper's formulas, for comparison only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -39,9 +39,9 @@ def refine(weight: torch.Tensor, mask: torch.Tensor, moments: Moments) -> torch.
     return mask
 
 
-def prune(bed: Testbed, rows: torch.Tensor, kept: Mapping[tuple[int, Matrix], int]) -> dict[int, dict[str, torch.Tensor]]:
+def prune(bed: Testbed, rows: torch.Tensor, kept: Mapping[tuple[int, Matrix], int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Every block's tensors, block by block on the pruned stream."""
-    model, entry, blocks = bed.stream(), bed.checkpoint.architecture, {}
+    model, entry = bed.stream(), bed.checkpoint.architecture
     stream = model.embed(rows, 4)
     for index in range(entry.depth):
         tensors = {name: tensor.float() for name, tensor in bed.checkpoint.block(index).items()}
@@ -51,5 +51,4 @@ def prune(bed: Testbed, rows: torch.Tensor, kept: Mapping[tuple[int, Matrix], in
             mask = select(weight.abs() * found.gram.diagonal().sqrt(), kept[index, matrix], "row", 0)
             weight.masked_fill_(~refine(weight, mask, found), 0)
         model.advance(model.block(index, tensors), index, stream)
-        blocks[index] = tensors
-    return blocks
+        yield index, tensors

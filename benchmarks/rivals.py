@@ -167,7 +167,7 @@ class Fresh(Lab):
 
 
 def one(bed: Testbed, cell: Cell, out: Path) -> dict[str, Any]:
-    """Prune as the cell says, in this process: its cost; the blocks go to a file."""
+    """Prune as the cell says, in this process: its cost; the blocks go to a directory."""
     settings = cell.prune()
     lab = Fresh(bed).calibrated(cell.calibration(bed))
     bed.stream()
@@ -177,9 +177,10 @@ def one(bed: Testbed, cell: Cell, out: Path) -> dict[str, Any]:
     if cell.method == "dsnot":
         blocks = dsnot.prune(bed, torch.cat(list(lab.rows.values())), bed.uniform(settings.selection.sparsity))
     else:
-        blocks = {index: block.tensors for index, block in lab.prune(settings)[0].items()}
+        blocks = ((index, block.tensors) for index, block in lab.blocks(settings, lab.allocated(settings)[0]))
+    for index, tensors in blocks:  # each is written as it comes, as stage prune does
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / f"{index}.safetensors")
     cost = {"wall_s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu, "peak_rss_bytes": resident("VmHWM") - before}
-    save_file({f"{index}/{name}": tensor.contiguous() for index, tensors in blocks.items() for name, tensor in tensors.items()}, out)
     return cost | {"threads": torch.get_num_threads()}
 
 
@@ -196,7 +197,8 @@ def called(*command: str | Path) -> dict[str, Any]:
 def pruned(bed: Testbed, cell: Cell) -> tuple[dict[int, dict[str, torch.Tensor]], dict[str, Any]]:
     """The blocks that a cell's method leaves, and its cost, from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "pruned.safetensors"
+        out = Path(folder) / "pruned"
+        out.mkdir()
         if cell.method in LLMCOMPRESSOR:
             if not Path(PYTHON).exists():
                 raise click.ClickException(
@@ -205,16 +207,20 @@ def pruned(bed: Testbed, cell: Cell) -> tuple[dict[int, dict[str, torch.Tensor]]
             rows, (sparsity, pattern) = Path(folder) / "rows.safetensors", PATTERNS[cell.pattern]
             save_file({"rows": torch.cat(list(cell.calibration(bed).values()))}, rows)
             script = HERE / "llm_compressor.py"
-            cost = called(PYTHON, script, bed.root / bed.name, rows, LLMCOMPRESSOR[cell.method], str(sparsity), pattern, out)
+            cost = called(
+                PYTHON, script, bed.root / bed.name, rows, LLMCOMPRESSOR[cell.method], str(sparsity), pattern, out / "all.safetensors"
+            )
             prefixes = {bed.checkpoint.block_prefix(index): index for index in range(bed.checkpoint.architecture.depth)}
-            named = {(p, name.removeprefix(p)): tensor for name, tensor in load_file(out).items() for p in prefixes if name.startswith(p)}
+            named = {
+                (p, name.removeprefix(p)): tensor
+                for name, tensor in load_file(out / "all.safetensors").items()
+                for p in prefixes
+                if name.startswith(p)
+            }
             blocks = {i: bed.checkpoint.block(i) | {name: t for (q, name), t in named.items() if q == p} for p, i in prefixes.items()}
         else:
             cost = called(sys.executable, "-m", "benchmarks.rivals", "one", *map(str, astuple(cell)), bed.root, out)
-            blocks = {}
-            for name, tensor in load_file(out).items():
-                index, _, inner = name.partition("/")
-                blocks.setdefault(int(index), {})[inner] = tensor
+            blocks = {int(file.stem): load_file(file) for file in out.iterdir()}
     return blocks, {key: round(value, 3) if isinstance(value, float) else value for key, value in cost.items()}
 
 
@@ -263,7 +269,7 @@ def agreement(records: list[Record]) -> str:
     for method, own in LLMCOMPRESSOR.items():
         line = []
         for testbed, pattern in ((t, p) for t in NAMES for p in JUDGED):
-            pairs = [(known.get((testbed, pattern, name, seed, "test")) for name in (method, own)) for seed in range(3)]
+            pairs = [tuple(known.get((testbed, pattern, name, seed, "test")) for name in (method, own)) for seed in range(3)]
             apart = [100 * (log(a["ppl"]) / log(b["ppl"]) - 1) for a, b in pairs if a and b]
             line.append(f"{stats.mean(apart):+.2f}%" if apart else "")
         lines.append(f"| {method} | {' | '.join(line)} |")

@@ -26,6 +26,7 @@ from pipeline_lib.allocation.budget import Unit
 from pipeline_lib.allocation.curves import CurvesParams, measure
 from pipeline_lib.allocation.plan import NEEDS, plan
 from pipeline_lib.artifacts import block_file, read_tensors, write_json
+from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.pruning.layerwise import PrunedBlock
 from pipeline_lib.pruning.prune import PruneParams, prune
 from pipeline_lib.pruning.scores import Curvature, Score
@@ -166,20 +167,27 @@ class Lab(Bench):
             found |= {f"{where}.{label}": entries[f"{where}.{label}"] | facts for label, facts in block.items()}
         return found
 
-    def prune(self, settings: PruneParams) -> tuple[dict[int, PrunedBlock], float]:
-        """The pruned blocks, and the wall seconds of all that they took."""
+    def allocated(self, settings: PruneParams) -> tuple[dict[tuple[int, Matrix], int], float]:
+        """Kept counts, and the wall seconds of all that they took."""
         entries, seconds = self.measured(settings)
-        started = time.perf_counter()
         entry, pattern = self.bed.checkpoint.architecture, settings.selection.shape
         places = [(index, matrix) for index in range(entry.depth) for matrix in entry.matrices]
         units = []
         for index, matrix in places:
             name, shape = entry.matrix_name(index, matrix), self.bed.checkpoint.matrix_shape(index, matrix)
             units.append(Unit(name, index, shape[0] * shape[1], pattern.quantum(name, shape)))
-        kept = dict(zip(places, plan(units, settings.selection.sparsity, settings.allocation, entries), strict=True))
-        transforms = [Transform()] * entry.depth
-        blocks = dict(prune(self.bed.stream(), self.rows["fit"], self.rows["held_out"], kept, transforms, settings, lambda _: None))
-        return blocks, seconds + time.perf_counter() - started
+        return dict(zip(places, plan(units, settings.selection.sparsity, settings.allocation, entries), strict=True)), seconds
+
+    def blocks(self, settings: PruneParams, kept: dict[tuple[int, Matrix], int]) -> Iterator[tuple[int, PrunedBlock]]:
+        """The pruned blocks, one after the other."""
+        transforms = [Transform()] * self.bed.checkpoint.architecture.depth
+        return prune(self.bed.stream(), self.rows["fit"], self.rows["held_out"], kept, transforms, settings, lambda _: None)
+
+    def prune(self, settings: PruneParams) -> tuple[dict[int, PrunedBlock], float]:
+        """The pruned blocks, and the wall seconds of all that they took."""
+        kept, seconds = self.allocated(settings)
+        started = time.perf_counter()
+        return dict(self.blocks(settings, kept)), seconds + time.perf_counter() - started
 
     def cell(self, cell: Cell) -> list[dict[str, Any]]:
         self.at(cell.seed)
