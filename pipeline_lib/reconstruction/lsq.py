@@ -109,7 +109,7 @@ def spectrum(hessian: torch.Tensor) -> Spectrum:
     """Of H [C, C], by way of float64: small eigenvalues are what a support is chosen by, and float32 loses them beside large ones."""
     diagonal = hessian.diagonal().double()
     scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
-    values, vectors = torch.linalg.eigh(hessian.double().div_(scale[:, None]).div_(scale))  # in place: float64 is large
+    values, vectors = torch.linalg.eigh(hessian.to(torch.float64, copy=True).div_(scale[:, None]).div_(scale))  # in place: float64 is large
     return Spectrum(scale.to(hessian.dtype), values.clamp_min(0).to(hessian.dtype), vectors.to(hessian.dtype))
 
 
