@@ -400,6 +400,7 @@ def test_every_figure_is_there_and_is_xml(rendered: Report) -> None:
     expected = [
         "perplexity",
         "accuracy",
+        "sizes",
         "sparsity-full",
         "sensitivity",
         "scores-full",
