@@ -19,34 +19,47 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def recipe(score: str, allocation: dict[str, Any], steps: list[str], induced: bool = False) -> dict[str, Any]:
-    """A candidate for `sparseline`: one variant; ``{name}`` in its artifacts is the variant's own."""
+def recipe(score: str, allocation: dict[str, Any], reconstruction: dict[str, Any], induced: bool = False) -> dict[str, Any]:
+    """A candidate for a preset: one variant; ``{name}`` in its artifacts is the variant's own."""
     return {
         "factors": "induce/{name}/transform.safetensors" if induced else "prepare/identity.safetensors",
         "sensitivity": "curves/{name}.json" if allocation["method"] == "predicted" else "sensitivity/sensitivity.json",
         "selection": {"score": score, "group": "block"},
         "allocation": allocation,
-        "reconstruction": {"steps": steps},
+        "reconstruction": reconstruction,
     }
 
 
 UNIFORM = {"method": "uniform"}
 RANKED = {"method": "weight", "alpha": 0.15}
 PREDICTED = {"method": "predicted", "alpha": 0.2}
+SWEEP = {"steps": ["obs"]}
+CHANNEL = {"steps": ["obs", "channel"]}
+CLOSED = {"steps": ["obs", "lsq"], "lsq": {"mask_iterations": 300}}
+FITTED = {
+    "steps": ["obs", "lsq", "block"],
+    "collect": "site",
+    "towards_dense": 0.5,
+    "lsq": {"mask_iterations": 300},
+    "block": {"rate": 0.01, "bias_rate": 0.002, "refresh_epochs": 2},
+}
 RECIPES = {
-    "obs": recipe("obs", UNIFORM, ["obs"]),
-    "obs-induced": recipe("obs", UNIFORM, ["obs"], induced=True),
-    "obs-channel": recipe("obs", UNIFORM, ["obs", "channel"]),
-    "obs-ranked": recipe("obs", RANKED, ["obs"]),
-    "isc-ranked": recipe("isc", RANKED, ["obs"]),
-    "obs-predicted": recipe("obs", PREDICTED, ["obs"]),
-    "isc-predicted": recipe("isc", PREDICTED, ["obs"]),
-    "obs-ranked-channel": recipe("obs", RANKED, ["obs", "channel"]),
-    "isc-ranked-channel": recipe("isc", RANKED, ["obs", "channel"]),
-    "obs-predicted-channel": recipe("obs", PREDICTED, ["obs", "channel"]),
-    "isc-predicted-channel": recipe("isc", PREDICTED, ["obs", "channel"]),
-    "obs-predicted-channel-induced": recipe("obs", PREDICTED, ["obs", "channel"], induced=True),
-    "isc-predicted-channel-induced": recipe("isc", PREDICTED, ["obs", "channel"], induced=True),
+    "obs": recipe("obs", UNIFORM, SWEEP),
+    "obs-induced": recipe("obs", UNIFORM, SWEEP, induced=True),
+    "obs-channel-induced": recipe("obs", UNIFORM, CHANNEL, induced=True),
+    "obs-ranked": recipe("obs", RANKED, SWEEP),
+    "isc-ranked": recipe("isc", RANKED, SWEEP),
+    "obs-predicted": recipe("obs", PREDICTED, SWEEP),
+    "isc-predicted-channel-induced": recipe("isc", PREDICTED, CHANNEL, induced=True),
+    "closed": recipe("obs", UNIFORM, CLOSED),
+    "closed-ranked": recipe("obs", RANKED, CLOSED),  # fast
+    "closed-predicted": recipe("obs", PREDICTED, CLOSED),
+    "closed-ranked-induced": recipe("obs", RANKED, CLOSED, induced=True),
+    "fitted": recipe("obs", UNIFORM, FITTED),
+    "fitted-ranked": recipe("obs", RANKED, FITTED),
+    "fitted-predicted": recipe("obs", PREDICTED, FITTED),  # best
+    "fitted-predicted-isc": recipe("isc", PREDICTED, FITTED),
+    "fitted-predicted-induced": recipe("obs", PREDICTED, FITTED, induced=True),
 }
 
 

@@ -217,11 +217,7 @@ def block(width: int, inner: int, only: str | None, model: Path | None) -> None:
         click.echo(json.dumps(_large_block(model, only)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        heads = width // 128 or 1
-        sizes = {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": heads}
-        config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=512, max_position_embeddings=LENGTH, tie_word_embeddings=True)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        large_block(Path(folder), width, inner)
         results = recorded(BLOCK)
         for method in missing(results):
             call = [sys.executable, "-m", "benchmarks.reconstruction", "block", "--only", method, "--model", folder]
@@ -229,6 +225,15 @@ def block(width: int, inner: int, only: str | None, model: Path | None) -> None:
             click.echo(told)
             results.append(json.loads(told))
             write_json(BLOCK, results)
+
+
+def large_block(folder: Path, width: int, inner: int) -> None:
+    """Save a random Llama of one block."""
+    torch.manual_seed(0)
+    heads = width // 128 or 1
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": heads}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=512, max_position_embeddings=LENGTH, tie_word_embeddings=True)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def missing(results: list[Record]) -> list[str]:

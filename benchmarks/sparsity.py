@@ -108,18 +108,18 @@ def cells() -> Iterator[Cell]:
                 yield from (Cell(testbed, pattern, 0.5, allocation, score, 0) for allocation in ("uniform", "weight", *FREE))
 
 
-def sensitivities(bed: Testbed, rows: torch.Tensor) -> tuple[Entries, list[dict[str, torch.Tensor]]]:
-    """What stage sensitivity gives: per matrix name its entry; per block the output moments by label."""
+def sensitivities(bed: Testbed, rows: torch.Tensor, with_moments: bool = True) -> tuple[Entries, list[dict[str, torch.Tensor]]]:
+    """What stage sensitivity gives: per matrix name its entry; per block the output moments by label, if asked for."""
     entry, settings = bed.checkpoint.architecture, params.load(SensitivityParams, "sensitivity")
     matrices = {index: {entry.matrix_name(index, matrix): matrix for matrix in entry.matrices} for index in range(entry.depth)}
     subject = Subject(bed.stream(), rows, matrices)
     with tempfile.TemporaryDirectory() as folder:
-        moments = OutputMoments(Path(folder), full=True)
+        moments = OutputMoments(Path(folder), full=True) if with_moments else None
         groups = estimates(
             lambda probes: fisher.samples(subject, settings, probes, moments), settings.probes, settings.probes_per_pass, settings.agreement
         )
         summary = list(groups)[-1].summary()
-        found = [read_tensors(block_file(Path(folder), index))[0] for index in range(entry.depth)]
+        found = [read_tensors(block_file(Path(folder), index))[0] for index in range(entry.depth)] if with_moments else []
     places = {name: {"block": index, "kind": m.kind} for index, named in matrices.items() for name, m in named.items()}
     return {name: {**values, **places[name]} for name, values in summary.items()}, found
 
@@ -146,8 +146,10 @@ class Lab(Bench):
         """What the allocation reads, and the seconds that it took."""
         if settings.allocation.method not in NEEDS:
             return {}, 0.0
-        (entries, moments), seconds = self.once("sensitivities", lambda: sensitivities(self.bed, torch.cat(list(self.rows.values()))))
-        if NEEDS[settings.allocation.method][0] == "sensitivity":
+        plain = NEEDS[settings.allocation.method][0] == "sensitivity"
+        rows = torch.cat(list(self.rows.values()))
+        (entries, moments), seconds = self.once(("sensitivities", plain), lambda: sensitivities(self.bed, rows, not plain))
+        if plain:
             return entries, seconds
         selection = settings.selection
         curves, more = self.once((selection.score, selection.pattern), lambda: self.curves(settings, entries, moments))

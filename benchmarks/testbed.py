@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from pipeline_lib import params, products
 from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.rows import encode, rows_of, split
-from pipeline_lib.calibration.texts import TextParams
+from pipeline_lib.calibration.texts import TextParams, read_texts
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
@@ -30,8 +31,9 @@ from pipeline_lib.runtime import generator
 
 ROOT = Path(os.environ.get("SPARSELINE_TESTBED", Path(__file__).parent.parent.parent / "shared" / "testbed"))
 NAMES = ("llama", "opt")
-TEXTS = {"calibration": "mix.calib", "validation": "mix.valid", "test": "mix.test", "wikitext2": "wikitext2.test"}
-ROWS = {"calibration": 128, "validation": 128, "test": 256, "wikitext2": 256}
+CODE = "python code"  # the shipped calibration text: modules of the standard library
+TEXTS = {"code": CODE, "calibration": "mix.calib", "validation": "mix.valid", "test": "mix.test", "wikitext2": "wikitext2.test"}
+ROWS = {"code": 128, "calibration": 128, "validation": 128, "test": 256, "wikitext2": 256}
 LENGTH = 256
 
 
@@ -45,6 +47,7 @@ class Testbed:
     def __post_init__(self) -> None:
         if not ROOT.exists():
             raise click.ClickException(f"no testbeds at {ROOT}; set SPARSELINE_TESTBED to a directory with llama, opt and texts.")
+        products.choose()  # as every stage does
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint:
@@ -58,11 +61,11 @@ class Testbed:
     def stream(self) -> BlockModel:
         return BlockModel(self.checkpoint, torch.float32, torch.device("cpu"))
 
-    def rows(self, text: str, seed: int | None = None) -> torch.Tensor:
-        """Token rows [N, 256]."""
+    def rows(self, text: str, seed: int | None = None, count: int | None = None) -> torch.Tensor:
+        """Token rows [N, 256]; as many as the protocol says, or ``count``."""
         documents = _documents(TEXTS[text])
-        params = TextParams.model_construct(path=TEXTS[text], packing="concatenate", rows=ROWS[text], length=LENGTH, seed=seed)
-        return rows_of(encode(load_tokenizer(ROOT / self.name, self.checkpoint.config.vocab_size), documents, chat_template=False), params)
+        cut = TextParams.model_construct(path=TEXTS[text], packing="concatenate", rows=count or ROWS[text], length=LENGTH, seed=seed)
+        return rows_of(encode(load_tokenizer(ROOT / self.name, self.checkpoint.config.vocab_size), documents, chat_template=False), cut)
 
     def calibration(self, seed: int) -> dict[str, torch.Tensor]:
         """``fit`` and ``held_out`` rows."""
@@ -113,5 +116,7 @@ def scrambled(bed: Testbed, root: Path, seed: int, spread: float = 1.0) -> Testb
 
 @functools.cache
 def _documents(name: str) -> list[str]:
+    if name == CODE:
+        return [str(document) for document in read_texts(params.load(TextParams, "texts.calibration")).documents]
     text = (ROOT / "texts" / f"{name}.txt").read_text(encoding="utf-8")
     return [document.strip("\n") for document in text.split("<|doc|>\n") if document.strip()]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline_lib.calibration.statistics import SiteStatistics, refresh
+from pipeline_lib.calibration.statistics import Moments
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.models.folding import site_factor
@@ -45,7 +45,7 @@ class PrunedBlock:
 def prune_matrices(
     architecture: Architecture,
     tensors: Mapping[str, torch.Tensor],
-    statistics: Mapping[str, SiteStatistics],
+    moments: Mapping[str, Moments],
     kept: Mapping[Matrix, int],
     transform: Transform,
     selection: SelectionParams,
@@ -56,12 +56,12 @@ def prune_matrices(
 
     Args:
         tensors: the folded block in float32.
-        statistics: of the pruned stream through the folded block, collected before any of its matrices is pruned.
+        moments: of the pruned stream through the folded block, collected before any of its matrices is pruned.
         kept: how many weights each included matrix keeps.
     """
     result = PrunedBlock(dict(tensors), {}, {"matrices": {}})
     for site in architecture.sites:
-        prune_site(result, architecture, site.name, statistics[site.name], kept, transform, selection, layerwise, where)
+        prune_site(result, architecture, site.name, moments[site.name], kept, transform, selection, layerwise, where)
     return result
 
 
@@ -69,7 +69,7 @@ def prune_site(
     block: PrunedBlock,
     architecture: Architecture,
     site: str,
-    statistics: SiteStatistics,
+    moments: Moments,
     kept: Mapping[Matrix, int],
     transform: Transform,
     selection: SelectionParams,
@@ -79,7 +79,10 @@ def prune_site(
     """Choose the masks of the matrices that share a site, compensate as asked, and put both into ``block``. They share one factorisation.
 
     Args:
-        statistics: of the site's inputs in the pruned stream, folded; with ``cross`` where the compensation aims towards the dense stream.
+        moments: of the site's inputs in the pruned stream, folded; with ``cross`` where the compensation aims towards the dense stream.
+
+    Raises:
+        ValueError: ``cross`` is wanted, and not there.
     """
     weights = {m: m.view(block.tensors[m.parameter]) for m in architecture.consumers(site) if m in kept}
     if not weights:
@@ -88,8 +91,8 @@ def prune_site(
     factor = site_factor(architecture, site, transform.factors)
     if shift is not None and factor is not None:
         shift = shift * factor.to(shift.device)
-    centred = statistics if shift is None else refresh(statistics, None, shift)
-    gram = centred.second_moment_matrix
+    centred = moments if shift is None else moments.shifted(shift)
+    gram = centred.gram
     importance = transform.importance.get(site)
     emphasis = 1 if importance is None else importance.square()
 
@@ -105,7 +108,9 @@ def prune_site(
     spectrum = lsq.spectrum(hessian) if refit and refit.mask_iterations else None
     for matrix, weight in weights.items():
         target = weight
-        if layerwise.towards_dense and centred.cross is not None:
+        if layerwise.towards_dense:
+            if centred.cross is None:
+                raise ValueError("what aims towards the dense stream wants the cross moment with its inputs")
             target = aim(weight, gram, centred.cross, factorisation, layerwise.towards_dense)
         new, mask = prune_matrix(target, factorisation, kept[matrix], selection, layerwise.compensate, importance)
         if int(mask.sum()) != kept[matrix]:

@@ -78,4 +78,6 @@ class LayerwiseParams(StepsParams):
     def _aims_site_by_site(self) -> Any:
         if self.towards_dense and self.collect != "site":
             raise ValueError("towards_dense wants collect: site, or each matrix would mend what those before it have mended already")
+        if self.towards_dense and not {"obs", "lsq"} & set(self.steps):
+            raise ValueError("towards_dense wants obs or lsq among the steps: without them no weight changes, and there is nothing to aim")
         return self
