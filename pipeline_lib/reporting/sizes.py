@@ -51,4 +51,7 @@ def explanation(results: Results) -> str:
 
 
 def size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+    value, unit = next(
+        (count / scale, unit) for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if count >= scale or scale == 1
+    )
+    return f"{value:.2f} {unit}"
