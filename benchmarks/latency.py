@@ -5,6 +5,7 @@ On a CUDA GPU, at LLaMA-7B layer shapes in float16: prefill of 2048 tokens and d
 a dense matrix, with the same matrix full of zeros, and through torch's CSR; and loading a bitmask checkpoint against loading a dense one.
 
 Arms take turns in every repetition, so that a slow moment hits all of them; times are medians, ratios are dense over sparse: above 1 is faster.
+On the CPU one thread runs and its own seconds count, so that what else the machine does matters less.
 """
 
 import platform
@@ -43,15 +44,17 @@ Arm = Callable[[], Any]
 def medians(arms: dict[str, Arm], repetitions: int, inner: int, device: torch.device) -> dict[str, float]:
     """Arm -> median seconds of one call, ``inner`` calls timed together; a first round of all warms up."""
 
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+
     def seconds(arm: Arm) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        started = time.perf_counter()
+        started = clock()
         for _ in range(inner):
             arm()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return (time.perf_counter() - started) / inner
+        return (clock() - started) / inner
 
     for arm in arms.values():
         seconds(arm)
@@ -190,9 +193,11 @@ def loading(repetitions: int) -> dict[str, Any]:
 @click.option("--repetitions", default=5, help="Rounds of which medians are taken.")
 def main(repetitions: int) -> None:
     gpu = torch.cuda.is_available()
+    if not gpu:
+        torch.set_num_threads(1)
     result: dict[str, Any] = {
         "commit": commit(),
-        "device": torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if gpu else f"CPU ({platform.machine()}), one thread",
         "torch": torch.__version__,
         "repetitions": repetitions,
         "paper": PAPER,
