@@ -142,7 +142,7 @@ def test_weights_that_are_no_codes_are_refused() -> None:
     tensor, groups = groups_of(torch.randn(4, 256).bfloat16(), Rounding(4, 128))
     tensor[1, 1] *= 1.01
     with pytest.raises(ValueError, match="not their scales times whole codes"):
-        encode(tensor, plan(tensor, groups), groups)
+        groups.codes(tensor)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from pipeline_lib.artifacts import replacing, sha256
-from pipeline_lib.errors import SparselineError
 from pipeline_lib.export import load, manifest, tensorfile
 from pipeline_lib.export.bits import words
 from pipeline_lib.export.encoding import PARTS, Plan, encode
@@ -53,10 +52,7 @@ def _shard(path: Path, plans: Mapping[str, Plan], pruned: Checkpoint, quantisati
     tensors = {name: dict(plan.facts) | {"sha256": "0" * 64} for name, plan in plans.items()}
     with tensorfile.writing(path, blobs, _metadata(tensors)) as writer:
         for name, tensor in one_by_one(pruned, list(plans)):
-            try:
-                parts = encode(tensor, plans[name], quantisation.of(name))
-            except ValueError as error:
-                raise SparselineError(f"{pruned.path}: {name}: {error}; prune the variant again, and change none of its files.") from error
+            parts = encode(tensor, plans[name], quantisation.of(name))
             for part, encoded in parts.items():
                 writer.write(name + part, encoded)
             tensors[name]["sha256"] = tensorfile.digest(parts[part] for part in PARTS if part in parts)

@@ -24,7 +24,7 @@ def export(source: Checkpoint, prune: Path, out: Path, settings: ExportParams, p
         out: a directory with one folder per format, and semi_structured.json for a 2:4 pattern.
 
     Raises:
-        SparselineError: a format cannot express the variant; a 2:4 variant is not exactly 2:4.
+        SparselineError: a format cannot express the variant; it is not what its masks and codes say.
     """
     pruned = open_checkpoint(prune / "checkpoint")
     quantisation = Quantisation(prune / "quantization", pruned)

@@ -36,12 +36,18 @@ class Groups:
             yield inputs, scale[:, group : group + 1], middle[:, group : group + 1].to(scale.dtype)
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
-        """Nearest codes (uint8) of weights, both in the parameter's orientation; exact where the weights are dequantised codes."""
+        """The codes (uint8) of weights, both in the parameter's orientation.
+
+        Raises:
+            ValueError: the weights are not what any codes give.
+        """
         codes = torch.empty(weight.shape, dtype=torch.uint8)
         target, source = self.logical(codes), self.logical(weight)
         for inputs, scale, zero in self.spans(source.shape[1]):
             steps = torch.where(scale == 0, 0, source[:, inputs].to(scale.dtype) / scale)
             target[:, inputs] = (steps.round() + zero).clamp(0, 2**self.bits - 1).to(torch.uint8)
+        if not torch.equal(self.weights(codes), weight):
+            raise ValueError("weights are not their scales times whole codes")
         return codes
 
     def weights(self, codes: torch.Tensor) -> torch.Tensor:
@@ -93,13 +99,8 @@ class Quantisation:
         for parameter, matrices in by_parameter.items():
             if any(f"{matrix.label}.scale" not in tensors or matrix.expert is not None for matrix in matrices):
                 continue
-            shapes = [self._checkpoint.matrix_shape(block, matrix) for matrix in matrices]
-            whole = sum(rows for rows, _ in shapes) * shapes[0][1]
-            stored = self._checkpoint.shapes[self._checkpoint.block_prefix(block) + parameter]
-            if whole != stored[0] * stored[1]:
-                continue
-            group = facts["group"]
-            size = shapes[0][1] if group in (None, "row") else int(group)
+            columns = self._checkpoint.matrix_shape(block, matrices[0])[1]
+            size = columns if facts["group"] in (None, "row") else int(facts["group"])
             scale = torch.cat([tensors[f"{matrix.label}.scale"] for matrix in matrices])
             zero = None if facts["symmetric"] else torch.cat([tensors[f"{matrix.label}.zero_point"] for matrix in matrices])
             kept = scale.to(self._checkpoint.dtype)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline_lib.errors import SparselineError
 from pipeline_lib.export.encoding import Plan, plan
 from pipeline_lib.export.groups import Quantisation
 from pipeline_lib.export.masks import Masks
@@ -29,7 +30,7 @@ def survey(pruned: Checkpoint, masks: Masks, quantisation: Quantisation, pattern
     """Name -> entry, for all of the checkpoint; one tensor in memory at a time.
 
     Raises:
-        SparselineError: a 2:4 variant is not exactly 2:4.
+        SparselineError: a 2:4 variant is not exactly 2:4, or a quantised one not exactly its codes.
     """
     transposed = {matrix.parameter for matrix in pruned.architecture.matrices if matrix.transposed}
     found = {}
@@ -39,6 +40,11 @@ def survey(pruned: Checkpoint, masks: Masks, quantisation: Quantisation, pattern
         if mask is not None and pattern == "2:4":
             judged = verdict(name, tensor, mask, any(name.endswith(f".{parameter}") for parameter in transposed))
         bits = tensor.element_size() * 8 if groups is None else groups.bits
+        if groups is not None:
+            try:
+                groups.codes(tensor)
+            except ValueError as error:
+                raise SparselineError(f"{pruned.path}: {name}: {error}; prune the variant again, and change none of its files.") from error
         weights = Weights(tensor.numel(), int(torch.count_nonzero(tensor)), bits)
         found[name] = Entry(blob(tensor), plan(tensor, groups), weights, mask is not None, judged)
     return found
