@@ -113,6 +113,7 @@ def test_dense_is_weighed_without_being_written(tmp_path: Path) -> None:
 # compressed-tensors
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("family", ["llama", "opt", "phi3", "gemma", "gpt_neox"])
 @pytest.mark.parametrize("rounding", [Rounding(4, 16), Rounding(4, 16, False), Rounding(4, None), Rounding(8, 16)], ids=str)
 def test_transformers_loads_what_was_in_memory(tmp_path: Path, family: str, rounding: Rounding) -> None:
