@@ -431,9 +431,10 @@ def test_tables_of_the_markdown_are_whole(rendered: Report) -> None:
 
 def test_without_induction_sensitivity_and_fit(build: Path) -> None:
     """Each section says in a sentence why it has no figure."""
-    report = render(collect(build, ("plain", "base")))
+    report = render(collect(build, ("plain", "base"), exported=()))
     assert list(report.figures) == ["perplexity.svg", "accuracy.svg", "layer-error.svg"]
     for sentence in (
+        "No variant is exported",
         "No variant has an induce stage",
         "No variant uses sensitivities",
         "No variant has the step <code>channel</code> or <code>block</code>",
@@ -515,6 +516,7 @@ texts:
   calibration: {use: calibrate, rows: 4, length: 16}
   validation: {use: evaluate, rows: 8, length: 32}
   test: {use: evaluate, rows: 16, length: 32}
+exported: {base: {}, full: {}}
 """
 
 
