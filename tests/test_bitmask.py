@@ -8,6 +8,7 @@ import json
 import math
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,20 @@ def test_the_model_is_the_dense_one(case: tuple[Path, Path]) -> None:
     with torch.no_grad():
         assert torch.equal(model(rows).logits, oracle(rows).logits)
     assert model.generation_config.to_dict() == oracle.generation_config.to_dict()
+
+
+def test_the_model_is_there_once(case: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading keeps the tensors that were decoded: nothing is copied. Oracle: their addresses."""
+    decoded: set[int] = set()
+    original = load.tensors
+
+    def noted(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in original(path):
+            decoded.add(tensor.data_ptr())
+            yield name, tensor
+
+    monkeypatch.setattr(load, "tensors", noted)
+    assert {parameter.data_ptr() for parameter in load.load_model(case[1] / "bitmask").parameters()} == decoded
 
 
 def test_dense_is_cut_like_the_source(case: tuple[Path, Path]) -> None:
