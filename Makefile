@@ -8,7 +8,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
 .PHONY: run test check format plan deps environment clean
-.PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-rivals rivals-environment bench-refresh bench-verify
+.PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-rivals rivals-environment bench-refresh bench-latency bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
 	dvc repro
@@ -64,6 +64,9 @@ bench-rivals: environment  ## testbeds: our presets and baselines against llm-co
 
 bench-refresh: environment  ## fast Hessian update against recomputing, at LLaMA-7B layer shapes (about 15 minutes)
 	python -m benchmarks.refresh
+
+bench-latency: environment  ## what sparsity does to speed: dense against 2:4 on a GPU, or what zeros are worth on this CPU
+	python -m benchmarks.latency
 
 bench-verify: environment  ## recompute three random cells each of induction.json, sparsity.json, reconstruction.json and rivals.json
 	python -m benchmarks.induction verify

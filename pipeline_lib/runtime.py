@@ -63,13 +63,23 @@ def check_environment(path: Path = ENVIRONMENT) -> None:
 
 
 @contextmanager
+def told() -> Iterator[None]:
+    """A SparselineError in the body is told in one sentence, with exit code 2."""
+    try:
+        yield
+    except SparselineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
 def stage(cost: Path | None = None) -> Iterator[None]:
     """The body of a stage: threads set, environment checked, SparselineError told in one sentence (exit code 2), cost written.
 
     ``cost`` receives wall seconds, CPU seconds and peak memory, apart from the deterministic outputs.
     """
     started = time.monotonic()
-    try:
+    with told():
         threads = os.environ.get("SPARSELINE_THREADS", "")
         if threads:
             if not threads.isdigit() or int(threads) < 1:
@@ -78,9 +88,6 @@ def stage(cost: Path | None = None) -> Iterator[None]:
         products.choose()
         check_environment()
         yield
-    except SparselineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     if cost is not None:
         peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -6,10 +6,12 @@ from pipeline_lib import params, runtime
 from pipeline_lib.allocation.curves import CurvesParams
 from pipeline_lib.calibration.capture import CalibrateParams
 from pipeline_lib.calibration.texts import TextParams
+from pipeline_lib.errors import SparselineError
+from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.induction.induce import InduceParams
 from pipeline_lib.models.checkpoint import locate, open_checkpoint
 from pipeline_lib.models.source import ModelParams
-from pipeline_lib.planning.estimate import Work, estimate, measure_speed, pruning
+from pipeline_lib.planning.estimate import Work, estimate, exporting, measure_speed, pruning
 from pipeline_lib.pruning.prune import VariantParams
 from pipeline_lib.sensitivity.settings import SensitivityParams
 
@@ -46,6 +48,11 @@ def main() -> None:
         for name, variant in variants.items():
             steps[f"prune {name}"] = pruning(checkpoint, f"prune {name}", variant, calibration.rows, calibration.length)
         steps["evaluate"] = evaluate
+        for name in params.section("exported") or {}:
+            if name not in variants:
+                raise SparselineError(f"params.yaml: exported.{name} is no variant; name one of variants: {', '.join(variants) or 'none'}.")
+            formats = params.parse(ExportParams, params.merged("export", f"exported.{name}"), "export").formats
+            steps[f"export {name}"] = exporting(checkpoint, f"export {name}", formats, variants[name].selection.sparsity)
         speed = measure_speed(runtime.device())
         runs = dict.fromkeys(steps, 1) | {
             "induce": len(params.section("induced")),

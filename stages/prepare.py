@@ -9,6 +9,7 @@ import click
 
 from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.errors import SparselineError
+from pipeline_lib.export.sizes import Bytes, Weights, summary
 from pipeline_lib.models.checkpoint import locate, open_checkpoint
 from pipeline_lib.models.source import ModelParams
 from pipeline_lib.models.tokenizer import load_tokenizer
@@ -26,6 +27,7 @@ def main() -> None:
         load_tokenizer(directory, checkpoint.config.vocab_size)
         entry = checkpoint.architecture
         matrices: list[dict[str, Any]] = []
+        parameters: dict[str, int] = {}  # that hold an included matrix -> weights
         for block in range(entry.depth):
             for matrix in entry.matrices:
                 name = entry.matrix_name(block, matrix)
@@ -36,6 +38,9 @@ def main() -> None:
                 matrices.append(
                     {"name": name, "block": block, "label": matrix.label, "kind": matrix.kind, "shape": shape, "included": kept}
                 )
+                if kept:
+                    parameter = checkpoint.block_prefix(block) + matrix.parameter
+                    parameters[parameter] = math.prod(checkpoint.shapes[parameter])
         if not any(matrix["included"] for matrix in matrices):
             raise SparselineError("params.yaml: model.include and model.exclude leave no matrix to prune; widen include.")
         files = sorted(
@@ -54,6 +59,12 @@ def main() -> None:
         artifacts.write_json(OUT / "matrices.json", matrices)
         write_transforms(OUT / "identity.safetensors", {})
         artifacts.write_json(OUT / "unmeasured.json", {})
+        bits = 8 * checkpoint.dtype.itemsize
+        size = Bytes(
+            sum(parameters.values()) * bits // 8, sum((directory / name).stat().st_size for name in set(checkpoint.files.values()))
+        )
+        weights = [Weights(total, total, bits) for total in parameters.values()]
+        artifacts.write_json(Path("build/sizes/dense.json"), summary(weights, {"dense": size}))
         prunable = sum(math.prod(matrix["shape"]) for matrix in matrices if matrix["included"])
         click.echo(f"prepare: {entry.family}, {checkpoint.parameters:,} parameters, {prunable:,} of them prunable in {entry.depth} blocks")
 

@@ -17,7 +17,8 @@ def main() -> None:
     with runtime.stage():
         settings = params.load(ReportParams, "report")
         texts = {name: Text(text["rows"], text["length"]) for name, text in params.section("texts").items() if text["use"] == "evaluate"}
-        results = table.collect(Path("build"), settings, list(params.section("variants") or {}), texts)
+        names, exported = list(params.section("variants") or {}), list(params.section("exported") or {})
+        results = table.collect(Path("build"), settings, names, texts, exported)
         report = render(results)
         with artifacts.replacing(OUT / FIGURES) as directory:
             directory.mkdir()

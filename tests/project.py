@@ -55,6 +55,7 @@ REMOVED = object()  # in the place of a value: take the key away
 WHOLE: dict[str, Any] = {
     "induced": {"sparseline": {}},
     "curved": {"sparseline": {}},
+    "exported": {"sparseline": {}},
     "variants": {"wanda": WANDA, "sparseline": SPARSELINE},
 }  # replaced, not merged
 
@@ -87,7 +88,7 @@ def make_workspace(directory: Path, *, model: Mapping[str, Any] | None = None, *
 
     Args:
         model: arguments of ``make_model`` (``family``, ``layers``, config overrides).
-        overrides: sections of params.yaml, laid over the small ones; ``variants``, ``induced`` and ``curved`` replace theirs.
+        overrides: sections of params.yaml, laid over the small ones; ``variants``, ``induced``, ``curved`` and ``exported`` replace theirs.
     """
     for name in COPIED:
         source, copy = ROOT / name, directory / name

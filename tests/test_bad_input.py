@@ -30,7 +30,16 @@ STEPS = (
     "curves sparseline",
     "induce sparseline",
 )
-LATER = ("prune wanda", "prune sparseline", "evaluate dense", "evaluate wanda", "evaluate sparseline", "choose", "report")
+LATER = (
+    "prune wanda",
+    "prune sparseline",
+    "evaluate dense",
+    "evaluate wanda",
+    "evaluate sparseline",
+    "export sparseline",
+    "choose",
+    "report",
+)
 FIRST = "layers.0.self_attn.q_proj"  # the first logical matrix
 WEIGHTS = Path("data/model/model.safetensors")
 
@@ -291,6 +300,19 @@ PARAMETERS = [
         "induce sparseline",
         params(prune__reconstruction__steps=REMOVED, variants__sparseline__reconstruction={}),
         ("variants.sparseline.reconstruction.steps", "missing"),
+    ),
+    Mistake("a word for the export", "export sparseline", params(exported__sparseline="on"), ("exported.sparseline", "'on'", "mapping")),
+    Mistake(
+        "a format that does not exist",
+        "export sparseline",
+        params(exported__sparseline={"formats": ["gguf"]}),
+        ("export.formats", "'gguf'", "bitmask"),
+    ),
+    Mistake(
+        "compressed-tensors of a variant that is not quantised",
+        "export sparseline",
+        params(export__formats=["compressed-tensors"]),
+        ("sparseline", "not quantised", "exported.sparseline.formats"),
     ),
     Mistake("unknown variant", "prune nonsense", params(), ("variants.nonsense", "add it")),
     Mistake("unknown text", "text nonsense", params(), ("texts.nonsense", "add it")),

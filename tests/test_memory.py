@@ -1,4 +1,4 @@
-"""Calibration, sensitivity and pruning hold one or two blocks, whatever the model's depth.
+"""Calibration, sensitivity, pruning and export hold one or two blocks, whatever the model's depth.
 
 Oracle: the kernel's high-water mark of resident memory (mapped pages of the checkpoint included), reset before each stage, for 4 and
 for 16 equal blocks; and, so that the mark is known to see a whole model, the mark of one that is loaded whole.
@@ -16,7 +16,7 @@ MIB = 2**20
 WIDTH, INNER = 384, 1024
 BLOCK = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)  # bytes of a block's matrices in float32
 SHALLOW, DEEP = 4, 16
-STAGES = ("calibrate", "prune sparsegpt", "prune channel", "prune block", "prune dense")
+STAGES = ("calibrate", "prune sparsegpt", "prune channel", "prune block", "prune dense", "export sparsegpt")
 ESTIMATORS = ("fisher", "hutchinson")
 VARIANTS: dict[str, Any] = {
     "sparsegpt": WANDA | {"selection": {"score": "obs", "group": "block"}, "reconstruction": {"steps": ["obs"]}},
@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 from transformers.models.llama import modeling_llama  # loaded late, by whoever first makes a model
 from pipeline_lib.models.checkpoint import open_checkpoint
-modules = {stage: importlib.import_module("stages." + stage) for stage in ("calibrate", "sensitivity", "prune")}
+modules = {stage: importlib.import_module("stages." + stage) for stage in ("calibrate", "sensitivity", "prune", "export")}
 
 def mark(field):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
@@ -67,10 +67,10 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, int]]
     """Depth -> stage -> bytes by which the stage raised the process's memory at its peak."""
     found = {}
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_key_value_heads": 4}
+    others: dict[str, Any] = {"induced": {}, "exported": {"sparsegpt": {}}, "texts": {"calibration": {"length": 16}}}
     for depth in (SHALLOW, DEEP):
         home = tmp_path_factory.mktemp(f"depth-{depth}")
-        model = {"layers": depth, **sizes}
-        workspace = make_workspace(home / "project", model=model, induced={}, variants=VARIANTS, texts={"calibration": {"length": 16}})
+        workspace = make_workspace(home / "project", model={"layers": depth, **sizes}, variants=VARIANTS, **others)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(workspace)
             build("prepare", "text calibration")
@@ -91,6 +91,7 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, int]]
 def test_peak_memory_does_not_grow_with_depth(peaks: dict[int, dict[str, int]], stage: str) -> None:
     """Weights that are held would be twelve blocks more. Tolerance: one (measured: a quarter).
 
+    The export writes dense and bitmask, both as one file, since the source is one: the shards are not what bounds it.
     Sensitivity also keeps every block's inputs: at 2 probes of 2 rows of 16 tokens, with tangents, a thirtieth of a block each.
     """
     assert (peaks[DEEP][stage] - peaks[SHALLOW][stage]) / BLOCK < 1

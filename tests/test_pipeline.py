@@ -18,7 +18,7 @@ TEXTS = {"text@calibration", "text@validation", "text@test"}
 EVALUATIONS = {"evaluate-dense", "evaluate@wanda", "evaluate@sparseline"}
 PRUNINGS = {"prune@wanda", "prune@sparseline"}
 SUMMARIES = {"choose", "report"}
-OTHERS = {"prepare", "calibrate", "scale", "induce@sparseline", "sensitivity", "curves@sparseline"} | SUMMARIES
+OTHERS = {"prepare", "calibrate", "scale", "induce@sparseline", "sensitivity", "curves@sparseline", "export@sparseline"} | SUMMARIES
 MEASURED = {"induce@sparseline", "curves@sparseline"}  # what prunes on the way, by the variant's own selection
 ALL = TEXTS | EVALUATIONS | PRUNINGS | OTHERS
 LAYERS, WIDTH, INNER, HEADS = 2, 32, 48, 16  # HEADS: channels of all key heads
@@ -97,6 +97,7 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
     variants, blocks = ("wanda", "sparseline"), range(LAYERS)
     source = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"}
     shards = {f"model-{number:05d}-of-{LAYERS + 1:05d}.safetensors" for number in range(1, LAYERS + 2)}
+    others = source - {"model.safetensors.index.json"}
     expected = {
         *(f"prepare/{name}" for name in ("model.json", "matrices.json", "identity.safetensors", "unmeasured.json")),
         *("texts/calibrate/calibration.safetensors", "texts/evaluate/test.safetensors", "texts/evaluate/validation.safetensors"),
@@ -108,6 +109,9 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
         *(f"prune/{variant}/checkpoint/{name}" for variant in variants for name in source | shards),
         *(f"prune/{variant}/masks/block-{block:03d}.safetensors" for variant in variants for block in blocks),
         *(f"facts/{variant}.json" for variant in variants),
+        *(f"export/sparseline/dense/{name}" for name in {*others, "model.safetensors"}),
+        *(f"export/sparseline/bitmask/{name}" for name in {*others, "model.bitmask.safetensors", "bitmask.json"}),
+        *(f"sizes/{name}.json" for name in ("dense", "sparseline")),
         *(f"{kind}/{model}.json" for kind in ("evaluate", "completions") for model in ("dense", *variants)),
         *(f"costs/{re.sub('@', '-', stage)}.json" for stage in ALL - SUMMARIES),
         "choice.json",
@@ -196,6 +200,20 @@ def test_checkpoints_are_for_transformers(ran: Ran, variant: str) -> None:
             assert (path / original.name).read_bytes() == original.read_bytes(), original.name
 
 
+def test_what_is_exported_is_what_was_pruned(ran: Ran) -> None:
+    """Oracle: the pruned checkpoint. Dense is one file, as the source is; the bitmask one unpacks to the same."""
+    pruned = checkpoint(ran.project / "build" / "prune" / "sparseline" / "checkpoint")
+    out = ran.project / "build" / "export" / "sparseline"
+    dense = checkpoint(out / "dense")
+    assert dense.keys() == pruned.keys()
+    assert all(np.array_equal(dense[name], tensor) for name, tensor in pruned.items())
+    run(ran.project, "python", "-m", "stages.unpack", str(out / "bitmask"), str(ran.project.parent / "unpacked"))
+    assert (ran.project.parent / "unpacked" / "model.safetensors").read_bytes() == (out / "dense" / "model.safetensors").read_bytes()
+    sizes = read(ran.project / "build" / "sizes" / "sparseline.json")
+    assert (sizes["weights"], sizes["zeros"]) == (PRUNABLE, PRUNABLE - round(0.5 * PRUNABLE))
+    assert sizes["formats"]["bitmask"]["matrix_bytes"] == PRUNABLE // 8 + 4 * round(0.5 * PRUNABLE)  # float32
+
+
 # What reruns
 
 
@@ -213,7 +231,7 @@ def test_an_experiment_reruns_its_variant(project: Path) -> None:
     """
     commit(project)
     output = run(project, "dvc", "exp", "run", "-S", "+variants.sparseline.selection.sparsity=0.6")
-    assert executed(output) == MEASURED | {"prune@sparseline", "evaluate@sparseline"} | SUMMARIES
+    assert executed(output) == MEASURED | {f"{stage}@sparseline" for stage in ("prune", "evaluate", "export")} | SUMMARIES
     assert not restored(output)
     weights = checkpoint(project / "build" / "prune" / "sparseline" / "checkpoint")
     assert sum(np.count_nonzero(tensor) for name, tensor in weights.items() if prunable(name)) == round(0.4 * PRUNABLE)
@@ -249,6 +267,7 @@ def test_a_missing_key_is_told_before_anything_runs(project: Path, key: str) -> 
         ("model.exclude", ["*.q_proj"], {"prepare"}),
         ("texts.test.rows", 7, {"text@test"}),
         ("evaluate.completions.count", 0, EVALUATIONS),
+        ("export.formats", ["bitmask"], {"export@sparseline"}),
         ("choose.candidates", ["wanda"], {"choose"}),
         ("report.title", "Another", {"report"}),
     ],
@@ -271,7 +290,7 @@ def test_another_allocation_prunes_and_nothing_else(project: Path) -> None:
     counts = []
     for allocation in ({"method": "predicted", "alpha": 1.0, "weighting": "trace"}, {"method": "owl", "alpha": 0.2}):
         change_params(project, "variants.sparseline.allocation", allocation)
-        assert executed(run(project, "dvc", "repro")) == {"prune@sparseline", "evaluate@sparseline"} | SUMMARIES
+        assert executed(run(project, "dvc", "repro")) == {f"{stage}@sparseline" for stage in ("prune", "evaluate", "export")} | SUMMARIES
         facts = read(project / "build" / "facts" / "sparseline.json")
         assert facts["kept"] == round(0.5 * PRUNABLE)
         counts.append([matrix["kept"] for matrix in facts["matrices"].values()])

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 from project import prune_params
+from pruned import make_pruned
 from tiny import make_model
 
+from pipeline_lib.export.export import export
+from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.models.checkpoint import open_checkpoint
-from pipeline_lib.planning.estimate import Estimate, Work, estimate, pruning
+from pipeline_lib.planning.estimate import Estimate, Work, estimate, exporting, pruning
 
 WORK = Work(
     rows=8,
@@ -150,3 +153,13 @@ def test_a_pruned_checkpoint_takes_what_the_source_takes_and_a_bit_per_weight(tm
     path = make_model(tmp_path / "model", "opt", 2)
     source = (path / "model.safetensors").stat().st_size
     assert source * 0.9 < needs(path, steps).disk_bytes < source * 1.1
+
+
+def test_exported_files_take_what_was_predicted(tmp_path: Path) -> None:
+    """Oracle: what a bitmask and a dense export leave on disk; headers and other files are what is not predicted."""
+    source = open_checkpoint(make_model(tmp_path / "source", "llama", hidden_size=128, intermediate_size=512))
+    make_pruned(tmp_path / "prune", source)
+    formats = ExportParams(formats=["dense", "bitmask"])
+    export(source, tmp_path / "prune", tmp_path / "export", formats, "unstructured", "mine")
+    written = sum(path.stat().st_size for path in (tmp_path / "export").rglob("*.safetensors"))
+    assert exporting(source, "export", formats.formats, 0.5).disk_bytes == pytest.approx(written, rel=0.02)

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.reporting import content, table
+from pipeline_lib.reporting import sizes as weighed
 from pipeline_lib.reporting.render import Report, render
 from pipeline_lib.reporting.table import Completion, ReportParams, Results, Text
 from stages.report import main
@@ -94,6 +95,19 @@ def facts(name: str, depth: int) -> dict[str, Any]:
     }
 
 
+def sizes(name: str) -> dict[str, Any]:
+    """4000 weights of 16 bits in a file of 10 kB; full has half of them in nine bits each."""
+    formats = {"dense": {"matrix_bytes": 8000, "file_bytes": 10000, "bits": 16.0}}
+    if name == "full":
+        formats["bitmask"] = {"matrix_bytes": 4500, "file_bytes": 6600, "bits": 9.0}
+    return {
+        "weights": 4000,
+        "zeros": 0 if name == "dense" else 2000,
+        "theoretical_bits": 16.0 if name == "dense" else 9.0,
+        "formats": formats,
+    }
+
+
 def make(build: Path, depth: int = 3) -> Path:
     """A build folder as the stages leave it."""
 
@@ -114,6 +128,8 @@ def make(build: Path, depth: int = 3) -> Path:
         write(f"completions/{name}.json", [{"prompt": f"\nof {EVIL}", "completion": f"same then {name} {EVIL}"}])
         if name != "dense":
             write(f"facts/{name}.json", facts(name, depth))
+        if name != "plain":
+            write(f"sizes/{name}.json", sizes(name))
     write("choice.json", {"text": "validation", "chosen": "full", "perplexity": {"base": math.exp(2.5), "full": math.exp(2.125)}})
     for seconds, name in enumerate(("base", "full"), 7):
         write(f"costs/evaluate-{name}.json", {"wall_s": seconds, "cpu_s": 1, "peak_rss_bytes": 1})
@@ -125,8 +141,13 @@ def make(build: Path, depth: int = 3) -> Path:
     return build
 
 
-def collect(build: Path, names: tuple[str, ...] = ("plain", "base", "full"), baseline: str = "base") -> Results:
-    return table.collect(build, ReportParams(baseline=baseline, title="Trial"), names, TEXTS)
+def collect(
+    build: Path,
+    names: tuple[str, ...] = ("plain", "base", "full"),
+    baseline: str = "base",
+    exported: tuple[str, ...] = ("base", "full"),
+) -> Results:
+    return table.collect(build, ReportParams(baseline=baseline, title="Trial"), names, TEXTS, exported)
 
 
 @pytest.fixture
@@ -253,6 +274,8 @@ def test_only_the_named_variants_are_reported(build: Path) -> None:
         ("costs/sensitivity.json", "dvc repro sensitivity"),
         ("sensitivity/estimate.json", "dvc repro sensitivity"),
         ("prepare/model.json", "dvc repro prepare"),
+        ("sizes/dense.json", "dvc repro prepare"),
+        ("sizes/full.json", "dvc repro export@full"),
     ],
 )
 def test_a_missing_file_is_told(build: Path, name: str, mend: str) -> None:
@@ -265,6 +288,36 @@ def test_a_damaged_file_is_told(build: Path) -> None:
     (build / "facts" / "full.json").write_text("{", encoding="utf-8")
     with pytest.raises(SparselineError, match=r"full\.json cannot be read .* run `dvc repro -f prune@full`"):
         collect(build)
+
+
+# Sizes
+
+
+def test_the_size_table_by_hand(build: Path) -> None:
+    """4500 of 8000 bytes, 6600 of 10000; the variant that is not exported has no row, and perplexities are the variants' own."""
+    columns = {(column.group, column.head): column.cells for column in weighed.columns(collect(build))}
+    assert columns["", "variant"] == ("dense", "base", "full", "full")
+    assert columns["", "format"] == ("dense", "dense", "dense", "bitmask")
+    assert columns["pruned matrices", "of dense"] == ("1.000", "1.000", "1.000", "0.562")
+    assert columns["all weights", "of dense"] == ("1.000", "1.000", "1.000", "0.660")
+    assert columns["bits per weight", "stored"] == ("16.000", "16.000", "16.000", "9.000")
+    assert columns["bits per weight", "theory"] == ("16.000", "9.000", "9.000", "9.000")
+    assert columns["perplexity, test", "ppl"] == ("7.39", "20.09", "15.64", "15.64")
+
+
+def test_sizes_are_on_the_page(build: Path) -> None:
+    """With a figure where something was exported; compressed-tensors is called what it is where it was written."""
+    report = render(collect(build))
+    assert "sizes.svg" in report.figures
+    assert "no smaller than four bits" not in report.html
+    path = build / "sizes" / "full.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found["formats"]["compressed-tensors"] = {"matrix_bytes": 2062, "file_bytes": 4200, "bits": 4.125}
+    path.write_text(json.dumps(found), encoding="utf-8")
+    assert "no smaller than four bits without pruning" in render(collect(build)).html
+    assert weighed.smallest(collect(build).pruned[2]) == "compressed-tensors"
+    nothing = render(collect(build, exported=()))
+    assert "No variant is exported" in nothing.html and "sizes.svg" not in nothing.figures
 
 
 # The page
@@ -347,6 +400,7 @@ def test_every_figure_is_there_and_is_xml(rendered: Report) -> None:
     expected = [
         "perplexity",
         "accuracy",
+        "sizes",
         "sparsity-full",
         "sensitivity",
         "scores-full",
@@ -377,9 +431,10 @@ def test_tables_of_the_markdown_are_whole(rendered: Report) -> None:
 
 def test_without_induction_sensitivity_and_fit(build: Path) -> None:
     """Each section says in a sentence why it has no figure."""
-    report = render(collect(build, ("plain", "base")))
+    report = render(collect(build, ("plain", "base"), exported=()))
     assert list(report.figures) == ["perplexity.svg", "accuracy.svg", "layer-error.svg"]
     for sentence in (
+        "No variant is exported",
         "No variant has an induce stage",
         "No variant uses sensitivities",
         "No variant has the step <code>channel</code> or <code>block</code>",
@@ -461,6 +516,7 @@ texts:
   calibration: {use: calibrate, rows: 4, length: 16}
   validation: {use: evaluate, rows: 8, length: 32}
   test: {use: evaluate, rows: 16, length: 32}
+exported: {base: {}, full: {}}
 """
 
 

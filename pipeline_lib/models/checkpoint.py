@@ -175,6 +175,11 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> "PreTrainedModel":
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
+def other_files(path: Path) -> list[Path]:
+    """Config, tokenizer and chat template of a model directory: all that is copied verbatim beside new weights."""
+    return [found for pattern in FILES[1:] for found in sorted(path.glob(pattern)) if found.name != INDEX]
+
+
 def _weight_files(path: Path) -> list[str]:
     if (path / INDEX).exists():
         try:
@@ -226,10 +231,8 @@ class ShardWriter:
                     part = file.get_slice(name)
                     total += math.prod(part.get_shape()) * DTYPES[part.get_dtype()].itemsize
         write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        for pattern in FILES[1:]:
-            for path in sorted(self.source.path.glob(pattern)):
-                if path.name != INDEX:
-                    shutil.copyfile(path, self.directory / path.name)
+        for path in other_files(self.source.path):
+            shutil.copyfile(path, self.directory / path.name)
 
     @staticmethod
     def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ Symbols: n calibration tokens, P parameters of a block, B blocks, d channels of 
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -169,3 +170,16 @@ def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, l
     disk = checkpoint.parameters * (torch.finfo(checkpoint.dtype).bits // 8) + checkpoint.parameters / 8
     disk += streams if streams > params.activation_budget_bytes else 0
     return Estimate(name, LIBRARIES + outside + kept + max([selecting, *fitting]), disk, entry.depth * flops)
+
+
+def exporting(checkpoint: Checkpoint, name: str, formats: Sequence[str], sparsity: float) -> Estimate:
+    """Needs of one variant's `export`: one tensor with its mask, values and what they decode to, about 10 bytes a weight; every format's bytes.
+
+    Quantised variants need less for `bitmask` than what is said here.
+    """
+    entry, item = checkpoint.architecture, checkpoint.dtype.itemsize
+    inside = entry.depth * sum(rows * columns for rows, columns in (checkpoint.matrix_shape(0, matrix) for matrix in entry.matrices))
+    outside = (checkpoint.parameters - inside) * item
+    bytes_each = {"dense": item, "bitmask": (1 - sparsity) * item + 1 / 8, "compressed-tensors": (4 + 16 / 128) / 8}
+    largest = max(math.prod(shape) for shape in checkpoint.shapes.values())
+    return Estimate(name, LIBRARIES + 10 * largest, sum(outside + inside * bytes_each[one] for one in formats), 0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, ClassVar
 
-from pipeline_lib.reporting import plots, table
+from pipeline_lib.reporting import plots, sizes, table
 from pipeline_lib.reporting.plots import Figure
 from pipeline_lib.reporting.table import ABSENT, DENSE, Column, Results, Variant
 
@@ -110,6 +110,7 @@ def sections(results: Results) -> list[Section]:
     """Everything below the lead, in reading order."""
     return [
         Section("comparison", "Comparison", _comparison(results)),
+        Section("sizes", "Sizes", _sizes(results)),
         Section("sparsity", "Sparsity per matrix", _sparsity(results)),
         Section("sensitivity", "Sensitivity", _sensitivity(results)),
         Section("induction", "Induction", _induction(results)),
@@ -262,6 +263,16 @@ def _stages(results: Results) -> list[Column]:
         Column("", "CPU seconds", tuple(table.seconds(cost.cpu_s) for _, _, cost in rows)),
         Column("", "peak GB", tuple(f"{cost.peak_rss_bytes / 1e9:.2f}" for _, _, cost in rows)),
     ]
+
+
+# Sizes
+
+
+def _sizes(results: Results) -> list[Any]:
+    if not sizes.exported(results):
+        return [Paragraph("No variant is exported (`exported`), so there are no files to weigh.")]
+    found = [Table(sizes.columns(results)), Paragraph(sizes.explanation(results))]
+    return [*found, *(Figures([figure]) for figure in [plots.sizes(results)] if figure)]
 
 
 # Sparsity per matrix

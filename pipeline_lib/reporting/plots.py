@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator
 
+from pipeline_lib.reporting import sizes as weighed
 from pipeline_lib.reporting import table
 from pipeline_lib.reporting.table import Results, Variant
 
@@ -176,6 +177,39 @@ def accuracy(results: Results) -> Figure | None:
         svg = _svg(canvas)
     caption = "Accuracy ± one standard error of the mean; the dotted line is what guessing gives."
     return Figure("accuracy", svg, f"Task accuracy with error bars for {', '.join(names)}.", caption)
+
+
+# Sizes
+
+
+def sizes(results: Results) -> Figure | None:
+    """Perplexity over bits per weight, every variant in its smallest format: what lies lower left is better and smaller."""
+    text = results.main_text
+    found = [variant for variant in weighed.exported(results) if text in variant.perplexity]
+    if text is None or not found:
+        return None
+    with _canvas(2.6) as canvas:
+        axes = canvas.subplots()
+        for variant in found:
+            bits = variant.sizes["formats"][weighed.smallest(variant)]["bits"]
+            axes.plot(bits, variant.perplexity[text], "o", color=_hue(results, variant), markersize=5, label=variant.name)
+        if text in results.dense.perplexity:
+            axes.axhline(results.dense.perplexity[text], color=INK, linewidth=0.8, linestyle=(0, (3, 3)))
+        axes.set_xlabel("bits per weight of the pruned matrices")
+        axes.set_ylabel(f"perplexity, {text}")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda _value, _: "")
+        axes.set_xlim(0, None)
+        axes.grid()
+        canvas.legend(loc="outside right upper")
+        svg = _svg(canvas)
+    names = ", ".join(variant.name for variant in found)
+    caption = (
+        "Every variant in its smallest format; points above each other are equal in bytes. The dashed line is the dense model's perplexity."
+    )
+    return Figure("sizes", svg, f"Perplexity over bits per weight for {names}.", caption)
 
 
 # Sparsity per matrix

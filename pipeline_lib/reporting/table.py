@@ -58,7 +58,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class Variant:
-    """Everything that is known about one model; ``facts`` (build/facts) and ``costs`` are empty for the dense one."""
+    """Everything that is known about one model; ``facts`` (build/facts) and ``costs`` are empty for the dense one.
+
+    ``sizes`` (build/sizes) are empty for a variant that is not exported.
+    """
 
     name: str
     perplexity: Mapping[str, float]
@@ -66,6 +69,7 @@ class Variant:
     completions: Sequence[Completion]
     facts: Mapping[str, Any]
     costs: Mapping[str, Cost]  # of the stages that the variant needs by itself, in the graph's order
+    sizes: Mapping[str, Any]
 
     @property
     def pruned(self) -> bool:
@@ -164,14 +168,16 @@ def own_stages(name: str, factors: str, sensitivity: str) -> list[str]:
     return [*stages, f"prune-{name}"]
 
 
-def collect(build: Path, params: ReportParams, names: Sequence[str], texts: Mapping[str, Text]) -> Results:
+def collect(build: Path, params: ReportParams, names: Sequence[str], texts: Mapping[str, Text], exported: Sequence[str]) -> Results:
     """Read what the stages left below ``build`` for the dense model and the named variants; other files there are ignored.
+
+    ``exported`` are those that have sizes.
 
     Raises:
         SparselineError: a file is missing or damaged.
     """
-    variants = [_variant(build, DENSE)]
-    variants += [_variant(build, name) for name in names]
+    variants = [_variant(build, DENSE, "prepare")]
+    variants += [_variant(build, name, f"export@{name}" if name in exported else None) for name in names]
     source = _read(build / "prepare" / "model.json", "prepare")
     measured = any("sensitivity" in variant.costs for variant in variants)
     estimate = _read(build / "sensitivity" / "estimate.json", "sensitivity") if measured else {}
@@ -184,7 +190,8 @@ def _choice(build: Path) -> Choice:
     return Choice(**found, evaluation_s=sum(seconds))
 
 
-def _variant(build: Path, name: str) -> Variant:
+def _variant(build: Path, name: str, weighed: str | None) -> Variant:
+    """One variant; ``weighed`` is the stage that wrote its sizes, if there is one."""
     evaluated = _read(build / "evaluate" / f"{name}.json", f"evaluate@{name}")
     completions = _read(build / "completions" / f"{name}.json", f"evaluate@{name}")
     facts: Mapping[str, Any] = {}
@@ -194,7 +201,8 @@ def _variant(build: Path, name: str) -> Variant:
         for stage in own_stages(name, facts["settings"]["factors"], facts["settings"]["sensitivity"]):
             costs[stage] = Cost(**_read(build / "costs" / f"{stage}.json", stage.replace("-", "@", 1)))
     tasks = {task: Task(**figures) for task, figures in evaluated["tasks"].items()}
-    return Variant(name, evaluated["perplexity"], tasks, [Completion(**sample) for sample in completions], facts, costs)
+    sizes = _read(build / "sizes" / f"{name}.json", weighed) if weighed else {}
+    return Variant(name, evaluated["perplexity"], tasks, [Completion(**sample) for sample in completions], facts, costs, sizes)
 
 
 def _read(path: Path, stage: str) -> Any:

@@ -1,0 +1,100 @@
+"""How one tensor lies in a bitmask file: as it is, or a bit per weight and the stored values, or a bit per weight and codes.
+
+Whichever is smallest, and always exact: what is decoded has the same bits. docs/artifacts.md specifies the format.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline_lib.errors import SparselineError
+from pipeline_lib.export.bits import pack, packed_bytes, stored, unpack
+from pipeline_lib.export.groups import Groups
+from pipeline_lib.export.tensorfile import DTYPES, NAMES, Blob, blob
+
+VERBATIM, MASK, VALUES, CODES, SCALE, ZERO_POINT = "", ".mask", ".values", ".codes", ".scale", ".zero_point"  # behind the tensor's name
+PARTS = (VERBATIM, CODES, MASK, SCALE, VALUES, ZERO_POINT)  # in the order of their checksum
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The parts of one tensor, and what a reader has to know besides."""
+
+    parts: Mapping[str, Blob]
+    facts: Mapping[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts.values())
+
+
+def plan(tensor: torch.Tensor, groups: Groups | None = None) -> Plan:
+    """The way that takes the fewest bytes, without making its parts."""
+    kept = stored(tensor)
+    count, total = int(kept.sum()), tensor.numel()
+    facts: dict[str, Any] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
+    mask = {MASK: Blob(torch.uint8, (packed_bytes(total, 1),))}
+    ways = [Plan({VERBATIM: blob(tensor)}, {}), Plan(mask | {VALUES: Blob(tensor.dtype, (count,))}, facts)]
+    if groups is not None:
+        facts = facts | {"bits": groups.bits, "group": groups.size, "transposed": groups.transposed}
+        around = {SCALE: blob(groups.scale)}
+        if groups.zero_point is not None:
+            around[ZERO_POINT] = Blob(torch.uint8, (packed_bytes(groups.zero_point.numel(), groups.bits),))
+        if not bool((kept & (tensor == 0)).any()):  # without a mask there is only one zero
+            ways.append(Plan(around | {CODES: Blob(torch.uint8, (packed_bytes(total, groups.bits),))}, facts))
+        ways.append(Plan(around | mask | {CODES: Blob(torch.uint8, (packed_bytes(count, groups.bits),))}, facts))
+    return min(ways, key=lambda way: way.bytes)
+
+
+def encode(tensor: torch.Tensor, chosen: Plan, groups: Groups | None = None) -> dict[str, torch.Tensor]:
+    """The planned parts."""
+    if VERBATIM in chosen.parts:
+        return {VERBATIM: tensor}
+    kept = stored(tensor)
+    made = {MASK: pack(kept, 1)} if MASK in chosen.parts else {}
+    if CODES not in chosen.parts or groups is None:
+        return made | {VALUES: tensor.reshape(-1)[kept.reshape(-1)]}
+    made[SCALE] = groups.scale
+    if groups.zero_point is not None:
+        made[ZERO_POINT] = pack(groups.zero_point, groups.bits)
+    codes = groups.codes(tensor).reshape(-1)
+    return made | {CODES: pack(codes[kept.reshape(-1)] if MASK in made else codes, groups.bits)}
+
+
+def decode(parts: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor, bit for bit.
+
+    Raises:
+        SparselineError: the parts do not fit each other.
+    """
+    if VERBATIM in parts:
+        return parts[VERBATIM]
+    shape, dtype = tuple(facts["shape"]), DTYPES[facts["dtype"]]
+    total = math.prod(shape)
+    kept = unpack(parts[MASK], 1, total).view(torch.bool) if MASK in parts else torch.ones(total, dtype=torch.bool)
+    count = int(kept.sum())
+    if CODES not in parts:
+        _check(parts[VALUES].numel() == count)
+        tensor = torch.zeros(total, dtype=dtype)
+        tensor.masked_scatter_(kept, parts[VALUES])
+        return tensor.reshape(shape)
+    bits, scale = facts["bits"], parts[SCALE]
+    _check(parts[CODES].numel() == packed_bytes(count, bits))
+    zero_point = unpack(parts[ZERO_POINT], bits, scale.numel()).reshape(scale.shape) if ZERO_POINT in parts else None
+    groups = Groups(bits, facts["group"], scale, zero_point, facts["transposed"])
+    codes = torch.zeros(total, dtype=torch.uint8)
+    codes.masked_scatter_(kept, unpack(parts[CODES], bits, count))
+    tensor = groups.weights(codes.reshape(shape))
+    if MASK in parts:
+        kept = kept.reshape(shape)
+        tensor[groups.at_zero(codes.reshape(shape)) & kept] = -0.0  # 0.0 is not stored
+        tensor[~kept] = 0.0
+    return tensor
+
+
+def _check(fits: bool) -> None:
+    if not fits:
+        raise SparselineError("a bitmask file's mask and values do not fit each other: whoever wrote it did not keep to docs/artifacts.md.")

@@ -1,0 +1,61 @@
+"""Write a pruned variant in the formats asked for, and say what each takes."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline_lib.artifacts import replacing, write_json
+from pipeline_lib.export import bitmask, dense, packed
+from pipeline_lib.export.groups import Quantisation
+from pipeline_lib.export.masks import Masks
+from pipeline_lib.export.semi_structured import summary as semi_structured
+from pipeline_lib.export.settings import ExportParams
+from pipeline_lib.export.shards import one_by_one, partition
+from pipeline_lib.export.sizes import Bytes, summary
+from pipeline_lib.export.survey import survey
+from pipeline_lib.models.checkpoint import INDEX, Checkpoint, open_checkpoint, other_files
+
+
+def export(source: Checkpoint, prune: Path, out: Path, settings: ExportParams, pattern: str, variant: str) -> dict[str, Any]:
+    """What build/sizes holds of the variant.
+
+    Args:
+        source: the model that was pruned: exported files are cut where its files are.
+        prune: what the prune stage left of the variant.
+        out: a directory with one folder per format, and semi_structured.json for a 2:4 pattern.
+
+    Raises:
+        SparselineError: a format cannot express the variant; it is not what its masks and codes say.
+    """
+    pruned = open_checkpoint(prune / "checkpoint")
+    quantisation = Quantisation(prune / "quantization", pruned)
+    if "compressed-tensors" in settings.formats:
+        packed.scheme(pruned, quantisation, variant)  # refuses before anything is written
+    entries = survey(pruned, Masks(prune / "masks", pruned), quantisation, pattern)
+    shards = partition(source)
+    blobs = {file: {name: entries[name].dense for name in names} for file, names in shards.items()}
+    others, indexed = other_files(pruned.path), (source.path / INDEX).exists()
+    matrices = {name: entry for name, entry in entries.items() if entry.pruned}
+    formats = {"dense": Bytes(sum(entry.dense.bytes for entry in matrices.values()), dense.file_bytes(blobs))}
+    with replacing(out) as directory:
+        directory.mkdir()
+        if "dense" in settings.formats:
+            dense.write(directory / "dense", blobs, lambda file: one_by_one(pruned, shards[file]), others, indexed)
+        if "bitmask" in settings.formats:
+            plans = {file: {name: entries[name].bitmask for name in names} for file, names in shards.items()}
+            bitmask.write(directory / "bitmask", plans, pruned, quantisation, others, indexed)
+            formats["bitmask"] = Bytes(sum(entry.bitmask.bytes for entry in matrices.values()), _file_bytes(directory / "bitmask"))
+        if "compressed-tensors" in settings.formats:
+            folder = directory / "compressed-tensors"
+            packed.write(folder, blobs, pruned, quantisation, variant, others, indexed)
+            parts = packed.layout({name: {name: entry.dense} for name, entry in matrices.items()}, quantisation)
+            formats["compressed-tensors"] = Bytes(
+                sum(blob.bytes for found in parts.values() for blob in found.values()), _file_bytes(folder)
+            )
+        if pattern == "2:4":
+            verdicts = {name: entry.semi_structured for name, entry in matrices.items() if entry.semi_structured is not None}
+            write_json(directory / "semi_structured.json", semi_structured(verdicts))
+    return summary([entry.weights for entry in matrices.values()], formats)
+
+
+def _file_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))

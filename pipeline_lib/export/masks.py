@@ -1,0 +1,34 @@
+"""What ``prune`` decided: its masks, read one block at a time."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from pipeline_lib import artifacts
+from pipeline_lib.export.bits import unpack
+from pipeline_lib.models.checkpoint import Checkpoint
+
+
+class Masks:
+    """The folder ``masks/`` beside a pruned checkpoint."""
+
+    def __init__(self, directory: Path, checkpoint: Checkpoint) -> None:
+        self._directory = directory
+        self._inside = f"{checkpoint.prefix}{checkpoint.architecture.blocks}."
+        self._block = lru_cache(maxsize=1)(self._read)
+
+    def of(self, name: str) -> torch.Tensor | None:
+        """The mask of a stored parameter (bool, True = kept), if it was pruned."""
+        if not name.startswith(self._inside):
+            return None
+        block, _, _ = name.removeprefix(self._inside).partition(".")
+        return self._block(int(block)).get(name)
+
+    def _read(self, block: int) -> dict[str, torch.Tensor]:
+        tensors, facts = artifacts.read_tensors(artifacts.block_file(self._directory, block))
+        found = {}
+        for name, bits in tensors.items():
+            shape = torch.Size(facts["shapes"][name])
+            found[name] = unpack(bits, 1, shape.numel()).view(torch.bool).reshape(shape)
+        return found

@@ -1,0 +1,52 @@
+"""Bytes and bits per weight of what was written, beside what theory allows. Plain numbers in, JSON out."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One matrix: its weights, those that are not zero, and the bits that one of these takes."""
+
+    total: int
+    stored: int
+    bits: int
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What a format takes: the pruned matrices' tensors, and all weight files with headers."""
+
+    matrices: int
+    files: int
+
+
+def theoretical_bits(weights: Iterable[Weights]) -> float:
+    """H(p) + (1 − p) · b per weight, p each matrix's own share of zeros: no lossless code of independent zeros is shorter."""
+    bits = total = 0.0
+    for one in weights:
+        total += one.total
+        bits += one.total * entropy(one.stored / one.total) + one.stored * one.bits
+    return bits / total if total else 0.0
+
+
+def entropy(p: float) -> float:
+    """Of a coin, in bits."""
+    return -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
+
+
+def summary(weights: Iterable[Weights], formats: Mapping[str, Bytes]) -> dict[str, Any]:
+    """What build/sizes holds of one model."""
+    found = list(weights)
+    total = sum(one.total for one in found)
+    return {
+        "weights": total,
+        "zeros": total - sum(one.stored for one in found),
+        "theoretical_bits": round(theoretical_bits(found), 6),
+        "formats": {
+            name: {"matrix_bytes": one.matrices, "file_bytes": one.files, "bits": round(8 * one.matrices / total, 6) if total else 0.0}
+            for name, one in formats.items()
+        },
+    }

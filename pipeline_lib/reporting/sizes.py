@@ -1,0 +1,57 @@
+"""Bytes of the exported files beside quality, as columns and sentences."""
+
+from pipeline_lib.reporting import table
+from pipeline_lib.reporting.table import ABSENT, Column, Results, Variant
+
+MATRICES, FILES = "pruned matrices", "all weights"  # groups of columns
+PACKED = "compressed-tensors"
+
+
+def exported(results: Results) -> list[Variant]:
+    """The pruned variants that have an export stage."""
+    return [variant for variant in results.pruned if variant.sizes]
+
+
+def smallest(variant: Variant) -> str:
+    """Name of the format that takes the fewest bits per weight."""
+    return min(variant.sizes["formats"], key=lambda name: variant.sizes["formats"][name]["bits"])
+
+
+def columns(results: Results) -> list[Column]:
+    """A row for the dense model, then one per variant and format."""
+    source = results.dense.sizes["formats"]["dense"]
+    rows = [(v, name, found) for v in (results.dense, *exported(results)) for name, found in v.sizes["formats"].items()]
+    text = results.main_text
+    shown = [
+        Column("", "variant", tuple(variant.name for variant, _, _ in rows), numeric=False),
+        Column("", "format", tuple(name for _, name, _ in rows), numeric=False),
+    ]
+    for group, key in ((MATRICES, "matrix_bytes"), (FILES, "file_bytes")):
+        shown.append(Column(group, "bytes", tuple(size(found[key]) for _, _, found in rows)))
+        shown.append(Column(group, "of dense", tuple(f"{found[key] / source[key]:.3f}" for _, _, found in rows)))
+    shown.append(Column("bits per weight", "stored", tuple(f"{found['bits']:.3f}" for _, _, found in rows)))
+    shown.append(Column("bits per weight", "theory", tuple(f"{variant.sizes['theoretical_bits']:.3f}" for variant, _, _ in rows)))
+    if text is not None:
+        cells = tuple(table.perplexity(v.perplexity[text]) if text in v.perplexity else ABSENT for v, _, _ in rows)
+        shown.append(Column(table.PERPLEXITY + text, "ppl", cells))
+    return shown
+
+
+def explanation(results: Results) -> str:
+    """How to read the columns, and what the formats do not do."""
+    said = (
+        "Pruned matrices: all that a format stores for them, masks and scales included. All weights: the whole safetensors files, with embeddings, head "
+        "and headers. Theory is H(p) + (1 − p)·b bits per weight, p the share of zeros in each matrix and b the bits of a stored weight: a lossless code "
+        "of independent zeros gets no shorter; scales come on top. Perplexity is the variant's, the same in every format; rows of equal bits compare "
+        "quality at equal bytes. `dense` stores zeros like any weight, so that pruning makes it no smaller."
+    )
+    if any(PACKED in variant.sizes["formats"] for variant in exported(results)):
+        said += f" So does `{PACKED}`: it is no smaller than four bits without pruning."
+    return said
+
+
+def size(count: int) -> str:
+    value, unit = next(
+        (count / scale, unit) for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if count >= scale or scale == 1
+    )
+    return f"{value:.2f} {unit}"

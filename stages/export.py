@@ -1,0 +1,27 @@
+"""Write one variant as files that are as small as it is: dense, bitmask, compressed-tensors; and say how small."""
+
+from pathlib import Path
+
+import click
+
+from pipeline_lib import artifacts, params, runtime
+from pipeline_lib.export.export import export
+from pipeline_lib.export.settings import ExportParams
+from pipeline_lib.models.source import ModelParams, open_source
+
+
+@click.command(help=__doc__)
+@click.argument("variant")
+def main(variant: str) -> None:
+    with runtime.stage(Path(f"build/costs/export-{variant}.json")):
+        settings = params.parse(ExportParams, params.merged("export", f"exported.{variant}"), "export")
+        source = open_source(params.load(ModelParams, "model"))
+        pattern = artifacts.read_json(Path(f"build/facts/{variant}.json"))["settings"]["selection"]["pattern"]
+        sizes = export(source, Path(f"build/prune/{variant}"), Path(f"build/export/{variant}"), settings, pattern, variant)
+        artifacts.write_json(Path(f"build/sizes/{variant}.json"), sizes)
+        told = ", ".join(f"{name} {one['bits']:.2f} bits per weight" for name, one in sizes["formats"].items())
+        click.echo(f"export {variant}: {told}; in theory {sizes['theoretical_bits']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
