@@ -161,6 +161,11 @@ class Fresh(Lab):
         self.rows, self.known, self.calibrate_s = rows, {}, 0.0
         return self
 
+    def forget(self) -> None:
+        """What allocation alone needed, as stage prune never has it."""
+        self.known = {}
+        self.__dict__.pop("statistics", None)
+
     @functools.cached_property
     def statistics(self) -> Statistics:  # type: ignore[override]
         return calibrate(self.bed, self.rows)
@@ -177,7 +182,9 @@ def one(bed: Testbed, cell: Cell, out: Path) -> dict[str, Any]:
     if cell.method == "dsnot":
         blocks = dsnot.prune(bed, torch.cat(list(lab.rows.values())), bed.uniform(settings.selection.sparsity))
     else:
-        blocks = ((index, block.tensors) for index, block in lab.blocks(settings, lab.allocated(settings)[0]))
+        kept, _ = lab.allocated(settings)
+        lab.forget()
+        blocks = ((index, block.tensors) for index, block in lab.blocks(settings, kept))
     for index, tensors in blocks:  # each is written as it comes, as stage prune does
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / f"{index}.safetensors")
     cost = {"wall_s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu, "peak_rss_bytes": resident("VmHWM") - before}
