@@ -19,11 +19,12 @@ VARIANT: dict[str, Any] = {
     "sensitivity": "prepare/unmeasured.json",
     "reconstruction": {"steps": ["obs", "channel"], "channel": {"epochs": EPOCHS, "patience": EPOCHS}},
 }
-# Blocks in windows of two, aiming at the dense stream, and with streams that are files beside the finished blocks.
+# Blocks in windows of two, aiming at the dense stream, quantised after the fit, and with streams that are files beside the finished blocks.
 WINDOWS: dict[str, Any] = {
     "factors": "scale/transform.safetensors",
     "sensitivity": "prepare/unmeasured.json",
     "activation_budget_bytes": 0,
+    "quantization": {"bits": 4, "group": 20, "symmetric": False},
     "reconstruction": {
         "steps": ["obs", "lsq", "block"],
         "collect": "site",
@@ -198,7 +199,8 @@ for last in (None, 0, 1, 2, None):
     assert [int(done) for done in re.findall(r"resuming after (\d) of 4 blocks", output)] == [1, 2, 3]
     undisturbed, resumed = (tree(workspace / "build" / f"prune-{number}") for number in (0, 1))
     assert resumed == undisturbed
-    assert len(undisturbed) > 2 * BLOCKS
+    assert len([path for path in undisturbed if "/quantization/block-" in path]) == BLOCKS
+    assert len(undisturbed) > 3 * BLOCKS
     assert not tree(scratch(workspace))
 
 

@@ -137,6 +137,7 @@ def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, l
     (as they move, gradient, Adam's moments, masked, the best so far, masks and bfloat16 copies; 12·P else), and one batch's graph.
 
     Time: the products of all forward passes, of the sweeps (R·C²) and of at most all iterations and epochs, gradients at twice a forward pass.
+    Quantisation after ``lsq`` is another sweep; after a fit it is one towards the block's own outputs, from statistics of its own, and another fit.
     """
     entry, how = checkpoint.architecture, params.reconstruction
     shapes = [checkpoint.matrix_shape(0, matrix) for matrix in entry.matrices]
@@ -162,10 +163,14 @@ def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, l
     collects = (2.2 if sitewise else 1) * (2 if aimed else 1)  # site by site, a pass stops where it has what it came for
     passes = collects + 1 + bool(fits or aimed) + sum(4 * fit.epochs for fit in fits)
     each = sum(r * c * c for r, c in shapes)
-    solve = ("obs" in how.steps) + 4 * aimed + (2 * (how.lsq.iterations + 4 * how.lsq.mask_iterations) if refit else 0)
-    flops = (
-        passes * forward + 2 * tokens * sum(size * size for size in sites) * (1 + aimed) + 3 * sum(size**3 for size in sites) + solve * each
-    )
+    quantised = params.quantization.bits is not None
+    again = quantised and bool(fits)  # statistics, sweep and fit
+    if again:
+        passes += 2 * 2.2 + (4 * fits[-1].epochs if params.quantization.refit else 0)
+    sweeps = ("obs" in how.steps) * (1 + (quantised and (refit or again))) + 4 * again
+    solve = sweeps + 4 * aimed + (2 * (how.lsq.iterations + 4 * how.lsq.mask_iterations) if refit else 0)
+    statistics = 2 * tokens * sum(size * size for size in sites) * (1 + aimed + 2 * again)
+    flops = passes * forward + statistics + 3 * sum(size**3 for size in sites) * (1 + again) + solve * each
     disk = checkpoint.parameters * (torch.finfo(checkpoint.dtype).bits // 8) + checkpoint.parameters / 8
     disk += streams if streams > params.activation_budget_bytes else 0
     return Estimate(name, LIBRARIES + outside + kept + max([selecting, *fitting]), disk, entry.depth * flops)
