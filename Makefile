@@ -8,7 +8,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
 .PHONY: run test check format plan deps environment clean
-.PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-refresh bench-verify
+.PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-rivals rivals-environment bench-refresh bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
 	dvc repro
@@ -53,13 +53,23 @@ bench-reconstruction: environment  ## testbeds: least squares, towards the dense
 	python -m benchmarks.reconstruction cells
 	python -m benchmarks.reconstruction block
 
+rivals-environment:  ## llm-compressor in an environment of its own, for bench-rivals
+	$(PYTHON) -m venv .rivals
+	.rivals/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.rivals/bin/python -m pip install --quiet --disable-pip-version-check llmcompressor==0.14.0.1 compressed-tensors==0.19.0 "transformers>=5.15,<5.18"
+
+bench-rivals: environment  ## testbeds: our presets and baselines against llm-compressor; then costs alone (wants a quiet machine)
+	python -m benchmarks.rivals cells
+	python -m benchmarks.rivals cost
+
 bench-refresh: environment  ## fast Hessian update against recomputing, at LLaMA-7B layer shapes (about 15 minutes)
 	python -m benchmarks.refresh
 
-bench-verify: environment  ## recompute three random cells each of induction.json, sparsity.json and reconstruction.json
+bench-verify: environment  ## recompute three random cells each of induction.json, sparsity.json, reconstruction.json and rivals.json
 	python -m benchmarks.induction verify
 	python -m benchmarks.sparsity verify
 	python -m benchmarks.reconstruction verify
+	python -m benchmarks.rivals verify
 
 plan: environment  ## predict memory, disk and rough time for the configured model, before anything runs
 	python -m stages.plan

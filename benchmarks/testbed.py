@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from pipeline_lib import products
 from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.rows import encode, rows_of, split
 from pipeline_lib.calibration.texts import TextParams
@@ -45,6 +46,7 @@ class Testbed:
     def __post_init__(self) -> None:
         if not ROOT.exists():
             raise click.ClickException(f"no testbeds at {ROOT}; set SPARSELINE_TESTBED to a directory with llama, opt and texts.")
+        products.choose()  # as every stage does
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint:

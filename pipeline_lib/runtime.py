@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline_lib import products
 from pipeline_lib.artifacts import write_json
 from pipeline_lib.errors import SparselineError
 
@@ -74,6 +75,7 @@ def stage(cost: Path | None = None) -> Iterator[None]:
             if not threads.isdigit() or int(threads) < 1:
                 raise SparselineError(f"SPARSELINE_THREADS={threads} is not a positive whole number.")
             torch.set_num_threads(int(threads))
+        products.choose()
         check_environment()
         yield
     except SparselineError as error:
@@ -102,5 +104,5 @@ def resume_key(facts: str, inputs: list[Path]) -> str:
     code = sorted(module.__file__ for name, module in sys.modules.items() if name.startswith("pipeline_lib") and module.__file__)
     for path in [*inputs, *map(Path, code)]:
         digest.update(path.read_bytes())
-    digest.update(f"{torch.__version__} {device().type} {torch.get_num_threads()}".encode())
+    digest.update(f"{torch.__version__} {device().type} {torch.get_num_threads()} {products.choose()}".encode())
     return digest.hexdigest()[:32]

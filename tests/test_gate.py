@@ -77,7 +77,7 @@ def test_a_judge_gives_the_block_error(checkpoint: Checkpoint, score: str, compe
         dense = block_outputs(checkpoint, index, tensors)
         for transform in (Transform(), Transform(moderate(checkpoint, 3))):
             folded = fold(tensors, table, transform.factors)
-            moved = {name: refresh(site, site_factor(table, name, transform.factors)) for name, site in statistics[index].items()}
+            moved = {name: refresh(site, site_factor(table, name, transform.factors)).moments for name, site in statistics[index].items()}
             pruned = prune_matrices(table, folded, moved, counts(checkpoint, index), transform, chosen, Layerwise(compensate), "x")
             sparse = block_outputs(checkpoint, index, pruned.tensors)
             expected = (sparse - dense).square().sum() / (dense - dense.mean((0, 1))).square().sum()

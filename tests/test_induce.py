@@ -96,7 +96,8 @@ def masks_of_pruning(
     factors = dict(transform.factors)
     kept = {matrix: target(chosen.sparsity, tensors[matrix.parameter].numel()) for matrix in table.matrices}
     folded = fold(tensors, table, factors)
-    return prune_matrices(table, folded, refreshed(table, statistics, factors), kept, transform, chosen, Layerwise(False), "block 0").masks
+    moments = {name: site.moments for name, site in refreshed(table, statistics, factors).items()}
+    return prune_matrices(table, folded, moments, kept, transform, chosen, Layerwise(False), "block 0").masks
 
 
 def held_out_error(

@@ -9,7 +9,7 @@ import torch
 from project import prune_params
 from tiny import make_model, token_rows
 
-from pipeline_lib.calibration.statistics import Accumulator
+from pipeline_lib.calibration.statistics import MomentSums
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import open_checkpoint
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
@@ -114,9 +114,7 @@ def test_one_block_at_a_time_as_written_out(path: Path) -> None:
     for index, result in pruned(path, settings).items():
         own = {matrix: kept[index, matrix] for matrix in table.matrices}
         block, how = model.block(index), (Transform({}), settings.selection, Layerwise(True), "here")
-        tensors = prune_matrices(
-            table, model.checkpoint.block(index), collect(model, block, index, sparse, rows.numel()), own, *how
-        ).tensors
+        tensors = prune_matrices(table, model.checkpoint.block(index), collect(model, block, index, sparse), own, *how).tensors
         model.advance(block, index, dense)
         cut = len(FITTING) // settings.batch_rows
         stages = Pairs(sparse.hidden[:cut], dense.hidden[:cut]), Pairs(sparse.hidden[cut:], dense.hidden[cut:])
@@ -252,12 +250,12 @@ def test_towards_the_dense_stream_as_written_out(path: Path) -> None:
         expected = PrunedBlock(model.checkpoint.block(index), {}, {"matrices": {}})
         wanted = inputs_of(model, block, index, dense)
         for site in table.sites:
-            accumulator = Accumulator(rows.numel(), 1024, gram=True)
+            sums = MomentSums()
             given = inputs_of(model, model.block(index, expected.tensors), index, sparse)
             for x, target in zip(given[site.name], wanted[site.name], strict=True):
-                accumulator.add(x, target)
+                sums.add(x, target)
             how = Transform({}), settings.selection, Layerwise(True, towards_dense=0.7), "here"
-            prune_site(expected, table, site.name, accumulator.finish(), own, *how)
+            prune_site(expected, table, site.name, sums.finish(beside=True), own, *how)
         assert result.facts == expected.facts
         for name, tensor in expected.tensors.items():
             assert torch.equal(result.tensors[name], tensor), f"{index} {name}"

@@ -1,7 +1,7 @@
 """Statistics of activations. Oracles: direct formulas over all tokens at once, and statistics recomputed after a real change."""
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from tiny import ALL_FAMILIES, curved_gram, make_model, power_of_two_factors, ra
 
 from pipeline_lib.artifacts import block_file, write_tensors
 from pipeline_lib.calibration.capture import CalibrateParams, gram_bytes, stored_or_walked, walk
-from pipeline_lib.calibration.statistics import Accumulator, SiteStatistics, refresh
+from pipeline_lib.calibration.statistics import Accumulator, Moments, MomentSums, SiteStatistics, refresh
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
@@ -98,42 +98,51 @@ def test_large_offsets_do_not_drown_the_variance() -> None:
     assert float(accumulator.squares / 500 - (accumulator.sum / 500).square()) == pytest.approx(expected, rel=1e-6)
 
 
+def moments_of(x: torch.Tensor, dense: torch.Tensor | None = None) -> Moments:
+    """Oracle in float64."""
+    wide = x.double()
+    beside = () if dense is None else (dense.double().T @ wide / len(x), dense.double().mean(0))
+    return Moments(wide.T @ wide / len(x), wide.mean(0), *beside)
+
+
+def assert_moments(found: Moments, expected: Moments, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    scale = float(expected.gram.abs().max())
+    for one in fields(Moments):
+        a, b = getattr(found, one.name), getattr(expected, one.name)
+        assert (a is None) == (b is None), one.name
+        if a is not None:
+            torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=atol * (scale if a.ndim == 2 else 1))
+
+
+@pytest.mark.parametrize("beside", [False, True])
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(splits=st.lists(st.integers(1, 17), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_accumulated_cross_moments_equal_direct_formulas(splits: list[int], seed: int) -> None:
-    """Oracle: E[X_dense Xᵀ] and E[X_dense] in float64 over all tokens at once; what else is collected does not notice."""
+def test_summed_moments_equal_direct_formulas(beside: bool, splits: list[int], seed: int) -> None:
+    """Oracle: all moments in float64 over all tokens at once, whatever the batches."""
     x, dense = (curved_gram(5, number, tokens=sum(splits))[0] for number in (seed, seed + 100))
-    beside, alone = (Accumulator(len(x), 10_000, gram=True) for _ in range(2))
+    sums = MomentSums()
     for own, other in zip(x.split(splits), dense.split(splits), strict=True):
-        beside.add(own, other)
-        alone.add(own)
-    found, expected = beside.finish(), alone.finish()
-    assert_close(replace(found, cross=None, dense_mean=None), expected, rtol=0, atol=0)
-    assert found.cross is not None
-    assert found.dense_mean is not None
-    scale = float(dense.abs().max() * x.abs().max())
-    torch.testing.assert_close(found.cross.double(), dense.double().T @ x.double() / len(x), rtol=1e-5, atol=1e-6 * scale)
-    torch.testing.assert_close(found.dense_mean.double(), dense.double().mean(0), rtol=1e-6, atol=1e-6)
-    assert expected.cross is None
-    assert expected.dense_mean is None
+        sums.add(own, other if beside else None)
+    scale = float(dense.abs().max() / x.abs().max())
+    assert_moments(sums.finish(beside), moments_of(x, dense if beside else None), rtol=2e-5, atol=1e-5 * max(1, scale))
 
 
-@pytest.mark.parametrize(("with_factor", "with_shift"), [(True, False), (False, True), (True, True), (False, False)])
-def test_refresh_of_cross_moments_equals_recomputing(with_factor: bool, with_shift: bool) -> None:
-    """Oracle: E[X_dense' X'ᵀ] of X' = D (X − δ) and X_dense' = D (X_dense − δ), in float64; compared in the original coordinates."""
+@pytest.mark.parametrize("beside", [False, True])
+def test_shifted_moments_equal_recomputing(beside: bool) -> None:
+    """Oracle: moments of X − δ and X_dense − δ, in float64."""
     x, dense = (curved_gram(12, seed, spread=0.3)[0].double() for seed in (3, 4))
-    random = torch.Generator().manual_seed(5)
-    d = 10 ** (torch.rand(12, generator=random, dtype=torch.float64) * 3 - 1.5) if with_factor else torch.ones(12, dtype=torch.float64)
-    delta = torch.randn(12, generator=random, dtype=torch.float64) if with_shift else torch.zeros(12, dtype=torch.float64)
-    plain = replace(direct(x), cross=dense.T @ x / len(x), dense_mean=dense.mean(0))
-    found = refresh(plain, d if with_factor else None, delta if with_shift else None)
-    after, dense_after = (x - delta) * d, (dense - delta) * d
-    assert found.cross is not None
-    assert found.dense_mean is not None
-    torch.testing.assert_close(found.cross / d / d[:, None], dense_after.T @ after / len(x) / d / d[:, None], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found.dense_mean, dense_after.mean(0), rtol=1e-9, atol=1e-9)
-    assert_close(replace(found, cross=None, dense_mean=None), direct(after), rtol=1e-8, atol=1e-8)
-    assert refresh(direct(x), d, delta).cross is None
+    delta = torch.randn(12, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    plain, expected = (moments_of(x - d, dense - d if beside else None) for d in (0, delta))
+    assert_moments(plain.shifted(delta), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_moments_of_statistics_are_theirs() -> None:
+    """Oracle: the fields themselves; without Gram matrices there are none."""
+    x, _ = curved_gram(4, 1)
+    statistics = direct(x)
+    assert statistics.moments == Moments(statistics.second_moment_matrix, statistics.mean)
+    with pytest.raises(ValueError, match="without Gram"):
+        _ = replace(statistics, gram=None).moments
 
 
 @pytest.mark.parametrize(("with_factor", "with_shift"), [(True, False), (False, True), (True, True), (False, False)])
@@ -308,16 +317,16 @@ def test_site_by_site_equals_all_at_once(checkpoint: Checkpoint) -> None:
     stream = model.embed(FIT, 2)
     before = list(stream.hidden)
     block = model.block(0)
-    at_once = prune.collect(model, block, 0, stream, FIT.numel())
+    at_once = prune.collect(model, block, 0, stream)
     assert list(at_once) == [site.name for site in table.sites]
     reached: Counter[str] = Counter()
     for site in table.sites:
         block.get_submodule(site.module).register_forward_pre_hook(lambda _module, _inputs, name=site.name: reached.update([name]))
     for number, site in enumerate(table.sites):
         reached.clear()
-        found = prune.collect(model, block, 0, stream, FIT.numel(), site.name)
+        found = prune.collect(model, block, 0, stream, site.name)
         assert found.keys() == {site.name}
-        assert_close(found[site.name], at_once[site.name], rtol=0, atol=0)
+        assert_moments(found[site.name], at_once[site.name], rtol=0, atol=0)
         assert reached == dict.fromkeys([one.name for one in table.sites[: number + 1]], 3)  # 5 rows in batches of 2
     assert all(torch.equal(a, b) for a, b in zip(before, stream.hidden, strict=True))
 
@@ -344,8 +353,8 @@ def test_cross_moments_are_of_both_streams_inputs(checkpoint: Checkpoint, one_si
     own, beside = inputs_of(model, block, stream), inputs_of(model, dense, dense_stream)
     found = {}
     for site in [one.name for one in table.sites] if one_site else [None]:
-        found |= prune.collect(model, block, 0, stream, FIT.numel(), site, (dense, dense_stream))
-    plain = prune.collect(model, block, 0, stream, FIT.numel())
+        found |= prune.collect(model, block, 0, stream, site, (dense, dense_stream))
+    plain = prune.collect(model, block, 0, stream)
     for site in table.sites:
         cross, mean = found[site.name].cross, found[site.name].dense_mean
         expected = beside[site.name].double().T @ own[site.name].double() / FIT.numel()
@@ -355,4 +364,4 @@ def test_cross_moments_are_of_both_streams_inputs(checkpoint: Checkpoint, one_si
         assert float((expected - expected.T).abs().max()) > 1e-2 * scale
         torch.testing.assert_close(cross.double(), expected, rtol=1e-5, atol=1e-5 * scale)
         torch.testing.assert_close(mean.double(), beside[site.name].double().mean(0), rtol=1e-5, atol=1e-6)
-        assert_close(replace(found[site.name], cross=None, dense_mean=None), plain[site.name], rtol=0, atol=0)
+        assert_moments(replace(found[site.name], cross=None, dense_mean=None), plain[site.name], rtol=0, atol=0)

@@ -67,7 +67,7 @@ def masks(
     for block, statistics in enumerate(model.statistics):
         tensors = model.checkpoint.block(block)
         factors = start(table, tensors, statistics, START) if start else {}
-        moved = {name: refresh(site, site_factor(table, name, factors)) for name, site in statistics.items()}
+        moved = {name: refresh(site, site_factor(table, name, factors)).moments for name, site in statistics.items()}
         kept = {m: target(chosen.sparsity, m.view(tensors[m.parameter]).numel()) for m in table.matrices}
         pruned = prune_matrices(table, fold(tensors, table, factors), moved, kept, Transform(factors), chosen, Layerwise(compensate), "x")
         found += [mask.flatten() for _, mask in sorted(pruned.masks.items())]

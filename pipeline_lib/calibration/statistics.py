@@ -20,8 +20,6 @@ class SiteStatistics:
     maximum: torch.Tensor
     gram: torch.Tensor | None = None
     held_out_gram: torch.Tensor | None = None
-    cross: torch.Tensor | None = None  # C = E[X_dense Xᵀ] with the same site's inputs X_dense in the dense stream
-    dense_mean: torch.Tensor | None = None  # E[X_dense]
 
     @property
     def second_moment_matrix(self) -> torch.Tensor:
@@ -33,6 +31,11 @@ class SiteStatistics:
         if self.gram is None:
             raise ValueError("these statistics were collected without Gram matrices")
         return self.gram
+
+    @property
+    def moments(self) -> "Moments":
+        """What pruning needs of them."""
+        return Moments(self.second_moment_matrix, self.mean)
 
     def cpu(self) -> "SiteStatistics":
         return SiteStatistics.from_tensors("", {name: tensor.cpu() for name, tensor in self.tensors("").items()})
@@ -58,17 +61,10 @@ class Accumulator:
         self.sum = self.squares = torch.zeros((), dtype=torch.float64)
         self.minimum = self.maximum = torch.empty(0)
         self.gram: torch.Tensor | None = None
-        self.cross: torch.Tensor | None = None
-        self.dense_sum = torch.zeros((), dtype=torch.float64)
 
-    def add(self, inputs: torch.Tensor, dense: torch.Tensor | None = None) -> None:
-        """Take activations [tokens, d]; with what the dense stream has in their places, the cross moment is collected too."""
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take activations [tokens, d]."""
         x = inputs.float()
-        if dense is not None:
-            if self.cross is None:
-                self.cross = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            self.cross.addmm_(dense.float().T, x)
-            self.dense_sum = self.dense_sum.to(x.device) + dense.double().sum(0)
         self.sum = self.sum.to(x.device) + x.double().sum(0)
         self.squares = self.squares.to(x.device) + x.double().square().sum(0)
         low, high = x.amin(0), x.amax(0)
@@ -97,15 +93,60 @@ class Accumulator:
             maximum=self.maximum,
             gram=self.second_moment_matrix() if self.want_gram else None,
             held_out_gram=held_out.second_moment_matrix() if held_out is not None and held_out.want_gram else None,
-            cross=None if self.cross is None else self.cross / self.count,
-            dense_mean=None if self.cross is None else (self.dense_sum / self.count).float(),
         )
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What pruning needs of a site's inputs X in its own stream, and of X_dense in the dense one."""
+
+    gram: torch.Tensor  # G = E[X Xᵀ] [d, d]
+    mean: torch.Tensor  # E[X] [d]
+    cross: torch.Tensor | None = None  # C = E[X_dense Xᵀ] [d, d]
+    dense_mean: torch.Tensor | None = None  # E[X_dense] [d]
+
+    def shifted(self, shift: torch.Tensor) -> "Moments":
+        """Those of X − δ and X_dense − δ (2602.21652, Eqs. 9–11; C' = C − δμᵀ − μ_dense δᵀ + δδᵀ)."""
+        cross = None if self.cross is None or self.dense_mean is None else _shifted(self.cross, self.dense_mean, self.mean, shift)
+        dense_mean = None if self.dense_mean is None else self.dense_mean - shift
+        return Moments(_shifted(self.gram, self.mean, self.mean, shift), self.mean - shift, cross, dense_mean)
+
+
+class MomentSums:
+    """Collects ``Moments`` batch by batch, in float32; means over batches in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.gram = self.cross = self.mean = self.dense_mean = torch.zeros(())
+
+    def add(self, inputs: torch.Tensor, dense: torch.Tensor | None = None) -> None:
+        """Take activations [tokens, d], and what the dense stream has in their places: in all batches or in none."""
+        x = inputs.float()
+        if not self.count:
+            self.gram, self.cross = (torch.zeros(x.shape[1], x.shape[1], device=x.device) for _ in range(2))
+            self.mean, self.dense_mean = (torch.zeros(x.shape[1], dtype=torch.float64, device=x.device) for _ in range(2))
+        self.gram.addmm_(x.T, x)
+        self.mean += x.sum(0)
+        self.count += len(x)
+        if dense is not None:
+            self.cross.addmm_(dense.float().T, x)
+            self.dense_mean += dense.float().sum(0)
+
+    def finish(self, beside: bool = False) -> Moments:
+        """With the cross moment if asked for."""
+        own = self.gram / self.count, (self.mean / self.count).float()
+        return Moments(*own, self.cross / self.count, (self.dense_mean / self.count).float()) if beside else Moments(*own)
+
+
+def _shifted(moment: torch.Tensor, left: torch.Tensor, right: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """E[(A − δ)(B − δ)ᵀ] from E[A Bᵀ], E[A] and E[B]."""
+    return moment - torch.outer(shift, right) - torch.outer(left, shift) + torch.outer(shift, shift)
 
 
 def refresh(statistics: SiteStatistics, factor: torch.Tensor | None, shift: torch.Tensor | None = None) -> SiteStatistics:
     """Statistics of X' = D (X − δ) from those of X: the fast Hessian update (2602.21652, Eqs. 9–11).
 
-    G' = D (G − δμᵀ − μδᵀ + δδᵀ) D, hence diag(G') = d² ∘ (diag(G) − 2δ∘μ + δ²) and μ' = D (μ − δ); C' = D (C − δμᵀ − μ_dense δᵀ + δδᵀ) D.
+    G' = D (G − δμᵀ − μδᵀ + δδᵀ) D, hence diag(G') = d² ∘ (diag(G) − 2δ∘μ + δ²) and μ' = D (μ − δ).
     The held-out Gram is centred with the fitting rows' mean, so with a shift it is exact only up to the two means' difference.
 
     Args:
@@ -116,10 +157,8 @@ def refresh(statistics: SiteStatistics, factor: torch.Tensor | None, shift: torc
     d = torch.ones_like(statistics.mean) if factor is None else factor
     mean = statistics.mean
 
-    def matrix(moment: torch.Tensor | None, left: torch.Tensor | None = mean) -> torch.Tensor | None:
-        if moment is None or left is None:
-            return None
-        return d[:, None] * (moment - torch.outer(delta, mean) - torch.outer(left, delta) + torch.outer(delta, delta)) * d
+    def matrix(moment: torch.Tensor | None) -> torch.Tensor | None:
+        return None if moment is None else d[:, None] * _shifted(moment, mean, mean, delta) * d
 
     return SiteStatistics(
         second_moment=d * d * (statistics.second_moment - 2 * delta * mean + delta * delta),
@@ -129,6 +168,4 @@ def refresh(statistics: SiteStatistics, factor: torch.Tensor | None, shift: torc
         maximum=d * (statistics.maximum - delta),
         gram=matrix(statistics.gram),
         held_out_gram=matrix(statistics.held_out_gram),
-        cross=matrix(statistics.cross, statistics.dense_mean),
-        dense_mean=None if statistics.dense_mean is None else d * (statistics.dense_mean - delta),
     )

@@ -40,7 +40,7 @@ class Gate:
 
         def judge(transform: Transform) -> float:
             folded = fold(tensors, architecture, transform.factors)
-            moved = {name: refresh(site, site_factor(architecture, name, transform.factors)) for name, site in statistics.items()}
+            moved = {name: refresh(site, site_factor(architecture, name, transform.factors)).moments for name, site in statistics.items()}
             where = f"{architecture.blocks}.{index}"
             pruned = prune_matrices(architecture, folded, moved, kept, transform, self.selection, Layerwise(self.compensate), where)
             there = {name: tensor.to(model.device) for name, tensor in pruned.tensors.items()}

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from pipeline_lib.artifacts import write_json
 from pipeline_lib.errors import SparselineError
+from pipeline_lib.models import attention
 from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.models.families import architecture
 
@@ -169,6 +170,7 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> "PreTrainedModel":
     from accelerate import init_empty_weights  # imported here, like the modelling code below: seconds that not every stage needs
     from transformers import AutoModelForCausalLM
 
+    attention.register()
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 

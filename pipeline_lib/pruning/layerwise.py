@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline_lib.calibration.statistics import SiteStatistics, refresh
+from pipeline_lib.calibration.statistics import Moments
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.models.folding import site_factor
@@ -48,7 +48,7 @@ class PrunedBlock:
 def prune_matrices(
     architecture: Architecture,
     tensors: Mapping[str, torch.Tensor],
-    statistics: Mapping[str, SiteStatistics],
+    moments: Mapping[str, Moments],
     kept: Mapping[Matrix, int],
     transform: Transform,
     selection: SelectionParams,
@@ -59,12 +59,12 @@ def prune_matrices(
 
     Args:
         tensors: the folded block in float32.
-        statistics: of the pruned stream through the folded block, collected before any of its matrices is pruned.
+        moments: of the pruned stream through the folded block, collected before any of its matrices is pruned.
         kept: how many weights each included matrix keeps.
     """
     result = PrunedBlock(dict(tensors), {}, {"matrices": {}})
     for site in architecture.sites:
-        prune_site(result, architecture, site.name, statistics[site.name], kept, transform, selection, layerwise, where)
+        prune_site(result, architecture, site.name, moments[site.name], kept, transform, selection, layerwise, where)
     return result
 
 
@@ -72,7 +72,7 @@ def prune_site(
     block: PrunedBlock,
     architecture: Architecture,
     site: str,
-    statistics: SiteStatistics,
+    moments: Moments,
     kept: Mapping[Matrix, int],
     transform: Transform,
     selection: SelectionParams,
@@ -82,13 +82,16 @@ def prune_site(
     """Choose the masks of the matrices that share a site, compensate as asked, and put both into ``block``. They share one factorisation.
 
     Args:
-        statistics: of the site's inputs in the pruned stream, folded; with ``cross`` where the compensation aims towards the dense stream.
+        moments: of the site's inputs in the pruned stream, folded; with ``cross`` where the compensation aims towards the dense stream.
+
+    Raises:
+        ValueError: ``cross`` is wanted, and not there.
     """
     weights = {m: m.view(block.tensors[m.parameter]) for m in architecture.consumers(site) if m in kept}
     if not weights:
         return
-    centred, shift, factor = _centred(architecture, site, statistics, transform)
-    gram = centred.second_moment_matrix
+    centred, shift, factor = _centred(architecture, site, moments, transform)
+    gram = centred.gram
     importance = transform.importance.get(site)
     emphasis = 1 if importance is None else importance.square()
 
@@ -104,7 +107,9 @@ def prune_site(
     spectrum = lsq.spectrum(hessian) if refit and refit.mask_iterations else None
     for matrix, weight in weights.items():
         target = weight
-        if layerwise.towards_dense and centred.cross is not None:
+        if layerwise.towards_dense:
+            if centred.cross is None:
+                raise ValueError("what aims towards the dense stream wants the cross moment with its inputs")
             target = aim(weight, gram, centred.cross, factorisation, layerwise.towards_dense)
         grid = None if layerwise.scheme is None else Grid(target.shape, layerwise.scheme, target.device)
         joint = None if refit else grid
@@ -142,7 +147,7 @@ def quantise_site(
     block: PrunedBlock,
     architecture: Architecture,
     site: str,
-    statistics: SiteStatistics,
+    moments: Moments,
     transform: Transform,
     selection: SelectionParams,
     scheme: Scheme,
@@ -152,15 +157,15 @@ def quantise_site(
     """Quantise the pruned matrices that share a site, on their masks, and put them into ``block``.
 
     Args:
-        statistics: of the site's inputs in the stream that passes through what is quantised already; with ``cross``, the block before it
+        moments: of the site's inputs in the stream that passes through what is quantised already; with ``cross``, the block before it
             was quantised stands for the dense one, and the compensation aims at its outputs.
         compensate: by the OBS sweep; else to nearest.
     """
     matrices = [matrix for matrix in architecture.consumers(site) if matrix in block.curvatures]
     if not matrices:
         return
-    centred, shift, factor = _centred(architecture, site, statistics, transform)
-    gram = centred.second_moment_matrix
+    centred, shift, factor = _centred(architecture, site, moments, transform)
+    gram = centred.gram
     factorisation = factorise(gram, selection.damping, selection.damping_of, f"{where} {site}", factor)
     for matrix in matrices:
         weight, mask = matrix.view(block.tensors[matrix.parameter]).clone(), matrix.view(block.masks[matrix.parameter])
@@ -173,14 +178,14 @@ def quantise_site(
 
 
 def _centred(
-    architecture: Architecture, site: str, statistics: SiteStatistics, transform: Transform
-) -> tuple[SiteStatistics, torch.Tensor | None, torch.Tensor | None]:
-    """A site's statistics without what the biases take over, that shift in folded coordinates, and the factor that is folded in; each [C] or None."""
+    architecture: Architecture, site: str, moments: Moments, transform: Transform
+) -> tuple[Moments, torch.Tensor | None, torch.Tensor | None]:
+    """A site's moments without what the biases take over, that shift in folded coordinates, and the factor that is folded in; each [C] or None."""
     shift = transform.shifts.get(site)
     factor = site_factor(architecture, site, transform.factors)
     if shift is not None and factor is not None:
         shift = shift * factor.to(shift.device)
-    return statistics if shift is None else refresh(statistics, None, shift), shift, factor
+    return moments if shift is None else moments.shifted(shift), shift, factor
 
 
 def _put(block: PrunedBlock, matrix: Matrix, weight: torch.Tensor, new: torch.Tensor, shift: torch.Tensor | None) -> None:

@@ -58,7 +58,7 @@ def _thresholds(scores: torch.Tensor, ranks: list[int]) -> list[torch.Tensor]:
 def _best(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """In each row of scores [g, c], keep the ``kept[g]`` largest; among equal ones the first."""
     kept = kept.to(scores.device)
-    ranks = [rank for rank in kept.unique().tolist() if rank > 0]
+    ranks = sorted({rank for rank in kept.tolist() if rank > 0})
     threshold = torch.full((len(scores),), float("inf"), device=scores.device)
     for rank, values in zip(ranks, _thresholds(scores, ranks) if ranks else [], strict=True):
         threshold = torch.where(kept == rank, values, threshold)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 
 from pipeline_lib.allocation.plan import AllocationParams
-from pipeline_lib.calibration.statistics import Accumulator, SiteStatistics
+from pipeline_lib.calibration.statistics import Moments, MomentSums
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.folding import fold
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
@@ -62,7 +62,7 @@ class VariantParams(PruneParams):
 
 
 class _Reached(Exception):
-    """The site was reached: what comes after it in the block is not needed."""
+    """All sites that were asked for were reached: what comes after them in the block is not needed."""
 
 
 def collect(
@@ -70,24 +70,25 @@ def collect(
     block: torch.nn.Module,
     index: int,
     stream: Stream,
-    tokens: int,
     site: str | None = None,
     beside: tuple[torch.nn.Module, Stream] | None = None,
-) -> dict[str, SiteStatistics]:
-    """Second moments of the sites' inputs for a stream before a block, which stays where it is.
+) -> dict[str, Moments]:
+    """Moments of the sites' inputs for a stream before a block, which stays where it is. No more of the block is run than they need.
 
     Args:
-        site: only this one, and no more of the block is run than it needs; all without.
+        site: only this one; all without.
         beside: the dense block and the dense stream before it: the cross moments with its inputs are collected too.
     """
     sites = {one.name: one.module for one in model.checkpoint.architecture.sites if site in (None, one.name)}
-    accumulators = {name: Accumulator(tokens, 1024, gram=True) for name in sites}
-    dense: dict[str, torch.Tensor] = {}
+    sums = {name: MomentSums() for name in sites}
 
     def run(through: torch.nn.Module, hidden: torch.Tensor, take: Callable[[str, torch.Tensor], None]) -> None:
+        ahead = set(sites)
+
         def reach(name: str, x: torch.Tensor) -> None:
             take(name, x)
-            if site is not None:
+            ahead.discard(name)
+            if not ahead:
                 raise _Reached
 
         with suppress(_Reached), tapped(through, sites, reach):
@@ -95,10 +96,11 @@ def collect(
 
     with torch.no_grad():
         for number, hidden in enumerate(stream.hidden):
+            dense: dict[str, torch.Tensor] = {}
             if beside is not None:
                 run(beside[0], beside[1].hidden[number], dense.__setitem__)
-            run(block, hidden, lambda name, x: accumulators[name].add(x, dense.get(name)))
-    return {name: accumulator.finish() for name, accumulator in accumulators.items()}
+            run(block, hidden, lambda name, x, dense=dense: sums[name].add(x, dense.get(name)))  # type: ignore[misc]
+    return {name: one.finish(beside is not None) for name, one in sums.items()}
 
 
 def prune(
@@ -145,7 +147,7 @@ def prune(
             folded = fold(folded, architecture, transform.factors)
             if not done:
                 own = {matrix: kept[index, matrix] for matrix in architecture.matrices if (index, matrix) in kept}
-                results[index] = _select(model, index, folded, ahead, dense_stream, rows.numel(), own, transform, params)
+                results[index] = _select(model, index, folded, ahead, dense_stream, own, transform, params)
             if dense_stream is not None:
                 model.advance(model.block(index, folded), index, dense_stream)
             if index != window[-1] and not done:
@@ -157,7 +159,7 @@ def prune(
                 _fit(model, results, kept, params.selection, step, settings, fitting, held_out)
             if fits and scheme is not None:
                 ahead = pruned_stream if len(window) == 1 else pruned_stream.copy(directory, "ahead")
-                _quantise(model, results, ahead, rows.numel(), transforms, params, scheme)
+                _quantise(model, results, ahead, transforms, params, scheme)
                 if params.quantization.refit:
                     again = list(fits.values())[-1].model_copy(update={"parts": params.quantization.refit})
                     _fit(model, results, kept, params.selection, REFIT, again, fitting, held_out)
@@ -166,7 +168,8 @@ def prune(
                 source = checkpoint.block(index)
                 results[index].tensors = {name: tensor.to(source[name].dtype) for name, tensor in results[index].tensors.items()}
                 stored[index] = results[index].tensors
-            model.advance(model.block(index, stored[index]), index, pruned_stream)
+            if index + 1 < architecture.depth:  # nobody reads what comes after the last block
+                model.advance(model.block(index, stored[index]), index, pruned_stream)
         yield from results.items()
 
 
@@ -176,12 +179,11 @@ def _select(
     folded: Mapping[str, torch.Tensor],
     stream: Stream,
     dense_stream: Stream | None,
-    tokens: int,
     kept: Mapping[Matrix, int],
     transform: Transform,
     params: PruneParams,
 ) -> PrunedBlock:
-    """Prune one folded block's matrices by the statistics of both streams before it, collected once or again for every site."""
+    """Prune one folded block's matrices by the moments of both streams before it, collected once or again for every site."""
     architecture, how = model.checkpoint.architecture, params.reconstruction
     block = model.block(index, folded)
     refit = how.lsq if "lsq" in how.steps else None
@@ -190,12 +192,12 @@ def _select(
     layerwise = Layerwise("obs" in how.steps, how.towards_dense, how.reorder, refit, scheme)
     told = transform, params.selection, layerwise, f"{architecture.blocks}.{index}"
     if how.collect == "block":
-        return prune_matrices(architecture, folded, collect(model, block, index, stream, tokens), kept, *told)
+        return prune_matrices(architecture, folded, collect(model, block, index, stream), kept, *told)
     result = PrunedBlock(dict(folded), {}, {"matrices": {}})
     beside = (block, dense_stream) if how.towards_dense and dense_stream is not None else None
     pruned_sites = {matrix.site for matrix in kept}
     for site in (one.name for one in architecture.sites if one.name in pruned_sites):
-        found = collect(model, model.block(index, result.tensors), index, stream, tokens, site, beside)
+        found = collect(model, model.block(index, result.tensors), index, stream, site, beside)
         prune_site(result, architecture, site, found[site], kept, *told)
     return result
 
@@ -204,7 +206,6 @@ def _quantise(
     model: BlockModel,
     results: Mapping[int, PrunedBlock],
     stream: Stream,
-    tokens: int,
     transforms: list[Transform],
     params: PruneParams,
     scheme: Scheme,
@@ -218,7 +219,7 @@ def _quantise(
         fitted = model.block(index, result.tensors)
         transform, where = transforms[index].to(model.device), f"{architecture.blocks}.{index}"
         for site in (one.name for one in architecture.sites if one.name in {matrix.site for matrix in result.curvatures}):
-            found = collect(model, model.block(index, result.tensors), index, stream, tokens, site, (fitted, stream))
+            found = collect(model, model.block(index, result.tensors), index, stream, site, (fitted, stream))
             quantise_site(result, architecture, site, found[site], transform, params.selection, scheme, compensate, where)
         if index != max(results):
             model.advance(model.block(index, result.tensors), index, stream)

@@ -66,7 +66,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return weight.masked_fill(~mask, 0)
+        return weight * mask
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -113,10 +113,10 @@ class _Free:
         self.kept = [masks[matrix] for matrix in self.matrices]
 
     def masked(self) -> list[torch.Tensor]:
-        """The weights, exactly zero where pruned."""
+        """The weights, zero (of either sign) where pruned. A product is several times faster on the CPU than filling."""
         if self.refreshing:
             return [_StraightThrough.apply(weight, kept) for weight, kept in self._pairs()]  # type: ignore[no-untyped-call]
-        return [weight.masked_fill(~kept, 0) for weight, kept in self._pairs()]
+        return [weight * kept for weight, kept in self._pairs()]
 
     def _laid(self, tensors: Mapping[str, torch.Tensor], values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The block's tensors with these logical matrices [R, C] in their places; differentiable."""
@@ -220,7 +220,7 @@ def fit(
         if unimproved >= params.patience:
             break
     facts |= {"fit_after": block_error(run, best, seen), "held_out_after": best_error, "epochs": best_epoch}
-    return Fitted({name: tensor.detach() for name, tensor in best.items()}, best_masks, facts)
+    return Fitted({name: tensor.detach() + 0.0 for name, tensor in best.items()}, best_masks, facts)  # + 0.0: no zero is negative
 
 
 def _minibatches(rows: Pairs, params: FitParams, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -30,7 +30,7 @@ def solve(
     matter. A row is done when its residual (W₀ − Ŵ) H on the mask is at most ``tolerance`` times the right-hand side W₀ H on the mask,
     both in the norm of 1/H_mm. No row ends with a larger E than it starts with. Where H_mm = 0 weights stay as in ``start``.
 
-    Rows are taken ``rows`` at a time, which changes nothing but rounding: besides inputs and output, this needs four matrices [rows, C].
+    Rows are taken ``rows`` at a time, which changes nothing but rounding: besides inputs and output, this needs five matrices [rows, C].
 
     Args:
         target: W₀ [R, C], float32 or float64 as all others.
@@ -48,26 +48,29 @@ def solve(
     slowest = 0
     for first in range(0, len(target), rows):
         part = slice(first, first + rows)
-        slowest = max(slowest, _descend(weight[part], target[part], ~mask[part], hessian, inverse, iterations, tolerance))
+        slowest = max(slowest, _descend(weight[part], target[part], mask[part].to(weight), hessian, inverse, iterations, tolerance))
     return weight, slowest
 
 
 def _descend(
     weight: torch.Tensor,
     target: torch.Tensor,
-    off: torch.Tensor,
+    on: torch.Tensor,
     hessian: torch.Tensor,
     inverse: torch.Tensor,
     iterations: int,
     tolerance: float,
 ) -> int:
-    """Conjugate gradients for some rows, in place; ``off`` is where weights stay 0, ``inverse`` holds 1/H_mm."""
-    limit = (target @ hessian).masked_fill_(off, 0).square_() @ inverse * tolerance**2
+    """Conjugate gradients for some rows, in place; ``on`` is 1 on the mask and 0 elsewhere, ``inverse`` holds 1/H_mm.
+
+    Products with ``on`` are several times faster on the CPU than filling where a mask says so; ``weight`` itself stays +0 off the mask.
+    """
+    limit = (target @ hessian).mul_(on).square_() @ inverse * tolerance**2
     found = weight.clone()
     product = target - weight
     residual = product @ hessian
     before = torch.linalg.vecdot(residual, product)
-    residual.masked_fill_(off, 0)
+    residual.mul_(on)
     direction = residual * inverse
     size = torch.linalg.vecdot(residual, direction)
     steps = 0
@@ -80,7 +83,7 @@ def _descend(
         steps += 1
         length = torch.where(going, size / curvature, 0)  # rows that are done stand still
         found.addcmul_(direction, length[:, None])
-        residual.addcmul_(product.masked_fill_(off, 0), length[:, None], value=-1)
+        residual.addcmul_(product.mul_(on), length[:, None], value=-1)
         torch.mul(residual, inverse, out=product)
         smaller = torch.linalg.vecdot(residual, product)
         direction.mul_(torch.where(going, smaller / size, 0)[:, None]).add_(product)
@@ -179,7 +182,7 @@ def _alternate(
         dense = torch.add(pull, sparse, alpha=rho).sub_(dual) @ inverse
         sparse = torch.add(dense, dual, alpha=1 / rho)
         support = choose(sparse.square())
-        sparse.masked_fill_(~support, 0)
+        sparse.mul_(support)
         dual.add_(dense.sub_(sparse), alpha=rho)
         steps += 1
         if steps % every:

@@ -1,0 +1,48 @@
+"""Which library multiplies float32 matrices on the CPU.
+
+torch asks MKL, which leaves AVX-512 unused on AMD's processors: half of their speed. oneDNN, which comes with torch as well, uses it, but
+torch turns to it for float32 only if it may round to bfloat16 inside. It does that only where a processor has matrix units for it
+(AMX): so it is allowed to, tried, and stopped again unless its products are float32's in every digit that counts.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+SHAPES = ((64, 192, 64), (200, 1000, 130), (512, 512, 512))  # rows, inner, columns of the products that are tried
+FLOAT32 = 1e-5  # relative error; bfloat16's is above 1e-3
+
+
+_flags: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+@contextmanager
+def rounding(allowed: bool) -> Iterator[None]:
+    """While open, whether oneDNN may round inside float32 products, so whether it is asked for them at all."""
+    before = _flags.fp32_precision
+    _flags.fp32_precision = "bf16" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        _flags.fp32_precision = before
+
+
+def exact(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.mm) -> bool:
+    """Whether ``product`` of float32 matrices is as good as float32 allows."""
+    random = torch.Generator().manual_seed(0)
+    for rows, inner, columns in SHAPES:
+        a, b = torch.randn(rows, inner, generator=random), torch.randn(inner, columns, generator=random)
+        wanted = a.double() @ b.double()
+        if float((product(a, b) - wanted).abs().max() / wanted.abs().max()) > FLOAT32:
+            return False
+    return True
+
+
+def choose() -> bool:
+    """Let oneDNN multiply float32 matrices in this process if that is exact; whether it does."""
+    with rounding(True):
+        good = torch.backends.mkldnn.is_available() and exact()
+    _flags.fp32_precision = "bf16" if good else "ieee"
+    return good
