@@ -135,7 +135,6 @@ PARAMETERS = [
     Mistake("nine bits", "prune wanda", params(prune__quantization__bits=9), ("quantization.bits", "= 9 ", "8")),
     Mistake("no columns in a group", "prune wanda", params(prune__quantization__group=0), ("quantization.group", "= 0 ", "1")),
     Mistake("unknown group", "prune wanda", params(prune__quantization__group="matrix"), ("quantization.group", "'matrix'")),
-    Mistake("nothing of the range", "prune wanda", params(prune__quantization__shrink=0), ("quantization.shrink", "= 0 ", "greater")),
     Mistake(
         "codes fitted again", "prune wanda", params(prune__quantization__refit=["weights"]), ("quantization.refit", "'weights'", "scales")
     ),

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-CANDIDATES = 20  # ranges that are tried between the whole one and the smallest
-
 
 @dataclass(frozen=True)
 class Scheme:
@@ -20,7 +18,6 @@ class Scheme:
     bits: int
     group: int | None  # columns; None: the whole row
     symmetric: bool
-    shrink: float  # the smallest range that is tried, as a share of the whole one; 1: only that
     dtype: torch.dtype  # of the checkpoint: scales are exact in it
 
     @property
@@ -31,29 +28,13 @@ class Scheme:
     def scales(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales and zero points [R] (float32) for the rows of weights [R, g]; zeros do not count.
 
-        The whole range is GPTQ's (2210.17323, as its authors' code has it): all 2^b levels over max(w, 0) − min(w, 0), or over
-        2 max|w|. Of it and the smaller ones down to ``shrink`` that with the least squared error is taken, row by row. A row of zeros has scale 1.
+        As GPTQ's authors have them (2210.17323): all 2^b levels over max(w, 0) − min(w, 0), or over 2 max|w|. A row of zeros has scale 1.
         """
-        best = self._ranged(weights, 1.0)
-        if self.shrink < 1:
-            least = self._errors(weights, *best)
-            for share in torch.linspace(1, self.shrink, CANDIDATES + 1)[1:].tolist():
-                other = self._ranged(weights, share)
-                errors = self._errors(weights, *other)
-                better = errors < least
-                least = torch.where(better, errors, least)
-                best = torch.where(better, other[0], best[0]), torch.where(better, other[1], best[1])
-        return best
-
-    def _ranged(self, weights: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-        low, high = weights.amin(1).clamp_max(0) * share, weights.amax(1).clamp_min(0) * share
+        low, high = weights.amin(1).clamp_max(0), weights.amax(1).clamp_min(0)
         width = 2 * torch.maximum(-low, high) if self.symmetric else high - low
         scale = self.exact(torch.where(width > 0, width / (2**self.bits - 1), 1))
         zero = torch.zeros_like(scale) if self.symmetric else (-low / scale).round_().clamp_(*self.levels)
         return scale, zero
-
-    def _errors(self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        return (self.rounded(weights, scale[:, None], zero[:, None]) - weights).square_().sum(1)
 
     def exact(self, scale: torch.Tensor) -> torch.Tensor:
         """Scales as a checkpoint of a 16-bit dtype can hold them, never 0 by rounding; as they are for float32."""

@@ -18,7 +18,6 @@ class QuantizationParams(Params):
     bits: int | None = Field(ge=2, le=8)
     group: Annotated[int, Field(ge=1)] | Literal["row"]
     symmetric: bool
-    shrink: float = Field(gt=0, le=1)
     refit: list[Refit]
 
     def scheme(self, dtype: torch.dtype) -> Scheme | None:
@@ -35,4 +34,4 @@ class QuantizationParams(Params):
             raise SparselineError(
                 "A bfloat16 checkpoint cannot hold asymmetric codes of 8 bits; set quantization.symmetric to true, or quantization.bits to 7 or less."
             )
-        return Scheme(self.bits, None if self.group == "row" else self.group, self.symmetric, self.shrink, dtype)
+        return Scheme(self.bits, None if self.group == "row" else self.group, self.symmetric, dtype)
