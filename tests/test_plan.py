@@ -150,3 +150,20 @@ def test_a_pruned_checkpoint_takes_what_the_source_takes_and_a_bit_per_weight(tm
     path = make_model(tmp_path / "model", "opt", 2)
     source = (path / "model.safetensors").stat().st_size
     assert source * 0.9 < needs(path, steps).disk_bytes < source * 1.1
+
+
+def test_quantising_takes_the_sweeps_it_makes(wide: Path) -> None:
+    """In the sweep itself it is free; after least squares it is one more of R·C² FLOPs; after a fit, also passes for its moments and another fit."""
+
+    def flops(steps: tuple[str, ...], **quantization: Any) -> float:
+        return pruning(open_checkpoint(wide), "x", prune_params(steps, quantization=quantization), 8, 32).flops
+
+    each = 2 * (2 * 128 * 128**2 + 2 * 64 * 128**2 + 3 * 128 * 128**2)  # both blocks' matrices, all of 128 inputs
+    assert flops((), bits=4) == flops(())
+    assert flops(("obs",), bits=4) == flops(("obs",))
+    assert flops(("obs", "lsq"), bits=4) - flops(("obs", "lsq")) == each
+    assert flops(("lsq",), bits=4) == flops(("lsq",))
+    plain, once, again = (flops(("obs", "block"), **how) for how in ({}, {"bits": 4, "refit": []}, {"bits": 4, "refit": ["scales"]}))
+    tokens, weights = 8 * 32, 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 128)
+    assert again - once == pytest.approx(8 * 4 * 2 * tokens * weights)  # epochs, passes, FLOPs
+    assert once - plain > each

@@ -169,7 +169,7 @@ def quantise_site(
     factorisation = factorise(gram, selection.damping, selection.damping_of, f"{where} {site}", factor)
     for matrix in matrices:
         weight, mask = matrix.view(block.tensors[matrix.parameter]).clone(), matrix.view(block.masks[matrix.parameter])
-        target = aim(weight, gram, centred.cross, factorisation, 1.0) if compensate and centred.cross is not None else weight
+        target = weight if centred.cross is None else aim(weight, gram, centred.cross, factorisation, 1.0)
         grid = block.grids[matrix] = Grid(weight.shape, scheme, weight.device)
         block.tensors[matrix.parameter] = block.tensors[matrix.parameter].clone()
         new = quantise_matrix(target, mask, factorisation, grid, selection.block, compensate)

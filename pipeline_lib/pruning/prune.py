@@ -219,7 +219,8 @@ def _quantise(
         fitted = model.block(index, result.tensors)
         transform, where = transforms[index].to(model.device), f"{architecture.blocks}.{index}"
         for site in (one.name for one in architecture.sites if one.name in {matrix.site for matrix in result.curvatures}):
-            found = collect(model, model.block(index, result.tensors), index, stream, site, (fitted, stream))
+            beside = (fitted, stream) if compensate else None
+            found = collect(model, model.block(index, result.tensors), index, stream, site, beside)
             quantise_site(result, architecture, site, found[site], transform, params.selection, scheme, compensate, where)
         if index != max(results):
             model.advance(model.block(index, result.tensors), index, stream)
