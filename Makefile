@@ -8,7 +8,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
 .PHONY: run test check format plan deps environment clean
-.PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-rivals rivals-environment bench-refresh bench-latency bench-verify
+.PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-refresh bench-latency bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
 	dvc repro
@@ -53,6 +53,9 @@ bench-reconstruction: environment  ## testbeds: least squares, towards the dense
 	python -m benchmarks.reconstruction cells
 	python -m benchmarks.reconstruction block
 
+bench-quantization: environment  ## testbeds: round to nearest, GPTQ, SparseGPT and the preset at 4 bits (and GPTQ at 3)
+	python -m benchmarks.quantization cells
+
 rivals-environment:  ## llm-compressor in an environment of its own, for bench-rivals
 	$(PYTHON) -m venv .rivals
 	.rivals/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
@@ -68,10 +71,11 @@ bench-refresh: environment  ## fast Hessian update against recomputing, at LLaMA
 bench-latency: environment  ## what sparsity does to speed: dense against 2:4 on a GPU, or what zeros are worth on this CPU
 	python -m benchmarks.latency
 
-bench-verify: environment  ## recompute three random cells each of induction.json, sparsity.json, reconstruction.json and rivals.json
+bench-verify: environment  ## recompute three random cells each of induction.json, sparsity.json, reconstruction.json, quantization.json and rivals.json
 	python -m benchmarks.induction verify
 	python -m benchmarks.sparsity verify
 	python -m benchmarks.reconstruction verify
+	python -m benchmarks.quantization verify
 	python -m benchmarks.rivals verify
 
 plan: environment  ## predict memory, disk and rough time for the configured model, before anything runs

@@ -11,6 +11,7 @@ from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.capture import CalibrateParams, stored_or_walked
 from pipeline_lib.calibration.inputs import CALIBRATION, calibration_rows, open_model
+from pipeline_lib.errors import SparselineError
 from pipeline_lib.induction.gate import Gate
 from pipeline_lib.induction.induce import InduceParams, induce_block
 from pipeline_lib.induction.resume import keep, kept
@@ -32,6 +33,10 @@ def main(variant: str) -> None:
         settings = params.parse(InduceParams, params.merged("induce", f"induced.{variant}"), "induce")
         merged = params.merged("prune.selection", f"variants.{variant}.selection")
         selection = params.parse(SelectionParams, merged, f"variants.{variant}.selection")
+        if selection.sparsity == 0:
+            raise SparselineError(
+                f"params.yaml: variants.{variant} prunes nothing (sparsity 0), so that there is nothing to induce; take it out of `induced`."
+            )
         merged = params.merged("prune.reconstruction", f"variants.{variant}.reconstruction")
         steps = params.parse(ReconstructionParams, merged, f"variants.{variant}.reconstruction").steps
         source = params.load(ModelParams, "model")

@@ -11,8 +11,10 @@ from pipeline_lib.allocation.budget import Unit, target
 from pipeline_lib.allocation.plan import plan
 from pipeline_lib.calibration.inputs import CALIBRATION, calibration_rows, open_model
 from pipeline_lib.models.source import MODEL, ModelParams
-from pipeline_lib.pruning.prune import FITS, VariantParams, prune
+from pipeline_lib.pruning.prune import FITS, REFIT, VariantParams, prune
 from pipeline_lib.pruning.resume import Progress
+from pipeline_lib.quantization.settings import QuantizationParams
+from pipeline_lib.quantization.size import packed_bits
 from pipeline_lib.transforms.transform import read_transforms
 
 MATRICES = Path("build/prepare/matrices.json")
@@ -42,7 +44,7 @@ def main(variant: str) -> None:
         described = f"{settings.model_dump_json()} {source.model_dump_json()}"
         inputs = [MODEL, MATRICES, factors, sensitivity, *sorted(CALIBRATION.glob("*.safetensors"))]
         scratch = runtime.scratch("prune", runtime.resume_key(described, inputs))
-        progress = Progress(scratch, model.checkpoint)
+        progress = Progress(scratch, model.checkpoint, settings.quantization)
         click.echo(f"prune {variant}: {settings.model_dump_json()}")
         if done := progress.done():
             click.echo(f"prune {variant}: resuming after {done} of {entry.depth} blocks")
@@ -69,11 +71,30 @@ def main(variant: str) -> None:
             "prunable": size,
             "sparsity": 1 - total / size,
             "matrices": matrices,
-            "blocks": {str(index): {step: facts[step] for step in FITS if step in facts} for index, facts in by_block.items()},
+            "blocks": {str(index): {step: facts[step] for step in (*FITS, REFIT) if step in facts} for index, facts in by_block.items()},
             "transform": transform_facts,
+            "quantization": _quantised(settings.quantization, listed, matrices),
         }
         artifacts.write_json(Path(f"build/facts/{variant}.json"), summary)
         click.echo(f"prune {variant}: kept {total:,} of {size:,} prunable weights (sparsity {1 - total / size:.4%})")
+        if quantised := summary["quantization"]:
+            click.echo(
+                f"prune {variant}: at {quantised['bits']} bits, {quantised['bits_per_weight']:.2f} bits a weight with masks and scales"
+            )
+
+
+def _quantised(how: QuantizationParams, listed: list[dict[str, Any]], matrices: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """What quantisation made of the matrices, or None; the rounding error is their mean, weight by weight."""
+    if how.bits is None:
+        return None
+    size, bits, error = 0, 0, 0.0
+    for matrix in listed:
+        facts = matrices[matrix["name"]]
+        size += facts["size"]
+        bits += packed_bits(tuple(matrix["shape"]), facts["kept"], how)
+        error += facts["size"] * facts["rounding_error"]
+    told = how.model_dump(mode="json", include={"bits", "group", "symmetric"})
+    return told | {"bits_per_weight": bits / size, "rounding_error": error / size}
 
 
 def _sensitivity(entry: dict[str, Any] | None) -> dict[str, Any] | None:

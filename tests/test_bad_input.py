@@ -129,7 +129,24 @@ PARAMETERS = [
         wanda(selection={**SELECTION, "sparsity": 1.5}),
         ("variants.wanda.selection.sparsity", "1.5", "less than 1"),
     ),
-    Mistake("sparsity 0", "prune wanda", params(prune__selection__sparsity=0), ("selection.sparsity", "= 0 ", "greater than 0")),
+    Mistake(
+        "sparsity 0",
+        "prune wanda",
+        params(prune__selection__sparsity=0),
+        ("variants.wanda.selection", "'sparsity': 0", "greater than 0", "quantization.bits"),
+    ),
+    Mistake(
+        "nothing to induce",
+        "induce sparseline",
+        params(prune__selection__sparsity=0, prune__quantization__bits=4),
+        ("variants.sparseline", "sparsity 0", "take it out of `induced`"),
+    ),
+    Mistake("nine bits", "prune wanda", params(prune__quantization__bits=9), ("quantization.bits", "= 9 ", "8")),
+    Mistake("no columns in a group", "prune wanda", params(prune__quantization__group=0), ("quantization.group", "= 0 ", "1")),
+    Mistake("unknown group", "prune wanda", params(prune__quantization__group="matrix"), ("quantization.group", "'matrix'")),
+    Mistake(
+        "codes fitted again", "prune wanda", params(prune__quantization__refit=["weights"]), ("quantization.refit", "'weights'", "scales")
+    ),
     Mistake("sparsity of induction", "induce sparseline", params(prune__selection__sparsity=-1), ("selection.sparsity", "-1", "greater")),
     Mistake("unknown key", "calibrate", params(calibrate__batch=3), ("calibrate.batch ", "not a known key", "batch_rows")),
     Mistake(

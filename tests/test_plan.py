@@ -163,3 +163,20 @@ def test_exported_files_take_what_was_predicted(tmp_path: Path) -> None:
     export(source, tmp_path / "prune", tmp_path / "export", formats, "unstructured", "mine")
     written = sum(path.stat().st_size for path in (tmp_path / "export").rglob("*.safetensors"))
     assert exporting(source, "export", formats.formats, 0.5).disk_bytes == pytest.approx(written, rel=0.02)
+
+
+def test_quantising_takes_the_sweeps_it_makes(wide: Path) -> None:
+    """In the sweep itself it is free; after least squares it is one more of R·C² FLOPs; after a fit, also passes for its moments and another fit."""
+
+    def flops(steps: tuple[str, ...], **quantization: Any) -> float:
+        return pruning(open_checkpoint(wide), "x", prune_params(steps, quantization=quantization), 8, 32).flops
+
+    each = 2 * (2 * 128 * 128**2 + 2 * 64 * 128**2 + 3 * 128 * 128**2)  # both blocks' matrices, all of 128 inputs
+    assert flops((), bits=4) == flops(())
+    assert flops(("obs",), bits=4) == flops(("obs",))
+    assert flops(("obs", "lsq"), bits=4) - flops(("obs", "lsq")) == each
+    assert flops(("lsq",), bits=4) == flops(("lsq",))
+    plain, once, again = (flops(("obs", "block"), **how) for how in ({}, {"bits": 4, "refit": []}, {"bits": 4, "refit": ["scales"]}))
+    tokens, weights = 8 * 32, 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 128)
+    assert again - once == pytest.approx(8 * 4 * 2 * tokens * weights)  # epochs, passes, FLOPs
+    assert once - plain > each

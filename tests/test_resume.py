@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from project import build, change_params, environment, make_workspace, run, tree
 
+from pipeline_lib.artifacts import block_file, read_tensors
+
 COMMAND = ("python", "-m", "stages.prune", "sparseline")
 BLOCKS = 4
 EPOCHS = 40  # a block takes most of a second, a look at the scratch directory a hundredth of one
@@ -19,11 +21,12 @@ VARIANT: dict[str, Any] = {
     "sensitivity": "prepare/unmeasured.json",
     "reconstruction": {"steps": ["obs", "channel"], "channel": {"epochs": EPOCHS, "patience": EPOCHS}},
 }
-# Blocks in windows of two, aiming at the dense stream, and with streams that are files beside the finished blocks.
+# Blocks in windows of two, aiming at the dense stream, quantised after the fit, and with streams that are files beside the finished blocks.
 WINDOWS: dict[str, Any] = {
     "factors": "scale/transform.safetensors",
     "sensitivity": "prepare/unmeasured.json",
     "activation_budget_bytes": 0,
+    "quantization": {"bits": 4, "group": 20, "symmetric": False},
     "reconstruction": {
         "steps": ["obs", "lsq", "block"],
         "collect": "site",
@@ -198,7 +201,22 @@ for last in (None, 0, 1, 2, None):
     assert [int(done) for done in re.findall(r"resuming after (\d) of 4 blocks", output)] == [1, 2, 3]
     undisturbed, resumed = (tree(workspace / "build" / f"prune-{number}") for number in (0, 1))
     assert resumed == undisturbed
-    assert len(undisturbed) > 2 * BLOCKS
+    assert len([path for path in undisturbed if "/quantization/block-" in path]) == BLOCKS
+    assert len(undisturbed) > 3 * BLOCKS
+    told = json.loads((workspace / "build" / "prune-0" / "facts.json").read_text(encoding="utf-8"))
+    assert told["quantization"].keys() == {"bits", "group", "symmetric", "bits_per_weight", "rounding_error"}
+    assert 0 < told["quantization"]["rounding_error"] < 0.1
+    for index, steps in told["blocks"].items():
+        assert steps.keys() == {"block", "refit"}
+        scales, facts = read_tensors(block_file(workspace / "build" / "prune-0" / "windows" / "quantization", int(index)))
+        assert (facts["bits"], facts["group"], facts["symmetric"]) == (4, 20, False)
+        assert scales.keys() == {f"{label}.{part}" for label in facts["shapes"] for part in ("scale", "zero_point")}
+        for label, (rows, columns) in facts["shapes"].items():
+            assert scales[f"{label}.scale"].shape == scales[f"{label}.zero_point"].shape == (rows, -(-columns // 20))
+        sizes = [rows * columns for rows, columns in facts["shapes"].values()]
+        groups = [scales[f"{label}.scale"].numel() for label in facts["shapes"]]
+        expected = 1 + 4 * 0.5 + 20 * sum(groups) / sum(sizes)  # mask, half of the codes, scales and zero points
+        assert told["quantization"]["bits_per_weight"] == pytest.approx(expected)
     assert not tree(scratch(workspace))
 
 

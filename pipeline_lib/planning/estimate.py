@@ -135,9 +135,11 @@ def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, l
     larger of two phases. Selection: a block twice and its masks (9·P), the Grams 4·Σd² (site by site only the largest, and the cross
     moment beside it), the largest site's factorisation (16·d²; 24·d² more for ADMM), three matrices of the largest kind where there is a
     target to aim at or least squares, and a batch's activations. Fit: per block of the window 5·P as pruned and 28·P with ``weights``
-    (as they move, gradient, Adam's moments, masked, the best so far, masks and bfloat16 copies; 12·P else), and one batch's graph.
+    (as they move, gradient, Adam's moments, masked, the best so far, masks and bfloat16 copies; 12·P else; 18·P where scales of what was
+    quantised are fitted again), and one batch's graph.
 
     Time: the products of all forward passes, of the sweeps (R·C²) and of at most all iterations and epochs, gradients at twice a forward pass.
+    Quantisation after ``lsq`` is another sweep; after a fit it is one towards the block's own outputs, from statistics of its own, and another fit.
     """
     entry, how = checkpoint.architecture, params.reconstruction
     shapes = [checkpoint.matrix_shape(0, matrix) for matrix in entry.matrices]
@@ -158,15 +160,21 @@ def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, l
     grams = 4 * (d * d if sitewise else sum(size * size for size in sites)) + (4 * d * d if aimed else 0)
     solver = (16 + (24 if refit and how.lsq.mask_iterations else 0)) * d * d + (12 * largest if aimed or refit else 4 * largest)
     selecting = 9 * block * window + grams + solver + inner(params.batch_rows)
-    fitting = [window * (5 + (28 if "weights" in fit.parts else 12)) * block + 3 * inner(fit.batch_rows) for fit in fits]
+    again = params.quantization.bits is not None and bool(fits)  # quantised after a fit: moments, sweep and fit once more
+    refitted = again and bool(params.quantization.refit)
+    fitting = [
+        window * (5 + (28 if "weights" in fit.parts else 18 if refitted else 12)) * block + 3 * inner(fit.batch_rows) for fit in fits
+    ]
     forward = 2 * tokens * block
     collects = (2.2 if sitewise else 1) * (2 if aimed else 1)  # site by site, a pass stops where it has what it came for
     passes = collects + 1 + bool(fits or aimed) + sum(4 * fit.epochs for fit in fits)
     each = sum(r * c * c for r, c in shapes)
-    solve = ("obs" in how.steps) + 4 * aimed + (2 * (how.lsq.iterations + 4 * how.lsq.mask_iterations) if refit else 0)
-    flops = (
-        passes * forward + 2 * tokens * sum(size * size for size in sites) * (1 + aimed) + 3 * sum(size**3 for size in sites) + solve * each
-    )
+    passes += again * 2 * 2.2 + (4 * fits[-1].epochs if refitted else 0)
+    twice = params.quantization.bits is not None and (refit or again)  # a sweep for the mask, and one for the grid
+    sweeps = ("obs" in how.steps) * (1 + twice + 4 * again)
+    solve = sweeps + 4 * aimed + (2 * (how.lsq.iterations + 4 * how.lsq.mask_iterations) if refit else 0)
+    statistics = 2 * tokens * sum(size * size for size in sites) * (1 + aimed + 2 * again)
+    flops = passes * forward + statistics + 3 * sum(size**3 for size in sites) * (1 + again) + solve * each
     disk = checkpoint.parameters * (torch.finfo(checkpoint.dtype).bits // 8) + checkpoint.parameters / 8
     disk += streams if streams > params.activation_budget_bytes else 0
     return Estimate(name, LIBRARIES + outside + kept + max([selecting, *fitting]), disk, entry.depth * flops)

@@ -1,10 +1,11 @@
-"""Prune one logical matrix by a variant's own score, pattern, group and damping; with OBS compensation if asked to."""
+"""Prune one logical matrix by a variant's own score, pattern, group and damping; with OBS compensation and on a grid if asked to."""
 
 import torch
 
 from pipeline_lib.pruning.scores import saliency
 from pipeline_lib.pruning.settings import SelectionParams
-from pipeline_lib.reconstruction.obs import Factorisation, choose, sweep
+from pipeline_lib.quantization.grid import Grid
+from pipeline_lib.reconstruction.obs import Factorisation, choose, quantise, sweep
 
 
 def prune_matrix(
@@ -14,6 +15,7 @@ def prune_matrix(
     selection: SelectionParams,
     compensate: bool,
     importance: torch.Tensor | None = None,
+    grid: Grid | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The pruned weight [R, C], zero outside the mask, and the mask [R, C].
 
@@ -22,6 +24,7 @@ def prune_matrix(
         factorisation: of the second moment of its inputs.
         kept: how many weights stay.
         importance: selection weights u > 0 [C]; scores are multiplied by u².
+        grid: filled with what is left, in the same sweep or, without compensation, by rounding to nearest.
     """
     if compensate:
         return sweep(
@@ -33,10 +36,21 @@ def prune_matrix(
             group=selection.group,
             block=selection.block,
             importance=importance,
+            grid=grid,
         )
     scores = saliency(selection.score, weight, factorisation.whole())
     mask = chosen(scores if importance is None else scores * importance.square(), kept, selection)
-    return weight.masked_fill(~mask, 0), mask
+    left = weight.masked_fill(~mask, 0)
+    return (left if grid is None else grid.nearest(left)), mask
+
+
+def quantise_matrix(
+    weight: torch.Tensor, mask: torch.Tensor, factorisation: Factorisation, grid: Grid, block: int, compensate: bool
+) -> torch.Tensor:
+    """The weight [R, C] on the grid, zero outside the mask [R, C]; with OBS compensation or by rounding to nearest."""
+    if compensate:
+        return quantise(weight, mask, factorisation, grid, block)
+    return grid.nearest(weight.masked_fill(~mask, 0))
 
 
 def chosen(scores: torch.Tensor, kept: int, selection: SelectionParams) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from pipeline_lib.allocation.plan import AllocationParams
 from pipeline_lib.calibration.statistics import Moments, MomentSums
@@ -14,14 +14,18 @@ from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.folding import fold
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.params import Params
-from pipeline_lib.pruning.layerwise import Layerwise, PrunedBlock, prune_matrices, prune_site
+from pipeline_lib.pruning.layerwise import Layerwise, PrunedBlock, prune_matrices, prune_site, quantise_site
 from pipeline_lib.pruning.matrix import chosen
 from pipeline_lib.pruning.scores import saliency
 from pipeline_lib.pruning.settings import LayerwiseParams, SelectionParams
+from pipeline_lib.quantization.block import Scales
+from pipeline_lib.quantization.grid import Scheme
+from pipeline_lib.quantization.settings import QuantizationParams
 from pipeline_lib.reconstruction.fit import BlockParams, FitParams, Masks, Pairs, fit
 from pipeline_lib.transforms.transform import Transform
 
 FITS = ("channel", "block")  # the steps that fit a whole block
+REFIT = "refit"  # what is fitted once more where the block is quantised after these steps
 
 
 class ReconstructionParams(LayerwiseParams):
@@ -36,9 +40,18 @@ class PruneParams(Params):
 
     batch_rows: int = Field(ge=1)
     activation_budget_bytes: int = Field(ge=0)
+    quantization: QuantizationParams
     selection: SelectionParams
     allocation: AllocationParams
     reconstruction: ReconstructionParams
+
+    @field_validator("selection")
+    @classmethod
+    def _does_something(cls, selection: SelectionParams, info: ValidationInfo) -> SelectionParams:
+        quantization = info.data.get("quantization")
+        if selection.sparsity == 0 and quantization is not None and quantization.bits is None:
+            raise ValueError("sparsity 0 prunes nothing, so it must be greater than 0 unless quantization.bits says what else to do")
+        return selection
 
 
 class VariantParams(PruneParams):
@@ -111,6 +124,7 @@ def prune(
     checkpoint, architecture = model.checkpoint, model.checkpoint.architecture
     how = params.reconstruction
     fits: dict[str, FitParams] = {name: getattr(how, name) for name in FITS if name in how.steps}
+    scheme = params.quantization.scheme(checkpoint.dtype)
     aims = bool(fits) or how.towards_dense > 0
     size = how.block.window if "block" in how.steps else 1
     rows = torch.cat([fit_rows, held_out_rows])
@@ -143,6 +157,12 @@ def prune(
             fitting, held_out = Pairs(inputs[:cut], targets[:cut]), Pairs(inputs[cut:], targets[cut:])
             for step, settings in fits.items():
                 _fit(model, results, kept, params.selection, step, settings, fitting, held_out)
+            if fits and scheme is not None:
+                ahead = pruned_stream if len(window) == 1 else pruned_stream.copy(directory, "ahead")
+                _quantise(model, results, ahead, transforms, params, scheme)
+                if params.quantization.refit:
+                    again = list(fits.values())[-1].model_copy(update={"parts": params.quantization.refit})
+                    _fit(model, results, kept, params.selection, REFIT, again, fitting, held_out)
         for index in window:
             if index in results:
                 source = checkpoint.block(index)
@@ -167,7 +187,9 @@ def _select(
     architecture, how = model.checkpoint.architecture, params.reconstruction
     block = model.block(index, folded)
     refit = how.lsq if "lsq" in how.steps else None
-    layerwise = Layerwise("obs" in how.steps, how.towards_dense, how.reorder, refit)
+    fitted_first = any(step in how.steps for step in FITS)
+    scheme = None if fitted_first else params.quantization.scheme(model.checkpoint.dtype)
+    layerwise = Layerwise("obs" in how.steps, how.towards_dense, how.reorder, refit, scheme)
     told = transform, params.selection, layerwise, f"{architecture.blocks}.{index}"
     if how.collect == "block":
         return prune_matrices(architecture, folded, collect(model, block, index, stream), kept, *told)
@@ -178,6 +200,30 @@ def _select(
         found = collect(model, model.block(index, result.tensors), index, stream, site, beside)
         prune_site(result, architecture, site, found[site], kept, *told)
     return result
+
+
+def _quantise(
+    model: BlockModel,
+    results: Mapping[int, PrunedBlock],
+    stream: Stream,
+    transforms: list[Transform],
+    params: PruneParams,
+    scheme: Scheme,
+) -> None:
+    """Quantise the fitted blocks of a window in place, site by site; each aims at what the block gave for the same stream before.
+
+    The stream before the window is passed on if there is more than one block.
+    """
+    architecture, compensate = model.checkpoint.architecture, "obs" in params.reconstruction.steps
+    for index, result in results.items():
+        fitted = model.block(index, result.tensors)
+        transform, where = transforms[index].to(model.device), f"{architecture.blocks}.{index}"
+        for site in (one.name for one in architecture.sites if one.name in {matrix.site for matrix in result.curvatures}):
+            beside = (fitted, stream) if compensate else None
+            found = collect(model, model.block(index, result.tensors), index, stream, site, beside)
+            quantise_site(result, architecture, site, found[site], transform, params.selection, scheme, compensate, where)
+        if index != max(results):
+            model.advance(model.block(index, result.tensors), index, stream)
 
 
 def _fit(
@@ -204,7 +250,7 @@ def _fit(
         for index, block in blocks.items():
             prefix = f"{index}/"
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            hidden = model.call(block, index, hidden, own)
+            hidden = model.call(block, index, hidden, scales[index].joined(own))
         return hidden
 
     def remask(tensors: Mapping[str, torch.Tensor]) -> Masks:
@@ -215,11 +261,13 @@ def _fit(
             masks[matrix] = chosen(scores, kept[index, own], selection)
         return masks
 
-    tensors = {f"{index}/{name}": tensor for index, result in results.items() for name, tensor in result.tensors.items()}
+    scales = {index: Scales(result.tensors, result.grids if "scales" in params.parts else {}) for index, result in results.items()}
+    given = {index: {**result.tensors, **scales[index].free()} for index, result in results.items()}
+    tensors = {f"{index}/{name}": tensor for index, named in given.items() for name, tensor in named.items()}
     where = f"{model.checkpoint.architecture.blocks}.{min(results)}"
-    fitted = fit(run, tensors, list(places), fitting, held_out, params, where, remask)
+    fitted = fit(run, tensors, list(places), fitting, held_out, params, where, None if step == REFIT else remask)
     for index, result in results.items():
-        result.tensors = {name: fitted.tensors[f"{index}/{name}"] for name in result.tensors}
+        result.tensors = scales[index].settle({name: fitted.tensors[f"{index}/{name}"] for name in given[index]})
         result.facts[step] = fitted.facts
     for matrix, mask in (fitted.masks or {}).items():
         index, own = places[matrix]

@@ -11,6 +11,7 @@ import torch
 from pipeline_lib import artifacts
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter
 from pipeline_lib.pruning.layerwise import PrunedBlock
+from pipeline_lib.quantization.settings import QuantizationParams
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
@@ -32,11 +33,12 @@ def _place(source: str, target: str) -> None:
 
 
 class Progress:
-    """``directory`` holds ``checkpoint/`` (one shard per block), ``masks/`` and ``facts/``; a block's facts are written last."""
+    """``directory`` holds ``checkpoint/`` (one shard per block), ``masks/``, ``quantization/`` if there is any, and ``facts/``; a block's facts are written last."""
 
-    def __init__(self, directory: Path, source: Checkpoint) -> None:
+    def __init__(self, directory: Path, source: Checkpoint, quantization: QuantizationParams) -> None:
         self.directory = directory
         self.source = source
+        self.quantization = quantization
         self.writer = ShardWriter(source, directory / "checkpoint")
 
     def _facts(self, index: int) -> Path:
@@ -56,15 +58,20 @@ class Progress:
         shapes = {prefix + name: list(mask.shape) for name, mask in result.masks.items()}
         masks = {prefix + name: pack(mask) for name, mask in result.masks.items()}
         artifacts.write_tensors(artifacts.block_file(self.directory / "masks", index), masks, {"shapes": shapes})
+        if self.quantization.bits is not None:
+            grids = {name: tensor for matrix, grid in result.grids.items() for name, tensor in grid.tensors(matrix.label).items()}
+            told = {"shapes": {matrix.label: list(grid.shape) for matrix, grid in result.grids.items()}}
+            how = self.quantization.model_dump(include={"bits", "group", "symmetric"})
+            artifacts.write_tensors(artifacts.block_file(self.directory / "quantization", index), grids, how | told)
         artifacts.write_json(self._facts(index), result.facts)
 
     def publish(self, out: Path) -> dict[int, Any]:
-        """Complete the checkpoint, move it with its masks to ``out``, drop the scratch; every block's facts."""
+        """Complete the checkpoint, move it with its masks and grids to ``out``, drop the scratch; every block's facts."""
         facts = {index: artifacts.read_json(self._facts(index)) for index in range(self.source.architecture.depth)}
         self.writer.finish()
         with artifacts.replacing(out) as temporary:
             temporary.mkdir()
-            for part in ("checkpoint", "masks"):
+            for part in ("checkpoint", "masks", *(["quantization"] if self.quantization.bits is not None else [])):
                 shutil.copytree(self.directory / part, temporary / part, copy_function=_place)
         shutil.rmtree(self.directory)
         return facts

@@ -18,7 +18,7 @@ def _valid_pattern(text: str) -> str:
 class SelectionParams(Params):
     """Section ``prune.selection``, with ``variants.<name>.selection`` laid over it."""
 
-    sparsity: float = Field(gt=0, lt=1)
+    sparsity: float = Field(ge=0, lt=1)
     pattern: Annotated[str, AfterValidator(_valid_pattern)]
     score: Score
     group: Group

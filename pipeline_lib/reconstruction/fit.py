@@ -84,6 +84,7 @@ class _Free:
         self.columns = [torch.zeros(view.shape[1], device=device, requires_grad=True) for view in views]
         biases = {m.bias for m in matrices if m.bias is not None} if "biases" in parts else set()
         norms = {n for n, t in tensors.items() if t.ndim == 1 and n.endswith("weight")} if "norms" in parts else set()
+        norms |= {n for n in tensors if n.endswith(".scale")} if "scales" in parts else set()  # of quantised matrices: factors, too
         self.biases = {name: torch.zeros_like(tensors[name], requires_grad=True) for name in sorted(biases)}
         self.norms = {name: torch.zeros_like(tensors[name], requires_grad=True) for name in sorted(norms)}
         self.factors = "factors" in parts

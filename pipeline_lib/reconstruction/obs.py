@@ -1,5 +1,7 @@
 """The OBS column sweep of SparseGPT (2301.00774), with any score of 2310.09499 choosing the mask on the way.
 
+What stays can be quantised on the way (GPTQ, 2210.17323), so that one compensation mends both errors (2301.00774, Section 3.5).
+
 Two things around it: ``aim`` moves what the sweep starts from to where the dense stream's outputs are best met, and
 ``column_losses`` with ``rose_order`` let it take the columns in the order of ROSE (2603.05878).
 """
@@ -15,6 +17,7 @@ from pipeline_lib.allocation.budget import shares
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.pruning.patterns import Group, Pattern, select, select_n_of_m
 from pipeline_lib.pruning.scores import Curvature, Score, saliency
+from pipeline_lib.quantization.grid import Grid
 
 DampingOf = Literal["mean", "diagonal"]
 LARGEST_DAMPING = 1.0
@@ -192,6 +195,7 @@ def sweep(
     group: Group,
     block: int,
     importance: torch.Tensor | None = None,
+    grid: Grid | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prune columns in order and let the columns still to come make up for each error (2310.09499, Eq. 3).
 
@@ -203,6 +207,7 @@ def sweep(
         weight: [R, C] float32: W, or what ``aim`` makes of it.
         kept: how many weights stay.
         importance: selection weights u > 0 [C]; scores are multiplied by u².
+        grid: filled on the way: what stays of a column is rounded to it, and the columns still to come make up for that, too.
 
     Returns:
         The compensated weight [R, C], exactly zero outside the mask, and the mask [R, C].
@@ -215,7 +220,7 @@ def sweep(
     weight[:, factorisation.dead] = 0
     curvature = factorisation.trailing()
     emphasis = torch.ones_like(curvature.diagonal) if importance is None else importance.square()
-    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask = torch.ones_like(weight, dtype=torch.bool)  # what is not chosen yet counts as kept
     kept_of_m = kept * pattern.m // weight.numel() if pattern.m else 0
     if pattern.m:
         block = -(-block // pattern.m) * pattern.m  # groups of M lie within one column block
@@ -224,25 +229,103 @@ def sweep(
     if order is not None:
         weight, mask, emphasis = weight[:, order], mask[:, order], emphasis[order]
         _runs(order, pattern.m or 1)
+
+    def reach(column: int) -> None:
+        """Choose the mask of the group of M that starts here."""
+        if pattern.m and column % pattern.m == 0:
+            ahead = slice(column, column + pattern.m)
+            scores = saliency(score, weight[:, ahead], curvature.columns(column, column + pattern.m)) * emphasis[ahead]
+            mask[:, ahead] = select_n_of_m(scores, kept_of_m, pattern.m)
+
+    rounding = None if grid is None else _Rounding(grid, order)
     for start, stop, quota in _blocks(kept, weight.shape, block, order):
-        part, chosen = weight[:, start:stop], mask[:, start:stop]
-        upper = factorisation.upper[start:stop, start:stop]
-        local = curvature.columns(start, stop)
         if not pattern.m and group == "block":
-            chosen.copy_(select(saliency(score, part, local) * emphasis[start:stop], quota, "matrix", block))
-        errors = torch.zeros_like(part)
-        for j in range(stop - start):
-            if pattern.m and j % pattern.m == 0:
-                ahead = slice(j, j + pattern.m)
-                scores = saliency(score, part[:, ahead], local.columns(j, j + pattern.m)) * emphasis[start + j : start + j + pattern.m]
-                chosen[:, ahead] = select_n_of_m(scores, kept_of_m, pattern.m)
-            error = part[:, j].masked_fill(chosen[:, j], 0) / upper[j, j]
-            part[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1)
-            errors[:, j] = error
-        part.masked_fill_(~chosen, 0)
-        if stop < weight.shape[1]:
-            weight[:, stop:].addmm_(errors, factorisation.upper[start:stop, stop:], alpha=-1)
+            scores = saliency(score, weight[:, start:stop], curvature.columns(start, stop)) * emphasis[start:stop]
+            mask[:, start:stop] = select(scores, quota, "matrix", block)
+        _eliminate(weight, mask, factorisation, start, stop, reach, rounding)
     return (weight, mask) if order is None else (_restored(weight, order), _restored(mask, order))
+
+
+def quantise(weight: torch.Tensor, mask: torch.Tensor, factorisation: Factorisation, grid: Grid, block: int) -> torch.Tensor:
+    """Put weights on a grid column by column on a mask that is given, and let the columns still to come make up for each error (2210.17323, Eqs. 2–3).
+
+    What a column to come gets though it is pruned is passed on when it is reached.
+
+    Args:
+        weight: [R, C] float32; what it holds off the mask is pruned on the way.
+        mask: [R, C] bool, True = kept.
+        grid: filled on the way.
+        block: columns that are updated at once; changes nothing but rounding.
+
+    Returns:
+        The quantised weight [R, C], exactly zero outside the mask.
+    """
+    order, weight, columns = factorisation.order, weight.masked_fill(factorisation.dead, 0), weight.shape[1]
+    if order is not None:
+        weight, mask = weight[:, order], mask[:, order]
+    rounding = _Rounding(grid, order)
+    for start in range(0, columns, block):
+        _eliminate(weight, mask, factorisation, start, min(start + block, columns), lambda _: None, rounding)
+    return weight if order is None else _restored(weight, order)
+
+
+def _eliminate(
+    weight: torch.Tensor,
+    mask: torch.Tensor,
+    factorisation: Factorisation,
+    start: int,
+    stop: int,
+    reach: Callable[[int], None],
+    rounding: "_Rounding | None",
+) -> None:
+    """Columns ``start`` … ``stop`` of weight and mask [R, C], both in the sweep's order, in place; all columns to the right are updated.
+
+    Args:
+        reach: called before each column.
+    """
+    part, chosen, upper = weight[:, start:stop], mask[:, start:stop], factorisation.upper[start:stop, start:stop]
+    errors = torch.zeros_like(part)
+    for j in range(stop - start):
+        reach(start + j)
+        error = part[:, j].masked_fill(chosen[:, j], 0)
+        if rounding is not None:
+            grid, group = rounding.grid, rounding.groups[start + j]
+            if (ahead := rounding.starts.get(start + j)) is not None:
+                current = _as_compensated(weight, factorisation.upper, errors[:, :j], start, stop, ahead)
+                grid.fit(group, current.masked_fill_(~mask[:, ahead], 0))
+            rounded = grid.round(part[:, j : j + 1].masked_fill(~chosen[:, j : j + 1], 0), group)[:, 0]
+            error = part[:, j] - rounded
+            part[:, j] = rounded
+        error = error / upper[j, j]
+        part[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1)
+        errors[:, j] = error
+    part.masked_fill_(~chosen, 0)
+    if stop < weight.shape[1]:
+        weight[:, stop:].addmm_(errors, factorisation.upper[start:stop, stop:], alpha=-1)
+
+
+class _Rounding:
+    """A grid as the sweep meets it: the group of every column, and where a group starts, all of its columns."""
+
+    def __init__(self, grid: Grid, order: torch.Tensor | None) -> None:
+        columns = torch.arange(grid.shape[1]) if order is None else order.cpu()
+        self.grid = grid
+        self.groups: list[int] = (columns // grid.width).tolist()
+        members: dict[int, list[int]] = {}
+        for column, group in enumerate(self.groups):
+            members.setdefault(group, []).append(column)
+        self.starts = {found[0]: torch.tensor(found, device=grid.scale.device) for found in members.values()}
+
+
+def _as_compensated(
+    weight: torch.Tensor, upper: torch.Tensor, errors: torch.Tensor, start: int, stop: int, columns: torch.Tensor
+) -> torch.Tensor:
+    """Columns [R, n] still to come with all compensation so far: those from ``stop`` on have not got that of ``errors`` [R, j], from ``start`` on."""
+    found = weight[:, columns]
+    late = columns >= stop
+    if late.any():
+        found[:, late] -= errors @ upper[start : start + errors.shape[1], columns[late]]
+    return found
 
 
 def _blocks(kept: int, shape: torch.Size, block: int, order: torch.Tensor | None) -> list[tuple[int, int, int]]:
