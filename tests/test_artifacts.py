@@ -212,7 +212,7 @@ def test_a_section_is_read_into_its_model(tmp_path: Path) -> None:
         ("block: 128", "block: 128\n    blok: 1", r"prune\.selection\.blok is not a known key; .* use one of: block, damping, damping_of"),
         ("    block: 128\n", "", r"prune\.selection\.block is missing; add it"),
         ("sparsity: 0.5", "sparsity: 1.5", r"prune\.selection\.sparsity = 1\.5 cannot be used: .*less than 1"),
-        ("sparsity: 0.5", "sparsity: 0", r"prune\.selection\.sparsity = 0 cannot be used: .*greater than 0"),
+        ("sparsity: 0.5", "sparsity: -1", r"prune\.selection\.sparsity = -1 cannot be used: .*greater than or equal to 0"),
         ("sparsity: 0.5", "sparsity: .nan", r"prune\.selection\.sparsity = nan cannot be used"),
         ("sparsity: 0.5", "sparsity: half", r"prune\.selection\.sparsity = 'half' cannot be used: .*number"),
         ("sparsity: 0.5", "sparsity: 0.6", r"pattern 2:4 keeps 2 of 4, so sparsity must be 0\.5, not 0\.6"),
