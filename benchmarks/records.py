@@ -47,8 +47,15 @@ _digest = functools.cache(sha256)  # many cells share their inputs
 
 def cell_file(name: str, parameters: Any, inputs: Iterable[Path]) -> Path:
     """Named after the cell and a key over parameters and input files; the code is the records' commit."""
-    key = hashlib.sha256("".join([json.dumps(parameters, sort_keys=True), *map(_digest, inputs)]).encode()).hexdigest()
+    key = hashlib.sha256("".join([json.dumps(_used(parameters), sort_keys=True), *map(_digest, inputs)]).encode()).hexdigest()
     return CELLS / f"{name.replace(':', 'of')}-{key[:8]}.json"
+
+
+def _used(parameters: Any) -> Any:
+    """Without the section on quantisation where nothing is quantised: cells from before there was one keep their names."""
+    if isinstance(parameters, dict):
+        return {name: _used(value) for name, value in parameters.items() if name != "quantization" or value.get("bits") is not None}
+    return [_used(value) for value in parameters] if isinstance(parameters, list) else parameters
 
 
 def recorded(results: Path) -> list[Record]:
