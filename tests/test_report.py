@@ -36,6 +36,7 @@ def settings(name: str) -> dict[str, Any]:
         "selection": {"sparsity": 0.5, "pattern": "unstructured", "score": "obs", "group": "block", "block": 128},
         "allocation": {"method": "weight" if full else "uniform", "alpha": 0.15},
         "reconstruction": {"steps": ["obs", "channel"] if full else []},
+        "quantization": {"bits": 4, "group": 64, "symmetric": False} if full else {"bits": None},
         "factors": "induce/full/transform.safetensors" if full else "prepare/identity.safetensors",
         "sensitivity": "sensitivity/sensitivity.json" if full else "prepare/unmeasured.json",
     }
@@ -257,6 +258,7 @@ def test_the_gate_is_told_with_its_cost(build: Path) -> None:
     )
     (build / "choice.json").write_text(json.dumps({"text": "validation", "chosen": None, "perplexity": {}}), encoding="utf-8")
     assert "The gate" not in render(collect(build)).markdown
+    assert "4 bits, groups of 64, zero points" in render(collect(build)).markdown
 
 
 def test_only_the_named_variants_are_reported(build: Path) -> None:

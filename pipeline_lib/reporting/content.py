@@ -243,12 +243,19 @@ def _recipes(results: Results) -> list[Column]:
     def source(path: str) -> str:
         return "none" if path.startswith("prepare/") else path.rpartition("/")[0] or path
 
+    def quantisation(chosen: Mapping[str, Any]) -> str:
+        if chosen["bits"] is None:
+            return "none"
+        groups = "rows" if chosen["group"] == "row" else f"groups of {chosen['group']}"
+        return f"{chosen['bits']} bits, {groups}{'' if chosen['symmetric'] else ', zero points'}"
+
     cells = {
         "variant": [variant.name for variant in results.pruned],
         "score": [one["selection"]["score"] for one in settings],
         "compared within": [within(one["selection"]) for one in settings],
         "allocation": [allocation(one["allocation"]) for one in settings],
         "reconstruction": [" + ".join(one["reconstruction"]["steps"]) or "none" for one in settings],
+        "quantisation": [quantisation(one["quantization"]) for one in settings],
         "factors": [source(one["factors"]) for one in settings],
     }
     return [Column("", head, tuple(map(str, column)), numeric=False) for head, column in cells.items()]
