@@ -592,6 +592,8 @@ def test_nothing_is_written_where_nothing_was(workspace: Path, stage: str) -> No
         "induce",
         "evaluate",
         "completions",
+        "export",
+        "sizes",
         "choice.json",
     }
     assert not list((workspace / "build").rglob("*partial*"))

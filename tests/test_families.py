@@ -225,7 +225,7 @@ def test_pruning_end_to_end(
     shapes = {matrix: model.checkpoint.matrix_shape(0, matrix) for matrix in table.matrices}
     kept = {(index, matrix): rows * columns // 2 for index in range(depth) for matrix, (rows, columns) in shapes.items()}
     factors = {name: factor.float() for name, factor in random_factors({c.name: c.size for c in table.couplings}, 3, decades=1).items()}
-    progress = Progress(tmp_path / "scratch", model.checkpoint)
+    progress = Progress(tmp_path / "scratch", model.checkpoint, settings(score, pattern, steps).quantization)
     fit, held_out = token_rows(6, 12).split((4, 2))
     for index, block in prune(model, fit, held_out, kept, [Transform(factors)] * depth, settings(score, pattern, steps), lambda _: None):
         progress.keep(index, block)

@@ -168,8 +168,12 @@ def prune(
                 source = checkpoint.block(index)
                 results[index].tensors = {name: tensor.to(source[name].dtype) for name, tensor in results[index].tensors.items()}
                 stored[index] = results[index].tensors
-            if index + 1 < architecture.depth:  # nobody reads what comes after the last block
-                model.advance(model.block(index, stored[index]), index, pruned_stream)
+            block = model.block(index, stored[index])
+            if index + 1 < architecture.depth:
+                model.advance(block, index, pruned_stream)
+            else:  # nobody reads what comes after the last block: that it is finite shows on one batch
+                with torch.no_grad():
+                    model.check_finite(index, model.call(block, index, pruned_stream.hidden[0]))
         yield from results.items()
 
 
