@@ -58,7 +58,8 @@ def clone_of(project: Path, clone: Path, *config: str, cache: Path | None = None
     for key, value in {"user.name": "test", "user.email": "test@localhost", "commit.gpgsign": "false"}.items():
         run(clone, "git", "config", key, value)
     beside = clone.parent / f"{clone.name}.dvc"
-    own = ("[core]", "remote = team", f"site_cache_dir = {beside / 'site'}", "[cache]", f"dir = {cache or beside / 'cache'}")
+    remote = ["remote = team"] if any("remote" in line for line in config) else []
+    own = ("[core]", *remote, f"site_cache_dir = {beside / 'site'}", "[cache]", f"dir = {cache or beside / 'cache'}")
     (clone / ".dvc" / "config.local").write_text("\n".join((*own, *config)) + "\n", encoding="utf-8")
     return clone
 
