@@ -7,15 +7,19 @@ export PATH := $(BIN):$(PATH)
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
-.PHONY: run test check format plan deps environment clean
+.PHONY: run test sshd check format plan deps environment clean
 .PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-refresh bench-latency bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
 	dvc repro
 	@echo; cat report/table.txt; echo; echo "report: report/index.html"
 
-test: environment  ## the whole test suite
+test: environment sshd  ## the whole test suite
 	python -m pytest
+
+sshd:  ## for the tests over SSH: installed in a container only, since elsewhere the Debian package would open port 22
+	@test -x /usr/sbin/sshd || { test ! -d /run/systemd/system && apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server; } \
+		|| echo "no sshd, so the tests over SSH are skipped (Debian: apt-get install openssh-server)"
 
 check: environment  ## formatting, lint, types
 	ruff format --check .
