@@ -118,7 +118,7 @@ def main(name: str, work: Path, sparsity: float, seeds: int) -> None:
                 values["variants"] = {key: value | own[key] for key, value in RECIPES.items()}
                 values["choose"]["candidates"] = []
                 values["report"]["baseline"] = "obs"
-                values["evaluate"]["tasks"]["limit"] = 2
+                values["tasks"]["presets"], values["exported"] = [], {}
 
         project = reproduce(work, f"{head}-{name}-{sparsity}-{seed}", change)
         results += records(project, cell, head)

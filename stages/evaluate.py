@@ -1,4 +1,4 @@
-"""Measure one saved checkpoint: perplexity per text, zero-shot tasks, sample completions. ``dense`` is the source itself."""
+"""Measure one saved checkpoint: perplexity per text, sample completions. ``dense`` is the source itself."""
 
 from pathlib import Path
 
@@ -10,10 +10,7 @@ from pipeline_lib.errors import SparselineError
 from pipeline_lib.evaluation.completions import complete
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.evaluation.settings import EvaluateParams
-from pipeline_lib.evaluation.tasks import run_tasks
-from pipeline_lib.models.source import ModelParams, open_source
-from pipeline_lib.models.tokenizer import load_tokenizer
-from pipeline_lib.models.whole import load_model
+from pipeline_lib.evaluation.subject import open_subject
 
 TEXTS = Path("build/texts/evaluate")
 
@@ -23,10 +20,7 @@ TEXTS = Path("build/texts/evaluate")
 def main(variant: str) -> None:
     with runtime.stage(Path(f"build/costs/evaluate-{variant}.json")):
         settings = params.load(EvaluateParams, "evaluate")
-        pruned = Path(f"build/prune/{variant}/checkpoint")
-        directory = open_source(params.load(ModelParams, "model")).path if variant == "dense" else pruned
-        model = load_model(directory, settings.compute_dtype, runtime.device())
-        tokenizer = load_tokenizer(directory, model.config.vocab_size)
+        model, tokenizer = open_subject(variant, settings.compute_dtype)
         texts = {path.stem: artifacts.read_tensors(path)[0]["rows"] for path in sorted(TEXTS.glob("*.safetensors"))}
         if settings.completions.text not in texts:
             raise SparselineError(
@@ -37,12 +31,9 @@ def main(variant: str) -> None:
         for name, rows in tqdm(texts.items(), desc=f"evaluate {variant}", unit="text"):
             perplexities[name] = perplexity(model, rows, settings.batch_rows)
         completions = complete(model, tokenizer, texts[settings.completions.text], settings.completions)
-        tasks = run_tasks(model, tokenizer, settings.tasks)
-        artifacts.write_json(Path(f"build/evaluate/{variant}.json"), {"perplexity": perplexities, "tasks": tasks})
+        artifacts.write_json(Path(f"build/evaluate/{variant}.json"), {"perplexity": perplexities})
         artifacts.write_json(Path(f"build/completions/{variant}.json"), completions)
-        figures = [f"perplexity {name} {value:.3f}" for name, value in perplexities.items()]
-        figures += [f"{name} {task['acc']:.1%}" for name, task in tasks.items()]
-        click.echo(f"evaluate {variant}: {', '.join(figures)}")
+        click.echo(f"evaluate {variant}: {', '.join(f'perplexity {name} {value:.3f}' for name, value in perplexities.items())}")
 
 
 if __name__ == "__main__":

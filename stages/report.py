@@ -18,7 +18,9 @@ def main() -> None:
         settings = params.load(ReportParams, "report")
         texts = {name: Text(text["rows"], text["length"]) for name, text in params.section("texts").items() if text["use"] == "evaluate"}
         names, exported = list(params.section("variants") or {}), list(params.section("exported") or {})
-        results = table.collect(Path("build"), settings, names, texts, exported)
+        measured = [table.DENSE, *params.section("tasks.variants")]
+        tasks = dict.fromkeys(params.section("tasks.presets"), measured)
+        results = table.collect(Path("build"), settings, names, texts, exported, tasks)
         report = render(results)
         with artifacts.replacing(OUT / FIGURES) as directory:
             directory.mkdir()

@@ -45,9 +45,10 @@ SMALL: dict[str, Any] = {
     "prune": {"batch_rows": 4, "selection": {"block": 16}, "reconstruction": {"channel": FIT, "block": FIT}},
     "evaluate": {
         "batch_rows": 4,
-        "tasks": {"names": ["corrupted"], "limit": 4, "batch_rows": 4},
         "completions": {"text": "test", "count": 1, "prompt_tokens": 8, "new_tokens": 4},
     },
+    "tasks": {"batch_rows": 4, "presets": ["embedded"], "variants": ["sparseline"]},
+    "presets": {"embedded": {"names": ["corrupted"], "limit": 4}},
     "choose": {"candidates": ["wanda", "sparseline"]},
     "report": {"baseline": "wanda"},
 }

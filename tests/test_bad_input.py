@@ -36,6 +36,8 @@ LATER = (
     "evaluate dense",
     "evaluate wanda",
     "evaluate sparseline",
+    "tasks embedded dense",
+    "tasks embedded sparseline",
     "export sparseline",
     "choose",
     "report",
@@ -341,8 +343,8 @@ PARAMETERS = [
     ),
     Mistake(
         "a task that does not exist",
-        "evaluate dense",
-        params(evaluate__tasks__names=["nonsense"]),
+        "tasks embedded dense",
+        params(presets__embedded__names=["nonsense"]),
         ("'nonsense'", "data/tasks", "corrupted"),
     ),
     Mistake(

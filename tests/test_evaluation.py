@@ -19,7 +19,7 @@ from pipeline_lib.errors import SparselineError
 from pipeline_lib.evaluation.choice import ChooseParams, check, choose
 from pipeline_lib.evaluation.completions import CompletionsParams, complete
 from pipeline_lib.evaluation.perplexity import perplexity
-from pipeline_lib.evaluation.tasks import TasksParams, run_tasks
+from pipeline_lib.evaluation.tasks import Preset, TasksParams, run_tasks
 
 ROOT = Path(__file__).parent.parent
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -217,9 +217,10 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def params(**changes: Any) -> TasksParams:
-    embedded = {"path": "data/tasks", "names": ["next_line", "corrupted"], "limit": 8, "batch_rows": 4, "shots": 0, "seed": 0}
-    return TasksParams.model_validate(embedded | changes)
+def params(path: str | Path = "data/tasks", batch_rows: int = 4, **changes: Any) -> tuple[TasksParams, Preset]:
+    preset = {"names": ["next_line", "corrupted"], "limit": 8, "shots": 0, "seed": 0}
+    how = {"path": path, "compute_dtype": "float32", "batch_rows": batch_rows, "presets": [], "variants": []}
+    return TasksParams.model_validate(how), Preset.model_validate(preset | changes)
 
 
 @pytest.mark.usefixtures("at_root")
@@ -229,13 +230,13 @@ def test_embedded_tasks_run_offline_and_repeat(
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    found = run_tasks(tiny_llama(), tokenizer, params())
+    found = run_tasks(tiny_llama(), tokenizer, *params())
     assert list(found) == ["corrupted", "next_line"]
     assert all(set(values) == {"acc", "stderr", "chance"} for values in found.values())
     assert all(value is not None and 0 <= value <= 1 for values in found.values() for value in values.values())
     assert (found["next_line"]["chance"], found["corrupted"]["chance"]) == (0.25, 0.5)
-    assert run_tasks(tiny_llama(), tokenizer, params()) == found
-    assert run_tasks(tiny_llama(), tokenizer, params(batch_rows=16)) == found
+    assert run_tasks(tiny_llama(), tokenizer, *params()) == found
+    assert run_tasks(tiny_llama(), tokenizer, *params(batch_rows=16)) == found
     assert not (tmp_path / "cache").exists() and Path(datasets.config.HF_DATASETS_CACHE).parent == tmp_path
     assert tokenizer.pad_token is None  # the caller's tokenizer is left alone
     assert capfd.readouterr() == ("", "")
@@ -267,16 +268,16 @@ def local_task(folder: Path, golds: list[int], **changes: Any) -> None:
 def test_a_known_rule_gives_known_answers_and_data_is_never_stale(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     local = params(path=tmp_path, names=["letters"], limit=None)
     local_task(tmp_path, [0, 1, 0, 1])
-    assert run_tasks(repeater(), tokenizer, local) == {"letters": {"acc": 1.0, "stderr": 0.0, "chance": 0.5}}
+    assert run_tasks(repeater(), tokenizer, *local) == {"letters": {"acc": 1.0, "stderr": 0.0, "chance": 0.5}}
     local_task(tmp_path, [0, 1, 0, 0])  # same names, same size
-    found = run_tasks(repeater(), tokenizer, local)["letters"]
+    found = run_tasks(repeater(), tokenizer, *local)["letters"]
     assert found["acc"] == 0.75 and found["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
 
 
 @pytest.mark.usefixtures("at_root")
 def test_chance_may_be_stated(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     local_task(tmp_path, [0, 1, 0, 1], metadata={"version": 1.0, "chance": 0.125})
-    assert run_tasks(repeater(), tokenizer, params(path=tmp_path, names=["letters"]))["letters"]["chance"] == 0.125
+    assert run_tasks(repeater(), tokenizer, *params(path=tmp_path, names=["letters"]))["letters"]["chance"] == 0.125
 
 
 @pytest.mark.usefixtures("at_root")
@@ -287,7 +288,7 @@ def test_an_unknown_task_names_the_local_ones(tokenizer: PreTrainedTokenizerFast
     quick = lambda include_path, include_defaults: everything(include_path=include_path, include_defaults=False)  # noqa: E731
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", quick)  # without lm-eval's own thousands: ten seconds
     with pytest.raises(SparselineError, match=r"'next_lime'.*corrupted, next_line"):
-        run_tasks(tiny_llama(), tokenizer, params(names=["next_lime"]))
+        run_tasks(tiny_llama(), tokenizer, *params(names=["next_lime"]))
 
 
 @pytest.mark.usefixtures("at_root")
@@ -295,15 +296,15 @@ def test_tasks_that_cannot_be_used(tokenizer: PreTrainedTokenizerFast, tmp_path:
     local = params(path=tmp_path, names=["letters"])
     local_task(tmp_path, [0, 1, 0, 1], metric_list=[{"metric": "brier_score"}])
     with pytest.raises(SparselineError, match="no accuracy, only: brier_score"):
-        run_tasks(repeater(), tokenizer, local)
+        run_tasks(repeater(), tokenizer, *local)
     local_task(tmp_path, [0, 1, 0, 1])
     (tmp_path / "letters.jsonl").unlink()
     with pytest.raises(SparselineError, match=r"cannot be read: .*letters\.jsonl"):
-        run_tasks(repeater(), tokenizer, local)
+        run_tasks(repeater(), tokenizer, *local)
 
 
 def test_no_tasks(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert run_tasks(tiny_llama(), tokenizer, params(names=[])) == {}
+    assert run_tasks(tiny_llama(), tokenizer, *params(names=[])) == {}
 
 
 # The model-level gate

@@ -21,7 +21,7 @@ CODE = sorted(path for folder in ("pipeline_lib", "stages") for path in (ROOT / 
 MODULES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stat().st_size)
 NOT_STAGES = {"plan", "unpack"}  # commands outside the graph
 # (stage, section): loaded by the module, but not on the way that this stage takes through it
-OTHER_WAY = {("evaluate", "model")}  # the source is read for `dense` only
+OTHER_WAY = {("evaluate", "model"), ("tasks", "model")}  # the source is read for `dense` only
 
 
 def read(name: str) -> Any:
@@ -35,7 +35,7 @@ def stages() -> dict[str, dict[str, Any]]:
 
 
 def module(stage: dict[str, Any]) -> str:
-    match = re.fullmatch(r"python -m stages\.(\w+)( \S+)?", stage["cmd"])
+    match = re.fullmatch(r"python -m stages\.(\w+)( \S+)*", stage["cmd"])
     assert match, f"a stage runs `python -m stages.<module> [variant]`, so that experiments run their own code, not {stage['cmd']!r}"
     return match[1]
 
@@ -184,7 +184,7 @@ def wanted(stage: str) -> set[str]:
 
 
 def declared(stage: str) -> set[str]:
-    return {re.sub(r"\$\{\w+\}", "*", key) for key in stages()[stage]["params"]}
+    return {re.sub(r"\$\{[\w.]+\}", "*", key) for key in stages()[stage]["params"]}
 
 
 @pytest.mark.parametrize("stage", sorted(stages()))
@@ -221,15 +221,23 @@ def test_keys_of_the_model(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", sorted(stages()))
 def test_declared_params_exist(stage: str) -> None:
-    """Oracle: params.yaml, with every item of the foreach put in for ``${key}``."""
-    values = read("params.yaml")
-    items = read("dvc.yaml")["stages"][stage].get("foreach")
-    for key in stages()[stage]["params"]:
-        for item in values[items.strip("${}")] if items else [""]:
-            value = values
-            for part in key.replace("${key}", item).split("."):
-                assert part in value, f"{key} for {item}"
-                value = value[part]
+    """Oracle: params.yaml, with every item of the foreach or matrix put in for ``${key}`` and its like."""
+    values, definition = read("params.yaml"), read("dvc.yaml")["stages"][stage]
+
+    def value(path: str) -> Any:
+        found = values
+        for part in path.strip("${}").split("."):
+            assert part in found, path
+            found = found[part]
+        return found
+
+    axes = {f"item.{name}": items for name, items in definition.get("matrix", {}).items()}
+    axes |= {name: definition["foreach"] for name in ("key", "item") if "foreach" in definition}
+    for key in definition.get("do", definition)["params"]:
+        used = [name for name in axes if f"${{{name}}}" in key]
+        assert len(used) < 2
+        for item in value(axes[used[0]]) if used else [""]:
+            value(key.replace(f"${{{used[0]}}}", item) if used else key)
 
 
 @pytest.mark.parametrize("stage", sorted(stages()))

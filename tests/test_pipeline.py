@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEXTS = {"text@calibration", "text@validation", "text@test"}
 EVALUATIONS = {"evaluate-dense", "evaluate@wanda", "evaluate@sparseline"}
+TASKS = {"tasks-dense@embedded", "tasks@embedded-sparseline"}
 PRUNINGS = {"prune@wanda", "prune@sparseline"}
 SUMMARIES = {"choose", "report"}
 OTHERS = {"prepare", "calibrate", "scale", "induce@sparseline", "sensitivity", "curves@sparseline", "export@sparseline"} | SUMMARIES
 MEASURED = {"induce@sparseline", "curves@sparseline"}  # what prunes on the way, by the variant's own selection
-ALL = TEXTS | EVALUATIONS | PRUNINGS | OTHERS
+ALL = TEXTS | EVALUATIONS | TASKS | PRUNINGS | OTHERS
+OWN = {f"{stage}@sparseline" for stage in ("prune", "evaluate", "export")} | {"tasks@embedded-sparseline"}  # what follows from pruning it
 LAYERS, WIDTH, INNER, HEADS = 2, 32, 48, 16  # HEADS: channels of all key heads
 PRUNABLE = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * HEADS + 3 * WIDTH * INNER)
 
@@ -113,7 +115,9 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
         *(f"export/sparseline/bitmask/{name}" for name in {*others, "model.bitmask.safetensors", "bitmask.json"}),
         *(f"sizes/{name}.json" for name in ("dense", "sparseline")),
         *(f"{kind}/{model}.json" for kind in ("evaluate", "completions") for model in ("dense", *variants)),
-        *(f"costs/{re.sub('@', '-', stage)}.json" for stage in ALL - SUMMARIES),
+        *(f"evaluate/embedded/{model}.json" for model in ("dense", "sparseline")),
+        *(f"costs/{re.sub('@', '-', stage)}.json" for stage in ALL - SUMMARIES - TASKS),
+        *(f"costs/tasks-embedded-{model}.json" for model in ("dense", "sparseline")),
         "choice.json",
     }
     assert set(tree(ran.project / "build")) == expected
@@ -122,15 +126,22 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
 
 
 def test_the_summary_has_its_schema(ran: Ran) -> None:
-    """Oracle: {variant: {sparsity, perplexity{text}, tasks{task: {acc, stderr}}}}, and the figures of build/evaluate."""
+    """Oracle: {variant: {sparsity, perplexity{text}, and where there are any gap{text}, bytes, accuracy{task}}}, and build/evaluate's figures."""
     summary = read(ran.project / "report" / "summary.json")
     assert set(summary) == {"dense", "wanda", "sparseline"}
     for name, variant in summary.items():
-        assert set(variant) == {"sparsity", "perplexity", "tasks"}
+        assert set(variant) == {"sparsity", "perplexity"} | {
+            "dense": {"bytes", "accuracy"},
+            "sparseline": {"gap", "bytes", "accuracy"},
+        }.get(name, set())
         assert variant["sparsity"] == (0 if name == "dense" else 0.5)
         assert set(variant["perplexity"]) == {"test", "validation"}
-        assert set(variant["tasks"]) == {"corrupted"}
-        assert all(set(task) == {"acc", "stderr"} and 0 <= task["acc"] <= 1 for task in variant["tasks"].values())
+        if "accuracy" in variant:
+            told = {
+                task: round(found["acc"], 6)
+                for task, found in read(ran.project / "build" / "evaluate" / "embedded" / f"{name}.json").items()
+            }
+            assert variant["accuracy"] == told and set(told) == {"corrupted"}
         measured = read(ran.project / "build" / "evaluate" / f"{name}.json")
         assert all(math.isclose(value, measured["perplexity"][one], rel_tol=1e-6) for one, value in variant["perplexity"].items())
 
@@ -146,7 +157,8 @@ def test_dvc_shows_the_metrics(ran: Ran) -> None:
     """`dvc metrics show` reads quality and costs. Oracle: the files."""
     shown = json.loads(run(ran.project, "dvc", "metrics", "show", "--json"))[""]["data"]
     assert shown["report/summary.json"]["data"] == read(ran.project / "report" / "summary.json")
-    assert set(shown["build/costs/prune-wanda.json"]["data"]) == {"wall_s", "cpu_s", "peak_rss_bytes"}
+    assert shown["report/costs.json"]["data"] == read(ran.project / "report" / "costs.json")
+    assert set(shown) == {"report/summary.json", "report/costs.json"}
 
 
 @pytest.mark.parametrize("variant", ["wanda", "sparseline"])
@@ -231,7 +243,7 @@ def test_an_experiment_reruns_its_variant(project: Path) -> None:
     """
     commit(project)
     output = run(project, "dvc", "exp", "run", "-S", "+variants.sparseline.selection.sparsity=0.6")
-    assert executed(output) == MEASURED | {f"{stage}@sparseline" for stage in ("prune", "evaluate", "export")} | SUMMARIES
+    assert executed(output) == MEASURED | OWN | SUMMARIES
     assert not restored(output)
     weights = checkpoint(project / "build" / "prune" / "sparseline" / "checkpoint")
     assert sum(np.count_nonzero(tensor) for name, tensor in weights.items() if prunable(name)) == round(0.4 * PRUNABLE)
@@ -267,6 +279,7 @@ def test_a_missing_key_is_told_before_anything_runs(project: Path, key: str) -> 
         ("model.exclude", ["*.q_proj"], {"prepare"}),
         ("texts.test.rows", 7, {"text@test"}),
         ("evaluate.completions.count", 0, EVALUATIONS),
+        ("presets.embedded.limit", 3, TASKS),
         ("export.formats", ["bitmask"], {"export@sparseline"}),
         ("choose.candidates", ["wanda"], {"choose"}),
         ("report.title", "Another", {"report"}),
@@ -276,6 +289,14 @@ def test_a_knob_concerns_its_stages(project: Path, key: str, value: Any, expecte
     """Oracle: what each knob means. These stages change at once; what depends on their outputs follows."""
     change_params(project, key, value)
     assert stale(project) - (SUMMARIES if key.startswith(("variants.", "texts.")) else set()) == expected
+
+
+def test_another_preset_measures_only_that_one(project: Path) -> None:
+    """Oracle: DVC's words; the report's two sets of columns."""
+    change_params(project, "presets.more", {"names": ["next_line"], "limit": 2, "shots": 0, "seed": 0})
+    change_params(project, "tasks.presets", ["embedded", "more"])
+    assert executed(run(project, "dvc", "repro")) == {"tasks-dense@more", "tasks@more-sparseline"} | SUMMARIES
+    assert set(read(project / "report" / "summary.json")["sparseline"]["accuracy"]) == {"embedded corrupted", "more next_line"}
 
 
 def test_sensitivities_concern_the_variants_that_use_them(project: Path) -> None:
@@ -290,7 +311,7 @@ def test_another_allocation_prunes_and_nothing_else(project: Path) -> None:
     counts = []
     for allocation in ({"method": "predicted", "alpha": 1.0, "weighting": "trace"}, {"method": "owl", "alpha": 0.2}):
         change_params(project, "variants.sparseline.allocation", allocation)
-        assert executed(run(project, "dvc", "repro")) == {f"{stage}@sparseline" for stage in ("prune", "evaluate", "export")} | SUMMARIES
+        assert executed(run(project, "dvc", "repro")) == OWN | SUMMARIES
         facts = read(project / "build" / "facts" / "sparseline.json")
         assert facts["kept"] == round(0.5 * PRUNABLE)
         counts.append([matrix["kept"] for matrix in facts["matrices"].values()])
@@ -320,7 +341,7 @@ def test_edited_weights_concern_everything(project: Path) -> None:
     path.write_bytes(raw)
     assert stale(project) == {"prepare"}
     assert executed(run(project, "dvc", "repro", "prepare")) == {"prepare"}
-    assert stale(project) == ALL - {"prepare", "evaluate@wanda", "evaluate@sparseline", "choose"}
+    assert stale(project) == ALL - {"prepare", "evaluate@wanda", "evaluate@sparseline", "tasks@embedded-sparseline", "choose"}
 
 
 @pytest.mark.parametrize(
@@ -332,6 +353,7 @@ def test_edited_weights_concern_everything(project: Path) -> None:
         ("pipeline_lib/allocation/plan.py", {"induce@sparseline"} | PRUNINGS),  # the gate's module knows pruning's parameters
         ("pipeline_lib/sensitivity/hutchinson.py", {"sensitivity"}),
         ("pipeline_lib/evaluation/perplexity.py", EVALUATIONS),
+        ("pipeline_lib/evaluation/tasks.py", TASKS),
         ("pipeline_lib/models/architecture.py", ALL - SUMMARIES),
         ("pipeline_lib/reporting/report.md.jinja", {"report"}),
         ("pipeline_lib/planning/estimate.py", set()),

@@ -125,7 +125,8 @@ def make(build: Path, depth: int = 3) -> Path:
             "next_line": {"acc": 0.6 + better, "stderr": 0.0123456789, "chance": 0.25},
             "free": {"acc": 0.5, "stderr": 0.02, "chance": None},
         }
-        write(f"evaluate/{name}.json", {"perplexity": {"test": math.exp(test), "validation": math.exp(validation)}, "tasks": tasks})
+        write(f"evaluate/{name}.json", {"perplexity": {"test": math.exp(test), "validation": math.exp(validation)}})
+        write(f"evaluate/zero/{name}.json", tasks)
         write(f"completions/{name}.json", [{"prompt": f"\nof {EVIL}", "completion": f"same then {name} {EVIL}"}])
         if name != "dense":
             write(f"facts/{name}.json", facts(name, depth))
@@ -147,8 +148,9 @@ def collect(
     names: tuple[str, ...] = ("plain", "base", "full"),
     baseline: str = "base",
     exported: tuple[str, ...] = ("base", "full"),
+    tasks: tuple[str, ...] = ("dense", "plain", "base", "full"),
 ) -> Results:
-    return table.collect(build, ReportParams(baseline=baseline, title="Trial"), names, TEXTS, exported)
+    return table.collect(build, ReportParams(baseline=baseline, title="Trial"), names, TEXTS, exported, {"zero": tasks})
 
 
 @pytest.fixture
@@ -201,7 +203,7 @@ def test_costs_are_of_what_a_variant_needs(build: Path) -> None:
     assert (plain.seconds, base.seconds, full.seconds) == (10, 20, 136)
     assert (plain.peak_bytes, full.peak_bytes) == (1 * 10**9, 7 * 10**9)
     assert list(full.costs) == ["calibrate", "scale", "induce-full", "sensitivity", "prune-full"]
-    assert table.costs(collect(build))["full"]["cpu_s"] == 68
+    assert table.costs(collect(build))["full"] == {"seconds": 136, "peak_gb": 7.0}
 
 
 def test_stages_of_shared_factors_and_curves() -> None:
@@ -245,9 +247,13 @@ def test_summary_is_pure_metrics(build: Path) -> None:
     assert summary["dense"] == {
         "sparsity": 0.0,
         "perplexity": {"test": 7.389056, "validation": 7.389056},
-        "tasks": {"next_line": {"acc": 0.6, "stderr": 0.012346}, "free": {"acc": 0.5, "stderr": 0.02}},
+        "bytes": 10000,
+        "accuracy": {"next_line": 0.6, "free": 0.5},
     }
     assert summary["full"]["sparsity"] == 0.5
+    assert summary["full"]["bytes"] == 6600
+    assert summary["full"]["gap"]["test"] == 0.25
+    assert "gap" not in summary["base"] and "bytes" not in summary["plain"]
 
 
 def test_the_gate_is_told_with_its_cost(build: Path) -> None:
@@ -270,7 +276,7 @@ def test_only_the_named_variants_are_reported(build: Path) -> None:
     ("name", "mend"),
     [
         ("facts/full.json", "dvc repro prune@full"),
-        ("evaluate/dense.json", "dvc repro evaluate@dense"),
+        ("evaluate/dense.json", "dvc repro evaluate-dense"),
         ("completions/base.json", "dvc repro evaluate@base"),
         ("costs/induce-full.json", "dvc repro induce@full"),
         ("costs/sensitivity.json", "dvc repro sensitivity"),
@@ -453,14 +459,12 @@ def test_the_dense_model_alone(build: Path) -> None:
 
 def test_without_tasks_completions_and_curve(build: Path) -> None:
     for name in LOG_PERPLEXITY:
-        path = build / "evaluate" / f"{name}.json"
-        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"tasks": {}}), encoding="utf-8")
         (build / "completions" / f"{name}.json").write_text("[]", encoding="utf-8")
     path = build / "facts" / "full.json"
     changed = json.loads(path.read_text(encoding="utf-8"))
     changed["transform"]["curve"] = []
     path.write_text(json.dumps(changed), encoding="utf-8")
-    report = render(collect(build))
+    report = render(collect(build, tasks=()))
     assert "accuracy.svg" not in report.figures
     assert "induction-full.svg" not in report.figures
     for sentence in ("No tasks were run", "None were asked for", "its induction took no steps"):
@@ -519,6 +523,7 @@ texts:
   validation: {use: evaluate, rows: 8, length: 32}
   test: {use: evaluate, rows: 16, length: 32}
 exported: {base: {}, full: {}}
+tasks: {presets: [zero], variants: [plain, base, full]}
 """
 
 

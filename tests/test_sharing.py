@@ -23,10 +23,11 @@ from ruamel.yaml import YAML
 from test_pipeline import executed, restored
 
 ALL = {f"text@{name}" for name in ("calibration", "validation", "test")} | {
-    *("prepare", "calibrate", "scale", "sensitivity", "prune@wanda", "evaluate-dense", "evaluate@wanda", "choose", "report")
+    *("prepare", "calibrate", "scale", "sensitivity", "prune@wanda", "evaluate-dense", "evaluate@wanda", "choose", "report"),
+    *("tasks-dense@embedded", "tasks@embedded-wanda"),
 }
 CHANGE = ("variants.wanda.selection", {**WANDA["selection"], "sparsity": 0.6})
-CONCERNED = {"prune@wanda", "evaluate@wanda", "choose", "report"}
+CONCERNED = {"prune@wanda", "evaluate@wanda", "tasks@embedded-wanda", "choose", "report"}
 CHECKPOINT = "prune/wanda/checkpoint"
 SHIPPED = configparser.ConfigParser()
 SHIPPED.read_string((ROOT / ".dvc" / "config").read_text(encoding="utf-8").replace("    ", ""))
@@ -41,6 +42,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
         induced={},
         curved={},
         choose={"candidates": ["wanda"]},
+        tasks={"variants": ["wanda"]},
     )
     assert executed(run(project, "dvc", "repro")) == ALL
     commit(project)
@@ -111,7 +113,7 @@ def test_stages_write_beside_links_never_through_them(ran: Path, tmp_path: Path,
     change_params(clone, *CHANGE)
     monkeypatch.chdir(clone)
     build("prepare", *(f"text {name}" for name in ("calibration", "validation", "test")), "calibrate", "scale", "sensitivity")
-    build("prune wanda", "evaluate dense", "evaluate wanda", "choose", "report")
+    build("prune wanda", "evaluate dense", "evaluate wanda", "tasks embedded dense", "tasks embedded wanda", "choose", "report")
     assert tree(clone / "build" / CHECKPOINT) != before
     assert not any(path.is_symlink() for path in (clone / "build" / CHECKPOINT).iterdir())
     assert damaged(store) == []

@@ -5,12 +5,10 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline_lib.evaluation.completions import CompletionsParams
-from pipeline_lib.evaluation.tasks import TasksParams
 from pipeline_lib.params import Params
 
 
 class EvaluateParams(Params):
     compute_dtype: Literal["float32", "bfloat16", "float16"]
     batch_rows: int = Field(ge=1)
-    tasks: TasksParams
     completions: CompletionsParams

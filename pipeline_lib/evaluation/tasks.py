@@ -5,10 +5,10 @@ import io
 import logging
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -26,17 +26,27 @@ FILE_FORMATS = {"csv", "json", "parquet", "text"}  # dataset_path of tasks that 
 
 
 class TasksParams(Params):
-    """Which tasks, and how they are run."""
+    """Section ``tasks``: which presets are measured on which models, and how all of them are run."""
 
     path: Path  # folder of local task definitions (YAML, with the data beside them)
+    compute_dtype: Literal["float32", "bfloat16", "float16"]
+    batch_rows: int = Field(ge=1)
+    presets: list[str]  # of section `presets`
+    variants: list[str]  # beside the dense model
+
+
+class Preset(Params):
+    """Section ``presets.<name>``: tasks that are measured together."""
+
     names: list[str]  # local tasks, or lm-eval's own, which need the network or a filled cache
     limit: int | None = Field(ge=2)  # items of each task; a standard error needs two
-    batch_rows: int = Field(ge=1)
     shots: int = Field(ge=0)  # examples before each item; lm-eval keeps 0 for tasks that state it, as the embedded ones do
     seed: int  # choice of the examples
 
 
-def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: TasksParams) -> dict[str, dict[str, float | None]]:
+def run_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: TasksParams, preset: Preset
+) -> dict[str, dict[str, float | None]]:
     """Accuracy of each task: ``{name: {"acc", "stderr", "chance"}}``, all in [0, 1], sorted by name; a group or tag gives its members.
 
     ``stderr`` is the standard error of the mean, ``chance`` what guessing gives (None where it is not known). Nothing that depends
@@ -46,18 +56,18 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params
     Raises:
         SparselineError: no such task, one that measures no accuracy, or one whose data cannot be read.
     """
-    if not params.names:
+    if not preset.names:
         return {}
     from lm_eval.evaluator import evaluate  # imported here: seconds, needed by no other module
     from lm_eval.models.huggingface import HFLM
 
     with _quiet():
-        manager = _manager(params)
-        random.seed(params.seed)
-        np.random.seed(params.seed)  # noqa: NPY002 - the generator that tasks' own code draws from
-        torch.manual_seed(params.seed)
-        with _datasets(private=all(_reads_files(manager, name) for name in params.names)):
-            tasks = _load(manager, params)
+        manager = _manager(params.path, preset.names)
+        random.seed(preset.seed)
+        np.random.seed(preset.seed)  # noqa: NPY002 - the generator that tasks' own code draws from
+        torch.manual_seed(preset.seed)
+        with _datasets(private=all(_reads_files(manager, name) for name in preset.names)):
+            tasks = _load(manager, preset)
             lm = HFLM(
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),  # HFLM gives it a padding token
@@ -65,7 +75,7 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params
                 softmax_dtype="float32",
             )
             # the standard error of a mean has a formula, but with 0 bootstrap_iters lm-eval leaves it out
-            results = evaluate(lm, {"tasks": tasks}, limit=params.limit, bootstrap_iters=100, log_samples=False)
+            results = evaluate(lm, {"tasks": tasks}, limit=preset.limit, bootstrap_iters=100, log_samples=False)
             assert results is not None
             chances = {name: chance(task) for name, task in tasks.items()}
     flat = {}
@@ -86,18 +96,18 @@ def chance(task: "Task") -> float | None:
     return sum(shares) / len(shares)
 
 
-def _manager(params: TasksParams) -> "TaskManager":
+def _manager(path: Path, names: Sequence[str]) -> "TaskManager":
     """The local tasks, and lm-eval's own only where a name asks for them: their index takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    local = TaskManager(include_path=str(params.path), include_defaults=False)
-    if set(params.names) <= set(local.all_tasks):
+    local = TaskManager(include_path=str(path), include_defaults=False)
+    if set(names) <= set(local.all_tasks):
         return local
-    manager = TaskManager(include_path=str(params.path), include_defaults=True)
-    unknown = [name for name in params.names if name not in manager.all_tasks]
+    manager = TaskManager(include_path=str(path), include_defaults=True)
+    unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         here = ", ".join(local.all_tasks) or "none"
-        raise SparselineError(f"No task is called {unknown[0]!r}; local tasks in {params.path} are: {here}; the others are lm-eval's.")
+        raise SparselineError(f"No task is called {unknown[0]!r}; local tasks in {path} are: {here}; the others are lm-eval's.")
     return manager
 
 
@@ -105,21 +115,21 @@ def _reads_files(manager: "TaskManager", name: str) -> bool:
     return (manager.task_index[name].cfg or {}).get("dataset_path") in FILE_FORMATS
 
 
-def _load(manager: "TaskManager", params: TasksParams) -> dict[str, "Task"]:
+def _load(manager: "TaskManager", preset: Preset) -> dict[str, "Task"]:
     from datasets.exceptions import DatasetsError
 
     try:
-        tasks: dict[str, Task] = manager.load(params.names)["tasks"]
+        tasks: dict[str, Task] = manager.load(preset.names)["tasks"]
     except (OSError, DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SparselineError(f"The data of tasks {', '.join(params.names)} cannot be read: {reason}") from error
+        raise SparselineError(f"The data of tasks {', '.join(preset.names)} cannot be read: {reason}") from error
     for name, task in tasks.items():
         if "acc" not in task.aggregation():
             known = ", ".join(task.aggregation())
             raise SparselineError(f"The task {name} measures no accuracy, only: {known}; choose tasks that have the metric acc.")
         if task.get_config("num_fewshot") != 0:
-            task.set_config("num_fewshot", params.shots)
-        task.set_fewshot_seed(params.seed)
+            task.set_config("num_fewshot", preset.shots)
+        task.set_fewshot_seed(preset.seed)
     return tasks
 
 

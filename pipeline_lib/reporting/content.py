@@ -203,7 +203,7 @@ def _choice(results: Results) -> str:
 
 def _tasks(results: Results) -> str:
     if not results.task_names:
-        return "No tasks were run (`evaluate.tasks.names` is empty)."
+        return "No tasks were run (`tasks.presets` is empty)."
     chances: dict[str, float | None] = {}
     for variant in results.variants:
         for name, task in variant.tasks.items():

@@ -168,16 +168,23 @@ def own_stages(name: str, factors: str, sensitivity: str) -> list[str]:
     return [*stages, f"prune-{name}"]
 
 
-def collect(build: Path, params: ReportParams, names: Sequence[str], texts: Mapping[str, Text], exported: Sequence[str]) -> Results:
+def collect(
+    build: Path,
+    params: ReportParams,
+    names: Sequence[str],
+    texts: Mapping[str, Text],
+    exported: Sequence[str],
+    tasks: Mapping[str, Sequence[str]],
+) -> Results:
     """Read what the stages left below ``build`` for the dense model and the named variants; other files there are ignored.
 
-    ``exported`` are those that have sizes.
+    ``exported`` are those that have sizes; ``tasks``: of every preset, the models that it was measured on.
 
     Raises:
         SparselineError: a file is missing or damaged.
     """
-    variants = [_variant(build, DENSE, "prepare")]
-    variants += [_variant(build, name, f"export@{name}" if name in exported else None) for name in names]
+    weighed = {DENSE: "prepare"} | {name: f"export@{name}" for name in exported}
+    variants = [_variant(build, name, weighed.get(name), _tasks(build, name, tasks)) for name in (DENSE, *names)]
     source = _read(build / "prepare" / "model.json", "prepare")
     measured = any("sensitivity" in variant.costs for variant in variants)
     estimate = _read(build / "sensitivity" / "estimate.json", "sensitivity") if measured else {}
@@ -190,17 +197,28 @@ def _choice(build: Path) -> Choice:
     return Choice(**found, evaluation_s=sum(seconds))
 
 
-def _variant(build: Path, name: str, weighed: str | None) -> Variant:
+def _tasks(build: Path, name: str, presets: Mapping[str, Sequence[str]]) -> dict[str, Task]:
+    """Every task that a model was measured on; under its preset's name too where there are several presets."""
+    found: dict[str, Task] = {}
+    for preset, models in presets.items():
+        if name in models:
+            stage = f"tasks-dense@{preset}" if name == DENSE else f"tasks@{preset}-{name}"
+            measured = _read(build / "evaluate" / preset / f"{name}.json", stage)
+            found |= {task if len(presets) == 1 else f"{preset} {task}": Task(**figures) for task, figures in measured.items()}
+    return found
+
+
+def _variant(build: Path, name: str, weighed: str | None, tasks: Mapping[str, Task]) -> Variant:
     """One variant; ``weighed`` is the stage that wrote its sizes, if there is one."""
-    evaluated = _read(build / "evaluate" / f"{name}.json", f"evaluate@{name}")
-    completions = _read(build / "completions" / f"{name}.json", f"evaluate@{name}")
+    stage = "evaluate-dense" if name == DENSE else f"evaluate@{name}"
+    evaluated = _read(build / "evaluate" / f"{name}.json", stage)
+    completions = _read(build / "completions" / f"{name}.json", stage)
     facts: Mapping[str, Any] = {}
     costs = {}
     if name != DENSE:
         facts = _read(build / "facts" / f"{name}.json", f"prune@{name}")
         for stage in own_stages(name, facts["settings"]["factors"], facts["settings"]["sensitivity"]):
             costs[stage] = Cost(**_read(build / "costs" / f"{stage}.json", stage.replace("-", "@", 1)))
-    tasks = {task: Task(**figures) for task, figures in evaluated["tasks"].items()}
     sizes = _read(build / "sizes" / f"{name}.json", weighed) if weighed else {}
     return Variant(name, evaluated["perplexity"], tasks, [Completion(**sample) for sample in completions], facts, costs, sizes)
 
@@ -286,30 +304,27 @@ def plain(columns: Sequence[Column]) -> str:
 
 
 def summary(results: Results) -> dict[str, Any]:
-    """What report/summary.json holds: quality only, to six digits."""
-    return {
-        variant.name: {
+    """What report/summary.json holds: quality and size, to six digits. DVC shows these as metrics, so they are few.
+
+    ``gap`` as a share (``gap_closed``), where there is one; ``bytes`` of the files in the smallest format, where a model was weighed.
+    """
+    found = {}
+    for variant in results.variants:
+        gaps = {text: gap for text in results.text_names if (gap := gap_closed(results, variant, text)) is not None}
+        sizes = [weighed["file_bytes"] for weighed in variant.sizes.get("formats", {}).values()]
+        found[variant.name] = {
             "sparsity": round(variant.sparsity, 6),
             "perplexity": {text: round(value, 6) for text, value in variant.perplexity.items()},
-            "tasks": {name: {"acc": round(task.acc, 6), "stderr": round(task.stderr, 6)} for name, task in variant.tasks.items()},
+            **({"gap": {text: round(gap, 6) for text, gap in gaps.items()}} if gaps else {}),
+            **({"bytes": min(sizes)} if sizes else {}),
+            **({"accuracy": {name: round(task.acc, 6) for name, task in variant.tasks.items()}} if variant.tasks else {}),
         }
-        for variant in results.variants
-    }
+    return found
 
 
 def costs(results: Results) -> dict[str, Any]:
-    """What report/costs.json holds: seconds and memory of the pruned variants, whole and by stage."""
-    return {
-        variant.name: {
-            "wall_s": round(variant.seconds or 0.0, 2),
-            "cpu_s": round(sum(cost.cpu_s for cost in variant.costs.values()), 2),
-            "peak_rss_bytes": variant.peak_bytes,
-            "stages": {
-                stage: {"wall_s": c.wall_s, "cpu_s": c.cpu_s, "peak_rss_bytes": c.peak_rss_bytes} for stage, c in variant.costs.items()
-            },
-        }
-        for variant in results.pruned
-    }
+    """What report/costs.json holds: wall seconds and peak memory of the pruned variants (by stage: the report itself)."""
+    return {v.name: {"seconds": round(v.seconds or 0.0, 1), "peak_gb": round((v.peak_bytes or 0) / 1e9, 3)} for v in results.pruned}
 
 
 # Numbers as text
