@@ -25,7 +25,7 @@ from pipeline_lib.quantization.size import DENSE_BITS, packed_bits
 RESULTS = Path(__file__).parent / "results" / "quantization.json"
 TEXTS = ("validation", "test", "wikitext2")
 PRESET = "sparseline"  # of params.yaml: what `ours` does before it quantises
-GRID = {"group": 128, "symmetric": False}  # asymmetric was better on validation, with every method and on both testbeds
+GRID = {"group": 128, "symmetric": False}
 PATTERNS: dict[str, dict[str, Any]] = {
     "none": {"sparsity": 0.0, "pattern": "unstructured"},
     "50%": {"sparsity": 0.5, "pattern": "unstructured"},
@@ -38,6 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsegpt": SWEEP,
     "ours": {name: params.section(f"variants.{PRESET}")[name] for name in ("selection", "allocation", "reconstruction")},
 }
+METHODS |= {f"{name}, symmetric": params.merge(METHODS[name], {"quantization": {"symmetric": True}}) for name in ("rtn", "gptq")}
+METHODS["ours, no refit"] = params.merge(METHODS["ours"], {"quantization": {"refit": []}})
 ROWS = (  # method, bits, pattern
     ("dense", 16, "none"),
     ("rtn", 4, "none"),
@@ -47,6 +49,9 @@ ROWS = (  # method, bits, pattern
     ("ours", 4, "50%"),
     ("sparsegpt", 4, "2:4"),
     ("ours", 4, "2:4"),
+    ("rtn, symmetric", 4, "none"),  # what was chosen against
+    ("gptq, symmetric", 4, "none"),
+    ("ours, no refit", 4, "50%"),
 )
 
 
@@ -62,7 +67,8 @@ class Cell:
         """None for the dense model."""
         if self.method == "dense":
             return None
-        how = params.merge(METHODS[self.method], {"selection": PATTERNS[self.pattern], "quantization": {"bits": self.bits, **GRID}})
+        how = params.merge({"quantization": {"bits": self.bits, **GRID}}, METHODS[self.method])
+        how = params.merge(how, {"selection": PATTERNS[self.pattern]})
         if self.pattern == "2:4":  # in every matrix
             how["allocation"] = {"method": "uniform"}
         return PruneParams.model_validate(params.merge(params.section("prune"), how))
@@ -72,7 +78,11 @@ class Cell:
         parameters: list[Any] = [how and how.model_dump(mode="json")]
         if how is not None and how.allocation.method != "uniform":
             parameters += [params.section(name) for name in ("calibrate", "sensitivity", "curves")]
-        return cell_file("quantization-" + "-".join(map(str, astuple(self))).replace("%", ""), parameters, inputs(self.testbed, TEXTS))
+        return cell_file(
+            "quantization-" + "-".join(map(str, astuple(self))).replace("%", "").replace(", ", "-").replace(" ", "_"),
+            parameters,
+            inputs(self.testbed, TEXTS),
+        )
 
 
 def cells() -> Iterator[Cell]:

@@ -1,4 +1,4 @@
-"""Our presets against other one-shot pruners, in one harness: ``python -m benchmarks.rivals cells|table|cost|block|verify``.
+"""Our presets against other one-shot pruners, in one harness: ``python -m benchmarks.rivals cells|table|cost|block|profile|verify``.
 
 A cell prunes a testbed with one method in a process of its own. Its cost runs from model in memory to pruned (imports excluded; what a method
 needs of sensitivity, calibration and curves included), its memory is the peak above what was there before. Perplexity is taken here, of all
@@ -24,6 +24,7 @@ from typing import Any
 import click
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import dsnot
 from benchmarks.induction import PATTERNS, Bench, Statistics, calibrate, gap
@@ -34,6 +35,7 @@ from benchmarks.testbed import CODE, LENGTH, NAMES, ROOT, Testbed, inputs
 from pipeline_lib import params
 from pipeline_lib.artifacts import write_json
 from pipeline_lib.calibration.rows import split
+from pipeline_lib.planning.estimate import measure_speed
 from pipeline_lib.pruning.prune import PruneParams
 from pipeline_lib.runtime import generator
 
@@ -376,6 +378,29 @@ def block(width: int, inner: int) -> None:
                 click.echo(results[-1])
                 write_json(BLOCK, results)
     click.echo(costs(results))
+
+
+@main.command()
+@click.argument("testbed", type=click.Choice(NAMES))
+@click.argument("method", type=click.Choice((*MAIN, *OTHERS)))
+@click.option("--pattern", type=click.Choice(JUDGED), default="60%", show_default=True)
+@click.option("--lines", default=12, show_default=True)
+def profile(testbed: str, method: str, pattern: str, lines: int) -> None:
+    """What a cell's time goes to: operators by their own CPU seconds, and the floor that its products set on this machine."""
+    bed, cell = Testbed(testbed), Cell(testbed, pattern, method, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        taken = one(bed, cell, Path(folder))
+        with FlopCounterMode(display=False) as counted:
+            one(bed, cell, Path(folder))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            one(bed, cell, Path(folder))
+    speed, flops = measure_speed(torch.device("cpu")), counted.get_total_flops()
+    click.echo(f"{taken['wall_s']:.1f} s on {taken['threads']} threads, {taken['cpu_s']:.1f} CPU s, {taken['peak_rss_bytes'] / 1e6:.0f} MB")
+    click.echo(f"{flops / 1e12:.2f} TFLOP of products at {speed / 1e9:.0f} GFLOP/s: at least {flops / speed:.1f} s")
+    operators = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    whole = sum(event.self_cpu_time_total for event in operators)
+    for event in operators[:lines]:
+        click.echo(f"{event.self_cpu_time_total / whole:7.1%} {event.count:8d} times  {event.key}")
 
 
 @main.command()
