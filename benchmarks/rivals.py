@@ -268,6 +268,40 @@ def table(records: list[Record], text: str) -> str:
     return "\n".join(lines)
 
 
+def parts(records: list[Record]) -> str:
+    """Markdown: presets with parts taken away or changed, 60%, one seed: test perplexity, percent of the gap closed on test and WikiText-2, CPU seconds."""
+    known = index(records)
+    heads = [f"{testbed}, test | closed: test, wikitext2 | CPU s" for testbed in NAMES]
+    lines = [f"| 60%, seed 0 | {' | '.join(heads)} |", "|---" * (1 + 3 * len(NAMES)) + "|"]
+    for preset in ("best", "fast"):
+        for method in (preset, *(name for name in PARTS if name.startswith(preset))):
+            line = []
+            for testbed in NAMES:
+                found = known.get((testbed, "60%", method, 0, "test"))
+                shares = [closes(known, Cell(testbed, "60%", method, 0), text) for text in ("test", "wikitext2")]
+                shown = ", ".join(f"{share:.1f}%" for share in shares if share is not None)
+                line += [f"{found['ppl']:.2f}", shown, f"{found['cpu_s']:.0f}"] if found else [""] * 3
+            lines.append(f"| {method} | {' | '.join(line)} |")
+    return "\n".join(lines)
+
+
+def texts(records: list[Record]) -> str:
+    """Markdown: test perplexity at 60% by how much of which calibration text, one seed; in brackets the gap closed against SparseGPT on the same text."""
+    known = index(records)
+    rows = [("mix.calib", count) for count in (16, 64, 128, 256)] + [(CODE, 128), ("random tokens", 128)]
+    columns = [(testbed, name) for testbed in NAMES for name in ("sparsegpt", "fast", "best")]
+    lines = [f"| 60%, seed 0 | {' | '.join(f'{t}, {name}' for t, name in columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for source, count in rows:
+        suffix = f", {source}" if source != "mix.calib" else "" if count == 128 else f", {count} rows"
+        line = []
+        for testbed, name in columns:
+            base, found = (known.get((testbed, "60%", method + suffix, 0, "test")) for method in ("sparsegpt", name))
+            closed = f" ({100 * gap(base['ppl'], found['ppl'], found['dense']):.1f}%)" if base and found and name != "sparsegpt" else ""
+            line.append(f"{found['ppl']:.2f}{closed}" if found else "")
+        lines.append(f"| {count} rows of {source} | {' | '.join(line)} |")
+    return "\n".join(lines)
+
+
 def agreement(records: list[Record]) -> str:
     """Markdown: log-perplexity of llm-compressor's against that of ours, mean of the seeds, in percent."""
     known = index(records)
@@ -334,7 +368,8 @@ def show_tables() -> None:
     records = recorded(RESULTS)
     for text in TEXTS:
         click.echo(table(records, text) + "\n")
-    click.echo(agreement(records) + "\n")
+    for made in (agreement, parts, texts):
+        click.echo(made(records) + "\n")
     click.echo(costs(records) + "\n")
     if repeated := recorded(COST):
         click.echo("quiet machine:\n" + costs(repeated))
