@@ -14,7 +14,7 @@ OUT = Path("report")
 
 @click.command(help=__doc__)
 def main() -> None:
-    with runtime.stage():
+    with runtime.stage() as tell:
         settings = params.load(ReportParams, "report")
         texts = {name: Text(text["rows"], text["length"]) for name, text in params.section("texts").items() if text["use"] == "evaluate"}
         names, exported = list(params.section("variants") or {}), list(params.section("exported") or {})
@@ -31,7 +31,7 @@ def main() -> None:
         artifacts.write_json(OUT / "summary.json", table.summary(results))
         artifacts.write_json(OUT / "costs.json", table.costs(results))
         artifacts.write_text(OUT / "table.txt", table.plain(table.comparison(results)) + "\n")
-        click.echo(f"report: {len(results.pruned)} pruned variants; read {OUT / 'index.html'}, or {OUT / 'table.txt'}")
+        tell(f"report: {len(results.pruned)} pruned variants; read {OUT / 'index.html'}, or {OUT / 'table.txt'}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The whole graph under DVC, on a tiny random model. Oracles: DVC's own account of what it ran, and readers that share no code with ours."""
 
+import hashlib
 import json
 import math
 import re
@@ -108,11 +109,11 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
         *(f"sensitivity/{name}.json" for name in ("sensitivity", "estimate", "by_depth")),
         *(f"sensitivity/moments/block-{block:03d}.safetensors" for block in blocks),
         "curves/sparseline.json",
-        *(f"prune/{variant}/checkpoint/{name}" for variant in variants for name in source | shards),
+        *(f"prune/{variant}/checkpoint/{name}" for variant in variants for name in source | shards | {"README.md"}),
         *(f"prune/{variant}/masks/block-{block:03d}.safetensors" for variant in variants for block in blocks),
         *(f"facts/{variant}.json" for variant in variants),
-        *(f"export/sparseline/dense/{name}" for name in {*others, "model.safetensors"}),
-        *(f"export/sparseline/bitmask/{name}" for name in {*others, "model.bitmask.safetensors", "bitmask.json"}),
+        *(f"export/sparseline/dense/{name}" for name in {*others, "model.safetensors", "README.md"}),
+        *(f"export/sparseline/bitmask/{name}" for name in {*others, "model.bitmask.safetensors", "bitmask.json", "README.md"}),
         *(f"sizes/{name}.json" for name in ("dense", "sparseline")),
         *(f"{kind}/{model}.json" for kind in ("evaluate", "completions") for model in ("dense", *variants)),
         *(f"evaluate/embedded/{model}.json" for model in ("dense", "sparseline")),
@@ -224,6 +225,23 @@ def test_what_is_exported_is_what_was_pruned(ran: Ran) -> None:
     sizes = read(ran.project / "build" / "sizes" / "sparseline.json")
     assert (sizes["weights"], sizes["zeros"]) == (PRUNABLE, PRUNABLE - round(0.5 * PRUNABLE))
     assert sizes["formats"]["bitmask"]["matrix_bytes"] == PRUNABLE // 8 + 4 * round(0.5 * PRUNABLE)  # float32
+
+
+def test_cards_tell_what_was_measured(ran: Ran) -> None:
+    """The exported ones with perplexity, prune's without. Oracles: build/evaluate, the source's bytes, the documented table."""
+    build, name = ran.project / "build", "README.md"
+    for path in (build / "export" / "sparseline" / "dense" / name, build / "export" / "sparseline" / "bitmask" / name):
+        card = path.read_text(encoding="utf-8")
+        values = [read(build / "evaluate" / f"{one}.json")["perplexity"]["test"] for one in ("dense", "wanda", "sparseline")]
+        row = next(line for line in card.splitlines() if line.startswith("| test |")).split(" | ")
+        assert [row[1], row[2], row[4].removesuffix(" |")] == [f"{value:.2f}" for value in values]
+        for original in (ran.project / "data" / "model").glob("*.safetensors"):
+            assert hashlib.sha256(original.read_bytes()).hexdigest() in card
+        assert hashlib.sha256((build / "texts" / "calibrate" / "calibration.safetensors").read_bytes()).hexdigest() in card
+        assert "rows 0, induction 0, channel 0" in card
+    for variant in ("wanda", "sparseline"):
+        card = (build / "prune" / variant / "checkpoint" / name).read_text(encoding="utf-8")
+        assert f"model, pruned: {variant}" in card and "## Perplexity" not in card
 
 
 # What reruns
@@ -356,6 +374,7 @@ def test_edited_weights_concern_everything(project: Path) -> None:
         ("pipeline_lib/evaluation/tasks.py", TASKS),
         ("pipeline_lib/models/architecture.py", ALL - SUMMARIES),
         ("pipeline_lib/reporting/report.md.jinja", {"report"}),
+        ("pipeline_lib/reporting/card.py", PRUNINGS | {"export@sparseline"}),
         ("pipeline_lib/planning/estimate.py", set()),
     ],
 )

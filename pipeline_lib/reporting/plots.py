@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator
 
 from pipeline_lib.reporting import sizes as weighed
-from pipeline_lib.reporting import table
+from pipeline_lib.reporting import table, wording
 from pipeline_lib.reporting.table import Results, Variant
 
 INK = "#0a0b0c"  # stands for currentColor until the SVG is written
@@ -139,10 +139,10 @@ def perplexity(results: Results) -> Figure | None:
             if base:
                 axes.axvline(base, color=INK, linewidth=0.8, linestyle=(0, (3, 3)))
             for row, (variant, value) in enumerate(zip(results.pruned, added, strict=True)):
-                shown = table.perplexity(variant.perplexity[text]) if text in variant.perplexity else table.ABSENT
+                shown = wording.perplexity(variant.perplexity[text]) if text in variant.perplexity else table.ABSENT
                 axes.text(max(value, base, 0.0) + 0.03 * reach, row, shown, va="center", fontsize=8)  # clear of the dashed line
             axes.set_xlim(min(0.0, *added) * 1.05, reach * 1.3)
-            axes.set_title(f"{text} (dense {table.perplexity(dense)})", loc="left")
+            axes.set_title(f"{text} (dense {wording.perplexity(dense)})", loc="left")
             axes.set_xlabel("added loss, nats per token")
             axes.locator_params(axis="x", nbins=4)
             axes.grid(axis="x")

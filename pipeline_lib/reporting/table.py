@@ -1,7 +1,6 @@
 """What was measured of every variant, and the figures that follow from it. Reads JSON, imports nothing heavy."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.params import Params
+from pipeline_lib.reporting import wording
 
 DENSE = "dense"
 ABSENT = "–"
@@ -245,23 +245,20 @@ def gap_closed(results: Results, variant: Variant, text: str) -> float | None:
         return None
     if not all(text in one.perplexity for one in (base, variant, results.dense)):
         return None
-    start, end = math.log(base.perplexity[text]), math.log(results.dense.perplexity[text])
-    if start - end <= 1e-12:
-        return None
-    return (start - math.log(variant.perplexity[text])) / (start - end)
+    return wording.gap_closed(variant.perplexity[text], base.perplexity[text], results.dense.perplexity[text])
 
 
 def comparison(results: Results) -> list[Column]:
     """The comparison table, column by column; the best cell among the pruned variants is marked."""
     variants = results.variants
     columns = [Column("", "variant", tuple(variant.name for variant in variants), numeric=False)]
-    columns.append(Column("", "sparsity", tuple(sparsity(variant.sparsity) for variant in variants)))
+    columns.append(Column("", "sparsity", tuple(wording.sparsity(variant.sparsity) for variant in variants)))
     for text in results.text_names:
         values = [variant.perplexity.get(text) for variant in variants]
-        columns.append(_column(PERPLEXITY + text, "ppl", values, perplexity, best=min))
+        columns.append(_column(PERPLEXITY + text, "ppl", values, wording.perplexity, best=min))
         gaps = [gap_closed(results, variant, text) for variant in variants]
         if any(gap is not None for gap in gaps):
-            column = _column(PERPLEXITY + text, "gap closed", gaps, lambda gap: f"{round(100 * gap, 1) + 0.0:.1f}%", best=max)
+            column = _column(PERPLEXITY + text, "gap closed", gaps, wording.gap, best=max)
             cells = tuple("baseline" if v.name == results.baseline else cell for v, cell in zip(variants, column.cells, strict=True))
             columns.append(Column(column.group, column.head, cells, column.best))
     for task in results.task_names:
@@ -325,19 +322,6 @@ def summary(results: Results) -> dict[str, Any]:
 def costs(results: Results) -> dict[str, Any]:
     """What report/costs.json holds: wall seconds and peak memory of the pruned variants (by stage: the report itself)."""
     return {v.name: {"seconds": round(v.seconds or 0.0, 1), "peak_gb": round((v.peak_bytes or 0) / 1e9, 3)} for v in results.pruned}
-
-
-# Numbers as text
-
-
-def sparsity(share: float) -> str:
-    return f"{100 * share:.2f}%"
-
-
-def perplexity(value: float) -> str:
-    if value < 1000:
-        return f"{value:.2f}"
-    return f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
 
 
 def seconds(value: float) -> str:
