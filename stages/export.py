@@ -20,7 +20,7 @@ def main(variant: str) -> None:
         source = open_source(params.load(ModelParams, "model"))
         baseline = params.section("report.baseline")
         facts = artifacts.read_json(Path(f"build/facts/{variant}.json"))
-        pruned = Pruned(variant, artifacts.read_json(MODEL), facts, artifacts.read_json(runtime.ENVIRONMENT))
+        pruned = Pruned(variant, artifacts.read_json(MODEL), facts)
         own, dense, base = (artifacts.read_json(Path(f"build/evaluate/{name}.json"))["perplexity"] for name in (variant, "dense", baseline))
         written = partial(card, pruned, Measured(own, dense, base, baseline))
         pattern = facts["settings"]["selection"]["pattern"]

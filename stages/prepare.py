@@ -54,6 +54,7 @@ def main() -> None:
             "family": entry.family,
             "dtype": str(checkpoint.dtype).removeprefix("torch."),
             "parameters": checkpoint.parameters,
+            "versions": artifacts.read_json(runtime.ENVIRONMENT),
             "sha256": {name: artifacts.sha256(directory / name) for name in track(files, "prepare, hashes", "files")},
         }
         artifacts.write_json(OUT / "model.json", facts)

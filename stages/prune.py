@@ -78,7 +78,7 @@ def main(variant: str) -> None:
             "quantization": _quantised(settings.quantization, listed, matrices),
             "calibration": calibration_facts(),
         }
-        pruned = Pruned(variant, artifacts.read_json(MODEL), summary, artifacts.read_json(runtime.ENVIRONMENT))
+        pruned = Pruned(variant, artifacts.read_json(MODEL), summary)
         artifacts.write_text(Path(f"build/prune/{variant}/checkpoint") / card.FILE, card.card(pruned))
         artifacts.write_json(Path(f"build/facts/{variant}.json"), summary)
         quantised = summary["quantization"]

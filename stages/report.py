@@ -20,7 +20,8 @@ def main() -> None:
         names, exported = list(params.section("variants") or {}), list(params.section("exported") or {})
         measured = [table.DENSE, *params.section("tasks.variants")]
         tasks = dict.fromkeys(params.section("tasks.presets"), measured)
-        results = table.collect(Path("build"), settings, names, texts, exported, tasks)
+        written = params.FILE.read_text(encoding="utf-8")
+        results = table.collect(Path("build"), settings, names, texts, exported, tasks, written)
         report = render(results)
         with artifacts.replacing(OUT / FIGURES) as directory:
             directory.mkdir()

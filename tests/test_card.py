@@ -47,9 +47,10 @@ def pruned(model: dict[str, Any] | None = None, calibration: dict[str, Any] | No
     }
     return Pruned(
         "mine",
-        source | {"sha256": {"model.safetensors": "a" * 64, "config.json": "b" * 64}} | (model or {}),
+        source
+        | {"versions": {"torch": "2.13", "python": "3.11"}, "sha256": {"model.safetensors": "a" * 64, "config.json": "b" * 64}}
+        | (model or {}),
         facts | changes,
-        {"torch": "2.13", "python": "3.11"},
     )
 
 
@@ -110,7 +111,7 @@ def test_metadata_of_a_model_from_the_hub() -> None:
         "datasets": ["allenai/c4"],
     }
     assert "[meta-llama/Llama-2-7b-hf](https://huggingface.co/meta-llama/Llama-2-7b-hf) at `abc`" in text
-    assert "# Llama-2-7b-hf, pruned: mine" in text
+    assert "# Llama-2-7b-hf: mine" in text
 
 
 def test_metadata_of_a_local_model() -> None:
@@ -124,6 +125,12 @@ def test_metadata_of_a_local_model() -> None:
 @pytest.mark.parametrize("name", ["a: b", "- x", "ä # 'q' \"z\"", "yes"])
 def test_names_cannot_break_the_metadata(name: str) -> None:
     assert metadata(card(pruned({"id": name})))["base_model"] == name
+
+
+def test_a_variant_that_is_only_quantised_is_not_called_pruned() -> None:
+    text = card(pruned(kept=2_433_024, sparsity=0.0, settings=settings(quantization={"bits": 3, "group": 64, "symmetric": True})))
+    assert metadata(text)["tags"] == ["sparseline", "quantized", "3-bit", "llama"]
+    assert "of the 2,433,024 prunable ones all are left" in text
 
 
 def test_sizes_are_those_of_the_format() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from pipeline_lib.artifacts import write_tensors
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.reporting import content, table
 from pipeline_lib.reporting import sizes as weighed
@@ -117,7 +118,15 @@ def make(build: Path, depth: int = 3) -> Path:
         (build / name).write_text(json.dumps(value), encoding="utf-8")
 
     hashes = {"config.json": "0" * 64}
-    source = {"path": "data/tiny", "id": None, "revision": None, "family": "llama", "dtype": "float32", "parameters": 12345}
+    source = {
+        "path": "data/tiny",
+        "id": None,
+        "revision": None,
+        "family": "llama",
+        "dtype": "float32",
+        "parameters": 12345,
+        "versions": {"torch": "2.13"},
+    }
     write("prepare/model.json", source | {"sha256": hashes})
     for name, (test, validation) in LOG_PERPLEXITY.items():
         better = 0.1 if name == "full" else 0.0
@@ -132,6 +141,9 @@ def make(build: Path, depth: int = 3) -> Path:
             write(f"facts/{name}.json", facts(name, depth))
         if name != "plain":
             write(f"sizes/{name}.json", sizes(name))
+    for name, use in (("calibration", "calibrate"), ("validation", "evaluate"), ("test", "evaluate")):
+        rows = {"rows": 8, "length": 32, "documents": 1, "tokens": 1234, "seed": 0 if use == "calibrate" else None, "kind": "files"}
+        write_tensors(build / "texts" / use / f"{name}.safetensors", {}, rows | {"sha256": {f"{name}.txt": f"{len(name):064d}"}})
     write("choice.json", {"text": "validation", "chosen": "full", "perplexity": {"base": math.exp(2.5), "full": math.exp(2.125)}})
     for seconds, name in enumerate(("base", "full"), 7):
         write(f"costs/evaluate-{name}.json", {"wall_s": seconds, "cpu_s": 1, "peak_rss_bytes": 1})
@@ -150,7 +162,9 @@ def collect(
     exported: tuple[str, ...] = ("base", "full"),
     tasks: tuple[str, ...] = ("dense", "plain", "base", "full"),
 ) -> Results:
-    return table.collect(build, ReportParams(baseline=baseline, title="Trial"), names, TEXTS, exported, {"zero": tasks})
+    return table.collect(
+        build, ReportParams(baseline=baseline, title="Trial"), names, TEXTS, exported, {"zero": tasks}, "seed: 0  # <of the rows>"
+    )
 
 
 @pytest.fixture
@@ -390,7 +404,7 @@ def test_completions_are_escaped(rendered: Report) -> None:
     assert f"\n\nof {EVIL}" in page.pre  # the parser of a browser drops the first of the two
     assert [text[1:] for text in page.pre if "same then" in text] == [f"same then {name} {EVIL}" for name in LOG_PERPLEXITY]
     assert "<b>" not in rendered.html
-    assert "49" not in "".join(page.pre)
+    assert "49" not in "".join(text for text in page.pre if "alert" in text)
     assert f"`````text\nsame then full {EVIL}\n`````" in rendered.markdown
 
 
@@ -511,6 +525,25 @@ def test_the_level_of_guessing_is_told(rendered: Report) -> None:
 def test_an_empty_completion() -> None:
     assert Completion("a", "").completion == ""
     assert content._continuation("x", "", "abc") == content.Continuation("x", "", "")
+
+
+def test_provenance_is_complete(build: Path, rendered: Report) -> None:
+    """Oracles: the files' own hashes, params.yaml to the letter, versions and seeds."""
+    for path in build.glob("texts/*/*.safetensors"):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert f"{digest}  {path.stem}, rows" in rendered.markdown
+        assert f"{len(path.stem):064d}  {path.stem}, {path.stem}.txt" in rendered.markdown
+    assert f"{'0' * 64}  config.json" in rendered.markdown
+    assert "| versions | torch 2.13 |" in rendered.markdown
+    assert "| calibration | calibration | files | 8 | 32 | 1 | 1,234 | 0 |" in rendered.markdown
+    assert "| test | evaluation | files | 8 | 32 | 1 | 1,234 | none: in order |" in rendered.markdown
+    assert "seed: 0  # &lt;of the rows&gt;" in rendered.html and "seed: 0  # <of the rows>" in rendered.markdown
+
+
+def test_a_damaged_text_is_told(build: Path) -> None:
+    (build / "texts" / "evaluate" / "test.safetensors").write_bytes(b"")
+    with pytest.raises(SparselineError, match=r"test\.safetensors cannot be read .* run `dvc repro -f text@test`"):
+        collect(build)
 
 
 # The stage

@@ -41,7 +41,6 @@ class Pruned:
     variant: str
     model: Mapping[str, Any]  # build/prepare/model.json
     facts: Mapping[str, Any]  # build/facts/<variant>.json
-    versions: Mapping[str, str]  # env.lock.json
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def card(pruned: Pruned, measured: Measured | None = None, form: str = "dense", 
     """
     parts = [
         _metadata(pruned, form),
-        f"# {_name(pruned.model)}, pruned: {pruned.variant}",
+        f"# {_name(pruned.model)}: {pruned.variant}",
         _what(pruned),
         "## Recipe",
         _table(("", ""), [("sparsity", _sparsity(pruned.facts)), *wording.recipe(pruned.facts["settings"]).items()]),
@@ -85,13 +84,14 @@ def _name(model: Mapping[str, Any]) -> str:
 def _metadata(pruned: Pruned, form: str) -> str:
     """YAML front matter; JSON's strings and lists are YAML's. Only what is known: a local directory is no ``base_model``."""
     bits = pruned.facts["settings"]["quantization"]["bits"]
+    sparse = ["pruned", "sparse"] if pruned.facts["sparsity"] else []
     dataset = pruned.facts["calibration"].get("dataset")
     known = {
         "base_model": pruned.model.get("id"),
         "base_model_relation": "quantized" if pruned.model.get("id") and bits else None,
         "library_name": "sparseline" if form == "bitmask" else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["sparseline", "pruned", "sparse", *(["quantized", f"{bits}-bit"] if bits else []), pruned.model["family"]],
+        "tags": ["sparseline", *sparse, *(["quantized", f"{bits}-bit"] if bits else []), pruned.model["family"]],
         "datasets": [dataset["id"]] if dataset else None,
     }
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in known.items() if value is not None]
@@ -106,7 +106,7 @@ def _what(pruned: Pruned) -> str:
         source = f"[{model['id']}](https://huggingface.co/{model['id']}){commit}"
     return (
         f"Made by Sparseline from {source}, a {model['family']} model with {model['parameters']:,} parameters ({model['dtype']}): "
-        f"of the {facts['prunable']:,} prunable ones {facts['kept']:,} are left. Tokenizer, chat template and configuration are the "
+        f"of the {facts['prunable']:,} prunable ones {'all' if not facts['sparsity'] else format(facts['kept'], ',')} are left. Tokenizer, chat template and configuration are the "
         "base model's, and so are its licence, its uses and its limits: see there."
     )
 
@@ -149,7 +149,7 @@ def _provenance(pruned: Pruned) -> Sequence[str]:
     return [
         f"Calibrated on {text['rows']} rows of {text['length']} tokens from {text['documents']} documents (`{text['text']}`); "
         f"SHA-256 of the rows: `{text['file_sha256']}`.",
-        f"Versions: {', '.join(f'{name} {version}' for name, version in sorted(pruned.versions.items()))}. Seeds: {_seeds(pruned.facts)}.",
+        f"Versions: {', '.join(f'{name} {version}' for name, version in sorted(pruned.model['versions'].items()))}. Seeds: {_seeds(pruned.facts)}.",
         "Files of the base model:",
         _table(("file", "SHA-256"), hashes),
         "<details><summary>Settings</summary>",

@@ -467,16 +467,52 @@ def _provenance(results: Results) -> list[Any]:
         "family": model["family"],
         "dtype": model["dtype"],
         "parameters": f"{model['parameters']:,}",
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(model["versions"].items())),
     }
     if results.pruned:
         facts["prunable"] = f"{results.pruned[0].facts['prunable']:,}"
         facts |= {f"kept by {variant.name}": f"{variant.facts['kept']:,}" for variant in results.pruned}
     hashes = dict(sorted(model["sha256"].items()))
     return [
+        Paragraph(
+            "Every figure above follows from the model, the texts, the parameters and the versions below: equal ones give equal "
+            "artifacts on the same kind of machine. `dvc.lock` has the hashes of all that lies between."
+        ),
         Table([Column("", "model", tuple(facts), numeric=False), Column("", "", tuple(facts.values()), numeric=False)]),
-        Details("SHA-256 of the model's files", [Code("\n".join(f"{digest}  {name}" for name, digest in hashes.items()))]),
+        Table(_texts(results)),
+        Details("SHA-256 of the model's files", [_hashes(hashes)]),
+        Details("SHA-256 of the texts: rows, and what they were cut from", [_hashes(_digests(results))]),
+        Details("All parameters", [Code(results.params.strip())]),
         *(Details(f"Settings of {variant.name}", [Code(_settings(variant))]) for variant in results.pruned),
     ]
+
+
+def _texts(results: Results) -> list[Column]:
+    found = results.sources
+    columns = [Column("", "text", tuple(text.name for text in found), numeric=False)]
+    columns.append(
+        Column("", "for", tuple({"calibrate": "calibration", "evaluate": "evaluation"}[text.use] for text in found), numeric=False)
+    )
+    columns.append(Column("", "kind", tuple(text.facts["kind"] for text in found), numeric=False))
+    for head, key in (("rows", "rows"), ("tokens per row", "length"), ("documents", "documents"), ("their tokens", "tokens")):
+        columns.append(Column("", head, tuple(f"{text.facts[key]:,}" for text in found)))
+    seeds = (text.facts["seed"] for text in found)
+    return [*columns, Column("", "seed of the rows", tuple("none: in order" if seed is None else str(seed) for seed in seeds))]
+
+
+def _digests(results: Results) -> dict[str, str]:
+    """Name -> SHA-256, of every text's rows and of what was read for it (a hub's dataset: of its documents)."""
+    digests = {}
+    for text in results.sources:
+        digests[f"{text.name}, rows"] = text.sha256
+        digests |= {f"{text.name}, {name}": digest for name, digest in sorted(text.facts.get("sha256", {}).items())}
+        if "fingerprint" in text.facts:
+            digests[f"{text.name}, {text.facts['dataset']['id']}"] = text.facts["fingerprint"]
+    return digests
+
+
+def _hashes(digests: Mapping[str, str]) -> Code:
+    return Code("\n".join(f"{digest}  {name}" for name, digest in digests.items()))
 
 
 def _settings(variant: Variant) -> str:

@@ -1,5 +1,6 @@
 """What was measured of every variant, and the figures that follow from it. Reads JSON, imports nothing heavy."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,16 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A file of rows (build/texts): where it came from, and what it is."""
+
+    name: str
+    use: str  # calibrate or evaluate
+    facts: Mapping[str, Any]
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Results:
     """The whole report's data: the dense model first, then the variants in the order of params.yaml."""
 
@@ -112,6 +123,8 @@ class Results:
     variants: tuple[Variant, ...]
     choice: Choice
     estimate: Mapping[str, Any]  # build/sensitivity/estimate.json; empty if no variant uses it
+    sources: tuple["Source", ...]  # every text that rows were cut from
+    params: str  # params.yaml, to the letter
 
     @property
     def dense(self) -> Variant:
@@ -175,10 +188,12 @@ def collect(
     texts: Mapping[str, Text],
     exported: Sequence[str],
     tasks: Mapping[str, Sequence[str]],
+    written: str,
 ) -> Results:
     """Read what the stages left below ``build`` for the dense model and the named variants; other files there are ignored.
 
-    ``exported`` are those that have sizes; ``tasks``: of every preset, the models that it was measured on.
+    ``exported`` are those that have sizes; ``tasks``: of every preset, the models that it was measured on;
+    ``written``: params.yaml.
 
     Raises:
         SparselineError: a file is missing or damaged.
@@ -188,7 +203,20 @@ def collect(
     source = _read(build / "prepare" / "model.json", "prepare")
     measured = any("sensitivity" in variant.costs for variant in variants)
     estimate = _read(build / "sensitivity" / "estimate.json", "sensitivity") if measured else {}
-    return Results(params.title, params.baseline, source, texts, tuple(variants), _choice(build), estimate)
+    return Results(params.title, params.baseline, source, texts, tuple(variants), _choice(build), estimate, _sources(build), written)
+
+
+def _sources(build: Path) -> tuple[Source, ...]:
+    found = []
+    for path in sorted(build.glob("texts/*/*.safetensors")):
+        try:
+            raw = path.read_bytes()
+            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+            facts = json.loads(header["__metadata__"]["sparseline"])
+        except (OSError, ValueError, KeyError) as error:
+            raise SparselineError(f"{path} cannot be read ({error}); run `dvc repro -f text@{path.stem}` to make it again.") from error
+        found.append(Source(path.stem, path.parent.name, facts, hashlib.sha256(raw).hexdigest()))
+    return tuple(found)
 
 
 def _choice(build: Path) -> Choice:
