@@ -31,6 +31,7 @@ def main() -> None:
         artifacts.write_text(OUT / "index.md", report.markdown)
         artifacts.write_json(OUT / "summary.json", table.summary(results))
         artifacts.write_json(OUT / "costs.json", table.costs(results))
+        artifacts.write_json(OUT / "perplexity.json", table.points(results))
         artifacts.write_text(OUT / "table.txt", table.plain(table.comparison(results)) + "\n")
         tell(f"report: {len(results.pruned)} pruned variants; read {OUT / 'index.html'}, or {OUT / 'table.txt'}")
 

@@ -123,7 +123,7 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
     }
     assert set(tree(ran.project / "build")) == expected
     report = {path.split("/")[0] for path in tree(ran.project / "report")} - {".gitignore"}  # DVC's
-    assert report == {"index.html", "index.md", "table.txt", "figures", "summary.json", "costs.json"}
+    assert report == {"index.html", "index.md", "table.txt", "figures", "perplexity.json", "summary.json", "costs.json"}
 
 
 def test_the_summary_has_its_schema(ran: Ran) -> None:
@@ -160,6 +160,16 @@ def test_dvc_shows_the_metrics(ran: Ran) -> None:
     assert shown["report/summary.json"]["data"] == read(ran.project / "report" / "summary.json")
     assert shown["report/costs.json"]["data"] == read(ran.project / "report" / "costs.json")
     assert set(shown) == {"report/summary.json", "report/costs.json"}
+
+
+def test_dvc_shows_the_plots(ran: Ran, tmp_path: Path) -> None:
+    """`dvc plots show` draws perplexity, sensitivity and the curve of induction. Oracle: the page's specifications."""
+    output = run(ran.project, "dvc", "plots", "show", "--out", str(tmp_path / "plots"))
+    assert "failed" not in output
+    page = (tmp_path / "plots" / "index.html").read_text(encoding="utf-8")
+    titles = ("Perplexity", "Sensitivity by depth", "sparseline, layer error on held-out rows by step of induction")
+    assert all(f'"text": "{title}"' in page for title in titles)
+    assert page.count("vegaEmbed(") == len(titles)
 
 
 @pytest.mark.parametrize("variant", ["wanda", "sparseline"])

@@ -270,6 +270,14 @@ def test_summary_is_pure_metrics(build: Path) -> None:
     assert "gap" not in summary["base"] and "bytes" not in summary["plain"]
 
 
+def test_the_points_for_dvc(build: Path) -> None:
+    """On `test`, dense first: e^2, e^3, e^3, e^2.75."""
+    points = table.points(collect(build))
+    assert [point["variant"] for point in points] == ["dense", "plain", "base", "full"]
+    assert [math.log(point["perplexity"]) for point in points] == pytest.approx([2, 3, 3, 2.75])
+    assert {point["text"] for point in points} == {"test"}
+
+
 def test_the_gate_is_told_with_its_cost(build: Path) -> None:
     """Evaluating base and full took 7 + 8 s; e^2.125 against e^2.5."""
     assert (
@@ -436,6 +444,12 @@ def test_every_figure_is_there_and_is_xml(rendered: Report) -> None:
         assert "currentColor" in svg
         assert f"(figures/{name})" in rendered.markdown
     assert rendered.html.count("<figure ") == len(expected)
+
+
+def test_accuracy_is_drawn_of_what_was_measured(build: Path) -> None:
+    """Oracle: the figure's texts."""
+    shown = re.findall(r"<text[^>]*>([^<]*)</text>", render(collect(build, tasks=("dense", "full"))).figures["accuracy.svg"])
+    assert {"dense", "full"} <= set(shown) and not {"plain", "base"} & set(shown)
 
 
 def test_tables_of_the_markdown_are_whole(rendered: Report) -> None:

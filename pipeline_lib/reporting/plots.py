@@ -158,10 +158,11 @@ def accuracy(results: Results) -> Figure | None:
     """Accuracy of every task with its standard error and the level of guessing."""
     if not results.task_names:
         return None
-    names = [variant.name for variant in results.variants]
+    measured = [variant for variant in results.variants if variant.tasks]
+    names = [variant.name for variant in measured]
     with _canvas(0.55 + (0.35 + 0.24 * len(names)) * -(-len(results.task_names) // 2)) as canvas:
         for axes, task in zip(_panels(canvas, len(results.task_names), 2, sharey=True), results.task_names, strict=True):
-            for row, variant in enumerate(results.variants):
+            for row, variant in enumerate(measured):
                 if (found := variant.tasks.get(task)) is not None:
                     error = 100 * found.stderr
                     axes.errorbar(100 * found.acc, row, xerr=error, fmt="o", markersize=4.5, color=_hue(results, variant), elinewidth=1.4)
@@ -397,7 +398,9 @@ def layer_error(results: Results) -> Figure | None:
                 errors.setdefault(int(matrix["block"]), []).append(float(matrix["layer_error"]))
             blocks = sorted(errors)
             means = [max(sum(errors[block]) / len(errors[block]), 1e-9) for block in blocks]
-            axes.plot(blocks, means, color=_hue(results, variant), linewidth=1.4, marker="o", markersize=3.5, label=variant.name)
+            dashed = "-" if results.pruned.index(variant) < len(HUES) else "--"  # where hues come round again
+            style: dict[str, Any] = {"linewidth": 1.4, "linestyle": dashed, "marker": "o", "markersize": 3.5, "label": variant.name}
+            axes.plot(blocks, means, color=_hue(results, variant), **style)
         _log_percent(axes)
         axes.set_xlabel("block")
         axes.set_ylabel("layer error")

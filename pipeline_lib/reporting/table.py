@@ -347,6 +347,13 @@ def summary(results: Results) -> dict[str, Any]:
     return found
 
 
+def points(results: Results) -> list[dict[str, Any]]:
+    """What report/perplexity.json holds: every model's perplexity on the main text, for `dvc plots show`."""
+    text = results.main_text
+    measured = [variant for variant in results.variants if text in variant.perplexity]
+    return [{"variant": variant.name, "text": text, "perplexity": variant.perplexity[text]} for variant in measured if text]
+
+
 def costs(results: Results) -> dict[str, Any]:
     """What report/costs.json holds: wall seconds and peak memory of the pruned variants (by stage: the report itself)."""
     return {v.name: {"seconds": round(v.seconds or 0.0, 1), "peak_gb": round((v.peak_bytes or 0) / 1e9, 3)} for v in results.pruned}
