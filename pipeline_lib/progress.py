@@ -1,5 +1,6 @@
 """How far a stage is and how long is left: a bar in a terminal, elsewhere (a log, a pipe) a plain line now and then."""
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -34,8 +35,11 @@ class Progress:
         self._before, self._done = done, done
         self._stream, self._clock = stream or sys.stderr, clock
         self._started = self._told = clock()
-        terminal = self._stream.isatty()
-        self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {units}", file=self._stream) if terminal else None
+        self._bar = None
+        if self._stream.isatty():
+            size = shutil.get_terminal_size()  # tqdm draws nothing where a terminal does not know its own
+            shape = {"ncols": size.columns, "nrows": size.lines}
+            self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {units}", file=self._stream, **shape)
 
     def advance(self, count: int = 1) -> None:
         """``count`` more are done."""

@@ -1,6 +1,9 @@
 """Progress in a terminal and in a log. Oracles: times by hand on a clock that a test turns, and what a terminal would show."""
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 from project import ROOT
@@ -101,3 +104,13 @@ def test_no_stage_draws_a_bar_of_its_own() -> None:
     """Oracle: the sources. A bare tqdm would be one endless line in a log."""
     users = [path.name for folder in ("pipeline_lib", "stages") for path in (ROOT / folder).rglob("*.py") if "tqdm" in path.read_text()]
     assert users == ["progress.py"]
+
+
+def test_a_terminal_that_does_not_know_its_size_has_a_bar_too() -> None:
+    """As those of `script` and of some containers, 0 by 0. Oracle: what came out of a pseudo-terminal."""
+    main, other = os.openpty()
+    code = "from pipeline_lib.progress import track; list(track(range(3), 'prune wanda', 'blocks'))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=other, stdout=other, check=True)
+    os.close(other)
+    assert b"prune wanda: 100%" in os.read(main, 10_000)
+    os.close(main)
