@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
-.PHONY: run test sshd check format plan deps environment clean
+.PHONY: run test sshd check format plan deps screenshots environment clean
 .PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-refresh bench-latency bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
@@ -87,6 +87,9 @@ plan: environment  ## predict memory, disk and rough time for the configured mod
 
 deps: environment  ## rewrite the code deps in dvc.yaml as each stage's import closure
 	python -m tests.graph
+
+screenshots:  ## docs/report-*.png from report/index.html, with chromium
+	sh docs/screenshots.sh
 
 environment: $(VENV)/.ready
 

@@ -7,16 +7,18 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import click
 import torch
 
 from pipeline_lib import products
 from pipeline_lib.artifacts import write_json
 from pipeline_lib.errors import SparselineError
+from pipeline_lib.progress import duration
 
 ENVIRONMENT = Path("env.lock.json")
 
@@ -73,9 +75,10 @@ def told() -> Iterator[None]:
 
 
 @contextmanager
-def stage(cost: Path | None = None) -> Iterator[None]:
+def stage(cost: Path | None = None) -> Iterator[Callable[[str], None]]:
     """The body of a stage: threads set, environment checked, SparselineError told in one sentence (exit code 2), cost written.
 
+    Yields what tells the stage's last line: a sentence on what was done, to which the seconds are added.
     ``cost`` receives wall seconds, CPU seconds and peak memory, apart from the deterministic outputs.
     """
     started = time.monotonic()
@@ -87,7 +90,7 @@ def stage(cost: Path | None = None) -> Iterator[None]:
             torch.set_num_threads(int(threads))
         products.choose()
         check_environment()
-        yield
+        yield lambda text: click.echo(f"{text}; {duration(time.monotonic() - started)}")
     usage = resource.getrusage(resource.RUSAGE_SELF)
     if cost is not None:
         peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

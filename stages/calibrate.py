@@ -4,19 +4,19 @@ from pathlib import Path
 
 import click
 import torch
-from tqdm import tqdm
 
 from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.calibration.capture import CalibrateParams, gram_bytes, walk
 from pipeline_lib.calibration.inputs import calibration_rows, open_model
 from pipeline_lib.models.source import ModelParams
+from pipeline_lib.progress import track
 
 OUT = Path("build/calibrate")
 
 
 @click.command(help=__doc__)
 def main() -> None:
-    with runtime.stage(Path("build/costs/calibrate.json")):
+    with runtime.stage(Path("build/costs/calibrate.json")) as tell:
         settings = params.load(CalibrateParams, "calibrate")
         model = open_model(params.load(ModelParams, "model"))
         rows = calibration_rows()
@@ -24,14 +24,13 @@ def main() -> None:
         grams = gram_bytes(model.checkpoint.architecture) <= settings.gram_budget_bytes
         with artifacts.replacing(OUT) as directory:
             directory.mkdir()
-            for index, sites in tqdm(
-                walk(model, rows["fit"], rows["held_out"], settings, grams), total=depth, desc="calibrate", unit="block"
-            ):
+            walked = walk(model, rows["fit"], rows["held_out"], settings, grams)
+            for index, sites in track(walked, "calibrate", "blocks", depth):
                 tensors: dict[str, torch.Tensor] = {}
                 for name, statistics in sites.items():
                     tensors |= statistics.tensors(name)
                 artifacts.write_tensors(artifacts.block_file(directory, index), tensors, {"grams": grams})
-        click.echo(
+        tell(
             f"calibrate: {sum(r.numel() for r in rows.values()):,} tokens through {depth} blocks, Gram matrices {'stored' if grams else 'left out'}"
         )
 

@@ -10,7 +10,7 @@ from pipeline_lib.evaluation.choice import ChooseParams, check, choose
 
 @click.command(help=__doc__)
 def main() -> None:
-    with runtime.stage():
+    with runtime.stage() as tell:
         settings = params.load(ChooseParams, "choose")
         check(settings, list(params.section("variants") or {}))
         perplexities = {name: artifacts.read_json(Path(f"build/evaluate/{name}.json"))["perplexity"] for name in settings.candidates}
@@ -18,7 +18,7 @@ def main() -> None:
         found = {name: perplexities[name][settings.text] for name in settings.candidates}
         artifacts.write_json(Path("build/choice.json"), {"text": settings.text, "chosen": chosen, "perplexity": found})
         listed = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-        click.echo(f"choose: {chosen} on {settings.text} ({listed})" if chosen else "choose: no candidates")
+        tell(f"choose: {chosen} on {settings.text} ({listed})" if chosen else "choose: no candidates")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.allocation.curves import CurvesParams, measure
 from pipeline_lib.calibration.capture import CalibrateParams, stored_or_walked
 from pipeline_lib.calibration.inputs import calibration_rows, open_model
 from pipeline_lib.models.source import ModelParams
+from pipeline_lib.progress import track
 from pipeline_lib.pruning.settings import SelectionParams, StepsParams
 
 MATRICES = Path("build/prepare/matrices.json")
@@ -21,7 +21,7 @@ SENSITIVITY = Path("build/sensitivity")
 @click.command(help=__doc__)
 @click.argument("variant")
 def main(variant: str) -> None:
-    with runtime.stage(Path(f"build/costs/curves-{variant}.json")):
+    with runtime.stage(Path(f"build/costs/curves-{variant}.json")) as tell:
         settings = params.parse(CurvesParams, params.merged("curves", f"curved.{variant}"), "curves")
         merged = params.merged("prune.selection", f"variants.{variant}.selection")
         selection = params.parse(SelectionParams, merged, f"variants.{variant}.selection")
@@ -37,7 +37,7 @@ def main(variant: str) -> None:
         rows = calibration_rows()
         curves: dict[str, dict[str, Any]] = {}
         statistics = stored_or_walked(STATISTICS, model, rows["fit"], rows["held_out"], calibrate)
-        for index, sites in tqdm(statistics, total=entry.depth, desc=f"curves {variant}", unit="block"):
+        for index, sites in track(statistics, f"curves {variant}", "blocks", entry.depth):
             tensors = {name: tensor.float() for name, tensor in checkpoint.block(index).items()}
             included = [matrix for matrix in entry.matrices if entry.matrix_name(index, matrix) in listed]
             path = artifacts.block_file(SENSITIVITY / "moments", index)
@@ -47,7 +47,7 @@ def main(variant: str) -> None:
             curves |= {f"{where}.{label}": sensitivities[f"{where}.{label}"] | facts for label, facts in found.items()}
         artifacts.write_json(Path(f"build/curves/{variant}.json"), curves)
         points = len(next(iter(curves.values()))["curve"]["density"])
-        click.echo(f"curves {variant}: {len(curves)} matrices at {points} densities, moments in {'use' if moments else 'none'}")
+        tell(f"curves {variant}: {len(curves)} matrices at {points} densities, moments in {'use' if moments else 'none'}")
 
 
 if __name__ == "__main__":

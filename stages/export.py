@@ -1,5 +1,6 @@
 """Write one variant as files that are as small as it is: dense, bitmask, compressed-tensors; and say how small."""
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -7,20 +8,26 @@ import click
 from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.export.export import export
 from pipeline_lib.export.settings import ExportParams
-from pipeline_lib.models.source import ModelParams, open_source
+from pipeline_lib.models.source import MODEL, ModelParams, open_source
+from pipeline_lib.reporting.card import Measured, Pruned, card
 
 
 @click.command(help=__doc__)
 @click.argument("variant")
 def main(variant: str) -> None:
-    with runtime.stage(Path(f"build/costs/export-{variant}.json")):
+    with runtime.stage(Path(f"build/costs/export-{variant}.json")) as tell:
         settings = params.parse(ExportParams, params.merged("export", f"exported.{variant}"), "export")
         source = open_source(params.load(ModelParams, "model"))
-        pattern = artifacts.read_json(Path(f"build/facts/{variant}.json"))["settings"]["selection"]["pattern"]
-        sizes = export(source, Path(f"build/prune/{variant}"), Path(f"build/export/{variant}"), settings, pattern, variant)
+        baseline = params.section("report.baseline")
+        facts = artifacts.read_json(Path(f"build/facts/{variant}.json"))
+        pruned = Pruned(variant, artifacts.read_json(MODEL), facts)
+        own, dense, base = (artifacts.read_json(Path(f"build/evaluate/{name}.json"))["perplexity"] for name in (variant, "dense", baseline))
+        written = partial(card, pruned, Measured(own, dense, base, baseline))
+        pattern = facts["settings"]["selection"]["pattern"]
+        sizes = export(source, Path(f"build/prune/{variant}"), Path(f"build/export/{variant}"), settings, pattern, variant, written)
         artifacts.write_json(Path(f"build/sizes/{variant}.json"), sizes)
         told = ", ".join(f"{name} {one['bits']:.2f} bits per weight" for name, one in sizes["formats"].items())
-        click.echo(f"export {variant}: {told}; in theory {sizes['theoretical_bits']:.2f}")
+        tell(f"export {variant}: {told}; in theory {sizes['theoretical_bits']:.2f}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import click
 import torch
-from tqdm import tqdm
 
 from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.allocation.budget import target
@@ -17,6 +16,7 @@ from pipeline_lib.induction.induce import InduceParams, induce_block
 from pipeline_lib.induction.resume import keep, kept
 from pipeline_lib.induction.summary import histograms
 from pipeline_lib.models.source import MODEL, ModelParams
+from pipeline_lib.progress import track
 from pipeline_lib.pruning.prune import ReconstructionParams
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.transforms.transform import read_transforms, write_transforms
@@ -29,7 +29,7 @@ START = Path("build/scale/transform.safetensors")
 @click.command(help=__doc__)
 @click.argument("variant")
 def main(variant: str) -> None:
-    with runtime.stage(Path(f"build/costs/induce-{variant}.json")):
+    with runtime.stage(Path(f"build/costs/induce-{variant}.json")) as tell:
         settings = params.parse(InduceParams, params.merged("induce", f"induced.{variant}"), "induce")
         merged = params.merged("prune.selection", f"variants.{variant}.selection")
         selection = params.parse(SelectionParams, merged, f"variants.{variant}.selection")
@@ -59,7 +59,7 @@ def main(variant: str) -> None:
             click.echo(f"induce {variant}: resuming after {done} of {entry.depth} blocks")
         outcomes = {}
         statistics = stored_or_walked(STATISTICS, model, rows["fit"], rows["held_out"], calibrate)
-        for index, sites in (bar := tqdm(statistics, total=entry.depth, desc=f"induce {variant}", unit="block")):
+        for index, sites in track(statistics, f"induce {variant}", "blocks", entry.depth):
             tensors = {name: tensor.to(torch.float32) for name, tensor in checkpoint.block(index).items()}
             where = f"{entry.blocks}.{index}"
             views = {m: m.view(tensors[m.parameter]) for m in entry.matrices if entry.matrix_name(index, m) in included}
@@ -72,10 +72,10 @@ def main(variant: str) -> None:
                 outcome = induce_block(entry, tensors, set(counts), sites, starts[index], selection, settings, where, judge)
                 keep(scratch, index, outcome)
             outcomes[index] = outcome
-            bar.set_postfix(choice=outcome.choice)
         out = Path(f"build/induce/{variant}")
         curve = [{"block": index, **point} for index, outcome in outcomes.items() for point in outcome.curve]
         facts = {
+            "settings": settings.model_dump(mode="json"),
             "induction": {str(index): outcome.facts() for index, outcome in outcomes.items()},
             "scores": histograms(outcomes),
             "curve": curve,
@@ -86,7 +86,7 @@ def main(variant: str) -> None:
         choices = [outcome.choice for outcome in outcomes.values()]
         tally = ", ".join(f"{choice} in {choices.count(choice)}" for choice in ("learned", "start", "none"))
         changed = sum(outcome.mask_changed for outcome in outcomes.values()) / max(1, len(outcomes))
-        click.echo(f"induce {variant}: of {len(choices)} blocks the gate kept {tally}; {changed:.1%} of mask entries changed")
+        tell(f"induce {variant}: of {len(choices)} blocks the gate kept {tally}; {changed:.1%} of mask entries changed")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pipeline_lib.export.sizes import Bytes, Weights, summary
 from pipeline_lib.models.checkpoint import locate, open_checkpoint
 from pipeline_lib.models.source import ModelParams
 from pipeline_lib.models.tokenizer import load_tokenizer
+from pipeline_lib.progress import track
 from pipeline_lib.transforms.transform import write_transforms
 
 OUT = Path("build/prepare")
@@ -20,7 +21,7 @@ OUT = Path("build/prepare")
 
 @click.command(help=__doc__)
 def main() -> None:
-    with runtime.stage(Path("build/costs/prepare.json")):
+    with runtime.stage(Path("build/costs/prepare.json")) as tell:
         settings = params.load(ModelParams, "model")
         directory = locate(settings.path, settings.id, settings.revision)
         checkpoint = open_checkpoint(directory)
@@ -53,7 +54,8 @@ def main() -> None:
             "family": entry.family,
             "dtype": str(checkpoint.dtype).removeprefix("torch."),
             "parameters": checkpoint.parameters,
-            "sha256": {name: artifacts.sha256(directory / name) for name in files},
+            "versions": artifacts.read_json(runtime.ENVIRONMENT),
+            "sha256": {name: artifacts.sha256(directory / name) for name in track(files, "prepare, hashes", "files")},
         }
         artifacts.write_json(OUT / "model.json", facts)
         artifacts.write_json(OUT / "matrices.json", matrices)
@@ -66,7 +68,7 @@ def main() -> None:
         weights = [Weights(total, total, bits) for total in parameters.values()]
         artifacts.write_json(Path("build/sizes/dense.json"), summary(weights, {"dense": size}))
         prunable = sum(math.prod(matrix["shape"]) for matrix in matrices if matrix["included"])
-        click.echo(f"prepare: {entry.family}, {checkpoint.parameters:,} parameters, {prunable:,} of them prunable in {entry.depth} blocks")
+        tell(f"prepare: {entry.family}, {checkpoint.parameters:,} parameters, {prunable:,} of them prunable in {entry.depth} blocks")
 
 
 if __name__ == "__main__":

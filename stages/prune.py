@@ -4,17 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.allocation.budget import Unit, target
 from pipeline_lib.allocation.plan import plan
-from pipeline_lib.calibration.inputs import CALIBRATION, calibration_rows, open_model
+from pipeline_lib.calibration.inputs import CALIBRATION, calibration_facts, calibration_rows, open_model
 from pipeline_lib.models.source import MODEL, ModelParams
+from pipeline_lib.progress import track
 from pipeline_lib.pruning.prune import FITS, REFIT, VariantParams, prune
 from pipeline_lib.pruning.resume import Progress
 from pipeline_lib.quantization.settings import QuantizationParams
 from pipeline_lib.quantization.size import packed_bits
+from pipeline_lib.reporting import card
+from pipeline_lib.reporting.card import Pruned
 from pipeline_lib.transforms.transform import read_transforms
 
 MATRICES = Path("build/prepare/matrices.json")
@@ -23,7 +25,7 @@ MATRICES = Path("build/prepare/matrices.json")
 @click.command(help=__doc__)
 @click.argument("variant")
 def main(variant: str) -> None:
-    with runtime.stage(Path(f"build/costs/prune-{variant}.json")):
+    with runtime.stage(Path(f"build/costs/prune-{variant}.json")) as tell:
         settings = params.parse(VariantParams, params.merged("prune", f"variants.{variant}"), f"variants.{variant}")
         source = params.load(ModelParams, "model")
         factors, sensitivity = Path("build") / settings.factors, Path("build") / settings.sensitivity
@@ -49,7 +51,7 @@ def main(variant: str) -> None:
         if done := progress.done():
             click.echo(f"prune {variant}: resuming after {done} of {entry.depth} blocks")
         blocks = prune(model, rows["fit"], rows["held_out"], kept, transforms, settings, progress.finished, scratch / "streams")
-        for index, result in tqdm(blocks, total=entry.depth, initial=done, desc=f"prune {variant}", unit="block"):
+        for index, result in track(blocks, f"prune {variant}", "blocks", entry.depth, done):
             progress.keep(index, result)
         by_block = progress.publish(Path(f"build/prune/{variant}"))
 
@@ -74,13 +76,14 @@ def main(variant: str) -> None:
             "blocks": {str(index): {step: facts[step] for step in (*FITS, REFIT) if step in facts} for index, facts in by_block.items()},
             "transform": transform_facts,
             "quantization": _quantised(settings.quantization, listed, matrices),
+            "calibration": calibration_facts(),
         }
+        pruned = Pruned(variant, artifacts.read_json(MODEL), summary)
+        artifacts.write_text(Path(f"build/prune/{variant}/checkpoint") / card.FILE, card.card(pruned))
         artifacts.write_json(Path(f"build/facts/{variant}.json"), summary)
-        click.echo(f"prune {variant}: kept {total:,} of {size:,} prunable weights (sparsity {1 - total / size:.4%})")
-        if quantised := summary["quantization"]:
-            click.echo(
-                f"prune {variant}: at {quantised['bits']} bits, {quantised['bits_per_weight']:.2f} bits a weight with masks and scales"
-            )
+        quantised = summary["quantization"]
+        at = f"; at {quantised['bits']} bits, {quantised['bits_per_weight']:.2f} bits a weight with masks and scales" if quantised else ""
+        tell(f"prune {variant}: kept {total:,} of {size:,} prunable weights (sparsity {1 - total / size:.4%}){at}")
 
 
 def _quantised(how: QuantizationParams, listed: list[dict[str, Any]], matrices: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

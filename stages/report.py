@@ -14,13 +14,14 @@ OUT = Path("report")
 
 @click.command(help=__doc__)
 def main() -> None:
-    with runtime.stage():
+    with runtime.stage() as tell:
         settings = params.load(ReportParams, "report")
         texts = {name: Text(text["rows"], text["length"]) for name, text in params.section("texts").items() if text["use"] == "evaluate"}
         names, exported = list(params.section("variants") or {}), list(params.section("exported") or {})
         measured = [table.DENSE, *params.section("tasks.variants")]
         tasks = dict.fromkeys(params.section("tasks.presets"), measured)
-        results = table.collect(Path("build"), settings, names, texts, exported, tasks)
+        written = params.FILE.read_text(encoding="utf-8")
+        results = table.collect(Path("build"), settings, names, texts, exported, tasks, written)
         report = render(results)
         with artifacts.replacing(OUT / FIGURES) as directory:
             directory.mkdir()
@@ -30,8 +31,9 @@ def main() -> None:
         artifacts.write_text(OUT / "index.md", report.markdown)
         artifacts.write_json(OUT / "summary.json", table.summary(results))
         artifacts.write_json(OUT / "costs.json", table.costs(results))
+        artifacts.write_json(OUT / "perplexity.json", table.points(results))
         artifacts.write_text(OUT / "table.txt", table.plain(table.comparison(results)) + "\n")
-        click.echo(f"report: {len(results.pruned)} pruned variants; read {OUT / 'index.html'}, or {OUT / 'table.txt'}")
+        tell(f"report: {len(results.pruned)} pruned variants; read {OUT / 'index.html'}, or {OUT / 'table.txt'}")
 
 
 if __name__ == "__main__":

@@ -3,29 +3,29 @@
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from pipeline_lib import params, runtime
 from pipeline_lib.calibration.capture import stored
 from pipeline_lib.models.source import ModelParams, open_source
+from pipeline_lib.progress import track
 from pipeline_lib.transforms.scale import ScaleParams, shifts, starting_factors
 from pipeline_lib.transforms.transform import Transform, write_transforms
 
 
 @click.command(help=__doc__)
 def main() -> None:
-    with runtime.stage(Path("build/costs/scale.json")):
+    with runtime.stage(Path("build/costs/scale.json")) as tell:
         settings = params.load(ScaleParams, "scale")
         checkpoint = open_source(params.load(ModelParams, "model"))
         entry = checkpoint.architecture
         transforms = {}
-        for index in tqdm(range(entry.depth), desc="scale", unit="block"):
+        for index in track(range(entry.depth), "scale", "blocks"):
             statistics = stored(Path("build/calibrate"), entry, index)
             factors = starting_factors(entry, checkpoint.block(index), statistics, settings)
             transforms[index] = Transform(factors, shifts(entry, statistics, settings))
         write_transforms(Path("build/scale/transform.safetensors"), transforms)
         count = sum(factor.numel() for transform in transforms.values() for factor in transform.factors.values())
-        click.echo(f"scale: {count:,} factors at {len(entry.couplings)} couplings of {entry.depth} blocks, start {settings.start}")
+        tell(f"scale: {count:,} factors at {len(entry.couplings)} couplings of {entry.depth} blocks, start {settings.start}")
 
 
 if __name__ == "__main__":

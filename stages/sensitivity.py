@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 import torch
-from tqdm import tqdm
 
 from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.calibration.inputs import calibration_rows
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.models.source import ModelParams, open_source
 from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.progress import track
 from pipeline_lib.sensitivity import fisher, hutchinson
 from pipeline_lib.sensitivity.backward import Subject
 from pipeline_lib.sensitivity.estimate import Samples, estimates, relative_error
@@ -24,7 +24,7 @@ OUT = Path("build/sensitivity")
 
 @click.command(help=__doc__)
 def main() -> None:
-    with runtime.stage(Path("build/costs/sensitivity.json")):
+    with runtime.stage(Path("build/costs/sensitivity.json")) as tell:
         settings = params.load(SensitivityParams, "sensitivity")
         checkpoint = open_source(params.load(ModelParams, "model"))
         entry = checkpoint.architecture
@@ -56,7 +56,7 @@ def main() -> None:
 
             passes = -(-settings.probes // settings.probes_per_pass)
             groups = estimates(sample, settings.probes, settings.probes_per_pass, settings.agreement)
-            for found in tqdm(groups, total=passes, desc="sensitivity", unit="pass"):
+            for found in track(groups, "sensitivity", "passes", passes):
                 summary = found.summary()
                 if wrong := [name for name, value in summary.items() if not math.isfinite(value["trace"] + value["stderr"])]:
                     raise SparselineError(
@@ -77,7 +77,7 @@ def main() -> None:
             "output_moments": ("full" if full else "diagonal") if wanted else "none",
         }
         artifacts.write_json(OUT / "estimate.json", facts)
-        click.echo(
+        tell(
             f"sensitivity: {settings.estimator}, {len(described)} matrices, {facts['probes']} probes; split-half Kendall τ {found.agreement:.2f}, "
             f"{'reached' if found.reached else 'capped below'} {settings.agreement:g}; median relative standard error {facts['relative_error']:.0%}"
         )

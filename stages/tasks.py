@@ -13,13 +13,13 @@ from pipeline_lib.evaluation.tasks import Preset, TasksParams, run_tasks
 @click.argument("preset")
 @click.argument("variant")
 def main(preset: str, variant: str) -> None:
-    with runtime.stage(Path(f"build/costs/tasks-{preset}-{variant}.json")):
+    with runtime.stage(Path(f"build/costs/tasks-{preset}-{variant}.json")) as tell:
         settings = params.load(TasksParams, "tasks")
         asked = params.load(Preset, f"presets.{preset}")
-        found = run_tasks(*open_subject(variant, settings.compute_dtype), settings, asked)
+        found = run_tasks(*open_subject(variant, settings.compute_dtype), settings, asked, f"tasks {preset} {variant}")
         artifacts.write_json(Path(f"build/evaluate/{preset}/{variant}.json"), found)
         told = ", ".join(f"{name} {task['acc']:.1%}" for name, task in found.items())
-        click.echo(f"tasks {preset} {variant}: {told or 'none'}")
+        tell(f"tasks {preset} {variant}: {told or 'none'}")
 
 
 if __name__ == "__main__":

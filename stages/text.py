@@ -1,5 +1,6 @@
 """Read one text, tokenise it with the model's tokenizer, and write rows of token ids with their provenance."""
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -11,12 +12,13 @@ from pipeline_lib.errors import SparselineError
 from pipeline_lib.models.checkpoint import locate, read_config
 from pipeline_lib.models.source import ModelParams
 from pipeline_lib.models.tokenizer import load_tokenizer
+from pipeline_lib.progress import track
 
 
 @click.command(help=__doc__)
 @click.argument("name")
 def main(name: str) -> None:
-    with runtime.stage(Path(f"build/costs/text-{name}.json")):
+    with runtime.stage(Path(f"build/costs/text-{name}.json")) as tell:
         settings = params.load(TextParams, f"texts.{name}")
         model = params.load(ModelParams, "model")
         directory = locate(model.path, model.id, model.revision)
@@ -28,18 +30,17 @@ def main(name: str) -> None:
             )
         tokenizer = load_tokenizer(directory, config.vocab_size)
         texts = read_texts(settings)
-        documents = encode(tokenizer, texts.documents, settings.chat_template)
+        watched = partial(track, what=f"text {name}, tokens", units="thousands of documents")
+        documents = encode(tokenizer, texts.documents, settings.chat_template, watched)
         rows = rows_of(documents, settings)
         tensors = split(rows, settings.held_out) if settings.use == "calibrate" else {"rows": rows}
-        facts = texts.provenance | {"tokens": sum(map(len, documents)), "rows": len(rows), "length": settings.length}
+        facts = texts.provenance | {"tokens": sum(map(len, documents)), "rows": len(rows), "length": settings.length, "seed": settings.seed}
         artifacts.write_tensors(Path(f"build/texts/{settings.use}/{name}.safetensors"), tensors, facts)
         uses = {key: value["use"] for key, value in params.section("texts").items()}
         for left in Path("build/texts").glob("*/*.safetensors"):  # DVC leaves what a text of another name or use wrote
             if uses.get(left.stem) != left.parent.name:
                 left.unlink()
-        click.echo(
-            f"text {name}: {len(rows)} rows of {settings.length} tokens from {facts['documents']} documents ({facts['tokens']:,} tokens)"
-        )
+        tell(f"text {name}: {len(rows)} rows of {settings.length} tokens from {facts['documents']} documents ({facts['tokens']:,} tokens)")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,11 @@ def closure(stage: str) -> list[str]:
         seen.add(path)
         todo |= _imports(path) - seen
     files = {path for path in seen if path.stat().st_size}  # empty __init__ files cannot change anything
-    files |= {template for folder in {path.parent for path in seen} for template in folder.glob("*.jinja")}
+    files |= {
+        template
+        for folder in {path.parent for path in seen if "import jinja2" in path.read_text(encoding="utf-8")}
+        for template in folder.glob("*.jinja")
+    }
     return sorted(str(path.relative_to(ROOT)) for path in files)
 
 

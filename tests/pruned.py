@@ -1,7 +1,9 @@
 """What the prune stage leaves, made in a moment: random masks, and round-to-nearest codes where asked for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +55,11 @@ def nearest(weight: torch.Tensor, how: Rounding) -> tuple[torch.Tensor, dict[str
         zeros.append(zero)
     found = {"scale": torch.cat(scales, 1)} | ({} if how.symmetric else {"zero_point": torch.cat(zeros, 1)})
     return out.to(weight.dtype), found
+
+
+def card(form: str, sizes: Mapping[str, Any]) -> str:
+    """Stands for the model card: tells the format, and what its files take."""
+    return f"{form} {sizes['formats'][form]['file_bytes']}\n"
 
 
 def make_pruned(directory: Path, source: Checkpoint, pattern: str = "unstructured", rounding: Rounding | None = None) -> Path:

@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from project import invoke
-from pruned import Rounding, make_pruned, nearest, random_mask
+from pruned import Rounding, card, make_pruned, nearest, random_mask
 from tiny import load_full, make_model, token_rows
 from transformers import AutoModelForCausalLM
 
@@ -239,7 +239,7 @@ def exported(directory: Path, family: str, dtype: torch.dtype, rounding: Roundin
     """A source and, beside it, its exported variant."""
     source = open_checkpoint(make_model(directory / "source", family, dtype=dtype, shard_size=shard_size))
     make_pruned(directory / "prune", source, "unstructured", rounding)
-    export(source, directory / "prune", directory / "export", FORMATS, "unstructured", "mine")
+    export(source, directory / "prune", directory / "export", FORMATS, "unstructured", "mine", card)
     return source.path, directory / "export"
 
 
@@ -298,9 +298,9 @@ def test_the_model_is_there_once(case: tuple[Path, Path], monkeypatch: pytest.Mo
 
 
 def test_dense_is_cut_like_the_source(case: tuple[Path, Path]) -> None:
-    """The same files, each with the same tensors, index included; and ``unpack`` writes them byte for byte."""
+    """The same files, each with the same tensors, index included; and ``unpack`` writes them byte for byte, the card of the bitmask with them."""
     source, out = case
-    assert {p.name for p in (out / "dense").iterdir()} == {p.name for p in source.iterdir()}
+    assert {p.name for p in (out / "dense").iterdir()} == {p.name for p in source.iterdir()} | {"README.md"}
     assert open_checkpoint(out / "dense").files == open_checkpoint(source).files
     for path in source.iterdir():
         if path.name == "model.safetensors.index.json":
@@ -311,7 +311,8 @@ def test_dense_is_cut_like_the_source(case: tuple[Path, Path]) -> None:
             assert (out / "dense" / path.name).read_bytes() == path.read_bytes(), path.name
     result = invoke("unpack", str(out / "bitmask"), str(out.parent / "unpacked"))
     assert result.exit_code == 0, result.output
-    for path in (out / "dense").iterdir():
+    assert (out.parent / "unpacked" / "README.md").read_text(encoding="utf-8").startswith("bitmask ")
+    for path in {*(out / "dense").iterdir()} - {out / "dense" / "README.md"}:
         assert (out.parent / "unpacked" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
@@ -413,5 +414,5 @@ def test_weights_changed_by_hand_are_told(tmp_path: Path) -> None:
         shard.unlink()
     (pruned / "model.safetensors.index.json").unlink()
     with pytest.raises(SparselineError, match=r"layers\.1\.mlp\.up_proj\.weight: weights are not their scales times whole codes"):
-        export(source, tmp_path / "prune", tmp_path / "export", FORMATS, "unstructured", "mine")
+        export(source, tmp_path / "prune", tmp_path / "export", FORMATS, "unstructured", "mine", card)
     assert not (tmp_path / "export").exists()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pruned import Rounding, make_pruned
+from pruned import Rounding, card, make_pruned
 from safetensors import safe_open
 from tiny import load_full, make_model, token_rows
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
@@ -21,6 +21,7 @@ from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.export.sizes import Weights, theoretical_bits
 from pipeline_lib.export.tensorfile import blob
 from pipeline_lib.models.checkpoint import open_checkpoint
+from pipeline_lib.progress import Progress
 
 PACKED = "compressed-tensors"
 
@@ -38,7 +39,7 @@ def exported(
     source = open_checkpoint(make_model(directory / "source", family, dtype=dtype, **model))
     make_pruned(directory / "prune", source, pattern, rounding)
     settings = ExportParams.model_validate({"formats": formats})
-    return export(source, directory / "prune", directory / "export", settings, pattern, "mine")
+    return export(source, directory / "prune", directory / "export", settings, pattern, "mine", card)
 
 
 def stored(directory: Path) -> dict[str, int]:
@@ -216,3 +217,32 @@ def test_the_verdict_is_torchs(kind: Any, dtype: torch.dtype, shape: tuple[int, 
         assert found is not None
     else:
         assert found is None
+
+
+# Cards and progress
+
+
+def test_every_format_has_its_card(tmp_path: Path) -> None:
+    """Written with the sizes that are returned, under the bitmask's checksums. Oracle: files on disk."""
+    found = exported(tmp_path, ["dense", "bitmask", PACKED], Rounding(4, 16))
+    for name in ("dense", "bitmask", PACKED):
+        taken = sum(path.stat().st_size for path in (tmp_path / "export" / name).glob("*.safetensors"))
+        assert (tmp_path / "export" / name / "README.md").read_text(encoding="utf-8") == f"{name} {taken}\n"
+        assert found["formats"][name]["file_bytes"] == taken
+    assert "README.md" in json.loads((tmp_path / "export" / "bitmask" / "bitmask.json").read_text(encoding="utf-8"))["files"]
+
+
+@pytest.mark.parametrize("formats", [[], ["dense"], ["bitmask"], ["dense", "bitmask", PACKED]])
+def test_progress_ends_at_its_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, formats: list[str]) -> None:
+    """Every read of a tensor counts once. Oracle: the total that was announced."""
+    counted: list[tuple[int, int]] = []
+    original = Progress.__exit__
+
+    def noted(self: Progress, *error: Any) -> None:
+        counted.append((self._done, self._total))
+        original(self, *error)
+
+    monkeypatch.setattr(Progress, "__exit__", noted)
+    exported(tmp_path, formats, Rounding(4, 16))
+    ((done, total),) = counted
+    assert done == total > 0

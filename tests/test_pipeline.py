@@ -1,5 +1,6 @@
 """The whole graph under DVC, on a tiny random model. Oracles: DVC's own account of what it ran, and readers that share no code with ours."""
 
+import hashlib
 import json
 import math
 import re
@@ -108,11 +109,11 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
         *(f"sensitivity/{name}.json" for name in ("sensitivity", "estimate", "by_depth")),
         *(f"sensitivity/moments/block-{block:03d}.safetensors" for block in blocks),
         "curves/sparseline.json",
-        *(f"prune/{variant}/checkpoint/{name}" for variant in variants for name in source | shards),
+        *(f"prune/{variant}/checkpoint/{name}" for variant in variants for name in source | shards | {"README.md"}),
         *(f"prune/{variant}/masks/block-{block:03d}.safetensors" for variant in variants for block in blocks),
         *(f"facts/{variant}.json" for variant in variants),
-        *(f"export/sparseline/dense/{name}" for name in {*others, "model.safetensors"}),
-        *(f"export/sparseline/bitmask/{name}" for name in {*others, "model.bitmask.safetensors", "bitmask.json"}),
+        *(f"export/sparseline/dense/{name}" for name in {*others, "model.safetensors", "README.md"}),
+        *(f"export/sparseline/bitmask/{name}" for name in {*others, "model.bitmask.safetensors", "bitmask.json", "README.md"}),
         *(f"sizes/{name}.json" for name in ("dense", "sparseline")),
         *(f"{kind}/{model}.json" for kind in ("evaluate", "completions") for model in ("dense", *variants)),
         *(f"evaluate/embedded/{model}.json" for model in ("dense", "sparseline")),
@@ -122,7 +123,7 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
     }
     assert set(tree(ran.project / "build")) == expected
     report = {path.split("/")[0] for path in tree(ran.project / "report")} - {".gitignore"}  # DVC's
-    assert report == {"index.html", "index.md", "table.txt", "figures", "summary.json", "costs.json"}
+    assert report == {"index.html", "index.md", "table.txt", "figures", "perplexity.json", "summary.json", "costs.json"}
 
 
 def test_the_summary_has_its_schema(ran: Ran) -> None:
@@ -159,6 +160,16 @@ def test_dvc_shows_the_metrics(ran: Ran) -> None:
     assert shown["report/summary.json"]["data"] == read(ran.project / "report" / "summary.json")
     assert shown["report/costs.json"]["data"] == read(ran.project / "report" / "costs.json")
     assert set(shown) == {"report/summary.json", "report/costs.json"}
+
+
+def test_dvc_shows_the_plots(ran: Ran, tmp_path: Path) -> None:
+    """`dvc plots show` draws perplexity, sensitivity and the curve of induction. Oracle: the page's specifications."""
+    output = run(ran.project, "dvc", "plots", "show", "--out", str(tmp_path / "plots"))
+    assert "failed" not in output
+    page = (tmp_path / "plots" / "index.html").read_text(encoding="utf-8")
+    titles = ("Perplexity", "Sensitivity by depth", "sparseline, layer error on held-out rows by step of induction")
+    assert all(f'"text": "{title}"' in page for title in titles)
+    assert page.count("vegaEmbed(") == len(titles)
 
 
 @pytest.mark.parametrize("variant", ["wanda", "sparseline"])
@@ -226,6 +237,23 @@ def test_what_is_exported_is_what_was_pruned(ran: Ran) -> None:
     assert sizes["formats"]["bitmask"]["matrix_bytes"] == PRUNABLE // 8 + 4 * round(0.5 * PRUNABLE)  # float32
 
 
+def test_cards_tell_what_was_measured(ran: Ran) -> None:
+    """The exported ones with perplexity, prune's without. Oracles: build/evaluate, the source's bytes, the documented table."""
+    build, name = ran.project / "build", "README.md"
+    for path in (build / "export" / "sparseline" / "dense" / name, build / "export" / "sparseline" / "bitmask" / name):
+        card = path.read_text(encoding="utf-8")
+        values = [read(build / "evaluate" / f"{one}.json")["perplexity"]["test"] for one in ("dense", "wanda", "sparseline")]
+        row = next(line for line in card.splitlines() if line.startswith("| test |")).split(" | ")
+        assert [row[1], row[2], row[4].removesuffix(" |")] == [f"{value:.2f}" for value in values]
+        for original in (ran.project / "data" / "model").glob("*.safetensors"):
+            assert hashlib.sha256(original.read_bytes()).hexdigest() in card
+        assert hashlib.sha256((build / "texts" / "calibrate" / "calibration.safetensors").read_bytes()).hexdigest() in card
+        assert "rows 0, induction 0, channel 0" in card
+    for variant in ("wanda", "sparseline"):
+        card = (build / "prune" / variant / "checkpoint" / name).read_text(encoding="utf-8")
+        assert f"# model: {variant}" in card and "## Perplexity" not in card
+
+
 # What reruns
 
 
@@ -288,7 +316,7 @@ def test_a_missing_key_is_told_before_anything_runs(project: Path, key: str) -> 
 def test_a_knob_concerns_its_stages(project: Path, key: str, value: Any, expected: set[str]) -> None:
     """Oracle: what each knob means. These stages change at once; what depends on their outputs follows."""
     change_params(project, key, value)
-    assert stale(project) - (SUMMARIES if key.startswith(("variants.", "texts.")) else set()) == expected
+    assert stale(project) - ({"choose"} if key.startswith("variants.") else set()) == expected | {"report"}  # which prints all of them
 
 
 def test_another_preset_measures_only_that_one(project: Path) -> None:
@@ -356,6 +384,7 @@ def test_edited_weights_concern_everything(project: Path) -> None:
         ("pipeline_lib/evaluation/tasks.py", TASKS),
         ("pipeline_lib/models/architecture.py", ALL - SUMMARIES),
         ("pipeline_lib/reporting/report.md.jinja", {"report"}),
+        ("pipeline_lib/reporting/card.py", PRUNINGS | {"export@sparseline"}),
         ("pipeline_lib/planning/estimate.py", set()),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from project import prune_params
-from pruned import make_pruned
+from pruned import card, make_pruned
 from tiny import make_model
 
 from pipeline_lib.export.export import export
@@ -160,7 +160,7 @@ def test_exported_files_take_what_was_predicted(tmp_path: Path) -> None:
     source = open_checkpoint(make_model(tmp_path / "source", "llama", hidden_size=128, intermediate_size=512))
     make_pruned(tmp_path / "prune", source)
     formats = ExportParams(formats=["dense", "bitmask"])
-    export(source, tmp_path / "prune", tmp_path / "export", formats, "unstructured", "mine")
+    export(source, tmp_path / "prune", tmp_path / "export", formats, "unstructured", "mine", card)
     written = sum(path.stat().st_size for path in (tmp_path / "export").rglob("*.safetensors"))
     assert exporting(source, "export", formats.formats, 0.5).disk_bytes == pytest.approx(written, rel=0.02)
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from pipeline_lib.artifacts import write_tensors
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.reporting import content, table
 from pipeline_lib.reporting import sizes as weighed
@@ -117,7 +118,15 @@ def make(build: Path, depth: int = 3) -> Path:
         (build / name).write_text(json.dumps(value), encoding="utf-8")
 
     hashes = {"config.json": "0" * 64}
-    source = {"path": "data/tiny", "id": None, "revision": None, "family": "llama", "dtype": "float32", "parameters": 12345}
+    source = {
+        "path": "data/tiny",
+        "id": None,
+        "revision": None,
+        "family": "llama",
+        "dtype": "float32",
+        "parameters": 12345,
+        "versions": {"torch": "2.13"},
+    }
     write("prepare/model.json", source | {"sha256": hashes})
     for name, (test, validation) in LOG_PERPLEXITY.items():
         better = 0.1 if name == "full" else 0.0
@@ -132,6 +141,9 @@ def make(build: Path, depth: int = 3) -> Path:
             write(f"facts/{name}.json", facts(name, depth))
         if name != "plain":
             write(f"sizes/{name}.json", sizes(name))
+    for name, use in (("calibration", "calibrate"), ("validation", "evaluate"), ("test", "evaluate")):
+        rows = {"rows": 8, "length": 32, "documents": 1, "tokens": 1234, "seed": 0 if use == "calibrate" else None, "kind": "files"}
+        write_tensors(build / "texts" / use / f"{name}.safetensors", {}, rows | {"sha256": {f"{name}.txt": f"{len(name):064d}"}})
     write("choice.json", {"text": "validation", "chosen": "full", "perplexity": {"base": math.exp(2.5), "full": math.exp(2.125)}})
     for seconds, name in enumerate(("base", "full"), 7):
         write(f"costs/evaluate-{name}.json", {"wall_s": seconds, "cpu_s": 1, "peak_rss_bytes": 1})
@@ -150,7 +162,9 @@ def collect(
     exported: tuple[str, ...] = ("base", "full"),
     tasks: tuple[str, ...] = ("dense", "plain", "base", "full"),
 ) -> Results:
-    return table.collect(build, ReportParams(baseline=baseline, title="Trial"), names, TEXTS, exported, {"zero": tasks})
+    return table.collect(
+        build, ReportParams(baseline=baseline, title="Trial"), names, TEXTS, exported, {"zero": tasks}, "seed: 0  # <of the rows>"
+    )
 
 
 @pytest.fixture
@@ -254,6 +268,14 @@ def test_summary_is_pure_metrics(build: Path) -> None:
     assert summary["full"]["bytes"] == 6600
     assert summary["full"]["gap"]["test"] == 0.25
     assert "gap" not in summary["base"] and "bytes" not in summary["plain"]
+
+
+def test_the_points_for_dvc(build: Path) -> None:
+    """On `test`, dense first: e^2, e^3, e^3, e^2.75."""
+    points = table.points(collect(build))
+    assert [point["variant"] for point in points] == ["dense", "plain", "base", "full"]
+    assert [math.log(point["perplexity"]) for point in points] == pytest.approx([2, 3, 3, 2.75])
+    assert {point["text"] for point in points} == {"test"}
 
 
 def test_the_gate_is_told_with_its_cost(build: Path) -> None:
@@ -390,7 +412,7 @@ def test_completions_are_escaped(rendered: Report) -> None:
     assert f"\n\nof {EVIL}" in page.pre  # the parser of a browser drops the first of the two
     assert [text[1:] for text in page.pre if "same then" in text] == [f"same then {name} {EVIL}" for name in LOG_PERPLEXITY]
     assert "<b>" not in rendered.html
-    assert "49" not in "".join(page.pre)
+    assert "49" not in "".join(text for text in page.pre if "alert" in text)
     assert f"`````text\nsame then full {EVIL}\n`````" in rendered.markdown
 
 
@@ -422,6 +444,12 @@ def test_every_figure_is_there_and_is_xml(rendered: Report) -> None:
         assert "currentColor" in svg
         assert f"(figures/{name})" in rendered.markdown
     assert rendered.html.count("<figure ") == len(expected)
+
+
+def test_accuracy_is_drawn_of_what_was_measured(build: Path) -> None:
+    """Oracle: the figure's texts."""
+    shown = re.findall(r"<text[^>]*>([^<]*)</text>", render(collect(build, tasks=("dense", "full"))).figures["accuracy.svg"])
+    assert {"dense", "full"} <= set(shown) and not {"plain", "base"} & set(shown)
 
 
 def test_tables_of_the_markdown_are_whole(rendered: Report) -> None:
@@ -513,6 +541,25 @@ def test_an_empty_completion() -> None:
     assert content._continuation("x", "", "abc") == content.Continuation("x", "", "")
 
 
+def test_provenance_is_complete(build: Path, rendered: Report) -> None:
+    """Oracles: the files' own hashes, params.yaml to the letter, versions and seeds."""
+    for path in build.glob("texts/*/*.safetensors"):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert f"{digest}  {path.stem}, rows" in rendered.markdown
+        assert f"{len(path.stem):064d}  {path.stem}, {path.stem}.txt" in rendered.markdown
+    assert f"{'0' * 64}  config.json" in rendered.markdown
+    assert "| versions | torch 2.13 |" in rendered.markdown
+    assert "| calibration | calibration | files | 8 | 32 | 1 | 1,234 | 0 |" in rendered.markdown
+    assert "| test | evaluation | files | 8 | 32 | 1 | 1,234 | none: in order |" in rendered.markdown
+    assert "seed: 0  # &lt;of the rows&gt;" in rendered.html and "seed: 0  # <of the rows>" in rendered.markdown
+
+
+def test_a_damaged_text_is_told(build: Path) -> None:
+    (build / "texts" / "evaluate" / "test.safetensors").write_bytes(b"")
+    with pytest.raises(SparselineError, match=r"test\.safetensors cannot be read .* run `dvc repro -f text@test`"):
+        collect(build)
+
+
 # The stage
 
 PARAMS = """
@@ -542,11 +589,11 @@ def test_two_runs_give_the_same_bytes(build: Path) -> None:
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
         run = subprocess.run([sys.executable, "-m", "stages.report"], cwd=work, env=environment, capture_output=True, text=True, check=True)
-        seen.append((digests(work / "report"), run.stdout))
+        seen.append(digests(work / "report"))
     assert seen[0] == seen[1]
-    files, output = seen[0]
+    files, output = seen[0], run.stdout
     assert {"index.html", "index.md", "table.txt", "summary.json", "costs.json", "figures/perplexity.svg"} <= set(files)
-    assert output.splitlines() == ["report: 3 pruned variants; read report/index.html, or report/table.txt"]
+    assert re.fullmatch(r"report: 3 pruned variants; read report/index\.html, or report/table\.txt; \d+(\.\d)? s\n", output)
     assert len((work / "report" / "table.txt").read_text(encoding="utf-8").splitlines()) == 5
     summary = json.loads((work / "report" / "summary.json").read_text(encoding="utf-8"))
     assert set(summary) == set(LOG_PERPLEXITY)

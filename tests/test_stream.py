@@ -530,9 +530,11 @@ def test_other_files_are_copied_verbatim(tmp_path: Path) -> None:
     source = sharded(tmp_path / "source")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "merges.txt").write_text("#version: 0.2\n")
+    (source / "README.md").write_text("what the source is")  # never to be taken for what comes of it
     write_unchanged(open_checkpoint(source), tmp_path / "out")
     names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"}
     assert names <= {path.name for path in source.iterdir()}
+    assert not (tmp_path / "out" / "README.md").exists()
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     weight_map = json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]

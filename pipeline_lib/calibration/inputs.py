@@ -1,6 +1,7 @@
 """What the calibrated stages open first: the model, ready to stream, and the calibration rows."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,21 @@ def calibration_rows() -> dict[str, torch.Tensor]:
     Raises:
         SparselineError: there is none, or more than one.
     """
+    return artifacts.read_tensors(_file())[0]
+
+
+def calibration_facts() -> dict[str, Any]:
+    """Where they come from: the text's name, its facts, and the SHA-256 of their file.
+
+    Raises:
+        SparselineError: as ``calibration_rows``.
+    """
+    path = _file()
+    return artifacts.read_tensors(path)[1] | {"text": path.stem, "file_sha256": artifacts.sha256(path)}
+
+
+def _file() -> Path:
     files = sorted(CALIBRATION.glob("*.safetensors"))
     if len(files) != 1:
         raise SparselineError(f"params.yaml: texts must hold exactly one text with use: calibrate, not {len(files)}; change one's `use`.")
-    return artifacts.read_tensors(files[0])[0]
+    return files[0]

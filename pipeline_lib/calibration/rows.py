@@ -5,11 +5,16 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline_lib.calibration.texts import Document, TextParams
 from pipeline_lib.errors import SparselineError
+from pipeline_lib.progress import Watched
 from pipeline_lib.runtime import generator
 
+TOGETHER = 1000  # documents that the tokenizer is given at once
 
-def encode(tokenizer: PreTrainedTokenizerBase, documents: list[Document], chat_template: bool) -> list[list[int]]:
+
+def encode(tokenizer: PreTrainedTokenizerBase, documents: list[Document], chat_template: bool, watched: Watched = iter) -> list[list[int]]:
     """Each document as the start token (the tokenizer's BOS, else EOS) and its tokens, or as its chat template renders it.
+
+    ``watched`` sees every thousand documents pass.
 
     Raises:
         SparselineError: chat messages without a template, or the reverse.
@@ -23,8 +28,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: list[Document], chat_t
         return [tokenizer.apply_chat_template(document, tokenize=True, return_dict=False) for document in documents]
     if not all(isinstance(document, str) for document in documents):
         raise SparselineError("texts: a document is a list of messages; set chat_template: true, or choose a field that holds text.")
-    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-    return [([] if start is None else [start]) + list(ids) for ids in encoded]
+    encoded = []
+    for first in watched(range(0, len(documents), TOGETHER)):
+        batch = tokenizer(documents[first : first + TOGETHER], add_special_tokens=False, verbose=False)["input_ids"]
+        encoded += [([] if start is None else [start]) + list(ids) for ids in batch]
+    return encoded
 
 
 def rows_of(documents: list[list[int]], params: TextParams) -> torch.Tensor:

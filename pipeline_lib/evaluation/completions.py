@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.params import Params
+from pipeline_lib.progress import Watched
 
 
 class CompletionsParams(Params):
@@ -20,12 +21,12 @@ class CompletionsParams(Params):
 
 
 def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: torch.Tensor, params: CompletionsParams
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: torch.Tensor, params: CompletionsParams, watched: Watched = iter
 ) -> list[dict[str, str]]:
     """The most likely token, again and again, after the first ``prompt_tokens`` of the first ``count`` rows [N, T].
 
     A completion ends before the end-of-text token, or after ``new_tokens``. The loop is ours, because ``generate`` adds whatever the
-    checkpoint's generation config asks for (repetition penalties, sampling).
+    checkpoint's generation config asks for (repetition penalties, sampling). ``watched`` sees every token pass.
 
     Raises:
         SparselineError: rows or the model's window are too short.
@@ -46,7 +47,7 @@ def complete(
     prompts = rows[: params.count, : params.prompt_tokens]
     token, cache, written = prompts.to(model.device), None, []
     with torch.inference_mode():
-        for _ in range(params.new_tokens):
+        for _ in watched(range(params.new_tokens)):
             output = model(input_ids=token, past_key_values=cache, use_cache=True)
             token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
             written.append(token)

@@ -4,11 +4,12 @@ import copy
 import io
 import logging
 import random
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.params import Params
+from pipeline_lib.progress import Progress
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -45,13 +47,13 @@ class Preset(Params):
 
 
 def run_tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: TasksParams, preset: Preset
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: TasksParams, preset: Preset, what: str = "tasks"
 ) -> dict[str, dict[str, float | None]]:
     """Accuracy of each task: ``{name: {"acc", "stderr", "chance"}}``, all in [0, 1], sorted by name; a group or tag gives its members.
 
     ``stderr`` is the standard error of the mean, ``chance`` what guessing gives (None where it is not known). Nothing that depends
     on date or host is kept. Tasks that read files touch neither the network nor the user's datasets cache. Seeds Python's, numpy's
-    and torch's global generators, as lm-eval does.
+    and torch's global generators, as lm-eval does. Progress is told under the name ``what``.
 
     Raises:
         SparselineError: no such task, one that measures no accuracy, or one whose data cannot be read.
@@ -61,6 +63,19 @@ def run_tasks(
     from lm_eval.evaluator import evaluate  # imported here: seconds, needed by no other module
     from lm_eval.models.huggingface import HFLM
 
+    class Watched(HFLM):  # type: ignore[misc]
+        """Its own bar is among what is held back."""
+
+        def _loglikelihood_tokens(self, requests: Any, **options: Any) -> Any:
+            with Progress(what, len(requests), "requests", stream=stream) as self.progress:
+                return super()._loglikelihood_tokens(requests, **options)
+
+        def _model_call(self, inps: torch.Tensor, **options: Any) -> torch.Tensor:
+            logits: torch.Tensor = super()._model_call(inps, **options)
+            self.progress.advance(len(inps))
+            return logits
+
+    stream = sys.stderr
     with _quiet():
         manager = _manager(params.path, preset.names)
         random.seed(preset.seed)
@@ -68,7 +83,7 @@ def run_tasks(
         torch.manual_seed(preset.seed)
         with _datasets(private=all(_reads_files(manager, name) for name in preset.names)):
             tasks = _load(manager, preset)
-            lm = HFLM(
+            lm = Watched(
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),  # HFLM gives it a padding token
                 batch_size=params.batch_rows,

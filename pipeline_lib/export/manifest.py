@@ -23,6 +23,12 @@ def write(directory: Path, value: dict[str, Any]) -> None:
     write_text(directory / MANIFEST, _text(whole | {"sha256": hashlib.sha256(_text(whole).encode()).hexdigest()}))
 
 
+def add(directory: Path, name: str) -> None:
+    """Vouch for one more file."""
+    value = read(directory)
+    write(directory, {key: value[key] for key in ("weights", "indexed")} | {"files": value["files"] | {name: sha256(directory / name)}})
+
+
 def read(directory: Path) -> dict[str, Any]:
     """The manifest, after a look at it and at every file that is not weights.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, ClassVar
 
-from pipeline_lib.reporting import plots, sizes, table
+from pipeline_lib.reporting import plots, sizes, table, wording
 from pipeline_lib.reporting.plots import Figure
 from pipeline_lib.reporting.table import ABSENT, DENSE, Column, Results, Variant
 
@@ -100,8 +100,8 @@ def lead(results: Results) -> str:
         gap = table.gap_closed(results, best, text)
         closes = "" if gap is None else f"; it closes {100 * gap:.1f}% of the gap that `{results.baseline}` leaves"
         said.append(
-            f"On `{text}`, `{best.name}` has the lowest perplexity of them: {table.perplexity(best.perplexity[text])} at "
-            f"{table.sparsity(best.sparsity)} sparsity, against {table.perplexity(results.dense.perplexity[text])} dense{closes}."
+            f"On `{text}`, `{best.name}` has the lowest perplexity of them: {wording.perplexity(best.perplexity[text])} at "
+            f"{wording.sparsity(best.sparsity)} sparsity, against {wording.perplexity(results.dense.perplexity[text])} dense{closes}."
         )
     return " ".join(said)
 
@@ -194,9 +194,9 @@ def _choice(results: Results) -> str:
     choice = results.choice
     if choice.chosen is None:
         return ""
-    others = [f"`{name}` {table.perplexity(value)}" for name, value in choice.perplexity.items() if name != choice.chosen]
+    others = [f"`{name}` {wording.perplexity(value)}" for name, value in choice.perplexity.items() if name != choice.chosen]
     return (
-        f"The gate (`choose`) names `{choice.chosen}`: perplexity {table.perplexity(choice.perplexity[choice.chosen])} on `{choice.text}`, against "
+        f"The gate (`choose`) names `{choice.chosen}`: perplexity {wording.perplexity(choice.perplexity[choice.chosen])} on `{choice.text}`, against "
         f"{', '.join(others) or 'no other candidate'}. It cost the candidates' seconds below and {table.seconds(choice.evaluation_s)} s of evaluating them."
     )
 
@@ -227,38 +227,8 @@ def _cost(results: Results) -> str:
 
 
 def _recipes(results: Results) -> list[Column]:
-    settings = [variant.facts["settings"] for variant in results.pruned]
-
-    def within(chosen: Mapping[str, Any]) -> str:
-        if chosen["pattern"] != "unstructured":
-            return str(chosen["pattern"])
-        return f"block of {chosen['block']} columns" if chosen["group"] == "block" else str(chosen["group"])
-
-    def allocation(chosen: Mapping[str, Any]) -> str:
-        method, alpha = chosen["method"], f"α = {chosen['alpha']:g}"
-        if method == "predicted":
-            return f"least predicted loss ({chosen['weighting']}), {alpha}"
-        return "uniform" if method == "uniform" else f"by {method}, {alpha}"
-
-    def source(path: str) -> str:
-        return "none" if path.startswith("prepare/") else path.rpartition("/")[0] or path
-
-    def quantisation(chosen: Mapping[str, Any]) -> str:
-        if chosen["bits"] is None:
-            return "none"
-        groups = "rows" if chosen["group"] == "row" else f"groups of {chosen['group']}"
-        return f"{chosen['bits']} bits, {groups}{'' if chosen['symmetric'] else ', zero points'}"
-
-    cells = {
-        "variant": [variant.name for variant in results.pruned],
-        "score": [one["selection"]["score"] for one in settings],
-        "compared within": [within(one["selection"]) for one in settings],
-        "allocation": [allocation(one["allocation"]) for one in settings],
-        "reconstruction": [" + ".join(one["reconstruction"]["steps"]) or "none" for one in settings],
-        "quantisation": [quantisation(one["quantization"]) for one in settings],
-        "factors": [source(one["factors"]) for one in settings],
-    }
-    return [Column("", head, tuple(map(str, column)), numeric=False) for head, column in cells.items()]
+    recipes = [{"variant": variant.name} | wording.recipe(variant.facts["settings"]) for variant in results.pruned]
+    return [Column("", head, tuple(recipe[head] for recipe in recipes), numeric=False) for head in recipes[0]]
 
 
 def _stages(results: Results) -> list[Column]:
@@ -291,7 +261,7 @@ def _sparsity(results: Results) -> list[Any]:
     blocks: list[Any] = []
     even = [variant for variant in results.pruned if table.uniform(variant.facts)]
     if even:
-        shares = sorted({table.sparsity(variant.sparsity) for variant in even})
+        shares = sorted({wording.sparsity(variant.sparsity) for variant in even})
         verb = "makes" if len(even) == 1 else "make"
         each = f" ({shares[0]})" if len(shares) == 1 else ""
         blocks.append(Paragraph(f"{_list([variant.name for variant in even])} {verb} every matrix equally sparse{each}."))
@@ -301,7 +271,7 @@ def _sparsity(results: Results) -> list[Any]:
             least, most = min(shares_of, key=lambda name: shares_of[name]), max(shares_of, key=lambda name: shares_of[name])
             blocks.append(
                 Paragraph(
-                    f"`{variant.name}` ranges from {table.sparsity(shares_of[least])} (`{least}`) to {table.sparsity(shares_of[most])} (`{most}`)"
+                    f"`{variant.name}` ranges from {wording.sparsity(shares_of[least])} (`{least}`) to {wording.sparsity(shares_of[most])} (`{most}`)"
                     f"{_allocated(variant)}."
                 )
             )
@@ -314,7 +284,7 @@ def _sparsity(results: Results) -> list[Any]:
     columns = [Column("", "matrix", tuple(names), numeric=False)]
     for variant in results.pruned:
         matrices = variant.facts["matrices"]
-        cells = [table.sparsity(1 - matrices[n]["kept"] / matrices[n]["size"]) if n in matrices else ABSENT for n in names]
+        cells = [wording.sparsity(1 - matrices[n]["kept"] / matrices[n]["size"]) if n in matrices else ABSENT for n in names]
         columns.append(Column("", variant.name, tuple(cells)))
     return [*blocks, Details(f"All {len(names)} matrices", [Table(columns)])]
 
@@ -497,16 +467,52 @@ def _provenance(results: Results) -> list[Any]:
         "family": model["family"],
         "dtype": model["dtype"],
         "parameters": f"{model['parameters']:,}",
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(model["versions"].items())),
     }
     if results.pruned:
         facts["prunable"] = f"{results.pruned[0].facts['prunable']:,}"
         facts |= {f"kept by {variant.name}": f"{variant.facts['kept']:,}" for variant in results.pruned}
     hashes = dict(sorted(model["sha256"].items()))
     return [
+        Paragraph(
+            "Every figure above follows from the model, the texts, the parameters and the versions below: equal ones give equal "
+            "artifacts on the same kind of machine. `dvc.lock` has the hashes of all that lies between."
+        ),
         Table([Column("", "model", tuple(facts), numeric=False), Column("", "", tuple(facts.values()), numeric=False)]),
-        Details("SHA-256 of the model's files", [Code("\n".join(f"{digest}  {name}" for name, digest in hashes.items()))]),
+        Table(_texts(results)),
+        Details("SHA-256 of the model's files", [_hashes(hashes)]),
+        Details("SHA-256 of the texts: rows, and what they were cut from", [_hashes(_digests(results))]),
+        Details("All parameters", [Code(results.params.strip())]),
         *(Details(f"Settings of {variant.name}", [Code(_settings(variant))]) for variant in results.pruned),
     ]
+
+
+def _texts(results: Results) -> list[Column]:
+    found = results.sources
+    columns = [Column("", "text", tuple(text.name for text in found), numeric=False)]
+    columns.append(
+        Column("", "for", tuple({"calibrate": "calibration", "evaluate": "evaluation"}[text.use] for text in found), numeric=False)
+    )
+    columns.append(Column("", "kind", tuple(text.facts["kind"] for text in found), numeric=False))
+    for head, key in (("rows", "rows"), ("tokens per row", "length"), ("documents", "documents"), ("their tokens", "tokens")):
+        columns.append(Column("", head, tuple(f"{text.facts[key]:,}" for text in found)))
+    seeds = (text.facts["seed"] for text in found)
+    return [*columns, Column("", "seed of the rows", tuple("none: in order" if seed is None else str(seed) for seed in seeds))]
+
+
+def _digests(results: Results) -> dict[str, str]:
+    """Name -> SHA-256, of every text's rows and of what was read for it (a hub's dataset: of its documents)."""
+    digests = {}
+    for text in results.sources:
+        digests[f"{text.name}, rows"] = text.sha256
+        digests |= {f"{text.name}, {name}": digest for name, digest in sorted(text.facts.get("sha256", {}).items())}
+        if "fingerprint" in text.facts:
+            digests[f"{text.name}, {text.facts['dataset']['id']}"] = text.facts["fingerprint"]
+    return digests
+
+
+def _hashes(digests: Mapping[str, str]) -> Code:
+    return Code("\n".join(f"{digest}  {name}" for name, digest in digests.items()))
 
 
 def _settings(variant: Variant) -> str:

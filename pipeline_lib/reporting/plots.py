@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator
 
 from pipeline_lib.reporting import sizes as weighed
-from pipeline_lib.reporting import table
+from pipeline_lib.reporting import table, wording
 from pipeline_lib.reporting.table import Results, Variant
 
 INK = "#0a0b0c"  # stands for currentColor until the SVG is written
@@ -139,10 +139,10 @@ def perplexity(results: Results) -> Figure | None:
             if base:
                 axes.axvline(base, color=INK, linewidth=0.8, linestyle=(0, (3, 3)))
             for row, (variant, value) in enumerate(zip(results.pruned, added, strict=True)):
-                shown = table.perplexity(variant.perplexity[text]) if text in variant.perplexity else table.ABSENT
+                shown = wording.perplexity(variant.perplexity[text]) if text in variant.perplexity else table.ABSENT
                 axes.text(max(value, base, 0.0) + 0.03 * reach, row, shown, va="center", fontsize=8)  # clear of the dashed line
             axes.set_xlim(min(0.0, *added) * 1.05, reach * 1.3)
-            axes.set_title(f"{text} (dense {table.perplexity(dense)})", loc="left")
+            axes.set_title(f"{text} (dense {wording.perplexity(dense)})", loc="left")
             axes.set_xlabel("added loss, nats per token")
             axes.locator_params(axis="x", nbins=4)
             axes.grid(axis="x")
@@ -158,10 +158,11 @@ def accuracy(results: Results) -> Figure | None:
     """Accuracy of every task with its standard error and the level of guessing."""
     if not results.task_names:
         return None
-    names = [variant.name for variant in results.variants]
+    measured = [variant for variant in results.variants if variant.tasks]
+    names = [variant.name for variant in measured]
     with _canvas(0.55 + (0.35 + 0.24 * len(names)) * -(-len(results.task_names) // 2)) as canvas:
         for axes, task in zip(_panels(canvas, len(results.task_names), 2, sharey=True), results.task_names, strict=True):
-            for row, variant in enumerate(results.variants):
+            for row, variant in enumerate(measured):
                 if (found := variant.tasks.get(task)) is not None:
                     error = 100 * found.stderr
                     axes.errorbar(100 * found.acc, row, xerr=error, fmt="o", markersize=4.5, color=_hue(results, variant), elinewidth=1.4)
@@ -397,7 +398,9 @@ def layer_error(results: Results) -> Figure | None:
                 errors.setdefault(int(matrix["block"]), []).append(float(matrix["layer_error"]))
             blocks = sorted(errors)
             means = [max(sum(errors[block]) / len(errors[block]), 1e-9) for block in blocks]
-            axes.plot(blocks, means, color=_hue(results, variant), linewidth=1.4, marker="o", markersize=3.5, label=variant.name)
+            dashed = "-" if results.pruned.index(variant) < len(HUES) else "--"  # where hues come round again
+            style: dict[str, Any] = {"linewidth": 1.4, "linestyle": dashed, "marker": "o", "markersize": 3.5, "label": variant.name}
+            axes.plot(blocks, means, color=_hue(results, variant), **style)
         _log_percent(axes)
         axes.set_xlabel("block")
         axes.set_ylabel("layer error")

@@ -1,6 +1,6 @@
 """Bytes of the exported files beside quality, as columns and sentences."""
 
-from pipeline_lib.reporting import table
+from pipeline_lib.reporting import table, wording
 from pipeline_lib.reporting.table import ABSENT, Column, Results, Variant
 
 MATRICES, FILES = "pruned matrices", "all weights"  # groups of columns
@@ -27,12 +27,12 @@ def columns(results: Results) -> list[Column]:
         Column("", "format", tuple(name for _, name, _ in rows), numeric=False),
     ]
     for group, key in ((MATRICES, "matrix_bytes"), (FILES, "file_bytes")):
-        shown.append(Column(group, "bytes", tuple(size(found[key]) for _, _, found in rows)))
+        shown.append(Column(group, "bytes", tuple(wording.size(found[key]) for _, _, found in rows)))
         shown.append(Column(group, "of dense", tuple(f"{found[key] / source[key]:.3f}" for _, _, found in rows)))
     shown.append(Column("bits per weight", "stored", tuple(f"{found['bits']:.3f}" for _, _, found in rows)))
     shown.append(Column("bits per weight", "theory", tuple(f"{variant.sizes['theoretical_bits']:.3f}" for variant, _, _ in rows)))
     if text is not None:
-        cells = tuple(table.perplexity(v.perplexity[text]) if text in v.perplexity else ABSENT for v, _, _ in rows)
+        cells = tuple(wording.perplexity(v.perplexity[text]) if text in v.perplexity else ABSENT for v, _, _ in rows)
         shown.append(Column(table.PERPLEXITY + text, "ppl", cells))
     return shown
 
@@ -48,10 +48,3 @@ def explanation(results: Results) -> str:
     if any(PACKED in variant.sizes["formats"] for variant in exported(results)):
         said += f" So does `{PACKED}`: it is no smaller than four bits without pruning."
     return said
-
-
-def size(count: int) -> str:
-    value, unit = next(
-        (count / scale, unit) for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if count >= scale or scale == 1
-    )
-    return f"{value:.2f} {unit}"

@@ -1,7 +1,7 @@
 """What was measured of every variant, and the figures that follow from it. Reads JSON, imports nothing heavy."""
 
+import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline_lib.errors import SparselineError
 from pipeline_lib.params import Params
+from pipeline_lib.reporting import wording
 
 DENSE = "dense"
 ABSENT = "–"
@@ -102,6 +103,16 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A file of rows (build/texts): where it came from, and what it is."""
+
+    name: str
+    use: str  # calibrate or evaluate
+    facts: Mapping[str, Any]
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Results:
     """The whole report's data: the dense model first, then the variants in the order of params.yaml."""
 
@@ -112,6 +123,8 @@ class Results:
     variants: tuple[Variant, ...]
     choice: Choice
     estimate: Mapping[str, Any]  # build/sensitivity/estimate.json; empty if no variant uses it
+    sources: tuple["Source", ...]  # every text that rows were cut from
+    params: str  # params.yaml, to the letter
 
     @property
     def dense(self) -> Variant:
@@ -175,10 +188,12 @@ def collect(
     texts: Mapping[str, Text],
     exported: Sequence[str],
     tasks: Mapping[str, Sequence[str]],
+    written: str,
 ) -> Results:
     """Read what the stages left below ``build`` for the dense model and the named variants; other files there are ignored.
 
-    ``exported`` are those that have sizes; ``tasks``: of every preset, the models that it was measured on.
+    ``exported`` are those that have sizes; ``tasks``: of every preset, the models that it was measured on;
+    ``written``: params.yaml.
 
     Raises:
         SparselineError: a file is missing or damaged.
@@ -188,7 +203,20 @@ def collect(
     source = _read(build / "prepare" / "model.json", "prepare")
     measured = any("sensitivity" in variant.costs for variant in variants)
     estimate = _read(build / "sensitivity" / "estimate.json", "sensitivity") if measured else {}
-    return Results(params.title, params.baseline, source, texts, tuple(variants), _choice(build), estimate)
+    return Results(params.title, params.baseline, source, texts, tuple(variants), _choice(build), estimate, _sources(build), written)
+
+
+def _sources(build: Path) -> tuple[Source, ...]:
+    found = []
+    for path in sorted(build.glob("texts/*/*.safetensors")):
+        try:
+            raw = path.read_bytes()
+            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+            facts = json.loads(header["__metadata__"]["sparseline"])
+        except (OSError, ValueError, KeyError) as error:
+            raise SparselineError(f"{path} cannot be read ({error}); run `dvc repro -f text@{path.stem}` to make it again.") from error
+        found.append(Source(path.stem, path.parent.name, facts, hashlib.sha256(raw).hexdigest()))
+    return tuple(found)
 
 
 def _choice(build: Path) -> Choice:
@@ -245,23 +273,20 @@ def gap_closed(results: Results, variant: Variant, text: str) -> float | None:
         return None
     if not all(text in one.perplexity for one in (base, variant, results.dense)):
         return None
-    start, end = math.log(base.perplexity[text]), math.log(results.dense.perplexity[text])
-    if start - end <= 1e-12:
-        return None
-    return (start - math.log(variant.perplexity[text])) / (start - end)
+    return wording.gap_closed(variant.perplexity[text], base.perplexity[text], results.dense.perplexity[text])
 
 
 def comparison(results: Results) -> list[Column]:
     """The comparison table, column by column; the best cell among the pruned variants is marked."""
     variants = results.variants
     columns = [Column("", "variant", tuple(variant.name for variant in variants), numeric=False)]
-    columns.append(Column("", "sparsity", tuple(sparsity(variant.sparsity) for variant in variants)))
+    columns.append(Column("", "sparsity", tuple(wording.sparsity(variant.sparsity) for variant in variants)))
     for text in results.text_names:
         values = [variant.perplexity.get(text) for variant in variants]
-        columns.append(_column(PERPLEXITY + text, "ppl", values, perplexity, best=min))
+        columns.append(_column(PERPLEXITY + text, "ppl", values, wording.perplexity, best=min))
         gaps = [gap_closed(results, variant, text) for variant in variants]
         if any(gap is not None for gap in gaps):
-            column = _column(PERPLEXITY + text, "gap closed", gaps, lambda gap: f"{round(100 * gap, 1) + 0.0:.1f}%", best=max)
+            column = _column(PERPLEXITY + text, "gap closed", gaps, wording.gap, best=max)
             cells = tuple("baseline" if v.name == results.baseline else cell for v, cell in zip(variants, column.cells, strict=True))
             columns.append(Column(column.group, column.head, cells, column.best))
     for task in results.task_names:
@@ -322,22 +347,16 @@ def summary(results: Results) -> dict[str, Any]:
     return found
 
 
+def points(results: Results) -> list[dict[str, Any]]:
+    """What report/perplexity.json holds: every model's perplexity on the main text, for `dvc plots show`."""
+    text = results.main_text
+    measured = [variant for variant in results.variants if text in variant.perplexity]
+    return [{"variant": variant.name, "text": text, "perplexity": variant.perplexity[text]} for variant in measured if text]
+
+
 def costs(results: Results) -> dict[str, Any]:
     """What report/costs.json holds: wall seconds and peak memory of the pruned variants (by stage: the report itself)."""
     return {v.name: {"seconds": round(v.seconds or 0.0, 1), "peak_gb": round((v.peak_bytes or 0) / 1e9, 3)} for v in results.pruned}
-
-
-# Numbers as text
-
-
-def sparsity(share: float) -> str:
-    return f"{100 * share:.2f}%"
-
-
-def perplexity(value: float) -> str:
-    if value < 1000:
-        return f"{value:.2f}"
-    return f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
 
 
 def seconds(value: float) -> str:

@@ -1,0 +1,91 @@
+"""How far a stage is and how long is left: a bar in a terminal, elsewhere (a log, a pipe) a plain line now and then."""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from types import TracebackType
+from typing import Self, TextIO, TypeVar
+
+from tqdm import tqdm
+
+EVERY = 10.0  # seconds between two lines of a log
+T = TypeVar("T")
+Watched = Callable[[range], Iterable[int]]  # what a loop's numbers go through, for whoever counts them: ``iter`` where nobody does
+
+
+class Progress:
+    """Counts what is done of ``total``; a context manager, so that its end is told too.
+
+    A terminal gets tqdm's bar. Anything else gets at most a line every ten seconds, and a last one if it took that long:
+    ``prune wanda: 3 of 32 blocks, 1 min 20 s left``.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        units: str,
+        done: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``done`` of ``total`` were so before the clock started (a resumed run); ``stream`` is standard error."""
+        self._what, self._total, self._units = what, total, units
+        self._before, self._done = done, done
+        self._stream, self._clock = stream or sys.stderr, clock
+        self._started = self._told = clock()
+        self._bar = None
+        if self._stream.isatty():
+            size = shutil.get_terminal_size()  # tqdm draws nothing where a terminal does not know its own
+            shape = {"ncols": size.columns, "nrows": size.lines}
+            self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {units}", file=self._stream, **shape)
+
+    def advance(self, count: int = 1) -> None:
+        """``count`` more are done."""
+        self._done += count
+        now = self._clock()
+        if self._bar is not None:
+            self._bar.update(count)
+        elif now - self._told >= EVERY and self._done < self._total:
+            self._told = now
+            left = (now - self._started) / (self._done - self._before) * (self._total - self._done)
+            self._line(f"{duration(left)} left")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None and (took := self._clock() - self._started) >= EVERY:
+            self._line(f"took {duration(took)}")
+
+    def _line(self, time: str) -> None:
+        print(f"{self._what}: {self._done} of {self._total} {self._units}, {time}", file=self._stream, flush=True)
+
+
+def track(items: Iterable[T], what: str, units: str, total: int | None = None, done: int = 0) -> Iterator[T]:
+    """The same items, with progress told as each is finished.
+
+    ``total`` where the items have no length; ``done`` as in ``Progress``.
+    """
+    if total is None:
+        assert isinstance(items, Sized)
+        total = len(items)
+    with Progress(what, total, units, done) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+def duration(seconds: float) -> str:
+    """As said: ``4.5 s``, ``45 s``, ``1 min 20 s``, ``2 h 5 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

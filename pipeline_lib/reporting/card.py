@@ -1,0 +1,172 @@
+"""The model card of a pruned checkpoint: README.md with the metadata that the Hugging Face hub reads, from the report's data."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline_lib.reporting import wording
+
+FILE = "README.md"
+DENSE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+```"""
+LOADING = {
+    "dense": f"An ordinary checkpoint; zeros are stored like any weight.\n\n{DENSE}",
+    "bitmask": """A bit per weight and the weights that are not zero; Sparseline reads it, and `docs/artifacts.md` there specifies it.
+
+```python
+from pathlib import Path
+from pipeline_lib.export.load import load_model
+
+model = load_model(Path("path/to/this/directory"))
+```
+
+`python -m stages.unpack <this directory> <out>` makes an ordinary checkpoint of it, for `AutoModelForCausalLM.from_pretrained`.""",
+    "compressed-tensors": f"For vLLM, and for transformers after `pip install compressed-tensors`.\n\n{DENSE}",
+}
+ZERO_POINTS = (
+    "Because of its zero points, transformers 5.23 with compressed-tensors up to 0.20 has to be told to dequantise at once: "
+    "`from_pretrained(path, quantization_config=CompressedTensorsConfig(dequantize=True))`."
+)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What is known of a variant once it is pruned."""
+
+    variant: str
+    model: Mapping[str, Any]  # build/prepare/model.json
+    facts: Mapping[str, Any]  # build/facts/<variant>.json
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Perplexities per text."""
+
+    own: Mapping[str, float]
+    dense: Mapping[str, float]
+    baseline: Mapping[str, float]
+    baseline_name: str
+
+
+def card(pruned: Pruned, measured: Measured | None = None, form: str = "dense", sizes: Mapping[str, Any] | None = None) -> str:
+    """The whole file.
+
+    Args:
+        form: the format of the files that it lies beside.
+        measured, sizes: what evaluation and export found (build/evaluate, build/sizes); None where they have not run.
+    """
+    parts = [
+        _metadata(pruned, form),
+        f"# {_name(pruned.model)}: {pruned.variant}",
+        _what(pruned),
+        "## Recipe",
+        _table(("", ""), [("sparsity", _sparsity(pruned.facts)), *wording.recipe(pruned.facts["settings"]).items()]),
+        *(["## Perplexity", *_perplexity(measured, pruned.variant)] if measured else []),
+        *(["## Size", _size(form, sizes)] if sizes else []),
+        "## Loading",
+        LOADING[form],
+        *([ZERO_POINTS] if form == "compressed-tensors" and not pruned.facts["settings"]["quantization"]["symmetric"] else []),
+        "## Provenance",
+        *_provenance(pruned),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _name(model: Mapping[str, Any]) -> str:
+    return str(model.get("id") or model["path"]).rstrip("/").rpartition("/")[2]
+
+
+def _metadata(pruned: Pruned, form: str) -> str:
+    """YAML front matter; JSON's strings and lists are YAML's. Only what is known: a local directory is no ``base_model``."""
+    bits = pruned.facts["settings"]["quantization"]["bits"]
+    sparse = ["pruned", "sparse"] if pruned.facts["sparsity"] else []
+    dataset = pruned.facts["calibration"].get("dataset")
+    known = {
+        "base_model": pruned.model.get("id"),
+        "base_model_relation": "quantized" if pruned.model.get("id") and bits else None,
+        "library_name": "sparseline" if form == "bitmask" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sparseline", *sparse, *(["quantized", f"{bits}-bit"] if bits else []), pruned.model["family"]],
+        "datasets": [dataset["id"]] if dataset else None,
+    }
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in known.items() if value is not None]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _what(pruned: Pruned) -> str:
+    model, facts = pruned.model, pruned.facts
+    source = f"`{model['path']}`"
+    if model.get("id"):
+        commit = f" at `{model['revision']}`" if model.get("revision") else ""
+        source = f"[{model['id']}](https://huggingface.co/{model['id']}){commit}"
+    return (
+        f"Made by Sparseline from {source}, a {model['family']} model with {model['parameters']:,} parameters ({model['dtype']}): "
+        f"of the {facts['prunable']:,} prunable ones {'all' if not facts['sparsity'] else format(facts['kept'], ',')} are left. Tokenizer, chat template and configuration are the "
+        "base model's, and so are its licence, its uses and its limits: see there."
+    )
+
+
+def _sparsity(facts: Mapping[str, Any]) -> str:
+    pattern = facts["settings"]["selection"]["pattern"]
+    return (
+        f"{wording.sparsity(facts['sparsity'])} of the prunable weights, {pattern if pattern == 'unstructured' else f'{pattern} pattern'}"
+    )
+
+
+def _perplexity(measured: Measured, variant: str) -> Sequence[str]:
+    """One row per text; the baseline has columns of its own unless this is it."""
+    other = variant != measured.baseline_name
+    rows = []
+    for text, value in measured.own.items():
+        shown = [text, wording.perplexity(measured.dense[text])]
+        if other:
+            closed = wording.gap_closed(value, measured.baseline[text], measured.dense[text])
+            shown += [wording.perplexity(measured.baseline[text]), "–" if closed is None else wording.gap(closed)]
+        rows.append((*shown, wording.perplexity(value)))
+    beside = (f"`{measured.baseline_name}`", "gap closed") if other else ()
+    said = "exp of the mean negative log-likelihood per token, over rows without shared context; lower is better."
+    if other:
+        said += f" Gap closed: 0% is `{measured.baseline_name}`, pruned by the same pipeline, 100% the dense model."
+    return [said, _table(("text", "dense", *beside, "this model"), rows)]
+
+
+def _size(form: str, sizes: Mapping[str, Any]) -> str:
+    own, dense = sizes["formats"][form], sizes["formats"]["dense"]
+    return (
+        f"All weights take {wording.size(own['file_bytes'])} (dense: {wording.size(dense['file_bytes'])}), the pruned matrices "
+        f"{wording.size(own['matrix_bytes'])} of them: {own['bits']:.3f} bits per weight, {sizes['theoretical_bits']:.3f} in theory."
+    )
+
+
+def _provenance(pruned: Pruned) -> Sequence[str]:
+    hashes = [(f"`{name}`", f"`{digest}`") for name, digest in sorted(pruned.model["sha256"].items())]
+    text = pruned.facts["calibration"]
+    return [
+        f"Calibrated on {text['rows']} rows of {text['length']} tokens from {text['documents']} documents (`{text['text']}`); "
+        f"SHA-256 of the rows: `{text['file_sha256']}`.",
+        f"Versions: {', '.join(f'{name} {version}' for name, version in sorted(pruned.model['versions'].items()))}. Seeds: {_seeds(pruned.facts)}.",
+        "Files of the base model:",
+        _table(("file", "SHA-256"), hashes),
+        "<details><summary>Settings</summary>",
+        f"```json\n{json.dumps(pruned.facts['settings'], indent=1, sort_keys=True, ensure_ascii=False)}\n```",
+        "</details>",
+    ]
+
+
+def _seeds(facts: Mapping[str, Any]) -> str:
+    """Of the rows, of induction, and of the steps that ran."""
+    steps = facts["settings"]["reconstruction"]
+    named = {"rows": facts["calibration"]["seed"]}
+    named |= {"induction": facts["transform"]["settings"]["seed"]} if facts["transform"] else {}
+    named |= {step: steps[step]["seed"] for step in steps["steps"] if "seed" in steps.get(step, {})}
+    return ", ".join(f"{name} {'none (taken in order)' if seed is None else seed}" for name, seed in named.items())
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
