@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -13,10 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 from project import ROOT, WANDA, build, commit, environment, invoke, make_project, read_params, run, tree
+from ruamel.yaml import YAML
 
+from pipeline_lib import params
+from pipeline_lib.calibration.texts import TextParams
 from pipeline_lib.errors import SparselineError
+from pipeline_lib.induction.induce import InduceParams
 from pipeline_lib.params import merge
+from pipeline_lib.pruning.prune import VariantParams
 from pipeline_lib.reporting import compare
 
 SWEEP = ("-S", "prune.selection.sparsity=0.4,0.6", "-S", "texts.test.rows=7")  # the second changes something upstream, in both runs alike
@@ -151,8 +158,8 @@ def record(project: Path, ref: str, figures: Any, **changes: Any) -> None:
     run(project, "git", "reset", "--quiet", "--hard", head)
 
 
-def write(project: Path, figures: Any, params: Any) -> None:
-    (project / "params.yaml").write_text(json.dumps(params), encoding="utf-8")  # JSON is YAML
+def write(project: Path, figures: Any, values: Any) -> None:
+    (project / "params.yaml").write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
     (project / "report").mkdir(exist_ok=True)
     (project / "report" / "summary.json").write_text(figures if isinstance(figures, str) else json.dumps(figures), encoding="utf-8")
 
@@ -298,17 +305,24 @@ def test_no_run_and_no_repository_are_told(repository: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "sweep", sorted(re.findall(r"^(sweep-[\w-]+): SET", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 )
-def test_a_sweep_changes_what_params_yaml_has(sweep: str) -> None:
-    """Oracle: DVC's own reading of what the target would queue, laid over the shipped file."""
-    from dvc.utils.hydra import get_hydra_sweeps
-
+def test_a_sweep_changes_what_params_yaml_has(tmp_path: Path, sweep: str) -> None:
+    """Oracles: DVC's own reading of what the target would queue, and the stages' checks of params.yaml with it."""
     said = run(ROOT, "make", "--dry-run", "--assume-old", "environment", sweep)
-    sets = re.findall(r"-S '(\S+)'", said)
-    assert "dvc exp run --queue" in said and sets
-    queued = get_hydra_sweeps({"params.yaml": sets})
-    assert 3 <= len(queued) <= 6
-    for one in queued:
-        for change in one["params.yaml"]:
-            value = read_params(ROOT)
-            for key in change.split("=")[0].split("."):
-                value = value[key]  # KeyError: no such knob
+    queued = get_hydra_sweeps({"params.yaml": re.findall(r"-S '(\S+)'", said)})
+    assert "dvc exp run --queue" in said and 3 <= len(queued) <= 6
+    seen = {(ROOT / "params.yaml").read_text(encoding="utf-8")}
+    for number, one in enumerate(queued):
+        path = tmp_path / f"{number}.yaml"
+        shutil.copyfile(ROOT / "params.yaml", path)
+        apply_overrides(path, one["params.yaml"])  # KeyError and the like: no such knob
+        seen.add(path.read_text(encoding="utf-8"))
+        values = YAML(typ="safe", pure=True).load(path)
+        for name, variant in values["variants"].items():
+            params.parse(VariantParams, merge(values["prune"], variant), name)
+        params.parse(InduceParams, values["induce"], "induce")
+        params.parse(TextParams, values["texts"]["calibration"], "texts.calibration")
+    assert len(seen) >= len(queued)  # at most one of the values is the shipped one
+
+
+def test_a_sweep_wants_a_set() -> None:
+    assert "make sweep: SET is missing" in run(ROOT, "make", "--assume-old", "environment", "sweep", code=2)
