@@ -114,7 +114,7 @@ def test_collected_is_what_dvc_shows(swept: Swept) -> None:
         }
         assert {variant: model.sparsity for variant, model in found[name].models.items()} == {v: m["sparsity"] for v, m in metrics.items()}
     assert [found[name].changes for name in swept.names] == [
-        {"texts.test.rows": "7", "prune.selection.sparsity": sparsity} for sparsity in ("0.4", "0.6")
+        {"texts.test.rows": "=7", "prune.selection.sparsity": sparsity} for sparsity in ("=0.4", "=0.6")
     ]
 
 
@@ -223,8 +223,8 @@ def test_branches_and_the_workspace_are_runs(repository: Path) -> None:
     assert changes == {
         "main": {},
         "twin": {},
-        "other": {"variants.c": '{"score": "obs"}'},
-        "workspace": {"prune.selection.sparsity": "0.6"},
+        "other": {"variants.c": " added"},
+        "workspace": {"prune.selection.sparsity": "=0.6"},
     }
     (repository / "report" / "summary.json").unlink()
     assert [one.name for one in compare.collect(Path())] == ["main", "other", "twin"]
@@ -249,12 +249,18 @@ def test_experiments_of_one_name_are_told_apart(repository: Path) -> None:
 
 
 def test_keys_are_short_where_that_is_clear() -> None:
-    """Oracle: by hand. Three changes are written out."""
-    changes = {"one.x.alpha": "2", "two.x.alpha": "2", "three.y.z": "3", "four": "4", "five": "5"}
-    dense, models = compare.Model(sparsity=0, perplexity={"test": 5}), [compare.Model(sparsity=0.5, perplexity={"test": p}) for p in (6, 7)]
-    runs = [compare.Run(name, own, {"dense": dense, "a": m}) for name, own, m in zip("pq", ({}, changes), models, strict=True)]
+    """Oracle: by hand. Sixty characters of changes are written out, and the first in any case."""
+    changes = {"one.x.alpha": "=2", "two.x.alpha": "=2", "three.y.z": " removed", "four": f"={'4' * 30}", "five": "=5"}
+    dense, models = (
+        compare.Model(sparsity=0, perplexity={"test": 5}),
+        [compare.Model(sparsity=0.5, perplexity={"test": p}) for p in (6, 7, 8)],
+    )
+    runs = [
+        compare.Run(name, own, {"dense": dense, "a": m})
+        for name, own, m in zip("pqr", ({}, changes, {"six": f"={'6' * 90}", "five": "=5"}), models, strict=True)
+    ]
     changed = next(column for column in compare.columns(compare.compare(runs, "test")) if column.head == "changed")
-    assert changed.cells == ("–", "one.x.alpha=2, two.x.alpha=2, y.z=3, 2 more")
+    assert changed.cells == ("–", "one.x.alpha=2, two.x.alpha=2, y.z removed, 2 more", f"six={'6' * 90}, 1 more")
 
 
 def test_the_page_has_a_figure_per_text(repository: Path) -> None:

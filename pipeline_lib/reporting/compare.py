@@ -22,7 +22,7 @@ SUMMARY = "report/summary.json"
 PARAMS = "params.yaml"
 WORKSPACE = "workspace"
 EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)")  # others below refs/exps are DVC's own notes
-MOST_CHANGES = 3  # written out per run
+MOST_CHANGES = 60  # characters of a run's changes that are written out
 MISSING = object()
 
 
@@ -42,7 +42,7 @@ class Run:
     """One revision's figures: a branch, an experiment, or the workspace."""
 
     name: str
-    changes: Mapping[str, str]  # dotted key -> value, where its params.yaml differs from HEAD's
+    changes: Mapping[str, str]  # dotted key -> "=value", " added" or " removed", where its params.yaml differs from HEAD's
     models: Mapping[str, Model]
 
 
@@ -149,7 +149,13 @@ def _changes(base: Any, own: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _told(changes: Iterator[tuple[str, Any]]) -> dict[str, str]:
-    return {key: "removed" if value is MISSING else value if isinstance(value, str) else json.dumps(value) for key, value in changes}
+    return {key: _value(value) for key, value in changes}
+
+
+def _value(value: Any) -> str:
+    if value is MISSING:
+        return " removed"
+    return " added" if isinstance(value, Mapping) else f"={value if isinstance(value, str) else json.dumps(value)}"
 
 
 # What follows from it
@@ -213,10 +219,13 @@ def _short(changes: Mapping[str, str], points: Sequence[Point]) -> str:
     """A run's changes by the last two parts of their keys, or by the whole key where that would be two keys' name."""
     keys = {key for point in points for key in point.changes}
     tails = [".".join(key.split(".")[-2:]) for key in keys]
-    said = []
-    for key, value in list(changes.items())[:MOST_CHANGES]:
+    said: list[str] = []
+    for key, value in changes.items():
         tail = ".".join(key.split(".")[-2:])
-        said.append(f"{tail if tails.count(tail) == 1 else key}={value}")
+        said.append((tail if tails.count(tail) == 1 else key) + value)
+        if len(", ".join(said)) > MOST_CHANGES:
+            said = said[: max(1, len(said) - 1)]
+            break
     more = len(changes) - len(said)
     return ", ".join([*said, *([f"{more} more"] if more else [])]) or table.ABSENT
 

@@ -189,10 +189,14 @@ def tradeoff(text: str, lines: Mapping[str, Sequence[tuple[float, float]]], dens
     with _canvas(3.0) as canvas:
         axes = canvas.subplots()
         for number, (name, points) in enumerate(lines.items()):
-            hue = HUES[number % len(HUES)]
+            hue, marker = HUES[number % len(HUES)], "os^D"[number // len(HUES) % 4]  # a second round of hues has other marks
             best = dict(sorted(points, reverse=True))  # the last of a sparsity is its lowest
-            axes.plot([100 * sparsity for sparsity, _ in points], [value for _, value in points], "o", color=hue, markersize=4, alpha=0.6)
-            axes.plot([100 * sparsity for sparsity in best], list(best.values()), "o-", color=hue, markersize=4, linewidth=1.3, label=name)
+            axes.plot(
+                [100 * sparsity for sparsity, _ in points], [value for _, value in points], marker, color=hue, markersize=4, alpha=0.6
+            )
+            axes.plot(
+                [100 * sparsity for sparsity in best], list(best.values()), f"{marker}-", color=hue, markersize=4, linewidth=1.3, label=name
+            )
         axes.axhline(dense, color=INK, linewidth=0.8, linestyle=(0, (3, 3)))
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
