@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
-.PHONY: run test sshd check format plan deps screenshots environment clean
+.PHONY: run test sshd check format plan compare sweep deps screenshots environment clean
 .PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-refresh bench-latency bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
@@ -84,6 +84,25 @@ bench-verify: environment  ## recompute three random cells each of induction.jso
 
 plan: environment  ## predict memory, disk and rough time for the configured model, before anything runs
 	python -m stages.plan
+
+# Ready-made sweeps: `make sweep-sparsity`. VARIANT: whose allocation sweep-allocation changes.
+VARIANT ?= sparseline
+sweep-sparsity: SET = prune.selection.sparsity=0.3,0.4,0.5,0.6,0.7,0.8
+sweep-pattern: SET = prune.selection.pattern=unstructured,"2:4","4:8"
+sweep-lambda: SET = induce.spectral.weight=0,0.001,0.01,0.1,1
+sweep-induction-alpha: SET = induce.spectral.alpha=0.5,1,2,4
+sweep-allocation: SET = variants.$(VARIANT).allocation.alpha=0.05,0.1,0.15,0.2,0.3
+sweep-rows: SET = texts.calibration.rows=32,64,128,256
+SWEEPS := sweep-sparsity sweep-pattern sweep-lambda sweep-induction-alpha sweep-allocation sweep-rows
+
+.PHONY: $(SWEEPS)
+sweep $(SWEEPS): environment  ## queue an experiment per value, or per combination: make sweep SET='a.key=1,2 b.key=3,4' (docs/experiments.md)
+	@test -n '$(SET)' || { echo "make sweep: SET is missing, e.g. SET='prune.selection.sparsity=0.5,0.6'"; exit 2; }
+	dvc exp run --queue $(foreach one,$(SET),-S '$(one)')
+	@echo "next: dvc queue start, dvc queue status until all have ended, make compare"
+
+compare: environment  ## finished experiments, branches and the workspace: perplexity over sparsity (report/compare.html), and a table
+	python -m stages.compare
 
 deps: environment  ## rewrite the code deps in dvc.yaml as each stage's import closure
 	python -m tests.graph

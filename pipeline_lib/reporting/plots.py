@@ -180,6 +180,38 @@ def accuracy(results: Results) -> Figure | None:
     return Figure("accuracy", svg, f"Task accuracy with error bars for {', '.join(names)}.", caption)
 
 
+def tradeoff(text: str, lines: Mapping[str, Sequence[tuple[float, float]]], dense: float) -> Figure:
+    """Perplexity over sparsity: a point per model, a line per variant through the best of each sparsity.
+
+    Args:
+        lines: variant -> (sparsity, perplexity).
+        dense: perplexity of the source model.
+    """
+    with _canvas(3.0) as canvas:
+        axes = canvas.subplots()
+        for number, (name, points) in enumerate(lines.items()):
+            hue, marker = HUES[number % len(HUES)], "os^D"[number // len(HUES) % 4]  # a second round of hues has other marks
+            best = dict(sorted(points, reverse=True))  # the last of a sparsity is its lowest
+            axes.plot(
+                [100 * sparsity for sparsity, _ in points], [value for _, value in points], marker, color=hue, markersize=4, alpha=0.6
+            )
+            axes.plot(
+                [100 * sparsity for sparsity in best], list(best.values()), f"{marker}-", color=hue, markersize=4, linewidth=1.3, label=name
+            )
+        axes.axhline(dense, color=INK, linewidth=0.8, linestyle=(0, (3, 3)))
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda _value, _: "")
+        axes.set_xlabel("sparsity, %")
+        axes.set_ylabel(f"perplexity, {text}")
+        axes.grid()
+        _legend(canvas, axes, 4)
+        svg = _svg(canvas)
+    caption = f"Perplexity on {text}, each line through the lowest of its variant. The dashed line is the dense model's, {table.perplexity(dense)}."
+    return Figure(f"tradeoff-{text}", svg, f"Perplexity on {text} over sparsity for {', '.join(lines)}.", caption)
+
+
 # Sizes
 
 

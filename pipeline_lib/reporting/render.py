@@ -1,6 +1,7 @@
 """The report as one self-contained HTML page, and as Markdown with its figures beside it."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +31,14 @@ def render(results: Results) -> Report:
     sections = content.sections(results)
     lead = content.lead(results)
     figures = {f"{figure.name}.svg": _alone(figure.svg) for figure in content.figures(sections)}
-    html = _template("report.html.jinja", html=True).render(title=results.title, lead=lead, sections=sections)
+    html = page(results.title, lead, sections)
     markdown = _template("report.md.jinja", html=False).render(title=results.title, lead=lead, sections=sections, folder=FIGURES)
     return Report(html, _tidy(markdown), figures)
+
+
+def page(title: str, lead: str, sections: Sequence[content.Section]) -> str:
+    """A self-contained HTML page."""
+    return _template("report.html.jinja", html=True).render(title=title, lead=lead, sections=sections)
 
 
 def _alone(svg: str) -> str:
