@@ -18,11 +18,10 @@ def main(variant: str) -> None:
     with runtime.stage(Path(f"build/costs/export-{variant}.json")) as tell:
         settings = params.parse(ExportParams, params.merged("export", f"exported.{variant}"), "export")
         source = open_source(params.load(ModelParams, "model"))
-        baseline = params.section("report.baseline")
         facts = artifacts.read_json(Path(f"build/facts/{variant}.json"))
         pruned = Pruned(variant, artifacts.read_json(MODEL), facts)
-        own, dense, base = (artifacts.read_json(Path(f"build/evaluate/{name}.json"))["perplexity"] for name in (variant, "dense", baseline))
-        written = partial(card, pruned, Measured(own, dense, base, baseline))
+        own, dense = (artifacts.read_json(Path(f"build/evaluate/{name}.json"))["perplexity"] for name in (variant, "dense"))
+        written = partial(card, pruned, Measured(own, dense))
         pattern = facts["settings"]["selection"]["pattern"]
         sizes = export(source, Path(f"build/prune/{variant}"), Path(f"build/export/{variant}"), settings, pattern, variant, written)
         artifacts.write_json(Path(f"build/sizes/{variant}.json"), sizes)

@@ -49,8 +49,6 @@ class Measured:
 
     own: Mapping[str, float]
     dense: Mapping[str, float]
-    baseline: Mapping[str, float]
-    baseline_name: str
 
 
 def card(pruned: Pruned, measured: Measured | None = None, form: str = "dense", sizes: Mapping[str, Any] | None = None) -> str:
@@ -66,7 +64,7 @@ def card(pruned: Pruned, measured: Measured | None = None, form: str = "dense", 
         _what(pruned),
         "## Recipe",
         _table(("", ""), [("sparsity", _sparsity(pruned.facts)), *wording.recipe(pruned.facts["settings"]).items()]),
-        *(["## Perplexity", *_perplexity(measured, pruned.variant)] if measured else []),
+        *(["## Perplexity", *_perplexity(measured)] if measured else []),
         *(["## Size", _size(form, sizes)] if sizes else []),
         "## Loading",
         LOADING[form],
@@ -118,21 +116,10 @@ def _sparsity(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _perplexity(measured: Measured, variant: str) -> Sequence[str]:
-    """One row per text; the baseline has columns of its own unless this is it."""
-    other = variant != measured.baseline_name
-    rows = []
-    for text, value in measured.own.items():
-        shown = [text, wording.perplexity(measured.dense[text])]
-        if other:
-            closed = wording.gap_closed(value, measured.baseline[text], measured.dense[text])
-            shown += [wording.perplexity(measured.baseline[text]), "–" if closed is None else wording.gap(closed)]
-        rows.append((*shown, wording.perplexity(value)))
-    beside = (f"`{measured.baseline_name}`", "gap closed") if other else ()
+def _perplexity(measured: Measured) -> Sequence[str]:
+    rows = [(text, wording.perplexity(measured.dense[text]), wording.perplexity(value)) for text, value in measured.own.items()]
     said = "exp of the mean negative log-likelihood per token, over rows without shared context; lower is better."
-    if other:
-        said += f" Gap closed: 0% is `{measured.baseline_name}`, pruned by the same pipeline, 100% the dense model."
-    return [said, _table(("text", "dense", *beside, "this model"), rows)]
+    return [said, _table(("text", "dense", "this model"), rows)]
 
 
 def _size(form: str, sizes: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline_lib.errors import SparselineError
-from pipeline_lib.reporting import content, plots, render, table
+from pipeline_lib.reporting import content, plots, render, table, wording
 from pipeline_lib.reporting.table import DENSE, Column
 
 SUMMARY = "report/summary.json"
@@ -69,9 +69,9 @@ class Comparison:
         """Points of the lowest perplexity at their sparsity, ties included; none where there is nothing to choose from."""
         marked: set[int] = set()
         measured = [number for number, point in enumerate(self.points) if text in point.model.perplexity]
-        for sparsity in {table.sparsity(self.points[number].model.sparsity) for number in measured}:
+        for sparsity in {wording.sparsity(self.points[number].model.sparsity) for number in measured}:
             rivals = {
-                n: self.points[n].model.perplexity[text] for n in measured if table.sparsity(self.points[n].model.sparsity) == sparsity
+                n: self.points[n].model.perplexity[text] for n in measured if wording.sparsity(self.points[n].model.sparsity) == sparsity
             }
             if len(rivals) > 1:
                 marked |= {number for number, perplexity in rivals.items() if perplexity == min(rivals.values())}
@@ -203,11 +203,11 @@ def columns(comparison: Comparison) -> list[Column]:
         Column("", "run", tuple(point.run for point in points), numeric=False),
         Column("", "changed", tuple(_short(point.changes, points) for point in points), numeric=False),
         Column("", "variant", tuple(point.variant for point in points), numeric=False),
-        Column("", "sparsity", tuple(table.sparsity(point.model.sparsity) for point in points)),
+        Column("", "sparsity", tuple(wording.sparsity(point.model.sparsity) for point in points)),
     ]
     for text in comparison.texts:
         values, gaps = ([getattr(point.model, kind).get(text) for point in points] for kind in ("perplexity", "gap"))
-        cells = tuple(table.ABSENT if value is None else table.perplexity(value) for value in values)
+        cells = tuple(table.ABSENT if value is None else wording.perplexity(value) for value in values)
         found.append(Column(table.PERPLEXITY + text, "ppl", cells, comparison.best(text)))
         if any(gap is not None for gap in gaps):
             cells = tuple(table.ABSENT if gap is None else f"{round(100 * gap, 1) + 0.0:.1f}%" for gap in gaps)

@@ -208,7 +208,7 @@ def tradeoff(text: str, lines: Mapping[str, Sequence[tuple[float, float]]], dens
         axes.grid()
         _legend(canvas, axes, 4)
         svg = _svg(canvas)
-    caption = f"Perplexity on {text}, each line through the lowest of its variant. The dashed line is the dense model's, {table.perplexity(dense)}."
+    caption = f"Perplexity on {text}, each line through the lowest of its variant. The dashed line is the dense model's, {wording.perplexity(dense)}."
     return Figure(f"tradeoff-{text}", svg, f"Perplexity on {text} over sparsity for {', '.join(lines)}.", caption)
 
 

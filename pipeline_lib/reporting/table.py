@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,7 +274,8 @@ def gap_closed(results: Results, variant: Variant, text: str) -> float | None:
         return None
     if not all(text in one.perplexity for one in (base, variant, results.dense)):
         return None
-    return wording.gap_closed(variant.perplexity[text], base.perplexity[text], results.dense.perplexity[text])
+    start, end = math.log(base.perplexity[text]), math.log(results.dense.perplexity[text])
+    return None if start - end <= 1e-12 else (start - math.log(variant.perplexity[text])) / (start - end)
 
 
 def comparison(results: Results) -> list[Column]:

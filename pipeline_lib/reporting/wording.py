@@ -1,6 +1,5 @@
 """Figures and settings as readers see them, in the report and on the model cards."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,15 +23,6 @@ def size(count: int) -> str:
         (count / scale, unit) for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if count >= scale or scale == 1
     )
     return f"{value:.2f} {unit}"
-
-
-def gap_closed(value: float, baseline: float, dense: float) -> float | None:
-    """(ln baseline − ln value) / (ln baseline − ln dense), of perplexities: 0 is the baseline, 1 the dense model.
-
-    None where the baseline is no worse than the dense model: there is no gap.
-    """
-    start, end = math.log(baseline), math.log(dense)
-    return None if start - end <= 1e-12 else (start - math.log(value)) / (start - end)
 
 
 def recipe(settings: Mapping[str, Any]) -> dict[str, str]:
