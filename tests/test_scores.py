@@ -95,6 +95,15 @@ def test_wanda_ranks_as_its_paper() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_is_the_square_times_a_factor_per_input(score: Score) -> None:
+    """What induction takes for granted of any score: oracle, the score of weights of 1."""
+    weight, (_, gram) = weights(4, 12, seed=4), curved_gram(12, seed=4)
+    curvature = factorise(gram, 0.01, "mean", "here").whole()
+    factor = saliency(score, torch.ones(1, 12), curvature)
+    torch.testing.assert_close(saliency(score, weight, curvature), weight.square() * factor)
+
+
 def test_isc_lies_between_obd_and_twice_obd() -> None:
     """1/[H⁻¹]_mm ≤ H_mm for positive definite H, so ISC is between OBD and 2·OBD (the digest of 2310.09499)."""
     weight, (_, gram) = weights(4, 12, seed=4), curved_gram(12, seed=4)

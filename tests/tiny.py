@@ -29,6 +29,7 @@ _OPT = {
 }
 _NEOX = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "rotary_pct": 0.5}
 _GPT2 = {"n_embd": 32, "n_inner": 48, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_MULTIPLIERS = {"embedding_multiplier": 6.0, "attention_multiplier": 0.25, "residual_multiplier": 0.4, "logits_scaling": 4.0}
 # Name -> model type and what differs from its defaults; rows of 12 tokens are longer than the sliding windows.
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _LLAMA | {"attention_bias": False, "mlp_bias": False}),
@@ -45,6 +46,9 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"hidden_size": 32, "n_head": 4}),
     "gpt2": ("gpt2", _GPT2),
     "gpt2-relu": ("gpt2", _GPT2 | {"activation_function": "relu"}),
+    "granite": ("granite", _LLAMA | _MULTIPLIERS),
+    "starcoder2": ("starcoder2", _LLAMA | {"sliding_window": 5}),
+    "starcoder2-relu": ("starcoder2", _LLAMA | {"use_bias": False, "hidden_act": "relu", "tie_word_embeddings": True}),
 }
 ALL_FAMILIES = tuple(_CONFIGS)
 

@@ -108,8 +108,10 @@ def _places(units: Sequence[Unit], params: AllocationParams, measured: Measured)
         t = _spread(by_block(np.mean, "outliers"))
     elif params.method == "dlp":
         t = -_spread(by_block(np.mean, "median"))
-    else:
+    elif params.method == "depth":
         t = -_spread(blocks)
+    else:
+        raise ValueError(f"no places for {params.method}")
     place = dict(zip(blocks, t, strict=True))
     return np.array([place[unit.block] for unit in units])
 

@@ -168,7 +168,7 @@ def _llama(
     head_norms: bool = False,
     norm_offset: float = 0.0,
 ) -> Architecture:
-    """Llama, Mistral, Qwen2, Qwen3, Gemma: one block, with or without biases, per-head norms and 1 + w."""
+    """Llama, Mistral, Qwen2, Qwen3, Gemma, Granite: one block, with or without biases, per-head norms and 1 + w."""
     return _assemble(
         config,
         "layers",
@@ -211,6 +211,21 @@ def _opt(config: PreTrainedConfig) -> Architecture:
         config.ffn_dim,
         (_Norm("self_attn_layer_norm", True), _Norm("final_layer_norm", True)) if absorbs else None,
         config.activation_function,
+    )
+
+
+def _starcoder2(config: PreTrainedConfig) -> Architecture:
+    """Llama's attention between LayerNorms, and an MLP without a gate; one switch for the biases of all linears."""
+    bias = config.use_bias
+    return _assemble(
+        config,
+        "layers",
+        _grouped(config),
+        (*(_Linear(kind, f"self_attn.{kind}_proj", bias) for kind in "qkv"), _Linear("o", "self_attn.o_proj", bias)),
+        (_Linear("fc1", "mlp.c_fc", bias), _Linear("fc2", "mlp.c_proj", bias)),
+        config.intermediate_size,
+        (_Norm("input_layernorm", True), _Norm("post_attention_layernorm", True)),
+        config.hidden_act,
     )
 
 
@@ -273,7 +288,9 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], Architecture]] = {
     "qwen2": lambda c: _llama(c, qkv_bias=True),
     "qwen3": lambda c: _llama(c, qkv_bias=c.attention_bias, o_bias=c.attention_bias, head_norms=True),
     "gemma": lambda c: _llama(c, qkv_bias=c.attention_bias, o_bias=c.attention_bias, norm_offset=1.0),
+    "granite": lambda c: _llama(c, qkv_bias=c.attention_bias, o_bias=c.attention_bias, mlp_bias=c.mlp_bias),
     "phi3": _phi3,
+    "starcoder2": _starcoder2,
     "opt": _opt,
     "gpt_neox": _gpt_neox,
     "gpt2": _gpt2,

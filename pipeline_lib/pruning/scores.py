@@ -3,6 +3,7 @@
 Shape letters: ``R`` outputs, ``C`` inputs. H = G + damping, damped second moment; G = E[X Xᵀ].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,19 +28,41 @@ class Curvature:
         return Curvature(self.second_moment[part], self.diagonal[part], self.inverse_diagonal[part])
 
 
-def saliency(score: Score, weight: torch.Tensor, curvature: Curvature) -> torch.Tensor:
-    """Scores [R, C]; the smallest are pruned.
+def _magnitude(weight: torch.Tensor, curvature: Curvature) -> torch.Tensor:
+    """w²."""
+    return weight.square()
 
-    magnitude: w²;  wanda: w²·G_mm (the square of |w|·‖X_m‖, 2306.11695 up to the token count);  obd: w²·H_mm;
-    obs: w²/[H⁻¹]_mm;  isc: w²·(H_mm + 1/[H⁻¹]_mm)  (2310.09499, Eq. 4).
-    """
-    squared = weight.square()
-    if score == "magnitude":
-        return squared
-    if score == "wanda":
-        return squared * curvature.second_moment
-    if score == "obd":
-        return squared * curvature.diagonal
-    if score == "obs":
-        return squared / curvature.inverse_diagonal
-    return squared * (curvature.diagonal + 1 / curvature.inverse_diagonal)
+
+def _wanda(weight: torch.Tensor, curvature: Curvature) -> torch.Tensor:
+    """w²·G_mm: the square of |w|·‖X_m‖ (2306.11695) up to the token count."""
+    return weight.square() * curvature.second_moment
+
+
+def _obd(weight: torch.Tensor, curvature: Curvature) -> torch.Tensor:
+    """w²·H_mm."""
+    return weight.square() * curvature.diagonal
+
+
+def _obs(weight: torch.Tensor, curvature: Curvature) -> torch.Tensor:
+    """w²/[H⁻¹]_mm."""
+    return weight.square() / curvature.inverse_diagonal
+
+
+def _isc(weight: torch.Tensor, curvature: Curvature) -> torch.Tensor:
+    """w²·(H_mm + 1/[H⁻¹]_mm)  (2310.09499, Eq. 4)."""
+    return weight.square() * (curvature.diagonal + 1 / curvature.inverse_diagonal)
+
+
+# Each is w² times a factor per input: induction takes the factor alone.
+SCORES: dict[Score, Callable[[torch.Tensor, Curvature], torch.Tensor]] = {
+    "magnitude": _magnitude,
+    "wanda": _wanda,
+    "obd": _obd,
+    "obs": _obs,
+    "isc": _isc,
+}
+
+
+def saliency(score: Score, weight: torch.Tensor, curvature: Curvature) -> torch.Tensor:
+    """Scores [R, C]; the smallest are pruned."""
+    return SCORES[score](weight, curvature)

@@ -1,6 +1,6 @@
 """Parameters of the choice of a mask, shared by induction (mask in the loop) and pruning."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -41,17 +41,18 @@ class SelectionParams(Params):
         return self
 
 
-STEPS = ("obs", "lsq", "channel", "block")
+Step = Literal["obs", "lsq", "channel", "block"]
+STEPS: tuple[Step, ...] = get_args(Step)
 
 
 class StepsParams(Params):
     """What of ``prune.reconstruction`` says which steps there are."""
 
-    steps: list[Literal["obs", "lsq", "channel", "block"]]
+    steps: list[Step]
 
     @field_validator("steps")
     @classmethod
-    def _in_order(cls, steps: list[str]) -> list[str]:
+    def _in_order(cls, steps: list[Step]) -> list[Step]:
         if steps != [step for step in STEPS if step in steps]:
             raise ValueError(f"each step once, in the order {', '.join(STEPS)}: masks come before what fits the weights that are left")
         return steps
