@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from pipeline_lib import artifacts
 from pipeline_lib.transforms.transform import read_transforms
 
-CRITERIA = ("magnitude", "wanda", "sparsegpt", "isc")
+CRITERIA = ("magnitude", "wanda", "sparsegpt", "papers")
 PATTERNS = {"unstructured": "unstructured", "2of4": "2:4"}
 # What comes after the criterion's own steps: one fit, or two of a window that aim at the dense stream, with masks chosen anew.
 AFTER: dict[str, Any] = {
@@ -39,6 +39,7 @@ def variants() -> dict[str, Any]:
         criterion, short = name.split("-")
         own = values["variants"][criterion]
         steps = merge(values["prune"]["reconstruction"], own.get("reconstruction", {}))["steps"]
+        steps = [step for step in steps if step not in AFTER[short]["steps"]]
         aims = {} if "obs" in steps else {"towards_dense": 0.0}  # where no weight changes there is nothing to aim
         changes = {
             "factors": f"induce/{name}/transform.safetensors",
@@ -79,15 +80,17 @@ def test_every_criterion_is_induced_and_fitted(workspace: Path, name: str) -> No
         for fitted in steps.values():
             assert fitted["held_out_after"] <= fitted["held_out_before"]
             assert (fitted["held_out_after"] < fitted["held_out_before"]) == (fitted["epochs"] > 0)
-    prunable = zeros = 0
+    prunable = zeros = step = 0  # step: weights of one N more or less, where each matrix has its own
     for path in sorted((workspace / "build" / "prune" / name / "checkpoint").glob("*.safetensors")):
         for key, tensor in load_file(path).items():
             if ".layers." in key and tensor.ndim == 2:
                 prunable, zeros = prunable + tensor.numel(), zeros + int((tensor == 0).sum())
                 if name.endswith("2of4"):
+                    step = max(step, tensor.numel() // 4)
                     assert (tensor.reshape(-1, 4) != 0).sum(1).unique().tolist() in ([1], [2], [3]), key
     assert zeros == facts["prunable"] - facts["kept"]
-    assert 2 * zeros == prunable == facts["prunable"]
+    assert prunable == facts["prunable"]
+    assert abs(zeros - prunable // 2) <= (step // 2 if name == "papers-2of4" else 0)
 
 
 def test_something_came_of_it(workspace: Path) -> None:
