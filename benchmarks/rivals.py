@@ -286,7 +286,7 @@ def parts(records: list[Record]) -> str:
 
 
 def texts(records: list[Record]) -> str:
-    """Markdown: test perplexity at 60% by how much of which calibration text, one seed; in brackets the gap closed against SparseGPT on the same text."""
+    """Markdown: test perplexity at 60% by how much of which calibration text, one seed; in brackets the gap closed against SparseGPT on the same text; CPU seconds."""
     known = index(records)
     rows = [("mix.calib", count) for count in (16, 64, 128, 256)] + [(CODE, 128), ("random tokens", 128)]
     columns = [(testbed, name) for testbed in NAMES for name in ("sparsegpt", "fast", "best")]
@@ -297,7 +297,7 @@ def texts(records: list[Record]) -> str:
         for testbed, name in columns:
             base, found = (known.get((testbed, "60%", method + suffix, 0, "test")) for method in ("sparsegpt", name))
             closed = f" ({100 * gap(base['ppl'], found['ppl'], found['dense']):.1f}%)" if base and found and name != "sparsegpt" else ""
-            line.append(f"{found['ppl']:.2f}{closed}" if found else "")
+            line.append(f"{found['ppl']:.2f}{closed}, {found['cpu_s']:.0f} s" if found else "")
         lines.append(f"| {count} rows of {source} | {' | '.join(line)} |")
     return "\n".join(lines)
 
