@@ -41,6 +41,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
         variants={"wanda": WANDA},
         induced={},
         curved={},
+        exported={},
         choose={"candidates": ["wanda"]},
         tasks={"variants": ["wanda"]},
     )
