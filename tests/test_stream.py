@@ -444,7 +444,9 @@ def test_a_missing_tensor_is_named_as_files_name_it(copy_of: Callable[[str], Pat
 )
 def test_unsupported_families_are_told_what_is(tmp_path: Path, config: PreTrainedConfig) -> None:
     config.save_pretrained(tmp_path)
-    with pytest.raises(SparselineError, match=f"'{config.model_type}' are not supported.*supported: bloom, gemma, gpt2, gpt_neox, granite, llama, "):
+    with pytest.raises(
+        SparselineError, match=f"'{config.model_type}' are not supported.*supported: bloom, gemma, gpt2, gpt_neox, granite, llama, "
+    ):
         open_checkpoint(tmp_path)
 
 
