@@ -161,7 +161,7 @@ class Lab(Bench):
         entry, given = self.bed.checkpoint.architecture, params.load(CurvesParams, "curves")
         found: Entries = {}
         for index, sites in enumerate(self.statistics):
-            tensors = {name: tensor.float() for name, tensor in self.bed.checkpoint.block(index).items()}
+            tensors = self.bed.checkpoint.block(index)
             where = f"{entry.blocks}.{index}"
             block = measure(entry, tensors, sites, entry.matrices, moments[index], settings.selection, True, given, where)
             found |= {f"{where}.{label}": entries[f"{where}.{label}"] | facts for label, facts in block.items()}

@@ -43,6 +43,7 @@ class Testbed:
 
     name: str
     root: Path = ROOT  # another one for a twin
+    compute_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if not ROOT.exists():
@@ -59,7 +60,7 @@ class Testbed:
         return load_model(self.root / self.name, "float32", torch.device("cpu"))
 
     def stream(self) -> BlockModel:
-        return BlockModel(self.checkpoint, torch.float32, torch.device("cpu"))
+        return BlockModel(self.checkpoint, self.compute_dtype, torch.device("cpu"))
 
     def rows(self, text: str, seed: int | None = None, count: int | None = None) -> torch.Tensor:
         """Token rows [N, 256]; as many as the protocol says, or ``count``."""

@@ -38,7 +38,7 @@ def main(variant: str) -> None:
         curves: dict[str, dict[str, Any]] = {}
         statistics = stored_or_walked(STATISTICS, model, rows["fit"], rows["held_out"], calibrate)
         for index, sites in track(statistics, f"curves {variant}", "blocks", entry.depth):
-            tensors = {name: tensor.float() for name, tensor in checkpoint.block(index).items()}
+            tensors = checkpoint.block(index)
             included = [matrix for matrix in entry.matrices if entry.matrix_name(index, matrix) in listed]
             path = artifacts.block_file(SENSITIVITY / "moments", index)
             moments = artifacts.read_tensors(path)[0] if path.exists() else {}

@@ -9,7 +9,7 @@ import torch
 
 from pipeline_lib import artifacts
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter
-from pipeline_lib.pruning.resume import pack
+from pipeline_lib.pruning.patterns import pack
 
 
 @dataclass(frozen=True)

@@ -85,10 +85,10 @@ def test_a_curve_is_what_pruning_does(checkpoint: Checkpoint, pattern: str, comp
         assert (curve["kronecker"] is None) == (matrix.label not in moments)
         for i, density in enumerate(curve["density"]):
             kept = int(density * weight.numel())
-            new, _ = (
+            new, *_ = (
                 prune_matrix(weight, factorise(site.gram, 0.01, "mean", "here"), kept, chosen, compensate)
                 if 0 < density < 1
-                else (weight * density, None)
+                else (weight * density,)
             )
             change = (new - weight).double()
             rows = ((change @ judging) * change).sum(1)

@@ -229,7 +229,7 @@ def test_gptq_as_written_out(scheme: Scheme, block: int) -> None:
     full = torch.ones_like(weight, dtype=torch.bool)
     expected, _ = literal(weight, hessian, scheme, full, {})
     grid = Grid(weight.shape, scheme, CPU)
-    found, mask = sweep(weight, factorisation, kept=weight.numel(), score="obs", pattern=PLAIN, group="block", block=block, grid=grid)
+    found, mask, _ = sweep(weight, factorisation, kept=weight.numel(), score="obs", pattern=PLAIN, group="block", block=block, grid=grid)
     assert mask.all()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     again = Grid(weight.shape, scheme, CPU)
@@ -244,7 +244,7 @@ def test_joint_sweep_as_written_out(scheme: Scheme, block: int) -> None:
     weight, gram, hessian = problem(4, 24, seed=4)
     grid = Grid(weight.shape, scheme, CPU)
     factorisation = factorise(gram, 0.01, "mean", "here")
-    found, mask = sweep(weight, factorisation, kept=48, score="obs", pattern=PLAIN, group="block", block=block, grid=grid)
+    found, mask, _ = sweep(weight, factorisation, kept=48, score="obs", pattern=PLAIN, group="block", block=block, grid=grid)
     expected, chosen = literal(weight, hessian, scheme, None, dict.fromkeys(range(0, 24, block), (block, 0)))
     assert torch.equal(mask, chosen)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -260,7 +260,7 @@ def test_joint_sweep_for_n_of_m_as_written_out(scheme: Scheme, text: str, block:
     grid = Grid(weight.shape, scheme, CPU)
     kept = 4 * 24 * pattern.n // pattern.m
     factorisation = factorise(gram, 0.01, "mean", "here")
-    found, mask = sweep(weight, factorisation, kept=kept, score="obs", pattern=pattern, group="row", block=block, grid=grid)
+    found, mask, _ = sweep(weight, factorisation, kept=kept, score="obs", pattern=pattern, group="row", block=block, grid=grid)
     expected, chosen = literal(weight, hessian, scheme, None, dict.fromkeys(range(0, 24, pattern.m), (pattern.m, pattern.n)))
     assert torch.equal(mask, chosen)
     assert (mask.view(4, -1, pattern.m).sum(2) == pattern.n).all()
@@ -277,7 +277,7 @@ def test_a_mask_that_is_there_before(scheme: Scheme, group: Group) -> None:
     expected, _ = literal(weight, hessian, scheme, mask, {})
     for block in (1, 7, 24, 128):
         grid = Grid(weight.shape, scheme, CPU)
-        found, chosen = sweep(weight, factorisation, kept=40, score="wanda", pattern=PLAIN, group=group, block=block, grid=grid)
+        found, chosen, _ = sweep(weight, factorisation, kept=40, score="wanda", pattern=PLAIN, group=group, block=block, grid=grid)
         assert torch.equal(chosen, mask)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(
@@ -294,7 +294,7 @@ def test_another_order_of_the_columns(scheme: Scheme) -> None:
     order = factorisation.order.tolist()
     assert order != sorted(order)
     grid = Grid(weight.shape, scheme, CPU)
-    found, mask = sweep(weight, factorisation, kept=48, score="obs", pattern=PLAIN, group="block", block=6, grid=grid)
+    found, mask, _ = sweep(weight, factorisation, kept=48, score="obs", pattern=PLAIN, group="block", block=6, grid=grid)
     expected, chosen = literal(weight, hessian, scheme, None, dict.fromkeys(range(0, 24, 6), (6, 0)), order)
     assert torch.equal(mask, chosen)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -308,7 +308,7 @@ def test_always_zero_inputs_and_whole_groups_of_zeros() -> None:
     gram[8:16], gram[:, 8:16] = 0, 0
     for symmetric in (True, False):
         grid = Grid(weight.shape, replace(FOUR, symmetric=symmetric), CPU)
-        found, _ = sweep(
+        found, _, _ = sweep(
             weight, factorise(gram, 0.01, "mean", "here"), kept=48, score="obs", pattern=PLAIN, group="block", block=8, grid=grid
         )
         assert torch.isfinite(found).all()

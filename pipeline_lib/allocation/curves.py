@@ -6,6 +6,7 @@ Shape letters: ``R`` outputs, ``C`` inputs of a matrix. G = E[X Xᵀ] [C, C], M 
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field, field_validator
 
@@ -16,6 +17,8 @@ from pipeline_lib.params import Params
 from pipeline_lib.pruning.matrix import prune_matrix
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.reconstruction.obs import factorise
+
+ROWS = 1024  # taken at a time: bounds the memory, and is enough for a matrix product to run at full speed
 
 
 class CurvesParams(Params):
@@ -40,16 +43,20 @@ def counts(size: int, quantum: int, densities: Collection[float]) -> list[int]:
 
 
 def errors(difference: torch.Tensor, gram: torch.Tensor, moment: torch.Tensor | None) -> tuple[float, float, float | None]:
-    """‖ΔW‖²_F, the layer error tr(ΔW G ΔWᵀ) (= E‖ΔW X‖²), and the Kronecker error tr(M ΔW G ΔWᵀ), for ΔW [R, C]."""
-    product = difference @ gram
-    layer = (product * difference).sum(1, dtype=torch.float64)  # the diagonal of ΔW G ΔWᵀ [R]
-    if moment is None:
-        kronecker = None
-    elif moment.ndim == 1:
-        kronecker = float(moment.double() @ layer)
-    else:
-        kronecker = float(((moment @ difference) * product).sum(dtype=torch.float64))
-    return float(difference.square().sum(dtype=torch.float64)), float(layer.sum()), kronecker
+    """‖ΔW‖²_F, the layer error tr(ΔW G ΔWᵀ) (= E‖ΔW X‖²), and the Kronecker error tr(M ΔW G ΔWᵀ), for ΔW [R, C]. A few rows at a time."""
+    frobenius = layer = kronecker = 0.0
+    for first in range(0, len(difference), ROWS):
+        part = slice(first, first + ROWS)
+        own = difference[part]
+        product = own @ gram
+        each = torch.linalg.vecdot(product, own)  # the diagonal of ΔW G ΔWᵀ
+        frobenius += float(own.square().sum(dtype=torch.float64))
+        layer += float(each.sum(dtype=torch.float64))
+        if moment is not None and moment.ndim == 1:
+            kronecker += float(moment[part].double() @ each.double())
+        elif moment is not None:
+            kronecker += float(torch.linalg.vecdot(moment[part] @ difference, product).sum(dtype=torch.float64))
+    return frobenius, layer, None if moment is None else kronecker
 
 
 def measure(
@@ -69,11 +76,10 @@ def measure(
     the compensation is fitted. One factorisation serves all matrices of a site at all densities. At density 0 ΔW = −W, at 1 it is 0: both are exact.
 
     Args:
-        tensors: the block in float32.
+        tensors: the block.
         moments: M per label; may be empty.
     """
     found: dict[str, dict[str, Any]] = {}
-    metrics = []
     for site in architecture.sites:
         consumers = [matrix for matrix in architecture.consumers(site.name) if matrix in included]
         if not consumers:
@@ -82,15 +88,14 @@ def measure(
         factorisation = factorise(known.second_moment_matrix, selection.damping, selection.damping_of, f"{where} {site.name}")
         judging = known.second_moment_matrix if known.held_out_gram is None else known.held_out_gram
         for matrix in consumers:
-            weight = matrix.view(tensors[matrix.parameter])
-            metrics.append((weight.abs() * known.second_moment.sqrt()).flatten())
+            weight = matrix.view(tensors[matrix.parameter]).float()
             moment, size = moments.get(matrix.label), weight.numel()
             quantum = selection.shape.quantum(f"{where}.{matrix.label}", (weight.shape[0], weight.shape[1]))
             inner = counts(size, quantum, params.densities)
             taken = [errors(weight, judging, moment)]  # of keeping none
             for kept in inner:
-                new, _ = prune_matrix(weight, factorisation, kept, selection, compensate)
-                taken.append(errors(new - weight, judging, moment))
+                new, *_ = prune_matrix(weight, factorisation, kept, selection, compensate)
+                taken.append(errors(new.sub_(weight), judging, moment))
             taken.append((0.0, 0.0, 0.0))
             frobenius, layer, kronecker = zip(*taken, strict=True)
             curve = {"density": [0.0, *(kept / size for kept in inner), 1.0], "frobenius": list(frobenius), "layer": list(layer)}
@@ -98,8 +103,16 @@ def measure(
                 "curve": curve | {"kronecker": None if moment is None else list(kronecker)},
                 "damping": factorisation.damping,
             }
-    if metrics:
-        metric = torch.cat(metrics)
-        outliers, median = float((metric > params.outlier_factor * metric.mean()).float().mean()), float(metric.median())
-        found = {label: facts | {"outliers": outliers, "median": median} for label, facts in found.items()}
+        del factorisation
+    if found:
+        metric = np.empty(sum(matrix.view(tensors[matrix.parameter]).numel() for matrix in included), np.float32)
+        filled = 0
+        for matrix in included:
+            scaled = matrix.view(tensors[matrix.parameter]).float().abs() * statistics[matrix.site].second_moment.sqrt()
+            metric[filled : filled + scaled.numel()] = scaled.flatten().numpy()
+            filled += scaled.numel()
+        outliers = float(np.count_nonzero(metric > params.outlier_factor * metric.mean(dtype=np.float64)) / metric.size)
+        middle = (metric.size - 1) // 2
+        metric.partition(middle)  # in its place: of a wide block one copy is enough
+        found = {label: facts | {"outliers": outliers, "median": float(metric[middle])} for label, facts in found.items()}
     return found

@@ -123,8 +123,10 @@ class MomentSums:
         """Take activations [tokens, d], and what the dense stream has in their places: in all batches or in none."""
         x = inputs.float()
         if not self.count:
-            self.gram, self.cross = (torch.zeros(x.shape[1], x.shape[1], device=x.device) for _ in range(2))
-            self.mean, self.dense_mean = (torch.zeros(x.shape[1], dtype=torch.float64, device=x.device) for _ in range(2))
+            self.gram = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            self.mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        if dense is not None and not self.count:
+            self.cross, self.dense_mean = torch.zeros_like(self.gram), torch.zeros_like(self.mean)
         self.gram.addmm_(x.T, x)
         self.mean += x.sum(0)
         self.count += len(x)
@@ -133,9 +135,9 @@ class MomentSums:
             self.dense_mean += dense.float().sum(0)
 
     def finish(self, beside: bool = False) -> Moments:
-        """With the cross moment if asked for."""
-        own = self.gram / self.count, (self.mean / self.count).float()
-        return Moments(*own, self.cross / self.count, (self.dense_mean / self.count).float()) if beside else Moments(*own)
+        """With the cross moment if asked for. The sums become means where they are: nothing can be added any more."""
+        own = self.gram.div_(self.count), (self.mean / self.count).float()
+        return Moments(*own, self.cross.div_(self.count), (self.dense_mean / self.count).float()) if beside else Moments(*own)
 
 
 def _shifted(moment: torch.Tensor, left: torch.Tensor, right: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,11 @@ class Matrix:
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
     @property
+    def whole(self) -> bool:
+        """It is all of its parameter."""
+        return self.rows is None and self.expert is None
+
+    @property
     def label(self) -> str:
         """Unique name inside the block."""
         part = "" if self.rows is None else f"[{self.rows[0]}:{self.rows[1]}]"

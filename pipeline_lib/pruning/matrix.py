@@ -16,11 +16,11 @@ def prune_matrix(
     compensate: bool,
     importance: torch.Tensor | None = None,
     grid: Grid | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pruned weight [R, C], zero outside the mask, and the mask [R, C].
+) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+    """The pruned weight [R, C] in float32, zero outside the mask; the mask [R, C]; and what ``sweep`` tells of its error, if it swept.
 
     Args:
-        weight: [R, C] float32.
+        weight: [R, C].
         factorisation: of the second moment of its inputs.
         kept: how many weights stay.
         importance: selection weights u > 0 [C]; scores are multiplied by u².
@@ -38,10 +38,11 @@ def prune_matrix(
             importance=importance,
             grid=grid,
         )
+    weight = weight.to(factorisation.upper.dtype)
     scores = saliency(selection.score, weight, factorisation.whole())
     mask = chosen(scores if importance is None else scores * importance.square(), kept, selection)
     left = weight.masked_fill(~mask, 0)
-    return (left if grid is None else grid.nearest(left)), mask
+    return (left if grid is None else grid.nearest(left)), mask, None
 
 
 def quantise_matrix(

@@ -1,6 +1,7 @@
 """From scores to masks: which weights stay, exactly as many as asked, ties broken by position. Masks are bool, True = kept."""
 
 import re
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,18 +57,18 @@ def _thresholds(scores: torch.Tensor, ranks: list[int]) -> list[torch.Tensor]:
 
 
 def _best(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """In each row of scores [g, c], keep the ``kept[g]`` largest; among equal ones the first."""
+    """In each row of scores [g, c], keep the ``kept`` [g] (or [1], for all) largest; among equal ones the first."""
     kept = kept.to(scores.device)
     ranks = sorted({rank for rank in kept.tolist() if rank > 0})
     threshold = torch.full((len(scores),), float("inf"), device=scores.device)
     for rank, values in zip(ranks, _thresholds(scores, ranks) if ranks else [], strict=True):
         threshold = torch.where(kept == rank, values, threshold)
     mask = scores >= threshold[:, None]
-    crowded = (mask.sum(1) > kept).nonzero().flatten()  # ties at the threshold: the first ones stay
+    crowded = (mask.count_nonzero(1) > kept).nonzero().flatten()  # ties at the threshold: the first ones stay
     if len(crowded):
         part, limit = scores[crowded], threshold[crowded, None]
         above, level = part > limit, part == limit
-        mask[crowded] = above | (level & (level.cumsum(1) <= (kept[crowded] - above.sum(1))[:, None]))
+        mask[crowded] = above | (level & (level.cumsum(1) <= (kept.expand(len(scores))[crowded] - above.sum(1))[:, None]))
     return mask
 
 
@@ -75,14 +76,14 @@ def bounds(scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]
     """``_best`` with the same count 0 < kept < c in every row of scores [g, c]; and midway between kept and pruned [g, 1], all from one partition."""
     low, high = _thresholds(scores, [kept, kept + 1])
     tied = bool((low == high).any())
-    mask = _best(scores, torch.full((len(scores),), kept)) if tied else scores >= low[:, None]
+    mask = _best(scores, torch.tensor([kept])) if tied else scores >= low[:, None]
     return mask, ((low + high) / 2)[:, None]
 
 
 def select_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """Keep the n best of every m consecutive columns of scores [R, C]."""
     groups = scores.reshape(-1, m)
-    return _best(groups, torch.full((len(groups),), n)).reshape(scores.shape)
+    return _best(groups, torch.tensor([n])).reshape(scores.shape)
 
 
 def select(scores: torch.Tensor, kept: int, group: Group, block: int) -> torch.Tensor:
@@ -99,3 +100,31 @@ def select(scores: torch.Tensor, kept: int, group: Group, block: int) -> torch.T
         return torch.cat([select(part, quota, "matrix", block) for part, quota in zip(parts, quotas, strict=True)], dim=1)
     share, spare = divmod(kept, len(scores))
     return _best(scores, share + (torch.arange(len(scores)) < spare).long())
+
+
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """A bool mask as bits, row-major, first entry in the highest bit; 1 = kept."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
+
+
+class BitMasks(MutableMapping[str, torch.Tensor]):
+    """Masks by name, an eighth of their size in memory: what is looked up is a copy, to be put back where it has changed."""
+
+    def __init__(self) -> None:
+        self.bits: dict[str, tuple[torch.Tensor, torch.Size]] = {}  # packed, and shape
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        bits, shape = self.bits[name]
+        return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()).view(bool)).reshape(shape)
+
+    def __setitem__(self, name: str, mask: torch.Tensor) -> None:
+        self.bits[name] = pack(mask), mask.shape
+
+    def __delitem__(self, name: str) -> None:
+        del self.bits[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.bits)
+
+    def __len__(self) -> int:
+        return len(self.bits)

@@ -14,7 +14,7 @@ from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.folding import fold
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.params import Params
-from pipeline_lib.pruning.layerwise import Layerwise, PrunedBlock, prune_matrices, prune_site, quantise_site
+from pipeline_lib.pruning.layerwise import Layerwise, PrunedBlock, prune_site, quantise_site
 from pipeline_lib.pruning.matrix import chosen
 from pipeline_lib.pruning.scores import saliency
 from pipeline_lib.pruning.settings import LayerwiseParams, SelectionParams
@@ -100,7 +100,7 @@ def collect(
             if beside is not None:
                 run(beside[0], beside[1].hidden[number], dense.__setitem__)
             run(block, hidden, lambda name, x, dense=dense: sums[name].add(x, dense.get(name)))  # type: ignore[misc]
-    return {name: one.finish(beside is not None) for name, one in sums.items()}
+    return {name: sums.pop(name).finish(beside is not None) for name in list(sums)}
 
 
 def prune(
@@ -139,17 +139,24 @@ def prune(
         done = len(stored) == len(window)
         ahead = pruned_stream if done or len(window) == 1 else pruned_stream.copy(directory, "ahead")
         results: dict[int, PrunedBlock] = {}
+        dtypes: dict[int, dict[str, torch.dtype]] = {}
         for index in window:
             if done and dense_stream is None:
                 continue
             transform = transforms[index].to(model.device)
-            folded = {name: tensor.to(model.device, torch.float32) for name, tensor in checkpoint.block(index).items()}
-            folded = fold(folded, architecture, transform.factors)
+            wide = torch.float32 if transform.factors else None  # products with factors are not rounded
+            source = checkpoint.block(index)  # maps the file: as long as one tensor lives, all do
+            dtypes[index] = {name: tensor.dtype for name, tensor in source.items()}
+            result = PrunedBlock({name: source.pop(name).to(model.device, wide, copy=True) for name in dtypes[index]})
+            result.tensors = fold(result.tensors, architecture, transform.factors)
+            dense = None if dense_stream is None else model.block(index, result.tensors)
             if not done:
                 own = {matrix: kept[index, matrix] for matrix in architecture.matrices if (index, matrix) in kept}
-                results[index] = _select(model, index, folded, ahead, dense_stream, own, transform, params)
-            if dense_stream is not None:
-                model.advance(model.block(index, folded), index, dense_stream)
+                _select(model, index, result, ahead, dense, dense_stream, own, transform, params)
+                results[index] = result
+            if dense is not None and dense_stream is not None:
+                model.advance(dense, index, dense_stream)
+            del result, dense
             if index != window[-1] and not done:
                 model.advance(model.block(index, results[index].tensors), index, ahead)
         if results and dense_stream is not None:
@@ -165,8 +172,7 @@ def prune(
                     _fit(model, results, kept, params.selection, REFIT, again, fitting, held_out)
         for index in window:
             if index in results:
-                source = checkpoint.block(index)
-                results[index].tensors = {name: tensor.to(source[name].dtype) for name, tensor in results[index].tensors.items()}
+                results[index].tensors = {name: tensor.to(dtypes[index][name]) for name, tensor in results[index].tensors.items()}
                 stored[index] = results[index].tensors
             block = model.block(index, stored[index])
             if index + 1 < architecture.depth:
@@ -180,30 +186,28 @@ def prune(
 def _select(
     model: BlockModel,
     index: int,
-    folded: Mapping[str, torch.Tensor],
+    block: PrunedBlock,
     stream: Stream,
+    dense: torch.nn.Module | None,
     dense_stream: Stream | None,
     kept: Mapping[Matrix, int],
     transform: Transform,
     params: PruneParams,
-) -> PrunedBlock:
-    """Prune one folded block's matrices by the moments of both streams before it, collected once or again for every site."""
+) -> None:
+    """Prune one folded block's matrices in their places by the moments of both streams before it, collected once or again for every site."""
     architecture, how = model.checkpoint.architecture, params.reconstruction
-    block = model.block(index, folded)
     refit = how.lsq if "lsq" in how.steps else None
-    fitted_first = any(step in how.steps for step in FITS)
-    scheme = None if fitted_first else params.quantization.scheme(model.checkpoint.dtype)
-    layerwise = Layerwise("obs" in how.steps, how.towards_dense, how.reorder, refit, scheme)
-    told = transform, params.selection, layerwise, f"{architecture.blocks}.{index}"
-    if how.collect == "block":
-        return prune_matrices(architecture, folded, collect(model, block, index, stream), kept, *told)
-    result = PrunedBlock(dict(folded), {}, {"matrices": {}})
-    beside = (block, dense_stream) if how.towards_dense and dense_stream is not None else None
+    fitted_later = any(step in how.steps for step in FITS)
+    scheme = None if fitted_later else params.quantization.scheme(model.checkpoint.dtype)
+    layerwise = Layerwise("obs" in how.steps, how.towards_dense, how.reorder, refit, scheme, torch.float32 if fitted_later else None)
+    beside = (dense, dense_stream) if how.towards_dense and dense is not None and dense_stream is not None else None
     pruned_sites = {matrix.site for matrix in kept}
+    found: dict[str, Moments] = {}
     for site in (one.name for one in architecture.sites if one.name in pruned_sites):
-        found = collect(model, model.block(index, result.tensors), index, stream, site, beside)
-        prune_site(result, architecture, site, found[site], kept, *told)
-    return result
+        if site not in found:
+            only = None if how.collect == "block" else site
+            found = collect(model, model.block(index, block.tensors), index, stream, only, beside)
+        prune_site(block, architecture, site, found, kept, transform, params.selection, layerwise, f"{architecture.blocks}.{index}")
 
 
 def _quantise(
@@ -241,7 +245,6 @@ def _fit(
     held_out: Pairs,
 ) -> None:
     """Fit the pruned blocks of one window together, in place; each is told the window's errors under the step's name."""
-    blocks = {index: model.block(index, result.tensors) for index, result in results.items()}
     places = {  # matrices as they are called in the window -> block and matrix
         replace(m, parameter=f"{index}/{m.parameter}", bias=m.bias and f"{index}/{m.bias}"): (index, m)
         for index, result in results.items()
@@ -251,10 +254,10 @@ def _fit(
         return
 
     def run(hidden: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        for index, block in blocks.items():
+        for index in results:
             prefix = f"{index}/"
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            hidden = model.call(block, index, hidden, scales[index].joined(own))
+            hidden = model.call(model.templates[index], index, hidden, scales[index].joined(own))
         return hidden
 
     def remask(tensors: Mapping[str, torch.Tensor]) -> Masks:
@@ -266,16 +269,24 @@ def _fit(
         return masks
 
     scales = {index: Scales(result.tensors, result.grids if "scales" in params.parts else {}) for index, result in results.items()}
-    given = {index: {**result.tensors, **scales[index].free()} for index, result in results.items()}
-    tensors = {f"{index}/{name}": tensor for index, named in given.items() for name, tensor in named.items()}
-    where = f"{model.checkpoint.architecture.blocks}.{min(results)}"
-    fitted = fit(run, tensors, list(places), fitting, held_out, params, where, None if step == REFIT else remask)
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[int, list[str]] = {}
     for index, result in results.items():
-        result.tensors = scales[index].settle({name: fitted.tensors[f"{index}/{name}"] for name in given[index]})
+        given = {**result.tensors, **scales[index].free()}
+        tensors |= {f"{index}/{name}": tensor.float() for name, tensor in given.items()}
+        names[index] = list(given)
+        result.tensors = {}  # the fit takes them over
+    del given
+    where = f"{model.checkpoint.architecture.blocks}.{min(results)}"
+    fitted = fit(run, tensors, list(places), fitting, held_out, params, where, None if step == REFIT else remask, model.dtype)
+    for index, result in results.items():
+        result.tensors = scales[index].settle({name: fitted.tensors[f"{index}/{name}"] for name in names[index]})
         result.facts[step] = fitted.facts
     for matrix, mask in (fitted.masks or {}).items():
         index, own = places[matrix]
-        own.view(results[index].masks[own.parameter]).copy_(mask)
+        whole = results[index].masks[own.parameter]
+        own.view(whole).copy_(mask)
+        results[index].masks[own.parameter] = whole
 
 
 def _batches(rows: int, stream: Stream) -> int:

@@ -5,23 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline_lib import artifacts
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter
 from pipeline_lib.pruning.layerwise import PrunedBlock
 from pipeline_lib.quantization.settings import QuantizationParams
-
-
-def pack(mask: torch.Tensor) -> torch.Tensor:
-    """A bool mask as bits, row-major, first entry in the highest bit; 1 = kept."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
-
-
-def unpack(bits: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    size = int(np.prod(shape))
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=size).astype(bool)).reshape(shape)
 
 
 def _place(source: str, target: str) -> None:
@@ -55,8 +44,8 @@ class Progress:
     def keep(self, index: int, result: PrunedBlock) -> None:
         self.writer.write(index, result.tensors)
         prefix = self.source.block_prefix(index)
-        shapes = {prefix + name: list(mask.shape) for name, mask in result.masks.items()}
-        masks = {prefix + name: pack(mask) for name, mask in result.masks.items()}
+        shapes = {prefix + name: list(shape) for name, (_, shape) in result.masks.bits.items()}
+        masks = {prefix + name: bits for name, (bits, _) in result.masks.bits.items()}
         artifacts.write_tensors(artifacts.block_file(self.directory / "masks", index), masks, {"shapes": shapes})
         if self.quantization.bits is not None:
             grids = {name: tensor for matrix, grid in result.grids.items() for name, tensor in grid.tensors(matrix.label).items()}

@@ -29,7 +29,7 @@ class Scales:
         found = dict(tensors)
         for matrix, grid in self.grids.items():
             weight = grid.spread(found.pop(f"{matrix.label}.scale")) * self.steps[matrix]
-            if matrix.rows is None and matrix.expert is None:
+            if matrix.whole:
                 found[matrix.parameter] = weight.T if matrix.transposed else weight
             else:
                 found[matrix.parameter] = found[matrix.parameter].clone()

@@ -76,8 +76,9 @@ class _StraightThrough(torch.autograd.Function):
 class _Free:
     """What moves: kept weights; log a, log r per matrix; β per bias; log factors of the norms' weights. As made, it is the identity."""
 
-    def __init__(self, matrices: Sequence[Matrix], tensors: Mapping[str, torch.Tensor], parts: Sequence[str]) -> None:
+    def __init__(self, matrices: Sequence[Matrix], tensors: Mapping[str, torch.Tensor], parts: Sequence[str], dtype: torch.dtype) -> None:
         self.matrices = matrices
+        self.dtype = dtype  # of the masked weights, for what runs
         views = [matrix.view(tensors[matrix.parameter]) for matrix in matrices]
         device = views[0].device
         self.rows = [torch.zeros(view.shape[0], device=device, requires_grad=True) for view in views]
@@ -98,7 +99,7 @@ class _Free:
 
     def groups(self, params: FitParams) -> list[dict[str, Any]]:
         """What Adam moves: log factors and, in units of their matrix's scale, weights at one rate; biases (which have the outputs' scale) at another."""
-        scales = [float((weight.detach().square().sum() / kept.sum().clamp_min(1)).sqrt()) for weight, kept in self._pairs()]
+        scales = [float((weight.detach().square().sum() / kept.count_nonzero().clamp_min(1)).sqrt()) for weight, kept in self._pairs()]
         groups = [{"params": [w], "lr": params.rate * scale} for w, scale in zip(self.weights, scales, strict=True) if scale]
         groups += [{"params": self.log_factors, "lr": params.rate}, {"params": list(self.biases.values()), "lr": params.bias_rate}]
         return [group for group in groups if group["params"]]
@@ -114,15 +115,16 @@ class _Free:
 
     def masked(self) -> list[torch.Tensor]:
         """The weights, zero (of either sign) where pruned. A product is several times faster on the CPU than filling."""
+        dtype = self.dtype if torch.is_grad_enabled() else torch.float32
         if self.refreshing:
-            return [_StraightThrough.apply(weight, kept) for weight, kept in self._pairs()]  # type: ignore[no-untyped-call]
-        return [weight * kept for weight, kept in self._pairs()]
+            return [_StraightThrough.apply(weight, kept).to(dtype) for weight, kept in self._pairs()]  # type: ignore[no-untyped-call]
+        return [(weight * kept).to(dtype) for weight, kept in self._pairs()]
 
     def _laid(self, tensors: Mapping[str, torch.Tensor], values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The block's tensors with these logical matrices [R, C] in their places; differentiable."""
         changed: dict[str, torch.Tensor] = {}
         for matrix, value in zip(self.matrices, values, strict=True):
-            if matrix.rows is None and matrix.expert is None:
+            if matrix.whole:
                 changed[matrix.parameter] = value.T if matrix.transposed else value
             else:
                 whole = changed.get(matrix.parameter, tensors[matrix.parameter]).clone()
@@ -156,37 +158,42 @@ def block_error(run: Run, tensors: Mapping[str, torch.Tensor], rows: Pairs) -> f
 
 def fit(
     run: Run,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
     matrices: Sequence[Matrix],
     fitting: Pairs,
     held_out: Pairs,
     params: FitParams,
     where: str,
     remask: Remask | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Fitted:
     """Fit a sparse block (or window of blocks) and fold its factors; the unfitted block is a candidate and wins ties on the held-out rows.
 
     Gradients are taken in ``compute_dtype`` (mixed precision); what moves, and everything that judges it, is float32. With ``weights``
-    there are in memory, besides the block as it came, six copies of its matrices (as they move, gradient, Adam's two moments, masked, the best so far), masks and copies in
-    ``compute_dtype``.
+    there are in memory five copies of its matrices (as they move, Adam's two moments, the best so far, and the gradient or, going up,
+    what is masked), their masks, and a copy in ``compute_dtype``.
 
     Args:
         run: the block's output [B, T, D] for hidden states and the block's tensors.
-        tensors: the sparse block's parameters in float32.
+        tensors: the sparse block's parameters in float32; matrices whose weights move are taken out, so that they need not be there twice.
         matrices: the pruned ones, which get factors.
         remask: chooses masks anew after each of the first ``refresh_epochs`` epochs, in which the pruned weights move too, unseen.
+        dtype: that ``run`` brings its tensors to.
     """
     gate = held_out if held_out.inputs else fitting
     seen = Pairs(fitting.inputs[:1], fitting.targets[:1])  # what the curve needs; the gate's rows decide
     facts = {"fit_before": block_error(run, tensors, seen), "held_out_before": block_error(run, tensors, gate)}
     best, best_masks, best_error, best_epoch, unimproved = dict(tensors), None, facts["held_out_before"], 0, 0
-    free = _Free(matrices, tensors, params.parts)
+    free = _Free(matrices, tensors, params.parts, dtype)
     groups = free.groups(params)
     if not groups:  # nothing to move, such as biases in a block without any
         return Fitted(best, None, facts | {"fit_after": facts["fit_before"], "held_out_after": best_error, "epochs": 0})
+    for matrix in matrices if free.weights else ():
+        if matrix.whole:
+            del tensors[matrix.parameter]
     optimiser = torch.optim.Adam(groups, eps=1e-12, fused=True)
     penalised = matrices if params.spectral.weight else ()
-    norms = [Norm(matrix.view(tensors[matrix.parameter]), params.spectral) for matrix in penalised]
+    norms = [Norm(matrix.view(best[matrix.parameter]), params.spectral) for matrix in penalised]
     variance = sum(float(target.float().var()) for target in fitting.targets) / len(fitting.targets)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: 0.55 + 0.45 * math.cos(math.pi * done / params.epochs))
     refreshed = params.refresh_epochs if isinstance(params, BlockParams) and remask is not None else 0
@@ -198,12 +205,13 @@ def fit(
                 out = run(hidden, values)
             loss = (out.float() - target).square().mean() / variance
             if norms:
-                current = [matrix.view(values[matrix.parameter]) for matrix in matrices]
+                current = [matrix.view(values[matrix.parameter]).float() for matrix in matrices]
                 loss = loss + params.spectral.weight * regulariser(norms, current, params.spectral)
+            del values, out  # what the graph does not need of them
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()
-            del values, out, loss  # the graph and its copy of the weights, before the next
+            del loss  # the graph, before the next
             with torch.no_grad():
                 for leaf in free.log_factors:
                     leaf.clamp_(-params.limit, params.limit)

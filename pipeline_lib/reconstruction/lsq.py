@@ -6,12 +6,14 @@ on its own mask its weights are not the best. Shape letters: ``R`` outputs, ``C`
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
+from pipeline_lib.reconstruction.obs import cholesky_in_place, squared_error
+
 ROWS = 1024  # solved at a time: bounds the memory, and is enough for a matrix product to run at full speed
 LEAST_RHO = 1e-6  # a ρ at which nothing is held back any more: if the support does not move now, it never will
+STILL = 1e-5  # share of the kept weights: a support of which no more is exchanged stands still
 
 
 def solve(
@@ -96,29 +98,11 @@ def _descend(
     return steps
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """H of a site with its diagonal scaled to 1, S⁻¹ H S⁻¹ = Q Λ Qᵀ: one for all matrices that share it, and for every ρ."""
-
-    scale: torch.Tensor  # S_mm = √H_mm [C]; 1 where H_mm = 0
-    values: torch.Tensor  # Λ [C]
-    vectors: torch.Tensor  # Q [C, C]
-
-
-def spectrum(hessian: torch.Tensor) -> Spectrum:
-    """Of H [C, C], by way of float64: small eigenvalues are what a support is chosen by, and float32 loses them beside large ones."""
-    diagonal = hessian.diagonal().double()
-    scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
-    values, vectors = torch.linalg.eigh(hessian.to(torch.float64, copy=True).div_(scale[:, None]).div_(scale))  # in place: float64 is large
-    return Spectrum(scale.to(hessian.dtype), values.clamp_min(0).to(hessian.dtype), vectors.to(hessian.dtype))
-
-
 def admm(
     target: torch.Tensor,
     mask: torch.Tensor,
     hessian: torch.Tensor,
     start: torch.Tensor,
-    spectrum: Spectrum,
     choose: Callable[[torch.Tensor], torch.Tensor],
     *,
     iterations: int,
@@ -129,18 +113,17 @@ def admm(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     """Look for a better mask by ADMM (2406.07831, Algorithm 1), refit it by ``solve``, and take it if its E is not larger than ``start``'s.
 
-    Inputs are scaled so that H_mm = 1: what is compared is w²·H_mm. Memory: about eight matrices [R, C] and one [C, C].
+    Inputs are scaled so that H_mm = 1: what is compared is w²·H_mm. Memory: four matrices [R, C], their masks, and one [C, C].
 
     Args:
         target: W₀ [R, C].
         mask: the mask to improve [R, C] bool.
         hessian: H [C, C].
         start: the weights to beat [R, C], zero off the mask: ``solve``'s own on that mask, if the better of two masks is to be taken.
-        spectrum: of H.
         choose: from scores [R, C] to the mask of the best, as many and compared as the variant says.
         iterations: at most so many of ADMM, each one product [R, C] × [C, C].
         rho: ρ to begin with, in units of H's scaled diagonal (0.1 in the authors' code).
-        every: iterations between two changes of ρ, each an inverse [C, C] (3 in the authors' code).
+        every: iterations between two changes of ρ, each a Cholesky factorisation and an inverse [C, C] (3 in the authors' code).
         solve_iterations: of ``solve`` on the new mask.
         tolerance: of ``solve``.
 
@@ -148,12 +131,12 @@ def admm(
         The weights [R, C], their mask [R, C], and facts: ADMM's ``iterations``; ``swapped``, the share of weights whose place in the mask
         changed (0 if the old mask stays); ``gain``, by which share E fell.
     """
-    sparse, support, steps = _alternate(target, mask, hessian, start, spectrum, choose, iterations, rho, every)
+    sparse, support, steps = _alternate(target, mask, hessian, start, choose, iterations, rho, every)
     refitted, _ = solve(target, support, hessian, sparse, iterations=solve_iterations, tolerance=tolerance)
-    old, new = _loss(target, start, hessian), _loss(target, refitted, hessian)
+    old, new = (squared_error(target, weight, hessian) for weight in (start, refitted))
     if not new <= old:
         return start, mask, {"iterations": steps, "swapped": 0.0, "gain": 0.0}
-    swapped = float((support != mask).sum()) / mask.numel()
+    swapped = float((support != mask).count_nonzero()) / mask.numel()
     return refitted, support, {"iterations": steps, "swapped": swapped, "gain": 1 - new / old if old else 0.0}
 
 
@@ -162,7 +145,6 @@ def _alternate(
     mask: torch.Tensor,
     hessian: torch.Tensor,
     start: torch.Tensor,
-    spectrum: Spectrum,
     choose: Callable[[torch.Tensor], torch.Tensor],
     iterations: int,
     rho: float,
@@ -170,42 +152,44 @@ def _alternate(
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """ADMM from ``start``: the last sparse iterate, its support, and the iterations.
 
+    The dense iterate plus dual/ρ is all that is kept: on the support it is the sparse iterate, off it dual/ρ.
+
     ρ draws the dense iterate to the sparse one. It grows as long as the support moves, faster the more it moves, until it stands still;
     if at first it hardly moves, ρ was too large, and all begins again with a fifth of it. (The thresholds and factors are those of the
     authors' code, which restarts only where the support moved at all.)
     """
-    scale, pull = spectrum.scale, target @ hessian / spectrum.scale
-    sparse, dual, support = start * scale, torch.zeros_like(start), mask
-    last, kept, steps, grown = mask, int(mask.sum()), 0, False
-    inverse = _regularised_inverse(spectrum, rho)
-    while steps < iterations and rho > LEAST_RHO:
-        dense = torch.add(pull, sparse, alpha=rho).sub_(dual) @ inverse
-        sparse = torch.add(dense, dual, alpha=1 / rho)
-        support = choose(sparse.square())
-        sparse.mul_(support)
-        dual.add_(dense.sub_(sparse), alpha=rho)
+    diagonal = hessian.diagonal()
+    scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
+    pull = (target @ hessian).div_(scale)
+    point, support = start * scale, mask
+    last, kept, steps, grown = mask, int(mask.count_nonzero()), 0, False
+    inverse = _regularised_inverse(hessian, scale, rho)
+    while steps < iterations and rho > LEAST_RHO and inverse is not None:
+        for first in range(0, len(point), ROWS):
+            part = slice(first, first + ROWS)
+            own, off = point[part], point[part] * ~support[part]
+            torch.addmm(off, torch.add(pull[part], own.sub_(off, alpha=2), alpha=rho), inverse, out=own)
+        support = choose(point.square())
         steps += 1
         if steps % every:
             continue
-        changed, last = int((support != last).sum()) / max(kept, 1), support
+        changed, last, before = int((support != last).count_nonzero()) / max(kept, 1), support, rho
         if changed > 0.005:
             rho, grown = rho * (1.3 if changed > 0.1 else 1.2), True
         elif not grown:
-            rho, sparse, last = rho / 5, start * scale, mask
-            dual.zero_()
-        elif changed:
+            rho, last, support = rho / 5, mask, mask
+            torch.mul(start, scale, out=point)
+        elif changed > STILL:
             rho *= 1.1
         else:
             break
-        inverse = _regularised_inverse(spectrum, rho)
-    return sparse / scale, support, steps
+        point.mul_(torch.where(support, point.new_tensor(1.0), point.new_tensor(before / rho)))  # the dual stays what it is
+        inverse = _regularised_inverse(hessian, scale, rho, inverse)
+    return point.mul_(support).div_(scale), support, steps
 
 
-def _regularised_inverse(spectrum: Spectrum, rho: float) -> torch.Tensor:
-    """(S⁻¹ H S⁻¹ + ρ)⁻¹ [C, C]."""
-    return (spectrum.vectors / (spectrum.values + rho)) @ spectrum.vectors.T
-
-
-def _loss(target: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> float:
-    difference = target - weight
-    return float(torch.linalg.vecdot(difference @ hessian, difference).double().sum())
+def _regularised_inverse(hessian: torch.Tensor, scale: torch.Tensor, rho: float, out: torch.Tensor | None = None) -> torch.Tensor | None:
+    """(S⁻¹ H S⁻¹ + ρ)⁻¹ [C, C], S⁻¹ H S⁻¹ being H with its diagonal scaled to 1; in the place of ``out``. None if rounding forbids it."""
+    found = torch.div(hessian, scale, out=None if out is None else out.mT).div_(scale[:, None]).mT  # LAPACK's order: nothing is copied
+    found.diagonal().add_(rho)
+    return torch.cholesky_inverse(found, out=found) if cholesky_in_place(found) else None

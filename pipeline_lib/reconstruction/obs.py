@@ -77,7 +77,7 @@ def factorise(
     Raises:
         SparselineError: G holds NaN or infinity, or cannot be factorised even so.
     """
-    if not torch.isfinite(gram).all():
+    if not torch.isfinite(gram.diagonal()).all():  # of a second moment no entry is larger than the largest on the diagonal
         raise SparselineError(f"The second moment of {where} holds NaN or infinity; check the model, or compute in float32.")
     second_moment = gram.diagonal().clone()
     dead = second_moment == 0
@@ -85,39 +85,45 @@ def factorise(
     base = torch.where(dead, unit, second_moment)
     amount = (base / unit).mean() * unit if damping_of == "mean" else base
     while damping <= LARGEST_DAMPING:
-        hessian = gram.clone()
-        hessian.diagonal().copy_(base + damping * amount)
-        lower, failed = torch.linalg.cholesky_ex(hessian)
-        if failed == 0:
-            inverse = torch.cholesky_inverse(lower)
-            diagonal, inverse_diagonal = hessian.diagonal().clone(), inverse.diagonal().clone()
+        work = gram.clone().mT  # H, its Cholesky factor, H⁻¹ and U in turn: symmetric, and in LAPACK's order
+        diagonal = work.diagonal().copy_(base + damping * amount).clone()
+        if cholesky_in_place(work):
+            torch.cholesky_inverse(work, out=work)
+            inverse_diagonal = work.diagonal().clone()
             order = None if ordering is None else ordering(Curvature(second_moment, diagonal, inverse_diagonal))
-            upper, failed = torch.linalg.cholesky_ex(inverse if order is None else inverse[order][:, order], upper=True)
-            if failed == 0 and torch.isfinite(upper).all():
-                return Factorisation(second_moment, diagonal, inverse_diagonal, upper, dead, damping, order)
+            if order is not None:
+                work = work[order][:, order].mT
+            if cholesky_in_place(work, upper=True) and torch.isfinite(work.diagonal()).all():
+                return Factorisation(second_moment, diagonal, inverse_diagonal, work, dead, damping, order)
         damping = max(10 * damping, 1e-4)
     raise SparselineError(f"The second moment of {where} cannot be factorised even with damping 1; give more calibration rows.")
 
 
-def aim(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, factorisation: Factorisation, share: float) -> torch.Tensor:
+def cholesky_in_place(matrix: torch.Tensor, upper: bool = False) -> bool:
+    """Put the factor of a positive definite matrix [C, C] into its place; False where there is none. Column by column in memory, nothing is copied."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, info))
+    return int(info) == 0
+
+
+def aim(weight: torch.Tensor, away: torch.Tensor, factorisation: Factorisation, share: float) -> torch.Tensor:
     """What to prune instead of W so that Ŵ X comes near the outputs of the dense stream: W₀ = W + share·W (C − G) H⁻¹.
 
-    With X the inputs the pruned layer will get, X_d those of the dense stream and H = G + Λ, completing the square gives
-    E‖Ŵ X − W (X + share·(X_d − X))‖² + ‖(Ŵ − W) Λ^½‖² = tr((Ŵ − W₀) H (Ŵ − W₀)ᵀ) + const for every Ŵ. So whatever minimises the error of
-    W₀ (``sweep``, ``lsq.solve``; measured by ``layer_error`` with W₀ as the original) minimises that of the outputs, and damping
+    With X the inputs the pruned layer will get, X_d those of the dense stream, C = E[X_d Xᵀ], G = E[X Xᵀ] and H = G + Λ, completing the square
+    gives E‖Ŵ X − W (X + share·(X_d − X))‖² + ‖(Ŵ − W) Λ^½‖² = tr((Ŵ − W₀) H (Ŵ − W₀)ᵀ) + const for every Ŵ. So whatever minimises the error
+    of W₀ (``sweep``, ``lsq.solve``; measured by ``layer_error`` with W₀ as the original) minimises that of the outputs, and damping
     draws to W. Share 0 is SparseGPT's own target W X, and 1 the dense stream's W X_d.
 
     Args:
         weight: W [R, C].
-        gram: G = E[X Xᵀ] [C, C], the one that was factorised.
-        cross: C = E[X_d Xᵀ] [C, C].
+        away: C − G = E[(X_d − X) Xᵀ] [C, C], G being the one that was factorised.
         share: 0 … 1.
 
     Returns:
         W₀ [R, C]; W itself, to the last bit, if both streams are the same or ``share`` is 0.
     """
     order, upper = factorisation.order, factorisation.upper
-    shift = weight @ (cross - gram)
+    shift = weight @ away
     shift = shift @ upper.T @ upper if order is None else _restored(shift[:, order] @ upper.T @ upper, order)
     return shift.mul_(share).add_(weight)
 
@@ -196,7 +202,7 @@ def sweep(
     block: int,
     importance: torch.Tensor | None = None,
     grid: Grid | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Prune columns in order and let the columns still to come make up for each error (2310.09499, Eq. 3).
 
     With group ``block`` (and for N:M) the mask of each column block (group of M) is chosen from the weights as compensated so
@@ -204,19 +210,20 @@ def sweep(
     matrix's own columns, whatever the factorisation's order.
 
     Args:
-        weight: [R, C] float32: W, or what ``aim`` makes of it.
+        weight: [R, C]: W in any dtype, or what ``aim`` makes of it.
         kept: how many weights stay.
         importance: selection weights u > 0 [C]; scores are multiplied by u².
         grid: filled on the way: what stays of a column is rounded to it, and the columns still to come make up for that, too.
 
     Returns:
-        The compensated weight [R, C], exactly zero outside the mask, and the mask [R, C].
+        The compensated weight [R, C], exactly zero outside the mask; the mask [R, C]; and its error tr((W − Ŵ) H (W − Ŵ)ᵀ), which is what
+        the single steps add up to (W without its columns of always-zero inputs).
 
     Raises:
         ValueError: the order does not keep the column blocks together.
     """
     order = factorisation.order
-    weight = weight.clone()
+    weight = weight.to(factorisation.upper.dtype, copy=True)
     weight[:, factorisation.dead] = 0
     curvature = factorisation.trailing()
     emphasis = torch.ones_like(curvature.diagonal) if importance is None else importance.square()
@@ -237,13 +244,13 @@ def sweep(
             scores = saliency(score, weight[:, ahead], curvature.columns(column, column + pattern.m)) * emphasis[ahead]
             mask[:, ahead] = select_n_of_m(scores, kept_of_m, pattern.m)
 
-    rounding = None if grid is None else _Rounding(grid, order)
+    rounding, lost = None if grid is None else _Rounding(grid, order), 0.0
     for start, stop, quota in _blocks(kept, weight.shape, block, order):
         if not pattern.m and group == "block":
             scores = saliency(score, weight[:, start:stop], curvature.columns(start, stop)) * emphasis[start:stop]
             mask[:, start:stop] = select(scores, quota, "matrix", block)
-        _eliminate(weight, mask, factorisation, start, stop, reach, rounding)
-    return (weight, mask) if order is None else (_restored(weight, order), _restored(mask, order))
+        lost += _eliminate(weight, mask, factorisation, start, stop, reach, rounding)
+    return (weight, mask, lost) if order is None else (_restored(weight, order), _restored(mask, order), lost)
 
 
 def quantise(weight: torch.Tensor, mask: torch.Tensor, factorisation: Factorisation, grid: Grid, block: int) -> torch.Tensor:
@@ -277,8 +284,10 @@ def _eliminate(
     stop: int,
     reach: Callable[[int], None],
     rounding: "_Rounding | None",
-) -> None:
+) -> float:
     """Columns ``start`` … ``stop`` of weight and mask [R, C], both in the sweep's order, in place; all columns to the right are updated.
+
+    Returns what that costs: Σ (w − ŵ)²/U_mm².
 
     Args:
         reach: called before each column.
@@ -302,6 +311,7 @@ def _eliminate(
     part.masked_fill_(~chosen, 0)
     if stop < weight.shape[1]:
         weight[:, stop:].addmm_(errors, factorisation.upper[start:stop, stop:], alpha=-1)
+    return float(errors.square().sum(dtype=torch.float64))
 
 
 class _Rounding:
@@ -353,8 +363,18 @@ def _restored(permuted: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return restored
 
 
+def squared_error(original: torch.Tensor, pruned: torch.Tensor | None, moment: torch.Tensor) -> float:
+    """tr((W − Ŵ) G (W − Ŵ)ᵀ) from the second moment G [C, C], or any other; without Ŵ of W itself. A few rows at a time bound the memory."""
+    total = 0.0
+    for first in range(0, len(original), 256):
+        difference = original[first : first + 256]
+        if pruned is not None:
+            difference = difference - pruned[first : first + 256]
+        difference = difference.to(moment.dtype)
+        total += float(torch.linalg.vecdot(difference @ moment, difference).sum(dtype=torch.float64))
+    return total
+
+
 def layer_error(original: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> float:
     """E‖(W − Ŵ) X‖² / E‖W X‖² from the second moment G [C, C]; W is ``original``, or the target W₀ of ``aim``."""
-    difference = (original - pruned).float()
-    own = original.float()
-    return float(((difference @ gram) * difference).sum() / ((own @ gram) * own).sum().clamp_min(1e-30))
+    return squared_error(original, pruned, gram) / max(squared_error(original, None, gram), 1e-30)

@@ -30,19 +30,22 @@ class OutputMoments:
 
     def add(self, matrix: Matrix, gradients: torch.Tensor) -> None:
         """Take output gradients g [tokens, R] of a matrix of the block at hand."""
-        sums = (gradients.T @ gradients if self.full else gradients.square().sum(0)).float()
-        self._sums[matrix.label] = self._sums[matrix.label].add_(sums) if matrix.label in self._sums else sums
+        g = gradients.float()
+        sums = self._sums.setdefault(matrix.label, g.new_zeros((g.shape[1],) * (2 if self.full else 1)))
+        if self.full:
+            sums.addmm_(g.T, g)
+        else:
+            sums.add_(g.square().sum(0))
 
     def keep(self, index: int, tokens: int) -> None:
         """Done with the block for now: its sums over so many predicted tokens go into the mean that its file holds."""
         path = block_file(self.directory, index)
         before, facts = read_tensors(path) if path.exists() else ({}, {"tokens": 0})
         total = facts["tokens"] + tokens
-        means = {label: sums.cpu() / total for label, sums in self._sums.items()}
-        for label, mean in before.items():
-            means[label] += mean * (facts["tokens"] / total)
+        means = {label: self._sums.pop(label).cpu().div_(total) for label in list(self._sums)}
+        for label in list(before):
+            means[label].add_(before.pop(label), alpha=facts["tokens"] / total)
         write_tensors(path, means, {"full": self.full, "tokens": total})
-        self._sums = {}
 
 
 def moment_bytes(shapes: Sequence[tuple[int, int]]) -> int:
@@ -111,13 +114,19 @@ class _Gradient:
         for name, matrix in matrices.items():
             inner, g = inputs[linear[name]], outputs[linear[name]][..., slice(*(matrix.rows or (None,)))]
             # Row by row: between rows the cross terms have mean zero, and leaving them out leaves their noise out.
-            squares = sum(float((g[row].T @ inner[row]).square().sum()) for row in range(len(x)))
+            squares = sum(_square(g[row], inner[row]) for row in range(len(x)))
             self.samples[number][name] = squares / (self.predicted * g.shape[-1] * inner.shape[-1])
             if self.moments is not None:
                 self.moments.add(matrix, g.flatten(0, 1))
         if self.moments is not None and number == len(self.batches) - 1:
             self.moments.keep(index, self.predicted * len(self.batches))
         return below
+
+
+def _square(g: torch.Tensor, x: torch.Tensor) -> float:
+    """‖gᵀx‖² of g [T, R] and x [T, C]; of a wide matrix by way of [T, T], since tr(gᵀx xᵀg) = tr(g gᵀ x xᵀ)."""
+    tokens, wide = len(g), g.shape[1] * x.shape[1] / (g.shape[1] + x.shape[1])
+    return float(torch.sum((g @ g.T) * (x @ x.T)) if tokens < wide else (g.T @ x).square().sum())
 
 
 def samples(
