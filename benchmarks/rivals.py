@@ -97,7 +97,6 @@ TEXT = {  # what calibration text does, how much and which
 METHODS = (*MAIN, *LLMCOMPRESSOR)
 OTHERS = REFERENCES | PARTS | TEXT  # one seed
 LARGE = "llama-7b-block"  # one random block of that shape, in place of a testbed
-HELD = {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # for it, all alike: memory is what is held, not also what glibc keeps for later
 PYTHON = os.environ.get("SPARSELINE_RIVALS", str(HERE.parent / ".rivals" / "bin" / "python"))
 
 
@@ -194,8 +193,7 @@ def one(bed: Testbed, cell: Cell, out: Path) -> dict[str, Any]:
 
 def called(*command: str | Path) -> dict[str, Any]:
     """What another process tells in the last line of JSON that it prints."""
-    how: Any = {"cwd": HERE.parent, "env": os.environ | (HELD if any(LARGE in str(word) for word in command) else {})}
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, **how)
+    done = subprocess.run([str(word) for word in command], cwd=HERE.parent, capture_output=True, text=True, check=False)
     told = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not told:
         raise click.ClickException(f"{' '.join(map(str, command))} failed:\n{done.stderr[-3000:]}")
@@ -404,20 +402,27 @@ def cost(repeats: int) -> None:
 @main.command()
 @click.option("--width", default=4096, show_default=True)
 @click.option("--inner", default=11008, show_default=True)
-def block(width: int, inner: int) -> None:
+@click.option("--held", is_flag=True, help="Freed memory goes back to the system at once: the peak is what is held, and time suffers.")
+@click.option("--method", "methods", multiple=True, default=["llm-compressor sparsegpt", "sparsegpt", "fast", "best"], show_default=True)
+def block(width: int, inner: int, held: bool, methods: tuple[str, ...]) -> None:
     """Cost on one random LLaMA-7B-shaped block, forward passes in its own bfloat16, 32 rows of 256 tokens, 60%."""
+    allocator = "at once" if held else "default"
+    if held:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "1048576"
     results = recorded(BLOCK)
     with tempfile.TemporaryDirectory() as folder:
         large_block(Path(folder) / LARGE, width, inner)
         for file in (ROOT / "llama").glob("tokenizer*"):  # llm-compressor wants one, though it is given token ids
             shutil.copy(file, Path(folder) / LARGE)
-        for method in ("llm-compressor sparsegpt", "sparsegpt", "fast", "best"):
-            if all(r["method"] != method for r in results):
+        for method in methods:
+            if all((r["method"], r["frees"]) != (method, allocator) for r in results):
                 cell = Cell(LARGE, "60%", method, 0)
-                results.append(asdict(cell) | {"text": None} | pruned(Testbed(LARGE, Path(folder)), cell)[1] | {"commit": commit()})
+                taken = pruned(Testbed(LARGE, Path(folder)), cell)[1]
+                results.append(asdict(cell) | {"text": None, "frees": allocator} | taken | {"commit": commit()})
                 click.echo(results[-1])
                 write_json(BLOCK, results)
-    click.echo(costs(results))
+    for frees in ("default", "at once"):
+        click.echo(f"\nfreed memory: {frees}\n{costs([r for r in results if r['frees'] == frees])}")
 
 
 class Products(TorchDispatchMode):

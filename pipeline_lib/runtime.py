@@ -1,5 +1,6 @@
 """How a stage runs: device and threads (settings, outside the cache key), keyed randomness, one-sentence errors, costs."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import click
 import torch
+from safetensors import SafetensorError
 
 from pipeline_lib import products
 from pipeline_lib.artifacts import write_json
@@ -66,12 +68,22 @@ def check_environment(path: Path = ENVIRONMENT) -> None:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """A SparselineError in the body is told in one sentence, with exit code 2."""
+    """A SparselineError in the body, or a full disk, is told in one sentence, with exit code 2."""
     try:
         yield
     except SparselineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except (OSError, SafetensorError) as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        message = (
+            "No space left on the disk of this directory, or of SPARSELINE_SCRATCH where that is another; make room and run the same "
+            "command again: what is finished is kept, and `make plan` says what a run takes."
+        )
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pipeline_lib.artifacts import read_json, read_tensors, replacing, sha256, write_json, write_tensors, write_text
@@ -314,6 +315,22 @@ def test_a_stage_tells_its_error_and_exits_with_2(
     with stage(tmp_path / "cost.json"):
         pass
     assert read_json(tmp_path / "cost.json").keys() >= {"wall_s", "cpu_s", "peak_rss_bytes"}
+
+
+def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Linux's device that is always full; what safetensors raises was seen on a full tmpfs. Other errors keep their traceback."""
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "env.lock.json", {})
+    with pytest.raises(SystemExit) as caught, stage(), Path("/dev/full").open("w") as full:
+        full.write("x")
+    assert caught.value.code == 2
+    with pytest.raises(SystemExit), stage():
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert [line.split(";")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "error: No space left on the disk of this directory, or of SPARSELINE_SCRATCH where that is another"
+    ] * 2
+    with pytest.raises(FileNotFoundError), stage():
+        (tmp_path / "nowhere").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("threads", ["0", "-1", "two", "1.5"])

@@ -132,11 +132,12 @@ def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, l
     """Needs of one variant's `prune`.
 
     Memory: the streams, 4·n·D each (one; two where something aims at the dense model; one more for windows) up to their budget; then the
-    larger of two phases. Selection: a block twice and its masks (9·P), the Grams 4·Σd² (site by site only the largest, and the cross
-    moment beside it), the largest site's factorisation (16·d²; 24·d² more for ADMM), three matrices of the largest kind where there is a
-    target to aim at or least squares, and a batch's activations. Fit: per block of the window 5·P as pruned and 28·P with ``weights``
-    (as they move, gradient, Adam's moments, masked, the best so far, masks and bfloat16 copies; 12·P else; 18·P where scales of what was
-    quantised are fitted again), and one batch's graph.
+    larger of two phases. Selection: a block as stored, another 4·P to compute with if that is not float32, 4·P as pruned where the dense
+    block is needed again or a fit follows; the Grams 4·Σd² (site by site only the largest, and the cross moment beside it); the largest
+    site's factorisation (4·d²; 4·d² more for ADMM's inverse); of the largest matrix 5 bytes a weight for the sweep, 4 for a target to aim
+    at, 8 for least squares, 12 for ADMM; and a batch's activations. Fit: per block of the window 23·P with ``weights`` (as they move,
+    Adam's moments, gradient, the best so far, masks and bfloat16 copies), else 4·P as pruned and 12·P (18·P where scales of what was
+    quantised are fitted again); and one batch's graph.
 
     Time: the products of all forward passes, of the sweeps (R·C²) and of at most all iterations and epochs, gradients at twice a forward pass.
     Quantisation after ``lsq`` is another sweep; after a fit it is one towards the block's own outputs, from statistics of its own, and another fit.
@@ -158,13 +159,13 @@ def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, l
 
     d = max(sites)
     grams = 4 * (d * d if sitewise else sum(size * size for size in sites)) + (4 * d * d if aimed else 0)
-    solver = (16 + (24 if refit and how.lsq.mask_iterations else 0)) * d * d + (12 * largest if aimed or refit else 4 * largest)
-    selecting = 9 * block * window + grams + solver + inner(params.batch_rows)
+    item, masked = checkpoint.dtype.itemsize, refit and how.lsq.mask_iterations > 0
+    solver = (4 + 4 * masked) * d * d + (5 + 4 * aimed + 8 * refit + 12 * masked) * largest
+    held = item + (item != 4) * 4 + (aimed or bool(fits)) * 4
+    selecting = held * block * window + grams + solver + inner(params.batch_rows)
     again = params.quantization.bits is not None and bool(fits)  # quantised after a fit: moments, sweep and fit once more
     refitted = again and bool(params.quantization.refit)
-    fitting = [
-        window * (5 + (28 if "weights" in fit.parts else 18 if refitted else 12)) * block + 3 * inner(fit.batch_rows) for fit in fits
-    ]
+    fitting = [window * (23 if "weights" in fit.parts else 22 if refitted else 16) * block + 3 * inner(fit.batch_rows) for fit in fits]
     forward = 2 * tokens * block
     collects = (2.2 if sitewise else 1) * (2 if aimed else 1)  # site by site, a pass stops where it has what it came for
     passes = collects + 1 + bool(fits or aimed) + sum(4 * fit.epochs for fit in fits)
