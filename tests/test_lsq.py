@@ -215,9 +215,11 @@ def literal_admm(
     return d / s, support, rho
 
 
+@pytest.mark.parametrize("spectral", [0, 16])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 10])
-def test_admm_equals_algorithm_1(steps: int) -> None:
-    """Oracle: ``literal_admm``. The start is so bad that whatever is found is better."""
+def test_admm_equals_algorithm_1(steps: int, spectral: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: ``literal_admm``, whichever way inverses are taken. The start is so bad that whatever is found is better."""
+    monkeypatch.setattr("pipeline_lib.reconstruction.lsq.SPECTRAL", spectral)
     _, hessian = activations(16, seed=26)
     target = normal(10, 16, seed=27)
     mask = choose(target.square(), kept=64, pattern=PLAIN, group="row", block=16)

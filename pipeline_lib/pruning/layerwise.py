@@ -41,9 +41,8 @@ class PrunedBlock:
 
     tensors: dict[str, torch.Tensor]  # every parameter
     masks: BitMasks = field(default_factory=BitMasks)  # parameter -> bool, True = kept, in the checkpoint's orientation
-    facts: dict[str, Any] = field(
-        default_factory=lambda: {"matrices": {}}
-    )  # per matrix: kept, size, layer error, damping; per step that fitted the block: its errors
+    # Per matrix: kept, size, layer error, damping; per step that fitted the block: its errors.
+    facts: dict[str, Any] = field(default_factory=lambda: {"matrices": {}})
     curvatures: dict[Matrix, Curvature] = field(default_factory=dict)  # what scores need, for masks chosen anew
     emphases: dict[Matrix, torch.Tensor | int] = field(default_factory=dict)  # u² of the selection weights, or 1
     grids: dict[Matrix, Grid] = field(default_factory=dict)  # of the matrices that are quantised

@@ -13,7 +13,8 @@ from pipeline_lib.reconstruction.obs import cholesky_in_place, squared_error
 
 ROWS = 1024  # solved at a time: bounds the memory, and is enough for a matrix product to run at full speed
 LEAST_RHO = 1e-6  # a ρ at which nothing is held back any more: if the support does not move now, it never will
-STILL = 1e-5  # share of the kept weights: a support of which no more is exchanged stands still
+SPECTRAL = 512  # columns up to which one eigendecomposition and a product per ρ are faster than a Cholesky factorisation and an inverse
+STILL = 1e-3  # share of the kept weights: a support of which no more is exchanged stands still
 
 
 def solve(
@@ -123,7 +124,7 @@ def admm(
         choose: from scores [R, C] to the mask of the best, as many and compared as the variant says.
         iterations: at most so many of ADMM, each one product [R, C] × [C, C].
         rho: ρ to begin with, in units of H's scaled diagonal (0.1 in the authors' code).
-        every: iterations between two changes of ρ, each a Cholesky factorisation and an inverse [C, C] (3 in the authors' code).
+        every: iterations between two changes of ρ, each an inverse [C, C] (3 in the authors' code).
         solve_iterations: of ``solve`` on the new mask.
         tolerance: of ``solve``.
 
@@ -163,7 +164,8 @@ def _alternate(
     pull = (target @ hessian).div_(scale)
     point, support = start * scale, mask
     last, kept, steps, grown = mask, int(mask.count_nonzero()), 0, False
-    inverse = _regularised_inverse(hessian, scale, rho)
+    inverses = _inverses(hessian, scale)
+    inverse = inverses(rho)
     while steps < iterations and rho > LEAST_RHO and inverse is not None:
         for first in range(0, len(point), ROWS):
             part = slice(first, first + ROWS)
@@ -184,12 +186,21 @@ def _alternate(
         else:
             break
         point.mul_(torch.where(support, point.new_tensor(1.0), point.new_tensor(before / rho)))  # the dual stays what it is
-        inverse = _regularised_inverse(hessian, scale, rho, inverse)
+        inverse = inverses(rho)
     return point.mul_(support).div_(scale), support, steps
 
 
-def _regularised_inverse(hessian: torch.Tensor, scale: torch.Tensor, rho: float, out: torch.Tensor | None = None) -> torch.Tensor | None:
-    """(S⁻¹ H S⁻¹ + ρ)⁻¹ [C, C], S⁻¹ H S⁻¹ being H with its diagonal scaled to 1; in the place of ``out``. None if rounding forbids it."""
-    found = torch.div(hessian, scale, out=None if out is None else out.mT).div_(scale[:, None]).mT  # LAPACK's order: nothing is copied
-    found.diagonal().add_(rho)
-    return torch.cholesky_inverse(found, out=found) if cholesky_in_place(found) else None
+def _inverses(hessian: torch.Tensor, scale: torch.Tensor) -> Callable[[float], torch.Tensor | None]:
+    """From ρ to (S⁻¹ H S⁻¹ + ρ)⁻¹ [C, C], S⁻¹ H S⁻¹ being H with its diagonal scaled to 1; None if rounding forbids it. Each overwrites the last."""
+    if len(scale) <= SPECTRAL:
+        values, vectors = torch.linalg.eigh((hessian / scale / scale[:, None]).double())
+        values, vectors = values.clamp_min(0).to(hessian.dtype), vectors.to(hessian.dtype)
+        return lambda rho: (vectors / (values + rho)) @ vectors.T
+    place = torch.empty_like(hessian)
+
+    def inverse(rho: float) -> torch.Tensor | None:
+        found = torch.div(hessian, scale, out=place).div_(scale[:, None]).mT  # LAPACK's order: nothing is copied
+        found.diagonal().add_(rho)
+        return torch.cholesky_inverse(found, out=found) if cholesky_in_place(found) else None
+
+    return inverse
