@@ -392,7 +392,7 @@ def test_noise_on_kept_weights_is_undone(checkpoint: Checkpoint) -> None:
     targets = targets_of(run, tensors, inputs)
     broken = noisy(tensors, matrices)
     held_out = Pairs(inputs[16:], targets[16:])
-    found = fit(run, broken, matrices, Pairs(inputs[:16], targets[:16]), held_out, block_params(batch_rows=4), "layers.0")
+    found = fit(run, dict(broken), matrices, Pairs(inputs[:16], targets[:16]), held_out, block_params(batch_rows=4), "layers.0")
     before, after = block_error(run, broken, held_out), block_error(run, found.tensors, held_out)
     assert after < 0.3 * before
     assert found.masks is None
@@ -419,7 +419,7 @@ def test_rows_of_an_excluded_matrix_stay(checkpoint: Checkpoint, kinds: set[str]
     targets = targets_of(run, tensors, inputs)
     broken = noisy(tensors, matrices)
     stages = Pairs(inputs[:6], targets[:6]), Pairs(inputs[6:], targets[6:])
-    found = fit(run, broken, chosen, *stages, block_params(epochs=2, parts=parts), "x").tensors
+    found = fit(run, dict(broken), chosen, *stages, block_params(epochs=2, parts=parts), "x").tensors
     for matrix in matrices:
         same = torch.equal(matrix.view(found[matrix.parameter]), matrix.view(broken[matrix.parameter]))
         assert same == (matrix not in chosen), matrix.label
@@ -540,7 +540,7 @@ def test_steps_do_not_depend_on_the_scale_of_a_matrix(llama: Checkpoint) -> None
     scaled = {name: tensor * scales.get(name, 1.0) for name, tensor in broken.items()}
     stages = Pairs(inputs[:6], targets[:6]), Pairs(inputs[6:], targets[6:])
     plain, other = (
-        fit(run, start, llama.architecture.matrices, *stages, block_params(epochs=3), "x").tensors for start in (broken, scaled)
+        fit(run, dict(start), llama.architecture.matrices, *stages, block_params(epochs=3), "x").tensors for start in (broken, scaled)
     )
     for name, scale in scales.items():
         moved = float((plain[name] - broken[name]).square().mean().sqrt())
@@ -589,10 +589,10 @@ def test_masks_are_chosen_anew(checkpoint: Checkpoint) -> None:
         asked[0] += 1
         return largest(counts, tensors)
 
-    refreshed = fit(run, tensors, matrices, fitting_rows, held_out, block_params(epochs=8, refresh_epochs=4), "x", remask)
+    refreshed = fit(run, dict(tensors), matrices, fitting_rows, held_out, block_params(epochs=8, refresh_epochs=4), "x", remask)
     assert asked == [4]
-    fixed = fit(run, tensors, matrices, fitting_rows, held_out, block_params(epochs=8), "x", remask)
-    unasked = fit(run, tensors, matrices, fitting_rows, held_out, block_params(epochs=1, refresh_epochs=1), "x")
+    fixed = fit(run, dict(tensors), matrices, fitting_rows, held_out, block_params(epochs=8), "x", remask)
+    unasked = fit(run, dict(tensors), matrices, fitting_rows, held_out, block_params(epochs=1, refresh_epochs=1), "x")
     assert asked == [4]
     assert fixed.masks is None
     assert unasked.masks is None
@@ -611,7 +611,7 @@ def test_masks_are_chosen_anew(checkpoint: Checkpoint) -> None:
 def test_masks_stay_while_they_are_refreshed_to_themselves(llama: Checkpoint) -> None:
     """A choice that always falls on the same weights. Oracle: the masks, and zeros to the sign bit after the refreshing epochs too."""
     run, tensors, masks, _, fitting_rows, held_out = poorly_masked(llama)
-    found = fit(run, tensors, list(masks), fitting_rows, held_out, block_params(epochs=2, refresh_epochs=2), "x", lambda _: masks)
+    found = fit(run, dict(tensors), list(masks), fitting_rows, held_out, block_params(epochs=2, refresh_epochs=2), "x", lambda _: masks)
     assert found.masks is not None
     assert found.facts["epochs"] > 0
     for matrix, mask in masks.items():
@@ -627,7 +627,7 @@ def test_masks_that_made_it_worse_are_not_returned(llama: Checkpoint) -> None:
     targets = targets_of(run, tensors, held_out.inputs)
     worse = {matrix: ~mask for matrix, mask in masks.items()}
     how = block_params(epochs=1, refresh_epochs=1)
-    found = fit(run, tensors, list(masks), fitting_rows, Pairs(held_out.inputs, targets), how, "x", lambda _: worse)
+    found = fit(run, dict(tensors), list(masks), fitting_rows, Pairs(held_out.inputs, targets), how, "x", lambda _: worse)
     assert found.masks is None
     assert found.facts["epochs"] == 0
     assert all(torch.equal(found.tensors[name], tensors[name]) for name in tensors)

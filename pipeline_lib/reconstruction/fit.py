@@ -76,9 +76,11 @@ class _StraightThrough(torch.autograd.Function):
 class _Free:
     """What moves: kept weights; log a, log r per matrix; β per bias; log factors of the norms' weights. As made, it is the identity."""
 
-    def __init__(self, matrices: Sequence[Matrix], tensors: Mapping[str, torch.Tensor], parts: Sequence[str], dtype: torch.dtype) -> None:
+    def __init__(
+        self, matrices: Sequence[Matrix], tensors: Mapping[str, torch.Tensor], parts: Sequence[str], dtype: torch.dtype | None = None
+    ) -> None:
         self.matrices = matrices
-        self.dtype = dtype  # of the masked weights, for what runs
+        self.dtype = dtype  # of the masked weights, for what runs; None: their own
         views = [matrix.view(tensors[matrix.parameter]) for matrix in matrices]
         device = views[0].device
         self.rows = [torch.zeros(view.shape[0], device=device, requires_grad=True) for view in views]
@@ -115,7 +117,7 @@ class _Free:
 
     def masked(self) -> list[torch.Tensor]:
         """The weights, zero (of either sign) where pruned. A product is several times faster on the CPU than filling."""
-        dtype = self.dtype if torch.is_grad_enabled() else torch.float32
+        dtype = self.dtype if torch.is_grad_enabled() else None
         if self.refreshing:
             return [_StraightThrough.apply(weight, kept).to(dtype) for weight, kept in self._pairs()]  # type: ignore[no-untyped-call]
         return [(weight * kept).to(dtype) for weight, kept in self._pairs()]
@@ -165,7 +167,7 @@ def fit(
     params: FitParams,
     where: str,
     remask: Remask | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Fitted:
     """Fit a sparse block (or window of blocks) and fold its factors; the unfitted block is a candidate and wins ties on the held-out rows.
 
@@ -178,7 +180,7 @@ def fit(
         tensors: the sparse block's parameters in float32; matrices whose weights move are taken out, so that they need not be there twice.
         matrices: the pruned ones, which get factors.
         remask: chooses masks anew after each of the first ``refresh_epochs`` epochs, in which the pruned weights move too, unseen.
-        dtype: that ``run`` brings its tensors to.
+        dtype: that ``run`` brings its tensors to, if it is another.
     """
     gate = held_out if held_out.inputs else fitting
     seen = Pairs(fitting.inputs[:1], fitting.targets[:1])  # what the curve needs; the gate's rows decide
