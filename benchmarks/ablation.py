@@ -14,7 +14,7 @@ from benchmarks.induction import BASES, Bench, Recipe, gap
 from benchmarks.records import commit, recorded
 from benchmarks.testbed import NAMES, Testbed
 from benchmarks.twins import differing
-from pipeline_lib.artifacts import write_json
+from pipeline_lib.core.artifacts import write_json
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 TEXT = "validation"

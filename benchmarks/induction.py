@@ -17,10 +17,10 @@ import torch
 
 from benchmarks.records import Record, cell_file, commit, finish_cells, gather, recompute
 from benchmarks.testbed import NAMES, Testbed, inputs
-from pipeline_lib import params
-from pipeline_lib.artifacts import write_json
 from pipeline_lib.calibration.capture import CalibrateParams, walk
 from pipeline_lib.calibration.statistics import SiteStatistics
+from pipeline_lib.core import params
+from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.induction.gate import Gate
 from pipeline_lib.induction.induce import InduceParams, Outcome, induce_block
 from pipeline_lib.pruning.layerwise import PrunedBlock

@@ -23,8 +23,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from benchmarks.records import commit
-from pipeline_lib import products
-from pipeline_lib.artifacts import write_json
+from pipeline_lib.core import products
+from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.export import bitmask, load
 from pipeline_lib.export.encoding import plan
 from pipeline_lib.export.groups import Quantisation

@@ -13,7 +13,7 @@ import click
 from ruamel.yaml import YAML
 
 from benchmarks.records import commit, recorded
-from pipeline_lib.artifacts import write_json
+from pipeline_lib.core.artifacts import write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -17,8 +17,8 @@ import click
 from benchmarks.records import Record, cell_file, commit, finish_cells, gather, recompute, recorded
 from benchmarks.sparsity import Lab
 from benchmarks.testbed import NAMES, Testbed, inputs
-from pipeline_lib import params
-from pipeline_lib.artifacts import write_json
+from pipeline_lib.core import params
+from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.pruning.prune import PruneParams
 from pipeline_lib.quantization.size import DENSE_BITS, packed_bits
 

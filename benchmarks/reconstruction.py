@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.induction import PATTERNS, Bench, gap
 from benchmarks.records import Record, cell_file, commit, finish_cells, gather, recompute, recorded
 from benchmarks.testbed import NAMES, Testbed, inputs
-from pipeline_lib import params
 from pipeline_lib.allocation.budget import target
-from pipeline_lib.artifacts import write_json
+from pipeline_lib.core import params
+from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.models.checkpoint import open_checkpoint
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.planning.estimate import LIBRARIES, measure_speed, pruning

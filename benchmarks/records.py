@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import click
 
-from pipeline_lib.artifacts import sha256, write_json
+from pipeline_lib.core.artifacts import sha256, write_json
 
 CELLS = Path(__file__).parent / "results" / "cells"
 Record = dict[str, Any]

@@ -25,9 +25,9 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from benchmarks.records import commit
-from pipeline_lib import params
-from pipeline_lib.artifacts import write_json
 from pipeline_lib.calibration.statistics import Accumulator, SiteStatistics
+from pipeline_lib.core import params
+from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.induction.induce import InduceParams, _Block, _Layer
 from pipeline_lib.induction.spectral import Norm, penalty
 from pipeline_lib.models.architecture import Matrix

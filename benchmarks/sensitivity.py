@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.records import commit
 from benchmarks.testbed import NAMES, Testbed
-from pipeline_lib import params
-from pipeline_lib.artifacts import write_json
+from pipeline_lib.core import params
+from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.models.whole import load_model
 from pipeline_lib.sensitivity import fisher, hutchinson
 from pipeline_lib.sensitivity.backward import Subject

@@ -21,11 +21,11 @@ from benchmarks.induction import Bench, gap
 from benchmarks.records import Record, cell_file, commit, finish_cells, gather, recompute, recorded
 from benchmarks.testbed import NAMES, Testbed, inputs
 from benchmarks.twins import differing
-from pipeline_lib import params
 from pipeline_lib.allocation.budget import Unit
 from pipeline_lib.allocation.curves import CurvesParams, measure
 from pipeline_lib.allocation.plan import NEEDS, plan
-from pipeline_lib.artifacts import block_file, read_tensors, write_json
+from pipeline_lib.core import params
+from pipeline_lib.core.artifacts import block_file, read_tensors, write_json
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.pruning.layerwise import PrunedBlock
 from pipeline_lib.pruning.prune import PruneParams, prune

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from pipeline_lib import params, products
 from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.rows import encode, rows_of, split
 from pipeline_lib.calibration.texts import TextParams, read_texts
+from pipeline_lib.core import params, products
+from pipeline_lib.core.runtime import generator
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
@@ -27,7 +28,6 @@ from pipeline_lib.models.folding import fold
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.models.whole import load_model
-from pipeline_lib.runtime import generator
 
 ROOT = Path(os.environ.get("SPARSELINE_TESTBED", Path(__file__).parent.parent.parent / "shared" / "testbed"))
 NAMES = ("llama", "opt")

@@ -14,7 +14,7 @@ import click
 from benchmarks.induction import Bench, Recipe
 from benchmarks.records import commit
 from benchmarks.testbed import NAMES, Testbed, scrambled
-from pipeline_lib.artifacts import write_json
+from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.pruning.layerwise import PrunedBlock
 
 RESULTS = Path(__file__).parent / "results" / "twins.json"

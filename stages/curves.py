@@ -5,12 +5,12 @@ from typing import Any
 
 import click
 
-from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.allocation.curves import CurvesParams, measure
 from pipeline_lib.calibration.capture import CalibrateParams, stored_or_walked
 from pipeline_lib.calibration.inputs import calibration_rows, open_model
+from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core.progress import track
 from pipeline_lib.models.source import ModelParams
-from pipeline_lib.progress import track
 from pipeline_lib.pruning.settings import SelectionParams, StepsParams
 
 MATRICES = Path("build/prepare/matrices.json")

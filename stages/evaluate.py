@@ -5,13 +5,13 @@ from pathlib import Path
 
 import click
 
-from pipeline_lib import artifacts, params, runtime
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.progress import track
 from pipeline_lib.evaluation.completions import complete
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.evaluation.settings import EvaluateParams
 from pipeline_lib.evaluation.subject import open_subject
-from pipeline_lib.progress import track
 
 TEXTS = Path("build/texts/evaluate")
 

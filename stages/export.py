@@ -5,11 +5,11 @@ from pathlib import Path
 
 import click
 
-from pipeline_lib import artifacts, params, runtime
+from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.export.card import Measured, Pruned, card
 from pipeline_lib.export.export import export
 from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.models.source import MODEL, ModelParams, open_source
-from pipeline_lib.reporting.card import Measured, Pruned, card
 
 
 @click.command(help=__doc__)

@@ -6,17 +6,17 @@ from pathlib import Path
 import click
 import torch
 
-from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.capture import CalibrateParams, stored_or_walked
 from pipeline_lib.calibration.inputs import CALIBRATION, calibration_rows, open_model
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.progress import track
 from pipeline_lib.induction.gate import Gate
 from pipeline_lib.induction.induce import InduceParams, induce_block
 from pipeline_lib.induction.resume import keep, kept
 from pipeline_lib.induction.summary import histograms
 from pipeline_lib.models.source import MODEL, ModelParams
-from pipeline_lib.progress import track
 from pipeline_lib.pruning.prune import ReconstructionParams
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.transforms.transform import read_transforms, write_transforms

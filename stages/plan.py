@@ -2,11 +2,11 @@
 
 import click
 
-from pipeline_lib import params, runtime
 from pipeline_lib.allocation.curves import CurvesParams
 from pipeline_lib.calibration.capture import CalibrateParams
 from pipeline_lib.calibration.texts import TextParams
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core import params, runtime
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.induction.induce import InduceParams
 from pipeline_lib.models.checkpoint import locate, open_checkpoint

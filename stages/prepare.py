@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from pipeline_lib import artifacts, params, runtime
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.progress import track
 from pipeline_lib.export.sizes import Bytes, Weights, summary
 from pipeline_lib.models.checkpoint import locate, open_checkpoint
 from pipeline_lib.models.source import ModelParams
 from pipeline_lib.models.tokenizer import load_tokenizer
-from pipeline_lib.progress import track
 from pipeline_lib.transforms.transform import write_transforms
 
 OUT = Path("build/prepare")

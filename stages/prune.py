@@ -5,18 +5,16 @@ from typing import Any
 
 import click
 
-from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.allocation.budget import Unit, target
 from pipeline_lib.allocation.plan import plan
 from pipeline_lib.calibration.inputs import CALIBRATION, calibration_facts, calibration_rows, open_model
+from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core.progress import track
 from pipeline_lib.models.source import MODEL, ModelParams
-from pipeline_lib.progress import track
 from pipeline_lib.pruning.prune import FITS, REFIT, VariantParams, prune
 from pipeline_lib.pruning.resume import Progress
 from pipeline_lib.quantization.settings import QuantizationParams
 from pipeline_lib.quantization.size import packed_bits
-from pipeline_lib.reporting import card
-from pipeline_lib.reporting.card import Pruned
 from pipeline_lib.transforms.transform import read_transforms
 
 MATRICES = Path("build/prepare/matrices.json")
@@ -78,8 +76,6 @@ def main(variant: str) -> None:
             "quantization": _quantised(settings.quantization, listed, matrices),
             "calibration": calibration_facts(),
         }
-        pruned = Pruned(variant, artifacts.read_json(MODEL), summary)
-        artifacts.write_text(Path(f"build/prune/{variant}/checkpoint") / card.FILE, card.card(pruned))
         artifacts.write_json(Path(f"build/facts/{variant}.json"), summary)
         quantised = summary["quantization"]
         at = f"; at {quantised['bits']} bits, {quantised['bits_per_weight']:.2f} bits a weight with masks and scales" if quantised else ""

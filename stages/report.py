@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from pipeline_lib import artifacts, params, runtime
+from pipeline_lib.core import artifacts, params, runtime
 from pipeline_lib.reporting import table
 from pipeline_lib.reporting.render import FIGURES, render
 from pipeline_lib.reporting.table import ReportParams, Text

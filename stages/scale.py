@@ -4,10 +4,10 @@ from pathlib import Path
 
 import click
 
-from pipeline_lib import params, runtime
 from pipeline_lib.calibration.capture import stored
+from pipeline_lib.core import params, runtime
+from pipeline_lib.core.progress import track
 from pipeline_lib.models.source import ModelParams, open_source
-from pipeline_lib.progress import track
 from pipeline_lib.transforms.scale import ScaleParams, shifts, starting_factors
 from pipeline_lib.transforms.transform import Transform, write_transforms
 

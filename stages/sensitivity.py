@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 import torch
 
-from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.calibration.inputs import calibration_rows
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.progress import track
 from pipeline_lib.models.source import ModelParams, open_source
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.progress import track
 from pipeline_lib.sensitivity import fisher, hutchinson
 from pipeline_lib.sensitivity.backward import Subject
 from pipeline_lib.sensitivity.estimate import Samples, estimates, relative_error

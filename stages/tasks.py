@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from pipeline_lib import artifacts, params, runtime
+from pipeline_lib.core import artifacts, params, runtime
 from pipeline_lib.evaluation.subject import open_subject
 from pipeline_lib.evaluation.tasks import Preset, TasksParams, run_tasks
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import click
 
-from pipeline_lib import artifacts, params, runtime
 from pipeline_lib.calibration.rows import encode, rows_of, split
 from pipeline_lib.calibration.texts import TextParams, read_texts
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.progress import track
 from pipeline_lib.models.checkpoint import locate, read_config
 from pipeline_lib.models.source import ModelParams
 from pipeline_lib.models.tokenizer import load_tokenizer
-from pipeline_lib.progress import track
 
 
 @click.command(help=__doc__)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from pipeline_lib import runtime
+from pipeline_lib.core import runtime
 from pipeline_lib.export.load import unpack
 
 

@@ -1,4 +1,7 @@
-"""The import closure of every stage, and its declared deps in dvc.yaml: ``python -m tests.graph`` rewrites the latter."""
+"""The import closure of every stage, and its declared deps in dvc.yaml: ``python -m tests.graph`` rewrites the latter.
+
+A dep is a package of the library as a directory: DVC reads its lock file before and after every stage, and a list of modules made it long.
+"""
 
 import ast
 import re
@@ -44,15 +47,21 @@ def closure(stage: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in files)
 
 
+def deps(stage: str) -> list[str]:
+    """What dvc.yaml lists of the closure: the packages that it touches, and the stage's own file."""
+    files = [Path(path) for path in closure(stage)]
+    return sorted({str(path.parent if path.parts[0] == "pipeline_lib" else path) for path in files})
+
+
 def rewrite(text: str) -> str:
-    """dvc.yaml with every stage's code deps replaced by its import closure, first in ``deps``."""
+    """dvc.yaml with every stage's code deps replaced by ``deps``, first in ``deps``."""
     out = []
     for block in re.split(r"\n(?=  \w)", text):
         if module := COMMAND.search(block):
             lines = [line for line in block.split("\n") if not re.match(r"\s*- (pipeline_lib|stages)/", line)]
             at = next(i for i, line in enumerate(lines) if line.strip() == "deps:")
             indent = lines[at][: len(lines[at]) - len(lines[at].lstrip())]
-            lines[at + 1 : at + 1] = [f"{indent}- {path}" for path in closure(module[1])]
+            lines[at + 1 : at + 1] = [f"{indent}- {path}" for path in deps(module[1])]
             block = "\n".join(lines)
         out.append(block)
     return "\n".join(out)

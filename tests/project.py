@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from ruamel.yaml import YAML
 from tiny import make_model
 
-from pipeline_lib.params import merge
+from pipeline_lib.core.params import merge
 from pipeline_lib.pruning.prune import PruneParams
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipeline_lib.allocation.budget import Unit, allocate, ranks, target
 from pipeline_lib.allocation.plan import AllocationParams, plan
 from pipeline_lib.allocation.predicted import Curve, hull, minimise
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 METHODS = get_args(AllocationParams.model_fields["method"].annotation)

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pipeline_lib.artifacts import read_json, read_tensors, replacing, sha256, write_json, write_tensors, write_text
-from pipeline_lib.errors import SparselineError
-from pipeline_lib.params import Params, load, merge, parse, section
+from pipeline_lib.core.artifacts import read_json, read_tensors, replacing, sha256, write_json, write_tensors, write_text
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.params import Params, load, merge, parse, section
+from pipeline_lib.core.runtime import check_environment, device, generator, resume_key, scratch, stage
 from pipeline_lib.pruning.settings import SelectionParams
-from pipeline_lib.runtime import check_environment, device, generator, resume_key, scratch, stage
 from pipeline_lib.transforms.transform import Transform, read_transforms, write_transforms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +93,7 @@ def test_a_file_is_never_absent_while_it_is_replaced(tmp_path: Path, monkeypatch
 WRITER = """
 import sys, torch
 from pathlib import Path
-from pipeline_lib.artifacts import write_json, write_tensors
+from pipeline_lib.core.artifacts import write_json, write_tensors
 out = Path(sys.argv[1])
 names = sys.argv[2].split(",")
 write_tensors(out / "t.safetensors", {n: torch.arange(float(len(n))) for n in names}, {n: n for n in names} | {"x": {"b": 1, "a": 2}})

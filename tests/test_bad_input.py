@@ -16,7 +16,7 @@ from project import REMOVED, build, change_json, change_params, invoke, make_wor
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 
-from pipeline_lib import artifacts
+from pipeline_lib.core import artifacts
 
 Change = Callable[[Path], None]
 STEPS = (

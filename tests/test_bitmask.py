@@ -22,7 +22,7 @@ from pruned import Rounding, card, make_pruned, nearest, random_mask
 from tiny import load_full, make_model, token_rows
 from transformers import AutoModelForCausalLM
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.export import load
 from pipeline_lib.export.bits import pack, unpack, words
 from pipeline_lib.export.encoding import decode, encode, plan

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline_lib.allocation.budget import Unit, allocate, ranks, shares, target
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
 SIZES = st.lists(st.integers(1, 100_000), min_size=1, max_size=25)

@@ -12,8 +12,8 @@ from project import build, change_params, make_workspace
 from safetensors.torch import load_file
 from tiny import block_statistics, curved_gram
 
-from pipeline_lib import artifacts
 from pipeline_lib.allocation.curves import CurvesParams, counts, errors, measure
+from pipeline_lib.core import artifacts
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.pruning.matrix import prune_matrix
 from pipeline_lib.pruning.settings import SelectionParams

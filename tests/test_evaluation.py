@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.evaluation.choice import ChooseParams, check, choose
 from pipeline_lib.evaluation.completions import CompletionsParams, complete
 from pipeline_lib.evaluation.perplexity import perplexity

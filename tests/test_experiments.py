@@ -18,11 +18,11 @@ from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 from project import ROOT, WANDA, build, commit, environment, invoke, make_project, read_params, run, tree
 from ruamel.yaml import YAML
 
-from pipeline_lib import params
 from pipeline_lib.calibration.texts import TextParams
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core import params
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.params import merge
 from pipeline_lib.induction.induce import InduceParams
-from pipeline_lib.params import merge
 from pipeline_lib.pruning.prune import VariantParams
 from pipeline_lib.reporting import compare
 

@@ -13,7 +13,8 @@ from tiny import load_full, make_model, token_rows
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.progress import Progress
 from pipeline_lib.export import packed, tensorfile
 from pipeline_lib.export.export import export
 from pipeline_lib.export.semi_structured import verdict
@@ -21,7 +22,6 @@ from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.export.sizes import Weights, theoretical_bits
 from pipeline_lib.export.tensorfile import blob
 from pipeline_lib.models.checkpoint import open_checkpoint
-from pipeline_lib.progress import Progress
 
 PACKED = "compressed-tensors"
 

@@ -9,7 +9,7 @@ import torch
 from project import prune_params
 from tiny import ALL_FAMILIES, load_full, make_config, random_factors, token_rows
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.architecture import Architecture, Coupling, Matrix, Tie
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.families import FAMILIES, architecture

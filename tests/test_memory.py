@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from project import WANDA, build, change_params, make_workspace, run
 
-from pipeline_lib.artifacts import write_json
+from pipeline_lib.core.artifacts import write_json
 
 MIB = 2**20
 WIDTH, INNER = 384, 1024

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline_lib.allocation.budget import shares
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.pruning.patterns import Group, Pattern, _best, _thresholds, bounds, select, select_n_of_m
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)

@@ -384,7 +384,7 @@ def test_edited_weights_concern_everything(project: Path) -> None:
         ("pipeline_lib/evaluation/tasks.py", TASKS),
         ("pipeline_lib/models/architecture.py", ALL - SUMMARIES),
         ("pipeline_lib/reporting/report.md.jinja", {"report"}),
-        ("pipeline_lib/reporting/card.py", PRUNINGS | {"export@sparseline"}),
+        ("pipeline_lib/export/card.py", {"export@sparseline", "report"}),
         ("pipeline_lib/planning/estimate.py", set()),
     ],
 )

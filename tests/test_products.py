@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline_lib import products
+from pipeline_lib.core import products
 from pipeline_lib.models.whole import load_model
 from tests.tiny import make_model
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from project import ROOT
 
-from pipeline_lib.progress import Progress, duration, track
+from pipeline_lib.core.progress import Progress, duration, track
 
 
 class Clock:
@@ -109,7 +109,7 @@ def test_no_stage_draws_a_bar_of_its_own() -> None:
 def test_a_terminal_that_does_not_know_its_size_has_a_bar_too() -> None:
     """As those of `script` and of some containers, 0 by 0. Oracle: what came out of a pseudo-terminal."""
     main, other = os.openpty()
-    code = "from pipeline_lib.progress import track; list(track(range(3), 'prune wanda', 'blocks'))"
+    code = "from pipeline_lib.core.progress import track; list(track(range(3), 'prune wanda', 'blocks'))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=other, stdout=other, check=True)
     os.close(other)
     assert b"prune wanda: 100%" in os.read(main, 10_000)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from project import prune_params
 from tiny import curved_gram, make_model, token_rows
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import open_checkpoint
 from pipeline_lib.models.stream import BlockModel

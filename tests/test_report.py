@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from pipeline_lib.artifacts import write_tensors
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.artifacts import write_tensors
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.reporting import content, table
 from pipeline_lib.reporting import sizes as weighed
 from pipeline_lib.reporting.render import Report, render

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from project import build, change_params, environment, make_workspace, run, tree
 
-from pipeline_lib.artifacts import block_file, read_tensors
+from pipeline_lib.core.artifacts import block_file, read_tensors
 
 COMMAND = ("python", "-m", "stages.prune", "sparseline")
 BLOCKS = 4

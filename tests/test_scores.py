@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import curved_gram
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.pruning.patterns import Group, Pattern, select, select_n_of_m
 from pipeline_lib.pruning.scores import Score, saliency
 from pipeline_lib.reconstruction.lsq import solve

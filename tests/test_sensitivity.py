@@ -13,11 +13,11 @@ from tiny import ALL_FAMILIES, load_full, make_model, token_rows
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from pipeline_lib.artifacts import block_file, read_json, read_tensors
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.artifacts import block_file, read_json, read_tensors
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.runtime import generator
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.runtime import generator
 from pipeline_lib.sensitivity import fisher, hutchinson
 from pipeline_lib.sensitivity.backward import Subject
 from pipeline_lib.sensitivity.estimate import Estimate, estimates, kendall, relative_error, split_half

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ALL_FAMILIES, FAMILIES, all_tensors, load_full, make_model, make_tokenizer, token_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.checkpoint import INDEX, Checkpoint, ShardWriter, locate, open_checkpoint
 from pipeline_lib.models.stream import BlockModel, OnDisk, Stream
 from pipeline_lib.models.whole import load_model

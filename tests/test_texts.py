@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline_lib.calibration.rows import encode, rows_of, split
 from pipeline_lib.calibration.texts import TextParams, read_texts
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.params import parse
 from pipeline_lib.models.tokenizer import load_tokenizer
-from pipeline_lib.params import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTS = ("calibration", "validation", "test")

@@ -11,7 +11,7 @@ from project import ROOT, build, make_workspace, merge
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
-from pipeline_lib import artifacts
+from pipeline_lib.core import artifacts
 from pipeline_lib.transforms.transform import read_transforms
 
 CRITERIA = ("magnitude", "wanda", "sparsegpt", "papers")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from pydantic import Field, field_validator
 
 from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.statistics import SiteStatistics
+from pipeline_lib.core.params import Params
 from pipeline_lib.models.architecture import Architecture, Matrix
-from pipeline_lib.params import Params
 from pipeline_lib.pruning.matrix import prune_matrix
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.reconstruction.obs import factorise

@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from pipeline_lib.allocation.budget import Unit, allocate, ranks
 from pipeline_lib.allocation.predicted import Curve, minimise
-from pipeline_lib.errors import SparselineError
-from pipeline_lib.params import Params
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.params import Params
 
 Measured = Mapping[str, Mapping[str, Any]]  # matrix name -> its entry of sensitivity.json, or of a variant's curves
 SENSITIVITIES, CURVES = (

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from pipeline_lib.artifacts import block_file, read_tensors
 from pipeline_lib.calibration.statistics import Accumulator, SiteStatistics
+from pipeline_lib.core.artifacts import block_file, read_tensors
+from pipeline_lib.core.params import Params
 from pipeline_lib.models.architecture import Architecture
 from pipeline_lib.models.stream import BlockModel, tapped
-from pipeline_lib.params import Params
 
 
 class CalibrateParams(Params):

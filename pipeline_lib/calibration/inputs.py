@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from pipeline_lib import artifacts, runtime
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core import artifacts, runtime
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.source import ModelParams, open_source
 from pipeline_lib.models.stream import BlockModel
 

@@ -4,9 +4,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline_lib.calibration.texts import Document, TextParams
-from pipeline_lib.errors import SparselineError
-from pipeline_lib.progress import Watched
-from pipeline_lib.runtime import generator
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.progress import Watched
+from pipeline_lib.core.runtime import generator
 
 TOGETHER = 1000  # documents that the tokenizer is given at once
 

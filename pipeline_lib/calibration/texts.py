@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline_lib.errors import SparselineError
-from pipeline_lib.params import Params
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.params import Params
 
 Document = str | list[dict[str, Any]]  # plain text, or chat messages {"role", "content"}
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from pipeline_lib.errors import SparselineError
-from pipeline_lib.params import Params
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.params import Params
 
 
 class ChooseParams(Params):

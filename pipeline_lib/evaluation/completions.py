@@ -6,9 +6,9 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline_lib.errors import SparselineError
-from pipeline_lib.params import Params
-from pipeline_lib.progress import Watched
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.params import Params
+from pipeline_lib.core.progress import Watched
 
 
 class CompletionsParams(Params):

@@ -5,8 +5,8 @@ import math
 import torch
 from transformers import PreTrainedModel
 
-from pipeline_lib.errors import SparselineError
-from pipeline_lib.progress import Watched
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.progress import Watched
 
 
 def perplexity(model: PreTrainedModel, rows: torch.Tensor, batch_rows: int, watched: Watched = iter) -> float:

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from pipeline_lib.core.params import Params
 from pipeline_lib.evaluation.completions import CompletionsParams
-from pipeline_lib.params import Params
 
 
 class EvaluateParams(Params):

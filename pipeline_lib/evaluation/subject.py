@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline_lib import params, runtime
+from pipeline_lib.core import params, runtime
 from pipeline_lib.models.source import ModelParams, open_source
 from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.models.whole import load_model

@@ -16,9 +16,9 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline_lib.errors import SparselineError
-from pipeline_lib.params import Params
-from pipeline_lib.progress import Progress
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.params import Params
+from pipeline_lib.core.progress import Progress
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline_lib.artifacts import replacing, sha256
+from pipeline_lib.core.artifacts import replacing, sha256
 from pipeline_lib.export import load, manifest, tensorfile
 from pipeline_lib.export.bits import words
 from pipeline_lib.export.encoding import PARTS, Plan, encode

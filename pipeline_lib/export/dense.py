@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeline_lib.artifacts import read_json, replacing, write_json
+from pipeline_lib.core.artifacts import read_json, replacing, write_json
 from pipeline_lib.export import tensorfile
 from pipeline_lib.export.shards import copy, write_index
 from pipeline_lib.export.tensorfile import Blob

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.export.bits import pack, packed_bytes, stored, unpack
 from pipeline_lib.export.groups import Groups
 from pipeline_lib.export.tensorfile import DTYPES, NAMES, Blob, blob

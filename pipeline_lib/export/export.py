@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from pipeline_lib.artifacts import replacing, write_json, write_text
+from pipeline_lib.core.artifacts import replacing, write_json, write_text
+from pipeline_lib.core.progress import Progress
 from pipeline_lib.export import bitmask, dense, manifest, packed
+from pipeline_lib.export.card import FILE
 from pipeline_lib.export.groups import Quantisation
 from pipeline_lib.export.masks import Masks
 from pipeline_lib.export.semi_structured import summary as semi_structured
@@ -17,8 +19,6 @@ from pipeline_lib.export.shards import one_by_one, partition
 from pipeline_lib.export.sizes import Bytes, summary
 from pipeline_lib.export.survey import survey
 from pipeline_lib.models.checkpoint import INDEX, Checkpoint, open_checkpoint, other_files
-from pipeline_lib.progress import Progress
-from pipeline_lib.reporting.card import FILE
 
 PASSES = {"dense": 1, "bitmask": 2, "compressed-tensors": 1}  # over all tensors, beside the survey's
 Card = Callable[[str, Mapping[str, Any]], str]  # format, what build/sizes will hold -> README.md

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline_lib import artifacts
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core import artifacts
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.export import dense, manifest
 from pipeline_lib.export.encoding import PARTS, decode
 from pipeline_lib.export.tensorfile import DTYPES, Blob, Reader, digest

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline_lib.artifacts import sha256, write_text
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.artifacts import sha256, write_text
+from pipeline_lib.core.errors import SparselineError
 
 MANIFEST = "bitmask.json"
 FORMAT, VERSION = "sparseline-bitmask", 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline_lib import artifacts
+from pipeline_lib.core import artifacts
 from pipeline_lib.export.bits import unpack
 from pipeline_lib.models.checkpoint import Checkpoint
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.export import dense
 from pipeline_lib.export.groups import Groups, Quantisation
 from pipeline_lib.export.shards import one_by_one

@@ -3,7 +3,7 @@
 import torch
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 
 BACKENDS = {"cutlass": SparseSemiStructuredTensorCUTLASS, "cusparselt": SparseSemiStructuredTensorCUSPARSELT}
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pipeline_lib.params import Params
+from pipeline_lib.core.params import Params
 
 Format = Literal["dense", "bitmask", "compressed-tensors"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline_lib.artifacts import write_json
+from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.models.checkpoint import INDEX, Checkpoint
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.export.encoding import Plan, plan
 from pipeline_lib.export.groups import Quantisation
 from pipeline_lib.export.masks import Masks

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from pipeline_lib.artifacts import replacing
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.artifacts import replacing
+from pipeline_lib.core.errors import SparselineError
 
 DTYPES = {
     "F64": torch.float64,

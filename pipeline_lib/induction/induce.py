@@ -15,11 +15,11 @@ from pydantic import Field
 
 from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.statistics import SiteStatistics, refresh
+from pipeline_lib.core.params import Params
 from pipeline_lib.induction.removed import Removed
 from pipeline_lib.induction.spectral import Norm, SpectralParams, penalty
 from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.models.folding import MatrixScales, site_factor
-from pipeline_lib.params import Params
 from pipeline_lib.pruning.patterns import bounds, select, select_n_of_m
 from pipeline_lib.pruning.scores import Curvature, saliency
 from pipeline_lib.pruning.settings import SelectionParams

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline_lib.artifacts import read_tensors, write_tensors
+from pipeline_lib.core.artifacts import read_tensors, write_tensors
 from pipeline_lib.induction.induce import Outcome
 from pipeline_lib.transforms.transform import read_transforms, write_transforms
 

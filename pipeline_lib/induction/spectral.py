@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from pipeline_lib.params import Params
+from pipeline_lib.core.params import Params
 
 Order = Literal["spectral", "frobenius", "nuclear"]
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline_lib.products import rounding
+from pipeline_lib.core.products import rounding
 
 
 def register() -> None:

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig
 
-from pipeline_lib.artifacts import write_json
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.artifacts import write_json
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models import attention
 from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.models.families import architecture

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 from transformers import PreTrainedConfig
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.architecture import Architecture, Coupling, Matrix, Site, Tie
 
 # f(c x) = c f(x) for c > 0, so that a positive factor passes through; GELU and SiLU are not of the kind.

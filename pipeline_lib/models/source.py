@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from pipeline_lib import artifacts
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core import artifacts
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.params import Params
 from pipeline_lib.models.checkpoint import Checkpoint, locate, open_checkpoint
-from pipeline_lib.params import Params
 
 MODEL = Path("build/prepare/model.json")
 SMALL = 2**26  # bytes; larger files are compared by DVC, not hashed again by every stage

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.checkpoint import Checkpoint, skeleton
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional (after the hidden states) and named

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 
 
 def load_tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pipeline_lib.calibration.statistics import Moments
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.models.folding import site_factor
 from pipeline_lib.pruning.matrix import chosen, prune_matrix, quantise_matrix

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipeline_lib.allocation.budget import shares
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 
 Group = Literal["row", "matrix", "block"]
 

@@ -10,10 +10,10 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from pipeline_lib.allocation.plan import AllocationParams
 from pipeline_lib.calibration.statistics import Moments, MomentSums
+from pipeline_lib.core.params import Params
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.folding import fold
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
-from pipeline_lib.params import Params
 from pipeline_lib.pruning.layerwise import Layerwise, PrunedBlock, prune_site, quantise_site
 from pipeline_lib.pruning.matrix import chosen
 from pipeline_lib.pruning.scores import saliency

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from pipeline_lib.params import Params
+from pipeline_lib.core.params import Params
 from pipeline_lib.pruning.patterns import Group, Pattern
 from pipeline_lib.pruning.scores import Score
 from pipeline_lib.reconstruction.obs import DampingOf

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from pipeline_lib.errors import SparselineError
-from pipeline_lib.params import Params
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.params import Params
 from pipeline_lib.quantization.grid import Scheme
 
 Refit = Literal["scales", "biases", "norms"]

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from pipeline_lib.core.params import Params
+from pipeline_lib.core.runtime import generator
 from pipeline_lib.induction.spectral import Norm, SpectralParams, regulariser
 from pipeline_lib.models.architecture import Matrix
-from pipeline_lib.params import Params
-from pipeline_lib.runtime import generator
 
 Run = Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]  # hidden states, the block's tensors -> output
 Masks = dict[Matrix, torch.Tensor]  # [R, C] bool, True = kept

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from pipeline_lib.allocation.budget import shares
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.pruning.patterns import Group, Pattern, select, select_n_of_m
 from pipeline_lib.pruning.scores import Curvature, Score, saliency
 from pipeline_lib.quantization.grid import Grid

@@ -14,8 +14,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline_lib.errors import SparselineError
-from pipeline_lib.reporting import content, plots, render, table, wording
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.export import wording
+from pipeline_lib.reporting import content, plots, render, table
 from pipeline_lib.reporting.table import DENSE, Column
 
 SUMMARY = "report/summary.json"

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, ClassVar
 
-from pipeline_lib.reporting import plots, sizes, table, wording
+from pipeline_lib.export import wording
+from pipeline_lib.reporting import plots, sizes, table
 from pipeline_lib.reporting.plots import Figure
 from pipeline_lib.reporting.table import ABSENT, DENSE, Column, Results, Variant
 

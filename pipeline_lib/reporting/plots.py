@@ -17,8 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator
 
+from pipeline_lib.export import wording
 from pipeline_lib.reporting import sizes as weighed
-from pipeline_lib.reporting import table, wording
+from pipeline_lib.reporting import table
 from pipeline_lib.reporting.table import Results, Variant
 
 INK = "#0a0b0c"  # stands for currentColor until the SVG is written

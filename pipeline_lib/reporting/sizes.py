@@ -1,6 +1,7 @@
 """Bytes of the exported files beside quality, as columns and sentences."""
 
-from pipeline_lib.reporting import table, wording
+from pipeline_lib.export import wording
+from pipeline_lib.reporting import table
 from pipeline_lib.reporting.table import ABSENT, Column, Results, Variant
 
 MATRICES, FILES = "pruned matrices", "all weights"  # groups of columns

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline_lib.errors import SparselineError
-from pipeline_lib.params import Params
-from pipeline_lib.reporting import wording
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.params import Params
+from pipeline_lib.export import wording
 
 DENSE = "dense"
 ABSENT = "–"

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pipeline_lib.artifacts import block_file, read_tensors, write_tensors
+from pipeline_lib.core.artifacts import block_file, read_tensors, write_tensors
+from pipeline_lib.core.runtime import generator
 from pipeline_lib.models.architecture import Matrix
-from pipeline_lib.runtime import generator
 from pipeline_lib.sensitivity.backward import Logits, Subject, walk
 from pipeline_lib.sensitivity.settings import SensitivityParams
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline_lib.params import Params
+from pipeline_lib.core.params import Params
 
 
 class SensitivityParams(Params):

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 
 from pipeline_lib.calibration.statistics import SiteStatistics
+from pipeline_lib.core.params import Params
 from pipeline_lib.models.architecture import Architecture, Coupling
 from pipeline_lib.models.folding import fold
-from pipeline_lib.params import Params
 
 
 class ScaleParams(Params):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline_lib.artifacts import read_tensors, write_tensors
+from pipeline_lib.core.artifacts import read_tensors, write_tensors
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline_lib.reporting import wording
+from pipeline_lib.export import wording
 
 FILE = "README.md"
 DENSE = """```python

@@ -17,10 +17,10 @@ import click
 import torch
 from safetensors import SafetensorError
 
-from pipeline_lib import products
-from pipeline_lib.artifacts import write_json
-from pipeline_lib.errors import SparselineError
-from pipeline_lib.progress import duration
+from pipeline_lib.core import products
+from pipeline_lib.core.artifacts import write_json
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.progress import duration
 
 ENVIRONMENT = Path("env.lock.json")
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 
 SCHEMA = 1  # raised when a file's meaning changes; docs/artifacts.md describes each
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline_lib.errors import SparselineError
+from pipeline_lib.core.errors import SparselineError
 
 FILE = Path("params.yaml")
 
