@@ -12,7 +12,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
 	dvc repro
-	@echo; cat report/table.txt; echo; echo "report: report/index.html"
+	@echo; python -m stages.costs; echo; echo "report: report/index.html"
 
 test: environment sshd  ## the whole test suite
 	python -m pytest

@@ -16,7 +16,7 @@ OUT = Path("build/calibrate")
 
 @click.command(help=__doc__)
 def main() -> None:
-    with runtime.stage(Path("build/costs/calibrate.json")) as tell:
+    with runtime.stage("calibrate", artifacts.block_file(OUT, 0)) as tell:
         settings = params.load(CalibrateParams, "calibrate")
         model = open_model(params.load(ModelParams, "model"))
         rows = calibration_rows()

@@ -21,7 +21,7 @@ SENSITIVITY = Path("build/sensitivity")
 @click.command(help=__doc__)
 @click.argument("variant")
 def main(variant: str) -> None:
-    with runtime.stage(Path(f"build/costs/curves-{variant}.json")) as tell:
+    with runtime.stage(f"curves-{variant}", Path(f"build/curves/{variant}.json")) as tell:
         settings = params.parse(CurvesParams, params.merged("curves", f"curved.{variant}"), "curves")
         merged = params.merged("prune.selection", f"variants.{variant}.selection")
         selection = params.parse(SelectionParams, merged, f"variants.{variant}.selection")

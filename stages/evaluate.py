@@ -19,7 +19,7 @@ TEXTS = Path("build/texts/evaluate")
 @click.command(help=__doc__)
 @click.argument("variant")
 def main(variant: str) -> None:
-    with runtime.stage(Path(f"build/costs/evaluate-{variant}.json")) as tell:
+    with runtime.stage(f"evaluate-{variant}", Path(f"build/evaluate/{variant}.json")) as tell:
         settings = params.load(EvaluateParams, "evaluate")
         model, tokenizer = open_subject(variant, settings.compute_dtype)
         texts = {path.stem: artifacts.read_tensors(path)[0]["rows"] for path in sorted(TEXTS.glob("*.safetensors"))}

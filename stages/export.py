@@ -15,7 +15,7 @@ from pipeline_lib.models.source import MODEL, ModelParams, open_source
 @click.command(help=__doc__)
 @click.argument("variant")
 def main(variant: str) -> None:
-    with runtime.stage(Path(f"build/costs/export-{variant}.json")) as tell:
+    with runtime.stage(f"export-{variant}", Path(f"build/sizes/{variant}.json")) as tell:
         settings = params.parse(ExportParams, params.merged("export", f"exported.{variant}"), "export")
         source = open_source(params.load(ModelParams, "model"))
         facts = artifacts.read_json(Path(f"build/facts/{variant}.json"))

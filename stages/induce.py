@@ -29,7 +29,7 @@ START = Path("build/scale/transform.safetensors")
 @click.command(help=__doc__)
 @click.argument("variant")
 def main(variant: str) -> None:
-    with runtime.stage(Path(f"build/costs/induce-{variant}.json")) as tell:
+    with runtime.stage(f"induce-{variant}", Path(f"build/induce/{variant}/transform.safetensors")) as tell:
         settings = params.parse(InduceParams, params.merged("induce", f"induced.{variant}"), "induce")
         merged = params.merged("prune.selection", f"variants.{variant}.selection")
         selection = params.parse(SelectionParams, merged, f"variants.{variant}.selection")

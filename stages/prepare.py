@@ -21,7 +21,7 @@ OUT = Path("build/prepare")
 
 @click.command(help=__doc__)
 def main() -> None:
-    with runtime.stage(Path("build/costs/prepare.json")) as tell:
+    with runtime.stage("prepare", OUT / "model.json") as tell:
         settings = params.load(ModelParams, "model")
         directory = locate(settings.path, settings.id, settings.revision)
         checkpoint = open_checkpoint(directory)

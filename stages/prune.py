@@ -23,7 +23,7 @@ MATRICES = Path("build/prepare/matrices.json")
 @click.command(help=__doc__)
 @click.argument("variant")
 def main(variant: str) -> None:
-    with runtime.stage(Path(f"build/costs/prune-{variant}.json")) as tell:
+    with runtime.stage(f"prune-{variant}", Path(f"build/facts/{variant}.json")) as tell:
         settings = params.parse(VariantParams, params.merged("prune", f"variants.{variant}"), f"variants.{variant}")
         source = params.load(ModelParams, "model")
         factors, sensitivity = Path("build") / settings.factors, Path("build") / settings.sensitivity

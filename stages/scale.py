@@ -11,10 +11,12 @@ from pipeline_lib.models.source import ModelParams, open_source
 from pipeline_lib.transforms.scale import ScaleParams, shifts, starting_factors
 from pipeline_lib.transforms.transform import Transform, write_transforms
 
+OUT = Path("build/scale/transform.safetensors")
+
 
 @click.command(help=__doc__)
 def main() -> None:
-    with runtime.stage(Path("build/costs/scale.json")) as tell:
+    with runtime.stage("scale", OUT) as tell:
         settings = params.load(ScaleParams, "scale")
         checkpoint = open_source(params.load(ModelParams, "model"))
         entry = checkpoint.architecture
@@ -23,7 +25,7 @@ def main() -> None:
             statistics = stored(Path("build/calibrate"), entry, index)
             factors = starting_factors(entry, checkpoint.block(index), statistics, settings)
             transforms[index] = Transform(factors, shifts(entry, statistics, settings))
-        write_transforms(Path("build/scale/transform.safetensors"), transforms)
+        write_transforms(OUT, transforms)
         count = sum(factor.numel() for transform in transforms.values() for factor in transform.factors.values())
         tell(f"scale: {count:,} factors at {len(entry.couplings)} couplings of {entry.depth} blocks, start {settings.start}")
 

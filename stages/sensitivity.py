@@ -24,7 +24,7 @@ OUT = Path("build/sensitivity")
 
 @click.command(help=__doc__)
 def main() -> None:
-    with runtime.stage(Path("build/costs/sensitivity.json")) as tell:
+    with runtime.stage("sensitivity", OUT / "sensitivity.json") as tell:
         settings = params.load(SensitivityParams, "sensitivity")
         checkpoint = open_source(params.load(ModelParams, "model"))
         entry = checkpoint.architecture

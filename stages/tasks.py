@@ -13,7 +13,7 @@ from pipeline_lib.evaluation.tasks import Preset, TasksParams, run_tasks
 @click.argument("preset")
 @click.argument("variant")
 def main(preset: str, variant: str) -> None:
-    with runtime.stage(Path(f"build/costs/tasks-{preset}-{variant}.json")) as tell:
+    with runtime.stage(f"tasks-{preset}-{variant}", Path(f"build/evaluate/{preset}/{variant}.json")) as tell:
         settings = params.load(TasksParams, "tasks")
         asked = params.load(Preset, f"presets.{preset}")
         found = run_tasks(*open_subject(variant, settings.compute_dtype), settings, asked, f"tasks {preset} {variant}")

@@ -18,7 +18,7 @@ from pipeline_lib.models.tokenizer import load_tokenizer
 @click.command(help=__doc__)
 @click.argument("name")
 def main(name: str) -> None:
-    with runtime.stage(Path(f"build/costs/text-{name}.json")) as tell:
+    with runtime.stage() as tell:
         settings = params.load(TextParams, f"texts.{name}")
         model = params.load(ModelParams, "model")
         directory = locate(model.path, model.id, model.revision)

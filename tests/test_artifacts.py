@@ -309,12 +309,15 @@ def test_a_stage_tells_its_error_and_exits_with_2(
         raise SparselineError("bad input; mend it.")
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: bad input; mend it.\n"
-    with pytest.raises(ZeroDivisionError), stage(tmp_path / "cost.json"):
+    with pytest.raises(ZeroDivisionError), stage("trial", tmp_path / "out.json"):
         _ = 1 / 0
-    assert not (tmp_path / "cost.json").exists()
-    with stage(tmp_path / "cost.json"):
-        pass
-    assert read_json(tmp_path / "cost.json").keys() >= {"wall_s", "cpu_s", "peak_rss_bytes"}
+    record = tmp_path / "build" / "costs" / "trial.json"
+    assert not record.exists()
+    with stage("trial", tmp_path / "out.json"):
+        write_json(tmp_path / "out.json", {})
+    told = read_json(record)
+    assert told.keys() == {"wall_s", "cpu_s", "peak_rss_bytes", "output"}
+    assert told["output"] == {"path": str(tmp_path / "out.json"), "sha256": hashlib.sha256(b"{}\n").hexdigest()}
 
 
 def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,13 +117,13 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
         *(f"sizes/{name}.json" for name in ("dense", "sparseline")),
         *(f"{kind}/{model}.json" for kind in ("evaluate", "completions") for model in ("dense", *variants)),
         *(f"evaluate/embedded/{model}.json" for model in ("dense", "sparseline")),
-        *(f"costs/{re.sub('@', '-', stage)}.json" for stage in ALL - SUMMARIES - TASKS),
+        *(f"costs/{re.sub('@', '-', stage)}.json" for stage in ALL - SUMMARIES - TASKS if not stage.startswith("text@")),
         *(f"costs/tasks-embedded-{model}.json" for model in ("dense", "sparseline")),
         "choice.json",
     }
     assert set(tree(ran.project / "build")) == expected
     report = {path.split("/")[0] for path in tree(ran.project / "report")} - {".gitignore"}  # DVC's
-    assert report == {"index.html", "index.md", "table.txt", "figures", "perplexity.json", "summary.json", "costs.json"}
+    assert report == {"index.html", "index.md", "table.txt", "figures", "perplexity.json", "summary.json"}
 
 
 def test_the_summary_has_its_schema(ran: Ran) -> None:
@@ -155,11 +155,10 @@ def test_the_report_names_every_variant_and_text(ran: Ran) -> None:
 
 
 def test_dvc_shows_the_metrics(ran: Ran) -> None:
-    """`dvc metrics show` reads quality and costs. Oracle: the files."""
+    """`dvc metrics show` reads quality. Oracle: the files."""
     shown = json.loads(run(ran.project, "dvc", "metrics", "show", "--json"))[""]["data"]
     assert shown["report/summary.json"]["data"] == read(ran.project / "report" / "summary.json")
-    assert shown["report/costs.json"]["data"] == read(ran.project / "report" / "costs.json")
-    assert set(shown) == {"report/summary.json", "report/costs.json"}
+    assert set(shown) == {"report/summary.json"}
 
 
 def test_dvc_shows_the_plots(ran: Ran, tmp_path: Path) -> None:
@@ -433,8 +432,9 @@ def test_a_clone_is_served_from_the_shared_cache(ran: Ran, tmp_path: Path) -> No
     output = run(clone, "dvc", "repro")
     assert executed(output) == set()
     assert restored(output) == ALL
-    for folder in ("build", "report"):
-        assert tree(clone / folder) == tree(ran.project / folder)
+    first, second = ({p: h for p, h in tree(one / "build").items() if not p.startswith("costs/")} for one in (ran.project, clone))
+    assert second == first
+    assert tree(clone / "report") == tree(ran.project / "report")
 
 
 def test_the_plan_writes_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,12 @@ import torch
 from safetensors import SafetensorError
 
 from pipeline_lib.core import products
-from pipeline_lib.core.artifacts import write_json
+from pipeline_lib.core.artifacts import sha256, write_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import duration
 
 ENVIRONMENT = Path("env.lock.json")
+COSTS = Path("build/costs")
 
 
 def device() -> torch.device:
@@ -87,11 +88,15 @@ def told() -> Iterator[None]:
 
 
 @contextmanager
-def stage(cost: Path | None = None) -> Iterator[Callable[[str], None]]:
+def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str], None]]:
     """The body of a stage: threads set, environment checked, SparselineError told in one sentence (exit code 2), cost written.
 
     Yields what tells the stage's last line: a sentence on what was done, to which the seconds are added.
-    ``cost`` receives wall seconds, CPU seconds and peak memory, apart from the deterministic outputs.
+
+    Args:
+        name: of the cost record ``build/costs/<name>.json``: wall seconds, CPU seconds and peak memory. DVC does not track it, since
+            equal runs must write equal outputs.
+        output: one of the stage's outputs. The record holds its SHA-256, so that a reader can tell whether the output still is this run's.
     """
     started = time.monotonic()
     with told():
@@ -104,10 +109,11 @@ def stage(cost: Path | None = None) -> Iterator[Callable[[str], None]]:
         check_environment()
         yield lambda text: click.echo(f"{text}; {duration(time.monotonic() - started)}")
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    if cost is not None:
+    if output is not None:
         peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         figures = {"wall_s": round(time.monotonic() - started, 2), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2)}
-        write_json(cost, figures | {"peak_rss_bytes": peak})
+        made = {"path": str(output), "sha256": sha256(output)}
+        write_json(COSTS / f"{name}.json", figures | {"peak_rss_bytes": peak, "output": made})
 
 
 def scratch(name: str, key: str) -> Path:

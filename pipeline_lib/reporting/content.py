@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from pipeline_lib.export import wording
 from pipeline_lib.reporting import plots, sizes, table
+from pipeline_lib.reporting.costs import Costs, by_stage, by_variant
 from pipeline_lib.reporting.plots import Figure
 from pipeline_lib.reporting.table import ABSENT, DENSE, Column, Results, Variant
 
@@ -82,6 +83,14 @@ class Details:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """A place on the HTML page that a script file beside it fills, if there is one."""
+
+    kind: ClassVar[str] = "slot"
+    script: str
+
+
+@dataclass(frozen=True)
 class Section:
     name: str  # anchor
     title: str
@@ -111,6 +120,7 @@ def sections(results: Results) -> list[Section]:
     """Everything below the lead, in reading order."""
     return [
         Section("comparison", "Comparison", _comparison(results)),
+        Section("costs", "Costs", _costs()),
         Section("sizes", "Sizes", _sizes(results)),
         Section("sparsity", "Sparsity per matrix", _sparsity(results)),
         Section("sensitivity", "Sensitivity", _sensitivity(results)),
@@ -151,12 +161,11 @@ def _comparison(results: Results) -> list[Any]:
                 "level. Sparsity is the share of zeros among the prunable weights."
             )
         )
-    blocks += [Paragraph(said) for said in (_protocol(results), _gap(results), _choice(results), _tasks(results), _cost(results)) if said]
+    blocks += [Paragraph(said) for said in (_protocol(results), _gap(results), _choice(results), _tasks(results)) if said]
     blocks.append(Figures([figure for figure in (plots.perplexity(results), plots.accuracy(results)) if figure]))
     if results.pruned:
         blocks.append(Paragraph("What each variant is made of; the full settings are under Provenance."))
         blocks.append(Table(_recipes(results)))
-        blocks.append(Details("Cost of each stage", [Table(_stages(results))]))
     return blocks
 
 
@@ -198,7 +207,7 @@ def _choice(results: Results) -> str:
     others = [f"`{name}` {wording.perplexity(value)}" for name, value in choice.perplexity.items() if name != choice.chosen]
     return (
         f"The gate (`choose`) names `{choice.chosen}`: perplexity {wording.perplexity(choice.perplexity[choice.chosen])} on `{choice.text}`, against "
-        f"{', '.join(others) or 'no other candidate'}. It cost the candidates' seconds below and {table.seconds(choice.evaluation_s)} s of evaluating them."
+        f"{', '.join(others) or 'no other candidate'}."
     )
 
 
@@ -217,29 +226,35 @@ def _tasks(results: Results) -> str:
     return said + (f" What guessing gives on {_list(unknown)} is not known." if unknown else "")
 
 
-def _cost(results: Results) -> str:
-    if not results.pruned:
-        return ""
-    return (
-        "Seconds are the wall time of the stages a variant needs by itself, one after another: `prune`, with `calibrate`, `scale` and "
-        "`induce` where it takes their factors, `sensitivity` where it takes sensitivities, and `curves` where it takes error curves. Peak is the most resident memory among "
-        "these stages. `prepare`, `text` and `evaluate` are the same for all and not counted."
-    )
-
-
 def _recipes(results: Results) -> list[Column]:
     recipes = [{"variant": variant.name} | wording.recipe(variant.facts["settings"]) for variant in results.pruned]
     return [Column("", head, tuple(recipe[head] for recipe in recipes), numeric=False) for head in recipes[0]]
 
 
-def _stages(results: Results) -> list[Column]:
-    rows = [(variant.name, stage, cost) for variant in results.pruned for stage, cost in variant.costs.items()]
+# Costs
+
+
+def _costs() -> list[Any]:
+    """Nothing that was measured: it differs from run to run, and equal runs must write equal reports. ``costs`` completes the section."""
     return [
-        Column("", "variant", tuple(name for name, _, _ in rows), numeric=False),
-        Column("", "stage", tuple(stage for _, stage, _ in rows), numeric=False),
-        Column("", "seconds", tuple(table.seconds(cost.wall_s) for _, _, cost in rows)),
-        Column("", "CPU seconds", tuple(table.seconds(cost.cpu_s) for _, _, cost in rows)),
-        Column("", "peak GB", tuple(f"{cost.peak_rss_bytes / 1e9:.2f}" for _, _, cost in rows)),
+        Paragraph(
+            "Seconds and memory differ from run to run, so they are not part of the cached report. `make run` writes those of the stages "
+            "that ran on this machine to `costs.js` beside this page, which then shows them here."
+        ),
+        Slot("costs.js"),
+    ]
+
+
+def costs(results: Results, measured: Costs) -> list[Any]:
+    """What completes the section Costs on the machine where the stages ran."""
+    return [
+        Table(by_variant(results, measured)),
+        Paragraph(
+            "Seconds are the wall time of the stages that a variant needs for itself, one after another: `prune`, and `calibrate`, `scale`, "
+            "`induce`, `sensitivity` and `curves` where its recipe uses them. Peak is the largest resident memory of these stages. A dash "
+            "means that a stage did not run here: the cache had its result."
+        ),
+        Details("Every stage that ran here", [Table(by_stage(measured))]),
     ]
 
 

@@ -1,5 +1,6 @@
 """The report as one self-contained HTML page, and as Markdown with its figures beside it."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from pipeline_lib.reporting import content
+from pipeline_lib.reporting.costs import Costs
 from pipeline_lib.reporting.table import Results
 
 FIGURES = "figures"  # folder of the Markdown's figures, beside it
@@ -39,6 +41,14 @@ def render(results: Results) -> Report:
 def page(title: str, lead: str, sections: Sequence[content.Section]) -> str:
     """A self-contained HTML page."""
     return _template("report.html.jinja", html=True).render(title=title, lead=lead, sections=sections)
+
+
+def costs(results: Results, measured: Costs) -> str:
+    """The script ``costs.js``, which puts the costs into the page's section in the place of the sentence there."""
+    show = _template("blocks.html.jinja", html=True).module.show  # type: ignore[attr-defined]
+    shown = "".join(show(block) for block in content.costs(results, measured))
+    heading = "<h2>Costs</h2>"
+    return f"document.getElementById('costs').innerHTML = {json.dumps(heading + shown)};\n"
 
 
 def _alone(svg: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline_lib.core import params
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import Params
 from pipeline_lib.export import wording
@@ -42,15 +43,6 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one stage took."""
-
-    wall_s: float
-    cpu_s: float
-    peak_rss_bytes: int
-
-
-@dataclass(frozen=True)
 class Completion:
     """A prompt and how the model went on."""
 
@@ -60,7 +52,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Variant:
-    """Everything that is known about one model; ``facts`` (build/facts) and ``costs`` are empty for the dense one.
+    """Everything that is known about one model; ``facts`` (build/facts) are empty for the dense one.
 
     ``sizes`` (build/sizes) are empty for a variant that is not exported.
     """
@@ -70,7 +62,6 @@ class Variant:
     tasks: Mapping[str, Task]
     completions: Sequence[Completion]
     facts: Mapping[str, Any]
-    costs: Mapping[str, Cost]  # of the stages that the variant needs by itself, in the graph's order
     sizes: Mapping[str, Any]
 
     @property
@@ -83,24 +74,20 @@ class Variant:
         return float(self.facts["sparsity"]) if self.facts else 0.0
 
     @property
-    def seconds(self) -> float | None:
-        """Wall time of its stages, one after another."""
-        return sum(cost.wall_s for cost in self.costs.values()) if self.costs else None
-
-    @property
-    def peak_bytes(self) -> int | None:
-        """Largest resident memory among its stages."""
-        return max((cost.peak_rss_bytes for cost in self.costs.values()), default=None)
+    def stages(self) -> list[str]:
+        """Stages that it needs beyond those that every variant needs (prepare, text), in the graph's order."""
+        if not self.pruned:
+            return []
+        return _own_stages(self.name, self.facts["settings"]["factors"], self.facts["settings"]["sensitivity"])
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the model-level gate named, on what grounds and at what price (build/choice.json; seconds of evaluating)."""
+    """What the model-level gate named, and on what grounds (build/choice.json)."""
 
     text: str
     chosen: str | None
     perplexity: Mapping[str, float]  # by candidate
-    evaluation_s: float
 
 
 @dataclass(frozen=True)
@@ -163,11 +150,8 @@ class Column:
     numeric: bool = True
 
 
-def own_stages(name: str, factors: str, sensitivity: str) -> list[str]:
-    """Names of the cost files of all that a variant needs beyond what every variant needs (prepare, texts).
-
-    ``factors`` and ``sensitivity`` are artifacts below build/, as in the variant's settings.
-    """
+def _own_stages(name: str, factors: str, sensitivity: str) -> list[str]:
+    """``factors`` and ``sensitivity`` are artifacts below build/, as in the variant's settings."""
     folder, _, rest = factors.partition("/")
     measured, _, curves = sensitivity.partition("/")
     stages = ["calibrate"] if folder in ("scale", "induce") or measured == "curves" else []
@@ -182,9 +166,23 @@ def own_stages(name: str, factors: str, sensitivity: str) -> list[str]:
     return [*stages, f"prune-{name}"]
 
 
+def current() -> Results:
+    """What the stages left for the model and the variants that params.yaml names.
+
+    Raises:
+        SparselineError: a file is missing or damaged, or params.yaml cannot be used.
+    """
+    texts = {name: Text(text["rows"], text["length"]) for name, text in params.section("texts").items() if text["use"] == "evaluate"}
+    names, exported = list(params.section("variants") or {}), list(params.section("exported") or {})
+    measured = [DENSE, *params.section("tasks.variants")]
+    tasks = dict.fromkeys(params.section("tasks.presets"), measured)
+    written = params.FILE.read_text(encoding="utf-8")
+    return collect(Path("build"), params.load(ReportParams, "report"), names, texts, exported, tasks, written)
+
+
 def collect(
     build: Path,
-    params: ReportParams,
+    settings: ReportParams,
     names: Sequence[str],
     texts: Mapping[str, Text],
     exported: Sequence[str],
@@ -202,9 +200,9 @@ def collect(
     weighed = {DENSE: "prepare"} | {name: f"export@{name}" for name in exported}
     variants = [_variant(build, name, weighed.get(name), _tasks(build, name, tasks)) for name in (DENSE, *names)]
     source = _read(build / "prepare" / "model.json", "prepare")
-    measured = any("sensitivity" in variant.costs for variant in variants)
+    measured = any("sensitivity" in variant.stages for variant in variants)
     estimate = _read(build / "sensitivity" / "estimate.json", "sensitivity") if measured else {}
-    return Results(params.title, params.baseline, source, texts, tuple(variants), _choice(build), estimate, _sources(build), written)
+    return Results(settings.title, settings.baseline, source, texts, tuple(variants), _choice(build), estimate, _sources(build), written)
 
 
 def _sources(build: Path) -> tuple[Source, ...]:
@@ -221,9 +219,7 @@ def _sources(build: Path) -> tuple[Source, ...]:
 
 
 def _choice(build: Path) -> Choice:
-    found = _read(build / "choice.json", "choose")
-    seconds = [_read(build / "costs" / f"evaluate-{name}.json", f"evaluate@{name}")["wall_s"] for name in found["perplexity"]]
-    return Choice(**found, evaluation_s=sum(seconds))
+    return Choice(**_read(build / "choice.json", "choose"))
 
 
 def _tasks(build: Path, name: str, presets: Mapping[str, Sequence[str]]) -> dict[str, Task]:
@@ -242,14 +238,9 @@ def _variant(build: Path, name: str, weighed: str | None, tasks: Mapping[str, Ta
     stage = "evaluate-dense" if name == DENSE else f"evaluate@{name}"
     evaluated = _read(build / "evaluate" / f"{name}.json", stage)
     completions = _read(build / "completions" / f"{name}.json", stage)
-    facts: Mapping[str, Any] = {}
-    costs = {}
-    if name != DENSE:
-        facts = _read(build / "facts" / f"{name}.json", f"prune@{name}")
-        for stage in own_stages(name, facts["settings"]["factors"], facts["settings"]["sensitivity"]):
-            costs[stage] = Cost(**_read(build / "costs" / f"{stage}.json", stage.replace("-", "@", 1)))
+    facts = {} if name == DENSE else _read(build / "facts" / f"{name}.json", f"prune@{name}")
     sizes = _read(build / "sizes" / f"{name}.json", weighed) if weighed else {}
-    return Variant(name, evaluated["perplexity"], tasks, [Completion(**sample) for sample in completions], facts, costs, sizes)
+    return Variant(name, evaluated["perplexity"], tasks, [Completion(**sample) for sample in completions], facts, sizes)
 
 
 def _read(path: Path, stage: str) -> Any:
@@ -285,24 +276,21 @@ def comparison(results: Results) -> list[Column]:
     columns.append(Column("", "sparsity", tuple(wording.sparsity(variant.sparsity) for variant in variants)))
     for text in results.text_names:
         values = [variant.perplexity.get(text) for variant in variants]
-        columns.append(_column(PERPLEXITY + text, "ppl", values, wording.perplexity, best=min))
+        columns.append(column_of(PERPLEXITY + text, "ppl", values, wording.perplexity, best=min))
         gaps = [gap_closed(results, variant, text) for variant in variants]
         if any(gap is not None for gap in gaps):
-            column = _column(PERPLEXITY + text, "gap closed", gaps, wording.gap, best=max)
+            column = column_of(PERPLEXITY + text, "gap closed", gaps, wording.gap, best=max)
             cells = tuple("baseline" if v.name == results.baseline else cell for v, cell in zip(variants, column.cells, strict=True))
             columns.append(Column(column.group, column.head, cells, column.best))
     for task in results.task_names:
         found = [variant.tasks.get(task) for variant in variants]
-        column = _column("accuracy, %", task, [one.acc if one else None for one in found], lambda share: f"{100 * share:.1f}", best=max)
+        column = column_of("accuracy, %", task, [one.acc if one else None for one in found], lambda share: f"{100 * share:.1f}", best=max)
         cells = tuple(f"{cell} ± {100 * one.stderr:.1f}" if one else ABSENT for one, cell in zip(found, column.cells, strict=True))
         columns.append(Column(column.group, column.head, cells, column.best))
-    if results.pruned:
-        columns.append(_column("cost", "seconds", [variant.seconds for variant in variants], seconds, best=min))
-        columns.append(_column("cost", "peak GB", [v.peak_bytes for v in variants], lambda size: f"{size / 1e9:.2f}", best=min))
     return columns
 
 
-def _column(group: str, head: str, values: Sequence[float | None], show: Any, best: Any) -> Column:
+def column_of(group: str, head: str, values: Sequence[float | None], show: Any, best: Any) -> Column:
     """Cells as text; the best of the pruned variants is marked with its ties, if there is anything to choose from."""
     cells = tuple(ABSENT if value is None else str(show(value)) for value in values)
     rivals = {row: value for row, value in enumerate(values) if row > 0 and value is not None}
@@ -354,15 +342,6 @@ def points(results: Results) -> list[dict[str, Any]]:
     text = results.main_text
     measured = [variant for variant in results.variants if text in variant.perplexity]
     return [{"variant": variant.name, "text": text, "perplexity": variant.perplexity[text]} for variant in measured if text]
-
-
-def costs(results: Results) -> dict[str, Any]:
-    """What report/costs.json holds: wall seconds and peak memory of the pruned variants (by stage: the report itself)."""
-    return {v.name: {"seconds": round(v.seconds or 0.0, 1), "peak_gb": round((v.peak_bytes or 0) / 1e9, 3)} for v in results.pruned}
-
-
-def seconds(value: float) -> str:
-    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 # Matrices as depth × kind

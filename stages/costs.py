@@ -1,0 +1,22 @@
+"""Print the comparison with what each variant cost on this machine, and complete the report's section Costs (not a stage: costs differ)."""
+
+from pathlib import Path
+
+import click
+
+from pipeline_lib.core import artifacts, runtime
+from pipeline_lib.reporting import costs, render, table
+
+OUT = Path("report/costs.js")
+
+
+@click.command(help=__doc__)
+def main() -> None:
+    with runtime.told():
+        results, measured = table.current(), costs.collect()
+        artifacts.write_text(OUT, render.costs(results, measured))
+        click.echo(table.plain(costs.comparison(results, measured)))
+
+
+if __name__ == "__main__":
+    main()
