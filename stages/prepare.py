@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core import artifacts, environment, params, runtime
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import track
 from pipeline_lib.export.sizes import Bytes, Weights, summary
@@ -54,7 +54,7 @@ def main() -> None:
             "family": entry.family,
             "dtype": str(checkpoint.dtype).removeprefix("torch."),
             "parameters": checkpoint.parameters,
-            "versions": artifacts.read_json(runtime.ENVIRONMENT),
+            "versions": artifacts.read_json(environment.FILE),
             "sha256": {name: artifacts.sha256(directory / name) for name in track(files, "prepare, hashes", "files")},
         }
         artifacts.write_json(OUT / "model.json", facts)

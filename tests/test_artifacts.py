@@ -3,20 +3,25 @@
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+import stages.environment
+from pipeline_lib.core import environment
 from pipeline_lib.core.artifacts import read_json, read_tensors, replacing, sha256, write_json, write_tensors, write_text
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import Params, load, merge, parse, section
-from pipeline_lib.core.runtime import check_environment, device, generator, resume_key, scratch, stage
+from pipeline_lib.core.runtime import device, generator, resume_key, scratch, stage
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.transforms.transform import Transform, read_transforms, write_transforms
 
@@ -304,7 +309,7 @@ def test_a_stage_tells_its_error_and_exits_with_2(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_json(tmp_path / "env.lock.json", {})
+    environment.write()
     with pytest.raises(SystemExit) as caught, stage():
         raise SparselineError("bad input; mend it.")
     assert caught.value.code == 2
@@ -323,7 +328,7 @@ def test_a_stage_tells_its_error_and_exits_with_2(
 def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Linux's device that is always full; what safetensors raises was seen on a full tmpfs. Other errors keep their traceback."""
     monkeypatch.chdir(tmp_path)
-    write_json(tmp_path / "env.lock.json", {})
+    environment.write()
     with pytest.raises(SystemExit) as caught, stage(), Path("/dev/full").open("w") as full:
         full.write("x")
     assert caught.value.code == 2
@@ -341,7 +346,7 @@ def test_bad_thread_counts_are_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_json(tmp_path / "env.lock.json", {})
+    environment.write()
     monkeypatch.setenv("SPARSELINE_THREADS", threads)
     with pytest.raises(SystemExit), stage():
         pass
@@ -349,14 +354,37 @@ def test_bad_thread_counts_are_told(
 
 
 def test_other_packages_are_refused(tmp_path: Path) -> None:
-    """major.minor decide; what is installed is named."""
-    here = ".".join(torch.__version__.split(".")[:2])
-    write_json(tmp_path / "env.json", {"torch": here})
-    check_environment(tmp_path / "env.json")
-    for locked in ({"torch": "1.0"}, {"python": "3.1"}):
-        write_json(tmp_path / "env.json", locked)
-        with pytest.raises(SparselineError, match=r"wants (torch 1\.0|python 3\.1), but"):
-            check_environment(tmp_path / "env.json")
+    """The sentence names what differs, what runs and the remedy. Oracles: this process's versions."""
+    path = tmp_path / "env.json"
+    here = {"python": platform.python_version(), **{name: version(name).split("+")[0] for name in ("numpy", "torch", "transformers")}}
+    write_json(path, here)
+    environment.check(path)
+    wrong: list[tuple[Any, str]] = [
+        ({**here, "torch": "2.13.9"}, rf"torch 2\.13\.9, but {here['torch']} runs"),
+        ({**here, "python": "3.1"}, r"python 3\.1, but"),
+    ]
+    wrong += [
+        ({**here, "gone": "1.0"}, r"gone 1\.0, but no such package"),
+        ({}, "python not at all, but"),
+        ([], "python not at all"),
+        ({**here, "numpy": None}, "numpy None"),
+    ]
+    for locked, told in wrong:
+        write_json(path, locked)
+        with pytest.raises(SparselineError, match=told + ".*make environment"):
+            environment.check(path)
+
+
+def test_the_versions_that_run_are_written_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As `make environment` does. Oracle: the checks afterwards, and the file's bytes, which are the same wherever these versions run."""
+    monkeypatch.chdir(tmp_path)
+    Path("env.lock.json").write_text('{"python": "2.7"}', encoding="utf-8")
+    first = CliRunner().invoke(stages.environment.main)
+    assert (first.exit_code, "python" in first.output) == (0, True)
+    environment.check()
+    written = Path("env.lock.json").read_bytes()
+    assert CliRunner().invoke(stages.environment.main).output == ""
+    assert Path("env.lock.json").read_bytes() == written
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,27 +2,23 @@
 
 import errno
 import hashlib
-import json
 import os
-import platform
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import click
 import torch
 from safetensors import SafetensorError
 
-from pipeline_lib.core import products
+from pipeline_lib.core import environment, products
 from pipeline_lib.core.artifacts import sha256, write_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import duration
 
-ENVIRONMENT = Path("env.lock.json")
 COSTS = Path("build/costs")
 
 
@@ -43,28 +39,6 @@ def generator(seed: int, name: str) -> torch.Generator:
     """Randomness that depends on the seed and on what it is for, never on the order of calls."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def check_environment(path: Path = ENVIRONMENT) -> None:
-    """Refuse to run with other packages than the artifacts' key says (env.lock.json is a dep of the numeric stages).
-
-    Raises:
-        SparselineError: a version differs in major or minor.
-    """
-    try:
-        wanted = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SparselineError(f"{path} cannot be read as JSON ({error}); restore it: git checkout {path}.") from error
-    for name, locked in wanted.items():
-        try:
-            here = platform.python_version() if name == "python" else version(name)
-        except PackageNotFoundError as error:
-            raise SparselineError(f"{path} wants {name} {locked}, which is not installed; run `make environment`.") from error
-        if here.split(".")[:2] != locked.split("."):
-            mend = "run `make environment`" if name != "python" else "use that Python"
-            raise SparselineError(
-                f"{path} wants {name} {locked}, but {here} runs here; {mend}, or change the file to accept other results."
-            )
 
 
 @contextmanager
@@ -106,7 +80,7 @@ def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str]
                 raise SparselineError(f"SPARSELINE_THREADS={threads} is not a positive whole number.")
             torch.set_num_threads(int(threads))
         products.choose()
-        check_environment()
+        environment.check()
         yield lambda text: click.echo(f"{text}; {duration(time.monotonic() - started)}")
     usage = resource.getrusage(resource.RUSAGE_SELF)
     if output is not None:
