@@ -1,8 +1,13 @@
 # `make run` and `make test` set up what they need. Settings: SPARSELINE_DEVICE, SPARSELINE_THREADS, SPARSELINE_SCRATCH (see README).
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The Python of the environment: the first of these that runs and is 3.11 to 3.14.
+PYTHONS := python3.11 python3 python3.12 python3.13 python3.14
+RIGHT := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for python in $(PYTHONS); do if $$python -c '$(RIGHT)' 2>/dev/null; then echo $$python; break; fi; done)
 VENV ?= .venv
-BIN := $(abspath $(VENV))/bin
+BIN := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
 export PATH := $(BIN):$(PATH)
+# Threads that wait for each other spin otherwise: beside another busy process everything takes five to ten times as long.
+export OMP_WAIT_POLICY ?= PASSIVE
 # Fewer page faults on the CPU: glibc returns large blocks to the system eagerly unless told otherwise.
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
@@ -11,6 +16,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 .PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-refresh bench-latency bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
+	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true  # an archive without .git
 	dvc repro
 	@echo; python -m stages.costs; echo; echo "report: report/index.html"
 
@@ -111,12 +117,14 @@ screenshots:  ## docs/report-*.png from report/index.html, with chromium
 	sh docs/screenshots.sh
 
 environment: $(VENV)/.ready
+	@python -m stages.environment
 
 $(VENV)/.ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 to 3.14 with venv is here; install one (Debian: apt-get install python3-venv)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
 clean:  ## remove the environment; artifacts stay in DVC's cache
-	rm -rf $(VENV)
+	rm -rf "$(VENV)"
