@@ -202,3 +202,9 @@ def tree(directory: Path) -> dict[str, str]:
     """Path -> SHA-256 of every file below a directory."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def results(project: Path) -> dict[str, str]:
+    """``tree`` of what DVC tracks below build/ and report/: all but the records of cost, which differ from run to run."""
+    found = {f"{folder}/{path}": digest for folder in ("build", "report") for path, digest in tree(project / folder).items()}
+    return {path: digest for path, digest in found.items() if not path.startswith(("build/costs/", "report/costs.js"))}

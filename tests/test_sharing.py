@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from project import ROOT, WANDA, build, change_params, commit, environment, make_project, run, tree
+from project import ROOT, WANDA, build, change_params, commit, environment, make_project, results, run, tree
 from ruamel.yaml import YAML
 from test_pipeline import executed, restored
 
@@ -78,7 +78,7 @@ def damaged(store: Path) -> list[Path]:
 
 
 def same_results(a: Path, b: Path) -> bool:
-    return all(tree(a / folder) == tree(b / folder) for folder in ("build", "report"))
+    return results(a) == results(b)
 
 
 # One machine: a cache directory for several clones
@@ -147,6 +147,29 @@ def test_two_clones_share_a_cache_and_hold_a_model_once(ran: Path, tmp_path: Pat
     for path in set((store / "files").rglob("*")) - earlier:
         modes["directory" if path.is_dir() else "object"].add(path.stat().st_mode & 0o7777)
     assert modes == {"directory": {0o2775}, "object": {0o444}}  # the group may add objects, nobody change one
+
+
+def test_a_second_clone_of_what_is_shipped_computes_nothing(tmp_path: Path) -> None:
+    """The tracked files as they are, the embedded model and a variant that needs few stages. Oracle: DVC's account of both clones.
+
+    A dvc.lock among them would name outputs that no cache has, and then DVC looks no further.
+    """
+    shipped = tmp_path / "shipped"
+    for name in subprocess.run(("git", "ls-files"), cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (ROOT / name).exists() and not name.startswith(("benchmarks/", "docs/")):
+            (shipped / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, shipped / name)
+    assert not (shipped / "dvc.lock").exists()
+    run(shipped, "git", "init", "--quiet", "--initial-branch", "main")
+    run(shipped, "git", "config", "user.name", "test")
+    run(shipped, "git", "config", "user.email", "test@localhost")
+    commit(shipped)
+    first, second = (clone_of(shipped, tmp_path / name, cache=tmp_path / "cache") for name in ("first", "second"))
+    computed = executed(run(first, "dvc", "repro", "evaluate@magnitude"))
+    assert {"prepare", "prune@magnitude", "evaluate@magnitude"} <= computed
+    again = run(second, "dvc", "repro", "evaluate@magnitude")
+    assert (executed(again), restored(again)) == (set(), computed)
+    assert same_results(first, second)
 
 
 # Several machines: remotes
