@@ -13,7 +13,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
 .PHONY: run test sshd check format plan compare sweep deps screenshots environment clean
-.PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-refresh bench-latency bench-verify
+.PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-refresh bench-latency bench-busy bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true  # an archive without .git
@@ -77,6 +77,9 @@ bench-rivals: environment  ## testbeds: our presets and baselines against llm-co
 
 bench-refresh: environment  ## fast Hessian update against recomputing, at LLaMA-7B layer shapes (about 15 minutes)
 	python -m benchmarks.refresh
+
+bench-busy: environment  ## dvc repro beside a busy process, against an idle machine (about 15 minutes; wants a quiet machine)
+	python -m benchmarks.busy
 
 bench-latency: environment  ## what sparsity does to speed: dense against 2:4 on a GPU, or what zeros are worth on this CPU
 	python -m benchmarks.latency

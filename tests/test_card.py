@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from pipeline_lib.reporting.wording import recipe
 from project import ROOT
 
 from pipeline_lib.export.card import Measured, Pruned, card
+from pipeline_lib.export.wording import recipe
 
 DENSE, OWN = 2.0, 2.25  # ln ppl
 SIZES = {
