@@ -21,7 +21,17 @@ from pipeline_lib.core.params import merge
 from pipeline_lib.pruning.prune import PruneParams
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("pipeline_lib", "stages", "dvc.yaml", "env.lock.json", ".dvcignore", ".gitignore", "data/tasks", "data/stdlib.json")
+COPIED = (
+    "pipeline_lib",
+    "stages",
+    "dvc.yaml",
+    "env.lock.json",
+    ".dvcignore",
+    ".gitignore",
+    "data/tasks",
+    "data/stdlib.json",
+    "data/errors",
+)
 FIT = {"epochs": 2, "batch_rows": 4, "patience": 2}
 WANDA = {
     "factors": "prepare/identity.safetensors",
