@@ -175,7 +175,7 @@ def test_neither_length_nor_indentation_gives_the_answer_away() -> None:
 
 @made_here
 def test_every_text_is_from_held_out_test_modules_only() -> None:
-    lists = json.loads((ROOT / "data/stdlib.json").read_text(encoding="utf-8"))
+    lists = json.loads((ROOT / "data/held_out.json").read_text(encoding="utf-8"))
     seen_elsewhere = "\n".join(squeezed("\n".join(read(m) for m in lists["calibration"] + lists["validation"])))
     lines = {module: set(squeezed(read(module))) for module in lists["test"]}
     made = [(item["module"], item["context"], item["choices"]) for item in items("next_line")]

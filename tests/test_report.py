@@ -143,6 +143,7 @@ def make(build: Path, depth: int = 3) -> Path:
             write(f"sizes/{name}.json", sizes(name))
     for name, use in (("calibration", "calibrate"), ("validation", "evaluate"), ("test", "evaluate")):
         rows = {"rows": 8, "length": 32, "documents": 1, "tokens": 1234, "seed": 0 if use == "calibrate" else None, "kind": "files"}
+        rows |= {"start": "document"}
         write_tensors(build / "texts" / use / f"{name}.safetensors", {}, rows | {"sha256": {f"{name}.txt": f"{len(name):064d}"}})
     write("choice.json", {"text": "validation", "chosen": "full", "perplexity": {"base": math.exp(2.5), "full": math.exp(2.125)}})
     for seconds, name in enumerate(("base", "full"), 7):

@@ -1,5 +1,6 @@
 """Read ``params.yaml`` into the frozen pydantic model that lives beside each algorithm."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,21 @@ class Params(BaseModel):
 
 
 P = TypeVar("P", bound=Params)
+
+
+def check_name(kind: str, name: object) -> None:
+    """A name becomes part of file names, of DVC's stage names and of dotted keys, so that it may not hold everything.
+
+    Args:
+        kind: what is named, for the message ("variant", "text").
+        name: a key of params.yaml; YAML may read it as a number or as true.
+
+    Raises:
+        SparselineError: the name has other characters than ASCII letters, digits, '-' and '_', or none.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        quotes = "" if isinstance(name, str) else "; put it in quotes, since YAML reads it as something else than a name"
+        raise SparselineError(f"{FILE}: the {kind} name {name!r} cannot be used: a name may have letters, digits, '-' and '_'{quotes}.")
 
 
 def section(name: str, path: Path = FILE) -> Any:
