@@ -550,8 +550,8 @@ def test_provenance_is_complete(build: Path, rendered: Report) -> None:
         assert f"{len(path.stem):064d}  {path.stem}, {path.stem}.txt" in rendered.markdown
     assert f"{'0' * 64}  config.json" in rendered.markdown
     assert "| versions | torch 2.13 |" in rendered.markdown
-    assert "| calibration | calibration | files | 8 | 32 | 1 | 1,234 | 0 |" in rendered.markdown
-    assert "| test | evaluation | files | 8 | 32 | 1 | 1,234 | none: in order |" in rendered.markdown
+    assert "| calibration | calibration | files | 8 | 32 | 1 | 1,234 | each document | 0 |" in rendered.markdown
+    assert "| test | evaluation | files | 8 | 32 | 1 | 1,234 | each document | none: in order |" in rendered.markdown
     assert "seed: 0  # &lt;of the rows&gt;" in rendered.html and "seed: 0  # <of the rows>" in rendered.markdown
 
 

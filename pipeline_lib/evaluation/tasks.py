@@ -187,7 +187,7 @@ def _load(manager: "TaskManager", preset: Preset, folder: Path) -> dict[str, "Ta
 
     try:
         tasks: dict[str, Task] = manager.load(preset.names)["tasks"]
-    except (OSError, DatasetsError) as error:
+    except (OSError, KeyError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SparselineError(f"The data of tasks {', '.join(preset.names)} cannot be read: {reason}") from error
     for name, task in tasks.items():
