@@ -27,10 +27,17 @@ def _zstd(raw: bytes) -> bytes:
         import zstandard
     except ImportError as error:
         raise SparselineError("zstd is read by the package zstandard, which is not installed: pip install zstandard") from error
-    try:
-        return bytes(zstandard.ZstdDecompressor().decompressobj(read_across_frames=True).decompress(raw))
-    except zstandard.ZstdError as error:
-        raise OSError(str(error)) from error
+    parts = []
+    while raw:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            parts.append(frame.decompress(raw))
+        except zstandard.ZstdError as error:
+            raise OSError(str(error)) from error
+        if not frame.eof:  # the package itself says nothing of a file that was cut off
+            raise EOFError("the file ends too early")
+        raw = frame.unused_data
+    return b"".join(parts)
 
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress, ".zst": _zstd}
