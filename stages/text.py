@@ -23,7 +23,7 @@ BEGINS = {"document": "each document begins with the start token", "row": "each 
 @click.argument("name")
 def main(name: str) -> None:
     with runtime.stage(Path(f"build/costs/text-{name}.json")) as tell:
-        uses = {key: value["use"] for key, value in params.section("texts").items()}
+        uses = {key: value.get("use") for key, value in params.section("texts").items() if isinstance(value, dict)}
         for key in [name, *uses]:
             params.check_name("text", key)
         settings = params.load(TextParams, f"texts.{name}")
