@@ -25,6 +25,7 @@ from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.folding import fold
+from pipeline_lib.models.start import start
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.models.whole import load_model
@@ -65,8 +66,10 @@ class Testbed:
     def rows(self, text: str, seed: int | None = None, count: int | None = None) -> torch.Tensor:
         """Token rows [N, 256]; as many as the protocol says, or ``count``."""
         documents = _documents(TEXTS[text])
-        cut = TextParams.model_construct(path=TEXTS[text], packing="concatenate", rows=count or ROWS[text], length=LENGTH, seed=seed)
-        return rows_of(encode(load_tokenizer(ROOT / self.name, self.checkpoint.config.vocab_size), documents, chat_template=False), cut)
+        asked = {"path": TEXTS[text], "packing": "concatenate", "rows": count or ROWS[text], "length": LENGTH, "seed": seed}
+        cut = TextParams.model_construct(**asked, chat_template=False, distinct=1)
+        tokenizer = load_tokenizer(ROOT / self.name, self.checkpoint.config.vocab_size)
+        return rows_of(encode(tokenizer, documents), cut, start("document", self.checkpoint.config.model_type, tokenizer))
 
     def calibration(self, seed: int) -> dict[str, torch.Tensor]:
         """``fit`` and ``held_out`` rows."""
@@ -118,6 +121,6 @@ def scrambled(bed: Testbed, root: Path, seed: int, spread: float = 1.0) -> Testb
 @functools.cache
 def _documents(name: str) -> list[str]:
     if name == CODE:
-        return [str(document) for document in read_texts(params.load(TextParams, "texts.calibration")).documents]
+        return read_texts(params.load(TextParams, "texts.calibration")).documents
     text = (ROOT / "texts" / f"{name}.txt").read_text(encoding="utf-8")
     return [document.strip("\n") for document in text.split("<|doc|>\n") if document.strip()]

@@ -501,6 +501,8 @@ DATA = [
         ("data/texts/test.txt", "3 rows of 32 tokens", "8 are asked for", "lower rows"),
     ),
     Mistake("no such text", "text test", params(texts__test__path="data/texts/none.txt"), ("data/texts/none.txt", "path")),
+    Mistake("a text's name", "text test", params(**{"texts__a b": {}}), ("text name 'a b'", "letters, digits")),
+    Mistake("a repeated letter", "text test", written("data/texts/test.txt", "a" * 999), ("2 different tokens", "`distinct` of 16")),
     Mistake("unknown use", "text test", params(texts__test__use="train"), ("texts.test.use", "'train'", "evaluate")),
     *(
         Mistake(

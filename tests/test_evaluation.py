@@ -175,7 +175,7 @@ def test_neither_length_nor_indentation_gives_the_answer_away() -> None:
 
 @made_here
 def test_every_text_is_from_held_out_test_modules_only() -> None:
-    lists = json.loads((ROOT / "data/stdlib.json").read_text(encoding="utf-8"))
+    lists = json.loads((ROOT / "data/held_out.json").read_text(encoding="utf-8"))
     seen_elsewhere = "\n".join(squeezed("\n".join(read(m) for m in lists["calibration"] + lists["validation"])))
     lines = {module: set(squeezed(read(module))) for module in lists["test"]}
     made = [(item["module"], item["context"], item["choices"]) for item in items("next_line")]
@@ -301,6 +301,49 @@ def test_tasks_that_cannot_be_used(tokenizer: PreTrainedTokenizerFast, tmp_path:
     (tmp_path / "letters.jsonl").unlink()
     with pytest.raises(SparselineError, match=r"cannot be read: .*letters\.jsonl"):
         run_tasks(repeater(), tokenizer, *local)
+
+
+@pytest.mark.usefixtures("at_root")
+def test_data_outside_the_folder_are_told(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """DVC watches the folder alone: its files, links to files, and nothing behind a link to a directory."""
+    folder = tmp_path / "tasks"
+    for one in (folder, tmp_path / "else"):
+        one.mkdir()
+        local_task(one, [0, 1, 0, 1])
+    (tmp_path / "else" / "letters.yaml").rename(tmp_path / "else" / "base.yaml")
+    (folder / "link").symlink_to(tmp_path / "else")
+    (folder / "link.jsonl").symlink_to(tmp_path / "else" / "letters.jsonl")
+    local = params(path=folder, names=["letters"], limit=None)
+    reads = lambda **options: local_task(folder, [0, 1, 0, 1], dataset_kwargs=options)  # noqa: E731
+    for name in (tmp_path / "else" / "letters.jsonl", folder / ".." / "else" / "letters.jsonl", folder / "link" / "letters.jsonl"):
+        for files in ({"test": str(name)}, {"test": [str(folder / "letters.jsonl"), str(name)]}):
+            reads(data_files=files)
+            with pytest.raises(SparselineError, match=r"The task letters reads .*, which is outside .*tasks \(tasks\.path\)"):
+                run_tasks(repeater(), tokenizer, *local)
+    reads(data_files={"test": str(folder / "link.jsonl")})
+    assert run_tasks(repeater(), tokenizer, *local)["letters"]["acc"] == 1.0
+    local_task(folder, [0, 1, 0, 1], dataset_path=str(tmp_path / "else"), dataset_kwargs={"data_files": {"test": "letters.jsonl"}})
+    with pytest.raises(SparselineError, match=r"The task letters reads .*else, which is outside"):
+        run_tasks(repeater(), tokenizer, *local)
+    local_task(folder, [0, 1, 0, 1], include="../else/base.yaml")
+    with pytest.raises(SparselineError, match=r"letters\.yaml: include: \.\./else/base\.yaml, which is outside"):
+        run_tasks(repeater(), tokenizer, *local)
+
+
+@pytest.mark.usefixtures("at_root")
+@pytest.mark.parametrize(("model_type", "begun"), [("gemma", True), ("llama", False)])
+def test_gemmas_requests_begin_with_the_start_token(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model_type: str, begun: bool
+) -> None:
+    """As its rows do, though this tokenizer adds none by itself. Oracle: the token ids that the model is given."""
+    model, seen = repeater(), []
+    model.config.model_type = model_type
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get("input_ids", args[0] if args else None)), with_kwargs=True
+    )
+    local_task(tmp_path, [0, 1, 0, 1])
+    assert run_tasks(model, tokenizer, *params(path=tmp_path, names=["letters"], limit=None))["letters"]["acc"] == 1.0
+    assert seen and all((batch[:, 0] == 0).all().item() is begun for batch in seen)
 
 
 def test_no_tasks(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -145,6 +145,7 @@ def make(build: Path, depth: int = 3) -> Path:
             write(f"sizes/{name}.json", sizes(name))
     for name, use in (("calibration", "calibrate"), ("validation", "evaluate"), ("test", "evaluate")):
         rows = {"rows": 8, "length": 32, "documents": 1, "tokens": 1234, "seed": 0 if use == "calibrate" else None, "kind": "files"}
+        rows |= {"start": "document"}
         write_tensors(build / "texts" / use / f"{name}.safetensors", {}, rows | {"sha256": {f"{name}.txt": f"{len(name):064d}"}})
     write("choice.json", {"text": "validation", "chosen": "full", "perplexity": {"base": math.exp(2.5), "full": math.exp(2.125)}})
     probed = {"estimator": "fisher", "probes": 24, "rows_per_probe": 2, "output_moments": "none"}
@@ -571,8 +572,8 @@ def test_provenance_is_complete(build: Path, rendered: Report) -> None:
         assert f"{len(path.stem):064d}  {path.stem}, {path.stem}.txt" in rendered.markdown
     assert f"{'0' * 64}  config.json" in rendered.markdown
     assert "| versions | torch 2.13 |" in rendered.markdown
-    assert "| calibration | calibration | files | 8 | 32 | 1 | 1,234 | 0 |" in rendered.markdown
-    assert "| test | evaluation | files | 8 | 32 | 1 | 1,234 | none: in order |" in rendered.markdown
+    assert "| calibration | calibration | files | 8 | 32 | 1 | 1,234 | each document | 0 |" in rendered.markdown
+    assert "| test | evaluation | files | 8 | 32 | 1 | 1,234 | each document | none: in order |" in rendered.markdown
     assert "seed: 0  # &lt;of the rows&gt;" in rendered.html and "seed: 0  # <of the rows>" in rendered.markdown
 
 

@@ -2,7 +2,7 @@
 
     python data/tasks/make_tasks.py --output data/tasks
 
-Reads the modules that ``data/stdlib.json`` lists under "test" from this Python's own library (the committed files: 3.11.7) and
+Reads the modules that ``data/held_out.json`` lists under "test" from this Python's own library (the committed files: 3.11.7) and
 writes, next to the lm-eval task definitions:
 
 ``next_line.jsonl``  consecutive lines of a function, then which of four lines follows. The three others begin statements elsewhere in
@@ -257,7 +257,7 @@ def _write(path: Path, items: list[Item]) -> None:
 @click.option("--seed", default=0, show_default=True)
 def main(output: Path, count: int, seed: int) -> None:
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = json.loads((Path(__file__).parent.parent / "stdlib.json").read_text(encoding="utf-8"))
+    names = json.loads((Path(__file__).parent.parent / "held_out.json").read_text(encoding="utf-8"))
     copied = _known("\n".join((root / name).read_text(encoding="utf-8") for name in names["calibration"] + names["validation"]))
     lines: dict[str, list[Item]] = {}
     programs: dict[str, list[Item]] = {}

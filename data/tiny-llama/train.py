@@ -2,7 +2,7 @@
 
     python data/tiny-llama/train.py --output data/tiny-llama
 
-Reads the standard library and the installed packages' ``.py`` files, without the modules that ``data/stdlib.json`` holds out
+Reads the standard library and the installed packages' ``.py`` files, without the modules that ``data/held_out.json`` holds out
 for calibration, validation and test, and without any file that repeats them. Writes tokenizer, config, bf16 safetensors and
 ``training.json``, from which the model card quotes. The first run leaves its tokens in ``--work``, so a repeat starts at once.
 """
@@ -120,7 +120,7 @@ def loss_of(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
 def main(output: Path, work: Path, minutes: float, steps: int, batch: int, rate: float, seed: int) -> None:
     torch.manual_seed(seed)
     work.mkdir(parents=True, exist_ok=True)
-    held_out = json.loads((Path(__file__).parent.parent / "stdlib.json").read_text())
+    held_out = json.loads((Path(__file__).parent.parent / "held_out.json").read_text())
     stdlib_root = Path(sysconfig.get_paths()["stdlib"])
     if not (work / "tokens.npy").exists():
         own, packages, dropped = collect(sorted(itertools.chain(*held_out.values())), seed)

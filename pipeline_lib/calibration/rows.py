@@ -1,66 +1,87 @@
 """Documents to rows of token ids."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pipeline_lib.calibration.texts import Document, TextParams
+from pipeline_lib.calibration.texts import TextParams
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import Watched
 from pipeline_lib.core.runtime import generator
+from pipeline_lib.models.start import Start
 
 TOGETHER = 1000  # documents that the tokenizer is given at once
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, documents: list[Document], chat_template: bool, watched: Watched = iter) -> list[list[int]]:
-    """Each document as the start token (the tokenizer's BOS, else EOS) and its tokens, or as its chat template renders it.
-
-    ``watched`` sees every thousand documents pass.
-
-    Raises:
-        SparselineError: chat messages without a template, or the reverse.
-    """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if chat_template:
-        if tokenizer.chat_template is None:
-            raise SparselineError("texts: chat_template is true, but this model's tokenizer has none; set it to false.")
-        if any(isinstance(document, str) for document in documents):
-            raise SparselineError("texts: chat_template is true, but a document is plain text; give lists of {role, content} messages.")
-        return [tokenizer.apply_chat_template(document, tokenize=True, return_dict=False) for document in documents]
-    if not all(isinstance(document, str) for document in documents):
-        raise SparselineError("texts: a document is a list of messages; set chat_template: true, or choose a field that holds text.")
-    encoded = []
+def encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], watched: Watched = iter) -> list[list[int]]:
+    """Each document's tokens, without any that the tokenizer adds. ``watched`` sees every thousand documents pass."""
+    encoded: list[list[int]] = []
     for first in watched(range(0, len(documents), TOGETHER)):
-        batch = tokenizer(documents[first : first + TOGETHER], add_special_tokens=False, verbose=False)["input_ids"]
-        encoded += [([] if start is None else [start]) + list(ids) for ids in batch]
+        batch = tokenizer(list(documents[first : first + TOGETHER]), add_special_tokens=False, verbose=False)["input_ids"]
+        encoded += [list(ids) for ids in batch]
     return encoded
 
 
-def rows_of(documents: list[list[int]], params: TextParams) -> torch.Tensor:
+def begin(documents: list[list[int]], start: Start, chat_template: bool) -> list[list[int]]:
+    """Documents with the start token where ``document`` asks for it, and without it otherwise.
+
+    A chat begins as its template says: no second start token is put before it, and with ``row`` or ``none`` its own is taken off.
+    """
+    if start.token is None:
+        return documents
+    if not chat_template:
+        return [[start.token, *ids] for ids in documents] if start.place == "document" else documents
+    if start.place == "document":
+        return documents
+    return [ids[1:] if ids[:1] == [start.token] else ids for ids in documents]
+
+
+def rows_of(documents: list[list[int]], params: TextParams, start: Start) -> torch.Tensor:
     """Rows [N, T] of token ids.
 
     ``concatenate`` joins all documents and cuts the stream into rows; ``document`` takes one row from each document that is long
-    enough, at a random place. With a seed the rows are drawn at random without replacement, else they are the first.
+    enough, at a random place. With a seed the rows are drawn at random without replacement, else they are the first. With
+    ``start.place`` row, a row is the start token and T - 1 tokens of text.
 
     Raises:
-        SparselineError: too little text for the rows asked for.
+        SparselineError: too little text for the rows asked for, or too few different tokens in it.
     """
+    documents = begin(documents, start, params.chat_template)
+    length = params.length - (start.place == "row")
     if params.packing == "concatenate":
-        stream = torch.tensor([token for document in documents for token in document])
-        rows = stream[: len(stream) // params.length * params.length].view(-1, params.length)
+        stream = torch.tensor([token for document in documents for token in document], dtype=torch.long)
+        rows = stream[: len(stream) // length * length].view(-1, length)
     else:
         random = generator(params.seed or 0, "document")
-        fitting = [torch.tensor(document) for document in documents if len(document) >= params.length]
-        starts = [int(torch.randint(len(d) - params.length + 1, (1,), generator=random)) for d in fitting]
-        cut = [document[start : start + params.length] for document, start in zip(fitting, starts, strict=True)]
-        rows = torch.stack(cut) if cut else torch.empty(0, params.length, dtype=torch.long)
+        fitting = [torch.tensor(document) for document in documents if len(document) >= length]
+        places = [int(torch.randint(len(d) - length + 1, (1,), generator=random)) for d in fitting]
+        cut = [document[place : place + length] for document, place in zip(fitting, places, strict=True)]
+        rows = torch.stack(cut) if cut else torch.empty(0, length, dtype=torch.long)
     if len(rows) < params.rows:
         raise SparselineError(
             f"The text at {params.path} gives {len(rows)} rows of {params.length} tokens, but {params.rows} are asked for; "
             "give more text or lower rows or length."
         )
     if params.seed is None:
-        return rows[: params.rows]
-    return rows[torch.randperm(len(rows), generator=generator(params.seed, "rows"))[: params.rows]]
+        rows = rows[: params.rows]
+    else:
+        rows = rows[torch.randperm(len(rows), generator=generator(params.seed, "rows"))[: params.rows]]
+    if start.place == "row" and start.token is not None:
+        rows = torch.cat([torch.full((len(rows), 1), start.token), rows], dim=1)
+    return _checked(rows, params)
+
+
+def _checked(rows: torch.Tensor, params: TextParams) -> torch.Tensor:
+    found = len(rows.unique())
+    if found < params.distinct:
+        raise SparselineError(
+            f"The text at {params.path} has only {found} different tokens in {len(rows)} rows, fewer than its `distinct` of "
+            f"{params.distinct}: give other text, or lower `distinct` where the vocabulary is that small."
+        )
+    if len(rows) > 1 and len(rows.unique(dim=0)) == 1:
+        raise SparselineError(f"The text at {params.path} gives {len(rows)} rows that are all the same; give other text.")
+    return rows
 
 
 def split(rows: torch.Tensor, held_out: float) -> dict[str, torch.Tensor]:

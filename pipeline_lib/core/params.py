@@ -34,7 +34,8 @@ def check_name(kind: str, name: object) -> None:
         SparselineError: the name has other characters than ASCII letters, digits, '-' and '_', or none.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise SparselineError(f"{FILE}: the {kind} name {name!r} cannot be used: a name may have letters, digits, '-' and '_'.")
+        quotes = "" if isinstance(name, str) else "; put it in quotes, since YAML reads it as something else than a name"
+        raise SparselineError(f"{FILE}: the {kind} name {name!r} cannot be used: a name may have letters, digits, '-' and '_'{quotes}.")
 
 
 def section(name: str, path: Path = FILE) -> Any:

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import Params
 from pipeline_lib.core.progress import Progress
+from pipeline_lib.models.start import usual
 
 if TYPE_CHECKING:
-    from lm_eval.api.task import Task
+    from lm_eval.api.task import Task, TaskConfig
     from lm_eval.tasks import TaskManager
 
 FILE_FORMATS = {"csv", "json", "parquet", "text"}  # dataset_path of tasks that read files
@@ -56,7 +57,7 @@ def run_tasks(
     and torch's global generators, as lm-eval does. Progress is told under the name ``what``.
 
     Raises:
-        SparselineError: no such task, one that measures no accuracy, or one whose data cannot be read.
+        SparselineError: no such task, one that measures no accuracy, or one whose data cannot be read or are not below ``params.path``.
     """
     if not preset.names:
         return {}
@@ -64,7 +65,12 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     class Watched(HFLM):  # type: ignore[misc]
-        """Its own bar is among what is held back."""
+        """Its own bar is among what is held back; where the family's rows begin with the start token, every request does."""
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+            tokens: list[int] = super().tok_encode(string, add_special_tokens, **options)
+            bare = begins and add_special_tokens is not False and tokens[:1] != [self.prefix_token_id]
+            return [self.prefix_token_id, *tokens] if bare else tokens
 
         def _loglikelihood_tokens(self, requests: Any, **options: Any) -> Any:
             with Progress(what, len(requests), "requests", stream=stream) as self.progress:
@@ -76,13 +82,15 @@ def run_tasks(
             return logits
 
     stream = sys.stderr
+    begins = usual(model.config.model_type) == "row"
     with _quiet():
+        _check_includes(params.path)
         manager = _manager(params.path, preset.names)
         random.seed(preset.seed)
         np.random.seed(preset.seed)  # noqa: NPY002 - the generator that tasks' own code draws from
         torch.manual_seed(preset.seed)
         with _datasets(private=all(_reads_files(manager, name) for name in preset.names)):
-            tasks = _load(manager, preset)
+            tasks = _load(manager, preset, params.path)
             lm = Watched(
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),  # HFLM gives it a padding token
@@ -130,15 +138,62 @@ def _reads_files(manager: "TaskManager", name: str) -> bool:
     return (manager.task_index[name].cfg or {}).get("dataset_path") in FILE_FORMATS
 
 
-def _load(manager: "TaskManager", preset: Preset) -> dict[str, "Task"]:
+def _check_includes(folder: Path) -> None:
+    """Definitions in the folder include none from outside, which DVC would not watch."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for path in sorted(folder.glob("**/*.yaml")):
+        try:
+            found = load_yaml(path, resolve_func=False, recursive=False).get("include", [])
+        except Exception:  # lm-eval passes over such files, too
+            continue
+        for name in found if isinstance(found, list) else [found]:
+            _check_watched(folder, path.resolve().parent / str(name), f"{path}: include: {name}")
+
+
+def _check_data(folder: Path, name: str, config: "TaskConfig") -> None:
+    """A local task's data are in the folder, or in a dataset of the hub.
+
+    Raises:
+        SparselineError: a file, directory or address elsewhere, which DVC would not watch.
+    """
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as READERS
+
+    dataset, options = str(config.dataset_path or ""), config.dataset_kwargs or {}
+    files = options.get("data_files") or []
+    named = [
+        one for value in (files.values() if isinstance(files, dict) else [files]) for one in ([value] if isinstance(value, str) else value)
+    ]
+    if dataset in READERS:
+        local = [*named, *filter(None, [options.get("data_dir")])]
+    else:
+        local = [one for one in named if "://" in one or one.startswith("/")]
+        local += [dataset] if Path(dataset).exists() else []
+    for one in local:
+        if "://" in one:
+            raise SparselineError(f"The task {name} reads {one}, which may change under cached results; copy the file into {folder}.")
+        _check_watched(folder, Path(one), f"The task {name} reads {one}")
+
+
+def _check_watched(folder: Path, path: Path, what: str) -> None:
+    """A link to a file is watched, a link to a directory is not."""
+    place = path.parent.resolve() / path.name
+    if not place.is_relative_to(folder.resolve()) or (place.is_dir() and place.is_symlink()):
+        raise SparselineError(f"{what}, which is outside {folder} (tasks.path), where DVC watches nothing; copy it there.")
+
+
+def _load(manager: "TaskManager", preset: Preset, folder: Path) -> dict[str, "Task"]:
     from datasets.exceptions import DatasetsError
 
     try:
         tasks: dict[str, Task] = manager.load(preset.names)["tasks"]
-    except (OSError, DatasetsError) as error:
+    except (OSError, KeyError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SparselineError(f"The data of tasks {', '.join(preset.names)} cannot be read: {reason}") from error
     for name, task in tasks.items():
+        defined = manager.task_index[name].yaml_path if name in manager.task_index else None
+        if defined is None or defined.resolve().is_relative_to(folder.resolve()):
+            _check_data(folder, name, task.config)
         if "acc" not in task.aggregation():
             known = ", ".join(task.aggregation())
             raise SparselineError(f"The task {name} measures no accuracy, only: {known}; choose tasks that have the metric acc.")

@@ -512,6 +512,8 @@ def _texts(results: Results) -> list[Column]:
     columns.append(Column("", "kind", tuple(text.facts["kind"] for text in found), numeric=False))
     for head, key in (("rows", "rows"), ("tokens per row", "length"), ("documents", "documents"), ("their tokens", "tokens")):
         columns.append(Column("", head, tuple(f"{text.facts[key]:,}" for text in found)))
+    begins = {"document": "each document", "row": "each row", "none": "none"}
+    columns.append(Column("", "start token", tuple(begins[text.facts["start"]] for text in found), numeric=False))
     seeds = (text.facts["seed"] for text in found)
     return [*columns, Column("", "seed of the rows", tuple("none: in order" if seed is None else str(seed) for seed in seeds))]
 

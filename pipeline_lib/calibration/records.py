@@ -1,0 +1,188 @@
+"""Files of text and of records: which file is read as what, its compression, its encoding, and where each record stands.
+
+JSON is read by Python's json and Parquet by pyarrow, not by ``datasets``: that package makes all records alike (a message gets the
+keys of all other messages, as nulls, which a chat template sees), names no line in its errors, and writes a cache.
+"""
+
+import bz2
+import codecs
+import gzip
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline_lib.core.errors import SparselineError
+
+Placed = tuple[str, Any]  # where a record was read ("a.jsonl, line 3"), and the record
+KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+SPACE = re.compile(r"[ \t\r\n]*")  # what JSON counts as white space
+
+
+def _zstd(raw: bytes) -> bytes:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise SparselineError("zstd is read by the package zstandard, which is not installed: pip install zstandard") from error
+    parts = []
+    while raw:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            parts.append(frame.decompress(raw))
+        except zstandard.ZstdError as error:
+            raise OSError(str(error)) from error
+        if not frame.eof:  # the package itself says nothing of a file that was cut off
+            raise EOFError("the file ends too early")
+        raw = frame.unused_data
+    return b"".join(parts)
+
+
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress, ".zst": _zstd}
+
+
+def _suffix(path: Path) -> str:
+    """The suffix in lower case, without that of a compression."""
+    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    return inner.suffix.lower()
+
+
+def holds_records(path: Path) -> bool:
+    """Whether a file's name says that it holds records; any other file is one plain text."""
+    return _suffix(path) in READERS
+
+
+def unpack(path: Path, raw: bytes) -> bytes:
+    """A file's bytes, decompressed where its last suffix names a compression.
+
+    Raises:
+        SparselineError: the bytes are damaged, or a package is missing.
+    """
+    decompress = COMPRESSIONS.get(path.suffix.lower())
+    if decompress is None:
+        return raw
+    try:
+        return decompress(raw)
+    except SparselineError as error:
+        raise SparselineError(f"{path}: {error}; or decompress the file.") from error
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise SparselineError(f"{path} cannot be decompressed ({error}); its name says {path.suffix}.") from error
+
+
+def decode(path: Path, raw: bytes) -> str:
+    """UTF-8 text; a byte order mark is taken off.
+
+    Raises:
+        SparselineError: the bytes are in another encoding, or are no text.
+    """
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        raise SparselineError(f"{path} is UTF-16 or UTF-32 text; convert it to UTF-8, for example with `iconv -f UTF-16 -t UTF-8`.")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SparselineError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    if "\0" in text:
+        raise SparselineError(f"{path} is not UTF-8 text (it holds NUL bytes: another encoding, or no text at all).")
+    return text
+
+
+def kind(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    return KINDS.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def check_characters(value: Any, where: str) -> None:
+    """Refuse lone surrogates, which JSON can write, but no tokenizer takes.
+
+    Raises:
+        SparselineError: a string within ``value`` holds one.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(error.object[error.start]):04x}"
+        raise SparselineError(f"{where}: the text holds {found}, half of a surrogate pair, which is no character; remove it.") from error
+
+
+def read_records(path: Path, raw: bytes, field: str | None) -> Iterator[Placed]:
+    """``field`` of every record of a file, with the record's place.
+
+    Raises:
+        SparselineError: the file is damaged, or a record has no such field.
+    """
+    for where, record in READERS[_suffix(path)](path, raw, field):
+        yield where, pick(record, field, where)
+
+
+def pick(record: Any, field: str | None, where: str) -> Any:
+    """A record's field: the key itself, else the path of keys that its dots separate.
+
+    Raises:
+        SparselineError: the record is no object, or has no such field.
+    """
+    if not isinstance(record, dict):
+        raise SparselineError(f"{where}: a record must be an object with fields, not {kind(record)}.")
+    value: Any = record
+    for key in [field] if field in record else (field or "").split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise _no_field(where, field, record)
+        value = value[key]
+    return value
+
+
+def _no_field(where: str, field: str | None, names: Iterable[Any]) -> SparselineError:
+    has = ", ".join(map(str, names)) or "none"
+    return SparselineError(f"{where}: no record with the field {field!r}; set the text's `field` to one of its fields: {has}.")
+
+
+def _json(path: Path, raw: bytes, field: str | None) -> Iterator[Placed]:
+    """One array of records, or records one after the other (JSON Lines, but a record may also span lines)."""
+    text = decode(path, raw)
+    decoder = json.JSONDecoder()
+    end, line = 0, 1
+    while True:
+        begin = _after_space(text, end)
+        line += text.count("\n", end, begin)
+        if begin == len(text):
+            return
+        try:
+            value, end = decoder.raw_decode(text, begin)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", type(error).__name__)
+            raise SparselineError(f"{path}, line {line}: no JSON record begins here ({reason}).") from error
+        if isinstance(value, list) and line == 1 and _after_space(text, end) == len(text):
+            yield from ((f"{path}, record {number}", record) for number, record in enumerate(value, 1))
+            return
+        yield f"{path}, line {line}", value
+        line += text.count("\n", begin, end)
+
+
+def _after_space(text: str, begin: int) -> int:
+    found = SPACE.match(text, begin)
+    assert found is not None  # the pattern matches nothing, too
+    return found.end()
+
+
+def _parquet(path: Path, raw: bytes, field: str | None) -> Iterator[Placed]:
+    """Only the field's own column is read."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        file = ParquetFile(pyarrow.BufferReader(raw))
+        names = file.schema_arrow.names
+        column = field if field in names else (field or "").split(".")[0]
+        if column not in names:
+            raise _no_field(str(path), field, names)
+        for batch in file.iter_batches(columns=[column]):
+            for value in batch.column(column).to_pylist():
+                number += 1
+                yield f"{path}, record {number}", {column: value}
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise SparselineError(f"{path} cannot be read as Parquet after {number} records: {' '.join(str(error).split())}") from error
+
+
+READERS = {".jsonl": _json, ".ndjson": _json, ".json": _json, ".parquet": _parquet}

@@ -1,0 +1,43 @@
+"""The start-of-sequence token: which one a model has, and where its family's usual evaluation puts it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline_lib.core.errors import SparselineError
+
+Place = Literal["document", "row", "none"]
+
+# Model types whose evaluations give every row a start token; the others' give one to every document.
+# Gemma's perplexity on WikiText-2 is about 650 without it and 21 with it; lm-eval forces it for this family
+# (EleutherAI/lm-evaluation-harness#1465, huggingface/transformers#29250). GPTQ's, SparseGPT's and Wanda's scripts tokenise
+# the joined text once, so that only its beginning has the token: `document` for a text of one document.
+ROW = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the start token stands in the rows of a text."""
+
+    place: Place
+    token: int | None  # None: the tokenizer has none, and place is "none"
+
+
+def usual(model_type: str) -> Place:
+    """Where the family's usual evaluation has the start token."""
+    return "row" if model_type in ROW else "document"
+
+
+def start(place: Place | None, model_type: str, tokenizer: PreTrainedTokenizerBase) -> Start:
+    """The place asked for, or the family's usual one for None; the token is the tokenizer's BOS, else its EOS.
+
+    Raises:
+        SparselineError: a start token is asked for, but the tokenizer has none.
+    """
+    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if token is not None:
+        return Start(place or usual(model_type), token)
+    if place in (None, "none"):
+        return Start("none", None)
+    raise SparselineError(f"params.yaml: a text has start: {place}, but the model's tokenizer has no start token; set start: none.")
