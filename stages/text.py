@@ -12,7 +12,7 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import track
 from pipeline_lib.models.checkpoint import locate, read_config
 from pipeline_lib.models.source import ModelParams
-from pipeline_lib.models.tokenizer import load_tokenizer
+from pipeline_lib.models.tokenizer import check_ids, load_tokenizer
 
 
 @click.command(help=__doc__)
@@ -33,6 +33,7 @@ def main(name: str) -> None:
         watched = partial(track, what=f"text {name}, tokens", units="thousands of documents")
         documents = encode(tokenizer, texts.documents, settings.chat_template, watched)
         rows = rows_of(documents, settings)
+        check_ids(rows, config.vocab_size, tokenizer)
         tensors = split(rows, settings.held_out) if settings.use == "calibrate" else {"rows": rows}
         facts = texts.provenance | {"tokens": sum(map(len, documents)), "rows": len(rows), "length": settings.length, "seed": settings.seed}
         artifacts.write_tensors(Path(f"build/texts/{settings.use}/{name}.safetensors"), tensors, facts)
