@@ -518,7 +518,7 @@ MODELS = [
         "tokenizer of a larger vocabulary",
         "prepare",
         replace_model(vocab_size=100),
-        ("data/model", "tokenizer", "plain letters", "100", "own tokenizer"),
+        ("data/model", "tokenizer", "plain text", "100", "own tokenizer"),
     ),
     Mistake(
         "no tokenizer", "prepare", remove("data/model/tokenizer.json", "data/model/tokenizer_config.json"), ("data/model", "tokenizer")

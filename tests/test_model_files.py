@@ -5,13 +5,14 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants
-from project import build, change_params, invoke, make_workspace
+from project import WANDA, build, change_params, invoke, make_workspace
 from safetensors.torch import load_file, save_file
 from tiny import all_tensors, load_full, make_model, token_rows
 from transformers import AutoModelForCausalLM
@@ -19,11 +20,13 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.export import manifest
-from pipeline_lib.models import source
+from pipeline_lib.export.load import tensors as bitmask_tensors
+from pipeline_lib.models import source, tokenizer
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
 from pipeline_lib.models.files import INDEX, find_files
 from pipeline_lib.models.names import select
 from pipeline_lib.models.source import ModelParams, fetch, not_fetched
+from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.models.whole import load_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -222,6 +225,77 @@ def test_tokens_without_an_embedding_are_told(model_paths: dict[str, Path]) -> N
     assert torch.equal(model(rows).logits, load_full(model_paths["llama"])(rows).logits)
     with pytest.raises(SparselineError, match="The text holds token 320, but the model's vocabulary has 320"):
         model(torch.tensor([[5, 320]]))
+
+
+def test_a_missing_package_is_named(copy_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer.model alone, without the package that reads it: not transformers' word for it, which names another."""
+    path = copy_of("llama")
+    (path / "tokenizer.json").rename(path / "tokenizer.model")
+
+    def lacking(package: str) -> str:
+        if package == "protobuf":
+            raise PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(tokenizer, "version", lacking)
+    with pytest.raises(
+        SparselineError, match=r"tokenizer\.model needs the package protobuf, which is not installed; run `make environment`"
+    ):
+        load_tokenizer(path, 320)
+
+
+def test_a_tokenizer_s_own_code_is_not_run(copy_of: Callable[[str], Path]) -> None:
+    """Oracle: the module that was not imported leaves no trace."""
+    path = copy_of("llama")
+    (path / "tokenizer.json").unlink()
+    own = {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
+    (path / "tokenizer_config.json").write_text(json.dumps(own))
+    (path / "own.py").write_text(f"import pathlib\npathlib.Path({str(path / 'ran')!r}).touch()\nclass Tokenizer: pass\n")
+    with pytest.raises(SparselineError, match=r"tokenizer"):
+        load_tokenizer(path, 320)
+    assert not (path / "ran").exists()
+
+
+def test_a_model_s_own_code_is_not_run(copy_of: Callable[[str], Path]) -> None:
+    """transformers has the family's code, which is taken. Oracle: the same weights without ``auto_map``; no trace of the module."""
+    path = copy_of("llama")
+    rows = token_rows(1, 5)
+    before = load_full(path)(rows).logits
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | {"auto_map": own}))
+    (path / "own.py").write_text(f"import pathlib\npathlib.Path({str(path / 'ran')!r}).touch()\n")
+    assert open_checkpoint(path).architecture.family == "llama" and "own.py" in open_checkpoint(path).others
+    assert torch.equal(load_model(path, "float32", torch.device("cpu"))(rows).logits, before)
+    assert not (path / "ran").exists()
+
+
+def test_float64_goes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of step on a checkpoint in float64. Oracle: dtypes, the masks' counts, and the bitmask format's bits."""
+    variants = {name: WANDA | {"selection": {"score": "obs", "group": "block"}} for name in ("fitted", "quantised")}
+    variants["fitted"] |= {"reconstruction": {"steps": ["obs", "lsq", "block"]}}
+    variants["quantised"] |= {"reconstruction": {"steps": ["obs"]}, "quantization": {"bits": 4, "group": 16}}
+    exports = {"fitted": {}, "quantised": {}}
+    workspace = make_workspace(
+        tmp_path / "project",
+        model={"dtype": torch.float64},
+        variants=variants,
+        induced={"fitted": {}},
+        curved={"fitted": {}},
+        exported=exports,
+    )
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "scratch"))
+    build(
+        "prepare", "text calibration", "text validation", "text test", "calibrate", "scale", "sensitivity", "curves fitted", "induce fitted"
+    )
+    build("evaluate dense")
+    for name in variants:
+        build(f"prune {name}", f"evaluate {name}", f"export {name}")
+        pruned = all_tensors(Path(f"build/prune/{name}/checkpoint"))
+        assert {tensor.dtype for tensor in pruned.values()} == {torch.float64}
+        facts = json.loads(Path(f"build/facts/{name}.json").read_text())
+        assert facts["kept"] * 2 == facts["prunable"] and all(one["layer_error"] < 1 for one in facts["matrices"].values())
+        assert all(torch.equal(tensor, pruned[key]) for key, tensor in bitmask_tensors(Path(f"build/export/{name}/bitmask")))
 
 
 # Patterns

@@ -18,7 +18,7 @@ def load_tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerBase:
     Tokens beyond the model's ``vocabulary`` are no mistake by themselves: a padding token is often added without an embedding.
 
     Raises:
-        SparselineError: there is none, a package that it needs is missing, or plain letters give ids that the model has no embedding for.
+        SparselineError: there is none, a package that it needs is missing, or plain text gives ids that the model has no embedding for.
     """
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         for package in SENTENCEPIECE:
@@ -32,6 +32,11 @@ def load_tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         probe = tokenizer(string.printable)["input_ids"]
     except Exception as error:  # transformers checks little, and raises whatever it meets
+        if "trust_remote_code" in str(error):
+            raise SparselineError(
+                f"{path / 'tokenizer_config.json'} asks for code of the tokenizer's own, which is never run; "
+                "put a tokenizer.json there that transformers reads without it."
+            ) from error
         raise SparselineError(f"{path} holds no tokenizer that transformers can load: {' '.join(str(error).split())}") from error
     if (
         not probe or not tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -39,7 +44,7 @@ def load_tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerBase:
         raise SparselineError(f"{path} holds no tokenizer files (tokenizer.json or vocabulary); copy the model's own there.")
     if max(probe) >= vocabulary:
         raise SparselineError(
-            f"{path}: the tokenizer does not match the model: plain letters give ids up to {max(probe)}, the model's vocabulary has "
+            f"{path}: the tokenizer does not match the model: plain text gives ids up to {max(probe)}, the model's vocabulary has "
             f"{vocabulary}; put the model's own tokenizer there."
         )
     return tokenizer
