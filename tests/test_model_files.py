@@ -56,6 +56,26 @@ def test_weights_are_those_that_transformers_resolves(tmp_path: Path, shard_size
     assert [str(path / name) for name in find_files(path).weights] == [str(file) for file in resolved]
 
 
+def test_an_index_of_one_file_is_no_second_set(tmp_path: Path) -> None:
+    """Some repositories have one beside model.safetensors. Oracle: its own weight_map; transformers reads the file, not the index."""
+    path = make_model(tmp_path / "model", "llama")
+    weight_map = dict.fromkeys(load_file(path / "model.safetensors"), "model.safetensors")
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    checkpoint = open_checkpoint(path)
+    assert not checkpoint.indexed and INDEX in checkpoint.left_out and INDEX not in checkpoint.others
+    write_unchanged(checkpoint, tmp_path / "out")
+    assert all_tensors(tmp_path / "out").keys() == weight_map.keys()
+
+
+@pytest.mark.parametrize("name", [INDEX, "model-00001-of-00002.safetensors"])
+def test_measuring_refuses_a_second_set_too(copy_of: Callable[[str], Path], name: str) -> None:
+    """Weights that someone puts into a pruned checkpoint are not measured in its name."""
+    path = copy_of("llama")
+    touch(path, name)
+    with pytest.raises(SparselineError, match=f"model.safetensors and {name}"):
+        load_model(path, "float32", torch.device("cpu"))
+
+
 def index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     def apply(path: Path) -> None:
         value = json.loads((path / INDEX).read_text())

@@ -55,7 +55,11 @@ def find_files(path: Path) -> Files:
     index: dict[str, str] | None = None
     weights: tuple[str, ...] = (WEIGHTS,)
     if WEIGHTS in names:
-        rivals = [name for name in (INDEX, *stored) if name in names and name != WEIGHTS]
+        rivals = [name for name in stored if name != WEIGHTS]
+        if INDEX in names and _names_one_file(path / INDEX):
+            left_out[INDEX] = "an index that one file does not need"
+        elif INDEX in names:
+            rivals.insert(0, INDEX)
     elif INDEX in names:
         index = _read_index(path / INDEX)
         weights = tuple(sorted(set(index.values())))
@@ -110,6 +114,14 @@ def _check_readable(path: Path) -> None:
         path.open("rb").close()
     except OSError as error:
         raise SparselineError(f"{path} cannot be read ({error.strerror}); give this user the right to read it.") from error
+
+
+def _names_one_file(index: Path) -> bool:
+    """Whether all that an index names is in model.safetensors."""
+    try:
+        return set(_read_index(index).values()) == {WEIGHTS}
+    except SparselineError:
+        return False
 
 
 def _read_index(path: Path) -> dict[str, str]:

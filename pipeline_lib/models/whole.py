@@ -9,11 +9,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline_lib.models import attention
 from pipeline_lib.models.checkpoint import read_config
+from pipeline_lib.models.files import find_files
 from pipeline_lib.models.tokenizer import check_ids
 
 
 def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The model in one copy, in evaluation mode, without gradients; token ids that it has no embedding for are told in one sentence."""
+    """The model in one copy, in evaluation mode, without gradients.
+
+    Raises:
+        SparselineError: two sets of weights, or none; and by every call of the model, a token id that it has no embedding for.
+    """
+    find_files(path)  # refuses what is ambiguous
     attention.register()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path, config=read_config(path), dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
