@@ -29,7 +29,7 @@ from pipeline_lib.export import bitmask, load
 from pipeline_lib.export.encoding import plan
 from pipeline_lib.export.groups import Quantisation
 from pipeline_lib.export.shards import one_by_one, partition
-from pipeline_lib.models.checkpoint import open_checkpoint, other_files
+from pipeline_lib.models.checkpoint import open_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 PAPER = {"end_to_end": 1.24, "source": "2602.21652, Table 4"}
@@ -163,7 +163,7 @@ def loading(repetitions: int) -> dict[str, Any]:
         source = open_checkpoint(directory / "dense")
         plans = {file: {name: plan(tensor) for name, tensor in one_by_one(source, names)} for file, names in partition(source).items()}
         bitmask.write(
-            directory / "bitmask", plans, source, Quantisation(directory / "none", source), other_files(source.path), indexed=False
+            directory / "bitmask", plans, source, Quantisation(directory / "none", source), (source.path, source.others), indexed=False
         )
         sizes = {kind: sum(p.stat().st_size for p in (directory / kind).glob("*.safetensors")) for kind in ("dense", "bitmask")}
 

@@ -9,8 +9,8 @@ from pipeline_lib.core import params, runtime
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.induction.induce import InduceParams
-from pipeline_lib.models.checkpoint import locate, open_checkpoint
-from pipeline_lib.models.source import ModelParams
+from pipeline_lib.models.checkpoint import open_checkpoint
+from pipeline_lib.models.source import ModelParams, fetch
 from pipeline_lib.planning.estimate import Work, estimate, exporting, measure_speed, pruning
 from pipeline_lib.pruning.prune import VariantParams
 from pipeline_lib.sensitivity.settings import SensitivityParams
@@ -20,7 +20,7 @@ from pipeline_lib.sensitivity.settings import SensitivityParams
 def main() -> None:
     with runtime.stage():
         model = params.load(ModelParams, "model")
-        checkpoint = open_checkpoint(locate(model.path, model.id, model.revision))
+        checkpoint = open_checkpoint(fetch(model))
         texts = {name: params.load(TextParams, f"texts.{name}") for name in params.section("texts")}
         calibration = next(text for text in texts.values() if text.use == "calibrate")
         names = params.section("variants")

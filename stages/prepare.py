@@ -1,6 +1,5 @@
 """Find the model, check it, and record what it is: the facts that every later stage's key hangs on."""
 
-import fnmatch
 import math
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,13 @@ from typing import Any
 import click
 
 from pipeline_lib.core import artifacts, environment, params, runtime
-from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import track
 from pipeline_lib.export.sizes import Bytes, Weights, summary
-from pipeline_lib.models.checkpoint import locate, open_checkpoint
-from pipeline_lib.models.source import ModelParams
-from pipeline_lib.models.tokenizer import load_tokenizer
+from pipeline_lib.models.checkpoint import open_checkpoint, remote_code
+from pipeline_lib.models.files import grouped
+from pipeline_lib.models.names import select
+from pipeline_lib.models.source import ModelParams, fetch, not_fetched, recorded_files
+from pipeline_lib.models.tokenizer import ids_beyond, load_tokenizer
 from pipeline_lib.transforms.transform import write_transforms
 
 OUT = Path("build/prepare")
@@ -23,30 +23,22 @@ OUT = Path("build/prepare")
 def main() -> None:
     with runtime.stage("prepare", OUT / "model.json") as tell:
         settings = params.load(ModelParams, "model")
-        directory = locate(settings.path, settings.id, settings.revision)
+        directory = fetch(settings)
         checkpoint = open_checkpoint(directory)
-        load_tokenizer(directory, checkpoint.config.vocab_size)
+        tokenizer = load_tokenizer(directory, checkpoint.config.vocab_size)
         entry = checkpoint.architecture
+        places = [(block, matrix) for block in range(entry.depth) for matrix in entry.matrices]
+        pruned = {checkpoint.block_prefix(block) + matrix.parameter for block, matrix in places}
+        never = [full for full, name in checkpoint.names.items() if name not in pruned]
+        selection = select([checkpoint.aliases(*place) for place in places], settings.include, settings.exclude, never)
         matrices: list[dict[str, Any]] = []
         parameters: dict[str, int] = {}  # that hold an included matrix -> weights
-        for block in range(entry.depth):
-            for matrix in entry.matrices:
-                name = entry.matrix_name(block, matrix)
-                kept = any(fnmatch.fnmatch(name, p) for p in settings.include) and not any(
-                    fnmatch.fnmatch(name, p) for p in settings.exclude
-                )
-                shape = list(checkpoint.matrix_shape(block, matrix))
-                matrices.append(
-                    {"name": name, "block": block, "label": matrix.label, "kind": matrix.kind, "shape": shape, "included": kept}
-                )
-                if kept:
-                    parameter = checkpoint.block_prefix(block) + matrix.parameter
-                    parameters[parameter] = math.prod(checkpoint.shapes[parameter])
-        if not any(matrix["included"] for matrix in matrices):
-            raise SparselineError("params.yaml: model.include and model.exclude leave no matrix to prune; widen include.")
-        files = sorted(
-            {*checkpoint.files.values(), *(p.name for p in directory.iterdir() if p.suffix in {".json", ".txt", ".model", ".jinja"})}
-        )
+        for (block, matrix), kept in zip(places, selection.included, strict=True):
+            name, shape = entry.matrix_name(block, matrix), list(checkpoint.matrix_shape(block, matrix))
+            matrices.append({"name": name, "block": block, "label": matrix.label, "kind": matrix.kind, "shape": shape, "included": kept})
+            if kept:
+                parameter = checkpoint.block_prefix(block) + matrix.parameter
+                parameters[parameter] = math.prod(checkpoint.shapes[parameter])
         facts = {
             "path": str(settings.path),
             "id": settings.id,
@@ -55,7 +47,7 @@ def main() -> None:
             "dtype": str(checkpoint.dtype).removeprefix("torch."),
             "parameters": checkpoint.parameters,
             "versions": artifacts.read_json(environment.FILE),
-            "sha256": {name: artifacts.sha256(directory / name) for name in track(files, "prepare, hashes", "files")},
+            "sha256": {name: artifacts.sha256(directory / name) for name in track(recorded_files(checkpoint), "prepare, hashes", "files")},
         }
         artifacts.write_json(OUT / "model.json", facts)
         artifacts.write_json(OUT / "matrices.json", matrices)
@@ -68,7 +60,16 @@ def main() -> None:
         weights = [Weights(total, total, bits) for total in parameters.values()]
         artifacts.write_json(Path("build/sizes/dense.json"), summary(weights, {"dense": size}))
         prunable = sum(math.prod(matrix["shape"]) for matrix in matrices if matrix["included"])
-        tell(f"prepare: {entry.family}, {checkpoint.parameters:,} parameters, {prunable:,} of them prunable in {entry.depth} blocks")
+        for line in grouped({**not_fetched(settings), **checkpoint.left_out}):
+            click.echo(f"prepare: not in any result: {line}")
+        if remote := remote_code(directory):
+            click.echo(f"prepare: code of the model's own ({remote[1]}) is never run; transformers' {remote[0]} takes its place")
+        if beyond := ids_beyond(tokenizer, checkpoint.config.vocab_size):
+            click.echo(
+                f"prepare: the tokenizer has tokens that the model has no embedding for ({beyond}); a text that holds one is refused"
+            )
+        told = f"{checkpoint.parameters:,} parameters, {prunable:,} of them prunable in {entry.depth} blocks"
+        tell(f"prepare: {entry.family}, {told}; {selection}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pipeline_lib.core.progress import track
 from pipeline_lib.models.checkpoint import locate, read_config
 from pipeline_lib.models.source import ModelParams
 from pipeline_lib.models.start import start
-from pipeline_lib.models.tokenizer import load_tokenizer
+from pipeline_lib.models.tokenizer import check_ids, load_tokenizer
 
 BEGINS = {"document": "each document begins with the start token", "row": "each row begins with the start token", "none": "no start token"}
 
@@ -42,6 +42,7 @@ def main(name: str) -> None:
         watched = partial(track, what=f"text {name}, tokens", units="thousands of documents")
         documents = encode(tokenizer, written, watched)
         rows = rows_of(documents, settings, begins)
+        check_ids(rows, config.vocab_size, tokenizer)
         tensors = split(rows, settings.held_out) if settings.use == "calibrate" else {"rows": rows}
         facts = texts.provenance | {
             "tokens": sum(map(len, documents)),

@@ -5,8 +5,9 @@ Oracle: the wording required of each mistake (words that must occur), exit code 
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,6 +16,7 @@ from click.testing import Result
 from project import REMOVED, build, change_json, change_params, invoke, make_workspace, read_params, run, tree, write_params
 from safetensors.torch import load_file, save_file
 from tiny import make_model
+from transformers import AutoTokenizer
 
 from pipeline_lib.core import artifacts
 
@@ -282,8 +284,20 @@ PARAMETERS = [
         ("allocation", "[0.9, 0.1]", "low <= high"),
     ),
     Mistake("one bound", "prune wanda", wanda(allocation={"density_bounds": [0.9]}), ("allocation.density_bounds", "missing")),
-    Mistake("nothing included", "prepare", params(model__include=["*.nothing"]), ("model.include", "model.exclude", "widen include")),
+    Mistake("nothing included", "prepare", params(model__include=[]), ("model.include", "model.exclude", "widen include")),
     Mistake("everything excluded", "prepare", params(model__exclude=["*"]), ("model.include", "model.exclude", "widen include")),
+    Mistake(
+        "a pattern that matches nothing",
+        "prepare",
+        params(model__include=["*.nothing"]),
+        ("model.include", "'*.nothing' matches no matrix", FIRST, "layers.1.mlp.down_proj"),
+    ),
+    Mistake("a set of letters", "prepare", params(model__exclude=["layers.[01].*"]), ("'layers.[01].*'", "brackets stand for themselves")),
+    Mistake("what is never pruned", "prepare", params(model__exclude=["lm_head"]), ("'lm_head'", "lm_head.weight, which is never pruned")),
+    Mistake(
+        "a bad expression", "prepare", params(model__exclude=["re:layers.(0"]), ("'re:layers.(0'", "no regular expression", "correct it")
+    ),
+    Mistake("a word for a list", "prepare", params(model__exclude="layers.0.*"), ("model.exclude", "'layers.0.*'", "list")),
     Mistake("a variant that says nothing", "prune wanda", params(variants__wanda=None), ("variants.wanda.factors", "missing")),
     Mistake("a word for a variant", "prune wanda", params(variants__wanda="on"), ("variants.wanda", "'on'", "mapping")),
     Mistake("a word for induction", "induce sparseline", params(induced__sparseline="on"), ("induced.sparseline", "'on'", "mapping")),
@@ -393,12 +407,32 @@ def config(**values: Any) -> Change:
     return lambda workspace: change_json(workspace / "data" / "model" / "config.json", lambda old: old | values)
 
 
-def weights(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
-    """Replace one stored tensor."""
+def written(name: str, content: str) -> Change:
+    def change(workspace: Path) -> None:
+        (workspace / name).write_text(content, encoding="utf-8")
+
+    return change
+
+
+def hub(model_id: str, revision: str | None) -> Change:
+    return params(model__path="data/hub.json", model__id=model_id, model__revision=revision)
+
+
+def added_token(workspace: Path) -> None:
+    """A token without an embedding: the model's vocabulary has 320."""
+    tokens = [f"<{number}>" for number in range(257, 320)] + ["<extra>"]
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "data/model")
+    tokenizer.add_tokens(tokens)
+    tokenizer.save_pretrained(workspace / "data/model")
+
+
+def weights(name: str, change: Callable[[torch.Tensor], torch.Tensor], more: Mapping[str, torch.Tensor] = MappingProxyType({})) -> Change:
+    """Replace one stored tensor, and add ``more``."""
 
     def apply(workspace: Path) -> None:
         tensors = load_file(workspace / WEIGHTS)
         tensors[name] = change(tensors[name].clone())
+        tensors |= more
         save_file(tensors, workspace / WEIGHTS, metadata={"format": "pt"})
 
     return apply
@@ -432,12 +466,59 @@ MODELS = [
     Mistake("no config", "prepare", remove("data/model/config.json"), ("data/model", "config.json")),
     Mistake("truncated weights", "prepare", cut_short, (str(WEIGHTS), "truncated", "fetch the checkpoint again")),
     Mistake("weights truncated after prepare", "calibrate", cut_short, (str(WEIGHTS), "truncated", "fetch the checkpoint again")),
-    Mistake("pickled weights only", "prepare", pickled, ("data/model", "pytorch_model.bin", "save_pretrained")),
+    Mistake("pickled weights only", "prepare", pickled, ("data/model", "pytorch_model.bin", "python -m stages.convert data/model OUT")),
+    Mistake(
+        "a commit without a hub model", "prepare", params(model__revision="0" * 40), ("model.revision", "model.id is null", "null too")
+    ),
+    Mistake("a directory as id", "prepare", hub("./data/model", None), ("'./data/model'", "local directory", "model.path")),
+    Mistake(
+        "a directory watched for a hub model", "prepare", params(model__id="org/name"), ("'data/model'", "'org/name'", "data/hub.json")
+    ),
+    Mistake("a hub model without a commit", "prepare", hub("org/name", None), ("model.revision = None", "full hash", "git ls-remote")),
+    Mistake("a branch as commit", "prepare", hub("org/name", "main"), ("model.revision = 'main'", "full hash", "git ls-remote")),
+    Mistake("a hub model that is not here", "prepare", hub("org/name", "0" * 40), ("'org/name'", "cannot be fetched from the hub")),
+    Mistake(
+        "another head",
+        "prepare",
+        config(architectures=["LlamaForSequenceClassification"]),
+        ("config.json", "LlamaForSequenceClassification", "LlamaForCausalLM"),
+    ),
+    Mistake(
+        "a value head",
+        "prepare",
+        weights(KEY, lambda tensor: tensor, {"v_head.summary.weight": torch.ones(1, 32)}),
+        ("data/model", "v_head.summary.weight", "pruning would lose it"),
+    ),
+    Mistake(
+        "a bias that the config does not know",
+        "prepare",
+        weights(KEY, lambda tensor: tensor, {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
+        ("self_attn.q_proj.bias", "LlamaForCausalLM has no place"),
+    ),
+    Mistake(
+        "two sets of weights",
+        "prepare",
+        written("data/model/model.safetensors.index.json", "{}"),
+        ("model.safetensors and model.safetensors.index.json", "keep the files of one set"),
+    ),
+    Mistake(
+        "a tokenizer file that came later",
+        "calibrate",
+        written("data/model/special_tokens_map.json", "{}"),
+        ("special_tokens_map.json has changed", "dvc repro"),
+    ),
+    Mistake(
+        "a token beyond the embedding",
+        "text calibration",
+        both(added_token, written("data/texts/calibration.txt", "letters <extra> " * 100)),
+        ("token 320 ('<extra>')", "vocabulary has 320"),
+        ("prepare",),
+    ),
     Mistake(
         "tokenizer of a larger vocabulary",
         "prepare",
         replace_model(vocab_size=100),
-        ("data/model", "tokenizer", "256", "100", "own tokenizer"),
+        ("data/model", "tokenizer", "plain text", "100", "own tokenizer"),
     ),
     Mistake(
         "no tokenizer", "prepare", remove("data/model/tokenizer.json", "data/model/tokenizer_config.json"), ("data/model", "tokenizer")
@@ -483,13 +564,6 @@ MODELS = [
         ("prepare",),
     ),
 ]
-
-
-def written(name: str, content: str) -> Change:
-    def change(workspace: Path) -> None:
-        (workspace / name).write_text(content, encoding="utf-8")
-
-    return change
 
 
 DATA = [

@@ -15,7 +15,8 @@ from tiny import ALL_FAMILIES, FAMILIES, all_tensors, load_full, make_model, mak
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.models.checkpoint import INDEX, Checkpoint, ShardWriter, locate, open_checkpoint
+from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, locate, open_checkpoint
+from pipeline_lib.models.files import INDEX
 from pipeline_lib.models.stream import BlockModel, OnDisk, Stream
 from pipeline_lib.models.whole import load_model
 
@@ -491,13 +492,15 @@ def test_an_unreadable_config_is_told(copy_of: Callable[[str], Path], text: str 
 
 
 def test_locate(model_paths: dict[str, Path], tmp_path: Path) -> None:
-    """Offline, the hub cannot be reached: told with the id and the revision, as is a path that is no directory."""
+    """A hub model is looked for in the cache alone: told with the id and the revision, as is a path that is no directory."""
     assert locate(model_paths["opt"], None, None) == model_paths["opt"]
     with pytest.raises(SparselineError, match="is not a directory; give the directory"):
         locate(tmp_path / "absent", None, None)
-    with pytest.raises(SparselineError, match=r"model\.id = 'sparseline/no-such-model' \(revision 'abc'\) cannot be fetched"):
+    with pytest.raises(
+        SparselineError, match=r"model\.id = 'sparseline/no-such-model' \(revision 'abc'\) is not in this machine's hub cache"
+    ):
         locate(tmp_path, "sparseline/no-such-model", "abc")
-    with pytest.raises(SparselineError, match="cannot be fetched"):
+    with pytest.raises(SparselineError, match="is no name of a model on the hub"):
         locate(tmp_path, "not a valid id!", None)
 
 

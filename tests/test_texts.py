@@ -773,9 +773,10 @@ def test_the_models_tokenizer_is_loaded(model_paths: dict[str, Path]) -> None:
 
 
 def test_a_tokenizer_of_another_model_is_told(model_paths: dict[str, Path]) -> None:
-    with pytest.raises(SparselineError, match=r"tokenizer does not match the model: its ids go up to 256, the model's vocabulary has 256"):
-        load_tokenizer(model_paths["opt"], 256)
-    assert load_tokenizer(model_paths["opt"], 257) is not None
+    """Letters without an embedding are certain to be met; one rare byte without one is not (its rows are refused)."""
+    with pytest.raises(SparselineError, match=r"the tokenizer does not match the model: plain text gives ids up to \d+, .* has 80"):
+        load_tokenizer(model_paths["opt"], 80)
+    assert load_tokenizer(model_paths["opt"], 256) is not None
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

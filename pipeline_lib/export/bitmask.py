@@ -11,14 +11,15 @@ import torch
 from pipeline_lib.core.artifacts import replacing, sha256
 from pipeline_lib.export import load, manifest, tensorfile
 from pipeline_lib.export.bits import words
+from pipeline_lib.export.dense import Others
 from pipeline_lib.export.encoding import PARTS, Plan, encode
 from pipeline_lib.export.groups import Quantisation
-from pipeline_lib.export.shards import copy, one_by_one
-from pipeline_lib.models.checkpoint import Checkpoint
+from pipeline_lib.export.shards import one_by_one
+from pipeline_lib.models.checkpoint import Checkpoint, copy_files
 
 
 def write(
-    out: Path, shards: Mapping[str, Mapping[str, Plan]], pruned: Checkpoint, quantisation: Quantisation, others: list[Path], indexed: bool
+    out: Path, shards: Mapping[str, Mapping[str, Plan]], pruned: Checkpoint, quantisation: Quantisation, others: Others, indexed: bool
 ) -> None:
     """A directory for ``load.load_model`` and ``stages.unpack``, read back and compared bit by bit before it gets its name.
 
@@ -37,8 +38,8 @@ def write(
                 "dense": dense_name,
                 "header_sha256": hashlib.sha256(header).hexdigest(),
             }
-        copy(others, directory)
-        files = {path.name: sha256(directory / path.name) for path in others}
+        copy_files(others[1], others[0], directory)
+        files = {name: sha256(directory / name) for name in others[1]}
         manifest.write(directory, {"weights": weights, "files": files, "indexed": indexed})
         for name, tensor in load.tensors(directory):
             ((_, original),) = pruned.read([name])

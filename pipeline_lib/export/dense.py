@@ -1,25 +1,27 @@
 """``dense``: the ordinary Hugging Face checkpoint."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline_lib.core.artifacts import read_json, replacing, write_json
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.export import tensorfile
-from pipeline_lib.export.shards import copy, write_index
+from pipeline_lib.export.shards import write_index
 from pipeline_lib.export.tensorfile import Blob
+from pipeline_lib.models.checkpoint import CONFIG, copy_files
 
-CONFIG = "config.json"
 METADATA = {"format": "pt"}  # transformers asks for it
+Others = tuple[Path, Sequence[str]]  # a directory and names of files below it
 
 
 def write(
     out: Path,
     shards: Mapping[str, Mapping[str, Blob]],
     tensors: Callable[[str], Iterable[tuple[str, torch.Tensor]]],
-    others: list[Path],
+    others: Others,
     indexed: bool,
     config: Mapping[str, Any] | None = None,
 ) -> None:
@@ -28,7 +30,7 @@ def write(
     Args:
         shards: file name -> what it holds.
         tensors: file name -> its tensors, asked for once and in order.
-        others: config, tokenizer and the like, copied.
+        others: config, tokenizer and the like: a directory, and the names of files below it that are copied.
         indexed: whether there is an index of files (there must be for more than one).
         config: keys added to config.json.
     """
@@ -39,9 +41,19 @@ def write(
         if indexed:
             files = {tensor: name for name, blobs in shards.items() for tensor in blobs}
             write_index(directory, files, sum(blob.bytes for blobs in shards.values() for blob in blobs.values()))
-        copy(others, directory)
+        copy_files(others[1], others[0], directory)
         if config:
             write_json(directory / CONFIG, read_json(directory / CONFIG) | dict(config))
+
+
+def check_unused(out: Path) -> None:
+    """What a command writes by hand takes nothing else's place.
+
+    Raises:
+        SparselineError: ``out`` is there, and is no empty directory.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SparselineError(f"{out} is there already; give a directory that is new or empty.")
 
 
 def file_bytes(shards: Mapping[str, Mapping[str, Blob]]) -> int:

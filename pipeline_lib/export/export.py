@@ -18,7 +18,7 @@ from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.export.shards import one_by_one, partition
 from pipeline_lib.export.sizes import Bytes, summary
 from pipeline_lib.export.survey import survey
-from pipeline_lib.models.checkpoint import INDEX, Checkpoint, open_checkpoint, other_files
+from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 
 PASSES = {"dense": 1, "bitmask": 2, "compressed-tensors": 1}  # over all tensors, beside the survey's
 Card = Callable[[str, Mapping[str, Any]], str]  # format, what build/sizes will hold -> README.md
@@ -71,7 +71,7 @@ def _export(
     entries = survey(pruned, Masks(prune / "masks", pruned), quantisation, pattern)
     shards = partition(source)
     blobs = {file: {name: entries[name].dense for name in names} for file, names in shards.items()}
-    others, indexed = other_files(pruned.path), (source.path / INDEX).exists()
+    others, indexed = (pruned.path, pruned.others), source.indexed
     matrices = {name: entry for name, entry in entries.items() if entry.pruned}
     formats = {"dense": Bytes(sum(entry.dense.bytes for entry in matrices.values()), dense.file_bytes(blobs))}
     with replacing(out) as directory:

@@ -28,8 +28,8 @@ class Groups:
         return tensor.T if self.transposed else tensor
 
     def spans(self, columns: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Group by group: its inputs, its scales [R, 1] in float32 or better, its zero points [R, 1]."""
-        scale = self.scale.to(torch.promote_types(self.scale.dtype, torch.float32))
+        """Group by group: its inputs, its scales [R, 1] in float32 (in which codes are made), its zero points [R, 1]."""
+        scale = self.scale.float()
         middle = torch.full(scale.shape, 2 ** (self.bits - 1)) if self.zero_point is None else self.zero_point
         for group in range(scale.shape[1]):
             inputs = slice(group * self.size, min((group + 1) * self.size, columns))
@@ -51,7 +51,7 @@ class Groups:
         return codes
 
     def weights(self, codes: torch.Tensor) -> torch.Tensor:
-        """The product in float32 or better, rounded once to the parameter's dtype; codes that are the zero point give 0.0."""
+        """The product in float32, rounded once to the parameter's dtype; codes that are the zero point give 0.0."""
         weight = torch.empty(codes.shape, dtype=self.scale.dtype)
         target, source = self.logical(weight), self.logical(codes)
         for inputs, scale, zero in self.spans(source.shape[1]):

@@ -51,12 +51,13 @@ def unpack(path: Path, out: Path) -> None:
     """Write the ordinary checkpoint that ``from_pretrained`` loads, in the files of the model that was pruned.
 
     Raises:
-        SparselineError: as ``tensors``; ``out`` is then not written.
+        SparselineError: as ``tensors``, or ``out`` is in use; it is then not written.
     """
+    dense.check_unused(out)
     checked = manifest.read(path)
     files = {entry["dense"]: _File(path, checked, name) for name, entry in checked["weights"].items()}
     shards = {name: file.blobs() for name, file in files.items()}
-    dense.write(out, shards, lambda name: files[name].tensors(), [path / name for name in checked["files"]], checked["indexed"])
+    dense.write(out, shards, lambda name: files[name].tensors(), (path, sorted(checked["files"])), checked["indexed"])
 
 
 class _File:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline_lib.core.artifacts import sha256, write_text
@@ -29,6 +29,12 @@ def add(directory: Path, name: str) -> None:
     write(directory, {key: value[key] for key in ("weights", "indexed")} | {"files": value["files"] | {name: sha256(directory / name)}})
 
 
+def _inside(name: str) -> bool:
+    """A plain relative path."""
+    path = PurePosixPath(name)
+    return path.as_posix() == name and name != "." and not path.is_absolute() and ".." not in path.parts
+
+
 def read(directory: Path) -> dict[str, Any]:
     """The manifest, after a look at it and at every file that is not weights.
 
@@ -51,8 +57,8 @@ def read(directory: Path) -> dict[str, Any]:
     found = value.get("format"), value.get("version")
     if found != (FORMAT, VERSION):
         raise SparselineError(f"{path} is of format {found[0]!r}, version {found[1]!r}; this reads {FORMAT!r}, version {VERSION}.")
-    names = [*value["files"], *value["weights"], *(entry["dense"] for entry in value["weights"].values())]
-    if any(Path(name).name != name for name in names):
+    weights = [*value["weights"], *(entry["dense"] for entry in value["weights"].values())]
+    if any(Path(name).name != name for name in weights) or not all(map(_inside, value["files"])):
         raise SparselineError(f"{path} names files outside its directory; take the checkpoint from another source.")
     for name, digest in value["files"].items():
         try:

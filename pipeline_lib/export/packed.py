@@ -141,7 +141,7 @@ def write(
     pruned: Checkpoint,
     quantisation: Quantisation,
     variant: str,
-    others: list[Path],
+    others: dense.Others,
     indexed: bool,
 ) -> None:
     """A directory for ``from_pretrained`` where compressed-tensors is installed; arguments as in ``dense.write``.

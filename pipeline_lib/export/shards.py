@@ -1,13 +1,13 @@
 """The source's files, and which tensors each of them holds: exported checkpoints are cut in the same places."""
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from pipeline_lib.core.artifacts import write_json
-from pipeline_lib.models.checkpoint import INDEX, Checkpoint
+from pipeline_lib.models.checkpoint import Checkpoint
+from pipeline_lib.models.files import INDEX
 
 
 def partition(source: Checkpoint) -> dict[str, list[str]]:
@@ -27,8 +27,3 @@ def one_by_one(checkpoint: Checkpoint, names: list[str]) -> Iterator[tuple[str, 
 def write_index(directory: Path, files: Mapping[str, str], total: int) -> None:
     """Which file holds which tensor, as transformers reads it; ``total`` are the tensors' bytes."""
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(files)})
-
-
-def copy(paths: list[Path], directory: Path) -> None:
-    for path in paths:
-        shutil.copyfile(path, directory / path.name)

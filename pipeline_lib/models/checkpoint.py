@@ -2,15 +2,16 @@
 
 import json
 import math
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig
@@ -19,21 +20,25 @@ from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models import attention
 from pipeline_lib.models.architecture import Architecture, Matrix
-from pipeline_lib.models.families import architecture
+from pipeline_lib.models.families import FAMILIES, architecture
+from pipeline_lib.models.files import INDEX, Files, find_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+BUFFER = "a buffer that transformers computes"
+# What older conversions stored beside the parameters, with its number of dimensions: causal masks, their fill value, rotary tables
+BUFFERS = {r"(attn|attention)\.bias": 4, r"(attn|attention)\.masked_bias": 0, r"rotary_emb\.inv_freq": 1}
 
 
 def locate(path: Path, hub_id: str | None, revision: str | None) -> Path:
-    """The local directory of a model: ``path`` itself, or the hub's snapshot of ``hub_id`` at ``revision``.
+    """The local directory of a model: ``path`` itself, or the snapshot of ``hub_id`` that prepare fetched. The hub is not called.
 
     Raises:
-        SparselineError: neither can be reached.
+        SparselineError: it is not here.
     """
     if hub_id is None:
         if not path.is_dir():
@@ -42,10 +47,14 @@ def locate(path: Path, hub_id: str | None, revision: str | None) -> Path:
             )
         return path
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise SparselineError(f"model.id = {hub_id!r} (revision {revision!r}) cannot be fetched from the hub: {reason}") from error
+        found = try_to_load_from_cache(hub_id, CONFIG, revision=revision)
+    except HFValidationError as error:
+        raise SparselineError(f"model.id = {hub_id!r} is no name of a model on the hub: {error}") from error
+    if not isinstance(found, str):
+        raise SparselineError(
+            f"model.id = {hub_id!r} (revision {revision!r}) is not in this machine's hub cache; fetch it with `python -m stages.prepare`."
+        )
+    return Path(found).parent
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,8 @@ class Checkpoint:
     """A model directory whose tensors are read lazily; nothing is in memory but their names.
 
     ``files`` and ``shapes`` hold what the model has as parameters, not the buffers (causal masks, rotary frequencies) that older
-    conversions stored beside them: transformers computes those, so that they are neither read, counted nor written.
+    conversions stored beside them: transformers computes those, so that they are neither read, counted nor written. ``left_out``
+    names them, with all other files and tensors of the source that are not in the result.
     """
 
     path: Path
@@ -64,6 +74,9 @@ class Checkpoint:
     prefix: str  # what precedes the base model's names ("model.", "transformer.", "gpt_neox." or nothing)
     dtype: torch.dtype
     names: Mapping[str, str]  # transformers' name of every parameter -> tensor name; tied parameters share theirs
+    indexed: bool  # the weights have an index
+    others: tuple[str, ...]  # config, tokenizer and the like, relative to path: copied verbatim beside new weights
+    left_out: Mapping[str, str]  # file or tensor -> why it is in no result
 
     def block_prefix(self, block: int) -> str:
         return f"{self.prefix}{self.architecture.blocks}.{block}."
@@ -77,6 +90,16 @@ class Checkpoint:
         """[R, C] of a logical matrix, without reading it."""
         rows, columns = matrix.view(torch.empty(self.shapes[self.block_prefix(block) + matrix.parameter], device="meta")).shape
         return rows, columns
+
+    def aliases(self, block: int, matrix: Matrix) -> list[str]:
+        """Every name that a pattern may use for a logical matrix: its own first, then its parameter's in files and in transformers."""
+        own = self.architecture.matrix_name(block, matrix)
+        whole = f"{self.architecture.blocks}.{block}.{matrix.parameter}"
+        stored = self.block_prefix(block) + matrix.parameter
+        full = next(full for full, name in self.names.items() if name == stored)
+        bases = {"": None, self.prefix: None, full.removesuffix(whole): None}
+        short = [own, whole.removesuffix(".weight")]
+        return list(dict.fromkeys(base + name + end for base in bases for name in short for end in ("", ".weight")))
 
     def read(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """The named tensors as stored, file by file.
@@ -113,46 +136,81 @@ def read_config(path: Path) -> PreTrainedConfig:
     """The model directory's config, the choice of attention kernel left to transformers: sdpa, or eager where the model has no sdpa.
 
     Raises:
-        SparselineError: there is none that transformers can read.
+        SparselineError: there is none that transformers can read without code of the model's own.
     """
+    if (path / ADAPTER).exists():
+        raise SparselineError(
+            f"{path} holds an adapter ({ADAPTER}), which is loaded on top of other weights; "
+            f"merge it into them (peft's merge_and_unload), and give the merged model without {ADAPTER}."
+        )
+    if not (path / CONFIG).is_file():
+        raise SparselineError(f"{path} holds no {CONFIG}; give the directory that holds config.json and *.safetensors.")
+    if (remote := remote_code(path)) and remote[0] not in FAMILIES:
+        raise SparselineError(
+            f"{path / CONFIG} asks for code of the model's own ({remote[1]}), which is never run; "
+            f"supported without it: {', '.join(sorted(FAMILIES))}."
+        )
     try:
-        config = AutoConfig.from_pretrained(path)
-        config._attn_implementation = None  # not what the machine had that wrote it, as flash_attention_2
-        return config
-    except (OSError, ValueError, KeyError) as error:
-        raise SparselineError(f"{path} holds no config.json that transformers can read: {str(error).splitlines()[0]}") from error
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers checks little, and raises whatever it meets
+        raise SparselineError(f"{path} holds no {CONFIG} that transformers can read: {_first_line(error)}") from error
+    if getattr(config, "transformers_weights", None):
+        raise SparselineError(
+            f"{path / CONFIG} names its weights by transformers_weights; remove that key and name them model.safetensors."
+        )
+    config._attn_implementation = None  # not what the machine had that wrote it, as flash_attention_2
+    return config
+
+
+def remote_code(path: Path) -> tuple[str, str] | None:
+    """The model type and the module of a config that names code of the model's own (``auto_map``), or None."""
+    try:
+        value = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        named = value.get("auto_map")
+        return (str(value.get("model_type")), str(next(iter(named.values())))) if named else None
+    except (OSError, ValueError, AttributeError, RecursionError, StopIteration):
+        return None  # told by transformers
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return " ".join(lines[:2]) if lines else type(error).__name__
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a Hugging Face model directory of safetensors.
 
     Raises:
-        SparselineError: no or an unsupported config, no weights, a missing or truncated shard, a tensor missing or of another shape.
+        SparselineError: no or an unsupported config, another head than a language model's, no weights or two sets of them, a missing
+            or truncated shard, a tensor missing, of another shape, or without a place in the model.
     """
     config = read_config(path)
-    entry = architecture(config)
-    model = skeleton(config, torch.float32)
+    try:
+        entry = architecture(config)
+        model = skeleton(config, torch.float32)
+    except SparselineError:
+        raise
+    except Exception as error:  # a negative width, no heads: what transformers' own code makes of numbers that make no model
+        raise SparselineError(f"{path / CONFIG} describes no model ({_first_line(error)}); fetch it again.") from error
+    _check_head(path, config, model)
+    found = find_files(path)
+    parts, extra = _stored(path, found)
     base = f"{model.base_model_prefix}."
-    parts: dict[str, tuple[str, tuple[int, ...], str]] = {}
-    for file_name in _weight_files(path):
-        try:
-            with safe_open(path / file_name, framework="pt") as file:
-                for name in file.keys():
-                    part = file.get_slice(name)
-                    parts[name] = file_name, tuple(part.get_shape()), part.get_dtype()
-        except (OSError, SafetensorError) as error:
-            raise SparselineError(f"{path / file_name} is missing or truncated ({error}); fetch the checkpoint again.") from error
     prefix = base if any(name.startswith(f"{base}{entry.blocks}.") for name in parts) else ""
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+    def stored_name(full: str) -> str:
+        name = full if prefix else full.removeprefix(base)
+        return entry.stored_head if name not in parts and name == "lm_head.weight" else name
+
+    either = tied | {source: target for target, source in tied.items()}  # a tie goes both ways: files may hold either tensor
     files, shapes, names = {}, {}, {}
     for full, parameter in model.named_parameters(remove_duplicate=False):
-        name = full if prefix else full.removeprefix(base)
-        if name not in parts and name == "lm_head.weight":
-            name = entry.stored_head
+        name = stored_name(full)
+        if name not in parts and full in either:
+            name = stored_name(either[full])
         if name not in parts:
-            if full in tied:
-                continue
-            raise SparselineError(f"{path} has no tensor {name}, which its config.json calls for; fetch the checkpoint again.")
+            raise SparselineError(_missing(path, name, config, model))
         files[name], shapes[name], stored = parts[name]
         names[full] = name
         if stored not in DTYPES:
@@ -160,9 +218,73 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if shapes[name] != tuple(parameter.shape):
             wanted = f"{list(parameter.shape)}, not {list(shapes[name])}"
             raise SparselineError(f"{path}: config.json calls for {name} of shape {wanted}; fetch the checkpoint again.")
+    buffers = {name for name, (_, shape, _) in parts.items() if name not in files and is_buffer(name, shape)}
+    if homeless := sorted(parts.keys() - files.keys() - buffers):
+        more = f" and {len(homeless) - 1} more" if len(homeless) > 1 else ""
+        raise SparselineError(
+            f"{path} holds {homeless[0]}{more}, for which {type(model).__name__} has no place under its config.json; "
+            "pruning would lose it: give a checkpoint of the language model alone (adapters merged, other heads removed)."
+        )
     first = f"{prefix}{entry.blocks}.0.{entry.matrices[0].parameter}"
-    names |= {full: names[source] for full, source in tied.items() if full not in names}
-    return Checkpoint(path, config, entry, files, shapes, prefix, DTYPES[parts[first][2]], names)
+    left_out = {**found.left_out, **dict.fromkeys(sorted(buffers), BUFFER), **extra}
+    return Checkpoint(
+        path, config, entry, files, shapes, prefix, DTYPES[parts[first][2]], names, found.index is not None, found.others, left_out
+    )
+
+
+def _architectures(config: PreTrainedConfig) -> list[str]:
+    named = config.architectures or []
+    return [str(name) for name in (named if isinstance(named, list | tuple) else [named])]
+
+
+def _check_head(path: Path, config: PreTrainedConfig, model: "PreTrainedModel") -> None:
+    """Refuse other heads by name: their weights would be lost, or left without the code that uses them."""
+    for name in _architectures(config):
+        if not name.lower().endswith(("forcausallm", "lmheadmodel")) and name != type(model.base_model).__name__:
+            raise SparselineError(
+                f"{path / CONFIG} describes a {name}; only language models can be pruned ({type(model).__name__} here), "
+                "since any other head would be lost."
+            )
+
+
+Parts = dict[str, tuple[str, tuple[int, ...], str]]  # tensor name -> file name, shape, safetensors' name of the dtype
+
+
+def _stored(path: Path, found: Files) -> tuple[Parts, dict[str, str]]:
+    """Every tensor of the files, and the files' metadata that is not written again."""
+    parts: Parts = {}
+    extra: dict[str, str] = {}
+    for file_name in found.weights:
+        try:
+            with safe_open(path / file_name, framework="pt") as file:
+                keys = sorted((file.metadata() or {}).keys() - {"format"})
+                extra |= {f"{file_name}: {key}": "metadata, which transformers does not read" for key in keys}
+                for name in file.keys():
+                    if name in parts:
+                        raise SparselineError(f"{path}: {parts[name][0]} and {file_name} both hold {name}; fetch the checkpoint again.")
+                    part = file.get_slice(name)
+                    parts[name] = file_name, tuple(part.get_shape()), part.get_dtype()
+        except (OSError, SafetensorError) as error:
+            raise SparselineError(f"{path / file_name} is missing or truncated ({error}); fetch the checkpoint again.") from error
+    for name, file_name in (found.index or {}).items():
+        if name not in parts and not is_buffer(name, None):
+            raise SparselineError(f"{path / INDEX} names {name} in {file_name}, which does not hold it; fetch the checkpoint again.")
+    return parts, extra
+
+
+def _missing(path: Path, name: str, config: PreTrainedConfig, model: "PreTrainedModel") -> str:
+    base, whole = type(model.base_model).__name__, type(model).__name__
+    if base in _architectures(config) and name in ("lm_head.weight", "embed_out.weight"):
+        return f"{path} is a {base}, saved without the head of a language model ({name}); save the model as {whole}."
+    return f"{path} has no tensor {name}, which its config.json calls for; fetch the checkpoint again."
+
+
+def is_buffer(name: str, shape: tuple[int, ...] | None) -> bool:
+    """Whether a tensor is one of those that transformers computes itself; without a shape, by its name alone."""
+    return any(
+        re.search(rf"(^|\.){pattern}$", name) is not None and (shape is None or len(shape) == dimensions)
+        for pattern, dimensions in BUFFERS.items()
+    )
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> "PreTrainedModel":
@@ -175,21 +297,11 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> "PreTrainedModel":
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def other_files(path: Path) -> list[Path]:
-    """Config, tokenizer and chat template of a model directory: all that is copied verbatim beside new weights."""
-    return [found for pattern in FILES[1:] for found in sorted(path.glob(pattern)) if found.name != INDEX]
-
-
-def _weight_files(path: Path) -> list[str]:
-    if (path / INDEX).exists():
-        try:
-            return sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise SparselineError(f"{path / INDEX} is damaged ({error}); fetch the checkpoint again.") from error
-    if (path / "model.safetensors").exists():
-        return ["model.safetensors"]
-    older = " (pytorch_model.bin cannot be read safely: convert it with save_pretrained)" if list(path.glob("*.bin")) else ""
-    raise SparselineError(f"{path} holds no model.safetensors and no {INDEX}{older}; give a directory with the weights.")
+def copy_files(names: Sequence[str], source: Path, target: Path) -> None:
+    """Copy files by their names relative to ``source``; of links, what they lead to."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 class ShardWriter:
@@ -231,8 +343,7 @@ class ShardWriter:
                     part = file.get_slice(name)
                     total += math.prod(part.get_shape()) * DTYPES[part.get_dtype()].itemsize
         write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        for path in other_files(self.source.path):
-            shutil.copyfile(path, self.directory / path.name)
+        copy_files(self.source.others, self.source.path, self.directory)
 
     @staticmethod
     def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

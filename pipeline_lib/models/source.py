@@ -1,15 +1,23 @@
 """The model that the parameters name, as the prepare stage recorded it."""
 
+import glob
+import re
 from pathlib import Path
 from typing import Literal
+
+from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError
 
 from pipeline_lib.core import artifacts
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import Params
 from pipeline_lib.models.checkpoint import Checkpoint, locate, open_checkpoint
+from pipeline_lib.models.files import CONVERT, INDEX, reason_left_out
 
 MODEL = Path("build/prepare/model.json")
+HUB = Path("data/hub.json")  # what DVC watches in the place of a directory
 SMALL = 2**26  # bytes; larger files are compared by DVC, not hashed again by every stage
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class ModelParams(Params):
@@ -23,15 +31,117 @@ class ModelParams(Params):
     compute_dtype: Literal["float32", "bfloat16", "float16"]
 
 
+def fetch(params: ModelParams) -> Path:
+    """The local directory of the model; from the hub, at one commit, those files that are loaded or copied. Later stages use ``locate``.
+
+    Raises:
+        SparselineError: ``path``, ``id`` and ``revision`` do not fit each other, or the model cannot be reached.
+    """
+    if params.id is None:
+        if params.revision is not None:
+            raise SparselineError(f"model.revision = {params.revision!r} belongs to a hub model, but model.id is null; set it to null too.")
+        return locate(params.path, None, None)
+    hub_id, commit = params.id, _commit(params)
+    names, reason = _listed(hub_id, commit)
+    if names is None:
+        try:
+            return locate(params.path, hub_id, commit)
+        except SparselineError as error:
+            raise _unreachable(hub_id, commit, reason) from error
+    if not any(name.endswith(".safetensors") and reason_left_out(name) is None for name in names):
+        pickled = next((name for name in names if name.endswith(".bin")), None)
+        raise SparselineError(
+            f"model.id = {hub_id!r}: the repository has no safetensors at {commit}{f', but {pickled}' if pickled else ''}; get and convert it "
+            f"with `{CONVERT} {hub_id} OUT --revision {commit}`, then give OUT as model.path, and null as id and revision."
+        )
+    wanted = [glob.escape(name) for name in names if reason_left_out(name) is None]
+    try:
+        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=wanted))
+    except Exception as error:  # of the hub, the network or the disk
+        raise _unreachable(hub_id, commit, error) from error
+
+
+def fetch_pickled(hub_id: str, revision: str | None) -> Path:
+    """The local directory of a hub model that has no safetensors: its .bin files and what is copied beside them.
+
+    Raises:
+        SparselineError: it cannot be reached.
+    """
+    try:
+        names = HfApi().list_repo_files(hub_id, revision=revision)
+        wanted = [
+            name for name in names if reason_left_out(name) is None or re.fullmatch(r"pytorch_model[^/]*\.(bin|bin\.index\.json)", name)
+        ]
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
+    except Exception as error:  # of the hub, the network or the disk
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SparselineError(f"{hub_id} is no directory here, and cannot be fetched from the hub: {told}") from error
+
+
+def not_fetched(params: ModelParams) -> dict[str, str]:
+    """Files of the hub's repository that are in no result -> why; nothing for a directory, or where the hub cannot be asked."""
+    names = None if params.id is None else _listed(params.id, params.revision or "")[0]
+    return {name: reason for name in names or [] if (reason := reason_left_out(name)) is not None}
+
+
+def _commit(params: ModelParams) -> str:
+    """The full hash that ``revision`` has to be: a name may move between two stages."""
+    hub_id, revision = params.id or "", params.revision
+    if hub_id.startswith(("/", ".", "~")) or Path(hub_id).exists():
+        raise SparselineError(f"model.id = {hub_id!r} is a local directory; give it as model.path, which DVC watches, and set id to null.")
+    if params.path != HUB:
+        raise SparselineError(
+            f"model.path = {str(params.path)!r} would be watched though model.id = {hub_id!r} is used; set path to {HUB}, or id to null."
+        )
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    try:
+        now = f"{revision or 'main'} is {HfApi().model_info(hub_id, revision=revision, timeout=10).sha} now"
+    except HFValidationError as error:
+        raise SparselineError(f"model.id = {hub_id!r} is no name of a model on the hub: {error}") from error
+    except Exception:  # offline, gated, mistyped: the sentence does without
+        now = f"`git ls-remote https://huggingface.co/{hub_id}` shows it"
+    raise SparselineError(
+        f"model.revision = {revision!r} may come to mean other weights of model.id = {hub_id!r}; give the full hash of a commit ({now})."
+    )
+
+
+def _listed(hub_id: str, commit: str) -> tuple[list[str] | None, Exception | None]:
+    """The names of a repository's files at a commit, from the cache or from the hub; or why there are none."""
+    try:
+        return [file.path for file in get_cached_repo_tree(hub_id, revision=commit)], None
+    except CachedRepoTreeNotFoundError:
+        pass
+    except HFValidationError as error:
+        return None, error
+    try:
+        return sorted(HfApi().list_repo_files(hub_id, revision=commit)), None
+    except Exception as error:  # of the hub or the network
+        return None, error
+
+
+def _unreachable(hub_id: str, commit: str, reason: Exception | None) -> SparselineError:
+    told = str(reason).strip().splitlines() or [type(reason).__name__]
+    return SparselineError(f"model.id = {hub_id!r} (revision {commit!r}) cannot be fetched from the hub: {told[0]}")
+
+
+def recorded_files(checkpoint: Checkpoint) -> list[str]:
+    """The files that the model is: weights, their index, and what is copied beside new ones."""
+    return sorted({*checkpoint.files.values(), *checkpoint.others, *([INDEX] if checkpoint.indexed else [])})
+
+
 def open_source(params: ModelParams) -> Checkpoint:
     """The checkpoint as prepare saw it.
 
     Raises:
-        SparselineError: one of its files has changed since.
+        SparselineError: one of its files has changed since, has come or gone.
     """
     checkpoint = open_checkpoint(locate(params.path, params.id, params.revision))
-    for name, digest in artifacts.read_json(MODEL)["sha256"].items():
+    recorded = artifacts.read_json(MODEL)["sha256"]
+    here = set(recorded_files(checkpoint))
+    for name in sorted(here | recorded.keys()):
         path = checkpoint.path / name
-        if not path.exists() or (path.stat().st_size < SMALL and artifacts.sha256(path) != digest):
+        same = name in here and name in recorded
+        if not same or (path.stat().st_size < SMALL and artifacts.sha256(path) != recorded[name]):
             raise SparselineError(f"{path} has changed since the prepare stage ran; run `dvc repro` again.")
     return checkpoint

@@ -1,28 +1,72 @@
 """The model directory's tokenizer, checked against the model."""
 
+import string
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline_lib.core.errors import SparselineError
+
+SENTENCEPIECE = ("sentencepiece", "protobuf")  # packages that read tokenizer.model
 
 
 def load_tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerBase:
     """The model directory's tokenizer.
 
+    Tokens beyond the model's ``vocabulary`` are no mistake by themselves: a padding token is often added without an embedding.
+
     Raises:
-        SparselineError: there is none, or it gives ids that the model has no embedding for.
+        SparselineError: there is none, a package that it needs is missing, or plain text gives ids that the model has no embedding for.
     """
+    if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
+        for package in SENTENCEPIECE:
+            try:
+                version(package)
+            except PackageNotFoundError as error:
+                raise SparselineError(
+                    f"{path / 'tokenizer.model'} needs the package {package}, which is not installed; run `make environment`."
+                ) from error
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        probe = tokenizer(string.printable)["input_ids"]
+    except Exception as error:  # transformers checks little, and raises whatever it meets
+        if "trust_remote_code" in str(error):
+            raise SparselineError(
+                f"{path / 'tokenizer_config.json'} asks for code of the tokenizer's own, which is never run; "
+                "put a tokenizer.json there that transformers reads without it."
+            ) from error
         raise SparselineError(f"{path} holds no tokenizer that transformers can load: {' '.join(str(error).split())}") from error
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one where OPT's files are missing
+    if (
+        not probe or not tokenizer("a", add_special_tokens=False)["input_ids"]
+    ):  # transformers makes an empty one where OPT's files are missing
         raise SparselineError(f"{path} holds no tokenizer files (tokenizer.json or vocabulary); copy the model's own there.")
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= vocabulary:
+    if max(probe) >= vocabulary:
         raise SparselineError(
-            f"{path}: the tokenizer does not match the model: its ids go up to {largest}, the model's vocabulary has {vocabulary}; "
-            "put the model's own tokenizer there."
+            f"{path}: the tokenizer does not match the model: plain text gives ids up to {max(probe)}, the model's vocabulary has "
+            f"{vocabulary}; put the model's own tokenizer there."
         )
     return tokenizer
+
+
+def ids_beyond(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> str:
+    """Tokens that the model has no embedding for, as a few words; empty where there are none."""
+    found = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= vocabulary)
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return f"{found[0][1]!r} = {found[0][0]}{more}" if found else ""
+
+
+def check_ids(ids: torch.Tensor, vocabulary: int, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        SparselineError: there is one.
+    """
+    largest = int(ids.max()) if ids.numel() else -1
+    if largest >= vocabulary:
+        token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(largest)!r})"
+        raise SparselineError(
+            f"The text holds token {largest}{token}, but the model's vocabulary has {vocabulary}; take such tokens out of the text "
+            "or the chat template, or put the model's own tokenizer there."
+        )

@@ -1,16 +1,35 @@
 """Load a whole checkpoint for evaluation and for gradients of its loss."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline_lib.models import attention
 from pipeline_lib.models.checkpoint import read_config
+from pipeline_lib.models.files import find_files
+from pipeline_lib.models.tokenizer import check_ids
 
 
 def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The model in one copy, in evaluation mode, without gradients."""
+    """The model in one copy, in evaluation mode, without gradients.
+
+    Raises:
+        SparselineError: two sets of weights, or none; and by every call of the model, a token id that it has no embedding for.
+    """
+    find_files(path)  # refuses what is ambiguous
     attention.register()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, config=read_config(path), dtype=getattr(torch, dtype))
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path, config=read_config(path), dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
+    )
+
+    embedding = model.get_input_embeddings()
+    vocabulary = len(embedding.weight)
+
+    def check(_embedding: nn.Module, inputs: tuple[Any, ...]) -> None:
+        check_ids(inputs[0], vocabulary)
+
+    embedding.register_forward_pre_hook(check)
     return model.to(device).eval().requires_grad_(False)
