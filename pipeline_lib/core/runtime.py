@@ -6,18 +6,18 @@ import json
 import os
 import platform
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import click
 import torch
-from safetensors import SafetensorError
 
-from pipeline_lib.core import products
+from pipeline_lib.core import process, products
 from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import duration
@@ -68,33 +68,43 @@ def check_environment(path: Path = ENVIRONMENT) -> None:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """A SparselineError in the body, or a full disk, is told in one sentence, with exit code 2."""
+    """What ends the body early is told in one sentence: a SparselineError or the system's refusal of a file (code 2), a signal (128 + its number)."""
+    code = 2
     try:
-        yield
+        with process.stoppable():
+            yield
+        return
     except SparselineError as error:
         message = str(error)
-    except (OSError, SafetensorError) as error:
-        if os.strerror(errno.ENOSPC) not in str(error):
+    except KeyboardInterrupt:
+        message, code = str(process.Stopped(signal.SIGINT)), 128 + signal.SIGINT
+    except process.Stopped as stopped:
+        message, code = str(stopped), stopped.code
+    except OSError as error:
+        if error.errno in (None, errno.EPIPE):  # none: a library's own; a closed pipe is click's matter
             raise
-        message = (
-            "No space left on the disk of this directory, or of SPARSELINE_SCRATCH where that is another; make room and run the same "
-            "command again: what is finished is kept, and `make plan` says what a run takes."
-        )
-    else:
-        return
+        mend = "make room, `make plan` says what a run takes" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that place"
+        where = error.filename or "A file of this run"
+        message = f"{where}: {os.strerror(error.errno)}; {mend}, then run the same command again: what is finished is kept."
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 @contextmanager
 def stage(cost: Path | None = None) -> Iterator[Callable[[str], None]]:
-    """The body of a stage: threads set, environment checked, SparselineError told in one sentence (exit code 2), cost written.
+    """The body of a stage: threads set, environment checked, what goes wrong told in one sentence (``told``), cost written.
 
     Yields what tells the stage's last line: a sentence on what was done, to which the seconds are added.
     ``cost`` receives wall seconds, CPU seconds and peak memory, apart from the deterministic outputs.
+    A stage that `dvc` started ends with it.
     """
     started = time.monotonic()
-    with told():
+
+    def tell(text: str) -> None:
+        with suppress(OSError):  # the terminal may be gone, the results are there
+            click.echo(f"{text}; {duration(time.monotonic() - started)}")
+
+    with told(), process.following_dvc():
         threads = os.environ.get("SPARSELINE_THREADS", "")
         if threads:
             if not threads.isdigit() or int(threads) < 1:
@@ -102,22 +112,12 @@ def stage(cost: Path | None = None) -> Iterator[Callable[[str], None]]:
             torch.set_num_threads(int(threads))
         products.choose()
         check_environment()
-        yield lambda text: click.echo(f"{text}; {duration(time.monotonic() - started)}")
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    if cost is not None:
-        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        figures = {"wall_s": round(time.monotonic() - started, 2), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2)}
-        write_json(cost, figures | {"peak_rss_bytes": peak})
-
-
-def scratch(name: str, key: str) -> Path:
-    """Where an interrupted stage keeps finished blocks: content-keyed, outside the graph and outside any experiment's copy.
-
-    ``SPARSELINE_SCRATCH`` moves it (default: the user's cache directory).
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    root = Path(os.environ.get("SPARSELINE_SCRATCH") or Path(home) / "sparseline" / "resume")
-    return root / name / key
+        yield tell
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        if cost is not None:
+            peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            figures = {"wall_s": round(time.monotonic() - started, 2), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2)}
+            write_json(cost, figures | {"peak_rss_bytes": peak})
 
 
 def resume_key(facts: str, inputs: list[Path]) -> str:

@@ -12,10 +12,9 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig
 
-from pipeline_lib.core.artifacts import write_json
+from pipeline_lib.core.artifacts import replacing, save_tensors, write_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models import attention
 from pipeline_lib.models.architecture import Architecture, Matrix
@@ -232,11 +231,11 @@ class ShardWriter:
                     total += math.prod(part.get_shape()) * DTYPES[part.get_dtype()].itemsize
         write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         for path in other_files(self.source.path):
-            shutil.copyfile(path, self.directory / path.name)
+            with replacing(self.directory / path.name) as temporary:
+                shutil.copyfile(path, temporary)
 
     @staticmethod
     def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        temporary = path.with_name(f".{path.name}.partial")
         ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-        save_file(ordered, temporary, metadata={"format": "pt"})
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_tensors(temporary, ordered, {"format": "pt"})
