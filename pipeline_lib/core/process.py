@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,13 +16,15 @@ import psutil
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 LOOK = 0.5  # seconds between two looks at the parent
 GRACE = 1.0  # seconds for a clean end once `dvc` is gone
+_orphaned = threading.Event()
 
 
 class Stopped(BaseException):
     """A signal asked the process to end. Raised in the main thread, so that temporary files are removed on the way out."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"{signal.Signals(number).name} came; run the same command again: what is finished is kept.")
+    def __init__(self, number: int, cause: str | None = None) -> None:
+        cause = cause or f"{signal.Signals(number).name} came"
+        super().__init__(f"{cause}; run the same command again: what is finished is kept.")
         self.code = 128 + number
 
 
@@ -33,7 +34,7 @@ def stoppable() -> Iterator[None]:
 
     def stop(number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        raise Stopped(number)
+        raise Stopped(number, "The `dvc` that started this stage is gone" if _orphaned.is_set() else None)
 
     main = threading.current_thread() is threading.main_thread()  # Python lets no other thread choose
     taken = [number for number in SIGNALS if main and signal.getsignal(number) is signal.SIG_DFL]
@@ -59,10 +60,10 @@ def following_dvc() -> Iterator[None]:
         while _unbroken(chain):
             if over.wait(LOOK):
                 return
-        with suppress(OSError):
-            print("error: the `dvc` that started this stage is gone, so the stage ends; run the same command again.", file=sys.stderr)
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
+        _orphaned.set()
+        with suppress(psutil.Error):
+            for child in psutil.Process().children(recursive=True):
+                child.kill()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)  # a call into torch may take longer, and all outputs appear in one step
         os._exit(128 + signal.SIGTERM)

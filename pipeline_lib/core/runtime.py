@@ -86,7 +86,8 @@ def told() -> Iterator[None]:
         mend = "make room, `make plan` says what a run takes" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that place"
         where = error.filename or "A file of this run"
         message = f"{where}: {os.strerror(error.errno)}; {mend}, then run the same command again: what is finished is kept."
-    print(f"error: {message}", file=sys.stderr)
+    with suppress(OSError):  # as above where nobody reads on
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
