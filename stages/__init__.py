@@ -1,0 +1,19 @@
+"""What must be so before any module of a stage, torch above all, is imported."""
+
+import os
+import sys
+from types import TracebackType
+
+# OpenMP's threads sleep while they wait, unless told otherwise: spinning, they take the cores from whatever else runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The imports take seconds: Ctrl-C in the midst of them is no bug."""
+    if kind is KeyboardInterrupt:
+        print("error: SIGINT came; run the same command again.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _uncaught

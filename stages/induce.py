@@ -1,6 +1,5 @@
 """Learn one variant's factors and selection weights, block by block, kept only where the held-out rows agree; resumes after a kill."""
 
-import shutil
 from pathlib import Path
 
 import click
@@ -9,7 +8,7 @@ import torch
 from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.capture import CalibrateParams, stored_or_walked
 from pipeline_lib.calibration.inputs import CALIBRATION, calibration_rows, open_model
-from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core import artifacts, params, runtime, scratch
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import track
 from pipeline_lib.induction.gate import Gate
@@ -53,36 +52,35 @@ def main(variant: str) -> None:
         gate = Gate(model, judging, calibrate.batch_rows, selection, compensate="obs" in steps)
         # The statistics follow from the model, the rows and `calibrate`; their own files may be too large to hash.
         described = f"{steps} {' '.join(part.model_dump_json() for part in (settings, selection, source, calibrate))}"
-        inputs = [MODEL, MATRICES, START, *sorted(CALIBRATION.glob("*.safetensors"))]
-        scratch = runtime.scratch("induce", runtime.resume_key(described, inputs))
-        if done := sum(kept(scratch, index) is not None for index in range(entry.depth)):
-            click.echo(f"induce {variant}: resuming after {done} of {entry.depth} blocks")
-        outcomes = {}
-        statistics = stored_or_walked(STATISTICS, model, rows["fit"], rows["held_out"], calibrate)
-        for index, sites in track(statistics, f"induce {variant}", "blocks", entry.depth):
-            tensors = {name: tensor.to(torch.float32) for name, tensor in checkpoint.block(index).items()}
-            where = f"{entry.blocks}.{index}"
-            views = {m: m.view(tensors[m.parameter]) for m in entry.matrices if entry.matrix_name(index, m) in included}
-            counts = {matrix: target(selection.sparsity, view.numel()) for matrix, view in views.items()}
-            judge = gate.enter(index, tensors, sites, counts)
-            if not counts:
-                continue
-            outcome = kept(scratch, index)
-            if outcome is None:
-                outcome = induce_block(entry, tensors, set(counts), sites, starts[index], selection, settings, where, judge)
-                keep(scratch, index, outcome)
-            outcomes[index] = outcome
-        out = Path(f"build/induce/{variant}")
-        curve = [{"block": index, **point} for index, outcome in outcomes.items() for point in outcome.curve]
-        facts = {
-            "settings": settings.model_dump(mode="json"),
-            "induction": {str(index): outcome.facts() for index, outcome in outcomes.items()},
-            "scores": histograms(outcomes),
-            "curve": curve,
-        }
-        write_transforms(out / "transform.safetensors", {index: outcome.transform for index, outcome in outcomes.items()}, facts)
-        artifacts.write_json(out / "curve.json", curve)
-        shutil.rmtree(scratch, ignore_errors=True)
+        inputs = [Path(__file__), MODEL, MATRICES, START, *sorted(CALIBRATION.glob("*.safetensors"))]
+        with scratch.hold("induce", runtime.resume_key(described, inputs), f"induce {variant}") as held:
+            if done := sum(kept(held.kept, index) is not None for index in range(entry.depth)):
+                click.echo(f"induce {variant}: resuming after {done} of {entry.depth} blocks")
+            outcomes = {}
+            statistics = stored_or_walked(STATISTICS, model, rows["fit"], rows["held_out"], calibrate)
+            for index, sites in track(statistics, f"induce {variant}", "blocks", entry.depth):
+                tensors = {name: tensor.to(torch.float32) for name, tensor in checkpoint.block(index).items()}
+                where = f"{entry.blocks}.{index}"
+                views = {m: m.view(tensors[m.parameter]) for m in entry.matrices if entry.matrix_name(index, m) in included}
+                counts = {matrix: target(selection.sparsity, view.numel()) for matrix, view in views.items()}
+                judge = gate.enter(index, tensors, sites, counts)
+                if not counts:
+                    continue
+                outcome = kept(held.kept, index)
+                if outcome is None:
+                    outcome = induce_block(entry, tensors, set(counts), sites, starts[index], selection, settings, where, judge)
+                    keep(held.kept, index, outcome)
+                outcomes[index] = outcome
+            out = Path(f"build/induce/{variant}")
+            curve = [{"block": index, **point} for index, outcome in outcomes.items() for point in outcome.curve]
+            facts = {
+                "settings": settings.model_dump(mode="json"),
+                "induction": {str(index): outcome.facts() for index, outcome in outcomes.items()},
+                "scores": histograms(outcomes),
+                "curve": curve,
+            }
+            write_transforms(out / "transform.safetensors", {index: outcome.transform for index, outcome in outcomes.items()}, facts)
+            artifacts.write_json(out / "curve.json", curve)
         choices = [outcome.choice for outcome in outcomes.values()]
         tally = ", ".join(f"{choice} in {choices.count(choice)}" for choice in ("learned", "start", "none"))
         changed = sum(outcome.mask_changed for outcome in outcomes.values()) / max(1, len(outcomes))

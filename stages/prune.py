@@ -8,7 +8,7 @@ import click
 from pipeline_lib.allocation.budget import Unit, target
 from pipeline_lib.allocation.plan import plan
 from pipeline_lib.calibration.inputs import CALIBRATION, calibration_facts, calibration_rows, open_model
-from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core import artifacts, params, runtime, scratch
 from pipeline_lib.core.progress import track
 from pipeline_lib.models.source import MODEL, ModelParams
 from pipeline_lib.pruning.prune import FITS, REFIT, VariantParams, prune
@@ -42,16 +42,16 @@ def main(variant: str) -> None:
         kept = {(m["block"], by_label[m["label"]]): count for m, count in zip(listed, counts, strict=True)}
 
         described = f"{settings.model_dump_json()} {source.model_dump_json()}"
-        inputs = [MODEL, MATRICES, factors, sensitivity, *sorted(CALIBRATION.glob("*.safetensors"))]
-        scratch = runtime.scratch("prune", runtime.resume_key(described, inputs))
-        progress = Progress(scratch, model.checkpoint, settings.quantization)
+        inputs = [Path(__file__), MODEL, MATRICES, factors, sensitivity, *sorted(CALIBRATION.glob("*.safetensors"))]
         click.echo(f"prune {variant}: {settings.model_dump_json()}")
-        if done := progress.done():
-            click.echo(f"prune {variant}: resuming after {done} of {entry.depth} blocks")
-        blocks = prune(model, rows["fit"], rows["held_out"], kept, transforms, settings, progress.finished, scratch / "streams")
-        for index, result in track(blocks, f"prune {variant}", "blocks", entry.depth, done):
-            progress.keep(index, result)
-        by_block = progress.publish(Path(f"build/prune/{variant}"))
+        with scratch.hold("prune", runtime.resume_key(described, inputs), f"prune {variant}") as held:
+            progress = Progress(held.kept, model.checkpoint, settings.quantization)
+            if done := progress.done():
+                click.echo(f"prune {variant}: resuming after {done} of {entry.depth} blocks")
+            blocks = prune(model, rows["fit"], rows["held_out"], kept, transforms, settings, progress.finished, held.own)
+            for index, result in track(blocks, f"prune {variant}", "blocks", entry.depth, done):
+                progress.keep(index, result)
+            by_block = progress.publish(Path(f"build/prune/{variant}"))
 
         matrices = {}
         for matrix in listed:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, as in ``stages``
 # Before transformers and datasets are imported: no network, no writes to the user's caches.
 _CACHE = tempfile.mkdtemp(prefix="sparseline-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"

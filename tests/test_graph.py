@@ -5,6 +5,7 @@ Oracles: the code's own syntax trees against the declarations in dvc.yaml and pa
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from graph import ROOT, closure, deps, rewrite
 from ruamel.yaml import YAML
 
 CODE = sorted(path for folder in ("pipeline_lib", "stages") for path in (ROOT / folder).rglob("*.py"))
-MODULES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stat().st_size)
+MODULES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
 NOT_STAGES = {"compare", "convert", "costs", "environment", "plan", "unpack"}  # commands outside the graph
 # (stage, section): loaded by the module, but not on the way that this stage takes through it
 OTHER_WAY = {("evaluate", "model"), ("tasks", "model")}  # the source is read for `dense` only
@@ -121,9 +122,61 @@ def test_only_code_and_templates() -> None:
 
 
 def test_packages_are_empty() -> None:
-    """An ``__init__`` with content would tie every module of its package together."""
-    packages = {path.parent for path in CODE}
+    """An ``__init__`` with content would tie every module of its package together. That of the stages runs before any module of theirs,
+    and imports nothing of ours.
+    """
+    packages = {path.parent for path in CODE} - {ROOT / "stages"}
     assert all((package / "__init__.py").read_bytes() == b"" for package in packages)
+    imported = [
+        alias.name for node in ast.walk(tree(ROOT / "stages" / "__init__.py")) if isinstance(node, ast.Import) for alias in node.names
+    ]
+    assert imported == ["os", "sys"]
+
+
+# Tells the policy at the moment when torch is first asked for, and stops there.
+WAITING = """
+import importlib, os, sys
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
+
+sys.path.insert(0, os.getcwd())
+sys.meta_path.insert(0, Finder)
+for module in sys.argv[1:]:
+    print(module, end=" ", flush=True)
+    if os.fork() == 0:
+        importlib.import_module(module)
+        print("no torch", flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_openmp_waits_passively() -> None:
+    """libgomp reads OMP_WAIT_POLICY when torch loads it. Oracle: its value when a module of a stage, a benchmark or the tests asks for torch."""
+    benchmarks = [
+        f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in ("__init__", "llm_compressor")
+    ]
+    modules = [*(f"stages.{stage}" for stage in MODULES), *benchmarks, "tests.conftest"]
+    for own, policy in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | (
+            {"OMP_WAIT_POLICY": own} if own else {}
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", WAITING, *modules], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+        assert told.keys() == set(modules)
+        assert {module for module, said in told.items() if said == "no torch"} <= {
+            "benchmarks.records",
+            "benchmarks.pipeline",
+            "benchmarks.dsnot",
+        }
+        assert set(told.values()) - {"no torch"} == {policy}
 
 
 @pytest.mark.parametrize("path", [path for path in CODE if path.stat().st_size], ids=name)

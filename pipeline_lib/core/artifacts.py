@@ -1,13 +1,22 @@
 """Atomic, byte-deterministic artifacts: safetensors and JSON, each with a schema version."""
 
+import errno
+import glob
 import hashlib
 import json
+import os
+import platform
+import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,28 +24,96 @@ from safetensors.torch import save_file
 from pipeline_lib.core.errors import SparselineError
 
 SCHEMA = 1  # raised when a file's meaning changes; docs/artifacts.md describes each
+ABANDONED = 14 * 24 * 3600  # seconds after which what a process left on a shared disk counts as nobody's
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of ``path`` to write (file or directory), renamed over it only when the body ends well."""
+    """A temporary sibling of ``path`` to write (file or directory), which takes its place only when the body ends well.
+
+    No two processes have the same one. Those of killed processes are removed on the way.
+
+    Raises:
+        OSError: something cannot be written; ``filename`` says what.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    _remove(temporary)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*partial"):
+        if _abandoned(left):
+            _remove(left)
+    temporary, old = temporary_name(path), temporary_name(path)
     try:
         yield temporary
-        if path.is_dir():  # a file is replaced in one step; a directory cannot be
-            _remove(path)
-        temporary.replace(path)
+        while True:
+            try:
+                temporary.replace(path)
+                break
+            except OSError as error:  # a file is replaced in one step; a directory cannot be
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR):
+                    raise
+            _remove(old)
+            with suppress(FileNotFoundError):  # another process was faster
+                path.replace(old)
+    except OSError as error:
+        if error.filename is None:  # as of a write to an open file
+            error.filename = str(path)
+        raise
     finally:
+        if old.exists() and not path.exists():  # stopped between the two steps
+            old.replace(path)
+        _remove(old)
         _remove(temporary)
+
+
+def temporary_name(path: Path) -> Path:
+    """A sibling that no other process has, on this host or another; it says whose it is: see ``_abandoned``."""
+    return path.with_name(f".{path.name}.{_here()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
+
+
+@cache
+def _here() -> str:
+    """Where this process's number tells it from all others: this boot of this host, and its container."""
+    parts = [platform.node()]
+    with suppress(OSError):  # Linux
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"), str(Path("/proc/self/ns/pid").readlink())]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
+
+
+def _abandoned(temporary: Path) -> bool:
+    """Whether the process that wrote it is gone: by its number if it was a process here, else by the file's age."""
+    found = re.search(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.partial$", temporary.name)
+    if found and found[1] == _here():
+        return not psutil.pid_exists(int(found[2]))
+    return found is None or time.time() - newest(temporary) > ABANDONED
+
+
+def newest(path: Path) -> float:
+    """When the newest file of a tree was written, in seconds since the epoch; 0 where there is nothing."""
+    times = [0.0]
+    for one in (path, *path.rglob("*")):
+        with suppress(OSError):
+            times.append(one.lstat().st_mtime)
+    return max(times)
 
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """``save_file``, with the system's errors as what they are.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,7 +138,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
     metadata = {"sparseline": json.dumps({"schema": SCHEMA, **(facts or {})}, sort_keys=True)}
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with replacing(path) as temporary:
-        save_file(ordered, temporary, metadata=metadata)
+        save_tensors(temporary, ordered, metadata)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -4,17 +4,17 @@ import errno
 import hashlib
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
 import torch
-from safetensors import SafetensorError
 
-from pipeline_lib.core import environment, products
+from pipeline_lib.core import environment, process, products
 from pipeline_lib.core.artifacts import sha256, write_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import duration
@@ -43,29 +43,35 @@ def generator(seed: int, name: str) -> torch.Generator:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """A SparselineError in the body, or a full disk, is told in one sentence, with exit code 2."""
+    """What ends the body early is told in one sentence: a SparselineError or the system's refusal of a file (code 2), a signal (128 + its number)."""
+    code = 2
     try:
-        yield
+        with process.stoppable():
+            yield
+        return
     except SparselineError as error:
         message = str(error)
-    except (OSError, SafetensorError) as error:
-        if os.strerror(errno.ENOSPC) not in str(error):
+    except KeyboardInterrupt:
+        message, code = str(process.Stopped(signal.SIGINT)), 128 + signal.SIGINT
+    except process.Stopped as stopped:
+        message, code = str(stopped), stopped.code
+    except OSError as error:
+        if error.errno in (None, errno.EPIPE):  # none: a library's own; a closed pipe is click's matter
             raise
-        message = (
-            "No space left on the disk of this directory, or of SPARSELINE_SCRATCH where that is another; make room and run the same "
-            "command again: what is finished is kept, and `make plan` says what a run takes."
-        )
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        mend = "make room, `make plan` says what a run takes" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that place"
+        where = error.filename or "A file of this run"
+        message = f"{where}: {os.strerror(error.errno)}; {mend}, then run the same command again: what is finished is kept."
+    with suppress(OSError):  # as above where nobody reads on
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 @contextmanager
 def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str], None]]:
-    """The body of a stage: threads set, environment checked, SparselineError told in one sentence (exit code 2), cost written.
+    """The body of a stage: threads set, environment checked, what goes wrong told in one sentence (``told``), cost written.
 
     Yields what tells the stage's last line: a sentence on what was done, to which the seconds are added.
+    A stage that `dvc` started ends with it.
 
     Args:
         name: of the cost record ``build/costs/<name>.json``: wall seconds, CPU seconds and peak memory. DVC does not track it, since
@@ -73,7 +79,12 @@ def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str]
         output: one of the stage's outputs. The record holds its SHA-256, so that a reader can tell whether the output still is this run's.
     """
     started = time.monotonic()
-    with told():
+
+    def tell(text: str) -> None:
+        with suppress(OSError):  # the terminal may be gone, the results are there
+            click.echo(f"{text}; {duration(time.monotonic() - started)}")
+
+    with told(), process.following_dvc():
         threads = os.environ.get("SPARSELINE_THREADS", "")
         if threads:
             if not threads.isdigit() or int(threads) < 1:
@@ -81,23 +92,13 @@ def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str]
             torch.set_num_threads(int(threads))
         products.choose()
         environment.check()
-        yield lambda text: click.echo(f"{text}; {duration(time.monotonic() - started)}")
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    if output is not None:
-        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        figures = {"wall_s": round(time.monotonic() - started, 2), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2)}
-        made = {"path": str(output), "sha256": sha256(output)}
-        write_json(COSTS / f"{name}.json", figures | {"peak_rss_bytes": peak, "output": made})
-
-
-def scratch(name: str, key: str) -> Path:
-    """Where an interrupted stage keeps finished blocks: content-keyed, outside the graph and outside any experiment's copy.
-
-    ``SPARSELINE_SCRATCH`` moves it (default: the user's cache directory).
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    root = Path(os.environ.get("SPARSELINE_SCRATCH") or Path(home) / "sparseline" / "resume")
-    return root / name / key
+        yield tell
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        if output is not None:
+            peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            figures = {"wall_s": round(time.monotonic() - started, 2), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2)}
+            made = {"path": str(output), "sha256": sha256(output)}
+            write_json(COSTS / f"{name}.json", figures | {"peak_rss_bytes": peak, "output": made})
 
 
 def resume_key(facts: str, inputs: list[Path]) -> str:

@@ -13,10 +13,9 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig
 
-from pipeline_lib.core.artifacts import write_json
+from pipeline_lib.core.artifacts import replacing, save_tensors, write_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models import attention
 from pipeline_lib.models.architecture import Architecture, Matrix
@@ -300,8 +299,8 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> "PreTrainedModel":
 def copy_files(names: Sequence[str], source: Path, target: Path) -> None:
     """Copy files by their names relative to ``source``; of links, what they lead to."""
     for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+        with replacing(target / name) as temporary:
+            shutil.copyfile(source / name, temporary)
 
 
 class ShardWriter:
@@ -347,7 +346,6 @@ class ShardWriter:
 
     @staticmethod
     def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        temporary = path.with_name(f".{path.name}.partial")
         ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-        save_file(ordered, temporary, metadata={"format": "pt"})
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_tensors(temporary, ordered, {"format": "pt"})

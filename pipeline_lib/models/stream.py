@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
 
+from pipeline_lib.core.artifacts import save_tensors
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.checkpoint import Checkpoint, skeleton
 
@@ -51,7 +52,7 @@ class OnDisk(Sequence[torch.Tensor]):
         return load_file(self.files[place])["hidden"].to(self.device)
 
     def __setitem__(self, place: int, hidden: torch.Tensor) -> None:
-        save_file({"hidden": hidden.contiguous()}, self.files[place])
+        save_tensors(self.files[place], {"hidden": hidden.contiguous()})
 
 
 class Stream:

@@ -55,12 +55,11 @@ class Progress:
         artifacts.write_json(self._facts(index), result.facts)
 
     def publish(self, out: Path) -> dict[int, Any]:
-        """Complete the checkpoint, move it with its masks and grids to ``out``, drop the scratch; every block's facts."""
+        """Complete the checkpoint, place it with its masks and grids at ``out``; every block's facts."""
         facts = {index: artifacts.read_json(self._facts(index)) for index in range(self.source.architecture.depth)}
         self.writer.finish()
         with artifacts.replacing(out) as temporary:
             temporary.mkdir()
             for part in ("checkpoint", "masks", *(["quantization"] if self.quantization.bits is not None else [])):
                 shutil.copytree(self.directory / part, temporary / part, copy_function=_place)
-        shutil.rmtree(self.directory)
         return facts

@@ -1,0 +1,137 @@
+"""How a process ends: cleanly by a signal, and with the `dvc` that started it."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+LOOK = 0.5  # seconds between two looks at the parent
+GRACE = 1.0  # seconds for a clean end once `dvc` is gone
+_orphaned = threading.Event()
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end. Raised in the main thread, so that temporary files are removed on the way out."""
+
+    def __init__(self, number: int, cause: str | None = None) -> None:
+        cause = cause or f"{signal.Signals(number).name} came"
+        super().__init__(f"{cause}; run the same command again: what is finished is kept.")
+        self.code = 128 + number
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """In the body SIGTERM and SIGHUP raise ``Stopped``, once; the next one kills. What is ignored (nohup) or has a handler stays so."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Stopped(number, "The `dvc` that started this stage is gone" if _orphaned.is_set() else None)
+
+    main = threading.current_thread() is threading.main_thread()  # Python lets no other thread choose
+    taken = [number for number in SIGNALS if main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def following_dvc() -> Iterator[None]:
+    """While open, this process ends as soon as the `dvc` that started it is gone. One that was started by hand is left alone."""
+    chain = _chain()
+    if chain is None:
+        yield
+        return
+    over = threading.Event()
+
+    def look() -> None:
+        while _unbroken(chain):
+            if over.wait(LOOK):
+                return
+        _orphaned.set()
+        with suppress(psutil.Error):
+            for child in psutil.Process().children(recursive=True):
+                child.kill()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)  # a call into torch may take longer, and all outputs appear in one step
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=look, name="following dvc", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _chain() -> list[int] | None:
+    """Process numbers from our parent up to the `dvc` that started us; empty where that is gone already, None where there was none.
+
+    DVC_STAGE alone does not tell: a shell may have it from elsewhere. The `dvc` that runs a stage is named in DVC's own lock file, and
+    it is our parent, or the parent of the shell that it called us by (some shells stay beside their last command).
+    """
+    if "DVC_STAGE" not in os.environ:
+        return None
+    runners = _runners()
+    chain = [os.getppid()]
+    with suppress(psutil.Error):
+        shell = psutil.Process(chain[0])
+        if chain[0] not in runners and "-c" in shell.cmdline():
+            chain.append(shell.ppid())
+    if chain[-1] in runners:
+        return chain
+    # Orphans have got another parent. One that DVC had started has its `dvc`, dead, still in the lock file.
+    return [] if _adopted(chain[-1]) and any(not _runs(pid) for pid in runners) else None
+
+
+def _runners() -> set[int]:
+    """Numbers of the processes that run stages of this project, by DVC's lock file; not all of them need be alive."""
+    here = Path.cwd()
+    root = next((directory for directory in (here, *here.parents) if (directory / ".dvc").is_dir()), here)
+    for _ in range(5):
+        try:
+            locked = json.loads((root / ".dvc" / "tmp" / "rwlock").read_text(encoding="utf-8"))
+            return {int(owner["pid"]) for owner in locked.get("write", {}).values()}
+        except ValueError:  # it is being written
+            time.sleep(0.05)
+        except (OSError, KeyError, TypeError, AttributeError):
+            break
+    return set()
+
+
+def _unbroken(chain: list[int]) -> bool:
+    """Whether each of them still is the parent of the one before it: a process whose parent ends gets another."""
+    if not chain or os.getppid() != chain[0]:
+        return False
+    try:
+        return all(psutil.Process(child).ppid() == parent for child, parent in pairwise(chain))
+    except psutil.Error:
+        return False
+
+
+def _adopted(parent: int) -> bool:
+    """Whether it is a parent that takes orphans: init, or another that is not of our session."""
+    try:
+        return parent == 1 or os.getsid(parent) != os.getsid(0)
+    except OSError:
+        return True
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
