@@ -186,7 +186,7 @@ class _Errors:
         """From tr((W − Ŵ) H (W − Ŵ)ᵀ), which the sweep tells (without always-zero inputs) or is taken here, less what the damping adds."""
         lost = squared_error(target, new, self.hessian) if swept is None else swept
         damping = self.damping if swept is None else self.damping.masked_fill(self.dead, 0)
-        damped = sum(float((a - b).square().sum(0) @ damping.to(a.dtype)) for a, b in zip(target.split(256), new.split(256), strict=True))
+        damped = sum(float((a - b).float().square().sum(0) @ damping) for a, b in zip(target.split(256), new.split(256), strict=True))
         return max(lost - damped, 0.0) / self.scales[matrix]
 
 
