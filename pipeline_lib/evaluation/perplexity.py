@@ -49,10 +49,11 @@ def row_logits(model: PreTrainedModel, batch: torch.Tensor) -> Iterator[torch.Te
     """
     decoder = model.get_decoder()
     states = decoder(input_ids=batch, use_cache=False)
+    rows = states.last_hidden_state.split(1)
+    decoder.forward = lambda *_args, **_kwargs: states
     try:
-        for hidden in states.last_hidden_state.split(1):
+        for hidden in rows:
             states["last_hidden_state"] = hidden
-            decoder.forward = lambda *_args, **_kwargs: states
             yield model(input_ids=batch[:1], use_cache=False).logits[0]
     finally:
-        vars(decoder).pop("forward", None)
+        del decoder.forward
