@@ -15,7 +15,7 @@ def main() -> None:
     with runtime.told():
         results, measured = table.current(), costs.collect()
         artifacts.write_text(OUT, render.costs(results, measured))
-        click.echo(table.plain(costs.comparison(results, measured)))
+        click.echo("\n".join([table.plain(costs.comparison(results, measured)), *table.notes(results)]))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def main(variant: str) -> None:
             "kept": total,
             "prunable": size,
             "sparsity": 1 - total / size,
+            "zeros": sum(facts["zeros"] for facts in matrices.values()),
             "matrices": matrices,
             "blocks": {str(index): {step: facts[step] for step in (*FITS, REFIT) if step in facts} for index, facts in by_block.items()},
             "transform": transform_facts,
@@ -78,7 +79,11 @@ def main(variant: str) -> None:
         }
         artifacts.write_json(Path(f"build/facts/{variant}.json"), summary)
         quantised = summary["quantization"]
-        at = f"; at {quantised['bits']} bits, {quantised['bits_per_weight']:.2f} bits a weight with masks and scales" if quantised else ""
+        at = (
+            f"; at {quantised['bits']} bits, {quantised['bits_per_weight']:.2f} bits a weight with masks and scales, {summary['zeros']:,} are zero"
+            if quantised
+            else ""
+        )
         tell(f"prune {variant}: kept {total:,} of {size:,} prunable weights (sparsity {1 - total / size:.4%}){at}")
 
 

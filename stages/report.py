@@ -24,7 +24,10 @@ def main() -> None:
         artifacts.write_text(OUT / "index.md", report.markdown)
         artifacts.write_json(OUT / "summary.json", table.summary(results))
         artifacts.write_json(OUT / "perplexity.json", table.points(results))
-        artifacts.write_text(OUT / "table.txt", table.plain(table.comparison(results)) + "\n")
+        notes = table.notes(results)
+        artifacts.write_text(OUT / "table.txt", "\n".join([table.plain(table.comparison(results)), *notes]) + "\n")
+        for note in notes:
+            click.echo(f"report: {note}")
         tell(f"report: {len(results.pruned)} pruned variants; read {OUT / 'index.html'}, or {OUT / 'table.txt'}")
 
 

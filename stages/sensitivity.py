@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -66,7 +67,7 @@ def main() -> None:
         described = {name: value | {k: included[name][k] for k in ("block", "kind")} for name, value in summary.items()}
         artifacts.write_json(OUT / "sensitivity.json", described)
         artifacts.write_json(OUT / "by_depth.json", list(described.values()))
-        facts = {
+        facts: dict[str, Any] = {
             "estimator": settings.estimator,
             "probes": len(found.samples),
             "rows_per_probe": settings.rows_per_probe,
@@ -75,6 +76,7 @@ def main() -> None:
             "reached": found.reached,
             "relative_error": relative_error(summary),
             "output_moments": ("full" if full else "diagonal") if wanted else "none",
+            "wanted_moments": settings.output_moments,
         }
         artifacts.write_json(OUT / "estimate.json", facts)
         tell(

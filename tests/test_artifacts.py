@@ -21,7 +21,7 @@ from pipeline_lib.core import environment
 from pipeline_lib.core.artifacts import read_json, read_tensors, replacing, sha256, write_json, write_tensors, write_text
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import Params, load, merge, parse, section
-from pipeline_lib.core.runtime import device, generator, resume_key, scratch, stage
+from pipeline_lib.core.runtime import device, generator, resume_key, stage
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.transforms.transform import Transform, read_transforms, write_transforms
 

@@ -42,6 +42,7 @@ def pruned(model: dict[str, Any] | None = None, calibration: dict[str, Any] | No
         "kept": 1_216_512,
         "prunable": 2_433_024,
         "sparsity": 0.5,
+        "zeros": 1_216_512,
         "transform": {},
         "calibration": rows | (calibration or {}),
     }
@@ -112,9 +113,11 @@ def test_names_cannot_break_the_metadata(name: str) -> None:
 
 
 def test_a_variant_that_is_only_quantised_is_not_called_pruned() -> None:
-    text = card(pruned(kept=2_433_024, sparsity=0.0, settings=settings(quantization={"bits": 3, "group": 64, "symmetric": True})))
+    text = card(
+        pruned(kept=2_433_024, sparsity=0.0, zeros=700_000, settings=settings(quantization={"bits": 3, "group": 64, "symmetric": True}))
+    )
     assert metadata(text)["tags"] == ["sparseline", "quantized", "3-bit", "llama"]
-    assert "of the 2,433,024 prunable ones all are left" in text
+    assert "of the 2,433,024 prunable ones all are kept, and 700,000 are zero" in text
 
 
 def test_sizes_are_those_of_the_format() -> None:
@@ -138,7 +141,7 @@ def test_each_format_says_how_it_is_loaded() -> None:
 def test_the_recipe() -> None:
     """Every choice in the words of the report's table."""
     assert dict(map(tuple, cells(card(pruned()), "|  |")[1:])) == {  # type: ignore[arg-type]
-        "sparsity": "50.00% of the prunable weights, unstructured",
+        "pruned": "50.00% of the prunable weights, unstructured",
         "score": "obs",
         "compared within": "block of 128 columns",
         "allocation": "least predicted loss (kronecker), α = 0.2",

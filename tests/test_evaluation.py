@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import ALL_FAMILIES, VOCABULARY, load_full, make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.evaluation.choice import ChooseParams, check, choose
 from pipeline_lib.evaluation.completions import CompletionsParams, complete
-from pipeline_lib.evaluation.perplexity import perplexity
-from pipeline_lib.evaluation.tasks import Preset, TasksParams, run_tasks
+from pipeline_lib.evaluation.perplexity import perplexity, row_logits
+from pipeline_lib.evaluation.tasks import Preset, TasksParams, Unread, request_lengths, run_tasks
 
 ROOT = Path(__file__).parent.parent
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -82,6 +83,17 @@ def test_perplexity_does_not_depend_on_the_batch_size(rows: torch.Tensor) -> Non
     model = tiny_llama()
     whole = perplexity(model, rows, batch_rows=7)
     assert [perplexity(model, rows, batch_rows=n) for n in (1, 2, 100)] == pytest.approx([whole] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_logits_row_by_row_are_the_models_own(tmp_path: Path, family: str) -> None:
+    """Oracle: one forward pass of the whole batch, bit for bit; afterwards the model runs as before."""
+    model = load_full(make_model(tmp_path, family))
+    batch = torch.randint(1, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(2))
+    whole = model(input_ids=batch, use_cache=False).logits
+    assert torch.equal(torch.stack(list(row_logits(model, batch))), whole)
+    next(row_logits(model, batch))  # left half-way
+    assert torch.equal(model(input_ids=batch, use_cache=False).logits, whole)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, 1e30])
@@ -231,10 +243,11 @@ def test_embedded_tasks_run_offline_and_repeat(
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     found = run_tasks(tiny_llama(), tokenizer, *params())
-    assert list(found) == ["corrupted", "next_line"]
-    assert all(set(values) == {"acc", "stderr", "chance"} for values in found.values())
-    assert all(value is not None and 0 <= value <= 1 for values in found.values() for value in values.values())
-    assert (found["next_line"]["chance"], found["corrupted"]["chance"]) == (0.25, 0.5)
+    tasks = found.tasks
+    assert list(tasks) == ["corrupted", "next_line"] and not found.warnings
+    assert all(0 <= (values[name] or 0) <= 1 for values in tasks.values() for name in ("acc", "stderr"))
+    assert (tasks["next_line"]["chance"], tasks["corrupted"]["chance"]) == (0.25, 0.5)
+    assert all((values["items"], values["of"], values["truncated"]) == (8, 200, 0) for values in tasks.values())
     assert run_tasks(tiny_llama(), tokenizer, *params()) == found
     assert run_tasks(tiny_llama(), tokenizer, *params(batch_rows=16)) == found
     assert not (tmp_path / "cache").exists() and Path(datasets.config.HF_DATASETS_CACHE).parent == tmp_path
@@ -268,16 +281,17 @@ def local_task(folder: Path, golds: list[int], **changes: Any) -> None:
 def test_a_known_rule_gives_known_answers_and_data_is_never_stale(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     local = params(path=tmp_path, names=["letters"], limit=None)
     local_task(tmp_path, [0, 1, 0, 1])
-    assert run_tasks(repeater(), tokenizer, *local) == {"letters": {"acc": 1.0, "stderr": 0.0, "chance": 0.5}}
+    counts = {"items": 4, "of": 4, "truncated": 0}
+    assert run_tasks(repeater(), tokenizer, *local).tasks == {"letters": {"acc": 1.0, "stderr": 0.0, "chance": 0.5} | counts}
     local_task(tmp_path, [0, 1, 0, 0])  # same names, same size
-    found = run_tasks(repeater(), tokenizer, *local)["letters"]
+    found = run_tasks(repeater(), tokenizer, *local).tasks["letters"]
     assert found["acc"] == 0.75 and found["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
 
 
 @pytest.mark.usefixtures("at_root")
 def test_chance_may_be_stated(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     local_task(tmp_path, [0, 1, 0, 1], metadata={"version": 1.0, "chance": 0.125})
-    assert run_tasks(repeater(), tokenizer, *params(path=tmp_path, names=["letters"]))["letters"]["chance"] == 0.125
+    assert run_tasks(repeater(), tokenizer, *params(path=tmp_path, names=["letters"])).tasks["letters"]["chance"] == 0.125
 
 
 @pytest.mark.usefixtures("at_root")
@@ -321,7 +335,7 @@ def test_data_outside_the_folder_are_told(tokenizer: PreTrainedTokenizerFast, tm
             with pytest.raises(SparselineError, match=r"The task letters reads .*, which is outside .*tasks \(tasks\.path\)"):
                 run_tasks(repeater(), tokenizer, *local)
     reads(data_files={"test": str(folder / "link.jsonl")})
-    assert run_tasks(repeater(), tokenizer, *local)["letters"]["acc"] == 1.0
+    assert run_tasks(repeater(), tokenizer, *local).tasks["letters"]["acc"] == 1.0
     local_task(folder, [0, 1, 0, 1], dataset_path=str(tmp_path / "else"), dataset_kwargs={"data_files": {"test": "letters.jsonl"}})
     with pytest.raises(SparselineError, match=r"The task letters reads .*else, which is outside"):
         run_tasks(repeater(), tokenizer, *local)
@@ -342,12 +356,57 @@ def test_gemmas_requests_begin_with_the_start_token(
         lambda _, args, kwargs: seen.append(kwargs.get("input_ids", args[0] if args else None)), with_kwargs=True
     )
     local_task(tmp_path, [0, 1, 0, 1])
-    assert run_tasks(model, tokenizer, *params(path=tmp_path, names=["letters"], limit=None))["letters"]["acc"] == 1.0
+    assert run_tasks(model, tokenizer, *params(path=tmp_path, names=["letters"], limit=None)).tasks["letters"]["acc"] == 1.0
     assert seen and all((batch[:, 0] == 0).all().item() is begun for batch in seen)
 
 
+def test_what_does_not_fit_the_window_is_counted_item_by_item(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Contexts of 5, 300 and 6 bytes, continuations of one: in a window of 16 one item of three is cut. Warnings of it are not told again.
+
+    A local word of lm-eval's, that the metric's direction is not stated, is.
+    """
+    local_task(tmp_path, [0, 1, 0, 1], metric_list=[{"metric": "acc", "aggregation": "mean"}])
+    records = [{"context": "x" * size, "choices": ["a", "b"], "gold": 0} for size in (5, 300, 6)]
+    (tmp_path / "letters.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    found = run_tasks(tiny_llama(max_position_embeddings=16), tokenizer, *params(path=tmp_path, names=["letters"]))
+    assert (found.tasks["letters"]["items"], found.tasks["letters"]["of"], found.tasks["letters"]["truncated"]) == (3, 3, 1)
+    (warning,) = found.warnings
+    assert "higher_is_better is not" in warning
+    fits = run_tasks(tiny_llama(max_position_embeddings=300), tokenizer, *params(path=tmp_path, names=["letters"]))
+    assert fits.tasks["letters"]["truncated"] == 0
+
+
+@pytest.mark.usefixtures("at_root")
+def test_answers_that_mean_nothing_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """An accuracy can be computed of all of them: of NaN the first is the largest."""
+    local = params(path=tmp_path, names=["letters"])
+    local_task(tmp_path, [0, 1, 0, 1])
+    broken = tiny_llama()
+    with torch.no_grad():
+        broken.lm_head.weight[5] = math.nan
+    with pytest.raises(SparselineError, match="log-likelihoods of tasks are NaN or infinite"):
+        run_tasks(broken, tokenizer, *local)
+    record = {"context": "x", "choices": ["a" * 40, "b"], "gold": 0}
+    (tmp_path / "letters.jsonl").write_text(2 * (json.dumps(record) + "\n"), encoding="utf-8")
+    with pytest.raises(SparselineError, match="letters has a continuation of 40 tokens, more than the model's window of 16"):
+        run_tasks(tiny_llama(max_position_embeddings=16), tokenizer, *local)
+    (tmp_path / "letters.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    with pytest.raises(SparselineError, match="letters has fewer than two items"):
+        run_tasks(tiny_llama(), tokenizer, *local)
+
+
+@pytest.mark.usefixtures("at_root")
+def test_requests_are_as_long_as_their_texts(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """One token per byte: three letters and one, eight times."""
+    local_task(tmp_path, [0, 1, 0, 1])
+    assert request_lengths(tokenizer, tmp_path, params(names=["letters"])[1]) == [4] * 8
+    (tmp_path / "letters.jsonl").unlink()
+    with pytest.raises(Unread):
+        request_lengths(tokenizer, tmp_path, params(names=["letters"])[1])
+
+
 def test_no_tasks(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert run_tasks(tiny_llama(), tokenizer, *params(names=[])) == {}
+    assert run_tasks(tiny_llama(), tokenizer, *params(names=[])).tasks == {}
 
 
 # The model-level gate

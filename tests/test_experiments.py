@@ -208,7 +208,7 @@ def test_runs_are_ranked_by_sparsity_and_the_best_is_marked(repository: Path) ->
     assert found.best("test") == found.best("validation") == {0, 3}
     rows = [line.split("  ") for line in compare.terminal(found).splitlines()]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    assert cells[0] == ["run", "changed", "variant", "sparsity", "validation ppl", "test ppl", "test gap closed"]
+    assert cells[0] == ["run", "changed", "variant", "pruned", "validation ppl", "test ppl", "test gap closed"]
     assert cells[1] == ["tuned", "other.alpha=2", "a", "50.00%", "8.00 *", "16.00 *", "12.3%"]
     assert cells[2] == ["main", "–", "b", "50.00%", "9.00", "18.00", "12.3%"]
 

@@ -147,14 +147,14 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
 
 
 def test_the_summary_has_its_schema(ran: Ran) -> None:
-    """Oracle: {variant: {sparsity, perplexity{text}, and where there are any gap{text}, bytes, accuracy{task}}}, and build/evaluate's figures."""
+    """Oracle: {variant: {sparsity, zeros of the pruned, perplexity{text}, and where there are any gap{text}, bytes, accuracy{task}}}, and build/evaluate's figures."""
     summary = read(ran.project / "report" / "summary.json")
     assert set(summary) == {"dense", "wanda", "sparseline"}
     for name, variant in summary.items():
         assert set(variant) == {"sparsity", "perplexity"} | {
             "dense": {"bytes", "accuracy"},
-            "sparseline": {"gap", "bytes", "accuracy"},
-        }.get(name, set())
+            "sparseline": {"zeros", "gap", "bytes", "accuracy"},
+        }.get(name, {"zeros"})
         assert variant["sparsity"] == (0 if name == "dense" else 0.5)
         assert set(variant["perplexity"]) == {"test", "validation"}
         if "accuracy" in variant:
@@ -204,6 +204,7 @@ def test_exactly_the_budget_is_kept(ran: Ran, variant: str) -> None:
         assert np.array_equal(tensor != 0, kept[name] == 1), name
     facts = read(ran.project / "build" / "facts" / f"{variant}.json")
     assert (facts["kept"], facts["prunable"], facts["sparsity"]) == (round(0.5 * PRUNABLE), PRUNABLE, 0.5)
+    assert facts["zeros"] == PRUNABLE - facts["kept"]
     assert {f"model.{name}.weight": matrix["kept"] for name, matrix in facts["matrices"].items()} == {n: m.sum() for n, m in kept.items()}
 
 

@@ -1,11 +1,13 @@
 """The prediction before a run. Oracles: what must not depend on depth, sizes on disk, and the arithmetic of a linear's FLOPs."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from project import prune_params
+import torch
+from project import build, change_params, invoke, make_workspace, prune_params, read_params, run, text
 from pruned import card, make_pruned
 from tiny import make_model
 
@@ -17,8 +19,10 @@ from pipeline_lib.planning.estimate import Estimate, Work, estimate, exporting, 
 WORK = Work(
     rows=8,
     length=32,
+    held_out=0.25,
+    compute_dtype=torch.float32,
     batch_rows=4,
-    evaluation_tokens=512,
+    median_tokens=64,
     second_order=True,
     probes=2,
     agreement=0.9,
@@ -37,7 +41,6 @@ def test_memory_of_block_wise_stages_does_not_grow_with_depth(tmp_path: Path) ->
     for stage in ("calibrate", "induce", "curves"):
         assert deep[stage].memory_bytes == shallow[stage].memory_bytes
         assert deep[stage].flops == pytest.approx(4 * shallow[stage].flops)
-    assert deep["evaluate"].memory_bytes > shallow["evaluate"].memory_bytes
 
 
 @pytest.mark.parametrize(("second_order", "copies"), [(False, 1), (True, 2)])
@@ -73,7 +76,7 @@ def test_grams_over_budget_are_not_counted(tmp_path: Path) -> None:
 def needs(path: Path, steps: tuple[str, ...], rows: int = 8, length: int = 32, budget: int = 10**12, **changes: Any) -> Estimate:
     """Of the shipped section with these steps and ``changes`` of ``reconstruction``."""
     params = prune_params(steps, reconstruction=changes, activation_budget_bytes=budget)
-    return pruning(open_checkpoint(path), "prune x", params, rows, length)
+    return pruning(open_checkpoint(path), "prune x", params, rows, length, torch.float32)
 
 
 TOWARDS_DENSE: dict[str, Any] = {"collect": "site", "towards_dense": 1.0}
@@ -148,6 +151,13 @@ def test_streams_over_budget_are_not_counted(wide: Path, steps: tuple[str, ...],
     assert memory(512, 0) == memory(256, 0)
 
 
+def test_streams_weigh_what_the_computing_dtype_weighs(wide: Path) -> None:
+    """256 rows of 32 tokens with 128 channels, in two bytes instead of four."""
+    params = prune_params(("obs",), activation_budget_bytes=10**12)
+    half, single = (pruning(open_checkpoint(wide), "x", params, 256, 32, dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert single.memory_bytes - half.memory_bytes == 2 * 256 * 32 * 128
+
+
 @pytest.mark.parametrize("steps", [(), ("obs", "lsq", "block")])
 def test_a_pruned_checkpoint_takes_what_the_source_takes_and_a_bit_per_weight(tmp_path: Path, steps: tuple[str, ...]) -> None:
     path = make_model(tmp_path / "model", "opt", 2)
@@ -169,7 +179,7 @@ def test_quantising_takes_the_sweeps_it_makes(wide: Path) -> None:
     """In the sweep itself it is free; after least squares it is one more of R·C² FLOPs; after a fit, also passes for its moments and another fit."""
 
     def flops(steps: tuple[str, ...], **quantization: Any) -> float:
-        return pruning(open_checkpoint(wide), "x", prune_params(steps, quantization=quantization), 8, 32).flops
+        return pruning(open_checkpoint(wide), "x", prune_params(steps, quantization=quantization), 8, 32, torch.float32).flops
 
     each = 2 * (2 * 128 * 128**2 + 2 * 64 * 128**2 + 3 * 128 * 128**2)  # both blocks' matrices, all of 128 inputs
     assert flops((), bits=4) == flops(())
@@ -180,3 +190,98 @@ def test_quantising_takes_the_sweeps_it_makes(wide: Path) -> None:
     tokens, weights = 8 * 32, 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 128)
     assert again - once == pytest.approx(8 * 4 * 2 * tokens * weights)  # epochs, passes, FLOPs
     assert once - plain > each
+
+
+# evaluate and tasks, which hold the whole model
+
+VOCABULARY = 64000  # the logits of a few rows outweigh a tiny model and the libraries
+PEAK = """
+import contextlib, importlib, pathlib, sys
+stage, *arguments = sys.argv[1:]
+with contextlib.redirect_stdout(sys.stderr):
+    importlib.import_module(f"stages.{stage}").main.main(arguments, standalone_mode=False)
+status = pathlib.Path("/proc/self/status").read_text().splitlines()
+print("peak", 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1]))
+"""
+
+
+def planned(output: str) -> dict[str, float]:
+    """Stage -> memory [bytes], from what `make plan` prints."""
+    units = {"MB": 1e6, "GB": 1e9}
+    rows = re.findall(r"^(\w+(?: \w+)?) +\d+ +([\d.]+) ([MG]B)", output, re.MULTILINE)
+    return {stage: float(amount) * units[unit] for stage, amount, unit in rows}
+
+
+def test_what_evaluate_and_tasks_take_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the kernel's high-water mark of each stage. Beyond the libraries, the logits are nearly all of it."""
+    tasks: dict[str, Any] = {"tasks": {"batch_rows": 4, "variants": []}, "presets": {"embedded": {"limit": 3}}}
+    project = make_workspace(tmp_path / "project", model={"vocab_size": VOCABULARY}, evaluate={"batch_rows": 4}, **tasks)
+    monkeypatch.chdir(project)
+    (project / "data/texts/test.txt").write_text(text(5, 1500), encoding="utf-8")
+    change_params(project, "texts.test", read_params(project)["texts"]["test"] | {"rows": 4, "length": 512})
+    build("prepare", "text test")
+    foreseen = planned(invoke("plan").output)
+    for stage, *arguments in (("evaluate", "dense"), ("tasks", "embedded", "dense")):
+        output = run(project, "python", "-c", PEAK, stage, *arguments)
+        took = int(re.findall(r"^peak (\d+)", output, re.MULTILINE)[0])
+        name = "evaluate" if stage == "evaluate" else "tasks embedded"
+        assert 0.8 * took < foreseen[name] < 1.3 * took, (name, took, foreseen)
+
+
+# The command
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(make_workspace(tmp_path / "project"))
+    return Path()
+
+
+def test_every_run_of_every_preset_is_planned(project: Path) -> None:
+    """Two variants and the dense model are evaluated; the preset is measured on one variant and the dense model."""
+    output = invoke("plan").output
+    runs = {name: int(count) for name, count in re.findall(r"^(\w+(?: \w+)?) +(\d+) ", output, re.MULTILINE)}
+    assert (runs["evaluate"], runs["tasks embedded"]) == (3, 2)
+    assert {"prune wanda", "prune sparseline", "induce", "curves", "export sparseline"} <= set(runs)
+
+
+def test_sections_may_be_empty(project: Path) -> None:
+    for section in ("induced", "curved", "exported", "variants", "presets"):
+        change_params(project, section, None)
+    change_params(project, "tasks.variants", [])
+    change_params(project, "tasks.presets", [])
+    result = invoke("plan")
+    assert result.exit_code == 0, result.output
+    assert not {"induce", "curves"} & set(planned(result.output)) and "evaluate" in planned(result.output)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("induced", {"gone": {}}, "induced names 'gone', which is no variant; variants: wanda, sparseline."),
+        ("curved", {"gone": {}}, "curved names 'gone', which is no variant"),
+        ("exported", {"gone": {}}, "exported names 'gone', which is no variant"),
+        ("tasks.variants", ["gone"], "tasks.variants names 'gone', which is no variant"),
+        ("tasks.presets", ["gone"], "tasks.presets names 'gone', which is no preset; presets: embedded, induction, sensitivity."),
+        ("presets.embedded.names", ["next_lime"], "No task is called 'next_lime'"),
+        ("variants", ["wanda"], "variants = ['wanda'] is not a mapping"),
+        ("texts", {}, "texts must hold exactly one text with use: calibrate, not 0"),
+    ],
+)
+def test_wrong_names_are_told(project: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, said: str) -> None:
+    import lm_eval.tasks
+
+    everything = lm_eval.tasks.TaskManager
+    quick = lambda include_path, include_defaults: everything(include_path=include_path, include_defaults=False)  # noqa: E731
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", quick)  # without lm-eval's own thousands: ten seconds
+    change_params(project, key, value)
+    result = invoke("plan")
+    assert result.exit_code == 2 and said in result.output, result.output
+
+
+def test_tasks_whose_data_is_not_here_are_named(project: Path) -> None:
+    """The rest is planned; that they are missing is said."""
+    (project / "data/tasks/corrupted.jsonl").unlink()
+    result = invoke("plan")
+    assert result.exit_code == 0 and "evaluate" in planned(result.output)
+    assert "tasks embedded are not counted. The data of tasks corrupted cannot be read" in result.output

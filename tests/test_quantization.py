@@ -1,6 +1,7 @@
 """Quantisation. Oracles: every level of a grid by enumeration, GPTQ and SparseGPT written out column by column in float64 with explicit inverses, and the
 stored weights themselves, read back."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from project import prune_params
-from tiny import curved_gram, make_model, token_rows
+from project import WANDA, build, change_params, make_workspace, prune_params
+from tiny import all_tensors, curved_gram, make_model, token_rows
 
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.architecture import Matrix
@@ -449,6 +450,22 @@ def test_rounding_to_nearest_is_just_that(model_paths: dict[str, Path]) -> None:
             for part, own in zip(weight.split(20, dim=1), stored.split(20, dim=1), strict=True):
                 scale = 2 * part.abs().amax(1, keepdim=True) / 15
                 torch.testing.assert_close(own, (part / scale).round().clamp(-8, 7) * scale, rtol=1e-5, atol=1e-7)
+
+
+def test_zeros_are_counted_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is pruned, and of three-bit weights many are zero. Oracle: the tensors on disk, excluded matrices left aside."""
+    only = {"selection": {"sparsity": 0.0, "score": "obs", "group": "block"}, "reconstruction": {"steps": ["obs"]}}
+    gptq = WANDA | only | {"quantization": {"bits": 3, "group": 16}}
+    workspace = make_workspace(tmp_path / "project", variants={"gptq": gptq}, induced={}, exported={})
+    change_params(workspace, "model.exclude", ["*.down_proj"])
+    monkeypatch.chdir(workspace)
+    build("prepare", "text calibration", "prune gptq")
+    facts = json.loads(Path("build/facts/gptq.json").read_text(encoding="utf-8"))
+    tensors = all_tensors(Path("build/prune/gptq/checkpoint"))
+    for name, matrix in facts["matrices"].items():
+        assert matrix["zeros"] == int((tensors[f"model.{name}.weight"] == 0).sum())
+    assert (facts["sparsity"], facts["zeros"]) == (0, sum(matrix["zeros"] for matrix in facts["matrices"].values()))
+    assert facts["zeros"] > 0.1 * facts["prunable"]
 
 
 def test_without_bits_there_are_no_grids(model_paths: dict[str, Path]) -> None:

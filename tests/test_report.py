@@ -93,6 +93,7 @@ def facts(name: str, depth: int) -> dict[str, Any]:
         "kept": kept,
         "prunable": size,
         "sparsity": 1 - kept / size,
+        "zeros": size - kept + (100 if full else 0),  # its kept weights are quantised
         "matrices": matrices,
         "blocks": {str(block): {"channel": fits[block]} if full else {} for block in range(depth)},
         "transform": transform,
@@ -133,8 +134,8 @@ def make(build: Path, depth: int = 3) -> Path:
     for name, (test, validation) in LOG_PERPLEXITY.items():
         better = 0.1 if name == "full" else 0.0
         tasks = {
-            "next_line": {"acc": 0.6 + better, "stderr": 0.0123456789, "chance": 0.25},
-            "free": {"acc": 0.5, "stderr": 0.02, "chance": None},
+            "next_line": {"acc": 0.6 + better, "stderr": 0.0123456789, "chance": 0.25, "items": 100, "of": 200, "truncated": 0},
+            "free": {"acc": 0.5, "stderr": 0.02, "chance": None, "items": 50, "of": 50, "truncated": 3},
         }
         write(f"evaluate/{name}.json", {"perplexity": {"test": math.exp(test), "validation": math.exp(validation)}})
         write(f"evaluate/zero/{name}.json", tasks)
@@ -148,7 +149,7 @@ def make(build: Path, depth: int = 3) -> Path:
         rows |= {"start": "document"}
         write_tensors(build / "texts" / use / f"{name}.safetensors", {}, rows | {"sha256": {f"{name}.txt": f"{len(name):064d}"}})
     write("choice.json", {"text": "validation", "chosen": "full", "perplexity": {"base": math.exp(2.5), "full": math.exp(2.125)}})
-    probed = {"estimator": "fisher", "probes": 24, "rows_per_probe": 2, "output_moments": "none"}
+    probed = {"estimator": "fisher", "probes": 24, "rows_per_probe": 2, "output_moments": "diagonal", "wanted_moments": "full"}
     write("sensitivity/estimate.json", probed | {"agreement": 0.876, "wanted": 0.9, "reached": False, "relative_error": 0.31})
     stages = {"prune-plain": 10, "prune-base": 20, "prune-full": 30, "induce-full": 40, "calibrate": 5, "scale": 1, "sensitivity": 60}
     for number, (stage, wall) in enumerate(stages.items()):
@@ -268,7 +269,7 @@ def test_the_best_pruned_cell_is_marked(build: Path) -> None:
     assert marks["perplexity, test", "gap closed"] == {3}
     assert marks["accuracy, %", "next_line"] == {3}
     assert marks["accuracy, %", "free"] == frozenset()
-    assert marks["", "sparsity"] == frozenset()
+    assert marks["", "pruned"] == marks["", "zeros"] == frozenset()
     one = {column.head: column.best for column in table.comparison(collect(build, ("full",)))}
     assert not any(one.values())
 
@@ -279,6 +280,27 @@ def test_the_plain_table_is_aligned(build: Path) -> None:
     assert lines[0].split("  ")[0] == "variant"
     assert lines[4].startswith("full ")
     assert "25.0%" in lines[4]
+
+
+def test_pruned_and_zero_are_told_apart(build: Path) -> None:
+    """Half of 12,000 weights are pruned; of those kept in full another 100 are zero. Of the dense model's nothing was counted."""
+    columns = {column.head: column.cells for column in table.comparison(collect(build))}
+    assert columns["pruned"] == ("0.00%", "50.00%", "50.00%", "50.00%")
+    assert columns["zeros"] == ("–", "50.00%", "50.00%", "50.83%")
+
+
+def test_what_the_table_leaves_out_is_told(build: Path) -> None:
+    """On the page and below the table: cut items, moments beyond their budget, and why there is no gap."""
+    cut = "3 of the 50 items of `free` are longer than the model's window: their beginning is left out."
+    moments = "Full output moments exceed `sensitivity.moment_budget_bytes`: allocations use their diagonals."
+    assert table.notes(collect(build)) == [cut, moments]
+    assert table.notes(collect(build, ("plain",), baseline="gone", exported=(), tasks=())) == [
+        "No gap is given: the baseline `gone` is not among the variants (see `report.baseline`)."
+    ]
+    said = " ".join(render(collect(build)).markdown.split())
+    assert cut in said and moments in said
+    assert "Accuracies are of all 50 items of `free`, 100 of 200 items of `next_line`, and" in said
+    assert "Not exported, so not weighed: `plain`." in said
 
 
 def test_summary_is_pure_metrics(build: Path) -> None:
@@ -292,6 +314,7 @@ def test_summary_is_pure_metrics(build: Path) -> None:
         "accuracy": {"next_line": 0.6, "free": 0.5},
     }
     assert summary["full"]["sparsity"] == 0.5
+    assert summary["full"]["zeros"] == round(0.5 + 100 / 12000, 6)
     assert summary["full"]["bytes"] == 6600
     assert summary["full"]["gap"]["test"] == 0.25
     assert "gap" not in summary["base"] and "bytes" not in summary["plain"]
@@ -361,12 +384,12 @@ def test_sizes_are_on_the_page(build: Path) -> None:
     """With a figure where something was exported; compressed-tensors is called what it is where it was written."""
     report = render(collect(build))
     assert "sizes.svg" in report.figures
-    assert "no smaller than four bits" not in report.html
+    assert "no smaller than the same" not in report.html
     path = build / "sizes" / "full.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     found["formats"]["compressed-tensors"] = {"matrix_bytes": 2062, "file_bytes": 4200, "bits": 4.125}
     path.write_text(json.dumps(found), encoding="utf-8")
-    assert "no smaller than four bits without pruning" in render(collect(build)).html
+    assert "no smaller than the same quantisation without pruning" in render(collect(build)).html
     assert weighed.smallest(collect(build).pruned[2]) == "compressed-tensors"
     nothing = render(collect(build, exported=()))
     assert "No variant is exported" in nothing.html and "sizes.svg" not in nothing.figures
@@ -616,8 +639,10 @@ def test_two_runs_give_the_same_bytes(build: Path) -> None:
     assert seen[0] == seen[1]
     files, output = seen[0], run.stdout
     assert {"index.html", "index.md", "table.txt", "summary.json", "figures/perplexity.svg"} <= set(files)
-    assert re.fullmatch(r"report: 3 pruned variants; read report/index\.html, or report/table\.txt; \d+(\.\d)? s\n", output)
-    assert len((work / "report" / "table.txt").read_text(encoding="utf-8").splitlines()) == 5
+    assert re.search(r"report: 3 pruned variants; read report/index\.html, or report/table\.txt; \d+(\.\d)? s\n$", output)
+    written = (work / "report" / "table.txt").read_text(encoding="utf-8").splitlines()
+    assert len(written) == 5 + 2  # variants, and two notes on what is left out
+    assert all(f"report: {note}" in output.splitlines() for note in written[5:])
     summary = json.loads((work / "report" / "summary.json").read_text(encoding="utf-8"))
     assert set(summary) == set(LOG_PERPLEXITY)
 

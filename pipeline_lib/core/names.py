@@ -3,44 +3,43 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pipeline_lib.core import params
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.core.params import FILE, check_name
 
 RESERVED = "dense"  # the source model
 
 
-def check(values: Mapping[str, Any]) -> None:
+def check() -> None:
     """Refuse names that DVC, a shell or a file system would read as something else, and lists that name what does not exist.
 
-    Args:
-        values: params.yaml, or those of its sections that hold names.
-
     Raises:
-        SparselineError: the first such name.
+        SparselineError: the first such name, or a section of names that is no mapping.
     """
-    for section, kind in (("texts", "text"), ("variants", "variant"), ("presets", "preset")):
-        for name in _mapping(values, section):
-            check_name(kind, name)
-    if RESERVED in _mapping(values, "variants"):
-        raise SparselineError(f"{FILE}: the variant name {RESERVED!r} is taken by the source model; choose another.")
-    variants = _mapping(values, "variants")
-    for section in ("induced", "curved", "exported"):
-        _known(section, _mapping(values, section), "variant", variants)
-    tasks = values.get("tasks") or {}
-    _known("tasks.variants", tasks.get("variants") or [], "variant", variants)
-    _known("tasks.presets", tasks.get("presets") or [], "preset", _mapping(values, "presets"))
+    texts, presets = _mapping("texts", params.section("texts")), _mapping("presets", params.section("presets"))
+    variants = _mapping("variants", params.section("variants"))
+    for kind, names in (("text", texts), ("variant", variants), ("preset", presets)):
+        for name in names:
+            params.check_name(kind, name)
+    if RESERVED in variants:
+        raise SparselineError(f"{params.FILE}: the variant name {RESERVED!r} is taken by the source model; choose another.")
+    _known("induced", _mapping("induced", params.section("induced")), "variant", variants)
+    _known("curved", _mapping("curved", params.section("curved")), "variant", variants)
+    _known("exported", _mapping("exported", params.section("exported")), "variant", variants)
+    _known("tasks.variants", params.section("tasks.variants") or [], "variant", variants)
+    _known("tasks.presets", params.section("tasks.presets") or [], "preset", presets)
 
 
-def _mapping(values: Mapping[str, Any], section: str) -> Mapping[str, Any]:
-    found = values.get(section)
-    if found is not None and not isinstance(found, Mapping):
+def _mapping(section: str, value: Any) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
         raise SparselineError(
-            f"{FILE}: {section} = {found!r} is not a mapping of names to values; write `{section}: {{}}` or names below it."
+            f"{params.FILE}: {section} = {value!r} is not a mapping of names to values; write `{section}: {{}}` or names below it."
         )
-    return found or {}
+    return value or {}
 
 
-def _known(where: str, names: Iterable[Any], kind: str, known: Iterable[str]) -> None:
+def _known(where: str, names: Any, kind: str, known: Iterable[str]) -> None:
+    if not isinstance(names, list | Mapping):
+        raise SparselineError(f"{params.FILE}: {where} = {names!r} is not a list of names; write [] or names in brackets.")
     for name in names:
         if name not in known:
-            raise SparselineError(f"{FILE}: {where} names {name!r}, which is no {kind}; {kind}s: {', '.join(known) or 'none'}.")
+            raise SparselineError(f"{params.FILE}: {where} names {name!r}, which is no {kind}; {kind}s: {', '.join(known) or 'none'}.")

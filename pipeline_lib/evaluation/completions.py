@@ -48,7 +48,7 @@ def complete(
     token, cache, written = prompts.to(model.device), None, []
     with torch.inference_mode():
         for _ in watched(range(params.new_tokens)):
-            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
             token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
             written.append(token)
     pairs = zip(prompts.tolist(), torch.cat(written, dim=1).tolist(), strict=True)

@@ -1,6 +1,7 @@
 """Perplexity over rows of token ids."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -12,8 +13,9 @@ from pipeline_lib.core.progress import Watched
 def perplexity(model: PreTrainedModel, rows: torch.Tensor, batch_rows: int, watched: Watched = iter) -> float:
     """exp of the mean negative log-likelihood, in nats per token, over the T - 1 predicted tokens of every row of ``rows`` [N, T].
 
-    Rows are independent: no overlap, no context from the row before. ``batch_rows`` rows go through the model at a time; losses are
-    taken from float32 logits and summed in float64, row by row, so that the batch size leaves only the model's own rounding.
+    Rows are independent: no overlap, no context from the row before. ``batch_rows`` rows go through the blocks at a time; losses are
+    taken from float32 logits and summed in float64, row by row, so that the batch size leaves only the model's own rounding, and the
+    logits of one row alone are in memory.
 
     ``watched`` sees every batch pass.
 
@@ -27,8 +29,7 @@ def perplexity(model: PreTrainedModel, rows: torch.Tensor, batch_rows: int, watc
     with torch.inference_mode():
         for start in watched(range(0, count, batch_rows)):
             batch = rows[start : start + batch_rows].to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits
-            for row, predicted in zip(batch, logits, strict=True):  # one row's float32 logits at a time: vocabularies are large
+            for row, predicted in zip(batch, row_logits(model, batch), strict=True):
                 losses = torch.nn.functional.cross_entropy(predicted[:-1].float(), row[1:], reduction="none")
                 total += losses.double().sum().cpu()
     mean = float(total) / (count * (length - 1))
@@ -38,3 +39,21 @@ def perplexity(model: PreTrainedModel, rows: torch.Tensor, batch_rows: int, watc
             "prune less, or evaluate in float32."
         )
     return math.exp(mean)
+
+
+def row_logits(model: PreTrainedModel, batch: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The logits [T, V] of each row of ``batch`` [B, T], one after another: with V in the hundred thousands, those of a batch outweigh the model.
+
+    The blocks run once, on the whole batch. Then the model's own forward code computes the logits of each row (head, scaling, capping),
+    with the decoder standing in that returns the row's hidden states.
+    """
+    decoder = model.get_decoder()
+    states = decoder(input_ids=batch, use_cache=False)
+    rows = states.last_hidden_state.split(1)
+    decoder.forward = lambda *_args, **_kwargs: states
+    try:
+        for hidden in rows:
+            states["last_hidden_state"] = hidden
+            yield model(input_ids=batch[:1], use_cache=False).logits[0]
+    finally:
+        del decoder.forward

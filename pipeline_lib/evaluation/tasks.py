@@ -3,11 +3,16 @@
 import copy
 import io
 import logging
+import math
 import random
+import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task, TaskConfig
     from lm_eval.tasks import TaskManager
 
+CUT = ("Combined length of context", "Left truncation applied")  # warnings of what is counted item by item
 FILE_FORMATS = {"csv", "json", "parquet", "text"}  # dataset_path of tasks that read files
 
 
@@ -47,34 +53,90 @@ class Preset(Params):
     seed: int  # choice of the examples
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a run of tasks found, and what lm-eval, datasets and Python warned of on the way."""
+
+    tasks: dict[str, dict[str, float | int | None]]
+    warnings: Mapping[str, int]  # message -> how often
+
+
+class Unread(SparselineError):
+    """The data of tasks cannot be read (here, or now)."""
+
+
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: TasksParams, preset: Preset, what: str = "tasks"
-) -> dict[str, dict[str, float | None]]:
-    """Accuracy of each task: ``{name: {"acc", "stderr", "chance"}}``, all in [0, 1], sorted by name; a group or tag gives its members.
+) -> Measured:
+    """Accuracy of each task: ``{name: {"acc", "stderr", "chance", "items", "of", "truncated"}}``, sorted by name; a group or tag gives its members.
 
-    ``stderr`` is the standard error of the mean, ``chance`` what guessing gives (None where it is not known). Nothing that depends
-    on date or host is kept. Tasks that read files touch neither the network nor the user's datasets cache. Seeds Python's, numpy's
-    and torch's global generators, as lm-eval does. Progress is told under the name ``what``.
+    ``acc``, its standard error ``stderr`` and ``chance``, what guessing gives (None where it is not known), are in [0, 1]. ``items`` were
+    measured ``of`` those that the task has; ``truncated`` of them do not fit the model's window, so that lm-eval leaves out their beginning.
+    Nothing that depends on date or host is kept. Tasks that read files touch neither the network nor the user's datasets cache. Seeds
+    Python's, numpy's and torch's global generators, as lm-eval does. Progress is told under the name ``what``.
 
     Raises:
-        SparselineError: no such task, one that measures no accuracy, or one whose data cannot be read or are not below ``params.path``.
+        SparselineError: no such task, one that measures no accuracy, or one whose data cannot be read or are not below ``params.path``;
+            an item without an answer (its continuation does not fit the window, or its likelihood is NaN or infinite); fewer than two items.
     """
     if not preset.names:
-        return {}
+        return Measured({}, {})
     from lm_eval.evaluator import evaluate  # imported here: seconds, needed by no other module
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
 
     class Watched(HFLM):  # type: ignore[misc]
-        """Its own bar is among what is held back; where the family's rows begin with the start token, every request does."""
+        """Counts what lm-eval cuts, and refuses answers that mean nothing. Its own bar is among what is held back.
+
+        Where the family's rows begin with the start token, every request does.
+        """
+
+        def __init__(self) -> None:
+            self.cut: set[int] = set()  # id() of requests
+            self.asked: Sequence[Any] = ()  # requests that are being answered, if lm-eval may cut them
+            own = copy.deepcopy(tokenizer)  # HFLM gives it a padding token
+            super().__init__(pretrained=model, tokenizer=own, batch_size=params.batch_rows, softmax_dtype="float32")
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
             tokens: list[int] = super().tok_encode(string, add_special_tokens, **options)
             bare = begins and add_special_tokens is not False and tokens[:1] != [self.prefix_token_id]
             return [self.prefix_token_id, *tokens] if bare else tokens
 
+        def loglikelihood(self, requests: Any, **options: Any) -> Any:
+            self.asked = requests
+            found = super().loglikelihood(requests, **options)
+            self.asked = ()  # a rolling likelihood is taken window by window, and nothing is cut
+            return found
+
         def _loglikelihood_tokens(self, requests: Any, **options: Any) -> Any:
+            for request, (_, context, continuation) in zip(self.asked, requests, strict=bool(self.asked)):
+                if len(continuation) > self.max_length:
+                    raise SparselineError(
+                        f"The task {request.task_name} has a continuation of {len(continuation)} tokens, more than the model's window of "
+                        f"{self.max_length}; leave the task out."
+                    )
+                if len(context) + len(continuation) > self.max_length + 1:
+                    self.cut.add(id(request))
             with Progress(what, len(requests), "requests", stream=stream) as self.progress:
-                return super()._loglikelihood_tokens(requests, **options)
+                found = super()._loglikelihood_tokens(requests, **options)
+            if not all(math.isfinite(likelihood) for likelihood, _ in found):
+                raise SparselineError(
+                    f"The model's log-likelihoods of {what} are NaN or infinite: its weights are, or it overflows in {model.dtype}; "
+                    "prune less, or set tasks.compute_dtype to float32."
+                )
+            return found
+
+        def generate_until(self, requests: Any, **options: Any) -> Any:
+            for request in requests:
+                context, how = request.args
+                room = self.max_length - int(normalize_gen_kwargs(how, self.max_gen_toks)["max_gen_toks"])
+                if room <= 0:
+                    raise SparselineError(
+                        f"The task {request.task_name} generates more tokens than the model's window of {self.max_length} holds; leave the task out."
+                    )
+                if len(self.tok_encode(context)) > room:
+                    self.cut.add(id(request))
+            return super().generate_until(requests, **options)
 
         def _model_call(self, inps: torch.Tensor, **options: Any) -> torch.Tensor:
             logits: torch.Tensor = super()._model_call(inps, **options)
@@ -83,29 +145,58 @@ def run_tasks(
 
     stream = sys.stderr
     begins = usual(model.config.model_type) == "row"
-    with _quiet():
-        _check_includes(params.path)
+    _check_includes(params.path)
+    with _listening():  # all it has to say is that it did not load the model itself
+        lm = Watched()
+    with _listening() as heard:
         manager = _manager(params.path, preset.names)
         random.seed(preset.seed)
         np.random.seed(preset.seed)  # noqa: NPY002 - the generator that tasks' own code draws from
         torch.manual_seed(preset.seed)
         with _datasets(private=all(_reads_files(manager, name) for name in preset.names)):
             tasks = _load(manager, preset, params.path)
-            lm = Watched(
-                pretrained=model,
-                tokenizer=copy.deepcopy(tokenizer),  # HFLM gives it a padding token
-                batch_size=params.batch_rows,
-                softmax_dtype="float32",
-            )
             # the standard error of a mean has a formula, but with 0 bootstrap_iters lm-eval leaves it out
             results = evaluate(lm, {"tasks": tasks}, limit=preset.limit, bootstrap_iters=100, log_samples=False)
             assert results is not None
             chances = {name: chance(task) for name, task in tasks.items()}
-    flat = {}
+    flat: dict[str, dict[str, float | int | None]] = {}
     for name, metrics in sorted(results["results"].items()):
         key = next(key for key in metrics if key.startswith("acc,"))  # "acc,none", or another filter's name
-        flat[name] = {"acc": float(metrics[key]), "stderr": float(metrics[f"acc_stderr,{key[4:]}"]), "chance": chances[name]}
-    return flat
+        acc, items = float(metrics[key]), int(metrics["sample_len"])
+        if items < 2 or not math.isfinite(acc):
+            raise SparselineError(f"The task {name} gives the accuracy {acc} on {items} items; a figure needs two, and a number.")
+        flat[name] = {
+            "acc": acc,
+            "stderr": float(metrics[f"acc_stderr,{key[4:]}"]),
+            "chance": chances[name],
+            "items": items,
+            "of": len(tasks[name].eval_docs),
+            "truncated": len({request.doc_id for request in tasks[name].instances if id(request) in lm.cut}),
+        }
+    return Measured(flat, heard)
+
+
+def request_lengths(tokenizer: PreTrainedTokenizerBase, path: Path, preset: Preset) -> list[int]:
+    """Tokens of every request of a preset, context and continuation together, the longest first: what a run of it passes through the model.
+
+    Nothing is fetched.
+
+    Raises:
+        SparselineError: as ``run_tasks``, of the tasks.
+        Unread: a task's data is not on this machine.
+    """
+    if not preset.names:
+        return []
+    with _listening():  # the run itself tells the warnings
+        manager = _manager(path, preset.names)
+        with _datasets(private=all(_reads_files(manager, name) for name in preset.names), offline=True):
+            lengths: list[int] = []
+            for task in _load(manager, preset, path).values():
+                task.build_all_requests(limit=preset.limit)
+                texts = ["".join(part for part in request.args if isinstance(part, str)) for request in task.instances]
+                # what ``verbose`` would say is that a text is too long: the run counts those
+                lengths += [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    return sorted(lengths, reverse=True)
 
 
 def chance(task: "Task") -> float | None:
@@ -189,11 +280,13 @@ def _load(manager: "TaskManager", preset: Preset, folder: Path) -> dict[str, "Ta
         tasks: dict[str, Task] = manager.load(preset.names)["tasks"]
     except (OSError, KeyError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SparselineError(f"The data of tasks {', '.join(preset.names)} cannot be read: {reason}") from error
+        raise Unread(f"The data of tasks {', '.join(preset.names)} cannot be read: {reason}") from error
     for name, task in tasks.items():
         defined = manager.task_index[name].yaml_path if name in manager.task_index else None
         if defined is None or defined.resolve().is_relative_to(folder.resolve()):
             _check_data(folder, name, task.config)
+        if not (task.has_test_docs() or task.has_validation_docs()) or len(task.eval_docs) < 2:
+            raise SparselineError(f"The task {name} has fewer than two items to measure; a standard error needs two.")
         if "acc" not in task.aggregation():
             known = ", ".join(task.aggregation())
             raise SparselineError(f"The task {name} measures no accuracy, only: {known}; choose tasks that have the metric acc.")
@@ -204,31 +297,53 @@ def _load(manager: "TaskManager", preset: Preset, folder: Path) -> dict[str, "Ta
 
 
 @contextmanager
-def _datasets(private: bool) -> Iterator[None]:
-    """A cache of our own that lasts as long as the run (so it cannot be stale), and no network."""
-    if not private:
-        yield
-        return
+def _datasets(private: bool, offline: bool = False) -> Iterator[None]:
+    """``private``: a cache of our own that lasts as long as the run (so it cannot be stale), and no network. ``offline``: no network."""
     import datasets
 
     config = datasets.config
     kept = config.HF_DATASETS_CACHE, config.HF_HUB_OFFLINE
     with tempfile.TemporaryDirectory(prefix="sparseline-tasks-", ignore_cleanup_errors=True) as folder:
-        config.HF_DATASETS_CACHE, config.HF_HUB_OFFLINE = Path(folder), True
+        if private:
+            config.HF_DATASETS_CACHE = Path(folder)
+        config.HF_HUB_OFFLINE = private or offline or kept[1]
         try:
             yield
         finally:
             config.HF_DATASETS_CACHE, config.HF_HUB_OFFLINE = kept
 
 
+class _Heard(logging.Handler):
+    """Counts warnings by their text, in which every number counts as the same."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: Counter[str] = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.hear(record.getMessage())
+
+    def hear(self, message: str) -> None:
+        text = re.sub(r"\d+", "…", " ".join(message.split()))
+        if not text.startswith(CUT):
+            self.said[text] += 1
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval's log and the progress bars held back; errors are exceptions."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _listening() -> Iterator[Mapping[str, int]]:
+    """Progress bars are held back, since ours says the same. Warnings are counted instead of printed once per item; errors are exceptions."""
+    handler = _Heard()
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    kept = [(logger.level, logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+        logger.handlers, logger.propagate = [handler], False
     try:
-        with redirect_stderr(io.StringIO()):
-            yield
+        with warnings.catch_warnings(record=True) as caught, redirect_stderr(io.StringIO()):
+            yield handler.said
+        for warning in caught:
+            handler.hear(f"{warning.category.__name__}: {warning.message}")
     finally:
-        logger.setLevel(level)
+        for logger, (level, handlers, propagate) in zip(loggers, kept, strict=True):
+            logger.setLevel(level)
+            logger.handlers, logger.propagate = handlers, propagate

@@ -63,7 +63,7 @@ def card(pruned: Pruned, measured: Measured | None = None, form: str = "dense", 
         f"# {_name(pruned.model)}: {pruned.variant}",
         _what(pruned),
         "## Recipe",
-        _table(("", ""), [("sparsity", _sparsity(pruned.facts)), *wording.recipe(pruned.facts["settings"]).items()]),
+        _table(("", ""), [("pruned", _sparsity(pruned.facts)), *wording.recipe(pruned.facts["settings"]).items()]),
         *(["## Perplexity", *_perplexity(measured)] if measured else []),
         *(["## Size", _size(form, sizes)] if sizes else []),
         "## Loading",
@@ -104,7 +104,7 @@ def _what(pruned: Pruned) -> str:
         source = f"[{model['id']}](https://huggingface.co/{model['id']}){commit}"
     return (
         f"Made by Sparseline from {source}, a {model['family']} model with {model['parameters']:,} parameters ({model['dtype']}): "
-        f"of the {facts['prunable']:,} prunable ones {'all' if not facts['sparsity'] else format(facts['kept'], ',')} are left. Tokenizer, chat template and configuration are the "
+        f"of the {facts['prunable']:,} prunable ones {'all' if not facts['sparsity'] else format(facts['kept'], ',')} are kept, and {facts['zeros']:,} are zero. Tokenizer, chat template and configuration are the "
         "base model's, and so are its licence, its uses and its limits: see there."
     )
 

@@ -52,6 +52,10 @@ class Progress:
             told = {"shapes": {matrix.label: list(grid.shape) for matrix, grid in result.grids.items()}}
             how = self.quantization.model_dump(include={"bits", "group", "symmetric"})
             artifacts.write_tensors(artifacts.block_file(self.directory / "quantization", index), grids, how | told)
+        by_label = {matrix.label: matrix for matrix in self.source.architecture.matrices}
+        for label, facts in result.facts["matrices"].items():  # more than were pruned, where quantisation rounds to zero
+            weights = by_label[label].view(result.tensors[by_label[label].parameter])
+            facts["zeros"] = weights.numel() - int(weights.count_nonzero())
         artifacts.write_json(self._facts(index), result.facts)
 
     def publish(self, out: Path) -> dict[int, Any]:

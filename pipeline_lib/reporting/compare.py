@@ -204,7 +204,7 @@ def columns(comparison: Comparison) -> list[Column]:
         Column("", "run", tuple(point.run for point in points), numeric=False),
         Column("", "changed", tuple(_short(point.changes, points) for point in points), numeric=False),
         Column("", "variant", tuple(point.variant for point in points), numeric=False),
-        Column("", "sparsity", tuple(wording.sparsity(point.model.sparsity) for point in points)),
+        Column("", "pruned", tuple(wording.sparsity(point.model.sparsity) for point in points)),
     ]
     for text in comparison.texts:
         values, gaps = ([getattr(point.model, kind).get(text) for point in points] for kind in ("perplexity", "gap"))
@@ -239,7 +239,7 @@ def terminal(comparison: Comparison) -> str:
         else column
         for column in columns(comparison)
     ]
-    said = [table.plain(starred), "* the lowest perplexity at its sparsity"]
+    said = [table.plain(starred), "* the lowest perplexity at its share of pruned weights"]
     return "\n".join(said + ([_apart(comparison)] if comparison.apart else []))
 
 
@@ -257,11 +257,15 @@ def page(comparison: Comparison) -> str:
                 lines.setdefault(point.variant, []).append((point.model.sparsity, point.model.perplexity[text]))
         figures.append(plots.tradeoff(text, dict(sorted(lines.items())), comparison.dense[text]))
     runs = len({point.run for point in comparison.points})
-    lead = f"{runs} runs with {len(comparison.points)} different models. Sparsity is of all prunable weights; what a run repeats of an earlier one is told once."
-    notes = [content.Paragraph("The lowest perplexity at each sparsity is marked. `changed` is against the `params.yaml` of HEAD.")]
+    lead = f"{runs} runs with {len(comparison.points)} different models. Pruned is the share of all prunable weights; what a run repeats of an earlier one is told once."
+    notes = [
+        content.Paragraph(
+            "The lowest perplexity at each share of pruned weights is marked. `changed` is against the `params.yaml` of HEAD."
+        )
+    ]
     notes += [content.Paragraph(_apart(comparison))] if comparison.apart else []
     sections = [
-        content.Section("figures", "Perplexity over sparsity", [content.Figures(figures)]),
+        content.Section("figures", "Perplexity over the share of pruned weights", [content.Figures(figures)]),
         content.Section("table", "All runs", [content.Table(columns(comparison)), *notes]),
     ]
     return render.page("Runs compared", lead, sections)

@@ -110,8 +110,8 @@ def lead(results: Results) -> str:
         gap = table.gap_closed(results, best, text)
         closes = "" if gap is None else f"; it closes {100 * gap:.1f}% of the gap that `{results.baseline}` leaves"
         said.append(
-            f"On `{text}`, `{best.name}` has the lowest perplexity of them: {wording.perplexity(best.perplexity[text])} at "
-            f"{wording.sparsity(best.sparsity)} sparsity, against {wording.perplexity(results.dense.perplexity[text])} dense{closes}."
+            f"On `{text}`, `{best.name}` has the lowest perplexity of them: {wording.perplexity(best.perplexity[text])} with "
+            f"{wording.sparsity(best.sparsity)} of the prunable weights pruned, against {wording.perplexity(results.dense.perplexity[text])} dense{closes}."
         )
     return " ".join(said)
 
@@ -122,7 +122,7 @@ def sections(results: Results) -> list[Section]:
         Section("comparison", "Comparison", _comparison(results)),
         Section("costs", "Costs", _costs()),
         Section("sizes", "Sizes", _sizes(results)),
-        Section("sparsity", "Sparsity per matrix", _sparsity(results)),
+        Section("sparsity", "Share pruned per matrix", _sparsity(results)),
         Section("sensitivity", "Sensitivity", _sensitivity(results)),
         Section("induction", "Induction", _induction(results)),
         Section("reconstruction", "Reconstruction", _reconstruction(results)),
@@ -158,9 +158,11 @@ def _comparison(results: Results) -> list[Any]:
         blocks.append(
             Paragraph(
                 "Marked is the best figure among the pruned variants, as printed; accuracies that differ by less than their errors are "
-                "level. Sparsity is the share of zeros among the prunable weights."
+                "level. Of the prunable weights, those pruned have a zero in the mask. Zeros are counted in the checkpoint: where weights are "
+                "quantised, kept ones can be zero too."
             )
         )
+    blocks += [Paragraph(said) for said in table.notes(results)]
     blocks += [Paragraph(said) for said in (_protocol(results), _gap(results), _choice(results), _tasks(results)) if said]
     blocks.append(Figures([figure for figure in (plots.perplexity(results), plots.accuracy(results)) if figure]))
     if results.pruned:
@@ -186,18 +188,8 @@ def _protocol(results: Results) -> str:
 def _gap(results: Results) -> str:
     base = next((variant for variant in results.pruned if variant.name == results.baseline), None)
     if base is None:
-        return (
-            f"No gap is given: the baseline `{results.baseline}` is not among the variants (see `report.baseline`)."
-            if results.pruned
-            else ""
-        )
-    said = f"Gap closed = (ln ppl of `{base.name}` − ln ppl) / (ln ppl of `{base.name}` − ln ppl dense): 0% is the baseline, 100% the dense model."
-    without = [
-        t for t in results.text_names if t in base.perplexity and base.perplexity[t] <= results.dense.perplexity.get(t, 0.0) * (1 + 1e-12)
-    ]
-    if without:
-        said += f" On {_list(without)} the baseline is no worse than the dense model, so there is no gap to close."
-    return said
+        return ""
+    return f"Gap closed = (ln ppl of `{base.name}` − ln ppl) / (ln ppl of `{base.name}` − ln ppl dense): 0% is the baseline, 100% the dense model."
 
 
 def _choice(results: Results) -> str:
@@ -220,7 +212,9 @@ def _tasks(results: Results) -> str:
             chances.setdefault(name, task.chance)
     known = [f"{100 * chances[name]:.0f}% on `{name}`" for name in results.task_names if chances[name] is not None]  # type: ignore[operator]
     unknown = [name for name in results.task_names if chances[name] is None]
-    said = "Accuracies stand with the standard error of their mean."
+    counted = {name: next(v.tasks[name] for v in results.variants if name in v.tasks) for name in results.task_names}
+    items = [f"{'all' if task.items == task.of else f'{task.items} of'} {task.of} items of `{name}`" for name, task in counted.items()]
+    said = f"Accuracies are of {', '.join(items)}, and stand with the standard error of their mean."
     if known:
         said += f" Guessing gives {' and '.join([', '.join(known[:-1]), known[-1]] if len(known) > 1 else known)}."
     return said + (f" What guessing gives on {_list(unknown)} is not known." if unknown else "")
@@ -278,16 +272,18 @@ def _sparsity(results: Results) -> list[Any]:
     even = [variant for variant in results.pruned if table.uniform(variant.facts)]
     if even:
         shares = sorted({wording.sparsity(variant.sparsity) for variant in even})
-        verb = "makes" if len(even) == 1 else "make"
+        verb = "prunes" if len(even) == 1 else "prune"
         each = f" ({shares[0]})" if len(shares) == 1 else ""
-        blocks.append(Paragraph(f"{_list([variant.name for variant in even])} {verb} every matrix equally sparse{each}."))
+        blocks.append(
+            Paragraph(f"{_list([variant.name for variant in even])} {verb} the same share of every matrix, to one percentage point{each}.")
+        )
     for variant in results.pruned:
         if variant not in even:
             shares_of = {name: 1 - matrix["kept"] / matrix["size"] for name, matrix in variant.facts["matrices"].items()}
             least, most = min(shares_of, key=lambda name: shares_of[name]), max(shares_of, key=lambda name: shares_of[name])
             blocks.append(
                 Paragraph(
-                    f"`{variant.name}` ranges from {wording.sparsity(shares_of[least])} (`{least}`) to {wording.sparsity(shares_of[most])} (`{most}`)"
+                    f"`{variant.name}` prunes from {wording.sparsity(shares_of[least])} (`{least}`) to {wording.sparsity(shares_of[most])} (`{most}`)"
                     f"{_allocated(variant)}."
                 )
             )
@@ -460,7 +456,10 @@ def _samples(results: Results) -> list[Any]:
             variant.name: variant.completions[number].completion for variant in results.variants if number < len(variant.completions)
         }
         samples.append(Sample(number + 1, dense.prompt, [_continuation(name, text, dense.completion) for name, text in written.items()]))
-    said = "Greedy continuations of the text's first rows, the dense model's beside the pruned ones; what equals the dense model's beginning is pale."
+    said = (
+        "Greedy continuations of the text's first rows, the dense model's beside the pruned ones; what equals the dense model's beginning is pale. A "
+        "continuation ends where the model ends the text, if that comes before `evaluate.completions.new_tokens`."
+    )
     return [Paragraph(said), *samples]
 
 

@@ -204,13 +204,13 @@ def tradeoff(text: str, lines: Mapping[str, Sequence[tuple[float, float]]], dens
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda _value, _: "")
-        axes.set_xlabel("sparsity, %")
+        axes.set_xlabel("pruned weights, %")
         axes.set_ylabel(f"perplexity, {text}")
         axes.grid()
         _legend(canvas, axes, 4)
         svg = _svg(canvas)
     caption = f"Perplexity on {text}, each line through the lowest of its variant. The dashed line is the dense model's, {wording.perplexity(dense)}."
-    return Figure(f"tradeoff-{text}", svg, f"Perplexity on {text} over sparsity for {', '.join(lines)}.", caption)
+    return Figure(f"tradeoff-{text}", svg, f"Perplexity on {text} over the share of pruned weights for {', '.join(lines)}.", caption)
 
 
 # Sizes
@@ -281,7 +281,7 @@ def _heatmap(variant: Variant, shares: Mapping[tuple[int, str], float], low: flo
         axes.invert_yaxis()
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
-        axes.set_title(f"{variant.name}: sparsity, %", loc="left")
+        axes.set_title(f"{variant.name}: pruned weights, %", loc="left")
         for spine in axes.spines.values():
             spine.set_visible(False)
         if not written:
@@ -292,8 +292,8 @@ def _heatmap(variant: Variant, shares: Mapping[tuple[int, str], float], low: flo
     return Figure(
         f"sparsity-{name}",
         svg,
-        f"Sparsity of {name} by block and kind of matrix.",
-        f"{name}: share of zeros in percent, by depth and kind; dark is sparse.",
+        f"Share of pruned weights of {name} by block and kind of matrix.",
+        f"{name}: share of pruned weights in percent, by depth and kind; dark is much.",
     )
 
 

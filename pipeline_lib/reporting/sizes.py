@@ -41,11 +41,13 @@ def columns(results: Results) -> list[Column]:
 def explanation(results: Results) -> str:
     """How to read the columns, and what the formats do not do."""
     said = (
-        "Pruned matrices: all that a format stores for them, masks and scales included. All weights: the whole safetensors files, with embeddings, head "
-        "and headers. Theory is H(p) + (1 − p)·b bits per weight, p the share of zeros in each matrix and b the bits of a stored weight: a lossless code "
+        "Pruned matrices: all that a format stores for the parameters that hold them, masks and scales included. All weights: the whole safetensors files, with embeddings, head "
+        "and headers. Theory is H(p) + (1 − p)·b bits per weight, p the share of zeros in each of these parameters (the dense row takes none for zero) and b the bits of a stored weight: a lossless code "
         "of independent zeros gets no shorter; scales come on top. Perplexity is the variant's, the same in every format; rows of equal bits compare "
         "quality at equal bytes. `dense` stores zeros like any weight, so that pruning makes it no smaller."
     )
     if any(PACKED in variant.sizes["formats"] for variant in exported(results)):
-        said += f" So does `{PACKED}`: it is no smaller than four bits without pruning."
+        said += f" So does `{PACKED}`: it is no smaller than the same quantisation without pruning."
+    if left := [variant.name for variant in results.pruned if not variant.sizes]:
+        said += f" Not exported, so not weighed: {', '.join(f'`{name}`' for name in left)}."
     return said

@@ -35,11 +35,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Task:
-    """Accuracy of one task, all in [0, 1]."""
+    """Accuracy of one task, in [0, 1], and of what it is."""
 
     acc: float
     stderr: float
     chance: float | None
+    items: int  # measured
+    of: int  # the task has
+    truncated: int  # of those measured, to the model's window
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Variant:
 
     @property
     def sparsity(self) -> float:
-        """Share of the prunable weights that are zero."""
+        """Share of the prunable weights that were pruned."""
         return float(self.facts["sparsity"]) if self.facts else 0.0
 
     @property
@@ -79,6 +82,11 @@ class Variant:
         if not self.pruned:
             return []
         return _own_stages(self.name, self.facts["settings"]["factors"], self.facts["settings"]["sensitivity"])
+
+    @property
+    def zeros(self) -> float | None:
+        """Share of the prunable weights that are zero in the checkpoint: pruned, quantised to zero, or zero before; None for the dense model."""
+        return self.facts["zeros"] / self.facts["prunable"] if self.facts else None
 
 
 @dataclass(frozen=True)
@@ -273,7 +281,10 @@ def comparison(results: Results) -> list[Column]:
     """The comparison table, column by column; the best cell among the pruned variants is marked."""
     variants = results.variants
     columns = [Column("", "variant", tuple(variant.name for variant in variants), numeric=False)]
-    columns.append(Column("", "sparsity", tuple(wording.sparsity(variant.sparsity) for variant in variants)))
+    columns.append(Column("", "pruned", tuple(wording.sparsity(variant.sparsity) for variant in variants)))
+    if results.pruned:
+        shares = [variant.zeros for variant in variants]
+        columns.append(Column("", "zeros", tuple(ABSENT if share is None else wording.sparsity(share) for share in shares)))
     for text in results.text_names:
         values = [variant.perplexity.get(text) for variant in variants]
         columns.append(column_of(PERPLEXITY + text, "ppl", values, wording.perplexity, best=min))
@@ -288,6 +299,24 @@ def comparison(results: Results) -> list[Column]:
         cells = tuple(f"{cell} ± {100 * one.stderr:.1f}" if one else ABSENT for one, cell in zip(found, column.cells, strict=True))
         columns.append(Column(column.group, column.head, cells, column.best))
     return columns
+
+
+def notes(results: Results) -> list[str]:
+    """What the comparison does not show, and why; empty where nothing is missing. Plain text with `code` marks."""
+    said = []
+    base = next((variant.perplexity for variant in results.pruned if variant.name == results.baseline), {})
+    if results.pruned and results.baseline not in {variant.name for variant in results.pruned}:
+        said.append(f"No gap is given: the baseline `{results.baseline}` is not among the variants (see `report.baseline`).")
+    level = [text for text, value in base.items() if value <= results.dense.perplexity.get(text, 0.0) * (1 + 1e-12)]
+    said += [f"On `{text}` the baseline is no worse than the dense model, so there is no gap to close." for text in level]
+    for name in results.task_names:
+        cut = max(variant.tasks[name].truncated for variant in results.variants if name in variant.tasks)
+        items = next(variant.tasks[name].items for variant in results.variants if name in variant.tasks)
+        if cut:
+            said.append(f"{cut} of the {items} items of `{name}` are longer than the model's window: their beginning is left out.")
+    if results.estimate.get("wanted_moments") == "full" and results.estimate["output_moments"] != "full":
+        said.append("Full output moments exceed `sensitivity.moment_budget_bytes`: allocations use their diagonals.")
+    return said
 
 
 def column_of(group: str, head: str, values: Sequence[float | None], show: Any, best: Any) -> Column:
@@ -329,6 +358,7 @@ def summary(results: Results) -> dict[str, Any]:
         sizes = [weighed["file_bytes"] for weighed in variant.sizes.get("formats", {}).values()]
         found[variant.name] = {
             "sparsity": round(variant.sparsity, 6),
+            **({} if variant.zeros is None else {"zeros": round(variant.zeros, 6)}),
             "perplexity": {text: round(value, 6) for text, value in variant.perplexity.items()},
             **({"gap": {text: round(gap, 6) for text, gap in gaps.items()}} if gaps else {}),
             **({"bytes": min(sizes)} if sizes else {}),
