@@ -48,9 +48,11 @@ def says(template: Template, text: str, cut: bool) -> bool:
 
 
 def exists(message: str) -> bool:
-    """Whether the code has the message; what precedes an ellipsis is the beginning of one."""
-    text, cut, _ = message.removeprefix("error: ").partition("…")
-    return any(says(template, text.rstrip() if cut else text, bool(cut)) for template in templates())
+    """Whether the code has the message. An ellipsis at the end cuts it, one before the end stands for a value."""
+    text = message.removeprefix("error: ")
+    cut = text.endswith("…")
+    text = text.removesuffix("…").rstrip() if cut else text
+    return any(says(template, text, cut) for template in templates())
 
 
 def test_there_are_messages_to_check() -> None:

@@ -175,6 +175,7 @@ def test_openmp_waits_passively() -> None:
             "benchmarks.records",
             "benchmarks.pipeline",
             "benchmarks.dsnot",
+            "stages.environment",
         }
         assert set(told.values()) - {"no torch"} == {policy}
 
