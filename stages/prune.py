@@ -46,6 +46,8 @@ def main(variant: str) -> None:
         scratch = runtime.scratch("prune", runtime.resume_key(described, inputs))
         progress = Progress(scratch, model.checkpoint, settings.quantization)
         click.echo(f"prune {variant}: {settings.model_dump_json()}")
+        if settings.reconstruction.fits and not len(rows["held_out"]):
+            click.echo(f"prune {variant}: no rows are held out (held_out: 0), so the fitting rows themselves decide which fits are kept")
         if done := progress.done():
             click.echo(f"prune {variant}: resuming after {done} of {entry.depth} blocks")
         blocks = prune(model, rows["fit"], rows["held_out"], kept, transforms, settings, progress.finished, scratch / "streams")

@@ -51,7 +51,7 @@ def plan(units: Sequence[Unit], sparsity: float, params: AllocationParams, measu
     ``predicted``: least sum of tempered predicted losses, every density within α of the overall one (``minimise``).
 
     Raises:
-        SparselineError: something that the method needs was not measured, or no allocation meets the budget.
+        SparselineError: something that the method needs was not measured or is NaN or infinite, or no allocation meets the budget.
     """
     if params.method in NEEDS:
         key, where = NEEDS[params.method]
@@ -61,6 +61,9 @@ def plan(units: Sequence[Unit], sparsity: float, params: AllocationParams, measu
             raise SparselineError(
                 f"allocation.method = {params.method!r} needs {what}, but there is none for {missing[0]}; set the variant's {where}."
             )
+        if key != "curve":
+            for unit in units:
+                _check_finite(unit.name, key, measured[unit.name][key])
     if params.method == "predicted":
         low, high = params.density_bounds
         within = max(low, 1 - sparsity - params.alpha), min(high, 1 - sparsity + params.alpha)
@@ -75,7 +78,7 @@ def predicted(name: str, entry: Mapping[str, Any], params: AllocationParams) -> 
     τ = 1 takes the predictions at their word; towards 0 only each curve's own relative fall counts, Σ log f.
 
     Raises:
-        SparselineError: ``kronecker`` without output moments.
+        SparselineError: ``kronecker`` without output moments, or an error that is NaN or infinite.
     """
     curve = entry["curve"]
     if params.weighting == "kronecker" and curve["kronecker"] is None:
@@ -83,7 +86,18 @@ def predicted(name: str, entry: Mapping[str, Any], params: AllocationParams) -> 
             f"allocation.weighting = 'kronecker' needs output moments, but there are none for {name}; set sensitivity.output_moments, or weighting: trace."
         )
     errors = np.array(curve["kronecker"]) if params.weighting == "kronecker" else entry["sensitivity"] * np.array(curve["frobenius"])
+    _check_finite(name, "error curve", errors)
     return Curve(np.array(curve["density"]), errors / 2, params.temper)
+
+
+def _check_finite(name: str, what: str, values: Any) -> None:
+    """Refuse to rank or weigh what is no number.
+
+    Raises:
+        SparselineError: a value is NaN or infinite.
+    """
+    if not np.isfinite(values).all():
+        raise SparselineError(f"The {what} of {name} holds NaN or infinity; check the model, or compute in float32.")
 
 
 def _places(units: Sequence[Unit], params: AllocationParams, measured: Measured) -> np.ndarray:

@@ -13,11 +13,17 @@ KNOTS = 256  # counts at which a curve is looked up, evenly spread; between them
 
 @dataclass(frozen=True)
 class Curve:
-    """One matrix's predicted increase of the loss over its density, measured at increasing densities from 0 to 1, to the power ``temper``."""
+    """One matrix's predicted increase of the loss over its density, measured at increasing densities from 0 to 1, to the power ``temper``.
+
+    No increase is negative: one that is, by rounding, counts as 0.
+    """
 
     density: np.ndarray
     loss: np.ndarray
     temper: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loss", np.maximum(self.loss, 0.0))
 
     def at(self, density: np.ndarray) -> np.ndarray:
         """Between two measured points linear in the logarithm, since errors fall by orders of magnitude.

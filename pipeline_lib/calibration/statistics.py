@@ -34,8 +34,8 @@ class SiteStatistics:
 
     @property
     def moments(self) -> "Moments":
-        """What pruning needs of them."""
-        return Moments(self.second_moment_matrix, self.mean)
+        """What pruning needs of them. Pruning overwrites what it is given, so this is a copy."""
+        return Moments(self.second_moment_matrix.clone(), self.mean)
 
     def cpu(self) -> "SiteStatistics":
         return SiteStatistics.from_tensors("", {name: tensor.cpu() for name, tensor in self.tensors("").items()})
@@ -98,7 +98,7 @@ class Accumulator:
 
 @dataclass(frozen=True)
 class Moments:
-    """What pruning needs of a site's inputs X in its own stream, and of X_dense in the dense one."""
+    """What pruning needs of a site's inputs X in its own stream, and of X_dense in the dense one. Who prunes with it owns it, and overwrites it."""
 
     gram: torch.Tensor  # G = E[X Xᵀ] [d, d]
     mean: torch.Tensor  # E[X] [d]
@@ -154,7 +154,12 @@ def refresh(statistics: SiteStatistics, factor: torch.Tensor | None, shift: torc
     Args:
         factor: d > 0 [d], or None for 1.
         shift: δ [d], or None for 0.
+
+    Returns:
+        The statistics themselves where neither is given.
     """
+    if factor is None and shift is None:
+        return statistics
     delta = torch.zeros_like(statistics.mean) if shift is None else shift
     d = torch.ones_like(statistics.mean) if factor is None else factor
     mean = statistics.mean

@@ -16,6 +16,7 @@ from pydantic import Field
 from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.statistics import SiteStatistics, refresh
 from pipeline_lib.core.params import Params
+from pipeline_lib.core.runtime import generator
 from pipeline_lib.induction.removed import Removed
 from pipeline_lib.induction.spectral import Norm, SpectralParams, penalty
 from pipeline_lib.models.architecture import Architecture, Matrix
@@ -218,6 +219,7 @@ def induce_block(
     L = mean layer error + λ R_p (Eqs. 6–8); Adam on log factors, projected to geometric mean 1 and the box |log| ≤ limit after every step.
 
     Args:
+        where: the block's name: what errors call it, and what keys the random signs with the seed.
         judge: gives a candidate's error, the least of which wins (``gate.Gate``); without it, the held-out layer error is taken.
     """
     given = statistics
@@ -254,7 +256,7 @@ def induce_block(
             tensor.requires_grad_(True)
         optimiser = torch.optim.Adam(free, lr=params.rate)
         unimproved = 0
-        random = torch.Generator().manual_seed(params.seed)
+        random = generator(params.seed, where)
         for step in range(1, params.steps + 1):
             loss = torch.stack(block.removed(theta, log_u, params.temperature, params.probes, random)).mean()
             if params.spectral.weight:

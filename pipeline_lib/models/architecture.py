@@ -101,6 +101,11 @@ class Architecture:
     couplings: tuple[Coupling, ...]
     stored_head: str = "lm_head.weight"  # what checkpoint files call the head, where it is not tied
 
+    @property
+    def offsets(self) -> dict[str, float]:
+        """Parameters that act as offset + w, and the offset (Gemma keeps its norm weights as 1 + w)."""
+        return {tie.parameter: tie.offset for coupling in self.couplings for tie in coupling.ties if tie.offset}
+
     def site(self, name: str) -> Site:
         return next(site for site in self.sites if site.name == name)
 

@@ -68,7 +68,9 @@ def factorise(
     """Damp and factorise a second moment G [C, C].
 
     ``mean`` adds ``damping`` times the mean diagonal (SparseGPT), taken in the original coordinates where G is of folded inputs
-    X' = D X, so that factors change no score; ``diagonal`` adds it times each own diagonal, invariant by itself. Where the Cholesky factorisation fails, the damping is raised tenfold, up to 1.
+    X' = D X, so that factors change no score; ``diagonal`` adds it times each own diagonal, invariant by itself. Inputs that are always
+    zero take no part in the mean and are damped by it either way, so that the scale of the activations changes no mask (SparseGPT's code
+    gives them a diagonal of 1). Where the Cholesky factorisation fails, the damping is raised tenfold, up to 1.
 
     Args:
         factor: D's diagonal [C], if G is of folded inputs.
@@ -79,14 +81,14 @@ def factorise(
     """
     if not torch.isfinite(gram.diagonal()).all():  # of a second moment no entry is larger than the largest on the diagonal
         raise SparselineError(f"The second moment of {where} holds NaN or infinity; check the model, or compute in float32.")
-    second_moment = gram.diagonal().clone()
+    second_moment = gram.diagonal().clamp_min(0)  # of shifted inputs it can be negative by rounding
     dead = second_moment == 0
     unit = torch.ones_like(second_moment) if factor is None else factor.square()
-    base = torch.where(dead, unit, second_moment)
-    amount = (base / unit).mean() * unit if damping_of == "mean" else base
+    mean = unit if dead.all() else (second_moment / unit)[~dead].mean() * unit
+    amount = mean if damping_of == "mean" else torch.where(dead, mean, second_moment)
     while damping <= LARGEST_DAMPING:
         work = gram.clone().mT  # H, its Cholesky factor, H⁻¹ and U in turn: symmetric, and in LAPACK's order
-        diagonal = work.diagonal().copy_(base + damping * amount).clone()
+        diagonal = work.diagonal().copy_(second_moment + damping * amount).clone()
         if cholesky_in_place(work):
             torch.cholesky_inverse(work, out=work)
             inverse_diagonal = work.diagonal().clone()
