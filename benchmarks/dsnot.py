@@ -45,7 +45,7 @@ def prune(bed: Testbed, rows: torch.Tensor, kept: Mapping[tuple[int, Matrix], in
     stream = model.embed(rows, 4)
     for index in range(entry.depth):
         tensors = {name: tensor.float() for name, tensor in bed.checkpoint.block(index).items()}
-        moments = collect(model, model.block(index), index, stream)
+        moments = collect(model, model.block(index), index, stream.hidden)
         for matrix in entry.matrices:
             weight, found = matrix.view(tensors[matrix.parameter]), moments[matrix.site]
             mask = select(weight.abs() * found.gram.diagonal().sqrt(), kept[index, matrix], "row", 0)

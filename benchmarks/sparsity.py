@@ -148,8 +148,7 @@ class Lab(Bench):
         if settings.allocation.method not in NEEDS:
             return {}, 0.0
         plain = NEEDS[settings.allocation.method][0] == "sensitivity"
-        rows = torch.cat(list(self.rows.values()))
-        (entries, moments), seconds = self.once(("sensitivities", plain), lambda: sensitivities(self.bed, rows, not plain))
+        (entries, moments), seconds = self.once(("sensitivities", plain), lambda: sensitivities(self.bed, self.rows["fit"], not plain))
         if plain:
             return entries, seconds
         selection = settings.selection

@@ -34,9 +34,9 @@ def main(variant: str) -> None:
         for name, m in listed.items():
             selection.shape.quantum(name, tuple(m["shape"]))  # refuses an N:M that does not divide
         sensitivities = artifacts.read_json(SENSITIVITY / "sensitivity.json")
-        rows = calibration_rows()
+        fit = calibration_rows()["fit"]
         curves: dict[str, dict[str, Any]] = {}
-        statistics = stored_or_walked(STATISTICS, model, rows["fit"], rows["held_out"], calibrate)
+        statistics = stored_or_walked(STATISTICS, model, fit, fit[:0], calibrate)
         for index, sites in track(statistics, f"curves {variant}", "blocks", entry.depth):
             tensors = checkpoint.block(index)
             included = [matrix for matrix in entry.matrices if entry.matrix_name(index, matrix) in listed]

@@ -48,7 +48,10 @@ def main(variant: str) -> None:
         starts, _ = read_transforms(START, entry.depth)
         rows = calibration_rows()
         calibrate = params.load(CalibrateParams, "calibrate")
-        judging = rows["held_out"] if len(rows["held_out"]) else rows["fit"]
+        judging = rows["held_out"]
+        if not len(judging):
+            click.echo(f"induce {variant}: no rows are held out (held_out: 0), so the fitting rows themselves decide what is kept")
+            judging = rows["fit"]
         gate = Gate(model, judging, calibrate.batch_rows, selection, compensate="obs" in steps)
         # The statistics follow from the model, the rows and `calibrate`; their own files may be too large to hash.
         described = f"{steps} {' '.join(part.model_dump_json() for part in (settings, selection, source, calibrate))}"

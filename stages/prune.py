@@ -44,6 +44,8 @@ def main(variant: str) -> None:
         described = f"{settings.model_dump_json()} {source.model_dump_json()}"
         inputs = [Path(__file__), MODEL, MATRICES, factors, sensitivity, *sorted(CALIBRATION.glob("*.safetensors"))]
         click.echo(f"prune {variant}: {settings.model_dump_json()}")
+        if settings.reconstruction.fits and not len(rows["held_out"]):
+            click.echo(f"prune {variant}: no rows are held out (held_out: 0), so the fitting rows themselves decide which fits are kept")
         with scratch.hold("prune", runtime.resume_key(described, inputs), f"prune {variant}") as held:
             progress = Progress(held.kept, model.checkpoint, settings.quantization)
             if done := progress.done():

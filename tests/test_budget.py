@@ -105,6 +105,13 @@ def test_n_of_m_bounds_are_kept(parts: list[tuple[int, int]], sparsity: float, s
     assert abs(sum(kept) - target(sparsity, sum(sizes))) <= max(quanta) / 2
 
 
+def test_rounding_by_largest_remainder() -> None:
+    """Oracle: by hand. 5 of 7 over 3, 3, 1: 2.14, 2.14, 0.71; with places, 16 of 40 over 10, 14, 16: 2.85, 5.39, 7.76."""
+    assert allocate(units_of([3, 3, 1]), 2 / 7, np.zeros(3), 0.0, (0.0, 1.0)) == [2, 2, 1]
+    assert allocate(units_of([3, 1, 3]), 2 / 7, np.zeros(3), 0.0, (0.0, 1.0)) == [2, 1, 2]
+    assert allocate(units_of([10, 14, 16]), 0.59, np.array([-1.0, 0.0, 1.0]), 0.1, (0.0, 1.0)) == [3, 5, 8]
+
+
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4)])
 def test_uniform_n_of_m_keeps_n_of_m_everywhere(n: int, m: int) -> None:
     """Oracle: N/M of every matrix, whatever its size."""

@@ -69,7 +69,7 @@ def test_densities_are_checked(densities: list[float]) -> None:
 
 @pytest.mark.parametrize(("pattern", "compensate"), [("unstructured", True), ("unstructured", False), ("2:4", True)])
 def test_a_curve_is_what_pruning_does(checkpoint: Checkpoint, pattern: str, compensate: bool) -> None:
-    """Oracle: the matrix pruned by hand to each density, and its errors by their definitions, on the statistics' held-out Gram."""
+    """Oracle: the matrix pruned by hand to each density, and its errors by their definitions, on the fitting rows' Gram."""
     entry, chosen = checkpoint.architecture, selection(pattern=pattern)
     tensors, sites = checkpoint.block(1), block_statistics(checkpoint)[1]
     left_out = entry.matrices[0]
@@ -79,7 +79,7 @@ def test_a_curve_is_what_pruning_does(checkpoint: Checkpoint, pattern: str, comp
     for matrix in entry.matrices[1:]:
         weight, site = matrix.view(tensors[matrix.parameter]), sites[matrix.site]
         assert site.gram is not None
-        judging = (site.gram if site.held_out_gram is None else site.held_out_gram).double()
+        judging = site.gram.double()
         curve = found[matrix.label]["curve"]
         assert curve["density"] == [0.0, 0.25, 0.5, 0.75, 1.0]
         assert (curve["kronecker"] is None) == (matrix.label not in moments)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from project import prune_params
-from tiny import make_model, token_rows
+from tiny import curved_gram, make_model, token_rows
 
 from pipeline_lib.calibration.statistics import MomentSums
 from pipeline_lib.models.architecture import Matrix
@@ -108,34 +108,141 @@ def test_one_block_at_a_time_as_written_out(path: Path) -> None:
     settings = params(("obs", "channel", "block"))
     model = model_of(path)
     table, kept = model.checkpoint.architecture, half(model)
-    rows = torch.cat([FITTING, HELD_OUT])
-    sparse = model.embed(rows, settings.batch_rows)
-    dense = sparse.copy()
+    sparse, judging = (model.embed(rows, settings.batch_rows) for rows in (FITTING, HELD_OUT))
+    dense, wanted = sparse.copy(), judging.copy()
     for index, result in pruned(path, settings).items():
         own = {matrix: kept[index, matrix] for matrix in table.matrices}
         block, how = model.block(index), (Transform({}), settings.selection, Layerwise(True), "here")
-        tensors = prune_matrices(table, model.checkpoint.block(index), collect(model, block, index, sparse), own, *how).tensors
+        selected = prune_matrices(table, model.checkpoint.block(index), collect(model, block, index, sparse.hidden), own, *how)
+        tensors, masks = selected.tensors, {matrix: matrix.view(selected.masks[matrix.parameter]) for matrix in table.matrices}
         model.advance(block, index, dense)
-        cut = len(FITTING) // settings.batch_rows
-        stages = Pairs(sparse.hidden[:cut], dense.hidden[:cut]), Pairs(sparse.hidden[cut:], dense.hidden[cut:])
+        model.advance(block, index, wanted)
+        stages = Pairs(sparse.hidden, dense.hidden), Pairs(judging.hidden, wanted.hidden)
         for step in (settings.reconstruction.channel, settings.reconstruction.block):
 
             def run(hidden: torch.Tensor, given: Mapping[str, torch.Tensor], block: Any = block, index: int = index) -> torch.Tensor:
                 return model.call(block, index, hidden, given)
 
-            found = fit(run, tensors, table.matrices, *stages, step, f"layers.{index}")
+            found = fit(run, tensors, masks, *stages, step, f"layers.{index}")
             tensors = found.tensors
         assert found.facts == result.facts["block"]
         assert tensors.keys() == result.tensors.keys()
         for name, tensor in tensors.items():
             assert torch.equal(tensor, result.tensors[name]), name
         model.advance(model.block(index, tensors), index, sparse)
+        model.advance(model.block(index, tensors), index, judging)
+
+
+# The gate's rows
+
+
+@pytest.mark.parametrize("batch_rows", [1, 5, 8, 64])
+def test_the_gate_judges_on_the_held_out_rows_whatever_the_batches(path: Path, batch_rows: int) -> None:
+    """19 fitting and 11 held-out rows: several batches of each, or one. Oracle: the held-out rows, and no others, through the blocks."""
+    model, settings = model_of(path), params(("obs", "block")).model_copy(update={"batch_rows": batch_rows})
+    fit_rows, gate = FITTING[:19], token_rows(11, 12, seed=2)
+    transforms = [Transform({})] * DEPTH
+    found = dict(prune(model, fit_rows, gate, half(model), transforms, settings, lambda _: None))
+    blocks: dict[int, Mapping[str, torch.Tensor]] = {}
+    for index, result in found.items():
+        blocks[index] = result.tensors
+        error = relative(passed(model, gate, blocks, index + 1), passed(model, gate, {}, index + 1))
+        assert result.facts["block"]["held_out_after"] == pytest.approx(error, rel=1e-4)
+
+
+GATED: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (("obs", "block"), {}),
+    (("channel",), {}),
+    (("obs", "lsq", "block"), {"collect": "site", "towards_dense": 0.5, "lsq": {"mask_iterations": 20}}),
+    (("obs", "block"), {"block": {"window": 2}}),
+)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(("steps", "changes"), GATED)
+def test_no_statistic_of_the_gate_s_rows_enters_a_candidate(
+    path: Path, steps: tuple[str, ...], changes: dict[str, Any], bits: int | None
+) -> None:
+    """Oracle: the same run with other held-out rows, to the bit where both gates keep the one epoch there is; without a fit all rows count."""
+    one_epoch = {"epochs": 1, "patience": 1, "rate": 0.002, "bias_rate": 0.002}
+    block = {**LITTLE, **one_epoch, **changes.get("block", {})}
+    how: dict[str, Any] = {**changes, "channel": {**LITTLE, **one_epoch}, "block": block}
+    quantization = {"bits": bits, "group": 16, "symmetric": True, "refit": []}
+    model = model_of(path)
+
+    def run(names: tuple[str, ...], gate: torch.Tensor) -> PrunedBlock:
+        settings = prune_params(names, batch_rows=5, selection={"block": 16}, reconstruction=how, quantization=quantization)
+        return next(iter(prune(model, FITTING, gate, half(model), [Transform({})] * DEPTH, settings, lambda _: None)))[1]
+
+    one, other = (run(steps, gate) for gate in (HELD_OUT, UNSEEN))
+    fit_steps = [step for step in steps if step in ("channel", "block")]
+    assert all(result.facts[step]["epochs"] == 1 for step in fit_steps for result in (one, other))
+    assert all(one.facts[step]["held_out_after"] != other.facts[step]["held_out_after"] for step in fit_steps)
+    assert one.facts["matrices"] == other.facts["matrices"]
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor, other.tensors[name]), name
+    plain = tuple(step for step in steps if step not in fit_steps)
+    if plain:
+        assert run(plain, HELD_OUT).facts["matrices"] != run(plain, FITTING[:8]).facts["matrices"]
+
+
+def test_without_held_out_rows_all_rows_are_fitted_and_judge(path: Path) -> None:
+    """Oracle: the fitting rows through the blocks; there are no others."""
+    model, settings = model_of(path), params(("obs", "block"))
+    found = dict(prune(model, FITTING, FITTING[:0], half(model), [Transform({})] * DEPTH, settings, lambda _: None))
+    blocks = {index: result.tensors for index, result in found.items()}
+    error = relative(passed(model, FITTING, blocks), passed(model, FITTING, {}))
+    assert found[DEPTH - 1].facts["block"]["held_out_after"] == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize("refresh_epochs", [0, 1])
+def test_a_fit_gets_the_masks_that_were_chosen(path: Path, refresh_epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix with three quarters of zeros, half of whose weights are kept. Oracle: its mask: those move, the others stay zero."""
+    model = model_of(path)
+    dense = model.checkpoint.block(0)
+    parameter = next(m.parameter for m in model.checkpoint.architecture.matrices if m.kind == "down")
+    dense[parameter][:, dense[parameter].shape[1] // 4 :] = 0
+    monkeypatch.setattr(model.checkpoint.__class__, "block", lambda *_: dict(dense))
+    settings = params(("block",), block={"epochs": 1, "refresh_epochs": refresh_epochs, "parts": ["weights", "norms"]})
+    _, result = next(iter(prune(model, FITTING, HELD_OUT, half(model), [Transform({})] * DEPTH, settings, lambda _: None)))
+    assert result.facts["block"]["epochs"] == 1
+    assert result.tensors[parameter][result.masks[parameter]].all()
+    for name, mask in result.masks.items():
+        assert not result.tensors[name][~mask].any()
+
+
+# What the facts tell
+
+
+@pytest.mark.parametrize("steps", [(), ("obs",), ("obs", "lsq")])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_layer_errors_are_told_without_the_damping(path: Path, steps: tuple[str, ...], shifted: bool) -> None:
+    """Half of the mean diagonal added, one input always zero. Oracle: E‖(W − Ŵ) X‖² / E‖W X‖² from the activations themselves, in float64."""
+    table = open_checkpoint(path).architecture
+    site = table.sites[-1].name
+    (matrix,) = table.consumers(site)
+    block = PrunedBlock(open_checkpoint(path).block(0))
+    weight = matrix.view(block.tensors[matrix.parameter]).clone()
+    x, _ = curved_gram(weight.shape[1], seed=5, spread=0.5)
+    x[:, 3] = 0
+    sums = MomentSums()
+    sums.add(x)
+    shift = 0.5 * x.mean(0) if shifted else None
+    settings = prune_params(steps, selection={"block": 16, "damping": 0.5})
+    layerwise = Layerwise("obs" in steps, lsq=settings.reconstruction.lsq if "lsq" in steps else None)
+    transform = Transform({}, {} if shift is None else {site: shift})
+    prune_site(block, table, site, {site: sums.finish()}, {matrix: weight.numel() // 2}, transform, settings.selection, layerwise, "x")
+    seen = x.double() if shift is None else (x - shift).double()
+    lost = (seen @ (weight - matrix.view(block.tensors[matrix.parameter])).double().T).square().sum()
+    error = float(lost / (seen @ weight.double().T).square().sum())
+    assert block.facts["matrices"][matrix.label]["layer_error"] == pytest.approx(error, rel=1e-3)
 
 
 def test_a_window_is_fitted_to_what_its_last_block_gives(path: Path) -> None:
     """Oracle: the held-out rows through the dense model and through the blocks as they came out, with and without the fit."""
     model = model_of(path)
-    plain, fitted = pruned(path, params(("obs",))), pruned(path, params(("obs", "block"), block={"window": 2}))
+    fitted = pruned(path, params(("obs", "block"), block={"window": 2}))
+    plain = dict(prune(model, FITTING, FITTING[:0], half(model), [Transform({})] * DEPTH, params(("obs",)), lambda _: None))
     blocks: dict[int, Mapping[str, torch.Tensor]] = {}
     for last, window in ((1, (0, 1)), (2, (2,))):
         dense = passed(model, HELD_OUT, {}, last + 1)

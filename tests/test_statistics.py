@@ -137,10 +137,13 @@ def test_shifted_moments_equal_recomputing(beside: bool) -> None:
 
 
 def test_moments_of_statistics_are_theirs() -> None:
-    """Oracle: the fields themselves; without Gram matrices there are none."""
+    """Oracle: the fields themselves, which stay when pruning overwrites what it was given; without Gram matrices there are none."""
     x, _ = curved_gram(4, 1)
     statistics = direct(x)
-    assert statistics.moments == Moments(statistics.second_moment_matrix, statistics.mean)
+    assert_moments(statistics.moments, Moments(statistics.second_moment_matrix, statistics.mean), rtol=0, atol=0)
+    before = statistics.second_moment_matrix.clone()
+    refresh(statistics, None).moments.gram.zero_()
+    assert torch.equal(statistics.second_moment_matrix, before)
     with pytest.raises(ValueError, match="without Gram"):
         _ = replace(statistics, gram=None).moments
 
@@ -319,7 +322,7 @@ def test_site_by_site_equals_all_at_once(checkpoint: Checkpoint) -> None:
     block = model.block(0)
     ran: list[str] = []
     handle = block.get_submodule(table.sites[-1].module).register_forward_hook(lambda *_: ran.append("beyond the last site"))
-    at_once = prune.collect(model, block, 0, stream)
+    at_once = prune.collect(model, block, 0, stream.hidden)
     handle.remove()
     assert not ran
     assert list(at_once) == [site.name for site in table.sites]
@@ -328,7 +331,7 @@ def test_site_by_site_equals_all_at_once(checkpoint: Checkpoint) -> None:
         block.get_submodule(site.module).register_forward_pre_hook(lambda _module, _inputs, name=site.name: reached.update([name]))
     for number, site in enumerate(table.sites):
         reached.clear()
-        found = prune.collect(model, block, 0, stream, site.name)
+        found = prune.collect(model, block, 0, stream.hidden, site.name)
         assert found.keys() == {site.name}
         assert_moments(found[site.name], at_once[site.name], rtol=0, atol=0)
         assert reached == dict.fromkeys([one.name for one in table.sites[: number + 1]], 3)  # 5 rows in batches of 2
@@ -357,8 +360,8 @@ def test_cross_moments_are_of_both_streams_inputs(checkpoint: Checkpoint, one_si
     own, beside = inputs_of(model, block, stream), inputs_of(model, dense, dense_stream)
     found = {}
     for site in [one.name for one in table.sites] if one_site else [None]:
-        found |= prune.collect(model, block, 0, stream, site, (dense, dense_stream))
-    plain = prune.collect(model, block, 0, stream)
+        found |= prune.collect(model, block, 0, stream.hidden, site, (dense, dense_stream.hidden))
+    plain = prune.collect(model, block, 0, stream.hidden)
     for site in table.sites:
         cross, mean = found[site.name].cross, found[site.name].dense_mean
         expected = beside[site.name].double().T @ own[site.name].double() / FIT.numel()

@@ -3,6 +3,7 @@
 Shape letters: ``R`` outputs, ``C`` inputs of a matrix. G = E[X Xᵀ] [C, C], M = E[g gᵀ] of the loss's gradients at the outputs, [R, R] or its diagonal [R].
 """
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic import Field, field_validator
 
 from pipeline_lib.allocation.budget import target
 from pipeline_lib.calibration.statistics import SiteStatistics
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import Params
 from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.pruning.matrix import prune_matrix
@@ -72,12 +74,15 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Per label of an included matrix: ``curve``, ``damping``, and its block's ``outliers`` and ``median``.
 
-    Masks and compensation come from the fitting rows' Gram matrix, as in ``prune``; errors are taken on the held-out rows' where there are some, since
-    the compensation is fitted. One factorisation serves all matrices of a site at all densities. At density 0 ΔW = −W, at 1 it is 0: both are exact.
+    Masks, compensation and errors come from the fitting rows' Gram matrix: the held-out rows judge what the allocation leads to.
+    One factorisation serves all matrices of a site at all densities. At density 0 ΔW = −W, at 1 it is 0: both are exact.
 
     Args:
         tensors: the block.
         moments: M per label; may be empty.
+
+    Raises:
+        SparselineError: an error is NaN or infinite.
     """
     found: dict[str, dict[str, Any]] = {}
     for site in architecture.sites:
@@ -85,18 +90,22 @@ def measure(
         if not consumers:
             continue
         known = statistics[site.name]
-        factorisation = factorise(known.second_moment_matrix, selection.damping, selection.damping_of, f"{where} {site.name}")
-        judging = known.second_moment_matrix if known.held_out_gram is None else known.held_out_gram
+        gram = known.second_moment_matrix
+        factorisation = factorise(gram, selection.damping, selection.damping_of, f"{where} {site.name}")
         for matrix in consumers:
             weight = matrix.view(tensors[matrix.parameter]).float()
             moment, size = moments.get(matrix.label), weight.numel()
             quantum = selection.shape.quantum(f"{where}.{matrix.label}", (weight.shape[0], weight.shape[1]))
             inner = counts(size, quantum, params.densities)
-            taken = [errors(weight, judging, moment)]  # of keeping none
+            taken = [errors(weight, gram, moment)]  # of keeping none
             for kept in inner:
                 new, *_ = prune_matrix(weight, factorisation, kept, selection, compensate)
-                taken.append(errors(new.sub_(weight), judging, moment))
+                taken.append(errors(new.sub_(weight), gram, moment))
             taken.append((0.0, 0.0, 0.0))
+            if not all(math.isfinite(value) for point in taken for value in point if value is not None):
+                raise SparselineError(
+                    f"The error curve of {where}.{matrix.label} holds NaN or infinity; check the model, or compute in float32."
+                )
             frobenius, layer, kronecker = zip(*taken, strict=True)
             curve = {"density": [0.0, *(kept / size for kept in inner), 1.0], "frobenius": list(frobenius), "layer": list(layer)}
             found[matrix.label] = {

@@ -85,6 +85,14 @@ def _checked(rows: torch.Tensor, params: TextParams) -> torch.Tensor:
 
 
 def split(rows: torch.Tensor, held_out: float) -> dict[str, torch.Tensor]:
-    """``fit`` and ``held_out`` rows; the held-out share is the last, rounded down."""
-    count = int(round(len(rows) * held_out, 9))
+    """``fit`` and ``held_out`` rows; the held-out share is the last, rounded down. A share above 0 holds out at least one row.
+
+    Raises:
+        SparselineError: a share above 0 of a single row.
+    """
+    if held_out and len(rows) < 2:
+        raise SparselineError(
+            f"The calibration text has {len(rows)} row, which cannot be split into fitting and held-out rows; raise rows, or set held_out: 0."
+        )
+    count = min(max(1, int(round(len(rows) * held_out, 9))), len(rows) - 1) if held_out else 0
     return {"fit": rows[: len(rows) - count].clone(), "held_out": rows[len(rows) - count :].clone()}

@@ -92,8 +92,11 @@ class BlockModel:
         self._arguments: dict[int, list[Arguments]] = {}  # rows in a batch -> per block
         self._first_parts = False  # of what a block returns, the model takes the first part
 
-    def embed(self, rows: torch.Tensor, batch_rows: int, directory: Path | None = None, name: str = "") -> Stream:
-        """The stream before the first block, for token rows [N, T]; notes each block's other arguments on the way."""
+    def embed(self, rows: torch.Tensor, batch_rows: int | list[int], directory: Path | None = None, name: str = "") -> Stream:
+        """The stream before the first block, for token rows [N, T]; notes each block's other arguments on the way.
+
+        Batches are of ``batch_rows`` rows, or of so many as the list says.
+        """
         if rows.shape[1] != self._length:
             self._length, self._arguments = rows.shape[1], {}
         with self._outside_blocks(head=False):

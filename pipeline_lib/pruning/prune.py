@@ -1,6 +1,6 @@
 """Prune a model block by block: each block sees the outputs of the pruned blocks before it, and is written when it is done."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +33,11 @@ class ReconstructionParams(LayerwiseParams):
 
     channel: FitParams
     block: BlockParams
+
+    @property
+    def fits(self) -> dict[str, FitParams]:
+        """The steps that fit a whole block. Each passes a gate: held-out rows, which enter no statistic of the variant, keep it or not."""
+        return {name: getattr(self, name) for name in FITS if name in self.steps}
 
 
 class PruneParams(Params):
@@ -69,15 +74,16 @@ def collect(
     model: BlockModel,
     block: torch.nn.Module,
     index: int,
-    stream: Stream,
+    hidden: Sequence[torch.Tensor],
     site: str | None = None,
-    beside: tuple[torch.nn.Module, Stream] | None = None,
+    beside: tuple[torch.nn.Module, Sequence[torch.Tensor]] | None = None,
 ) -> dict[str, Moments]:
-    """Moments of the sites' inputs for a stream before a block, which stays where it is. No more of the block is run than they need.
+    """Moments of the sites' inputs for the batches of a stream before a block. No more of the block is run than they need.
 
     Args:
+        hidden: [B, T, D] each.
         site: only this one; all without.
-        beside: the dense block and the dense stream before it: the cross moments with its inputs are collected too.
+        beside: the dense block and the dense stream's batches before it: the cross moments with its inputs are collected too.
     """
     sites = {one.name: one.module for one in model.checkpoint.architecture.sites if site in (None, one.name)}
     sums = {name: MomentSums() for name in sites}
@@ -95,11 +101,11 @@ def collect(
             model.call(through, index, hidden)
 
     with torch.no_grad():
-        for number, hidden in enumerate(stream.hidden):
+        for number, batch in enumerate(hidden):
             dense: dict[str, torch.Tensor] = {}
             if beside is not None:
-                run(beside[0], beside[1].hidden[number], dense.__setitem__)
-            run(block, hidden, lambda name, x, dense=dense: sums[name].add(x, dense.get(name)))  # type: ignore[misc]
+                run(beside[0], beside[1][number], dense.__setitem__)
+            run(block, batch, lambda name, x, dense=dense: sums[name].add(x, dense.get(name)))  # type: ignore[misc]
     return {name: sums.pop(name).finish(beside is not None) for name in list(sums)}
 
 
@@ -115,24 +121,29 @@ def prune(
 ) -> Iterator[tuple[int, PrunedBlock]]:
     """Yield every block, in order, of every window that is not yet ``finished`` (which gives a block's stored tensors, or None).
 
+    Where a step fits whole blocks, the held-out rows judge it, and all statistics come from the fitting rows alone. Otherwise nothing is
+    judged, and the statistics come from all rows. No batch holds both kinds.
+
     The streams before the first unfinished block are recomputed from the finished blocks' stored tensors, which are the very
     tensors (rounded to the checkpoint's dtype) that an uninterrupted run passes its stream through: the bytes are the same.
 
-    Memory: the streams (one, or two where something aims at the dense model, 4·tokens·D bytes each; above ``activation_budget_bytes``
-    they are files in ``scratch``), and one window of blocks with what its step needs (``fit``); nothing grows with depth.
+    Memory: the streams (one, or two where something aims at the dense model, a value of the computing dtype per token and channel each;
+    above ``activation_budget_bytes`` they are files in ``scratch``), and one window of blocks with what its step needs (``fit``); nothing grows with depth.
     """
     checkpoint, architecture = model.checkpoint, model.checkpoint.architecture
     how = params.reconstruction
-    fits: dict[str, FitParams] = {name: getattr(how, name) for name in FITS if name in how.steps}
+    fits = how.fits
     scheme = params.quantization.scheme(checkpoint.dtype)
     aims = bool(fits) or how.towards_dense > 0
     size = how.block.window if "block" in how.steps else 1
     rows = torch.cat([fit_rows, held_out_rows])
-    streams = (1 + aims + (size > 1)) * 4 * rows.numel() * architecture.width
+    streams = (1 + aims + (size > 1)) * model.dtype.itemsize * rows.numel() * architecture.width
     directory = scratch if streams > params.activation_budget_bytes else None
-    pruned_stream = model.embed(rows, params.batch_rows, directory, "pruned")
+    batches = [len(batch) for part in (fit_rows, held_out_rows) if len(part) for batch in part.split(params.batch_rows)]
+    cut = -(-len(fit_rows) // params.batch_rows)  # batches before this one hold the fitting rows
+    pruned_stream = model.embed(rows, batches, directory, "pruned")
     dense_stream = pruned_stream.copy(directory, "dense") if aims else None
-    cut = len(pruned_stream.hidden) - _batches(len(held_out_rows), pruned_stream)
+    seen = slice(cut) if fits else slice(None)  # what statistics are taken from
     for first in range(0, architecture.depth, size):
         window = range(first, min(first + size, architecture.depth))
         stored = {index: tensors for index in window if (tensors := finished(index)) is not None}
@@ -152,8 +163,10 @@ def prune(
             dense = None if dense_stream is None else model.block(index, result.tensors)
             if not done:
                 own = {matrix: kept[index, matrix] for matrix in architecture.matrices if (index, matrix) in kept}
-                _select(model, index, result, ahead, dense, dense_stream, own, transform, params)
+                beside = None if dense is None or dense_stream is None else (dense, dense_stream.hidden[seen])
+                _select(model, index, result, ahead.hidden[seen], beside, own, transform, params)
                 results[index] = result
+                del beside  # its batches, before they are passed on
             if dense is not None and dense_stream is not None:
                 model.advance(dense, index, dense_stream)
             del result, dense
@@ -166,10 +179,11 @@ def prune(
                 _fit(model, results, kept, params.selection, step, settings, fitting, held_out)
             if fits and scheme is not None:
                 ahead = pruned_stream if len(window) == 1 else pruned_stream.copy(directory, "ahead")
-                _quantise(model, results, ahead, transforms, params, scheme)
+                _quantise(model, results, ahead, seen, transforms, params, scheme)
                 if params.quantization.refit:
                     again = list(fits.values())[-1].model_copy(update={"parts": params.quantization.refit})
                     _fit(model, results, kept, params.selection, REFIT, again, fitting, held_out)
+            del inputs, targets, fitting, held_out
         for index in window:
             if index in results:
                 results[index].tensors = {name: tensor.to(dtypes[index][name]) for name, tensor in results[index].tensors.items()}
@@ -187,26 +201,30 @@ def _select(
     model: BlockModel,
     index: int,
     block: PrunedBlock,
-    stream: Stream,
-    dense: torch.nn.Module | None,
-    dense_stream: Stream | None,
+    hidden: Sequence[torch.Tensor],
+    beside: tuple[torch.nn.Module, Sequence[torch.Tensor]] | None,
     kept: Mapping[Matrix, int],
     transform: Transform,
     params: PruneParams,
 ) -> None:
-    """Prune one folded block's matrices in their places by the moments of both streams before it, collected once or again for every site."""
+    """Prune one folded block's matrices in their places by the moments of both streams before it, collected once or again for every site.
+
+    Args:
+        hidden: the pruned stream's batches before the block.
+        beside: the dense block and the dense stream's batches before it.
+    """
     architecture, how = model.checkpoint.architecture, params.reconstruction
     refit = how.lsq if "lsq" in how.steps else None
     fitted_later = any(step in how.steps for step in FITS)
     scheme = None if fitted_later else params.quantization.scheme(model.checkpoint.dtype)
     layerwise = Layerwise("obs" in how.steps, how.towards_dense, how.reorder, refit, scheme, torch.float32 if fitted_later else None)
-    beside = (dense, dense_stream) if how.towards_dense and dense is not None and dense_stream is not None else None
+    beside = beside if how.towards_dense else None
     pruned_sites = {matrix.site for matrix in kept}
     found: dict[str, Moments] = {}
     for site in (one.name for one in architecture.sites if one.name in pruned_sites):
         if site not in found:
             only = None if how.collect == "block" else site
-            found = collect(model, model.block(index, block.tensors), index, stream, only, beside)
+            found = collect(model, model.block(index, block.tensors), index, hidden, only, beside)
         prune_site(block, architecture, site, found, kept, transform, params.selection, layerwise, f"{architecture.blocks}.{index}")
 
 
@@ -214,22 +232,24 @@ def _quantise(
     model: BlockModel,
     results: Mapping[int, PrunedBlock],
     stream: Stream,
+    seen: slice,
     transforms: list[Transform],
     params: PruneParams,
     scheme: Scheme,
 ) -> None:
     """Quantise the fitted blocks of a window in place, site by site; each aims at what the block gave for the same stream before.
 
-    The stream before the window is passed on if there is more than one block.
+    The stream before the window is passed on if there is more than one block; statistics are of its batches ``seen``.
     """
     architecture, compensate = model.checkpoint.architecture, "obs" in params.reconstruction.steps
     for index, result in results.items():
         fitted = model.block(index, result.tensors)
         transform, where = transforms[index].to(model.device), f"{architecture.blocks}.{index}"
+        hidden = stream.hidden[seen]
         for site in (one.name for one in architecture.sites if one.name in {matrix.site for matrix in result.curvatures}):
-            beside = (fitted, stream) if compensate else None
-            found = collect(model, model.block(index, result.tensors), index, stream, site, beside)
+            found = collect(model, model.block(index, result.tensors), index, hidden, site, (fitted, hidden) if compensate else None)
             quantise_site(result, architecture, site, found[site], transform, params.selection, scheme, compensate, where)
+        del hidden  # its batches, before they are passed on
         if index != max(results):
             model.advance(model.block(index, result.tensors), index, stream)
 
@@ -277,8 +297,11 @@ def _fit(
         names[index] = list(given)
         result.tensors = {}  # the fit takes them over
     del given
-    where = f"{model.checkpoint.architecture.blocks}.{min(results)}"
-    fitted = fit(run, tensors, list(places), fitting, held_out, params, where, None if step == REFIT else remask, model.dtype)
+    architecture = model.checkpoint.architecture
+    masks = {matrix: own.view(results[index].masks[own.parameter]) for matrix, (index, own) in places.items()}
+    offsets = {f"{index}/{name}": offset for index in results for name, offset in architecture.offsets.items()}
+    where = f"{architecture.blocks}.{min(results)}"
+    fitted = fit(run, tensors, masks, fitting, held_out, params, where, None if step == REFIT else remask, model.dtype, offsets)
     for index, result in results.items():
         result.tensors = scales[index].settle({name: fitted.tensors[f"{index}/{name}"] for name in names[index]})
         result.facts[step] = fitted.facts
@@ -287,12 +310,3 @@ def _fit(
         whole = results[index].masks[own.parameter]
         own.view(whole).copy_(mask)
         results[index].masks[own.parameter] = whole
-
-
-def _batches(rows: int, stream: Stream) -> int:
-    """How many whole batches at the stream's end hold at least ``rows`` rows, leaving at least one for fitting."""
-    count = held = 0
-    while held < rows and count < len(stream.hidden) - 1:
-        count += 1
-        held += len(stream.hidden[-count])
-    return count

@@ -74,25 +74,31 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _Free:
-    """What moves: kept weights; log a, log r per matrix; β per bias; log factors of the norms' weights. As made, it is the identity."""
+    """What moves: kept weights; log a, log r per matrix; β per bias; log factors of the norms. As made, it is the identity."""
 
     def __init__(
-        self, matrices: Sequence[Matrix], tensors: Mapping[str, torch.Tensor], parts: Sequence[str], dtype: torch.dtype | None = None
+        self,
+        masks: Masks,
+        tensors: Mapping[str, torch.Tensor],
+        parts: Sequence[str],
+        dtype: torch.dtype | None = None,
+        offsets: Mapping[str, float] | None = None,
     ) -> None:
-        self.matrices = matrices
+        self.matrices = list(masks)
         self.dtype = dtype  # of the masked weights, for what runs; None: their own
-        views = [matrix.view(tensors[matrix.parameter]) for matrix in matrices]
+        self.offsets = offsets or {}
+        views = [matrix.view(tensors[matrix.parameter]) for matrix in masks]
         device = views[0].device
         self.rows = [torch.zeros(view.shape[0], device=device, requires_grad=True) for view in views]
         self.columns = [torch.zeros(view.shape[1], device=device, requires_grad=True) for view in views]
-        biases = {m.bias for m in matrices if m.bias is not None} if "biases" in parts else set()
+        biases = {m.bias for m in masks if m.bias is not None} if "biases" in parts else set()
         norms = {n for n, t in tensors.items() if t.ndim == 1 and n.endswith("weight")} if "norms" in parts else set()
         norms |= {n for n in tensors if n.endswith(".scale")} if "scales" in parts else set()  # of quantised matrices: factors, too
         self.biases = {name: torch.zeros_like(tensors[name], requires_grad=True) for name in sorted(biases)}
         self.norms = {name: torch.zeros_like(tensors[name], requires_grad=True) for name in sorted(norms)}
         self.factors = "factors" in parts
         self.weights = [view.clone().contiguous().requires_grad_(True) for view in views] if "weights" in parts else []
-        self.kept = [view != 0 for view in views] if "weights" in parts else []
+        self.kept = [mask.to(device) for mask in masks.values()] if "weights" in parts else []
         self.refreshing = False  # the pruned weights move too, behind their masks
 
     @property
@@ -142,7 +148,9 @@ class _Free:
             values = [value * scale for value, scale in zip(values, scales, strict=True)]
         changed = self._laid(tensors, values) if self.factors or self.weights else dict(tensors)
         changed |= {bias: tensors[bias] + correction for bias, correction in self.biases.items()}
-        changed |= {norm: tensors[norm] * log_factor.exp() for norm, log_factor in self.norms.items()}
+        for norm, log_factor in self.norms.items():
+            # A norm that is stored as offset + w: (offset + w)·e^θ − offset, which is w to the last bit at θ = 0.
+            changed[norm] = tensors[norm] * log_factor.exp() + self.offsets.get(norm, 0.0) * log_factor.expm1()
         return changed
 
 
@@ -161,13 +169,14 @@ def block_error(run: Run, tensors: Mapping[str, torch.Tensor], rows: Pairs) -> f
 def fit(
     run: Run,
     tensors: dict[str, torch.Tensor],
-    matrices: Sequence[Matrix],
+    masks: Masks,
     fitting: Pairs,
     held_out: Pairs,
     params: FitParams,
     where: str,
     remask: Remask | None = None,
     dtype: torch.dtype | None = None,
+    offsets: Mapping[str, float] | None = None,
 ) -> Fitted:
     """Fit a sparse block (or window of blocks) and fold its factors; the unfitted block is a candidate and wins ties on the held-out rows.
 
@@ -178,15 +187,18 @@ def fit(
     Args:
         run: the block's output [B, T, D] for hidden states and the block's tensors.
         tensors: the sparse block's parameters in float32; matrices whose weights move are taken out, so that they need not be there twice.
-        matrices: the pruned ones, which get factors.
+        masks: of the pruned matrices, which get factors; a kept weight moves even if it is zero.
+        held_out: the rows that decide; without any, the fitting rows do.
         remask: chooses masks anew after each of the first ``refresh_epochs`` epochs, in which the pruned weights move too, unseen.
         dtype: that ``run`` brings its tensors to, if it is another.
+        offsets: of the norms' weights that act as offset + w (``Architecture.offsets``).
     """
+    matrices = list(masks)
     gate = held_out if held_out.inputs else fitting
     seen = Pairs(fitting.inputs[:1], fitting.targets[:1])  # what the curve needs; the gate's rows decide
     facts = {"fit_before": block_error(run, tensors, seen), "held_out_before": block_error(run, tensors, gate)}
     best, best_masks, best_error, best_epoch, unimproved = dict(tensors), None, facts["held_out_before"], 0, 0
-    free = _Free(matrices, tensors, params.parts, dtype)
+    free = _Free(masks, tensors, params.parts, dtype, offsets)
     groups = free.groups(params)
     if not groups:  # nothing to move, such as biases in a block without any
         return Fitted(best, None, facts | {"fit_after": facts["fit_before"], "held_out_after": best_error, "epochs": 0})
@@ -196,8 +208,11 @@ def fit(
     optimiser = torch.optim.Adam(groups, eps=1e-12, fused=True)
     penalised = matrices if params.spectral.weight else ()
     norms = [Norm(matrix.view(best[matrix.parameter]), params.spectral) for matrix in penalised]
-    variance = sum(float(target.float().var()) for target in fitting.targets) / len(fitting.targets)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: 0.55 + 0.45 * math.cos(math.pi * done / params.epochs))
+    variance, steps = 0.0, 0
+    for target in fitting.targets:
+        variance += float(target.float().var()) / len(fitting.targets)
+        steps += params.epochs * -(-len(target) // params.batch_rows)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate_share(done, steps))
     refreshed = params.refresh_epochs if isinstance(params, BlockParams) and remask is not None else 0
     for epoch in range(1, params.epochs + 1):
         free.refreshing = epoch <= refreshed
@@ -212,12 +227,12 @@ def fit(
             del values, out  # what the graph does not need of them
             loss.backward()
             optimiser.step()
+            schedule.step()
             optimiser.zero_grad()
             del loss  # the graph, before the next
             with torch.no_grad():
                 for leaf in free.log_factors:
                     leaf.clamp_(-params.limit, params.limit)
-        schedule.step()
         if free.refreshing and remask is not None:
             free.refresh(tensors, remask)
         with torch.no_grad():
@@ -232,6 +247,11 @@ def fit(
             break
     facts |= {"fit_after": block_error(run, best, seen), "held_out_after": best_error, "epochs": best_epoch}
     return Fitted({name: tensor.detach() + 0.0 for name, tensor in best.items()}, best_masks, facts)  # + 0.0: no zero is negative
+
+
+def rate_share(done: int, steps: int) -> float:
+    """The share of the learning rate after ``done`` steps: along a cosine, 1 at the first step and a tenth at the last one."""
+    return 0.55 + 0.45 * math.cos(math.pi * done / max(1, steps - 1))
 
 
 def _minibatches(rows: Pairs, params: FitParams, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
