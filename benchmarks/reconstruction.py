@@ -245,7 +245,7 @@ def _large_block(model: Path, method: str) -> dict[str, Any]:
     checkpoint = open_checkpoint(model)
     settings = large(method)
     speed = measure_speed(torch.device("cpu"))
-    needs = pruning(checkpoint, method, settings, ROWS, LENGTH)
+    needs = pruning(checkpoint, method, settings, ROWS, LENGTH, 4)
     random = torch.Generator().manual_seed(1)
     rows = torch.randint(0, 512, (ROWS, LENGTH), generator=random)
     shapes = {matrix: checkpoint.matrix_shape(0, matrix) for matrix in checkpoint.architecture.matrices}

@@ -1,6 +1,7 @@
 """Predict memory, disk and rough time for the configured model, before anything runs (not a stage: nothing is written)."""
 
 import click
+import torch
 
 from pipeline_lib.allocation.curves import CurvesParams
 from pipeline_lib.calibration.capture import CalibrateParams
@@ -27,6 +28,7 @@ def main() -> None:
         variants = {name: params.parse(VariantParams, params.merged("prune", f"variants.{name}"), f"variants.{name}") for name in names}
         sensitivity = params.load(SensitivityParams, "sensitivity")
         calibrate = params.load(CalibrateParams, "calibrate")
+        activation_bytes = getattr(torch, model.compute_dtype).itemsize
         work = Work(
             rows=calibration.rows,
             length=calibration.length,
@@ -42,11 +44,12 @@ def main() -> None:
             induction_steps=params.load(InduceParams, "induce").steps,
             densities=len(params.load(CurvesParams, "curves").densities),
             gram_budget_bytes=calibrate.gram_budget_bytes,
+            activation_bytes=activation_bytes,
         )
         steps = estimate(checkpoint, work)
         evaluate = steps.pop("evaluate")
         for name, variant in variants.items():
-            steps[f"prune {name}"] = pruning(checkpoint, f"prune {name}", variant, calibration.rows, calibration.length)
+            steps[f"prune {name}"] = pruning(checkpoint, f"prune {name}", variant, calibration.rows, calibration.length, activation_bytes)
         steps["evaluate"] = evaluate
         for name in params.section("exported") or {}:
             if name not in variants:

@@ -29,6 +29,7 @@ WORK = Work(
     induction_steps=10,
     densities=5,
     gram_budget_bytes=10**9,
+    activation_bytes=4,
 )
 
 
@@ -73,7 +74,7 @@ def test_grams_over_budget_are_not_counted(tmp_path: Path) -> None:
 def needs(path: Path, steps: tuple[str, ...], rows: int = 8, length: int = 32, budget: int = 10**12, **changes: Any) -> Estimate:
     """Of the shipped section with these steps and ``changes`` of ``reconstruction``."""
     params = prune_params(steps, reconstruction=changes, activation_budget_bytes=budget)
-    return pruning(open_checkpoint(path), "prune x", params, rows, length)
+    return pruning(open_checkpoint(path), "prune x", params, rows, length, 4)
 
 
 TOWARDS_DENSE: dict[str, Any] = {"collect": "site", "towards_dense": 1.0}
@@ -148,6 +149,15 @@ def test_streams_over_budget_are_not_counted(wide: Path, steps: tuple[str, ...],
     assert memory(512, 0) == memory(256, 0)
 
 
+def test_streams_take_the_bytes_of_the_computing_dtype(wide: Path) -> None:
+    """Half of float32's in bfloat16, in memory and against the budget."""
+    params, checkpoint = prune_params(("obs",), activation_budget_bytes=2 * 256 * 32 * 128), open_checkpoint(wide)
+    narrow, wider = (pruning(checkpoint, "x", params, 256, 32, size) for size in (2, 4))
+    assert wider.disk_bytes - narrow.disk_bytes == 4 * 256 * 32 * 128  # over the budget: a file
+    streams = [estimate(checkpoint, replace(WORK, rows=256, activation_bytes=size))["calibrate"].memory_bytes for size in (2, 4)]
+    assert streams[1] - streams[0] == 2 * 256 * 32 * 128
+
+
 @pytest.mark.parametrize("steps", [(), ("obs", "lsq", "block")])
 def test_a_pruned_checkpoint_takes_what_the_source_takes_and_a_bit_per_weight(tmp_path: Path, steps: tuple[str, ...]) -> None:
     path = make_model(tmp_path / "model", "opt", 2)
@@ -169,7 +179,7 @@ def test_quantising_takes_the_sweeps_it_makes(wide: Path) -> None:
     """In the sweep itself it is free; after least squares it is one more of R·C² FLOPs; after a fit, also passes for its moments and another fit."""
 
     def flops(steps: tuple[str, ...], **quantization: Any) -> float:
-        return pruning(open_checkpoint(wide), "x", prune_params(steps, quantization=quantization), 8, 32).flops
+        return pruning(open_checkpoint(wide), "x", prune_params(steps, quantization=quantization), 8, 32, 4).flops
 
     each = 2 * (2 * 128 * 128**2 + 2 * 64 * 128**2 + 3 * 128 * 128**2)  # both blocks' matrices, all of 128 inputs
     assert flops((), bits=4) == flops(())

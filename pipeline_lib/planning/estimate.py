@@ -35,6 +35,7 @@ class Work:
     induction_steps: int
     densities: int  # of an error curve
     gram_budget_bytes: int
+    activation_bytes: int  # of a value of the hidden states
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def measure_speed(device: torch.device) -> float:
 def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
     """Needs per stage, but for `prune`, which depends on the variant (``pruning``).
 
-    Formulas: an activation stream takes 4·n·D; a block in use 4·P; calibrate adds its Grams 2·Σ4d²; induce prunes each block up to three times for its gate, whose held-out rows (counted as all) stream along; curves prunes each matrix of a block
+    Formulas: an activation stream takes n·D values of the computing dtype; a block in use 4·P; calibrate adds its Grams 2·Σ4d²; induce prunes each block up to three times for its gate, whose held-out rows (counted as all) stream along; curves prunes each matrix of a block
     at every density and takes two products with its errors, all from stored Grams (beyond their budget a dense pass comes on top);
     sensitivity holds every block's inputs for a pass of probes, one block (weights, probe vector, gradients, products: 20 bytes a
     parameter; 8 without second derivatives), the graph of one probe in it, and the logits of one row (copies per token of every site's
@@ -79,7 +80,7 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
     tokens = work.rows * work.length
     total = checkpoint.parameters
     outside = 4 * sum(math.prod(checkpoint.shapes[name]) for name in checkpoint.outside_blocks())
-    stream = 4 * tokens * entry.width
+    stream = work.activation_bytes * tokens * entry.width
     grams = 4 * sum(d * d for d in sites)
     batch = 4 * work.batch_rows * work.length
     inner = batch * (sum(sites) + 4 * entry.width) + batch * work.length
@@ -128,10 +129,10 @@ def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
     return {step.stage: step for step in steps}
 
 
-def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, length: int) -> Estimate:
-    """Needs of one variant's `prune`.
+def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, length: int, activation_bytes: int) -> Estimate:
+    """Needs of one variant's `prune`, with so many bytes per value of the hidden states.
 
-    Memory: the streams, 4·n·D each (one; two where something aims at the dense model; one more for windows) up to their budget; then the
+    Memory: the streams, n·D values each (one; two where something aims at the dense model; one more for windows) up to their budget; then the
     larger of two phases. Selection: a block as stored, another 4·P to compute with if that is not float32, 4·P as pruned where the dense
     block is needed again or a fit follows; the Grams 4·Σd² (site by site only the largest, and the cross moment beside it); the largest
     site's factorisation (4·d²; 4·d² more for ADMM's inverse); of the largest matrix 5 bytes a weight for the sweep, 4 for a target to aim
@@ -150,8 +151,8 @@ def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, l
     fits = [getattr(how, step) for step in FITS if step in how.steps]
     window = how.block.window if "block" in how.steps else 1
     sitewise, aimed, refit = how.collect == "site", how.towards_dense > 0, "lsq" in how.steps
-    streams = (1 + (aimed or bool(fits)) + (window > 1)) * 4 * tokens * entry.width
-    kept = streams if streams <= params.activation_budget_bytes else 12 * params.batch_rows * length * entry.width
+    streams = (1 + (aimed or bool(fits)) + (window > 1)) * activation_bytes * tokens * entry.width
+    kept = streams if streams <= params.activation_budget_bytes else 3 * activation_bytes * params.batch_rows * length * entry.width
     outside = 4 * sum(math.prod(checkpoint.shapes[outer]) for outer in checkpoint.outside_blocks())
 
     def inner(batch_rows: int) -> float:
