@@ -22,11 +22,11 @@ SENSITIVITY = Path("build/sensitivity")
 @click.argument("variant")
 def main(variant: str) -> None:
     with runtime.stage(f"curves-{variant}", Path(f"build/curves/{variant}.json")) as tell:
-        settings = params.parse(CurvesParams, params.merged("curves", f"curved.{variant}"), "curves")
+        settings = params.parse(CurvesParams, params.merged("curves", f"curved.{variant}"), f"curved.{variant}")
         merged = params.merged("prune.selection", f"variants.{variant}.selection")
         selection = params.parse(SelectionParams, merged, f"variants.{variant}.selection")
         merged = params.merged("prune.reconstruction", f"variants.{variant}.reconstruction")
-        steps = params.parse(StepsParams, {"steps": merged.get("steps")}, f"variants.{variant}.reconstruction").steps
+        steps = params.parse(StepsParams, merged.only(StepsParams), f"variants.{variant}.reconstruction").steps
         calibrate = params.load(CalibrateParams, "calibrate")
         model = open_model(params.load(ModelParams, "model"))
         entry, checkpoint = model.checkpoint.architecture, model.checkpoint

@@ -16,8 +16,7 @@ from pipeline_lib.induction.induce import InduceParams, induce_block
 from pipeline_lib.induction.resume import keep, kept
 from pipeline_lib.induction.summary import histograms
 from pipeline_lib.models.source import MODEL, ModelParams
-from pipeline_lib.pruning.prune import ReconstructionParams
-from pipeline_lib.pruning.settings import SelectionParams
+from pipeline_lib.pruning.settings import SelectionParams, StepsParams
 from pipeline_lib.transforms.transform import read_transforms, write_transforms
 
 MATRICES = Path("build/prepare/matrices.json")
@@ -29,7 +28,7 @@ START = Path("build/scale/transform.safetensors")
 @click.argument("variant")
 def main(variant: str) -> None:
     with runtime.stage(f"induce-{variant}", Path(f"build/induce/{variant}/transform.safetensors")) as tell:
-        settings = params.parse(InduceParams, params.merged("induce", f"induced.{variant}"), "induce")
+        settings = params.parse(InduceParams, params.merged("induce", f"induced.{variant}"), f"induced.{variant}")
         merged = params.merged("prune.selection", f"variants.{variant}.selection")
         selection = params.parse(SelectionParams, merged, f"variants.{variant}.selection")
         if selection.sparsity == 0:
@@ -37,7 +36,7 @@ def main(variant: str) -> None:
                 f"params.yaml: variants.{variant} prunes nothing (sparsity 0), so that there is nothing to induce; take it out of `induced`."
             )
         merged = params.merged("prune.reconstruction", f"variants.{variant}.reconstruction")
-        steps = params.parse(ReconstructionParams, merged, f"variants.{variant}.reconstruction").steps
+        steps = params.parse(StepsParams, merged.only(StepsParams), f"variants.{variant}.reconstruction").steps
         source = params.load(ModelParams, "model")
         model = open_model(source)
         entry, checkpoint = model.checkpoint.architecture, model.checkpoint

@@ -38,8 +38,8 @@ def main() -> None:
         variants = {name: params.parse(VariantParams, params.merged("prune", f"variants.{name}"), f"variants.{name}") for name in listed}
         tasks = params.load(TasksParams, "tasks")
         presets = {name: params.load(Preset, f"presets.{name}") for name in tasks.presets}
-        induced = [params.parse(InduceParams, params.merged("induce", f"induced.{name}"), "induce") for name in induced_names]
-        curved = [params.parse(CurvesParams, params.merged("curves", f"curved.{name}"), "curves") for name in curved_names]
+        induced = [params.parse(InduceParams, params.merged("induce", f"induced.{name}"), f"induced.{name}") for name in induced_names]
+        curved = [params.parse(CurvesParams, params.merged("curves", f"curved.{name}"), f"curved.{name}") for name in curved_names]
         sensitivity = params.load(SensitivityParams, "sensitivity")
         calibrate = params.load(CalibrateParams, "calibrate")
         compute_dtype = getattr(torch, model.compute_dtype)

@@ -304,6 +304,32 @@ def test_kronecker_without_moments_is_told() -> None:
         plan(units_of([10]), 0.5, params("predicted", weighting="kronecker"), {"m0": {"sensitivity": 1.0, "curve": curve}})
 
 
+@pytest.mark.parametrize("point", [1, 2, 3])
+def test_an_error_just_below_zero_counts_as_zero(point: int) -> None:
+    """Three equal matrices, rounding made one value of one of them negative. Oracle: the same with 0 in its place."""
+    units = [Unit(name, 0, 1000, 1) for name in "abc"]
+    curve = {"density": [0.0, 0.25, 0.5, 0.75, 1.0], "frobenius": [4.0, 2.0, 1.0, 0.5, 0.0], "kronecker": None}
+    found = []
+    for value in (0.0, -1e-9):
+        low = {**curve, "frobenius": [value if i >= point else x for i, x in enumerate(curve["frobenius"])]}  # type: ignore[arg-type]
+        measured = {name: {"sensitivity": 1.0, "curve": low if name == "b" else curve} for name in "abc"}
+        found.append(plan(units, 0.5, params("predicted", alpha=0.4), measured))
+    assert found[0] == found[1]
+    assert sum(found[1]) == 1500
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [("predicted", "error curve"), ("weight", "sensitivity"), ("layer", "sensitivity"), ("owl", "outliers"), ("dlp", "median")],
+)
+def test_what_is_no_number_is_refused(method: str, what: str, value: float) -> None:
+    curve = {"density": [0.0, 0.5, 1.0], "frobenius": [2.0, value, 0.0], "kronecker": None}
+    measured = {"m0": {"sensitivity": value, "outliers": value, "median": value, "curve": curve}}
+    with pytest.raises(SparselineError, match=f"The {what} of m0 holds NaN or infinity"):
+        plan(units_of([10]), 0.5, params(method), measured)
+
+
 @pytest.mark.parametrize("bounds", [(0.6, 0.4), (-0.1, 0.5), (0.5, 1.1)])
 def test_density_bounds_are_checked(bounds: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="0 <= low <= high <= 1"):

@@ -20,8 +20,9 @@ import stages.environment
 from pipeline_lib.core import environment
 from pipeline_lib.core.artifacts import read_json, read_tensors, replacing, sha256, write_json, write_tensors, write_text
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.core.params import Params, load, merge, parse, section
+from pipeline_lib.core.params import Merged, Params, load, merge, parse, section
 from pipeline_lib.core.runtime import device, generator, resume_key, stage
+from pipeline_lib.pruning.prune import VariantParams
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.transforms.transform import Transform, read_transforms, write_transforms
 
@@ -280,6 +281,32 @@ def test_nested_keys_are_told_in_full() -> None:
         parse(Outer, {"inner": {"x": "a"}}, "outer")
     with pytest.raises(SparselineError, match=r"outer\.inner\.y is not a known key; remove it or use one of: x\."):
         parse(Outer, {"inner": {"x": 1, "y": 2}}, "outer")
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "message"),
+    [
+        ({}, {"selection": {"sparsty": 1}}, r"variants\.v\.selection\.sparsty is not a known key"),
+        ({"selection": {"sparsty": 1}}, {"selection": {"score": "obs"}}, r"prune\.selection\.sparsty is not a known key"),
+        ({}, {"selection": {"sparsity": 1.5}}, r"variants\.v\.selection\.sparsity = 1\.5 cannot"),
+        ({"selection": {"sparsity": 1.5}}, {"selection": {"score": "obs"}}, r"prune\.selection\.sparsity = 1\.5 cannot"),
+        ({"selection": {"pattern": "2:4"}}, {"selection": {"sparsity": 0.6}}, r"prune\.selection\.pattern = '2:4' with variants\.v\.selection\.sparsity = 0\.6"),
+        ({}, {"selection": {"sparsity": 0}}, r"variants\.v\.selection\.sparsity = 0 cannot"),
+        ({}, {"selection": 3}, r"variants\.v\.selection = 3 cannot"),
+        ({}, {"reconstruction": {"towards_dense": 1}}, r"variants\.v\.reconstruction\.towards_dense = 1 with prune\.reconstruction\.collect = 'block' cannot"),
+        ({}, {"reconstruction": {"steps": ["lsqq"]}}, r"variants\.v\.reconstruction\.steps\.0 = 'lsqq' cannot"),
+        ({}, {"quantization": {"group": 0}}, r"variants\.v\.quantization\.group = 0 cannot"),
+        ({}, {"allocation": {"density_bounds": [0.9, 0.1]}}, r"variants\.v\.allocation\.density_bounds = \[0\.9, 0\.1\] cannot"),
+        ({}, {"allocation": {"method": "x" * 900}}, r"variants\.v\.allocation\.method = 'xxx"),
+    ],
+)  # fmt: skip
+def test_the_place_that_is_named_is_where_the_value_was_written(below: dict[str, Any], above: dict[str, Any], message: str) -> None:
+    """Oracle: the section that was changed. No error shows a whole section, or a value of any length."""
+    section_below = merge(section("prune"), below)
+    with pytest.raises(SparselineError, match=message) as caught:
+        parse(VariantParams, Merged("prune", "variants.v", section_below, {"factors": "a", "sensitivity": "b", **above}), "elsewhere")
+    assert len(str(caught.value)) < 300
+    assert "elsewhere" not in str(caught.value)
 
 
 def test_merge() -> None:

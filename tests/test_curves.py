@@ -1,6 +1,7 @@
 """Error curves. Oracles: explicit Kronecker products, raw activations of a whole model in transformers, sorted lists; checkpoints, counted."""
 
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tiny import block_statistics, curved_gram
 
 from pipeline_lib.allocation.curves import CurvesParams, counts, errors, measure
 from pipeline_lib.core import artifacts
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.pruning.matrix import prune_matrix
 from pipeline_lib.pruning.settings import SelectionParams
@@ -97,6 +99,16 @@ def test_a_curve_is_what_pruning_does(checkpoint: Checkpoint, pattern: str, comp
             if matrix.label in moments:
                 assert curve["kronecker"][i] == pytest.approx(float(rows @ moments[matrix.label].double()), rel=1e-4)
         assert curve["layer"][0] > curve["layer"][2] > curve["layer"][4] == 0
+    without = {name: replace(site, held_out_gram=None) for name, site in sites.items()}
+    assert measure(entry, tensors, without, entry.matrices[1:], moments, chosen, compensate, CURVES, "here") == found
+
+
+def test_errors_that_are_no_numbers_are_told(llama: Checkpoint) -> None:
+    """Moments that overflow. Oracle: the matrix is named."""
+    entry = llama.architecture
+    moments = {m.label: torch.full((len(m.view(llama.block(0)[m.parameter])),), float("inf")) for m in entry.matrices}
+    with pytest.raises(SparselineError, match=r"error curve of here\.self_attn\.q_proj holds NaN or infinity"):
+        measure(entry, llama.block(0), block_statistics(llama)[0], entry.matrices, moments, selection(), False, CURVES, "here")
 
 
 def test_outliers_and_median_are_of_the_block(llama: Checkpoint) -> None:

@@ -1,10 +1,12 @@
 """The gate of induction. Oracles: the whole model in transformers with one block pruned by hand, and judges that are known beforehand."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from project import WANDA, build, change_params, invoke, make_workspace
 from tiny import block_statistics, load_full, load_tensors, power_of_two_factors, random_factors, token_rows
 
 from pipeline_lib.allocation.budget import target
@@ -186,3 +188,19 @@ def test_kept_shifts_lower_the_real_error(checkpoint: Checkpoint) -> None:
         outcome = run(checkpoint, Transform({}, shifts, {}), chosen, judge)
         assert outcome.judged["none"] <= judge(Transform())
         assert outcome.transform.shifts.keys() < far.keys() or shifts is not far
+
+
+def test_an_empty_gate_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``held_out: 0`` asks for it. Oracle: the line of a variant that fits, and of induction; silence where there is no gate or a real one."""
+    fitted = {**WANDA, "factors": "induce/sparseline/transform.safetensors", "reconstruction": {"steps": ["channel"]}}
+    made = make_workspace(tmp_path / "project", curved={}, variants={"wanda": WANDA, "sparseline": fitted})
+    monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.chdir(made)
+    for held_out in (0.25, 0):
+        change_params(made, "texts.calibration.held_out", held_out)
+        build("prepare", "text calibration", "calibrate", "scale")
+        induced, pruned, plain = (invoke(*step) for step in (("induce", "sparseline"), ("prune", "sparseline"), ("prune", "wanda")))
+        assert ("induce sparseline: no rows are held out (held_out: 0)" in induced.output) == (held_out == 0)
+        assert ("prune sparseline: no rows are held out (held_out: 0)" in pruned.output) == (held_out == 0)
+        assert "no rows are held out" not in plain.output
+        assert [one.exit_code for one in (induced, pruned, plain)] == [0, 0, 0]

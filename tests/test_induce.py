@@ -114,6 +114,20 @@ def held_out_error(
     return sum(errors) / len(errors)
 
 
+def test_random_signs_are_keyed_by_the_block(llama: Checkpoint, statistics: Statistics) -> None:
+    """Oracle: the same name, the same bits; another block's name or another seed, other signs and another loss."""
+    table, tensors = llama.architecture, llama.block(0)
+
+    def losses(where: str, seed: int) -> list[float]:
+        how = induction(probes=2, seed=seed)
+        outcome = induce_block(table, tensors, set(table.matrices), statistics, Transform(), selection("wanda"), how, where)
+        return [point["loss"] for point in outcome.curve]
+
+    assert losses("layers.0", 0) == losses("layers.0", 0)
+    assert losses("layers.0", 0) != losses("layers.1", 0)
+    assert losses("layers.0", 0) != losses("layers.0", 1)
+
+
 # The refreshed score
 
 

@@ -286,6 +286,16 @@ def test_streams_on_disk_change_no_bit(
     assert sorted(files) == sorted(7 * list(streams))
 
 
+def test_streams_are_weighed_in_the_dtype_that_they_have(path: Path, tmp_path: Path) -> None:
+    """Oracle: bfloat16's two bytes. At them the stream stays in memory, a byte below it is files."""
+    needed = 2 * (len(FITTING) + len(HELD_OUT)) * 12 * 32
+    for budget in (needed, needed - 1):
+        model = BlockModel(open_checkpoint(path), torch.bfloat16, CPU)
+        scratch = tmp_path / str(budget)
+        next(iter(prune(model, FITTING, HELD_OUT, half(model), [Transform({})] * DEPTH, params((), budget), lambda _: None, scratch)))
+        assert scratch.exists() == (budget < needed)
+
+
 def test_without_a_directory_streams_stay_in_memory(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nowhere to put them is no error. Oracle: the working directory."""
     monkeypatch.chdir(tmp_path)

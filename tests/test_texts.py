@@ -666,6 +666,22 @@ def test_split_does_not_lose_a_row_to_rounding(count: int, share: float, held_ou
     assert len(split(torch.zeros(count, 2), share)["held_out"]) == held_out
 
 
+@pytest.mark.parametrize(("count", "share"), [(3, 0.25), (10, 0.01), (2, 0.99), (2, 1e-9), (7, 1 - 1e-12)])
+def test_split_leaves_neither_side_empty(count: int, share: float) -> None:
+    """A share above 0 holds out at least one row, and at least one fits."""
+    parts = split(torch.zeros(count, 2), share)
+    assert min(len(part) for part in parts.values()) >= 1
+    assert sum(len(part) for part in parts.values()) == count
+
+
+def test_a_single_row_cannot_be_split() -> None:
+    with pytest.raises(
+        SparselineError, match="has 1 row, which cannot be split into fitting and held-out rows; raise rows, or set held_out: 0"
+    ):
+        split(torch.zeros(1, 2), 0.25)
+    assert len(split(torch.zeros(1, 2), 0.0)["fit"]) == 1
+
+
 # Chats and tokenizers
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pipeline_lib.allocation.budget import Unit, allocate, ranks
 from pipeline_lib.allocation.predicted import Curve, minimise
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.core.params import Params
+from pipeline_lib.core.params import Conflict, Params
 
 Measured = Mapping[str, Mapping[str, Any]]  # matrix name -> its entry of sensitivity.json, or of a variant's curves
 SENSITIVITIES, CURVES = (
@@ -39,7 +39,7 @@ class AllocationParams(Params):
     def _ordered(self) -> "AllocationParams":
         low, high = self.density_bounds
         if not 0 <= low <= high <= 1:
-            raise ValueError(f"density_bounds must be two numbers with 0 <= low <= high <= 1, not [{low:g}, {high:g}]")
+            raise Conflict(f"it must be two numbers with 0 <= low <= high <= 1, not [{low:g}, {high:g}]", "density_bounds")
         return self
 
 
@@ -85,7 +85,8 @@ def predicted(name: str, entry: Mapping[str, Any], params: AllocationParams) -> 
         raise SparselineError(
             f"allocation.weighting = 'kronecker' needs output moments, but there are none for {name}; set sensitivity.output_moments, or weighting: trace."
         )
-    errors = np.array(curve["kronecker"]) if params.weighting == "kronecker" else entry["sensitivity"] * np.array(curve["frobenius"])
+    with np.errstate(invalid="ignore", over="ignore"):  # what comes of it is refused below
+        errors = np.array(curve["kronecker"]) if params.weighting == "kronecker" else entry["sensitivity"] * np.array(curve["frobenius"])
     _check_finite(name, "error curve", errors)
     return Curve(np.array(curve["density"]), errors / 2, params.temper)
 

@@ -21,6 +21,41 @@ class Params(BaseModel):
 
 
 P = TypeVar("P", bound=Params)
+Location = tuple[int | str, ...]  # keys from a section down to a value
+SHOWN = 60  # characters of a value in an error
+
+
+class Conflict(ValueError):
+    """What a validator raises when values of several keys (of the section that it validates) do not go together."""
+
+    def __init__(self, reason: str, *keys: str) -> None:
+        super().__init__(reason)
+        self.keys = keys
+
+
+class Merged(dict[str, Any]):
+    """One section laid over another, which knows where each value was written."""
+
+    def __init__(self, defaults: str, overrides: str, below: Mapping[str, Any], above: Mapping[str, Any]) -> None:
+        super().__init__(merge(below, above))
+        self.defaults, self.overrides, self.above = defaults, overrides, above
+
+    def section_of(self, location: Location) -> str:
+        """The overriding section if the value is written there, else the one that holds the defaults."""
+        value: Any = self.above
+        for part in location:
+            if not isinstance(value, Mapping):  # inside of what replaces the default as a whole
+                break
+            if part not in value:
+                return self.defaults
+            value = value[part]
+        return self.overrides
+
+    def only(self, model: type[BaseModel]) -> "Merged":
+        """Without the keys that a model does not know."""
+        found = Merged(self.defaults, self.overrides, {}, self.above)
+        found.update({key: value for key, value in self.items() if key in model.model_fields})
+        return found
 
 
 def check_name(kind: str, name: object) -> None:
@@ -64,7 +99,7 @@ def merge(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
     return merged
 
 
-def merged(defaults: str, overrides: str, path: Path = FILE) -> dict[str, Any]:
+def merged(defaults: str, overrides: str, path: Path = FILE) -> Merged:
     """The section ``defaults`` with the section ``overrides`` (which may be empty) laid over it.
 
     Raises:
@@ -76,27 +111,56 @@ def merged(defaults: str, overrides: str, path: Path = FILE) -> dict[str, Any]:
             raise SparselineError(
                 f"{path}: {name} = {value!r} is not a mapping of keys to values; write `{name.split('.')[-1]}: {{}}` or keys below it."
             )
-    return merge(*values)
+    return Merged(defaults, overrides, *values)
 
 
 def parse(model: type[P], value: Any, name: str) -> P:
-    """Validate ``value`` as ``model``; ``name`` is where the value stands in params.yaml.
+    """Validate ``value`` as ``model``; ``name`` is where the value stands in params.yaml (a ``Merged`` knows better).
 
     Raises:
         SparselineError: the first violation, with its key, its value and what is allowed.
     """
+
+    def place(location: Location) -> str:
+        start = value.section_of(location) if isinstance(value, Merged) else name
+        return ".".join([start, *map(str, location)])
+
     try:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join([name, *(str(part) for part in first["loc"])])
+        location = _keys(value, first["loc"])
+        key = place(location)
         if first["type"] == "extra_forbidden":
-            known = ", ".join(sorted(_submodel(model, first["loc"][:-1]).model_fields))
+            known = ", ".join(sorted(_submodel(model, location[:-1]).model_fields))
             raise SparselineError(f"{FILE}: {key} is not a known key; remove it or use one of: {known}.") from error
         if first["type"] == "missing":
             raise SparselineError(f"{FILE}: {key} is missing; add it.") from error
-        message = first["msg"].removeprefix("Value error, ")
-        raise SparselineError(f"{FILE}: {key} = {first['input']!r} cannot be used: {message}.") from error
+        message, given = first["msg"].removeprefix("Value error, "), first["input"]
+        conflict = first.get("ctx", {}).get("error")
+        if isinstance(conflict, Conflict) and isinstance(given, Mapping):
+            shown = " with ".join(f"{place((*location, part))} = {_shown(given[part])}" for part in conflict.keys)
+        else:
+            shown = key if isinstance(given, Mapping) else f"{key} = {_shown(given)}"
+        raise SparselineError(f"{FILE}: {shown} cannot be used: {message}.") from error
+
+
+def _keys(value: Any, location: Location) -> Location:
+    """The part of a location that is keys and places of lists; pydantic adds which kind of a union it tried."""
+    for count, part in enumerate(location):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+        else:
+            return location[:count]
+    return location
+
+
+def _shown(value: Any) -> str:
+    """A value as an error prints it: whole sections and long lists say nothing that fits into a sentence."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
 def _submodel(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:

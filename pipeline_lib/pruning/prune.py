@@ -10,7 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from pipeline_lib.allocation.plan import AllocationParams
 from pipeline_lib.calibration.statistics import Moments, MomentSums
-from pipeline_lib.core.params import Params
+from pipeline_lib.core.params import Conflict, Params
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.folding import fold
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
@@ -55,7 +55,9 @@ class PruneParams(Params):
     def _does_something(cls, selection: SelectionParams, info: ValidationInfo) -> SelectionParams:
         quantization = info.data.get("quantization")
         if selection.sparsity == 0 and quantization is not None and quantization.bits is None:
-            raise ValueError("sparsity 0 prunes nothing, so it must be greater than 0 unless quantization.bits says what else to do")
+            raise Conflict(
+                "sparsity 0 prunes nothing, so it must be greater than 0 unless quantization.bits says what else to do", "sparsity"
+            )
         return selection
 
 

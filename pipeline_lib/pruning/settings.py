@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from pipeline_lib.core.params import Params
+from pipeline_lib.core.params import Conflict, Params
 from pipeline_lib.pruning.patterns import Group, Pattern
 from pipeline_lib.pruning.scores import Score
 from pipeline_lib.reconstruction.obs import DampingOf
@@ -35,9 +35,8 @@ class SelectionParams(Params):
         pattern = Pattern.parse(self.pattern)
         if pattern.m and abs(self.sparsity - (1 - pattern.n / pattern.m)) > 1e-9:
             wanted = 1 - pattern.n / pattern.m
-            raise ValueError(
-                f"pattern {self.pattern} keeps {pattern.n} of {pattern.m}, so sparsity must be {wanted:g}, not {self.sparsity:g}"
-            )
+            reason = f"pattern {self.pattern} keeps {pattern.n} of {pattern.m}, so sparsity must be {wanted:g}, not {self.sparsity:g}"
+            raise Conflict(reason, "pattern", "sparsity")
         return self
 
 
@@ -78,7 +77,11 @@ class LayerwiseParams(StepsParams):
     @model_validator(mode="after")
     def _aims_site_by_site(self) -> Any:
         if self.towards_dense and self.collect != "site":
-            raise ValueError("towards_dense wants collect: site, or each matrix would mend what those before it have mended already")
+            reason = "towards_dense needs collect: site; otherwise each matrix corrects errors that earlier matrices have already corrected"
+            raise Conflict(reason, "towards_dense", "collect")
         if self.towards_dense and not {"obs", "lsq"} & set(self.steps):
-            raise ValueError("towards_dense wants obs or lsq among the steps: without them no weight changes, and there is nothing to aim")
+            reason = (
+                "towards_dense needs obs or lsq among the steps; without them no weight changes, and nothing can aim at the dense outputs"
+            )
+            raise Conflict(reason, "towards_dense", "steps")
         return self
