@@ -4,8 +4,12 @@ import hashlib
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import stages.environment
@@ -22,6 +25,7 @@ from pipeline_lib.core.artifacts import read_json, read_tensors, replacing, sha2
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import Merged, Params, load, merge, parse, section
 from pipeline_lib.core.runtime import device, generator, resume_key, stage
+from pipeline_lib.core.scratch import hold
 from pipeline_lib.pruning.prune import VariantParams
 from pipeline_lib.pruning.settings import SelectionParams
 from pipeline_lib.transforms.transform import Transform, read_transforms, write_transforms
@@ -68,13 +72,54 @@ def test_directories_are_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
-    """A partial file or directory from a killed run does not get into the next write."""
-    (tmp_path / ".d.partial").mkdir()
-    (tmp_path / ".d.partial" / "stale").write_text("x")
+    """What a killed process left, file or directory, goes with the next write; what a living one writes stays, and one's on another host
+    until it is two weeks old.
+    """
+    code = """
+import os, sys
+from pathlib import Path
+from pipeline_lib.core.artifacts import replacing
+with replacing(Path(sys.argv[1])) as temporary:
+    temporary.mkdir()
+    (temporary / "stale").write_text("x")
+    print(temporary.name, flush=True)
+    if sys.argv[2:]:
+        os.kill(os.getpid(), 9)
+    sys.stdin.read()
+"""
+    start = [sys.executable, "-c", code, str(tmp_path / "d")]
+    dead = subprocess.run([*start, "kill"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    assert (tmp_path / dead / "stale").exists()
+    elsewhere, older = (tmp_path / f".d.{host}-{os.getpid()}-00000000.partial" for host in ("0" * 8, "1" * 8))
+    for path in (elsewhere, older, tmp_path / ".d.partial"):
+        path.write_text("x")
+    os.utime(older, (0, 0))
+    with subprocess.Popen(start, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as living:
+        assert living.stdout and living.stdin
+        name = living.stdout.readline().strip()
+        with replacing(tmp_path / "d") as temporary:
+            temporary.mkdir()
+            (temporary / "fresh").write_text("x")
+        assert {path.name for path in tmp_path.iterdir()} == {"d", name, elsewhere.name}
+        assert [path.name for path in (tmp_path / "d").iterdir()] == ["fresh"]
+        living.stdin.close()
+    assert living.returncode == 0
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["stale"]  # the last one wins, whole
+
+
+def test_two_writers_of_a_directory_do_not_mix(tmp_path: Path) -> None:
+    """Both are under way at once; a file in the place of a directory, and the other way round, is replaced as well."""
+    with replacing(tmp_path / "d") as one, replacing(tmp_path / "d") as other:
+        assert one != other
+        for path in (one, other):
+            path.mkdir()
+            (path / path.name).write_text("x")
+    assert [path.name for path in (tmp_path / "d").iterdir()] == [one.name]
+    write_text(tmp_path / "d", "a file")
+    assert (tmp_path / "d").read_text() == "a file"
     with replacing(tmp_path / "d") as temporary:
         temporary.mkdir()
-        (temporary / "fresh").write_text("x")
-    assert [p.name for p in (tmp_path / "d").iterdir()] == ["fresh"]
+    assert [path.name for path in tmp_path.iterdir()] == ["d"] and list((tmp_path / "d").iterdir()) == []
 
 
 def test_a_file_is_never_absent_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,20 +397,66 @@ def test_a_stage_tells_its_error_and_exits_with_2(
     assert told["output"] == {"path": str(tmp_path / "out.json"), "sha256": hashlib.sha256(b"{}\n").hexdigest()}
 
 
-def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Linux's device that is always full; what safetensors raises was seen on a full tmpfs. Other errors keep their traceback."""
+def refusals(tmp_path: Path) -> dict[str, Callable[[], None]]:
+    """Ways in which a system refuses a file, also as root; each name is the path that must be named."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    return {
+        "/proc/none": lambda: write_text(Path("/proc/none/a.json"), "x"),
+        f"{tmp_path}/file/below": lambda: write_tensors(tmp_path / "file" / "below" / "t.safetensors", {"x": torch.ones(1)}),
+        f"{tmp_path}/loop": lambda: write_json(tmp_path / "loop" / "a.json", 1),
+        f"{tmp_path}/.nnn": lambda: write_json(tmp_path / ("n" * 256), 1),
+        f"{tmp_path}/nowhere": lambda: print((tmp_path / "nowhere").read_text(encoding="utf-8")),
+    }
+
+
+def test_a_refused_file_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence that names the path, exit code 2; other errors keep their traceback. Oracle: what this machine really refuses."""
     monkeypatch.chdir(tmp_path)
     environment.write()
-    with pytest.raises(SystemExit) as caught, stage(), Path("/dev/full").open("w") as full:
+    for path, refused in refusals(tmp_path).items():
+        with pytest.raises(SystemExit) as caught, stage():
+            refused()
+        assert caught.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and path in said and said.count("\n") == 1
+        assert "then run the same command again" in said
+    (tmp_path / "build").write_text("x")
+    with pytest.raises(SystemExit), stage("trial", tmp_path / "file"):
+        pass
+    assert capsys.readouterr().err.startswith("error: build")
+    with pytest.raises(OSError, match="a library's own"), stage():
+        raise OSError("a library's own, without a number")
+
+
+def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Linux's device that is always full; and a limit on the size of files, which the text, the tensors and the shards all meet."""
+    monkeypatch.chdir(tmp_path)
+    environment.write()
+    with pytest.raises(SystemExit) as caught, stage(), replacing(tmp_path / "text"), Path("/dev/full").open("w") as full:
         full.write("x")
     assert caught.value.code == 2
-    with pytest.raises(SystemExit), stage():
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert [line.split(";")[0] for line in capsys.readouterr().err.splitlines()] == [
-        "error: No space left on the disk of this directory, or of SPARSELINE_SCRATCH where that is another"
-    ] * 2
-    with pytest.raises(FileNotFoundError), stage():
-        (tmp_path / "nowhere").read_text(encoding="utf-8")
+    assert capsys.readouterr().err.startswith(
+        f"error: {tmp_path}/text: No space left on device; make room, `make plan` says what a run takes"
+    )
+    code = """
+import os, resource, torch
+from pathlib import Path
+from pipeline_lib.core.artifacts import save_tensors, write_tensors, write_text
+from pipeline_lib.core.runtime import told
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+out, big = Path("out"), {"x": torch.ones(1000)}
+for write in (lambda: write_text(out, "x" * 9999), lambda: write_tensors(out, big), lambda: save_tensors(out, big)):
+    if os.fork() == 0:
+        with told():
+            write()
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 2
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"(error: \S*out\S*: File too large; mend that place, then run the same command again: [^\n]*\n){3}", done.stderr)
+    assert {path.name for path in tmp_path.iterdir()} <= {"env.lock.json", "out"}
 
 
 @pytest.mark.parametrize("threads", ["0", "-1", "two", "1.5"])
@@ -422,8 +513,8 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         device()
 
 
-def test_resume_keys_and_scratch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The key follows the facts and the inputs' bytes, not their paths; scratch lies where the setting says."""
+def test_resume_keys(tmp_path: Path) -> None:
+    """The key follows the facts and the inputs' bytes, not their paths."""
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_bytes(b"1")
     b.write_bytes(b"1")
@@ -432,8 +523,163 @@ def test_resume_keys_and_scratch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert key != resume_key("other", [a])
     b.write_bytes(b"2")
     assert key != resume_key("facts", [b])
-    monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "s"))
-    assert scratch("prune", key) == tmp_path / "s" / "prune" / key
-    monkeypatch.delenv("SPARSELINE_SCRATCH")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
-    assert scratch("prune", key) == tmp_path / "c" / "sparseline" / "resume" / "prune" / key
+
+
+# Scratch
+
+
+KEY, OTHER = "0" * 32, "f" * 32
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A current directory, and no setting that says where scratch is."""
+    for name in ("SPARSELINE_SCRATCH", "XDG_CACHE_HOME", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
+def placed() -> Path:
+    with hold("prune", KEY, "prune it") as scratch:
+        return scratch.kept.parent.parent
+
+
+def test_scratch_lies_where_the_setting_says(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(nowhere / "here"))
+    assert placed() == nowhere / "here" / ".cache" / "sparseline" / "resume"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(nowhere / "c"))
+    assert placed() == nowhere / "c" / "sparseline" / "resume"
+    monkeypatch.setenv("SPARSELINE_SCRATCH", str(nowhere / "s" / "deep"))
+    assert placed() == nowhere / "s" / "deep"
+    for bad in ("/proc/none", "/dev/null", "/dev/null/below"):
+        monkeypatch.setenv("SPARSELINE_SCRATCH", bad)
+        with pytest.raises(SparselineError, match=rf"SPARSELINE_SCRATCH={bad} cannot be used \(.+\); give a directory that can be written"):
+            placed()
+
+
+def test_a_home_that_cannot_be_written(nowhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The project's .dvc/tmp, the experiment's original first; else a temporary directory that is nobody else's. The log says so."""
+    own = nowhere / "tmp" / f"sparseline-{os.getuid()}"
+    for home in ("/proc/none", str(nowhere / "none"), "/dev/null"):
+        monkeypatch.setenv("HOME", home)
+        assert placed() == own
+        said = capsys.readouterr().out
+        assert re.fullmatch(rf"prune it: no cache directory in this user's home \(.+\); finished blocks are kept in {own}\n", said)
+    assert not (nowhere / "none").exists()
+    assert own.stat().st_mode & 0o777 == 0o700
+    (nowhere / "here" / ".dvc").mkdir()
+    assert placed() == nowhere / "here" / ".dvc" / "tmp" / "sparseline"
+    monkeypatch.setenv("DVC_ROOT", str(nowhere / "original"))
+    (nowhere / "original" / ".dvc").mkdir(parents=True)
+    assert placed() == nowhere / "original" / ".dvc" / "tmp" / "sparseline"
+    monkeypatch.setenv("DVC_ROOT", str(nowhere))
+    own.chmod(0o770)
+    with pytest.raises(SparselineError, match=r"There is no directory for finished blocks \(.+\); set SPARSELINE_SCRATCH"):
+        placed()
+    own.rename(own.with_name("elsewhere"))
+    own.symlink_to(own.with_name("elsewhere"))
+    own.with_name("elsewhere").chmod(0o700)
+    with pytest.raises(SparselineError, match="There is no directory"):
+        placed()
+
+
+def test_no_home_at_all(nowhere: Path) -> None:
+    """An arbitrary user without a home and an entry in /etc/passwd, as containers have them. Oracle: the directory that such a user can use."""
+    code = """
+import os
+from pipeline_lib.core.scratch import hold
+os.setgroups([]); os.setgid(12345); os.setuid(12345)
+with hold("prune", "0" * 32, "prune it") as scratch:
+    print(scratch.kept)
+"""
+    if os.getuid() != 0:
+        pytest.skip("only root becomes another user")
+    (nowhere / "tmp").chmod(0o1777)
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "TMPDIR": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"/tmp/sparseline-12345/prune/{KEY}"
+    shutil.rmtree("/tmp/sparseline-12345")
+
+
+def test_scratch_is_dropped_when_all_went_well_and_kept_otherwise(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is a process's own goes in both cases, and what a dead one left goes when the next has the lock."""
+    monkeypatch.setenv("SPARSELINE_SCRATCH", str(nowhere / "s"))
+    with pytest.raises(ZeroDivisionError), hold("prune", KEY, "prune it") as scratch:
+        (scratch.kept / "facts").mkdir()
+        (scratch.kept / "facts" / "block").write_text("x")
+        (scratch.kept / "facts" / ".block.partial").write_text("x")
+        (scratch.own / "stream").write_text("x")
+        _ = 1 / 0
+    assert {path.name for path in (nowhere / "s").rglob("*")} == {"prune", KEY, "facts", "block", ".block.partial"}
+    with hold("prune", KEY, "prune it") as scratch:
+        assert {path.name for path in scratch.kept.rglob("*")} == {"facts", "block", scratch.own.name}
+    assert [path.name for path in (nowhere / "s").rglob("*")] == ["prune"]
+    with pytest.raises(ZeroDivisionError), hold("prune", KEY, "prune it"):
+        _ = 1 / 0
+    assert [path.name for path in (nowhere / "s").rglob("*")] == ["prune"]  # nothing was finished
+
+
+def test_abandoned_scratch_is_removed(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two weeks without a new file, unless somebody holds it; whatever else lies there is none of ours."""
+    monkeypatch.setenv("SPARSELINE_SCRATCH", str(nowhere / "s"))
+    place = nowhere / "s" / "prune"
+    names = {"old": "1" * 32, "young": "2" * 32, "held": "3" * 32, "foreign": "notes", "fresh inside": "4" * 32}
+    for name in names.values():
+        (place / name / "facts").mkdir(parents=True)
+        (place / name / "facts" / "block").write_text("x")
+    (place / f".{OTHER}.half.partial").mkdir()
+    (place / f"{'1' * 32}.lock").write_text("x")
+    with hold("prune", names["held"], "prune it"):
+        for path in place.rglob("*"):
+            if names["young"] not in str(path) and path != place / names["fresh inside"] / "facts" / "block":
+                os.utime(path, (0, time.time() - 15 * 24 * 3600))
+        placed()
+        assert {path.name for path in place.iterdir()} == {
+            *(names[one] for one in ("young", "held", "foreign", "fresh inside")),
+            f"{names['held']}.lock",
+        }
+    assert {path.name for path in place.iterdir()} == {names[one] for one in ("young", "foreign", "fresh inside")}
+
+
+HOLDERS = """
+import os, sys, time
+from pathlib import Path
+from pipeline_lib.core.scratch import hold
+
+def work(number):
+    sys.stdout = open(f"said-{number}", "w")
+    with hold("prune", "0" * 32, "prune it"), open("log", "a") as log:
+        print(f"+{number}", file=log, flush=True)
+        time.sleep(0.02)
+        print(f"-{number}", file=log, flush=True)
+        if number % 3 == 0:
+            sys.stdout.flush()
+            os.kill(os.getpid(), 9)
+    sys.stdout.flush()
+
+for number in range(12):
+    if os.fork() == 0:
+        work(number)
+        os._exit(0)
+print(sorted(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(12)))
+"""
+
+
+def test_a_key_has_one_holder_at_a_time(nowhere: Path) -> None:
+    """Twelve processes, of which every third is killed in the midst. Oracle: their log: who came in went out, or was killed, before the next."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SPARSELINE_SCRATCH": str(nowhere / "s")}
+    done = subprocess.run([sys.executable, "-c", HOLDERS], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [-9] * 4 + [0] * 8
+    lines = Path("log").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 24 and all(came[1:] == went[1:] for came, went in zip(lines[::2], lines[1::2], strict=True))
+    said = [path.read_text(encoding="utf-8") for path in Path().glob("said-*")]
+    owner = r"(process \d+ on \S+ \(`.+` in .+, for .+ s\)|another process)"
+    assert any(said) and all(
+        one == "" or re.fullmatch(rf"prune it: {owner} has these blocks; waiting until it ends\n", one) for one in said
+    )

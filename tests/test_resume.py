@@ -1,13 +1,20 @@
-"""A killed prune or induction goes on where it was. Oracle: the bytes of a run that nobody killed."""
+"""A killed prune or induction goes on where it was, two at once do not disturb each other, and a stage ends with its `dvc`.
+
+Oracle: the bytes of a run that nobody killed or disturbed.
+"""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from project import build, change_params, environment, make_workspace, run, tree
 
@@ -43,7 +50,8 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("ready")
     with pytest.MonkeyPatch.context() as patch:
         variants = {"sparseline": VARIANT, "windows": WINDOWS}
-        workspace = make_workspace(home / "project", model={"layers": BLOCKS}, induced={}, variants=variants)
+        induced = {"sparseline": {"steps": 100}}  # a block takes about a second
+        workspace = make_workspace(home / "project", model={"layers": BLOCKS}, induced=induced, variants=variants)
         patch.chdir(workspace)
         build("prepare", "text calibration", "calibrate", "scale")
     return workspace
@@ -138,13 +146,13 @@ def test_damaged_leftovers_are_no_blocks(workspace: Path, undisturbed: dict[str,
 
 def test_a_kill_while_results_move_into_place(workspace: Path, undisturbed: dict[str, str]) -> None:
     """Between file systems a move takes long. Oracle: what was there before, then the bytes of an undisturbed run."""
-    code = """
-import os, sys
+    code = r"""
+import os, re, sys
 from stages.prune import main
 
 def kill(event, arguments):
     # an audit hook sees whichever way the files take: the checkpoint is in place, the masks would follow
-    if event != "import" and any(".sparseline.partial/masks" in str(argument) for argument in arguments):
+    if event != "import" and any(re.search(r"\.sparseline\.[^/]+\.partial/masks", str(argument)) for argument in arguments):
         os.kill(os.getpid(), 9)
 
 sys.addaudithook(kill)
@@ -175,7 +183,7 @@ def run(last):
         keep(self, index, result)
         kept.append(index)
         if index == last:
-            files = {path.name.split("-")[0] for path in self.directory.glob("streams/*.safetensors")}
+            files = {path.name.split("-")[0] for path in self.directory.glob(".own.*.partial/*.safetensors")}
             print()
             print(json.dumps([kept, sorted(files)]), flush=True)
             os.kill(os.getpid(), 9)
@@ -254,3 +262,181 @@ stage.main(["sparseline"], standalone_mode=False)
     output = run(workspace, "python", "-c", code.format(killed=False))
     assert output.count("learning") == BLOCKS
     assert resumed == {path: digest for path, digest in tree(workspace / "build").items() if path.startswith("induce/")}
+
+
+# Two runs at once
+
+
+def start(workspace: Path, *command: str, **settings: str) -> subprocess.Popen[str]:
+    """A command whose output is a pipe, in a session of its own."""
+    environ = environment(workspace) | settings
+    return subprocess.Popen(
+        command, cwd=workspace, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def holder(workspace: Path, stage: str = "prune") -> int:
+    """The number of the process that holds the only key, once there is one."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for lock in scratch(workspace).glob(f"{stage}/*.lock"):
+            with suppress(ValueError):  # not written yet
+                return int(json.loads(lock.read_text(encoding="utf-8"))["pid"])
+        time.sleep(0.02)
+    raise AssertionError("nobody holds a key")
+
+
+def line_of(process: subprocess.Popen[str], part: str) -> str:
+    """Reads on until a line holds this."""
+    assert process.stdout
+    for line in process.stdout:
+        if part in line:
+            return line
+    raise AssertionError(f"ended without {part!r}")
+
+
+def written(workspace: Path) -> dict[str, str]:
+    """All that prune and induce write, costs aside."""
+    return {path: digest for path, digest in tree(workspace / "build").items() if path.split("/")[0] in ("prune", "facts", "induce")}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("stage", ["prune sparseline", "prune windows", "induce sparseline"])
+def test_two_runs_at_once(ready: Path, tmp_path: Path, stage: str, killed: bool) -> None:
+    """Two clones, one scratch. The second says whom it waits for, and takes over what is finished, all of it or what was so at a kill.
+    Streams are in memory, or files (windows).
+    """
+    name, variant = stage.split()
+    command = ("python", "-m", f"stages.{name}", variant)
+    one, two, alone = (Path(shutil.copytree(ready, tmp_path / place)) for place in ("one", "two", "alone"))
+    first = start(one, *command)
+    os.kill(holder(one, name), signal.SIGSTOP)
+    second = start(two, *command)
+    said = line_of(second, "waiting")
+    assert re.match(
+        rf"{stage}: process {first.pid} on \S+ \(`\S*python.* -m stages.{name} {variant}` in {one}, for .+\) has these blocks; ", said
+    )
+    os.kill(first.pid, signal.SIGCONT)
+    if killed:
+        while not list(scratch(one).glob("prune/*/facts/*" if name == "prune" else "induce/*/block-*")):
+            time.sleep(0.01)
+        first.kill()
+    first.communicate()
+    rest, _ = second.communicate()
+    assert (first.returncode, second.returncode) == (-9 if killed else 0, 0), rest
+    (done,) = re.findall(rf"resuming after (\d) of {BLOCKS} blocks", rest)
+    assert "has these blocks" not in rest and (0 < int(done) < BLOCKS if killed else int(done) == BLOCKS)
+    assert not tree(scratch(one))
+    run(alone, *command)
+    assert written(two) == written(alone)
+    if not killed:
+        assert written(one) == written(alone)
+
+
+# The end of a stage
+
+
+@pytest.fixture
+def project(workspace: Path) -> Path:
+    """The workspace with DVC, whose stages are run one at a time."""
+    run(workspace, "dvc", "init", "--no-scm", "--quiet")
+    return workspace
+
+
+def runs(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "shell"),
+    [
+        ("prune@sparseline", signal.SIGKILL, "/bin/sh"),
+        ("induce@sparseline", signal.SIGTERM, "/bin/bash"),
+        ("prune@sparseline", signal.SIGKILL, "that stays"),
+    ],
+)
+def test_a_stage_ends_with_its_dvc(project: Path, stage: str, number: signal.Signals, shell: str) -> None:
+    """`dvc` alone is killed. Oracles: the processes, and the same command again, which takes over and gives an undisturbed run's bytes."""
+    if shell == "that stays":  # as fish does beside its last command
+        shell = str(project.parent / "shell")
+        Path(shell).write_text('#!/bin/sh\n/bin/sh "$@"\nexit $?\n', encoding="utf-8")
+        Path(shell).chmod(0o755)
+    command = ("dvc", "repro", "--single-item", stage)
+    before = tree(project / "build")
+    dvc = start(project, *command, SHELL=shell)
+    pid = holder(project, stage.split("@")[0])
+    assert pid != dvc.pid
+    dvc.send_signal(number)
+    said, _ = dvc.communicate()  # the pipe is open as long as the stage lives
+    assert dvc.returncode == -number
+    deadline = time.monotonic() + 3
+    while runs(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert "Traceback" not in said
+    assert not [path for path in tree(project / "build").keys() - before.keys() if "partial" in path]
+    run(project, *command)
+    resumed = written(project)
+    assert len(resumed) > len({path for path in before if path.split("/")[0] in ("prune", "facts", "induce")})
+    run(project, "dvc", "repro", "--single-item", "--force", stage)
+    assert written(project) == resumed
+
+
+def test_a_stage_whose_dvc_is_gone_before_it_looks(project: Path) -> None:
+    """`dvc` dies while the stage imports torch, when it cannot know yet who started it. Oracle: no output, no scratch."""
+    before = tree(project / "build")
+    dvc = start(project, "dvc", "repro", "--single-item", "prune@sparseline")
+    while not (stages := psutil.Process(dvc.pid).children(recursive=True)):
+        time.sleep(0.005)
+    dvc.kill()
+    said, _ = dvc.communicate()
+    assert not any(runs(stage.pid) for stage in stages)
+    assert "error: The `dvc` that started this stage is gone; run the same command again" in said
+    assert tree(project / "build") == {path: digest for path, digest in before.items() if path in tree(project / "build")}
+    assert not tree(scratch(project))
+
+
+@pytest.mark.parametrize("parent", ["ends", "lives"])
+def test_a_stage_by_hand_lives_on(project: Path, undisturbed: dict[str, str], parent: str) -> None:
+    """Started from a shell that then ends, at once or in the midst, and that has DVC's variables from wherever. Oracle: an undisturbed run."""
+    wait = "" if parent == "ends" else "; sleep 1000"
+    (project / "script").write_text(f"nohup {' '.join(COMMAND)} >log 2>&1 & echo $!{wait}\n", encoding="utf-8")
+    shell = start(project, "sh", "script", DVC_STAGE="prune@sparseline", DVC_ROOT=str(project))
+    assert shell.stdout
+    pid = int(shell.stdout.readline())
+    holder(project)
+    shell.kill()
+    shell.wait()
+    while runs(pid):
+        time.sleep(0.05)
+    assert "kept" in (project / "log").read_text(encoding="utf-8").splitlines()[-1]
+    assert results(project) == undisturbed
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT"), (signal.SIGHUP, "SIGHUP")])
+def test_a_signal_ends_a_stage_in_one_line(workspace: Path, number: signal.Signals, name: str) -> None:
+    """In the midst of a block. Oracles: exit code, last line, and that nothing half-written or of the process's own is left."""
+    before = tree(workspace / "build")
+    process = start(workspace, "python", "-m", "stages.prune", "windows")
+    pid = holder(workspace)
+    while not list(scratch(workspace).glob("prune/*/.own.*/*")):
+        time.sleep(0.01)
+    process.send_signal(number)
+    said, _ = process.communicate()
+    assert pid == process.pid and process.returncode == 128 + number
+    assert said.splitlines()[-1] == f"error: {name} came; run the same command again: what is finished is kept."
+    assert "Traceback" not in said
+    assert tree(workspace / "build") == before
+    assert not [path for path in scratch(workspace).rglob("*") if re.search(r"partial|lock", path.name)]
+
+
+def test_an_interrupt_while_importing(workspace: Path) -> None:
+    """Ctrl-C in the seconds before a stage begins. Oracle: one line, and the status that a shell calls 130."""
+    code = "import os, runpy, signal, sys\nsys.addaudithook(lambda event, given: event == 'import' and given[0] == 'torch' and os.kill(os.getpid(), signal.SIGINT))\n"
+    code += "runpy.run_module('stages.prune', run_name='__main__', alter_sys=True)"
+    process = start(workspace, "python", "-c", code)
+    said, _ = process.communicate()
+    assert process.returncode == -signal.SIGINT
+    assert said == "error: SIGINT came; run the same command again.\n"

@@ -99,7 +99,8 @@ def _acquire(place: Path, key: str, what: str) -> IO[str]:
     finally:
         if waiting is not None:
             waiting.close()
-    owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": shlex.join(sys.orig_argv)[:200], "directory": str(Path.cwd())}
+    command = " ".join(shlex.join(sys.orig_argv).split())[:200]
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "directory": str(Path.cwd())}
     lock.truncate(0)
     lock.write(json.dumps(owner | {"since": time.time()}))
     lock.flush()
