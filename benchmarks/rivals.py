@@ -1,4 +1,4 @@
-"""Our presets against other one-shot pruners, in one harness: ``python -m benchmarks.rivals cells|table|cost|block|profile|verify``.
+"""Our presets against other one-shot pruners, in one harness: ``python -m benchmarks.rivals cells|table|rows|cost|block|profile|verify``.
 
 A cell prunes a testbed with one method in a process of its own. Its cost runs from model in memory to pruned (imports excluded; what a method
 needs of sensitivity, calibration and curves included), its memory is the peak above what was there before. Perplexity is taken here, of all
@@ -42,9 +42,11 @@ from pipeline_lib.pruning.prune import PruneParams
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "rivals.json"
+BY_ROWS = HERE / "results" / "rivals_rows.json"
 BLOCK = HERE / "results" / "rivals_block.json"
 COST = HERE / "results" / "rivals_cost.json"
 TEXTS = ("validation", "test", "wikitext2")
+ROW_TEXTS = ("validation", "test")  # how many rows is chosen on validation text
 TEXTS_OF = {"mix.calib": "calibration", CODE: "code"}
 JUDGED = ("50%", "60%", "70%", "2:4")
 LLMCOMPRESSOR = {f"llm-compressor {name}": name for name in ("sparsegpt", "wanda")}
@@ -86,14 +88,10 @@ PARTS = {  # what each part adds: one taken away from `best`, or another in its 
     "fast, uniform": Method("fast", UNIFORM),
     "fast, sweep's mask": Method("fast", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
 }
-TEXT = {  # what calibration text does, how much and which
-    **{f"{name}, {rows} rows": replace(MAIN[name], rows=rows) for rows in (16, 64, 256) for name in ("sparsegpt", "fast", "best")},
-    **{
-        f"{name}, {source}": replace(MAIN[name], source=source)
-        for source in (CODE, "random tokens")
-        for name in ("sparsegpt", "fast", "best")
-    },
-}
+GROWING = ("sparsegpt", "fast", "best")  # what more text does, or another one
+COUNTS = (16, 32, 64, 128, 256, 512)
+ROWS = {f"{name}, {rows} rows": replace(MAIN[name], rows=rows) for rows in COUNTS for name in GROWING}
+TEXT = {f"{name}, {source}": replace(MAIN[name], source=source) for source in (CODE, "random tokens") for name in GROWING}
 METHODS = (*MAIN, *LLMCOMPRESSOR)
 OTHERS = REFERENCES | PARTS | TEXT  # one seed
 LARGE = "llama-7b-block"  # one random block of that shape, in place of a testbed
@@ -109,7 +107,7 @@ class Cell:
 
     @property
     def how(self) -> Method:
-        return (MAIN | OTHERS).get(self.method, Method(""))
+        return (MAIN | OTHERS | ROWS).get(self.method, Method(""))
 
     def prune(self) -> PruneParams:
         """Our own methods' parameters; where N:M is asked for, every matrix is N:M, as hardware wants it."""
@@ -135,7 +133,8 @@ class Cell:
             how = [params.section(name) for name in ("calibrate", "sensitivity", "curves")] + [self.prune().model_dump(mode="json")]
             how += [] if self.method in MAIN else [self.how.rows, self.how.source]
         name = "-".join(map(str, astuple(self))).replace(", ", "-").replace(" ", "_").replace("'", "")
-        return cell_file(f"rivals-{name}", how, inputs(self.testbed, TEXTS))
+        kind, judging = ("rows", ROW_TEXTS) if self.method in ROWS else ("rivals", TEXTS)
+        return cell_file(f"{kind}-{name}", how, inputs(self.testbed, judging))
 
 
 def cells() -> Iterator[Cell]:
@@ -234,10 +233,11 @@ def pruned(bed: Testbed, cell: Cell) -> tuple[dict[int, dict[str, torch.Tensor]]
 class Harness(Bench):
     """A testbed that evaluates what other processes prune."""
 
-    def run_cell(self, cell: Cell) -> list[Record]:
+    def run_cell(self, cell: Cell, texts: tuple[str, ...] = TEXTS) -> list[Record]:
         blocks, cost = pruned(self.bed, cell)
-        ppl = self.perplexities(blocks, TEXTS)
-        return [{**asdict(cell), "text": text, "ppl": ppl[text], "dense": self.dense[text], **cost, "commit": commit()} for text in TEXTS]
+        ppl = self.perplexities(blocks, texts)
+        told = {"rows": cell.how.rows, **cost, "commit": commit()}
+        return [{**asdict(cell), "text": text, "ppl": ppl[text], "dense": self.dense[text], **told} for text in texts]
 
 
 def closes(known: dict[Any, Record], cell: Cell, text: str) -> float | None:
@@ -287,20 +287,31 @@ def parts(records: list[Record]) -> str:
 
 
 def texts(records: list[Record]) -> str:
-    """Markdown: test perplexity at 60% by how much of which calibration text, one seed; in brackets the gap closed against SparseGPT on the same text; CPU seconds."""
-    known = index(records)
-    rows = [("mix.calib", count) for count in (16, 64, 128, 256)] + [(CODE, 128), ("random tokens", 128)]
-    columns = [(testbed, name) for testbed in NAMES for name in ("sparsegpt", "fast", "best")]
-    lines = [f"| 60%, seed 0 | {' | '.join(f'{t}, {name}' for t, name in columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for source, count in rows:
-        suffix = f", {source}" if source != "mix.calib" else "" if count == 128 else f", {count} rows"
+    """Markdown: test perplexity at 60% by calibration text, one seed; in brackets the gap closed against SparseGPT on the same text; CPU seconds."""
+    suffixes = {"128 rows of mix.calib": ""} | {f"128 rows of {source}": f", {source}" for source in (CODE, "random tokens")}
+    return _by_text(index(records), suffixes, "test", (0,))
+
+
+def by_rows(records: list[Record], text: str, seeds: tuple[int, ...]) -> str:
+    """Markdown: the same by how many rows of it, on one text; geometric means of the seeds, and the mean of the gaps that they close."""
+    return _by_text(index(records), {f"{count} rows of mix.calib": f", {count} rows" for count in COUNTS}, text, seeds)
+
+
+def _by_text(known: dict[Any, Record], suffixes: dict[str, str], text: str, seeds: tuple[int, ...]) -> str:
+    columns = [(testbed, name) for testbed in NAMES for name in GROWING]
+    head = f"60%, {text}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    lines = [f"| {head} | {' | '.join(f'{t}, {name}' for t, name in columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for called, suffix in suffixes.items():
         line = []
         for testbed, name in columns:
-            base, found = (known.get((testbed, "60%", method + suffix, 0, "test")) for method in ("sparsegpt", name))
-            closed = f" ({100 * gap(base['ppl'], found['ppl'], found['dense']):.1f}%)" if base and found and name != "sparsegpt" else ""
-            line.append(f"{found['ppl']:.2f}{closed}, {found['cpu_s']:.0f} s" if found else "")
+            pairs = [[known.get((testbed, "60%", method + suffix, seed, text)) for method in ("sparsegpt", name)] for seed in seeds]
+            found = [new for _, new in pairs if new]
+            shares = [100 * gap(base["ppl"], new["ppl"], new["dense"]) for base, new in pairs if base and new]
+            closed = f" ({stats.mean(shares):.1f}%)" if shares and name != "sparsegpt" else ""
+            ppl = f"{exp(stats.mean(log(r['ppl']) for r in found)):.2f}" if found else ""
+            line.append(f"{ppl}{closed}, {stats.median(r['cpu_s'] for r in found):.0f} s" if found else "")
         if any(line):
-            lines.append(f"| {count} rows of {source} | {' | '.join(line)} |")
+            lines.append(f"| {called} | {' | '.join(line)} |")
     return "\n".join(lines)
 
 
@@ -384,6 +395,25 @@ def show() -> None:
     show_tables()
 
 
+@main.command("rows")
+@click.option("--seed", "seeds", type=click.IntRange(0, 2), multiple=True, default=(0,), show_default=True)
+@click.option("--count", "counts", type=click.Choice(tuple(map(str, COUNTS))), multiple=True, help="Only so many rows.")
+def run_rows(seeds: tuple[int, ...], counts: tuple[str, ...]) -> None:
+    """SparseGPT, `fast` and `best` on 16 to 512 calibration rows, 60%: every cell that is not there yet; then the tables."""
+    harness = {name: Harness(Testbed(name)) for name in NAMES}
+    every = [Cell(testbed, "60%", method, seed) for seed in range(3) for method in ROWS for testbed in NAMES]
+    asked = (cell for cell in every if cell.seed in seeds and str(cell.how.rows) in (counts or map(str, COUNTS)))
+    finish_cells(
+        asked,
+        lambda cell: harness[cell.testbed].run_cell(cell, ROW_TEXTS),
+        lambda found: ", ".join(f"{r['text']} {r['ppl']:.3f}" for r in found),
+    )
+    records = gather(BY_ROWS, every)
+    write_json(BY_ROWS, records)
+    for text in ROW_TEXTS:
+        click.echo("\n" + by_rows(records, text, seeds))
+
+
 @main.command()
 @click.option("--repeats", default=3, show_default=True)
 def cost(repeats: int) -> None:
@@ -439,7 +469,7 @@ class Products(TorchDispatchMode):
 
 @main.command()
 @click.argument("testbed", type=click.Choice(NAMES))
-@click.argument("method", type=click.Choice((*MAIN, *OTHERS)))
+@click.argument("method", type=click.Choice((*MAIN, *OTHERS, *ROWS)))
 @click.option("--pattern", type=click.Choice(JUDGED), default="60%", show_default=True)
 @click.option("--lines", default=12, show_default=True)
 def profile(testbed: str, method: str, pattern: str, lines: int) -> None:

@@ -137,7 +137,7 @@ PARAMETERS = [
         "sparsity 0",
         "prune wanda",
         params(prune__selection__sparsity=0),
-        ("variants.wanda.selection", "'sparsity': 0", "greater than 0", "quantization.bits"),
+        ("prune.selection.sparsity = 0 ", "greater than 0", "quantization.bits"),
     ),
     Mistake(
         "nothing to induce",
@@ -177,7 +177,7 @@ PARAMETERS = [
         "sparsity that the pattern denies",
         "prune wanda",
         params(prune__selection__pattern="2:4", prune__selection__sparsity=0.6),
-        ("variants.wanda.selection", "2:4", "sparsity must be 0.5, not 0.6"),
+        ("prune.selection.pattern = '2:4' with prune.selection.sparsity = 0.6", "sparsity must be 0.5, not 0.6"),
     ),
     Mistake(
         "N:M that does not divide",
@@ -339,7 +339,7 @@ PARAMETERS = [
         "a format that does not exist",
         "export sparseline",
         params(exported__sparseline={"formats": ["gguf"]}),
-        ("export.formats", "'gguf'", "bitmask"),
+        ("exported.sparseline.formats", "'gguf'", "bitmask"),
     ),
     Mistake(
         "compressed-tensors of a variant that is not quantised",
@@ -723,6 +723,7 @@ def test_a_renamed_text_takes_the_place_of_the_old(workspace: Path) -> None:
 def test_a_singular_second_moment_raises_the_damping(workspace: Path) -> None:
     """Oracle: 8 tokens cannot span 32 channels, so without damping no factorisation exists; facts and log name what was needed."""
     change_params(workspace, "texts.calibration.rows", 1)
+    change_params(workspace, "texts.calibration.held_out", 0)
     change_params(workspace, "texts.calibration.length", 8)
     change_params(workspace, "prune.selection.damping", 1e-12)
     build("text calibration")

@@ -53,9 +53,8 @@ class Merged(dict[str, Any]):
 
     def only(self, model: type[BaseModel]) -> "Merged":
         """Without the keys that a model does not know."""
-        found = Merged(self.defaults, self.overrides, {}, self.above)
-        found.update({key: value for key, value in self.items() if key in model.model_fields})
-        return found
+        below, above = ({key: part[key] for key in part if key in model.model_fields} for part in (self, self.above))
+        return Merged(self.defaults, self.overrides, below, above)
 
 
 def check_name(kind: str, name: object) -> None:
@@ -135,7 +134,8 @@ def parse(model: type[P], value: Any, name: str) -> P:
             known = ", ".join(sorted(_submodel(model, location[:-1]).model_fields))
             raise SparselineError(f"{FILE}: {key} is not a known key; remove it or use one of: {known}.") from error
         if first["type"] == "missing":
-            raise SparselineError(f"{FILE}: {key} is missing; add it.") from error
+            above = ".".join([value.overrides, *map(str, location)]) if isinstance(value, Merged) else key
+            raise SparselineError(f"{FILE}: {above} is missing; add it.") from error
         message, given = first["msg"].removeprefix("Value error, "), first["input"]
         conflict = first.get("ctx", {}).get("error")
         if isinstance(conflict, Conflict) and isinstance(given, Mapping):
@@ -151,7 +151,7 @@ def _keys(value: Any, location: Location) -> Location:
         if isinstance(value, Mapping):
             value = value.get(part)
         elif isinstance(value, list) and isinstance(part, int):
-            value = value[part]
+            value = value[part] if part < len(value) else None
         else:
             return location[:count]
     return location
