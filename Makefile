@@ -21,7 +21,7 @@ run: environment  ## reproduce everything that is out of date, print the table a
 	@echo; python -m stages.costs; echo; echo "report: report/index.html"
 
 test: environment sshd  ## the whole test suite
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile
 
 sshd:  ## for the tests over SSH: installed in a container only, since elsewhere the Debian package would open port 22
 	@test -x /usr/sbin/sshd || { test ! -d /run/systemd/system && apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server; } \

@@ -138,6 +138,68 @@ def test_an_applied_experiment_is_complete_and_compared(swept: Swept, monkeypatc
     assert json.loads(run(project, "dvc", "status", "--json")) == {}
 
 
+def locked(lock: str, *names: str) -> dict[str, dict[str, str]]:
+    """Stage -> path -> digest of its outputs by a dvc.lock, costs aside."""
+    stages = YAML(typ="safe").load(lock)["stages"]
+    outs = {name: {out["path"]: out["md5"] for out in stages[name]["outs"]} for name in names}
+    return {name: {path: md5 for path, md5 in own.items() if "build/costs" not in path} for name, own in outs.items()}
+
+
+def test_two_clones_and_two_workers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache, one scratch, and the same stages everywhere at the same time. Oracle: the bytes of stages that ran alone.
+
+    (All shipped recipes at once, without DVC: tests/test_resume.py.)
+    """
+    shipped = YAML(typ="safe").load(ROOT / "params.yaml")["variants"]
+    variants = {name: merge(shipped[name], {"activation_budget_bytes": 0}) for name in ("papers", "fast-4")}
+    project = make_project(
+        tmp_path / "project",
+        variants=variants,
+        induced={"papers": {}},
+        curved={},
+        exported={},
+        choose={"candidates": []},
+        tasks={"presets": [], "variants": []},
+        report={"baseline": "papers"},
+    )
+    stages = ("induce@papers", "prune@papers", "prune@fast-4")
+    with chdir(project):
+        build("prepare", "text calibration", "calibrate", "scale", "sensitivity")
+    run(project, "dvc", "commit", "--force", "prepare", "text@calibration", "calibrate", "scale", "sensitivity")
+    commit(project)
+    clones = [tmp_path / name for name in ("one", "two")]
+    for clone in clones:
+        run(project, "git", "clone", "--quiet", str(project), str(clone))
+        run(clone, "dvc", "checkout")
+    run(project, "dvc", "exp", "run", "--queue", "-S", "evaluate.batch_rows=2,3", *stages)
+    command = ("dvc", "queue", "start", "--jobs", "2")
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
+        subprocess.run(command, cwd=project, env=environment(project), stdout=log, stderr=log, timeout=60, check=True)
+    try:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        running = [subprocess.Popen(("dvc", "repro", *stages), cwd=one, env=environment(one), text=True, **pipes) for one in clones]
+        said = [process.communicate()[0] for process in running]
+        assert [process.returncode for process in running] == [0, 0], said
+        deadline = time.monotonic() + 600
+        while len(names := experiments(project)) < 2:
+            assert "refs/exps/celery/failed" not in run(project, "git", "for-each-ref"), run(project, "dvc", "queue", "status")
+            assert time.monotonic() < deadline, run(project, "dvc", "queue", "status")
+            time.sleep(0.5)
+    finally:
+        stop(project)
+    outputs = ("induce", "prune", "facts")
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "own"))
+    build(*(stage.replace("@", " ") for stage in stages))
+    undisturbed = {name: tree(project / "build" / name) for name in outputs}
+    assert all({name: tree(clone / "build" / name) for name in outputs} == undisturbed for clone in clones)
+    refs = {ref.split("/")[-1]: ref for ref in run(project, "git", "for-each-ref", "--format=%(refname)", "refs/exps").split()}
+    locks = [run(project, "git", "show", f"{refs[name]}:dvc.lock") for name in names]
+    wanted = locked((clones[0] / "dvc.lock").read_text(encoding="utf-8"), *stages)
+    assert all(locked(lock, *stages) == wanted for lock in locks) and all(wanted.values())
+    assert not tree(tmp_path / "scratch")
+
+
 # Figures by hand
 
 
