@@ -32,12 +32,14 @@ def repro(directory: Path) -> float:
 
 
 @click.command(help=__doc__)
-def main() -> None:
+@click.option("--keep", type=click.Path(path_type=Path), help="Directory in which both clones stay.")
+def main(keep: Path | None) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        idle = repro(Path(directory) / "idle")
+        clones = keep or Path(directory)
+        idle = repro(clones / "idle")
         neighbour = subprocess.Popen((sys.executable, "-c", "while True: pass"))
         try:
-            busy = repro(Path(directory) / "busy")
+            busy = repro(clones / "busy")
         finally:
             neighbour.kill()
             neighbour.wait()
