@@ -170,7 +170,7 @@ def test_two_clones_and_two_workers_at_once(tmp_path: Path, monkeypatch: pytest.
     clones = [tmp_path / name for name in ("one", "two")]
     for clone in clones:
         run(project, "git", "clone", "--quiet", str(project), str(clone))
-        run(clone, "dvc", "checkout")
+        run(clone, "dvc", "checkout", "--allow-missing")
     run(project, "dvc", "exp", "run", "--queue", "-S", "evaluate.batch_rows=2,3", *stages)
     command = ("dvc", "queue", "start", "--jobs", "2")
     with (tmp_path / "log").open("w", encoding="utf-8") as log:
