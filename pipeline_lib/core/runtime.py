@@ -59,7 +59,7 @@ def told() -> Iterator[None]:
         if error.errno in (None, errno.EPIPE):  # none: a library's own; a closed pipe is click's matter
             raise
         mend = "make room, `make plan` says what a run takes" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that place"
-        where = error.filename or "A file of this run"
+        where = error.filename2 or error.filename or "A file of this run"  # the second: where something was to go
         message = f"{where}: {os.strerror(error.errno)}; {mend}, then run the same command again: what is finished is kept."
     with suppress(OSError):  # as above where nobody reads on
         print(f"error: {message}", file=sys.stderr)

@@ -13,7 +13,7 @@ from pipeline_lib.pruning.layerwise import PrunedBlock
 from pipeline_lib.quantization.settings import QuantizationParams
 
 
-def _place(source: str, target: str) -> None:
+def _place(source: Path, target: Path) -> None:
     """A hard link where there can be one: nothing is copied, and until the scratch is dropped a kill loses nothing."""
     try:
         os.link(source, target)
@@ -65,5 +65,7 @@ class Progress:
         with artifacts.replacing(out) as temporary:
             temporary.mkdir()
             for part in ("checkpoint", "masks", *(["quantization"] if self.quantization.bits is not None else [])):
-                shutil.copytree(self.directory / part, temporary / part, copy_function=_place)
+                (temporary / part).mkdir()
+                for path in sorted((self.directory / part).iterdir()):
+                    _place(path, temporary / part / path.name)
         return facts
