@@ -510,7 +510,7 @@ MODELS = [
     Mistake(
         "a token beyond the embedding",
         "text calibration",
-        both(added_token, written("data/texts/calibration.txt", "letters <extra> " * 100)),
+        both(added_token, both(params(texts__calibration__distinct=2), written("data/texts/calibration.txt", "letters <extra> " * 100))),
         ("token 320 ('<extra>')", "vocabulary has 320"),
         ("prepare",),
     ),
@@ -725,6 +725,7 @@ def test_a_singular_second_moment_raises_the_damping(workspace: Path) -> None:
     change_params(workspace, "texts.calibration.rows", 1)
     change_params(workspace, "texts.calibration.held_out", 0)
     change_params(workspace, "texts.calibration.length", 8)
+    change_params(workspace, "texts.calibration.distinct", 1)
     change_params(workspace, "prune.selection.damping", 1e-12)
     build("text calibration")
     result = invoke("prune", "wanda")
