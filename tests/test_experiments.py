@@ -146,26 +146,23 @@ def locked(lock: str, *names: str) -> dict[str, dict[str, str]]:
 
 
 def test_two_clones_and_two_workers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One cache, one scratch, and the same stages everywhere at the same time. Oracle: the bytes of stages that ran alone.
-
-    (All shipped recipes at once, without DVC: tests/test_resume.py.)
-    """
+    """All shipped variants, one cache, one scratch, the same stages everywhere at the same time. Oracle: the bytes of stages that ran alone."""
     shipped = YAML(typ="safe").load(ROOT / "params.yaml")["variants"]
-    variants = {name: merge(shipped[name], {"activation_budget_bytes": 0}) for name in ("papers", "fast-4")}
+    variants = {name: merge(shipped[name], {"activation_budget_bytes": 0}) for name in shipped}
     project = make_project(
         tmp_path / "project",
         variants=variants,
         induced={"papers": {}},
-        curved={},
+        curved={"sparseline": {}},
         exported={},
         choose={"candidates": []},
         tasks={"presets": [], "variants": []},
         report={"baseline": "papers"},
     )
-    stages = ("induce@papers", "prune@papers", "prune@fast-4")
+    stages = ("induce@papers", "curves@sparseline", *(f"prune@{name}" for name in variants))
     with chdir(project):
-        build("prepare", "text calibration", "calibrate", "scale", "sensitivity")
-    run(project, "dvc", "commit", "--force", "prepare", "text@calibration", "calibrate", "scale", "sensitivity")
+        build("check", "prepare", "text calibration", "calibrate", "scale", "sensitivity")
+    run(project, "dvc", "commit", "--force", "check", "prepare", "text@calibration", "calibrate", "scale", "sensitivity")
     commit(project)
     clones = [tmp_path / name for name in ("one", "two")]
     for clone in clones:
@@ -187,7 +184,7 @@ def test_two_clones_and_two_workers_at_once(tmp_path: Path, monkeypatch: pytest.
             time.sleep(0.5)
     finally:
         stop(project)
-    outputs = ("induce", "prune", "facts")
+    outputs = ("induce", "curves", "prune", "facts")
     monkeypatch.chdir(project)
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "own"))
     build(*(stage.replace("@", " ") for stage in stages))

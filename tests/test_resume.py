@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,8 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from project import ROOT, build, change_params, environment, make_workspace, merge, run, tree
-from ruamel.yaml import YAML
+from project import build, change_params, environment, make_workspace, run, tree
 
 from pipeline_lib.core.artifacts import block_file, read_tensors
 
@@ -346,51 +344,6 @@ def test_two_runs_at_once(ready: Path, tmp_path: Path, alone: Callable[[str], di
     if not killed:
         assert written(one) == alone(stage)
     assert not tree(scratch(one))
-
-
-FOUR = """
-import os, sys
-from project import invoke
-
-for clone in sys.argv[2:]:
-    if os.fork() == 0:
-        os.chdir(clone)
-        with open("log", "w") as log:
-            for step in sys.argv[1].split(","):
-                result = invoke(*step.split())
-                log.write(result.output)
-                if result.exit_code:
-                    log.write(repr(result.exception))
-                    log.flush()
-                    os._exit(1)
-        os._exit(0)
-print([os.waitstatus_to_exitcode(os.wait()[1]) for _ in sys.argv[2:]])
-"""
-
-
-def test_four_runs_of_all_shipped_variants_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four clones, one scratch, the eight recipes in the same order. Oracle: every artifact's bytes are those of a run alone."""
-    shipped = YAML(typ="safe").load(ROOT / "params.yaml")
-    variants = {name: merge(variant, {"activation_budget_bytes": 0}) for name, variant in shipped["variants"].items()}
-    sections = {name: {key: {} for key in shipped[name]} for name in ("induced", "curved")}
-    ready = make_workspace(tmp_path / "ready", model={"layers": 3}, variants=variants, exported={}, **sections)
-    monkeypatch.chdir(ready)
-    monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "own"))
-    build("prepare", "text calibration", "calibrate", "scale", "sensitivity", *(f"curves {name}" for name in sections["curved"]))
-    clones = [str(shutil.copytree(ready, tmp_path / name)) for name in ("one", "two", "three", "four")]
-    steps = [*(f"induce {name}" for name in sections["induced"]), *(f"prune {name}" for name in variants)]
-    build(*steps)
-    undisturbed = written(ready)
-    assert len([path for path in undisturbed if path.startswith("facts/")]) == len(variants) == 8
-    environ = environment(tmp_path / "one") | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-    done = subprocess.run(
-        [sys.executable, "-c", FOUR, ",".join(steps), *clones], env=environ, cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    logs = [Path(clone, "log").read_text(encoding="utf-8") for clone in clones]
-    assert json.loads(done.stdout) == [0] * 4, logs
-    assert "has these blocks; waiting until it ends" in "".join(logs)
-    assert all(written(Path(clone)) == undisturbed for clone in clones)
-    assert not tree(tmp_path / "scratch")
 
 
 # The end of a stage
