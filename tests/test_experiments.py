@@ -27,7 +27,7 @@ from pipeline_lib.pruning.prune import VariantParams
 from pipeline_lib.reporting import compare
 
 SWEEP = ("-S", "prune.selection.sparsity=0.4,0.6", "-S", "texts.test.rows=7")  # the second changes something upstream, in both runs alike
-SHARED = {"text@test", "evaluate-dense"}
+SHARED = {"check", "text@test", "evaluate-dense"}
 OWN = {"prune@wanda", "evaluate@wanda", "choose", "report"}
 
 
@@ -73,7 +73,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
         tasks={"presets": [], "variants": []},
     )
     with chdir(project):
-        build("prepare", *(f"text {name}" for name in read_params(project)["texts"]), "calibrate", "scale", "sensitivity")
+        build("check", "prepare", *(f"text {name}" for name in read_params(project)["texts"]), "calibrate", "scale", "sensitivity")
         build("prune wanda", "evaluate dense", "evaluate wanda", "choose", "report")
     run(project, "dvc", "commit", "--force")
     commit(project)
