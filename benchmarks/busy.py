@@ -34,6 +34,7 @@ def repro(directory: Path) -> float:
 @click.command(help=__doc__)
 @click.option("--keep", type=click.Path(path_type=Path), help="Directory in which both clones stay.")
 def main(keep: Path | None) -> None:
+    measured = commit()
     with tempfile.TemporaryDirectory() as directory:
         clones = keep or Path(directory)
         idle = repro(clones / "idle")
@@ -48,7 +49,7 @@ def main(keep: Path | None) -> None:
         "busy_s": round(busy, 1),
         "ratio": round(busy / idle, 3),
         "cores": os.cpu_count(),
-        "commit": commit(),
+        "commit": measured,
     }
     write_json(RESULTS, record)
     click.echo(f"idle {idle:.0f} s, beside a busy process {busy:.0f} s: {busy / idle:.2f} times (at most {LIMIT})")
