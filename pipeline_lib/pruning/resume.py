@@ -66,6 +66,7 @@ class Progress:
             temporary.mkdir()
             for part in ("checkpoint", "masks", *(["quantization"] if self.quantization.bits is not None else [])):
                 (temporary / part).mkdir()
-                for path in sorted((self.directory / part).iterdir()):
-                    _place(path, temporary / part / path.name)
+                for path in sorted((self.directory / part).rglob("*")):  # side files may lie in a subdirectory
+                    target = temporary / path.relative_to(self.directory)
+                    target.mkdir() if path.is_dir() else _place(path, target)
         return facts
