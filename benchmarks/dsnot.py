@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from benchmarks.testbed import Testbed
-from pipeline_lib.calibration.statistics import Moments
+from pipeline_lib.masks.select import select
 from pipeline_lib.models.architecture import Matrix
-from pipeline_lib.pruning.patterns import select
-from pipeline_lib.pruning.prune import collect
+from pipeline_lib.prune.prune import collect
+from pipeline_lib.stats.moments import Moments
 
 CYCLES = 50  # swaps per row at most, the authors' default
 

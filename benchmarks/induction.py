@@ -17,16 +17,16 @@ import torch
 
 from benchmarks.records import Record, cell_file, commit, finish_cells, gather, recompute
 from benchmarks.testbed import NAMES, Testbed, inputs
-from pipeline_lib.calibration.capture import CalibrateParams, walk
-from pipeline_lib.calibration.statistics import SiteStatistics
 from pipeline_lib.core import params
 from pipeline_lib.core.artifacts import write_json
-from pipeline_lib.induction.gate import Gate
-from pipeline_lib.induction.induce import InduceParams, Outcome, induce_block
-from pipeline_lib.pruning.layerwise import PrunedBlock
-from pipeline_lib.pruning.prune import PruneParams, prune
-from pipeline_lib.transforms.scale import ScaleParams, shifts, starting_factors
-from pipeline_lib.transforms.transform import Transform
+from pipeline_lib.induce.gate import Gate
+from pipeline_lib.induce.induce import InduceParams, Outcome, induce_block
+from pipeline_lib.induce.scale import ScaleParams, shifts, starting_factors
+from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.layerwise import PrunedBlock
+from pipeline_lib.prune.prune import PruneParams, prune
+from pipeline_lib.stats.moments import SiteStatistics
+from pipeline_lib.stats.walk import CalibrateParams, walk
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "induction.json"

@@ -19,8 +19,8 @@ from benchmarks.sparsity import Lab
 from benchmarks.testbed import NAMES, Testbed, inputs
 from pipeline_lib.core import params
 from pipeline_lib.core.artifacts import write_json
-from pipeline_lib.pruning.prune import PruneParams
-from pipeline_lib.quantization.size import DENSE_BITS, packed_bits
+from pipeline_lib.prune.prune import PruneParams
+from pipeline_lib.prune.size import DENSE_BITS, packed_bits
 
 RESULTS = Path(__file__).parent / "results" / "quantization.json"
 TEXTS = ("validation", "test", "wikitext2")

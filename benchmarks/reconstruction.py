@@ -24,14 +24,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.induction import PATTERNS, Bench, gap
 from benchmarks.records import Record, cell_file, commit, finish_cells, gather, recompute, recorded
 from benchmarks.testbed import NAMES, Testbed, inputs
-from pipeline_lib.allocation.budget import target
 from pipeline_lib.core import params
 from pipeline_lib.core.artifacts import write_json
+from pipeline_lib.core.counts import target
 from pipeline_lib.models.checkpoint import open_checkpoint
 from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.models.transform import Transform
 from pipeline_lib.planning.estimate import LIBRARIES, measure_speed, pruning
-from pipeline_lib.pruning.prune import PruneParams, prune
-from pipeline_lib.transforms.transform import Transform
+from pipeline_lib.prune.prune import PruneParams, prune
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "reconstruction.json"

@@ -25,18 +25,18 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from benchmarks.records import commit
-from pipeline_lib.calibration.statistics import Accumulator, SiteStatistics
 from pipeline_lib.core import params
 from pipeline_lib.core.artifacts import write_json
-from pipeline_lib.induction.induce import InduceParams, _Block, _Layer
-from pipeline_lib.induction.spectral import Norm, penalty
+from pipeline_lib.fit.spectral import Norm, penalty
+from pipeline_lib.induce.induce import InduceParams, _Block, _Layer
+from pipeline_lib.induce.scale import normalise
+from pipeline_lib.masks.scores import Curvature
+from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.families import architecture
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import tapped
-from pipeline_lib.pruning.scores import Curvature
-from pipeline_lib.pruning.settings import SelectionParams
-from pipeline_lib.transforms.scale import normalise
+from pipeline_lib.stats.moments import Accumulator, SiteStatistics
 
 RESULTS = Path(__file__).parent / "results" / "refresh.json"
 PAPER = {"tokens": 128 * 2048, "refresh_s": 15.27, "recompute_s": 345.91, "ratio": 22.65}

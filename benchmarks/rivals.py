@@ -33,12 +33,12 @@ from benchmarks.reconstruction import large_block
 from benchmarks.records import Record, cell_file, commit, finish_cells, gather, recompute, recorded
 from benchmarks.sparsity import Lab
 from benchmarks.testbed import CODE, LENGTH, NAMES, ROOT, Testbed, inputs
-from pipeline_lib.calibration.rows import split
 from pipeline_lib.core import params
 from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.core.runtime import generator
 from pipeline_lib.planning.estimate import measure_speed
-from pipeline_lib.pruning.prune import PruneParams
+from pipeline_lib.prune.prune import PruneParams
+from pipeline_lib.texts.rows import split
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "rivals.json"

@@ -22,11 +22,11 @@ from benchmarks.records import commit
 from benchmarks.testbed import NAMES, Testbed
 from pipeline_lib.core import params
 from pipeline_lib.core.artifacts import write_json
+from pipeline_lib.measure import fisher, hutchinson
+from pipeline_lib.measure.backward import Subject
+from pipeline_lib.measure.estimate import Estimate, Samples, estimates, kendall, relative_error, split_half
+from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.whole import load_model
-from pipeline_lib.sensitivity import fisher, hutchinson
-from pipeline_lib.sensitivity.backward import Subject
-from pipeline_lib.sensitivity.estimate import Estimate, Samples, estimates, kendall, relative_error, split_half
-from pipeline_lib.sensitivity.settings import SensitivityParams
 
 RESULTS = Path(__file__).parent / "results" / "sensitivity.json"
 PROBES = (8, 16, 32, 64)

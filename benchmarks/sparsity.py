@@ -21,22 +21,23 @@ from benchmarks.induction import Bench, gap
 from benchmarks.records import Record, cell_file, commit, finish_cells, gather, recompute, recorded
 from benchmarks.testbed import NAMES, Testbed, inputs
 from benchmarks.twins import differing
-from pipeline_lib.allocation.budget import Unit
-from pipeline_lib.allocation.curves import CurvesParams, measure
-from pipeline_lib.allocation.plan import NEEDS, plan
+from pipeline_lib.allocate.budget import Unit
+from pipeline_lib.allocate.methods import NEEDS, plan
 from pipeline_lib.core import params
 from pipeline_lib.core.artifacts import block_file, read_tensors, write_json
+from pipeline_lib.masks.scores import Curvature
+from pipeline_lib.masks.settings import Score
+from pipeline_lib.measure import fisher
+from pipeline_lib.measure.backward import Subject
+from pipeline_lib.measure.curves import CurvesParams, measure
+from pipeline_lib.measure.estimate import estimates
+from pipeline_lib.measure.fisher import OutputMoments
+from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.architecture import Matrix
-from pipeline_lib.pruning.layerwise import PrunedBlock
-from pipeline_lib.pruning.prune import PruneParams, prune
-from pipeline_lib.pruning.scores import Curvature, Score
-from pipeline_lib.reconstruction import obs
-from pipeline_lib.sensitivity import fisher
-from pipeline_lib.sensitivity.backward import Subject
-from pipeline_lib.sensitivity.estimate import estimates
-from pipeline_lib.sensitivity.fisher import OutputMoments
-from pipeline_lib.sensitivity.settings import SensitivityParams
-from pipeline_lib.transforms.transform import Transform
+from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.layerwise import PrunedBlock
+from pipeline_lib.prune.prune import PruneParams, prune
+from pipeline_lib.solve import sweep as obs
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "sparsity.json"

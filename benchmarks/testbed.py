@@ -16,10 +16,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from pipeline_lib.allocation.budget import target
-from pipeline_lib.calibration.rows import encode, rows_of, split
-from pipeline_lib.calibration.texts import TextParams, read_texts
 from pipeline_lib.core import params, products
+from pipeline_lib.core.counts import target
 from pipeline_lib.core.runtime import generator
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.models.architecture import Matrix
@@ -29,6 +27,8 @@ from pipeline_lib.models.start import start
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.models.whole import load_model
+from pipeline_lib.texts.rows import encode, rows_of, split
+from pipeline_lib.texts.texts import TextParams, read_texts
 
 ROOT = Path(os.environ.get("SPARSELINE_TESTBED", Path(__file__).parent.parent.parent / "shared" / "testbed"))
 NAMES = ("llama", "opt")

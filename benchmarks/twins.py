@@ -15,7 +15,7 @@ from benchmarks.induction import Bench, Recipe
 from benchmarks.records import commit
 from benchmarks.testbed import NAMES, Testbed, scrambled
 from pipeline_lib.core.artifacts import write_json
-from pipeline_lib.pruning.layerwise import PrunedBlock
+from pipeline_lib.prune.layerwise import PrunedBlock
 
 RESULTS = Path(__file__).parent / "results" / "twins.json"
 START_ONLY = {"induce": {"factors": False, "importance": False}}

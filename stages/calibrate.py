@@ -5,11 +5,11 @@ from pathlib import Path
 import click
 import torch
 
-from pipeline_lib.calibration.capture import CalibrateParams, gram_bytes, walk
-from pipeline_lib.calibration.inputs import calibration_rows, open_model
 from pipeline_lib.core import artifacts, params, runtime
 from pipeline_lib.core.progress import track
 from pipeline_lib.models.source import ModelParams
+from pipeline_lib.stats.inputs import calibration_rows, open_model
+from pipeline_lib.stats.walk import CalibrateParams, gram_bytes, walk
 
 OUT = Path("build/calibrate")
 

@@ -5,13 +5,14 @@ from typing import Any
 
 import click
 
-from pipeline_lib.allocation.curves import CurvesParams, measure
-from pipeline_lib.calibration.capture import CalibrateParams, stored_or_walked
-from pipeline_lib.calibration.inputs import calibration_rows, open_model
 from pipeline_lib.core import artifacts, params, runtime
 from pipeline_lib.core.progress import track
+from pipeline_lib.masks.settings import SelectionParams
+from pipeline_lib.measure.curves import CurvesParams, measure
 from pipeline_lib.models.source import ModelParams
-from pipeline_lib.pruning.settings import SelectionParams, StepsParams
+from pipeline_lib.prune.settings import StepsParams
+from pipeline_lib.stats.inputs import calibration_rows, open_model
+from pipeline_lib.stats.walk import CalibrateParams, stored_or_walked
 
 MATRICES = Path("build/prepare/matrices.json")
 STATISTICS = Path("build/calibrate")

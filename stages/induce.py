@@ -5,19 +5,20 @@ from pathlib import Path
 import click
 import torch
 
-from pipeline_lib.allocation.budget import target
-from pipeline_lib.calibration.capture import CalibrateParams, stored_or_walked
-from pipeline_lib.calibration.inputs import CALIBRATION, calibration_rows, open_model
 from pipeline_lib.core import artifacts, params, runtime, scratch
+from pipeline_lib.core.counts import target
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import track
-from pipeline_lib.induction.gate import Gate
-from pipeline_lib.induction.induce import InduceParams, induce_block
-from pipeline_lib.induction.resume import keep, kept
-from pipeline_lib.induction.summary import histograms
+from pipeline_lib.induce.gate import Gate
+from pipeline_lib.induce.induce import InduceParams, induce_block
+from pipeline_lib.induce.resume import keep, kept
+from pipeline_lib.induce.summary import histograms
+from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.source import MODEL, ModelParams
-from pipeline_lib.pruning.settings import SelectionParams, StepsParams
-from pipeline_lib.transforms.transform import read_transforms, write_transforms
+from pipeline_lib.models.transform import read_transforms, write_transforms
+from pipeline_lib.prune.settings import StepsParams
+from pipeline_lib.stats.inputs import CALIBRATION, calibration_rows, open_model
+from pipeline_lib.stats.walk import CalibrateParams, stored_or_walked
 
 MATRICES = Path("build/prepare/matrices.json")
 STATISTICS = Path("build/calibrate")

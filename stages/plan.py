@@ -3,21 +3,21 @@
 import click
 import torch
 
-from pipeline_lib.allocation.curves import CurvesParams
-from pipeline_lib.calibration.capture import CalibrateParams
-from pipeline_lib.calibration.texts import TextParams
 from pipeline_lib.core import names, params, runtime
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.evaluation.settings import EvaluateParams
 from pipeline_lib.evaluation.tasks import Preset, TasksParams, Unread, request_lengths
 from pipeline_lib.export.settings import ExportParams
-from pipeline_lib.induction.induce import InduceParams
+from pipeline_lib.induce.induce import InduceParams
+from pipeline_lib.measure.curves import CurvesParams
+from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.checkpoint import open_checkpoint
 from pipeline_lib.models.source import ModelParams, fetch
 from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.planning.estimate import Work, answering, estimate, evaluating, exporting, measure_speed, pruning
-from pipeline_lib.pruning.prune import VariantParams
-from pipeline_lib.sensitivity.settings import SensitivityParams
+from pipeline_lib.prune.prune import VariantParams
+from pipeline_lib.stats.walk import CalibrateParams
+from pipeline_lib.texts.texts import TextParams
 
 
 @click.command(help=__doc__)

@@ -14,7 +14,7 @@ from pipeline_lib.models.files import grouped
 from pipeline_lib.models.names import select
 from pipeline_lib.models.source import ModelParams, fetch, not_fetched, recorded_files
 from pipeline_lib.models.tokenizer import ids_beyond, load_tokenizer
-from pipeline_lib.transforms.transform import write_transforms
+from pipeline_lib.models.transform import write_transforms
 
 OUT = Path("build/prepare")
 

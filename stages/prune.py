@@ -5,17 +5,18 @@ from typing import Any
 
 import click
 
-from pipeline_lib.allocation.budget import Unit, target
-from pipeline_lib.allocation.plan import plan
-from pipeline_lib.calibration.inputs import CALIBRATION, calibration_facts, calibration_rows, open_model
+from pipeline_lib.allocate.budget import Unit
+from pipeline_lib.allocate.methods import plan
 from pipeline_lib.core import artifacts, params, runtime, scratch
+from pipeline_lib.core.counts import target
 from pipeline_lib.core.progress import track
 from pipeline_lib.models.source import MODEL, ModelParams
-from pipeline_lib.pruning.prune import FITS, REFIT, VariantParams, prune
-from pipeline_lib.pruning.resume import Progress
-from pipeline_lib.quantization.settings import QuantizationParams
-from pipeline_lib.quantization.size import packed_bits
-from pipeline_lib.transforms.transform import read_transforms
+from pipeline_lib.models.transform import read_transforms
+from pipeline_lib.prune.prune import FITS, REFIT, VariantParams, prune
+from pipeline_lib.prune.quantization import QuantizationParams
+from pipeline_lib.prune.resume import Progress
+from pipeline_lib.prune.size import packed_bits
+from pipeline_lib.stats.inputs import CALIBRATION, calibration_facts, calibration_rows, open_model
 
 MATRICES = Path("build/prepare/matrices.json")
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import click
 
-from pipeline_lib.calibration.capture import stored
 from pipeline_lib.core import params, runtime
 from pipeline_lib.core.progress import track
+from pipeline_lib.induce.scale import ScaleParams, shifts, starting_factors
 from pipeline_lib.models.source import ModelParams, open_source
-from pipeline_lib.transforms.scale import ScaleParams, shifts, starting_factors
-from pipeline_lib.transforms.transform import Transform, write_transforms
+from pipeline_lib.models.transform import Transform, write_transforms
+from pipeline_lib.stats.walk import stored
 
 OUT = Path("build/scale/transform.safetensors")
 

@@ -8,17 +8,17 @@ from typing import Any
 import click
 import torch
 
-from pipeline_lib.calibration.inputs import calibration_rows
 from pipeline_lib.core import artifacts, params, runtime
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import track
+from pipeline_lib.measure import fisher, hutchinson
+from pipeline_lib.measure.backward import Subject
+from pipeline_lib.measure.estimate import Samples, estimates, relative_error
+from pipeline_lib.measure.fisher import OutputMoments, moment_bytes
+from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.source import ModelParams, open_source
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.sensitivity import fisher, hutchinson
-from pipeline_lib.sensitivity.backward import Subject
-from pipeline_lib.sensitivity.estimate import Samples, estimates, relative_error
-from pipeline_lib.sensitivity.fisher import OutputMoments, moment_bytes
-from pipeline_lib.sensitivity.settings import SensitivityParams
+from pipeline_lib.stats.inputs import calibration_rows
 
 OUT = Path("build/sensitivity")
 

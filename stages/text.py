@@ -5,9 +5,6 @@ from pathlib import Path
 
 import click
 
-from pipeline_lib.calibration.chat import render
-from pipeline_lib.calibration.rows import encode, rows_of, split
-from pipeline_lib.calibration.texts import TextParams, read_texts
 from pipeline_lib.core import artifacts, params, runtime
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import track
@@ -15,6 +12,9 @@ from pipeline_lib.models.checkpoint import locate, read_config
 from pipeline_lib.models.source import ModelParams
 from pipeline_lib.models.start import start
 from pipeline_lib.models.tokenizer import check_ids, load_tokenizer
+from pipeline_lib.texts.chat import render
+from pipeline_lib.texts.rows import encode, rows_of, split
+from pipeline_lib.texts.texts import TextParams, read_texts
 
 BEGINS = {"document": "each document begins with the start token", "row": "each row begins with the start token", "none": "no start token"}
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from pipeline_lib.core import artifacts
+from pipeline_lib.masks.bits import pack
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter
-from pipeline_lib.pruning.patterns import pack
 
 
 @dataclass(frozen=True)

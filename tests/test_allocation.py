@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline_lib.allocation.budget import Unit, allocate, ranks, target
-from pipeline_lib.allocation.plan import AllocationParams, plan
-from pipeline_lib.allocation.predicted import Curve, hull, minimise
+from pipeline_lib.allocate.budget import Unit, allocate, ranks
+from pipeline_lib.allocate.methods import AllocationParams, plan
+from pipeline_lib.allocate.predicted import Curve, hull, minimise
+from pipeline_lib.core.counts import target
 from pipeline_lib.core.errors import SparselineError
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)

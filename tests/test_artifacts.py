@@ -26,9 +26,9 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import Merged, Params, load, merge, parse, section
 from pipeline_lib.core.runtime import device, generator, resume_key, stage
 from pipeline_lib.core.scratch import hold
-from pipeline_lib.pruning.prune import VariantParams
-from pipeline_lib.pruning.settings import SelectionParams
-from pipeline_lib.transforms.transform import Transform, read_transforms, write_transforms
+from pipeline_lib.masks.settings import SelectionParams
+from pipeline_lib.models.transform import Transform, read_transforms, write_transforms
+from pipeline_lib.prune.prune import VariantParams
 
 ROOT = Path(__file__).resolve().parent.parent
 

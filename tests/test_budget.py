@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline_lib.allocation.budget import Unit, allocate, ranks, shares, target
+from pipeline_lib.allocate.budget import Unit, allocate, ranks
+from pipeline_lib.core.counts import shares, target
 from pipeline_lib.core.errors import SparselineError
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)

@@ -13,13 +13,13 @@ from project import build, change_params, make_workspace
 from safetensors.torch import load_file
 from tiny import block_statistics, curved_gram
 
-from pipeline_lib.allocation.curves import CurvesParams, counts, errors, measure
 from pipeline_lib.core import artifacts
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.masks.settings import SelectionParams
+from pipeline_lib.measure.curves import CurvesParams, counts, errors, measure
 from pipeline_lib.models.checkpoint import Checkpoint
-from pipeline_lib.pruning.matrix import prune_matrix
-from pipeline_lib.pruning.settings import SelectionParams
-from pipeline_lib.reconstruction.obs import factorise
+from pipeline_lib.solve.factor import factorise
+from pipeline_lib.solve.matrix import prune_matrix
 
 CURVES = CurvesParams(densities=[0.25, 0.5, 0.75], outlier_factor=3.0)
 

@@ -18,13 +18,13 @@ from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 from project import ROOT, WANDA, build, commit, environment, invoke, make_project, read_params, run, tree
 from ruamel.yaml import YAML
 
-from pipeline_lib.calibration.texts import TextParams
 from pipeline_lib.core import params
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import merge
-from pipeline_lib.induction.induce import InduceParams
-from pipeline_lib.pruning.prune import VariantParams
+from pipeline_lib.induce.induce import InduceParams
+from pipeline_lib.prune.prune import VariantParams
 from pipeline_lib.reporting import compare
+from pipeline_lib.texts.texts import TextParams
 
 SWEEP = ("-S", "prune.selection.sparsity=0.4,0.6", "-S", "texts.test.rows=7")  # the second changes something upstream, in both runs alike
 SHARED = {"check", "text@test", "evaluate-dense"}

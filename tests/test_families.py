@@ -15,9 +15,9 @@ from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.families import FAMILIES, architecture
 from pipeline_lib.models.folding import MatrixScales, fold
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.pruning.prune import PruneParams, prune
-from pipeline_lib.pruning.resume import Progress
-from pipeline_lib.transforms.transform import Transform
+from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.prune import PruneParams, prune
+from pipeline_lib.prune.resume import Progress
 
 CPU = torch.device("cpu")
 

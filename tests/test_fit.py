@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny import FAMILIES, token_rows
 
-from pipeline_lib.induction.spectral import SpectralParams
+from pipeline_lib.fit.fit import BlockParams, FitParams, Masks, Pairs, Run, _Free, block_error, fit
+from pipeline_lib.fit.spectral import SpectralParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.reconstruction.fit import BlockParams, FitParams, Masks, Pairs, Run, _Free, block_error, fit
 
 
 def params(weight: float = 0.0, **changes: Any) -> FitParams:

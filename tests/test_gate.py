@@ -9,18 +9,18 @@ import torch
 from project import WANDA, build, change_params, invoke, make_workspace
 from tiny import block_statistics, load_full, load_tensors, power_of_two_factors, random_factors, token_rows
 
-from pipeline_lib.allocation.budget import target
-from pipeline_lib.calibration.statistics import SiteStatistics, refresh
-from pipeline_lib.induction.gate import Gate, Judge
-from pipeline_lib.induction.induce import InduceParams, Outcome, induce_block
-from pipeline_lib.induction.spectral import SpectralParams
+from pipeline_lib.core.counts import target
+from pipeline_lib.fit.spectral import SpectralParams
+from pipeline_lib.induce.gate import Gate, Judge
+from pipeline_lib.induce.induce import InduceParams, Outcome, induce_block
+from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.pruning.layerwise import Layerwise, prune_matrices
-from pipeline_lib.pruning.settings import SelectionParams
-from pipeline_lib.transforms.transform import Transform
+from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.layerwise import Layerwise, prune_matrices
+from pipeline_lib.stats.moments import SiteStatistics, refresh
 
 ROWS = token_rows(6, 12, seed=2)
 SPECTRAL = SpectralParams(weight=0.0, alpha=1.0, order="spectral", iterations=2)

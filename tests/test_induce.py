@@ -8,22 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import curved_gram, random_factors, token_rows
 
-from pipeline_lib.allocation.budget import target
-from pipeline_lib.calibration.capture import CalibrateParams, walk
-from pipeline_lib.calibration.statistics import SiteStatistics, refresh
-from pipeline_lib.induction.induce import InduceParams, Outcome, _Block, _Layer, induce_block
-from pipeline_lib.induction.spectral import SpectralParams
+from pipeline_lib.core.counts import target
+from pipeline_lib.fit.spectral import SpectralParams
+from pipeline_lib.induce.induce import InduceParams, Outcome, _Block, _Layer, induce_block
+from pipeline_lib.induce.scale import ScaleParams, normalise, shifts, starting_factors
+from pipeline_lib.masks.scores import Curvature, saliency
+from pipeline_lib.masks.select import bounds, select
+from pipeline_lib.masks.settings import Score, SelectionParams
 from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.pruning.layerwise import Layerwise, prune_matrices
-from pipeline_lib.pruning.patterns import bounds, select
-from pipeline_lib.pruning.scores import Curvature, Score, saliency
-from pipeline_lib.pruning.settings import SelectionParams
-from pipeline_lib.reconstruction.obs import factorise
-from pipeline_lib.transforms.scale import ScaleParams, normalise, shifts, starting_factors
-from pipeline_lib.transforms.transform import Transform
+from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.layerwise import Layerwise, prune_matrices
+from pipeline_lib.solve.factor import factorise
+from pipeline_lib.stats.moments import SiteStatistics, refresh
+from pipeline_lib.stats.walk import CalibrateParams, walk
 
 SCORES: tuple[Score, ...] = get_args(Score)
 SPECTRAL = SpectralParams(weight=0.0, alpha=1.0, order="spectral", iterations=2)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny import curved_gram
 
-from pipeline_lib.pruning.patterns import Group, Pattern, select, select_n_of_m
-from pipeline_lib.pruning.scores import Score
-from pipeline_lib.reconstruction.lsq import admm, solve
-from pipeline_lib.reconstruction.obs import choose, factorise, layer_error, sweep
+from pipeline_lib.masks.select import select, select_n_of_m
+from pipeline_lib.masks.settings import Group, Pattern, Score
+from pipeline_lib.solve.factor import factorise, layer_error
+from pipeline_lib.solve.lsq import admm, solve
+from pipeline_lib.solve.sweep import sweep
 
 SCORES: tuple[Score, ...] = get_args(Score)
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -219,7 +220,7 @@ def literal_admm(
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 10])
 def test_admm_equals_algorithm_1(steps: int, spectral: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: ``literal_admm``, whichever way inverses are taken. The start is so bad that whatever is found is better."""
-    monkeypatch.setattr("pipeline_lib.reconstruction.lsq.SPECTRAL", spectral)
+    monkeypatch.setattr("pipeline_lib.solve.lsq.SPECTRAL", spectral)
     _, hessian = activations(16, seed=26)
     target = normal(10, 16, seed=27)
     mask = choose(target.square(), kept=64, pattern=PLAIN, group="row", block=16)

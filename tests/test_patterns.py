@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline_lib.allocation.budget import shares
+from pipeline_lib.core.counts import shares
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.pruning.patterns import Group, Pattern, _best, _thresholds, bounds, select, select_n_of_m
+from pipeline_lib.masks.select import _best, _thresholds, bounds, select, select_n_of_m
+from pipeline_lib.masks.settings import Group, Pattern
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 GROUPS = st.sampled_from(get_args(Group))

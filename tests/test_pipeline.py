@@ -392,10 +392,10 @@ def test_edited_weights_concern_everything(project: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("pipeline_lib/reconstruction/fit.py", {"induce@sparseline", "curves@sparseline"} | PRUNINGS),  # all three prune
-        ("pipeline_lib/induction/induce.py", {"induce@sparseline"} | PRUNINGS),  # the fit of a block has its spectral term
-        ("pipeline_lib/allocation/plan.py", {"induce@sparseline", "curves@sparseline"} | PRUNINGS),
-        ("pipeline_lib/sensitivity/hutchinson.py", {"sensitivity"}),
+        ("pipeline_lib/fit/fit.py", {"induce@sparseline", "curves@sparseline"} | PRUNINGS),  # all three prune
+        ("pipeline_lib/induce/induce.py", {"induce@sparseline"} | PRUNINGS),  # the fit of a block has its spectral term
+        ("pipeline_lib/allocate/methods.py", {"induce@sparseline", "curves@sparseline"} | PRUNINGS),
+        ("pipeline_lib/measure/hutchinson.py", {"sensitivity"}),
         ("pipeline_lib/evaluation/perplexity.py", EVALUATIONS | TASKS | {"choose"}),
         ("pipeline_lib/models/architecture.py", ALL - SUMMARIES),
         ("pipeline_lib/reporting/report.md.jinja", {"report"}),

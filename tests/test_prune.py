@@ -9,14 +9,14 @@ import torch
 from project import prune_params
 from tiny import curved_gram, make_model, token_rows
 
-from pipeline_lib.calibration.statistics import MomentSums
+from pipeline_lib.fit.fit import Pairs, fit
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import open_checkpoint
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
-from pipeline_lib.pruning.layerwise import Layerwise, PrunedBlock, prune_matrices, prune_site
-from pipeline_lib.pruning.prune import PruneParams, collect, prune
-from pipeline_lib.reconstruction.fit import Pairs, fit
-from pipeline_lib.transforms.transform import Transform
+from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.layerwise import Layerwise, PrunedBlock, prune_matrices, prune_site
+from pipeline_lib.prune.prune import PruneParams, collect, prune
+from pipeline_lib.stats.moments import MomentSums
 
 CPU = torch.device("cpu")
 DEPTH = 3

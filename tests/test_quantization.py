@@ -16,19 +16,22 @@ from project import WANDA, build, change_params, make_workspace, prune_params
 from tiny import all_tensors, curved_gram, make_model, token_rows
 
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.fit.scales import Scales
+from pipeline_lib.masks.scores import saliency
+from pipeline_lib.masks.select import select
+from pipeline_lib.masks.settings import Group, Pattern
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import open_checkpoint
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.pruning.layerwise import PrunedBlock
-from pipeline_lib.pruning.patterns import Group, Pattern, select
-from pipeline_lib.pruning.prune import PruneParams, prune
-from pipeline_lib.pruning.scores import saliency
-from pipeline_lib.quantization.block import Scales
-from pipeline_lib.quantization.grid import Grid, Scheme
-from pipeline_lib.quantization.settings import QuantizationParams
-from pipeline_lib.quantization.size import packed_bits
-from pipeline_lib.reconstruction.obs import factorise, layer_error, quantise, rose_order, sweep
-from pipeline_lib.transforms.transform import Transform
+from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.layerwise import PrunedBlock
+from pipeline_lib.prune.prune import PruneParams, prune
+from pipeline_lib.prune.quantization import QuantizationParams
+from pipeline_lib.prune.size import packed_bits
+from pipeline_lib.solve.factor import factorise, layer_error
+from pipeline_lib.solve.grid import Grid, Scheme
+from pipeline_lib.solve.order import rose_order
+from pipeline_lib.solve.sweep import quantise, sweep
 
 CPU = torch.device("cpu")
 PLAIN = Pattern.parse("unstructured")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny import ALL_FAMILIES, block_statistics
 
-from pipeline_lib.calibration.statistics import SiteStatistics
+from pipeline_lib.induce.scale import ScaleParams, starting_factors
 from pipeline_lib.models.architecture import Coupling
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.folding import fold
-from pipeline_lib.transforms.scale import ScaleParams, starting_factors
+from pipeline_lib.stats.moments import SiteStatistics
 
 Tensors = dict[str, torch.Tensor]
 NORMS = ("attention_norm", "mlp_norm")

@@ -9,10 +9,13 @@ import torch
 from tiny import curved_gram
 
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.pruning.patterns import Group, Pattern, select, select_n_of_m
-from pipeline_lib.pruning.scores import Score, saliency
-from pipeline_lib.reconstruction.lsq import admm, solve
-from pipeline_lib.reconstruction.obs import DampingOf, Factorisation, aim, choose, column_losses, factorise, layer_error, rose_order, sweep
+from pipeline_lib.masks.scores import saliency
+from pipeline_lib.masks.select import select, select_n_of_m
+from pipeline_lib.masks.settings import DampingOf, Group, Pattern, Score
+from pipeline_lib.solve.factor import Factorisation, factorise, layer_error
+from pipeline_lib.solve.lsq import admm, solve
+from pipeline_lib.solve.order import column_losses, rose_order
+from pipeline_lib.solve.sweep import aim, sweep
 
 SCORES: tuple[Score, ...] = get_args(Score)
 DAMPINGS: tuple[DampingOf, ...] = get_args(DampingOf)

@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 from pipeline_lib.core.artifacts import block_file, read_json, read_tensors
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.runtime import generator
+from pipeline_lib.measure import fisher, hutchinson
+from pipeline_lib.measure.backward import Subject
+from pipeline_lib.measure.estimate import Estimate, estimates, kendall, relative_error, split_half
+from pipeline_lib.measure.fisher import OutputMoments, moment_bytes
+from pipeline_lib.measure.hutchinson import probe_vector
+from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.sensitivity import fisher, hutchinson
-from pipeline_lib.sensitivity.backward import Subject
-from pipeline_lib.sensitivity.estimate import Estimate, estimates, kendall, relative_error, split_half
-from pipeline_lib.sensitivity.fisher import OutputMoments, moment_bytes
-from pipeline_lib.sensitivity.hutchinson import probe_vector
-from pipeline_lib.sensitivity.settings import SensitivityParams
 
 CPU = torch.device("cpu")
 DISTRIBUTIONS = get_args(SensitivityParams.model_fields["distribution"].annotation)

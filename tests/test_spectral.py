@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline_lib.induction.spectral import Norm, Order, SpectralParams, regulariser
+from pipeline_lib.fit.spectral import Norm, Order, SpectralParams, regulariser
 
 ORDERS: list[tuple[Order, int | str]] = [("spectral", 2), ("frobenius", "fro"), ("nuclear", "nuc")]
 

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ALL_FAMILIES, curved_gram, make_model, power_of_two_factors, random_factors, token_rows
 
-from pipeline_lib.calibration.capture import CalibrateParams, gram_bytes, stored_or_walked, walk
-from pipeline_lib.calibration.statistics import Accumulator, Moments, MomentSums, SiteStatistics, refresh
 from pipeline_lib.core.artifacts import block_file, write_tensors
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
-from pipeline_lib.pruning import prune
+from pipeline_lib.prune import prune
+from pipeline_lib.stats.moments import Accumulator, Moments, MomentSums, SiteStatistics, refresh
+from pipeline_lib.stats.walk import CalibrateParams, gram_bytes, stored_or_walked, walk
 
 CPU = torch.device("cpu")
 PARAMS = CalibrateParams(batch_rows=2, median_tokens=10_000, gram_budget_bytes=0)

@@ -18,13 +18,13 @@ from datasets import Dataset
 from tiny import END, VOCABULARY, make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from pipeline_lib.calibration.chat import render
-from pipeline_lib.calibration.rows import encode, rows_of, split
-from pipeline_lib.calibration.texts import TextParams, read_texts
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import check_name, parse, section
 from pipeline_lib.models.start import Start, start
 from pipeline_lib.models.tokenizer import load_tokenizer
+from pipeline_lib.texts.chat import render
+from pipeline_lib.texts.rows import encode, rows_of, split
+from pipeline_lib.texts.texts import TextParams, read_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTS = ("calibration", "validation", "test")

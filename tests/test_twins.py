@@ -11,14 +11,14 @@ import pytest
 import torch
 from tiny import block_statistics, load_full, token_rows
 
-from pipeline_lib.allocation.budget import target
-from pipeline_lib.calibration.statistics import SiteStatistics, refresh
+from pipeline_lib.core.counts import target
+from pipeline_lib.induce.scale import ScaleParams, starting_factors
+from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
 from pipeline_lib.models.folding import fold, site_factor
-from pipeline_lib.pruning.layerwise import Layerwise, prune_matrices
-from pipeline_lib.pruning.settings import SelectionParams
-from pipeline_lib.transforms.scale import ScaleParams, starting_factors
-from pipeline_lib.transforms.transform import Transform
+from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.layerwise import Layerwise, prune_matrices
+from pipeline_lib.stats.moments import SiteStatistics, refresh
 
 FAMILIES = ("llama", "opt", "gemma", "phi3", "gpt_neox", "gpt2-relu")  # plain, biased, 1 + w, fused, interleaved and uncoupled, transposed
 START = ScaleParams(start="second_moment", monotone="identity", power=0.5, limit=50.0, pairs="balance", shift="none")

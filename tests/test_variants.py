@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from pipeline_lib.core import artifacts
-from pipeline_lib.transforms.transform import read_transforms
+from pipeline_lib.models.transform import read_transforms
 
 CRITERIA = ("magnitude", "wanda", "sparsegpt", "papers")
 PATTERNS = {"unstructured": "unstructured", "2of4": "2:4"}

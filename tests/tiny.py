@@ -7,10 +7,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from pipeline_lib.calibration.capture import CalibrateParams, walk
-from pipeline_lib.calibration.statistics import SiteStatistics
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.stats.moments import SiteStatistics
+from pipeline_lib.stats.walk import CalibrateParams, walk
 
 VOCABULARY = 320
 FAMILIES = ("llama", "llama-bias", "opt", "opt-post")  # what every test runs on; ALL_FAMILIES: what the table must be right for

@@ -63,6 +63,7 @@ class Stream:
 
     def __init__(self, batches: int, device: torch.device, directory: Path | None = None, name: str = "") -> None:
         self.device = device
+        self.directory = directory
         self.hidden: list[torch.Tensor] | OnDisk
         if directory is None:
             self.hidden = [torch.empty(0)] * batches
@@ -70,9 +71,9 @@ class Stream:
             directory.mkdir(parents=True, exist_ok=True)
             self.hidden = OnDisk([directory / f"{name}-{number:05d}.safetensors" for number in range(batches)], device)
 
-    def copy(self, directory: Path | None = None, name: str = "") -> "Stream":
-        """Another one that starts where this one is."""
-        other = Stream(len(self.hidden), self.device, directory, name)
+    def copy(self, name: str = "") -> "Stream":
+        """Another one that starts where this one is, in the same kind of place."""
+        other = Stream(len(self.hidden), self.device, self.directory, name)
         for number, hidden in enumerate(self.hidden):
             other.hidden[number] = hidden
         return other

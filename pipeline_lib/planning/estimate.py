@@ -13,7 +13,7 @@ import torch
 from pipeline_lib.evaluation.settings import EvaluateParams
 from pipeline_lib.evaluation.tasks import TasksParams
 from pipeline_lib.models.checkpoint import Checkpoint
-from pipeline_lib.pruning.prune import FITS, PruneParams
+from pipeline_lib.prune.prune import FITS, PruneParams
 
 LIBRARIES = 730e6 if torch.version.cuda or torch.version.hip else 450e6  # resident size of Python with torch and transformers, measured
 TASK_LIBRARIES = 150e6  # what lm-eval and datasets come to beside them

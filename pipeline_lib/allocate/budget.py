@@ -1,0 +1,100 @@
+"""How many weights each matrix keeps: Algorithm 1 of 2310.09499 under an overall budget that is met exactly."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline_lib.core.counts import target
+from pipeline_lib.core.errors import SparselineError
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One logical matrix as the budget sees it."""
+
+    name: str
+    block: int
+    size: int  # weights
+    quantum: int  # smallest step of the kept count: 1, or size/M for N:M
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """Positions in increasing order, spread over [−1, 1]; ties keep their order."""
+    order = np.argsort(np.asarray(values, dtype=float), kind="stable")
+    t = np.empty(len(values))
+    t[order] = np.linspace(-1, 1, len(values)) if len(values) > 1 else 0.0
+    return t
+
+
+@dataclass(frozen=True)
+class Room:
+    """What every allocation has to keep to: bounds of each kept count, multiples of its quantum, and the overall number."""
+
+    sizes: np.ndarray
+    quanta: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    wanted: int
+
+
+def room(units: Sequence[Unit], sparsity: float, bounds: tuple[float, float]) -> Room:
+    """Density bounds as kept counts, rounded inwards to whole quanta.
+
+    Raises:
+        SparselineError: no densities within the bounds meet the budget.
+    """
+    sizes = np.array([unit.size for unit in units], dtype=np.int64)
+    quanta = np.array([unit.quantum for unit in units], dtype=np.int64)
+    low = np.ceil(np.round(bounds[0] * sizes / quanta, 9)).astype(np.int64) * quanta
+    high = np.floor(np.round(bounds[1] * sizes / quanta, 9)).astype(np.int64) * quanta
+    wanted = target(sparsity, int(sizes.sum()))
+    slack = quanta.max() / 2 if quanta.max() > 1 else 0
+    if (low > high).any() or not low.sum() - slack <= wanted <= high.sum() + slack:
+        raise SparselineError(
+            f"No allocation with densities between {bounds[0]:g} and {bounds[1]:g} meets sparsity {sparsity:g}; "
+            "widen allocation.density_bounds, or alpha where `predicted` is bound by it."
+        )
+    return Room(sizes, quanta, low, high, wanted)
+
+
+def allocate(units: Sequence[Unit], sparsity: float, t: np.ndarray, alpha: float, bounds: tuple[float, float]) -> list[int]:
+    """Weights kept per matrix: density_i = clip(c + α·t_i, bounds), c solved so that the overall sparsity is met.
+
+    Args:
+        t: each matrix's place in [−1, 1] (by sensitivity rank in Algorithm 1; zeros for a uniform allocation).
+        alpha: half-width of the density interval (Algorithm 1).
+        bounds: least and greatest density of a matrix.
+
+    Returns:
+        Kept counts, multiples of each matrix's quantum. With quantum 1 they sum to ``target`` exactly; otherwise within half
+        of the largest quantum. Rounding is by largest remainder, ties to the earlier matrix.
+
+    Raises:
+        SparselineError: no densities within the bounds meet the budget.
+    """
+    given = room(units, sparsity, bounds)
+    sizes, quanta = given.sizes.astype(float), given.quanta
+    low, high = given.low / sizes, given.high / sizes
+
+    def densities(c: float) -> np.ndarray:
+        return np.clip(c + alpha * t, low, high)
+
+    below, above = -1.0 - alpha, 2.0 + alpha
+    for _ in range(200):
+        middle = (below + above) / 2
+        if (densities(middle) * sizes).sum() < given.wanted:
+            below = middle
+        else:
+            above = middle
+    steps = densities(above) * sizes / quanta
+    whole = np.floor(np.round(steps, 6)).astype(np.int64)
+    kept = whole * quanta
+    missing = given.wanted - int(kept.sum())
+    for i in sorted(range(len(units)), key=lambda i: (whole[i] - steps[i], i)):
+        if 2 * missing < quanta[i] or missing <= 0:
+            continue
+        if kept[i] + quanta[i] <= given.high[i]:
+            kept[i] += quanta[i]
+            missing -= int(quanta[i])
+    return [int(k) for k in kept]

@@ -1,0 +1,89 @@
+"""Kept counts of the least predicted loss under the budget."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from pipeline_lib.allocate.budget import Unit, room
+
+KNOTS = 256  # counts at which a curve is looked up, evenly spread; between them its hull is straight
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One matrix's predicted increase of the loss over its density, measured at increasing densities from 0 to 1, to the power ``temper``.
+
+    No increase is negative: one that is, by rounding, counts as 0.
+    """
+
+    density: np.ndarray
+    loss: np.ndarray
+    temper: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loss", np.maximum(self.loss, 0.0))
+
+    def at(self, density: np.ndarray) -> np.ndarray:
+        """Between two measured points linear in the logarithm, since errors fall by orders of magnitude.
+
+        Towards 0 at density 1, with the cube of the pruned share: with a density of weights around zero that is not zero, the smallest share s lies
+        below a threshold ∝ s, and its squares sum to ∝ s³.
+        """
+        i = np.clip(np.searchsorted(self.density, density, side="right") - 1, 0, len(self.density) - 2)
+        before, after = self.loss[i], self.loss[i + 1]
+        share = (density - self.density[i]) / (self.density[i + 1] - self.density[i])
+        positive = (before > 0) & (after > 0)
+        logs = [np.log(np.where(positive, end, 1.0)) for end in (before, after)]
+        return np.where(positive, np.exp((1 - share) * logs[0] + share * logs[1]), before * (1 - share) ** 3) ** self.temper
+
+
+def hull(x: np.ndarray, y: np.ndarray) -> list[int]:
+    """Indices of the lower convex hull of points with increasing x (Andrew's monotone chain)."""
+    kept: list[int] = []
+    for k in range(len(x)):
+        while len(kept) > 1:
+            i, j = kept[-2:]
+            if (y[j] - y[i]) * (x[k] - x[i]) < (y[k] - y[i]) * (x[j] - x[i]):
+                break
+            kept.pop()
+        kept.append(k)
+    return kept
+
+
+def minimise(units: Sequence[Unit], sparsity: float, curves: Sequence[Curve], bounds: tuple[float, float]) -> list[int]:
+    """Weights kept per matrix with the least sum of predicted losses: steepest descent per weight, along each curve's lower convex hull.
+
+    Exact for the hulls f_i. All starts at the lower bounds; the hulls' segments, over all matrices, are taken by increasing slope (loss per weight,
+    the most negative first) until the budget is spent, the last one in part. Within a matrix slopes increase, so that its segments come in
+    order. Let λ be the slope of the last segment: every weight taken lowers the loss at a slope ≤ λ, every weight left out would at ≥ λ, so
+    that each k_i minimises f_i(k) − λk within its bounds. For any other k' with the same sum, Σ f_i(k'_i) ≥ Σ f_i(k_i) + λ·Σ (k'_i − k_i) = Σ f_i(k_i).
+    With equal quanta the same holds for whole quanta, since segments break at them; unequal ones are rounded as in ``allocate``.
+
+    Returns:
+        Kept counts as in ``allocate``; equal slopes are taken in turns.
+
+    Raises:
+        SparselineError: no densities within the bounds meet the budget.
+    """
+    given = room(units, sparsity, bounds)
+    segments: list[tuple[float, int, int, int]] = []  # slope, place in a straight part, matrix, quanta: equal matrices go along together
+    for i, curve in enumerate(curves):
+        quanta = int((given.high[i] - given.low[i]) // given.quanta[i])
+        steps = np.unique(np.linspace(0, quanta, min(quanta, KNOTS) + 1).round().astype(np.int64))
+        kept = given.low[i] + steps * given.quanta[i]
+        loss = curve.at(kept / given.sizes[i])
+        corners = hull(kept.astype(float), loss)
+        for a, b in pairwise(corners):
+            slope = float((loss[b] - loss[a]) / (kept[b] - kept[a]))
+            segments += [(slope, k - a, i, int(steps[k + 1] - steps[k])) for k in range(a, b)]
+    counts = given.low.copy()
+    missing = given.wanted - int(counts.sum())
+    for *_, i, quanta in sorted(segments):
+        quantum = int(given.quanta[i])
+        taken = min(quanta, (2 * missing + quantum) // (2 * quantum))  # to the nearest; of one weight: as many as are missing
+        if taken > 0:
+            counts[i] += taken * quantum
+            missing -= taken * quantum
+    return [int(count) for count in counts]

@@ -1,0 +1,19 @@
+"""Kept counts as whole numbers: of a total, and in proportion to sizes."""
+
+from collections.abc import Sequence
+
+
+def target(sparsity: float, total: int) -> int:
+    """Weights kept overall: round((1 − p)·N)."""
+    return round((1 - sparsity) * total)
+
+
+def shares(kept: int, sizes: Sequence[int]) -> list[int]:
+    """Split ``kept`` over parts in proportion to their sizes, by largest remainder (ties to the earlier part); exact."""
+    total = sum(sizes)
+    exact = [kept * size / total for size in sizes]
+    floor = [kept * size // total for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: (floor[i] - exact[i], i))
+    for i in order[: kept - sum(floor)]:
+        floor[i] += 1
+    return floor

@@ -1,0 +1,237 @@
+"""Fit what is left of a sparse block, by gradients, so that it gives for the pruned stream what the dense block gives for the dense one.
+
+What moves are parts that are named: the kept weights, biases, the norms' weights, and per-channel in/out factors that are folded
+afterwards, Ŵ = diag(r)(W⊙M)diag(a) (2602.21652, Eqs. 6–8, in the role that acts on a fixed mask: docs/method.md). Zeros stay zeros.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline_lib.core.runtime import generator
+from pipeline_lib.fit.settings import BlockParams, FitParams
+from pipeline_lib.fit.spectral import Norm, regulariser
+from pipeline_lib.models.architecture import Matrix
+
+Run = Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]  # hidden states, the block's tensors -> output
+Masks = dict[Matrix, torch.Tensor]  # [R, C] bool, True = kept
+Remask = Callable[[Mapping[str, torch.Tensor]], Masks]  # the block's tensors, zeros filled in -> masks with as many kept
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows before and wanted after a block: pruned stream [B, T, D] and dense targets [B, T, D], batch by batch."""
+
+    inputs: Sequence[torch.Tensor]
+    targets: Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A block after its fit."""
+
+    tensors: dict[str, torch.Tensor]  # the block's parameters, zeros where they were
+    masks: Masks | None  # where they were refreshed
+    facts: dict[str, float]  # errors before and after on held-out rows and the first fitting batch, epochs kept
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A sparse block, or a window of blocks, that is to be fitted."""
+
+    run: Run
+    tensors: dict[str, torch.Tensor]  # float32; matrices whose weights move are taken out, so that they need not be there twice
+    masks: Masks  # of the pruned matrices, which get factors; a kept weight moves even if it is zero
+    where: str  # its name, which keys the order of rows with the seed
+    remask: Remask | None = None  # chooses masks anew in the first ``refresh_epochs`` epochs, in which pruned weights move too, unseen
+    dtype: torch.dtype | None = None  # that ``run`` brings its tensors to, if it is another
+    offsets: Mapping[str, float] | None = None  # of the norms' weights that act as offset + w (``Architecture.offsets``)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """W⊙M whose gradient reaches the pruned weights too."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return outputs[0], None
+
+
+class _Free:
+    """What moves: kept weights; log a, log r per matrix; β per bias; log factors of the norms. As made, it is the identity."""
+
+    def __init__(
+        self,
+        masks: Masks,
+        tensors: Mapping[str, torch.Tensor],
+        parts: Sequence[str],
+        dtype: torch.dtype | None = None,
+        offsets: Mapping[str, float] | None = None,
+    ) -> None:
+        self.matrices = list(masks)
+        self.dtype = dtype  # of the masked weights, for what runs; None: their own
+        self.offsets = offsets or {}
+        views = [matrix.view(tensors[matrix.parameter]) for matrix in masks]
+        device = views[0].device
+        self.rows = [torch.zeros(view.shape[0], device=device, requires_grad=True) for view in views]
+        self.columns = [torch.zeros(view.shape[1], device=device, requires_grad=True) for view in views]
+        biases = {m.bias for m in masks if m.bias is not None} if "biases" in parts else set()
+        norms = {n for n, t in tensors.items() if t.ndim == 1 and n.endswith("weight")} if "norms" in parts else set()
+        norms |= {n for n in tensors if n.endswith(".scale")} if "scales" in parts else set()  # of quantised matrices: factors, too
+        self.biases = {name: torch.zeros_like(tensors[name], requires_grad=True) for name in sorted(biases)}
+        self.norms = {name: torch.zeros_like(tensors[name], requires_grad=True) for name in sorted(norms)}
+        self.factors = "factors" in parts
+        self.weights = [view.clone().contiguous().requires_grad_(True) for view in views] if "weights" in parts else []
+        self.kept = [mask.to(device) for mask in masks.values()] if "weights" in parts else []
+        self.refreshing = False  # the pruned weights move too, behind their masks
+
+    @property
+    def log_factors(self) -> list[torch.Tensor]:
+        return [*(self.rows + self.columns if self.factors else ()), *self.norms.values()]
+
+    def groups(self, params: FitParams) -> list[dict[str, Any]]:
+        """What Adam moves: log factors and, in units of their matrix's scale, weights at one rate; biases (which have the outputs' scale) at another."""
+        scales = [float((weight.detach().square().sum() / kept.count_nonzero().clamp_min(1)).sqrt()) for weight, kept in self._pairs()]
+        groups = [{"params": [w], "lr": params.rate * scale} for w, scale in zip(self.weights, scales, strict=True) if scale]
+        groups += [{"params": self.log_factors, "lr": params.rate}, {"params": list(self.biases.values()), "lr": params.bias_rate}]
+        return [group for group in groups if group["params"]]
+
+    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return zip(self.weights, self.kept, strict=True)
+
+    def refresh(self, tensors: Mapping[str, torch.Tensor], remask: Remask) -> None:
+        """Choose the masks anew from the weights as they have moved, the pruned ones included."""
+        with torch.no_grad():
+            masks = remask(self._laid(tensors, [weight.detach() for weight in self.weights]))
+        self.kept = [masks[matrix] for matrix in self.matrices]
+
+    def masked(self) -> list[torch.Tensor]:
+        """The weights, zero (of either sign) where pruned. A product is several times faster on the CPU than filling."""
+        dtype = self.dtype if torch.is_grad_enabled() else None
+        if self.refreshing:
+            return [_StraightThrough.apply(weight, kept).to(dtype) for weight, kept in self._pairs()]  # type: ignore[no-untyped-call]
+        return [(weight * kept).to(dtype) for weight, kept in self._pairs()]
+
+    def _laid(self, tensors: Mapping[str, torch.Tensor], values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The block's tensors with these logical matrices [R, C] in their places; differentiable."""
+        changed: dict[str, torch.Tensor] = {}
+        for matrix, value in zip(self.matrices, values, strict=True):
+            if matrix.whole:
+                changed[matrix.parameter] = value.T if matrix.transposed else value
+            else:
+                whole = changed.get(matrix.parameter, tensors[matrix.parameter]).clone()
+                matrix.view(whole).copy_(value)
+                changed[matrix.parameter] = whole
+        return {**tensors, **changed}
+
+    def apply(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The block's tensors with all that moved; differentiable."""
+        values = self.masked() or [matrix.view(tensors[matrix.parameter]) for matrix in self.matrices]
+        if self.factors:
+            scales = [(rows[:, None] + columns).exp() for rows, columns in zip(self.rows, self.columns, strict=True)]
+            values = [value * scale for value, scale in zip(values, scales, strict=True)]
+        changed = self._laid(tensors, values) if self.factors or self.weights else dict(tensors)
+        changed |= {bias: tensors[bias] + correction for bias, correction in self.biases.items()}
+        for norm, log_factor in self.norms.items():
+            # A norm that is stored as offset + w: (offset + w)·e^θ − offset, which is w to the last bit at θ = 0.
+            changed[norm] = tensors[norm] * log_factor.exp() + self.offsets.get(norm, 0.0) * log_factor.expm1()
+        return changed
+
+
+def block_error(run: Run, tensors: Mapping[str, torch.Tensor], rows: Pairs) -> float:
+    """E‖Y_dense − Y_sparse‖² / E‖Y_dense − E Y_dense‖² over the given rows."""
+    wrong = scale = 0.0
+    tokens = sum(target.shape[0] * target.shape[1] for target in rows.targets)
+    mean = torch.stack([target.float().sum((0, 1)) for target in rows.targets]).sum(0) / tokens
+    with torch.no_grad():
+        for hidden, target in zip(rows.inputs, rows.targets, strict=True):
+            wrong += float((run(hidden, tensors) - target).float().square().sum())
+            scale += float((target - mean).float().square().sum())
+    return wrong / max(scale, 1e-30)
+
+
+def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fitted:
+    """Fit a sparse block (or window of blocks) and fold its factors; the unfitted block is a candidate and wins ties on the held-out rows.
+
+    Gradients are taken in ``compute_dtype`` (mixed precision); what moves, and everything that judges it, is float32. With ``weights``
+    there are in memory five copies of its matrices (as they move, Adam's two moments, the best so far, and the gradient or, going up,
+    what is masked), their masks, and a copy in ``compute_dtype``.
+
+    Args:
+        held_out: the rows that decide; without any, the fitting rows do.
+    """
+    run, tensors, masks, remask = block.run, block.tensors, block.masks, block.remask
+    matrices = list(masks)
+    gate = held_out if held_out.inputs else fitting
+    seen = Pairs(fitting.inputs[:1], fitting.targets[:1])  # what the curve needs; the gate's rows decide
+    facts = {"fit_before": block_error(run, tensors, seen), "held_out_before": block_error(run, tensors, gate)}
+    best, best_masks, best_error, best_epoch, unimproved = dict(tensors), None, facts["held_out_before"], 0, 0
+    free = _Free(masks, tensors, params.parts, block.dtype, block.offsets)
+    groups = free.groups(params)
+    if not groups:  # nothing to move, such as biases in a block without any
+        return Fitted(best, None, facts | {"fit_after": facts["fit_before"], "held_out_after": best_error, "epochs": 0})
+    for matrix in matrices if free.weights else ():
+        if matrix.whole:
+            del tensors[matrix.parameter]
+    optimiser = torch.optim.Adam(groups, eps=1e-12, fused=True)
+    penalised = matrices if params.spectral.weight else ()
+    norms = [Norm(matrix.view(best[matrix.parameter]), params.spectral) for matrix in penalised]
+    variance, steps = 0.0, 0
+    for target in fitting.targets:
+        variance += float(target.float().var()) / len(fitting.targets)
+        steps += params.epochs * -(-len(target) // params.batch_rows)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate_share(done, steps))
+    refreshed = params.refresh_epochs if isinstance(params, BlockParams) and remask is not None else 0
+    for epoch in range(1, params.epochs + 1):
+        free.refreshing = epoch <= refreshed
+        for hidden, target in _minibatches(fitting, params, f"{block.where}:{epoch}"):
+            values = free.apply(tensors)
+            with torch.autocast(hidden.device.type, torch.bfloat16, enabled=params.compute_dtype == "bfloat16"):
+                out = run(hidden, values)
+            loss = (out.float() - target).square().mean() / variance
+            if norms:
+                current = [matrix.view(values[matrix.parameter]).float() for matrix in matrices]
+                loss = loss + params.spectral.weight * regulariser(norms, current, params.spectral)
+            del values, out  # what the graph does not need of them
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad()
+            del loss  # the graph, before the next
+            with torch.no_grad():
+                for leaf in free.log_factors:
+                    leaf.clamp_(-params.limit, params.limit)
+        if free.refreshing and remask is not None:
+            free.refresh(tensors, remask)
+        with torch.no_grad():
+            candidate = free.apply(tensors)
+        error = block_error(run, candidate, gate)
+        if error < best_error:
+            best, best_error, best_epoch, unimproved = candidate, error, epoch, 0
+            best_masks = dict(zip(matrices, free.kept, strict=True)) if refreshed else None
+        elif not free.refreshing:
+            unimproved += 1
+        if unimproved >= params.patience:
+            break
+    facts |= {"fit_after": block_error(run, best, seen), "held_out_after": best_error, "epochs": best_epoch}
+    return Fitted({name: tensor.detach() + 0.0 for name, tensor in best.items()}, best_masks, facts)  # + 0.0: no zero is negative
+
+
+def rate_share(done: int, steps: int) -> float:
+    """The share of the learning rate after ``done`` steps: along a cosine, 1 at the first step and a tenth at the last one."""
+    return 0.55 + 0.45 * math.cos(math.pi * done / max(1, steps - 1))
+
+
+def _minibatches(rows: Pairs, params: FitParams, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of ``batch_rows`` rows in an order keyed by seed, block and epoch; each is drawn from within one stored batch."""
+    random = generator(params.seed, name)
+    for number in torch.randperm(len(rows.inputs), generator=random).tolist():
+        hidden, target = rows.inputs[number], rows.targets[number]
+        for pick in torch.randperm(len(hidden), generator=random).split(params.batch_rows):
+            yield hidden[pick], target[pick]

@@ -1,0 +1,45 @@
+"""The scales of a block's quantised matrices as tensors of their own, so that a fit can move them; the whole numbers stay as they are."""
+
+from collections.abc import Mapping
+
+import torch
+
+from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.solve.grid import Grid
+
+
+class Scales:
+    """One block's, named ``<label>.scale`` [R, G]."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], grids: Mapping[Matrix, Grid]) -> None:
+        """
+        Args:
+            tensors: the block's parameters, quantised.
+            grids: of the matrices whose scales are to be free.
+        """
+        self.grids = grids
+        self.steps = {matrix: grid.steps(matrix.view(tensors[matrix.parameter])) for matrix, grid in grids.items()}
+
+    def free(self) -> dict[str, torch.Tensor]:
+        """The scales, by name."""
+        return {f"{matrix.label}.scale": grid.scale for matrix, grid in self.grids.items()}
+
+    def joined(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The block's parameters from theirs and the scales beside them; differentiable in the scales."""
+        found = dict(tensors)
+        for matrix, grid in self.grids.items():
+            weight = grid.spread(found.pop(f"{matrix.label}.scale")) * self.steps[matrix]
+            if matrix.whole:
+                found[matrix.parameter] = weight.T if matrix.transposed else weight
+            else:
+                found[matrix.parameter] = found[matrix.parameter].clone()
+                matrix.view(found[matrix.parameter]).copy_(weight)
+        return found
+
+    @torch.no_grad()
+    def settle(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``joined``, with the scales as the checkpoint's dtype can hold them, which go into the grids."""
+        exact = {f"{matrix.label}.scale": grid.scheme.exact(tensors[f"{matrix.label}.scale"]) for matrix, grid in self.grids.items()}
+        for matrix, grid in self.grids.items():
+            grid.scale = exact[f"{matrix.label}.scale"]
+        return self.joined({**tensors, **exact})

@@ -1,0 +1,51 @@
+"""Never worse: what a block's transform is judged by, the error of the block's output on held-out rows once its matrices are pruned."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+
+from pipeline_lib.fit.fit import Pairs, block_error
+from pipeline_lib.masks.settings import SelectionParams
+from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.models.folding import fold, site_factor
+from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.layerwise import Layerwise
+from pipeline_lib.prune.window import Block
+from pipeline_lib.stats.moments import SiteStatistics, refresh
+
+Judge = Callable[[Transform], float]
+
+
+class Gate:
+    """The dense stream of the held-out rows, which goes through the model once, block by block."""
+
+    def __init__(self, model: BlockModel, rows: torch.Tensor, batch_rows: int, selection: SelectionParams, compensate: bool) -> None:
+        self.model, self.selection, self.compensate = model, selection, compensate
+        self.stream = model.embed(rows, batch_rows)
+
+    def enter(
+        self, index: int, tensors: Mapping[str, torch.Tensor], statistics: Mapping[str, SiteStatistics], kept: Mapping[Matrix, int]
+    ) -> Judge:
+        """Pass the stream through block ``index`` (blocks come in order) and return its judge.
+
+        A judge folds a transform in, refreshes the statistics for it (no forward pass), prunes as the variant's selection says, and returns
+        E‖Y_dense − Y_sparse‖² / E‖Y_dense − E Y_dense‖².
+        """
+        model, architecture = self.model, self.model.checkpoint.architecture
+        block = model.block(index, tensors)
+        inputs = list(self.stream.hidden)
+        model.advance(block, index, self.stream)
+        rows = Pairs(inputs, list(self.stream.hidden))
+
+        def judge(transform: Transform) -> float:
+            folded = fold(tensors, architecture, transform.factors)
+            moved = {name: refresh(site, site_factor(architecture, name, transform.factors)).moments for name, site in statistics.items()}
+            where = f"{architecture.blocks}.{index}"
+            pruned = Block(architecture, where, transform, kept, folded)
+            Layerwise(self.selection, self.compensate).prune_block(pruned, moved)
+            there = {name: tensor.to(model.device) for name, tensor in pruned.tensors.items()}
+            return block_error(functools.partial(model.call, block, index), there, rows)
+
+        return judge

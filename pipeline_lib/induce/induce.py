@@ -1,0 +1,326 @@
+"""Learn what helps before a mask is final: function-preserving factors and selection weights, with the mask in the loop.
+
+Source: 2602.21652, Eqs. 4, 6–11. The error of pruning a layer is taken in the original coordinates from the Gram matrix,
+E‖(W − W⊙M) X‖² = tr(ΔW G ΔWᵀ), so factors and weights act only through the mask M (docs/method.md says what follows).
+Shape letters: ``R`` outputs, ``C`` inputs of a matrix, ``d`` channels of a site.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline_lib.core.counts import target
+from pipeline_lib.core.runtime import generator
+from pipeline_lib.fit.settings import SpectralParams
+from pipeline_lib.fit.spectral import Norm, penalty
+from pipeline_lib.induce.removed import Removed
+from pipeline_lib.induce.scale import normalise
+from pipeline_lib.masks.scores import Curvature, saliency
+from pipeline_lib.masks.select import bounds, select, select_n_of_m
+from pipeline_lib.masks.settings import SelectionParams
+from pipeline_lib.models.architecture import Architecture, Matrix
+from pipeline_lib.models.folding import MatrixScales, site_factor
+from pipeline_lib.models.transform import Transform
+from pipeline_lib.recipe.settings import InduceParams
+from pipeline_lib.solve.factor import factorise
+from pipeline_lib.stats.moments import SiteStatistics, refresh
+
+
+@dataclass
+class Outcome:
+    """What induction did to one block. Errors are relative layer errors, averaged over matrices."""
+
+    transform: Transform
+    choice: str  # none, start, learned
+    judged: dict[str, float]  # candidate -> what the gate made of it
+    held_out: dict[str, float]  # candidate -> layer error on the held-out rows
+    curve: list[dict[str, float]]  # step, loss, held_out
+    mask_changed: float  # share of mask entries that differ from no induction
+    stable_rank: dict[str, dict[str, float]]  # weights, features -> before, after: mean of ‖·‖_F² / ‖·‖_2²
+    scores: dict[str, tuple[torch.Tensor, torch.Tensor]]  # matrix kind -> a sample of log10 scores before and after
+
+    def facts(self) -> dict[str, Any]:
+        names = ("choice", "judged", "held_out", "mask_changed", "stable_rank")
+        return {name: getattr(self, name) for name in names}
+
+
+class _Layer:
+    """One logical matrix with everything that its score and error need."""
+
+    def __init__(
+        self, matrix: Matrix, weight: torch.Tensor, statistics: SiteStatistics, curvature: Curvature, settings: SelectionParams
+    ) -> None:
+        self.matrix, self.weight, self.settings = matrix, weight, settings
+        self.curvature = curvature
+        self.gram = statistics.second_moment_matrix
+        self.held_out_gram = self.gram if statistics.held_out_gram is None else statistics.held_out_gram
+        self.kept = target(settings.sparsity, weight.numel())
+        self.base = (weight.square() + 1e-30).log_()
+        self.energy = ((weight @ self.gram) * weight).sum().clamp_min(1e-30)
+        self.held_out_energy = ((weight @ self.held_out_gram) * weight).sum().clamp_min(1e-30)
+
+    def scaled(self, scales: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """W̃ = W in the coordinates of the factors; scales are log factors of rows [R] and columns [C]."""
+        return self.weight * (scales[0][:, None] + scales[1]).exp()
+
+    def shifts(self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """By what the refreshed score (fast Hessian update, Eqs. 9–11) times u² moves log W²: of rows [R] and columns [C].
+
+        No forward pass, only D; and since every score is W² times a factor per column, no pass over the matrix either.
+        """
+        d_squared = (-2 * scales[1]).exp()  # columns of W̃ carry D⁻¹
+        refreshed = Curvature(
+            self.curvature.second_moment * d_squared, self.curvature.diagonal * d_squared, self.curvature.inverse_diagonal / d_squared
+        )
+        factor = saliency(self.settings.score, scales[1].exp()[None], refreshed)[0]
+        return 2 * scales[0], (factor + 1e-30).log() + 2 * log_u
+
+    def scores(self, part: slice, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """log scores of some rows [r, C]."""
+        return (self.base[part] + columns).add_(rows[part, None])
+
+    def log_scores(self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor) -> torch.Tensor:
+        """log of the refreshed score [R, C] times u²."""
+        return self.scores(slice(None), *self.shifts(scales, log_u))
+
+    def removed(
+        self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor, temperature: float, signs: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``error`` of the mask that the refreshed score gives, with a gradient; estimated where there are signs [k, R]."""
+        return Removed.apply(*self.shifts(scales, log_u), self, temperature, signs)  # type: ignore[no-untyped-call]
+
+    @property
+    def _by_row(self) -> bool:
+        """Whether every row is chosen by itself, and alike."""
+        share, spare = divmod(self.kept, len(self.weight))
+        return bool(self.settings.shape.m) or (self.settings.group == "row" and spare == 0 < share < self.weight.shape[1])
+
+    def parts(self, step: int) -> Iterator[slice]:
+        """Rows that can be chosen for at once: ``step`` where rows are independent, else all."""
+        rows = len(self.weight)
+        step = step if self._by_row else rows
+        return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the scores of one part: mask, and each comparison group's threshold, which broadcasts against it."""
+        if self._by_row and not self.settings.shape.m:
+            return bounds(scores, self.kept // len(self.weight))
+        hard = self.mask(scores)
+        return hard, self._threshold(scores, hard)
+
+    def mask(self, scores: torch.Tensor) -> torch.Tensor:
+        pattern = self.settings.shape
+        if pattern.m:
+            return select_n_of_m(scores, pattern.n, pattern.m)
+        return select(scores, self.kept, self.settings.group, self.settings.block)
+
+    def _threshold(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Midway between the weakest kept and the strongest pruned score of each group; broadcasts against [R, C]."""
+        infinity = float("inf")
+        kept, pruned = scores.masked_fill(~mask, infinity), scores.masked_fill(mask, -infinity)
+
+        def middle(a: torch.Tensor, b: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+            low, high = a.amin(dims, keepdim=True), b.amax(dims, keepdim=True)
+            low = torch.where(low.isinf(), high, low)
+            return (low + torch.where(high.isinf(), low, high)) / 2
+
+        pattern = self.settings.shape
+        if pattern.m:
+            grouped = (scores.shape[0], -1, pattern.m)
+            return middle(kept.view(grouped), pruned.view(grouped), (2,)).expand(-1, -1, pattern.m).reshape(scores.shape)
+        if self.settings.group == "row":
+            return middle(kept, pruned, (1,))
+        width = self.settings.block if self.settings.group == "block" else scores.shape[1]
+        parts = zip(kept.split(width, 1), pruned.split(width, 1), strict=True)
+        return torch.cat([middle(a, b, (0, 1)).expand_as(a) for a, b in parts], 1)
+
+    def error(self, mask: torch.Tensor, held_out: bool = False) -> torch.Tensor:
+        """E‖(W − W⊙M) X‖² / E‖W X‖² (Eq. 4 in original coordinates)."""
+        gone = self.weight * (1 - mask.to(self.weight.dtype))
+        gram, energy = (self.held_out_gram, self.held_out_energy) if held_out else (self.gram, self.energy)
+        return ((gone @ gram) * gone).sum() / energy
+
+
+class _Block:
+    """The layers of a block under shared log factors θ per coupling and log selection weights per site."""
+
+    def __init__(self, architecture: Architecture, layers: list[_Layer]) -> None:
+        self.layers = layers
+        self.matrix_scales = [MatrixScales(architecture, layer.matrix, (layer.weight.shape[0], layer.weight.shape[1])) for layer in layers]
+
+    def scales(self, number: int, theta: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log scales of the layer's rows [R] and columns [C]."""
+        return self.matrix_scales[number](theta)
+
+    def log_scores(self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [
+            layer.log_scores(self.scales(number, theta), log_u.get(layer.matrix.site, torch.zeros(())))
+            for number, layer in enumerate(self.layers)
+        ]
+
+    def removed(
+        self,
+        theta: Mapping[str, torch.Tensor],
+        log_u: Mapping[str, torch.Tensor],
+        temperature: float,
+        probes: int,
+        random: torch.Generator,
+    ) -> list[torch.Tensor]:
+        """Every layer's differentiable error; exact with 0 probes."""
+        errors = []
+        for number, layer in enumerate(self.layers):
+            signs = 2.0 * torch.randint(2, (probes, len(layer.weight)), generator=random) - 1 if probes else None
+            u = log_u.get(layer.matrix.site, torch.zeros(()))
+            errors.append(layer.removed(self.scales(number, theta), u, temperature, signs))
+        return errors
+
+    def masks(self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        scores = self.log_scores(theta, log_u)
+        return [layer.mask(score) for layer, score in zip(self.layers, scores, strict=True)]
+
+    def held_out(self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]) -> float:
+        masks = self.masks(theta, log_u)
+        return float(torch.stack([layer.error(mask, held_out=True) for layer, mask in zip(self.layers, masks, strict=True)]).mean())
+
+
+def induce_block(
+    architecture: Architecture,
+    tensors: Mapping[str, torch.Tensor],
+    included: set[Matrix],
+    statistics: Mapping[str, SiteStatistics],
+    start: Transform,
+    selection: SelectionParams,
+    params: InduceParams,
+    where: str,
+    judge: Callable[[Transform], float] | None = None,
+) -> Outcome:
+    """Learn one block's factors and selection weights; keep them only if the held-out rows say so.
+
+    Shifts are kept per site. Candidates for the rest: ``none``, ``start`` (what scale wrote), ``learned`` (the best checked step).
+    L = mean layer error + λ R_p (Eqs. 6–8); Adam on log factors, projected to geometric mean 1 and the box |log| ≤ limit after every step.
+
+    Args:
+        where: the block's name: what errors call it, and what keys the random signs with the seed.
+        judge: gives a candidate's error, the least of which wins (``gate.Gate``); without it, the held-out layer error is taken.
+    """
+    given = statistics
+    if judge:
+        start = Transform(start.factors, _worthy(start.shifts, judge), {})
+    statistics = {site.name: refresh(statistics[site.name], None, start.shifts.get(site.name)) for site in architecture.sites}
+    curvatures = {
+        name: factorise(site.second_moment_matrix, selection.damping, selection.damping_of, f"{where} {name}").whole()
+        for name, site in statistics.items()
+    }
+    layers = [
+        _Layer(m, m.view(tensors[m.parameter]).float(), statistics[m.site], curvatures[m.site], selection)
+        for m in architecture.matrices
+        if m in included
+    ]
+    block = _Block(architecture, layers)
+    started = {name: factor.log() for name, factor in start.factors.items()}
+    nothing: dict[str, torch.Tensor] = {}
+    plain = Transform({}, start.shifts, {})
+    held_out = {"none": block.held_out(nothing, nothing), "start": block.held_out(started, nothing)}
+    judged = {"none": judge(plain), "start": judge(start)} if judge else dict(held_out)
+    # Learning sets out from the better of the two: what serves Magnitude can misguide scores that already know the inputs.
+    ahead = judged["start"] < judged["none"]
+    theta = {c.name: started[c.name].clone() if ahead and c.name in started else torch.zeros(c.size) for c in architecture.couplings}
+    log_u = {site.name: torch.zeros(len(site.index)) for site in architecture.sites} if params.importance else {}
+    candidates = {"none": (nothing, nothing), "start": (started, nothing), "learned": (dict(theta), nothing)}
+    origin = "start" if ahead else "none"
+    held_out["learned"], judged["learned"] = held_out[origin], judged[origin]
+    norms = [Norm(layer.weight, params.spectral) for layer in layers]
+    free = [*(theta.values() if params.factors else ()), *log_u.values()]
+    curve: list[dict[str, float]] = []
+    if free:
+        for tensor in free:
+            tensor.requires_grad_(True)
+        optimiser = torch.optim.Adam(free, lr=params.rate)
+        unimproved = 0
+        random = generator(params.seed, where)
+        for step in range(1, params.steps + 1):
+            loss = torch.stack(block.removed(theta, log_u, params.temperature, params.probes, random)).mean()
+            if params.spectral.weight:
+                ratios = [
+                    norm.rescaled(layer.weight, *block.scales(n, theta)) for n, (norm, layer) in enumerate(zip(norms, layers, strict=True))
+                ]
+                loss = loss + params.spectral.weight * penalty(ratios, params.spectral)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                for tensor in free:
+                    tensor.copy_(normalise(tensor, params.limit))
+                if step % params.check_every == 0 or step == params.steps:
+                    error = block.held_out(theta, log_u)
+                    curve.append({"step": step, "loss": float(loss.detach()), "held_out": error})
+                    if error < held_out["learned"]:
+                        held_out["learned"], unimproved = error, 0
+                        candidates["learned"] = _copied(theta), _copied(log_u)
+                    else:
+                        unimproved += 1
+            if unimproved >= params.patience:
+                break
+    with torch.no_grad():
+        if held_out["learned"] < held_out[origin]:  # else it is where it set out from
+            judged["learned"] = judge(_transform(*candidates["learned"], start)) if judge else held_out["learned"]
+        choice = min(judged, key=lambda name: (judged[name], list(judged).index(name)))
+        best_theta, best_u = candidates[choice]
+        before, after = block.masks(nothing, nothing), block.masks(best_theta, best_u)
+        changed = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True)) / sum(m.numel() for m in before)
+        scaled = [layer.scaled(block.scales(number, best_theta)) for number, layer in enumerate(layers)]
+        transform = _transform(best_theta, best_u, start)
+        features = [given[site.name] for site in architecture.sites]
+        moved = [
+            refresh(given[s.name], site_factor(architecture, s.name, transform.factors), start.shifts.get(s.name))
+            for s in architecture.sites
+        ]
+        rank = {
+            "weights": {"before": _stable_rank([layer.weight for layer in layers]), "after": _stable_rank(scaled)},
+            "features": {"before": _feature_rank(features), "after": _feature_rank(moved)},
+        }
+        before_scores, after_scores = block.log_scores(nothing, nothing), block.log_scores(best_theta, best_u)
+        samples = {layer.matrix.kind: (_sample(a), _sample(b)) for layer, a, b in zip(layers, before_scores, after_scores, strict=True)}
+    return Outcome(transform, choice, judged, held_out, curve, changed, rank, samples)
+
+
+def _worthy(shifts: Mapping[str, torch.Tensor], judge: Callable[[Transform], float]) -> dict[str, torch.Tensor]:
+    """The sites' shifts that lower the judged error, tried one after the other: the mean a nonlinearity wants is not always the inputs' own."""
+    kept: dict[str, torch.Tensor] = {}
+    error = judge(Transform()) if shifts else 0.0
+    for site, shift in shifts.items():
+        tried = judge(Transform({}, kept | {site: shift}, {}))
+        if tried < error:
+            kept, error = kept | {site: shift}, tried
+    return kept
+
+
+def _copied(logs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: log.detach().clone() for name, log in logs.items()}
+
+
+def _transform(theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor], start: Transform) -> Transform:
+    factors, importance = ({name: value.detach().exp() for name, value in part.items()} for part in (theta, log_u))
+    return Transform(factors, start.shifts, importance)
+
+
+def _sample(log_scores: torch.Tensor) -> torch.Tensor:
+    """At most about 20,000 evenly spaced scores as log10: what a histogram needs, whatever the matrix's size."""
+    return log_scores.flatten()[:: max(1, log_scores.numel() // 20_000)] / math.log(10)
+
+
+_SPECTRAL = SpectralParams(weight=0, alpha=0, order="spectral", iterations=5)
+
+
+def _stable_rank(weights: list[torch.Tensor]) -> float:
+    """Mean of ‖W‖_F² / ‖W‖_2², the spectral norm by power iteration."""
+    return sum(float(w.square().sum() / Norm(w, _SPECTRAL).initial.square()) for w in weights) / len(weights)
+
+
+def _feature_rank(sites: list[SiteStatistics]) -> float:
+    """The same of the inputs X, from their second moment: tr(G) / ‖G‖_2."""
+    grams = [site.second_moment_matrix for site in sites]
+    return sum(float(gram.trace() / Norm(gram, _SPECTRAL).initial) for gram in grams) / len(grams)

@@ -1,0 +1,42 @@
+"""How one matrix's mask is chosen: what scores are, what is compared with what, and what induction learned to prefer."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from pipeline_lib.masks.scores import Curvature, saliency
+from pipeline_lib.masks.select import select, select_n_of_m
+from pipeline_lib.masks.settings import Group, Pattern, Score, SelectionParams
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Shape letters: ``R`` outputs, ``C`` inputs of the matrix."""
+
+    score: Score
+    pattern: Pattern
+    group: Group
+    block: int  # columns of a block
+    importance: torch.Tensor | None = None  # selection weights u > 0 [C]: scores are multiplied by u²
+
+    @classmethod
+    def of(cls, selection: SelectionParams, importance: torch.Tensor | None = None) -> "Rule":
+        return cls(selection.score, selection.shape, selection.group, selection.block, importance)
+
+    def at(self, columns: torch.Tensor | slice) -> "Rule":
+        """The same for some columns, in their order."""
+        return self if self.importance is None else replace(self, importance=self.importance[columns])
+
+    def weighted(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [R, C] times u²."""
+        return scores if self.importance is None else scores * self.importance.square()
+
+    def scores(self, weight: torch.Tensor, curvature: Curvature) -> torch.Tensor:
+        """Of weights [R, C], u² included; the smallest are pruned."""
+        return self.weighted(saliency(self.score, weight, curvature))
+
+    def mask(self, scores: torch.Tensor, kept: int) -> torch.Tensor:
+        """The mask [R, C] of the ``kept`` best scores [R, C], compared as the pattern or, if it is unstructured, the group says."""
+        if self.pattern.m:
+            return select_n_of_m(scores, kept * self.pattern.m // scores.numel(), self.pattern.m)
+        return select(scores, kept, self.group, self.block)

@@ -1,0 +1,76 @@
+"""How masks are chosen: parameters, and the patterns that they may ask for."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.params import Conflict, Params
+
+Score = Literal["magnitude", "wanda", "obd", "obs", "isc"]
+DampingOf = Literal["mean", "diagonal"]
+Group = Literal["row", "matrix", "block"]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """``unstructured``, or N:M: N kept of every M consecutive inputs of an output. ``m`` is 0 for unstructured."""
+
+    n: int
+    m: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Pattern":
+        """Raises ValueError for anything but ``unstructured`` and ``N:M`` with 0 < N < M."""
+        if text == "unstructured":
+            return cls(0, 0)
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if match is None or not 0 < int(match[1]) < int(match[2]):
+            raise ValueError(f'a pattern is unstructured or "N:M" (N kept of M, quoted) with 0 < N < M, not {text!r}')
+        return cls(int(match[1]), int(match[2]))
+
+    def quantum(self, name: str, shape: tuple[int, int]) -> int:
+        """The smallest step of a matrix's kept count.
+
+        Raises:
+            SparselineError: M does not divide the matrix's inputs.
+        """
+        if self.m == 0:
+            return 1
+        if shape[1] % self.m:
+            raise SparselineError(
+                f"Pattern {self.n}:{self.m} does not divide the {shape[1]} inputs of {name}; choose another M, or exclude it (model.exclude)."
+            )
+        return shape[0] * shape[1] // self.m
+
+
+def _valid_pattern(text: str) -> str:
+    Pattern.parse(text)
+    return text
+
+
+class SelectionParams(Params):
+    """Section ``prune.selection``, with ``variants.<name>.selection`` laid over it."""
+
+    sparsity: float = Field(ge=0, lt=1)
+    pattern: Annotated[str, AfterValidator(_valid_pattern)]
+    score: Score
+    group: Group
+    block: int = Field(ge=1)
+    damping: float = Field(gt=0, le=1)
+    damping_of: DampingOf
+
+    @property
+    def shape(self) -> Pattern:
+        return Pattern.parse(self.pattern)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Any:
+        pattern = Pattern.parse(self.pattern)
+        if pattern.m and abs(self.sparsity - (1 - pattern.n / pattern.m)) > 1e-9:
+            wanted = 1 - pattern.n / pattern.m
+            reason = f"pattern {self.pattern} keeps {pattern.n} of {pattern.m}, so sparsity must be {wanted:g}, not {self.sparsity:g}"
+            raise Conflict(reason, "pattern", "sparsity")
+        return self

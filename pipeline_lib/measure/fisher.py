@@ -1,0 +1,143 @@
+"""Trace of the Fisher information per logical matrix by ordinary backward passes, block by block, and output gradients' second moments.
+
+Symbols: p_θ the model's distribution of the next token, y labels drawn from it at every predicted position, ℓ = −Σ_t log p_θ(y_t);
+x [T, C] inputs and g = ∂ℓ/∂(outputs) [T, R] of a linear, so that ∂ℓ/∂W = gᵀx. Where the model fits the text, the Fisher
+information is the Hessian of the mean cross-entropy (its Gauss-Newton part, the other part having mean zero).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from pipeline_lib.core.artifacts import block_file, read_tensors, write_tensors
+from pipeline_lib.core.runtime import generator
+from pipeline_lib.measure.backward import Logits, Subject, walk
+from pipeline_lib.measure.settings import SensitivityParams
+from pipeline_lib.models.architecture import Matrix
+
+
+class OutputMoments:
+    """E[g gᵀ] [R, R] of every included matrix, or its diagonal [R], mean over predicted tokens: one file per block, one block in memory."""
+
+    def __init__(self, directory: Path, full: bool) -> None:
+        self.directory = directory
+        self.full = full
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def add(self, matrix: Matrix, gradients: torch.Tensor) -> None:
+        """Take output gradients g [tokens, R] of a matrix of the block at hand."""
+        g = gradients.float()
+        sums = self._sums.setdefault(matrix.label, g.new_zeros((g.shape[1],) * (2 if self.full else 1)))
+        if self.full:
+            sums.addmm_(g.T, g)
+        else:
+            sums.add_(g.square().sum(0))
+
+    def keep(self, index: int, tokens: int) -> None:
+        """Done with the block for now: its sums over so many predicted tokens go into the mean that its file holds."""
+        path = block_file(self.directory, index)
+        before, facts = read_tensors(path) if path.exists() else ({}, {"tokens": 0})
+        total = facts["tokens"] + tokens
+        means = {label: self._sums.pop(label).cpu().div_(total) for label in list(self._sums)}
+        for label in list(before):
+            means[label].add_(before.pop(label), alpha=facts["tokens"] / total)
+        write_tensors(path, means, {"full": self.full, "tokens": total})
+
+
+def moment_bytes(shapes: Sequence[tuple[int, int]]) -> int:
+    """Bytes of full float32 moments of matrices [R, C]."""
+    return sum(4 * rows * rows for rows, _ in shapes)
+
+
+@contextmanager
+def _recorded(block: nn.Module, modules: Sequence[str]) -> Iterator[Mapping[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """While open, the inputs and outputs of the named linears are noted whenever the block runs."""
+    noted: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    handles = []
+    for name in modules:
+
+        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, name: str = name) -> None:
+            noted[name] = inputs[0], output
+
+        handles.append(block.get_submodule(name).register_forward_hook(hook))
+    try:
+        yield noted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Gradient:
+    """The gradients of a group of probes, reduced to ‖∂ℓ/∂W‖² per token and weight as soon as a block's are known."""
+
+    def __init__(self, subject: Subject, params: SensitivityParams, probes: Sequence[int], moments: OutputMoments | None) -> None:
+        self.subject, self.params, self.probes, self.moments = subject, params, probes, moments
+        self.batches = [subject.batch(probe, params.rows_per_probe) for probe in probes]
+        self.predicted = self.batches[0][:, 1:].numel()
+        self.samples: list[dict[str, float]] = [{} for _ in probes]
+
+    def enter(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    @torch.no_grad()
+    def up(self, block: nn.Module, index: int, number: int, state: torch.Tensor) -> torch.Tensor:
+        output = self.subject.model.call(block, index, state)
+        self.subject.model.check_finite(index, output)
+        return output
+
+    def turn(self, logits: Logits, number: int, state: torch.Tensor) -> torch.Tensor:
+        """∂ℓ/∂x for labels that the model draws itself, row by row, so that the logits of one row are in memory."""
+        random = generator(self.params.seed, f"labels:{self.probes[number]}")
+        rows = []
+        for row in state.split(1):
+            x = row.detach().requires_grad_(True)
+            scores = logits(x)[0, :-1]
+            labels = torch.multinomial(scores.detach().softmax(-1).cpu(), 1, generator=random)[:, 0].to(x.device)
+            rows += torch.autograd.grad(cross_entropy(scores, labels, reduction="sum"), x)
+        return torch.cat(rows)
+
+    def down(self, block: nn.Module, index: int, number: int, state: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        x = state.detach().requires_grad_(True)
+        matrices = self.subject.matrices[index]
+        linear = {name: matrix.parameter.removesuffix(".weight") for name, matrix in matrices.items()}
+        modules = sorted(set(linear.values()))
+        with _recorded(block, modules) as noted:
+            output = self.subject.model.call(block, index, x)
+        below, *gradients = torch.autograd.grad(output, [x, *(noted[module][1] for module in modules)], gradient)
+        # Some models fold rows and tokens into one axis before their linears.
+        inputs = {module: noted[module][0].detach().reshape(len(x), -1, noted[module][0].shape[-1]) for module in modules}
+        outputs = {module: g.reshape(len(x), -1, g.shape[-1]) for module, g in zip(modules, gradients, strict=True)}
+        for name, matrix in matrices.items():
+            inner, g = inputs[linear[name]], outputs[linear[name]][..., slice(*(matrix.rows or (None,)))]
+            # Row by row: between rows the cross terms have mean zero, and leaving them out leaves their noise out.
+            squares = sum(_square(g[row], inner[row]) for row in range(len(x)))
+            self.samples[number][name] = squares / (self.predicted * g.shape[-1] * inner.shape[-1])
+            if self.moments is not None:
+                self.moments.add(matrix, g.flatten(0, 1))
+        if self.moments is not None and number == len(self.batches) - 1:
+            self.moments.keep(index, self.predicted * len(self.batches))
+        return below
+
+
+def _square(g: torch.Tensor, x: torch.Tensor) -> float:
+    """‖gᵀx‖² of g [T, R] and x [T, C]; of a wide matrix by way of [T, T], since tr(gᵀx xᵀg) = tr(g gᵀ x xᵀ)."""
+    tokens, wide = len(g), g.shape[1] * x.shape[1] / (g.shape[1] + x.shape[1])
+    return float(torch.sum((g @ g.T) * (x @ x.T)) if tokens < wide else (g.T @ x).square().sum())
+
+
+def samples(
+    subject: Subject, params: SensitivityParams, probes: Sequence[int], moments: OutputMoments | None = None
+) -> list[dict[str, float]]:
+    """For each probe, ‖∂ℓ/∂W‖² / (tokens · n) per logical matrix: an unbiased sample of its mean Fisher diagonal on the probe's rows.
+
+    Unbiased because labels drawn from the model have scores ∂log p/∂W of mean zero: of the sum's square, only the tokens' own
+    squares remain in the mean. True labels (the "empirical Fisher") do not have that, nor does the gradient of the mean loss.
+    ``moments`` takes the output gradients of the same pass.
+    """
+    gradient = _Gradient(subject, params, probes, moments)
+    walk(subject.model, gradient.batches, gradient)
+    return gradient.samples

@@ -1,0 +1,66 @@
+"""Choose masks by scores that need no inverse of H, and set what is pruned to zero: nothing is factorised and nothing compensated."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.masks.rule import Rule
+from pipeline_lib.masks.scores import Curvature
+from pipeline_lib.masks.settings import SelectionParams
+from pipeline_lib.prune.window import Block, Window, collect_diagonals
+from pipeline_lib.recipe.needs import Moments
+from pipeline_lib.solve.factor import damping_unit, finite
+
+
+@dataclass(frozen=True)
+class Choose:
+    """Magnitude, Wanda and OBD."""
+
+    selection: SelectionParams
+    moments: Moments  # what the score reads: ``none``, or the ``diagonal`` of the second moment
+    by_site: bool = False  # statistics are collected again before each site, else once a block
+    dtype: torch.dtype | None = None  # of the matrices that are put in the places of the old ones; None: theirs
+
+    def run(self, window: Window) -> None:
+        """Prune the window's only block in place."""
+        ((index, block),) = window.blocks.items()
+        model = window.model
+        found: dict[str, torch.Tensor] = {}
+        for site in block.sites:
+            if site not in found and self.moments != "none":
+                sites = [site] if self.by_site else block.sites
+                hidden = window.rows.pruned.hidden[window.rows.seen]
+                found = collect_diagonals(model, (index, model.block(index, block.tensors)), hidden, sites)
+            self.prune_site(block, site, found.get(site))
+
+    def prune_site(self, block: Block, site: str, second_moment: torch.Tensor | None) -> None:
+        """Choose the masks of the matrices that share a site, and put both into the block.
+
+        Args:
+            second_moment: the diagonal [C] of the site's inputs' second moment, or None where the score reads none.
+
+        Raises:
+            SparselineError: the scores hold NaN or infinity.
+        """
+        rule = Rule.of(self.selection)
+        for matrix in block.consumers(site):
+            weight = matrix.view(block.tensors[matrix.parameter])
+            known = torch.full((weight.shape[1],), torch.nan, device=weight.device) if second_moment is None else second_moment
+            if second_moment is not None:
+                finite(known, f"{block.where} {site}")
+            diagonal = known + self.selection.damping * damping_unit(known, self.selection.damping_of)
+            curvature = Curvature(known, diagonal, torch.full_like(known, torch.nan))  # what the scores do not read is not known
+            mask = rule.mask(rule.scores(weight.float(), curvature), block.kept[matrix])
+            if int(mask.count_nonzero()) != block.kept[matrix]:
+                raise SparselineError(
+                    f"The scores of {block.where}.{matrix.label} hold NaN or infinity; check the model, or compute in float32."
+                )
+            if matrix.parameter not in block.masks:
+                block.tensors[matrix.parameter] = block.tensors[matrix.parameter].to(self.dtype, copy=True)
+            whole = block.masks.get(matrix.parameter, torch.ones(block.tensors[matrix.parameter].shape, dtype=torch.bool))
+            matrix.view(whole).copy_(mask)
+            block.masks[matrix.parameter] = whole
+            matrix.view(block.tensors[matrix.parameter]).masked_fill_(~mask, 0)
+            block.curvatures[matrix], block.rules[matrix] = curvature, rule
+            block.facts["matrices"][matrix.label] = {"kind": matrix.kind, "size": weight.numel(), "kept": block.kept[matrix]}

@@ -1,0 +1,76 @@
+"""Fit the pruned blocks of a window together, by gradients."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from pipeline_lib.fit.fit import Masks, Remask, Sparse, fit
+from pipeline_lib.fit.scales import Scales
+from pipeline_lib.fit.settings import FitParams
+from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.prune.window import Window
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """One of the steps ``channel`` and ``block``, or what is fitted once more after quantisation."""
+
+    name: str  # under which the blocks are told the window's errors
+    params: FitParams
+    remasks: bool  # masks may be chosen anew
+
+    def run(self, window: Window) -> None:
+        """In place; the held-out rows judge."""
+        model, blocks = window.model, window.blocks
+        places = {  # matrices as they are called in the window -> block and matrix
+            replace(m, parameter=f"{index}/{m.parameter}", bias=m.bias and f"{index}/{m.bias}"): (index, m)
+            for index, block in blocks.items()
+            for m in block.curvatures
+        }
+        if not places:
+            return
+
+        def run(hidden: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            for index in blocks:
+                prefix = f"{index}/"
+                own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+                hidden = model.call(model.templates[index], index, hidden, scales[index].joined(own))
+            return hidden
+
+        scales = {index: Scales(block.tensors, block.grids if "scales" in self.params.parts else {}) for index, block in blocks.items()}
+        tensors: dict[str, torch.Tensor] = {}
+        names: dict[int, list[str]] = {}
+        for index, block in blocks.items():
+            given = {**block.tensors, **scales[index].free()}
+            tensors |= {f"{index}/{name}": tensor.float() for name, tensor in given.items()}
+            names[index] = list(given)
+            block.tensors = {}  # the fit takes them over
+        del given
+        masks = {matrix: own.view(blocks[index].masks[own.parameter]) for matrix, (index, own) in places.items()}
+        first = blocks[min(blocks)]
+        offsets = {f"{index}/{name}": offset for index in blocks for name, offset in first.architecture.offsets.items()}
+        sparse = Sparse(run, tensors, masks, first.where, self._remask(window, places), model.dtype, offsets)
+        fitted = fit(sparse, *window.rows.pairs(), self.params)
+        for index, block in blocks.items():
+            block.tensors = scales[index].settle({name: fitted.tensors[f"{index}/{name}"] for name in names[index]})
+            block.facts[self.name] = fitted.facts
+        for matrix, mask in (fitted.masks or {}).items():
+            index, own = places[matrix]
+            whole = blocks[index].masks[own.parameter]
+            own.view(whole).copy_(mask)
+            blocks[index].masks[own.parameter] = whole
+
+    def _remask(self, window: Window, places: Mapping[Matrix, tuple[int, Matrix]]) -> Remask | None:
+        if not self.remasks:
+            return None
+
+        def remask(tensors: Mapping[str, torch.Tensor]) -> Masks:
+            masks = {}
+            for matrix, (index, own) in places.items():
+                block = window.blocks[index]
+                scores = block.rules[own].scores(matrix.view(tensors[matrix.parameter]), block.curvatures[own])
+                masks[matrix] = block.rules[own].mask(scores, block.kept[own])
+            return masks
+
+        return remask

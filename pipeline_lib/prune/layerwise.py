@@ -1,0 +1,238 @@
+"""Prune and compensate the matrices of one block, each by itself, from the statistics of its inputs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.masks.rule import Rule
+from pipeline_lib.masks.scores import Curvature
+from pipeline_lib.masks.settings import SelectionParams
+from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.models.folding import site_factor
+from pipeline_lib.prune.window import Block, Window, collect
+from pipeline_lib.solve import lsq
+from pipeline_lib.solve.factor import Factorisation, factorise, layer_error, squared_error
+from pipeline_lib.solve.grid import Grid, Scheme
+from pipeline_lib.solve.matrix import prune_matrix, quantise_matrix
+from pipeline_lib.solve.order import column_losses, rose_order
+from pipeline_lib.solve.settings import LsqParams
+from pipeline_lib.solve.sweep import aim
+from pipeline_lib.stats.moments import Moments
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """What is done to each matrix of a block: choose its mask, with or without the OBS sweep; then least squares; then rounding to a grid."""
+
+    selection: SelectionParams
+    compensate: bool  # the OBS sweep
+    by_site: bool = False  # statistics are collected again before each site, else once a block
+    towards_dense: float = 0.0  # what compensation aims at: outputs for its own stream, or (1) those that the dense stream gives
+    reorder: float | None = None  # ROSE's least relative range; None: columns are swept from left to right
+    lsq: LsqParams | None = None  # the best weights on the mask
+    scheme: Scheme | None = None  # of the grid that what is left is put on; None: not on one
+    dtype: torch.dtype | None = None  # of the matrices that are put in the places of the old ones; None: theirs
+
+    def run(self, window: Window) -> None:
+        """Prune the window's only block in place, by the moments of the streams before it."""
+        ((index, block),) = window.blocks.items()
+        model, streams = window.model, window.rows
+        hidden = streams.pruned.hidden[streams.seen]
+        beside = None
+        if self.towards_dense and window.dense is not None and streams.dense is not None:
+            beside = (window.dense, streams.dense.hidden[streams.seen])
+        found: dict[str, Moments] = {}
+        for site in block.sites:
+            if site not in found:
+                sites = [site] if self.by_site else block.sites
+                found = collect(model, (index, model.block(index, block.tensors)), hidden, sites, beside)
+            self.prune_site(block, site, found)
+
+    def prune_block(self, block: Block, moments: dict[str, Moments]) -> None:
+        """Prune all matrices of a block by moments that were collected before any of them is pruned; used up (``prune_site``)."""
+        for site in block.sites:
+            self.prune_site(block, site, moments)
+
+    def prune_site(self, block: Block, site: str, moments: dict[str, Moments]) -> None:
+        """Choose the masks of the matrices that share a site, compensate as asked, and put both into the block. They share one factorisation.
+
+        Memory: besides the block, two matrices [C, C] and one [R, C] for the sweep alone; a third [C, C] while it is aimed or a mask is improved.
+
+        Args:
+            moments: holds those of the site's inputs in the pruned stream, folded; with ``cross`` where the compensation aims towards the
+                dense stream. They are taken out and used up: in a wide block each weighs more than the largest matrix.
+
+        Raises:
+            ValueError: ``cross`` is wanted, and not there.
+        """
+        matrices = block.consumers(site)
+        weights = {m: m.view(block.tensors[m.parameter]) for m in matrices}
+        centred, shift, factor = _centred(block, site, moments.pop(site))
+        rule = Rule.of(self.selection, block.transform.importance.get(site))
+        order = None if self.reorder is None else self._ordering(weights, block, rule)
+        where = f"{block.where} {site}"
+        factorisation = factorise(centred.gram, self.selection.damping, self.selection.damping_of, where, factor, order)
+        targets: dict[Matrix, torch.Tensor] = dict(weights)
+        if self.towards_dense:
+            if centred.cross is None:
+                raise ValueError("what aims towards the dense stream wants the cross moment with its inputs")
+            away = centred.cross.sub_(centred.gram)
+            targets = {m: aim(w.float(), away, factorisation, self.towards_dense) for m, w in weights.items()}
+            del away
+        errors = _Errors(targets, centred.gram, factorisation)
+        del centred
+        if self.compensate and not self.lsq:
+            errors.forget()
+        for matrix in matrices:
+            weight, target = weights.pop(matrix), targets.pop(matrix)
+            grid = None if self.scheme is None else Grid(target.shape, self.scheme, target.device)
+            task = _Task(matrix, target, factorisation, block.kept[matrix], rule, grid)
+            self._prune(task, errors, f"{block.where}.{matrix.label}")
+            if matrix.parameter not in block.masks:
+                block.tensors[matrix.parameter] = block.tensors[matrix.parameter].to(self.dtype, copy=True)
+            whole = block.masks.get(matrix.parameter, torch.ones(block.tensors[matrix.parameter].shape, dtype=torch.bool))
+            matrix.view(whole).copy_(task.mask)
+            block.masks[matrix.parameter] = whole
+            _put(block, matrix, weight, task.new, shift)
+            block.curvatures[matrix], block.rules[matrix] = factorisation.whole(), rule
+            if grid is not None:
+                block.grids[matrix] = grid
+                task.facts["rounding_error"] = grid.error
+            size = {"kind": matrix.kind, "size": weight.numel(), "kept": block.kept[matrix]}
+            block.facts["matrices"][matrix.label] = {**size, **task.facts, "damping": factorisation.damping}
+            del weight, target, task, whole  # before the next
+
+    def _ordering(self, weights: Mapping[Matrix, torch.Tensor], block: Block, rule: Rule) -> Callable[[Curvature], torch.Tensor | None]:
+        """ROSE's order of a site's columns, from what all its matrices would lose."""
+
+        def ordering(curvature: Curvature) -> torch.Tensor | None:
+            losses = [column_losses(w.float(), curvature, block.kept[m], rule) for m, w in weights.items()]
+            return rose_order(torch.stack(losses).sum(0), rule.block, rule.pattern.m, self.reorder or 0.0)
+
+        return ordering
+
+    def _prune(self, task: "_Task", errors: "_Errors", where: str) -> None:
+        """What the target becomes, its mask, and facts: the layer errors after the steps, and what these took."""
+        refit, rule = self.lsq, task.rule
+        factorisation, target = task.factorisation, task.target
+        grid = None if refit else task.grid
+        task.new, task.mask, swept = prune_matrix(target, factorisation, task.kept, rule, self.compensate, grid)
+        if int(task.mask.count_nonzero()) != task.kept:  # a sum would widen the mask to 64 bits first
+            raise SparselineError(f"The scores of {where} hold NaN or infinity; check the model, or compute in float32.")
+        task.facts["layer_error"] = errors.of(task, swept)
+        if refit is None:
+            return
+        alive = target.float().masked_fill(factorisation.dead, 0)
+        task.new, steps = lsq.solve(alive, task.mask, errors.hessian, task.new, refit)
+        task.facts |= {"selected_error": task.facts["layer_error"], "lsq_iterations": steps}
+        if refit.mask_iterations:
+
+            def choose(scores: torch.Tensor) -> torch.Tensor:
+                return rule.mask(rule.weighted(scores), task.kept)
+
+            task.new, task.mask, found = lsq.admm(alive, task.mask, errors.hessian, task.new, choose, refit)
+            task.facts["mask_swapped"] = found["swapped"]
+        del alive
+        task.facts["layer_error"] = errors.of(task)
+        if task.grid is not None:
+            task.new = quantise_matrix(task.new, task.mask, factorisation, task.grid, rule.block, self.compensate)
+            task.facts |= {"layer_error": errors.of(task), "unquantised_error": task.facts["layer_error"]}
+
+
+class _Task:
+    """One matrix as it is pruned."""
+
+    def __init__(
+        self, matrix: Matrix, target: torch.Tensor, factorisation: Factorisation, kept: int, rule: Rule, grid: Grid | None
+    ) -> None:
+        self.matrix, self.target, self.factorisation, self.kept, self.rule, self.grid = matrix, target, factorisation, kept, rule, grid
+        self.new = target
+        self.mask = torch.empty(0, dtype=torch.bool)
+        self.facts: dict[str, Any] = {}
+
+
+class _Errors:
+    """Layer errors E‖(W − Ŵ) X‖² / E‖W X‖² of the matrices that share a site. Takes G over, and puts the damping on it: what it holds is H."""
+
+    def __init__(self, targets: Mapping[Matrix, torch.Tensor], gram: torch.Tensor, factorisation: Factorisation) -> None:
+        self.scales = {matrix: max(squared_error(target, None, gram), 1e-30) for matrix, target in targets.items()}
+        self.damping, self.dead = factorisation.diagonal - factorisation.second_moment, factorisation.dead
+        gram.diagonal().copy_(factorisation.diagonal)
+        self.hessian = gram
+
+    def forget(self) -> None:
+        """H goes: from here on errors must be given."""
+        del self.hessian
+
+    def of(self, task: _Task, swept: float | None = None) -> float:
+        """From tr((W − Ŵ) H (W − Ŵ)ᵀ), which the sweep tells (without always-zero inputs) or is taken here, less what the damping adds."""
+        target, new = task.target, task.new
+        lost = squared_error(target, new, self.hessian) if swept is None else swept
+        damping = self.damping if swept is None else self.damping.masked_fill(self.dead, 0)
+        damped = sum(float((a - b).float().square().sum(0) @ damping) for a, b in zip(target.split(256), new.split(256), strict=True))
+        return max(lost - damped, 0.0) / self.scales[task.matrix]
+
+
+@dataclass(frozen=True)
+class Quantise:
+    """Put the fitted blocks of a window on grids, site by site; each aims at what the block gave for the same stream before."""
+
+    selection: SelectionParams
+    scheme: Scheme
+    compensate: bool  # by the OBS sweep; else to nearest
+
+    def run(self, window: Window) -> None:
+        """In place. The pruned stream before the window is copied and passed on if there is more than one block."""
+        model, streams = window.model, window.rows
+        stream = streams.pruned if len(window.blocks) == 1 else streams.pruned.copy("ahead")
+        for index, block in window.blocks.items():
+            fitted = model.block(index, block.tensors)
+            hidden = stream.hidden[streams.seen]
+            for site in block.sites:
+                beside = (fitted, hidden) if self.compensate else None
+                found = collect(model, (index, model.block(index, block.tensors)), hidden, [site], beside)
+                self.quantise_site(block, site, found[site])
+            del hidden  # its batches, before they are passed on
+            if index != max(window.blocks):
+                model.advance(model.block(index, block.tensors), index, stream)
+
+    def quantise_site(self, block: Block, site: str, moments: Moments) -> None:
+        """Quantise the pruned matrices that share a site, on their masks.
+
+        Args:
+            moments: of the site's inputs in the stream that passes through what is quantised already; with ``cross``, the block before it
+                was quantised stands for the dense one, and the compensation aims at its outputs.
+        """
+        centred, shift, factor = _centred(block, site, moments)
+        gram = centred.gram
+        factorisation = factorise(gram, self.selection.damping, self.selection.damping_of, f"{block.where} {site}", factor)
+        away = None if centred.cross is None else centred.cross.sub_(gram)
+        for matrix in block.consumers(site):
+            weight = matrix.view(block.tensors[matrix.parameter]).clone()
+            mask = matrix.view(block.masks[matrix.parameter]).to(weight.device)
+            target = weight if away is None else aim(weight, away, factorisation, 1.0)
+            grid = block.grids[matrix] = Grid(weight.shape, self.scheme, weight.device)
+            block.tensors[matrix.parameter] = block.tensors[matrix.parameter].clone()
+            new = quantise_matrix(target, mask, factorisation, grid, self.selection.block, self.compensate)
+            _put(block, matrix, weight, new, shift)
+            block.facts["matrices"][matrix.label] |= {"rounding_error": grid.error, "quantised_error": layer_error(target, new, gram)}
+
+
+def _centred(block: Block, site: str, moments: Moments) -> tuple[Moments, torch.Tensor | None, torch.Tensor | None]:
+    """A site's moments without what the biases take over, that shift in folded coordinates, and the factor that is folded in; each [C] or None."""
+    shift = block.transform.shifts.get(site)
+    factor = site_factor(block.architecture, site, block.transform.factors)
+    if shift is not None and factor is not None:
+        shift = shift * factor.to(shift.device)
+    return moments if shift is None else moments.shifted(shift), shift, factor
+
+
+def _put(block: Block, matrix: Matrix, weight: torch.Tensor, new: torch.Tensor, shift: torch.Tensor | None) -> None:
+    """``new`` in the place of ``weight`` [R, C]; the bias makes up for the shift that the inputs are taken without."""
+    matrix.view(block.tensors[matrix.parameter]).copy_(new)
+    if shift is not None and matrix.bias is not None:
+        block.tensors[matrix.bias] = block.tensors[matrix.bias].clone()
+        matrix.bias_view(block.tensors[matrix.bias]).add_((weight - new) @ shift.to(weight.device))

@@ -1,0 +1,60 @@
+"""From a recipe to the steps that prune a block; no tensors are touched."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline_lib.prune.choose import Choose
+from pipeline_lib.prune.finetune import Finetune
+from pipeline_lib.prune.layerwise import Layerwise, Quantise
+from pipeline_lib.recipe.needs import Needs, needs
+from pipeline_lib.recipe.settings import Recipe
+from pipeline_lib.solve.grid import Scheme, scheme
+
+REFIT = "refit"  # what is fitted once more where a block is quantised after it was fitted
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to a model."""
+
+    needs: Needs
+    select: Choose | Layerwise  # block by block: each sees what comes out of the pruned blocks before it
+    mend: tuple[Finetune | Quantise, ...]  # window by window, in order
+    window: int  # consecutive blocks that are mended together
+
+    @property
+    def judged(self) -> bool:
+        """Whether held-out rows judge a step: no statistic is taken from them then."""
+        return any(isinstance(step, Finetune) for step in self.mend)
+
+    @property
+    def steps(self) -> tuple[Choose | Layerwise | Finetune | Quantise, ...]:
+        return (self.select, *self.mend)
+
+
+def plan(recipe: Recipe, dtype: torch.dtype) -> Plan:
+    """The steps of a recipe for a checkpoint of this dtype.
+
+    Raises:
+        SparselineError: the dtype cannot tell all codes of a quantisation apart.
+    """
+    need, how, selection = needs(recipe), recipe.reconstruction, recipe.selection
+    grid = scheme(recipe.quantization, dtype)
+    fits = how.fits
+    wide = torch.float32 if fits else None  # what is fitted later is not rounded before
+    by_site = how.collect == "site"
+    select: Choose | Layerwise
+    if need.moments == "full":
+        refit = how.lsq if "lsq" in how.steps else None
+        rounded: Scheme | None = None if fits else grid
+        select = Layerwise(selection, "obs" in how.steps, by_site, how.towards_dense, how.reorder, refit, rounded, wide)
+    else:
+        select = Choose(selection, need.moments, by_site, wide)
+    mend: list[Finetune | Quantise] = [Finetune(name, params, True) for name, params in fits.items()]
+    if fits and grid is not None:
+        mend.append(Quantise(selection, grid, "obs" in how.steps))
+        if recipe.quantization.refit:
+            again = list(fits.values())[-1].model_copy(update={"parts": recipe.quantization.refit})
+            mend.append(Finetune(REFIT, again, False))
+    return Plan(need, select, tuple(mend), how.window)

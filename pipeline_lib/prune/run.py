@@ -1,0 +1,136 @@
+"""Prune a model block by block: each block sees the outputs of the pruned blocks before it, and is written when it is done."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.models.folding import fold
+from pipeline_lib.models.stream import BlockModel, Stream
+from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.plan import Plan
+from pipeline_lib.prune.window import Block, Streams, Window
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Calibration rows [N, T] of token ids, and how they are passed through the model."""
+
+    fit: torch.Tensor
+    held_out: torch.Tensor  # judge fits, and enter no statistic of what is judged
+    batch_rows: int  # rows in one forward pass; no batch holds both kinds
+
+    @property
+    def batches(self) -> list[int]:
+        """Rows of each batch."""
+        return [len(batch) for part in (self.fit, self.held_out) if len(part) for batch in part.split(self.batch_rows)]
+
+    @property
+    def cut(self) -> int:
+        """Batches before this one hold the fitting rows."""
+        return -(-len(self.fit) // self.batch_rows)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is pruned, and how much of it."""
+
+    model: BlockModel
+    transforms: list[Transform]  # one per block
+    kept: Mapping[tuple[int, Matrix], int]  # weights that each included matrix keeps, by block
+
+
+Finished = Callable[[int], Mapping[str, torch.Tensor] | None]  # a finished block's stored tensors, or None
+
+
+def prune(source: Source, rows: Rows | None, plan: Plan, finished: Finished, spill: Path | None = None) -> Iterator[tuple[int, Block]]:
+    """Yield every block, in order, of every window that is not yet ``finished``.
+
+    Where a step fits whole blocks, the held-out rows judge it, and all statistics come from the fitting rows alone. Otherwise nothing is
+    judged, and the statistics come from all rows.
+
+    The streams before the first unfinished block are recomputed from the finished blocks' stored tensors, which are the very
+    tensors (rounded to the checkpoint's dtype) that an uninterrupted run passes its stream through: the bytes are the same.
+
+    Memory: the streams (one, or two where something aims at the dense model, a value of the computing dtype per token and channel each),
+    and one window of blocks with what its step needs (``fit``); nothing grows with depth.
+
+    Args:
+        rows: None where the plan needs no text: no forward pass is run then.
+        spill: a directory for the streams; None keeps them in memory.
+    """
+    depth = source.model.checkpoint.architecture.depth
+    streams = None if rows is None else _streams(source.model, rows, plan, spill)
+    for first in range(0, depth, plan.window):
+        window = range(first, min(first + plan.window, depth))
+        stored = {index: tensors for index in window if (tensors := finished(index)) is not None}
+        blocks = _pruned(source, streams, plan, window, done=len(stored) == len(window))
+        for index, block in blocks.items():
+            block.tensors = {name: tensor.to(block.dtypes[name]) for name, tensor in block.tensors.items()}
+            stored[index] = block.tensors
+        if streams is not None:
+            _advance(source.model, streams.pruned, window, stored)
+        yield from blocks.items()
+
+
+def stream_bytes(plan: Plan, tokens: int, width: int, itemsize: int) -> int:
+    """Bytes of all streams."""
+    return (1 + plan.needs.dense_stream + (plan.window > 1)) * itemsize * tokens * width
+
+
+def _streams(model: BlockModel, rows: Rows, plan: Plan, spill: Path | None) -> Streams:
+    pruned = model.embed(torch.cat([rows.fit, rows.held_out]), rows.batches, spill, "pruned")
+    dense = pruned.copy("dense") if plan.needs.dense_stream else None
+    return Streams(pruned, dense, rows.cut, slice(rows.cut) if plan.judged else slice(None))
+
+
+def _pruned(source: Source, streams: Streams | None, plan: Plan, window: range, done: bool) -> dict[int, Block]:
+    """The blocks of a window, pruned and mended; none if they are done. The dense stream is passed on, the pruned one is not."""
+    model, dense_stream = source.model, None if streams is None else streams.dense
+    results: dict[int, Block] = {}
+    if done and dense_stream is None:
+        return results
+    ahead = streams and (streams.pruned if done or len(window) == 1 else streams.pruned.copy("ahead"))
+    for index in window:
+        block = _opened(source, index)
+        dense = None if dense_stream is None else model.block(index, block.tensors)
+        if not done:
+            own = None if streams is None or ahead is None else Streams(ahead, dense_stream, streams.cut, streams.seen)
+            plan.select.run(Window(model, {index: block}, own, dense))
+            results[index] = block
+        if dense is not None and dense_stream is not None:
+            model.advance(dense, index, dense_stream)
+        del block, dense
+        if index != window[-1] and not done and ahead is not None:
+            model.advance(model.block(index, results[index].tensors), index, ahead)
+    del ahead
+    if results:
+        for step in plan.mend:
+            step.run(Window(model, results, streams, None))
+    return results
+
+
+def _opened(source: Source, index: int) -> Block:
+    """A block with its factors folded in, on the model's device."""
+    model, architecture = source.model, source.model.checkpoint.architecture
+    transform = source.transforms[index].to(model.device)
+    wide = torch.float32 if transform.factors else None  # products with factors are not rounded
+    stored = model.checkpoint.block(index)  # maps the file: as long as one tensor lives, all do
+    dtypes = {name: tensor.dtype for name, tensor in stored.items()}
+    tensors = {name: stored.pop(name).to(model.device, wide, copy=True) for name in dtypes}
+    kept = {matrix: source.kept[index, matrix] for matrix in architecture.matrices if (index, matrix) in source.kept}
+    folded = fold(tensors, architecture, transform.factors)
+    return Block(architecture, f"{architecture.blocks}.{index}", transform, kept, folded, dtypes)
+
+
+def _advance(model: BlockModel, stream: Stream, window: range, stored: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+    """Pass the stream through a window's stored blocks."""
+    for index in window:
+        block = model.block(index, stored[index])
+        if index + 1 < model.checkpoint.architecture.depth:
+            model.advance(block, index, stream)
+        else:  # nobody reads what comes after the last block: that it is finite shows on one batch
+            with torch.no_grad():
+                model.check_finite(index, model.call(block, index, stream.hidden[0]))

@@ -1,0 +1,104 @@
+"""A variant's parameters: section ``prune`` with ``variants.<name>`` laid over it, and what induction and error curves of it are."""
+
+from typing import Any, Literal, get_args
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from pipeline_lib.allocate.settings import AllocationParams
+from pipeline_lib.core.params import Conflict, Params
+from pipeline_lib.fit.settings import BlockParams, FitParams, SpectralParams
+from pipeline_lib.masks.settings import SelectionParams
+from pipeline_lib.measure.settings import CurvesParams
+from pipeline_lib.solve.settings import LsqParams, QuantizationParams
+
+Step = Literal["obs", "lsq", "channel", "block"]
+STEPS: tuple[Step, ...] = get_args(Step)
+FITS: tuple[Step, ...] = ("channel", "block")  # the steps that fit a whole block
+Format = Literal["dense", "bitmask", "compressed-tensors"]
+
+
+class ReconstructionParams(Params):
+    """Section ``prune.reconstruction``: the steps in order, and the parameters of each."""
+
+    steps: list[Step]
+    collect: Literal["block", "site"]
+    towards_dense: float = Field(ge=0, le=1)
+    reorder: float | None = Field(ge=0, le=1)
+    lsq: LsqParams
+    channel: FitParams
+    block: BlockParams
+
+    @property
+    def fits(self) -> dict[str, FitParams]:
+        """The steps that fit a whole block. Each passes a gate: held-out rows, which enter no statistic of the variant, keep it or not."""
+        return {name: getattr(self, name) for name in FITS if name in self.steps}
+
+    @property
+    def window(self) -> int:
+        """How many consecutive blocks are pruned together."""
+        return self.block.window if "block" in self.steps else 1
+
+    @field_validator("steps")
+    @classmethod
+    def _in_order(cls, steps: list[Step]) -> list[Step]:
+        if steps != [step for step in STEPS if step in steps]:
+            raise ValueError(f"each step once, in the order {', '.join(STEPS)}: masks come before what fits the weights that are left")
+        return steps
+
+    @model_validator(mode="after")
+    def _aims_site_by_site(self) -> Any:
+        if self.towards_dense and self.collect != "site":
+            reason = "towards_dense needs collect: site; otherwise each matrix corrects errors that earlier matrices have already corrected"
+            raise Conflict(reason, "towards_dense", "collect")
+        if self.towards_dense and not {"obs", "lsq"} & set(self.steps):
+            reason = (
+                "towards_dense needs obs or lsq among the steps; without them no weight changes, and nothing can aim at the dense outputs"
+            )
+            raise Conflict(reason, "towards_dense", "steps")
+        return self
+
+
+class InduceParams(Params):
+    """Section ``induce``, with ``variants.<name>.induce`` laid over it."""
+
+    factors: bool
+    importance: bool
+    steps: int = Field(ge=1)
+    rate: float = Field(gt=0)
+    temperature: float = Field(gt=0)
+    probes: int = Field(ge=0)
+    seed: int
+    limit: float = Field(gt=0)
+    check_every: int = Field(ge=1)
+    patience: int = Field(ge=1)
+    spectral: SpectralParams
+
+
+class PruneParams(Params):
+    """Section ``prune``, with ``variants.<name>`` laid over it."""
+
+    batch_rows: int = Field(ge=1)
+    quantization: QuantizationParams
+    selection: SelectionParams
+    allocation: AllocationParams
+    reconstruction: ReconstructionParams
+    export: list[Format]
+    tasks: list[str]
+    candidate: bool
+
+    @field_validator("selection")
+    @classmethod
+    def _does_something(cls, selection: SelectionParams, info: ValidationInfo) -> SelectionParams:
+        quantization = info.data.get("quantization")
+        if selection.sparsity == 0 and quantization is not None and quantization.bits is None:
+            raise Conflict(
+                "sparsity 0 prunes nothing, so it must be greater than 0 unless quantization.bits says what else to do", "sparsity"
+            )
+        return selection
+
+
+class Recipe(PruneParams):
+    """All that a variant is."""
+
+    induce: InduceParams | None  # None: nothing is learned before masks are chosen
+    curves: CurvesParams  # how error curves are measured, where the allocation reads them

@@ -1,0 +1,126 @@
+"""Damped second moments of a site's inputs, factorised once for all matrices that share the site; and layer errors from them.
+
+Shape letters: ``R`` outputs, ``C`` inputs. G = E[X Xᵀ] [C, C], H = G + damping.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.masks.scores import Curvature
+from pipeline_lib.masks.settings import DampingOf
+
+LARGEST_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class Factorisation:
+    """H = G + damping of a site, factorised once for all matrices that share it.
+
+    ``upper`` is U [C, C], upper triangular with H⁻¹ = Uᵀ U: U_mm² is [H⁻¹]_mm of the trailing submatrix from m on. With an
+    ``order`` that is so for H's rows and columns in that order; all other fields are in the order of the matrix's own columns.
+    """
+
+    second_moment: torch.Tensor  # G_mm [C]
+    diagonal: torch.Tensor  # H_mm [C]
+    inverse_diagonal: torch.Tensor  # [H⁻¹]_mm [C]
+    upper: torch.Tensor
+    dead: torch.Tensor  # [C] inputs that were always zero
+    damping: float  # the one that was needed
+    order: torch.Tensor | None = None  # [C] the columns as the sweep takes them; None: from left to right
+
+    def whole(self) -> Curvature:
+        """For scores of the whole matrix at once: columns in their own order."""
+        return Curvature(self.second_moment, self.diagonal, self.inverse_diagonal)
+
+    def trailing(self) -> Curvature:
+        """For scores inside the sweep: columns as it takes them."""
+        inverse_diagonal = self.upper.diagonal().square()
+        if self.order is None:
+            return Curvature(self.second_moment, self.diagonal, inverse_diagonal)
+        return Curvature(self.second_moment[self.order], self.diagonal[self.order], inverse_diagonal)
+
+
+def factorise(
+    gram: torch.Tensor,
+    damping: float,
+    damping_of: DampingOf,
+    where: str,
+    factor: torch.Tensor | None = None,
+    ordering: Callable[[Curvature], torch.Tensor | None] | None = None,
+) -> Factorisation:
+    """Damp and factorise a second moment G [C, C].
+
+    ``mean`` adds ``damping`` times the mean diagonal (SparseGPT), taken in the original coordinates where G is of folded inputs
+    X' = D X, so that factors change no score; ``diagonal`` adds it times each own diagonal, invariant by itself. Inputs that are always
+    zero take no part in the mean and are damped by it either way, so that the scale of the activations changes no mask (SparseGPT's code
+    gives them a diagonal of 1). Where the Cholesky factorisation fails, the damping is raised tenfold, up to 1.
+
+    Args:
+        factor: D's diagonal [C], if G is of folded inputs.
+        ordering: from the whole matrix's curvature to the order [C] of the sweep, or None for left to right.
+
+    Raises:
+        SparselineError: G holds NaN or infinity, or cannot be factorised even so.
+    """
+    second_moment = finite(gram.diagonal(), where).clamp_min(0)  # of shifted inputs it can be negative by rounding
+    dead = second_moment == 0
+    amount = damping_unit(second_moment, damping_of, factor)
+    while damping <= LARGEST_DAMPING:
+        work = gram.clone().mT  # H, its Cholesky factor, H⁻¹ and U in turn: symmetric, and in LAPACK's order
+        diagonal = work.diagonal().copy_(second_moment + damping * amount).clone()
+        if cholesky_in_place(work):
+            torch.cholesky_inverse(work, out=work)
+            inverse_diagonal = work.diagonal().clone()
+            order = None if ordering is None else ordering(Curvature(second_moment, diagonal, inverse_diagonal))
+            if order is not None:
+                work = work[order][:, order].mT
+            if cholesky_in_place(work, upper=True) and torch.isfinite(work.diagonal()).all():
+                return Factorisation(second_moment, diagonal, inverse_diagonal, work, dead, damping, order)
+        damping = max(10 * damping, 1e-4)
+    raise SparselineError(f"The second moment of {where} cannot be factorised even with damping 1; give more calibration rows.")
+
+
+def finite(diagonal: torch.Tensor, where: str) -> torch.Tensor:
+    """A second moment's diagonal [C]: no entry of the matrix is larger than the largest on it.
+
+    Raises:
+        SparselineError: it holds NaN or infinity.
+    """
+    if not torch.isfinite(diagonal).all():
+        raise SparselineError(f"The second moment of {where} holds NaN or infinity; check the model, or compute in float32.")
+    return diagonal
+
+
+def damping_unit(second_moment: torch.Tensor, damping_of: DampingOf, factor: torch.Tensor | None = None) -> torch.Tensor:
+    """What a damping of 1 adds to each entry of the diagonal [C], see ``factorise``."""
+    dead = second_moment == 0
+    unit = torch.ones_like(second_moment) if factor is None else factor.square()
+    mean = unit if dead.all() else (second_moment / unit)[~dead].mean() * unit
+    return mean if damping_of == "mean" else torch.where(dead, mean, second_moment)
+
+
+def cholesky_in_place(matrix: torch.Tensor, upper: bool = False) -> bool:
+    """Put the factor of a positive definite matrix [C, C] into its place; False where there is none. Column by column in memory, nothing is copied."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, info))
+    return int(info) == 0
+
+
+def squared_error(original: torch.Tensor, pruned: torch.Tensor | None, moment: torch.Tensor) -> float:
+    """tr((W − Ŵ) G (W − Ŵ)ᵀ) from the second moment G [C, C], or any other; without Ŵ of W itself. A few rows at a time bound the memory."""
+    total = 0.0
+    for first in range(0, len(original), 256):
+        difference = original[first : first + 256]
+        if pruned is not None:
+            difference = difference - pruned[first : first + 256]
+        difference = difference.to(moment.dtype)
+        total += float(torch.linalg.vecdot(difference @ moment, difference).sum(dtype=torch.float64))
+    return total
+
+
+def layer_error(original: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> float:
+    """E‖(W − Ŵ) X‖² / E‖W X‖² from the second moment G [C, C]; W is ``original``, or the target W₀ of ``aim``."""
+    return squared_error(original, pruned, gram) / max(squared_error(original, None, gram), 1e-30)

@@ -1,0 +1,116 @@
+"""Weights on a grid: whole numbers of ``bits`` bits and, for every group of consecutive inputs of an output, a scale (and a zero point).
+
+w = scale·(q − zero_point). Symmetric: q in −2^(b−1) … 2^(b−1) − 1 and no zero point; asymmetric: q in 0 … 2^b − 1. Ranges include zero, so
+that zero is on every grid and a pruned weight stays exactly zero. The last group is as wide as what is left of the columns.
+Shape letters: ``R`` outputs, ``C`` inputs, ``G`` groups of an output, ``g`` inputs of a group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.solve.settings import QuantizationParams
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are quantised."""
+
+    bits: int
+    group: int | None  # columns; None: the whole row
+    symmetric: bool
+    dtype: torch.dtype  # of the checkpoint: scales are exact in it
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """The least and the largest q."""
+        return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric else (0, 2**self.bits - 1)
+
+    def scales(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and zero points [R] (float32) for the rows of weights [R, g]; zeros do not count.
+
+        As GPTQ's authors have them (2210.17323): all 2^b levels over max(w, 0) − min(w, 0), or over 2 max|w|. A row of zeros has scale 1.
+        """
+        low, high = weights.amin(1).clamp_max(0), weights.amax(1).clamp_min(0)
+        width = 2 * torch.maximum(-low, high) if self.symmetric else high - low
+        scale = self.exact(torch.where(width > 0, width / (2**self.bits - 1), 1))
+        zero = torch.zeros_like(scale) if self.symmetric else (-low / scale).round_().clamp_(*self.levels)
+        return scale, zero
+
+    def exact(self, scale: torch.Tensor) -> torch.Tensor:
+        """Scales as a checkpoint of a 16-bit dtype can hold them, never 0 by rounding; as they are for float32."""
+        if self.dtype.itemsize > 2:
+            return scale
+        limits = torch.finfo(self.dtype)
+        return scale.clamp(limits.smallest_normal * limits.eps, limits.max).to(self.dtype).to(scale.dtype)
+
+    def rounded(self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """The nearest weights on the grid; never −0."""
+        codes = (weights / scale).round_().add_(zero).clamp_(*self.levels)
+        return codes.sub_(zero).add_(0.0).mul_(scale)
+
+
+def scheme(params: QuantizationParams, dtype: torch.dtype) -> Scheme | None:
+    """What a grid needs to know, for a checkpoint of this dtype; None where nothing is quantised.
+
+    Raises:
+        SparselineError: the dtype cannot tell all codes apart.
+    """
+    if params.bits is None:
+        return None
+    if params.bits == 8 and not params.symmetric and dtype == torch.bfloat16:  # 8 significant bits: beyond 128 steps two become one
+        raise SparselineError(
+            "A bfloat16 checkpoint cannot hold asymmetric codes of 8 bits; set quantization.symmetric to true, or quantization.bits to 7 or less."
+        )
+    return Scheme(params.bits, None if params.group == "row" else params.group, params.symmetric, dtype)
+
+
+class Grid:
+    """One matrix's grid [R, C], filled group by group."""
+
+    def __init__(self, shape: Sequence[int], scheme: Scheme, device: torch.device) -> None:
+        self.shape, self.scheme = tuple(shape), scheme
+        self.width = min(scheme.group or shape[1], shape[1])
+        self.scale = torch.ones(shape[0], -(-shape[1] // self.width), device=device)  # [R, G]
+        self.zero = torch.zeros_like(self.scale)  # [R, G] whole numbers
+        self.lost = torch.zeros((), dtype=torch.float64, device=device)  # sum of the squared rounding errors so far
+        self.size = torch.zeros((), dtype=torch.float64, device=device)  # sum of the squares of what was rounded
+
+    def fit(self, group: int, weights: torch.Tensor) -> None:
+        """Choose a group's scales and zero points for its weights [R, g]."""
+        self.scale[:, group], self.zero[:, group] = self.scheme.scales(weights)
+
+    def round(self, weights: torch.Tensor, group: int) -> torch.Tensor:
+        """Weights [R, n] of a group, the nearest that are on its grid."""
+        rounded = self.scheme.rounded(weights, self.scale[:, group, None], self.zero[:, group, None])
+        self.lost += (weights - rounded).double().square().sum()
+        self.size += weights.double().square().sum()
+        return rounded
+
+    def nearest(self, weight: torch.Tensor) -> torch.Tensor:
+        """Fit every group and round to nearest: weights [R, C] on their grid, without compensation."""
+        parts = []
+        for group, part in enumerate(weight.split(self.width, dim=1)):
+            self.fit(group, part)
+            parts.append(self.round(part, group))
+        return torch.cat(parts, dim=1)
+
+    @property
+    def error(self) -> float:
+        """Σ (w − Q(w))² / Σ w² over all that was rounded."""
+        return float(self.lost / self.size) if self.size else 0.0
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of groups [R, G] in all their columns [R, C]."""
+        return values.repeat_interleave(self.width, dim=1)[:, : self.shape[1]]
+
+    def steps(self, weight: torch.Tensor) -> torch.Tensor:
+        """q − zero_point [R, C] int16 of weights that are on the grid, also after rounding to a 16-bit dtype."""
+        return (weight.float() / self.spread(self.scale)).round_().to(torch.int16)
+
+    def tensors(self, label: str) -> dict[str, torch.Tensor]:
+        """For storage: ``{label}.scale`` [R, G] float32 and, if asymmetric, ``{label}.zero_point`` [R, G] uint8."""
+        found = {f"{label}.scale": self.scale}
+        return found if self.scheme.symmetric else found | {f"{label}.zero_point": self.zero.to(torch.uint8)}

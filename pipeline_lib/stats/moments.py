@@ -1,0 +1,194 @@
+"""Statistics of the inputs X [tokens, d] of a site, and how they follow a change of factors without a forward pass.
+
+Symbols: G = E[X Xᵀ] second moment (Gram) [d, d], μ = E[X] mean [d], n tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """Facts about one site. Vectors [d] and ``gram`` come from the fitting rows, ``held_out_gram`` from the held-out ones."""
+
+    second_moment: torch.Tensor  # diag(G)
+    mean: torch.Tensor
+    median: torch.Tensor  # over a fixed, evenly spaced subsample of tokens
+    minimum: torch.Tensor
+    maximum: torch.Tensor
+    gram: torch.Tensor | None = None
+    held_out_gram: torch.Tensor | None = None
+
+    @property
+    def second_moment_matrix(self) -> torch.Tensor:
+        """G [d, d], where it must be there.
+
+        Raises:
+            ValueError: only the vectors were collected.
+        """
+        if self.gram is None:
+            raise ValueError("these statistics were collected without Gram matrices")
+        return self.gram
+
+    @property
+    def moments(self) -> "Moments":
+        """What pruning needs of them. Pruning overwrites what it is given, so this is a copy."""
+        return Moments(self.second_moment_matrix.clone(), self.mean)
+
+    def cpu(self) -> "SiteStatistics":
+        return SiteStatistics.from_tensors("", {name: tensor.cpu() for name, tensor in self.tensors("").items()})
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """For storage: ``{prefix}.{field}``, absent Grams left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {f"{prefix}.{name}": value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_tensors(cls, prefix: str, tensors: Mapping[str, torch.Tensor]) -> "SiteStatistics":
+        return cls(**{f.name: tensors[key] for f in fields(cls) if (key := f"{prefix}.{f.name}") in tensors})
+
+
+class Accumulator:
+    """Collects a site's statistics batch by batch, in float32 (count and sums in float64)."""
+
+    def __init__(self, total_tokens: int, median_tokens: int, gram: bool) -> None:
+        self.stride = max(1, -(-total_tokens // median_tokens))
+        self.want_gram = gram
+        self.count = 0
+        self.sample: list[torch.Tensor] = []
+        self.sum = self.squares = torch.zeros((), dtype=torch.float64)
+        self.minimum = self.maximum = torch.empty(0)
+        self.gram: torch.Tensor | None = None
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take activations [tokens, d]."""
+        x = inputs.float()
+        self.sum = self.sum.to(x.device) + x.double().sum(0)
+        self.squares = self.squares.to(x.device) + x.double().square().sum(0)
+        low, high = x.amin(0), x.amax(0)
+        self.minimum = low if self.count == 0 else torch.minimum(self.minimum, low)
+        self.maximum = high if self.count == 0 else torch.maximum(self.maximum, high)
+        first = -self.count % self.stride
+        self.sample.append(x[first :: self.stride].clone())
+        if self.want_gram:
+            if self.gram is None:
+                self.gram = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            self.gram.addmm_(x.T, x)
+        self.count += len(x)
+
+    def second_moment_matrix(self) -> torch.Tensor:
+        """G [d, d]."""
+        if self.gram is None:
+            raise ValueError("this accumulator was not asked for the Gram matrix")
+        return self.gram / self.count
+
+    def finish(self, held_out: "Accumulator | None" = None) -> SiteStatistics:
+        return SiteStatistics(
+            second_moment=(self.squares / self.count).float(),
+            mean=(self.sum / self.count).float(),
+            median=torch.cat(self.sample).median(0).values,
+            minimum=self.minimum,
+            maximum=self.maximum,
+            gram=self.second_moment_matrix() if self.want_gram else None,
+            held_out_gram=held_out.second_moment_matrix() if held_out is not None and held_out.want_gram else None,
+        )
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What pruning needs of a site's inputs X in its own stream, and of X_dense in the dense one. Who prunes with it owns it, and overwrites it."""
+
+    gram: torch.Tensor  # G = E[X Xᵀ] [d, d]
+    mean: torch.Tensor  # E[X] [d]
+    cross: torch.Tensor | None = None  # C = E[X_dense Xᵀ] [d, d]
+    dense_mean: torch.Tensor | None = None  # E[X_dense] [d]
+
+    def shifted(self, shift: torch.Tensor) -> "Moments":
+        """Those of X − δ and X_dense − δ (2602.21652, Eqs. 9–11; C' = C − δμᵀ − μ_dense δᵀ + δδᵀ)."""
+        cross = None if self.cross is None or self.dense_mean is None else _shifted(self.cross, self.dense_mean, self.mean, shift)
+        dense_mean = None if self.dense_mean is None else self.dense_mean - shift
+        return Moments(_shifted(self.gram, self.mean, self.mean, shift), self.mean - shift, cross, dense_mean)
+
+
+class MomentSums:
+    """Collects ``Moments`` batch by batch, in float32; means over batches in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.gram = self.cross = self.mean = self.dense_mean = torch.zeros(())
+
+    def add(self, inputs: torch.Tensor, dense: torch.Tensor | None = None) -> None:
+        """Take activations [tokens, d], and what the dense stream has in their places: in all batches or in none."""
+        x = inputs.float()
+        if not self.count:
+            self.gram = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            self.mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        if dense is not None and not self.count:
+            self.cross, self.dense_mean = torch.zeros_like(self.gram), torch.zeros_like(self.mean)
+        self.gram.addmm_(x.T, x)
+        self.mean += x.sum(0)
+        self.count += len(x)
+        if dense is not None:
+            self.cross.addmm_(dense.float().T, x)
+            self.dense_mean += dense.float().sum(0)
+
+    def finish(self, beside: bool = False) -> Moments:
+        """With the cross moment if asked for. The sums become means where they are: nothing can be added any more."""
+        own = self.gram.div_(self.count), (self.mean / self.count).float()
+        return Moments(*own, self.cross.div_(self.count), (self.dense_mean / self.count).float()) if beside else Moments(*own)
+
+
+class DiagonalSums:
+    """The diagonal of a second moment, batch by batch, in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.squares = 0, torch.zeros((), dtype=torch.float64)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take activations [tokens, d]."""
+        self.squares = self.squares.to(inputs.device) + inputs.float().square().sum(0, dtype=torch.float64)
+        self.count += len(inputs)
+
+    def finish(self) -> torch.Tensor:
+        """E[X_m²] [d]."""
+        return (self.squares / self.count).float()
+
+
+def _shifted(moment: torch.Tensor, left: torch.Tensor, right: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """E[(A − δ)(B − δ)ᵀ] from E[A Bᵀ], E[A] and E[B]."""
+    return moment - torch.outer(shift, right) - torch.outer(left, shift) + torch.outer(shift, shift)
+
+
+def refresh(statistics: SiteStatistics, factor: torch.Tensor | None, shift: torch.Tensor | None = None) -> SiteStatistics:
+    """Statistics of X' = D (X − δ) from those of X: the fast Hessian update (2602.21652, Eqs. 9–11).
+
+    G' = D (G − δμᵀ − μδᵀ + δδᵀ) D, hence diag(G') = d² ∘ (diag(G) − 2δ∘μ + δ²) and μ' = D (μ − δ).
+    The held-out Gram is centred with the fitting rows' mean, so with a shift it is exact only up to the two means' difference.
+
+    Args:
+        factor: d > 0 [d], or None for 1.
+        shift: δ [d], or None for 0.
+
+    Returns:
+        The statistics themselves where neither is given.
+    """
+    if factor is None and shift is None:
+        return statistics
+    delta = torch.zeros_like(statistics.mean) if shift is None else shift
+    d = torch.ones_like(statistics.mean) if factor is None else factor
+    mean = statistics.mean
+
+    def matrix(moment: torch.Tensor | None) -> torch.Tensor | None:
+        return None if moment is None else d[:, None] * _shifted(moment, mean, mean, delta) * d
+
+    return SiteStatistics(
+        second_moment=d * d * (statistics.second_moment - 2 * delta * mean + delta * delta),
+        mean=d * (mean - delta),
+        median=d * (statistics.median - delta),
+        minimum=d * (statistics.minimum - delta),
+        maximum=d * (statistics.maximum - delta),
+        gram=matrix(statistics.gram),
+        held_out_gram=matrix(statistics.held_out_gram),
+    )

@@ -1,0 +1,104 @@
+"""Chats: messages checked before a chat template sees them, and rendered by it."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.texts.records import kind
+
+Message = dict[str, Any]
+
+
+def check_messages(values: list[Any], where: str) -> list[Message]:
+    """The messages of one chat, as every template takes them.
+
+    A content of text parts becomes one string, and null beside tool calls becomes an empty one: templates that know neither would
+    print Python's notation of them. Other keys that are null are left out.
+
+    Raises:
+        SparselineError: a message without a role, without text, or with parts that are no text.
+    """
+    return [_message(value, f"{where}: message {number}") for number, value in enumerate(values, 1)]
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise SparselineError(f"{where} is {kind(value)}; a message is an object with 'role' and 'content'.")
+    if not isinstance(value.get("role"), str) or not value["role"] or not {"content", "tool_calls"} & value.keys():
+        has = ", ".join(map(repr, value)) or "no keys"
+        hint = "; rename 'from' to 'role' and 'value' to 'content'" if {"from", "value"} <= value.keys() else ""
+        raise SparselineError(f"{where} has {has}; a message is an object with 'role' and 'content'{hint}.")
+    content = value.get("content")
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            raise SparselineError(f"{where} has a part that is no text; a list of parts may hold {{'type': 'text', 'text': …}} only.")
+        content = "".join(map(str, parts))
+    elif content is None and isinstance(value.get("tool_calls"), list) and value["tool_calls"]:
+        content = ""
+    if not isinstance(content, str):
+        raise SparselineError(
+            f"{where} has {kind(content)} as content; "
+            "give a string, a list of text parts, or null beside a list of tool calls that is not empty."
+        )
+    return {key: kept for key, kept in value.items() if kept is not None} | {"content": content}
+
+
+def is_blank(messages: list[Message]) -> bool:
+    """No message says anything."""
+    return not any(message["content"].strip() or message.get("tool_calls") for message in messages)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], places: Sequence[str]) -> list[str]:
+    """Each chat as the model's chat template writes it; ``places`` tell where each was read.
+
+    Raises:
+        SparselineError: there is no template; it fails on a chat; or it leaves out what messages of some role say.
+    """
+    if tokenizer.chat_template is None:
+        raise SparselineError("texts: chat_template is true, but this model's tokenizer has none; set it to false.")
+    rendered = []
+    tried: set[tuple[str, bool, str]] = set()
+    for messages, where in zip(chats, places, strict=True):
+        text = _render(tokenizer, messages, where)
+        for which, changed in _changes(messages):
+            if which not in tried:  # once for every kind of message, since each costs a rendering
+                tried.add(which)
+                if _same(tokenizer, changed, text, where):
+                    role, _, part = which
+                    raise SparselineError(
+                        f"{where}: the model's chat template leaves out the {part} of messages with the role {role!r}; "
+                        "use the template's own roles, or take those messages out."
+                    )
+        rendered.append(text)
+    return rendered
+
+
+def _changes(messages: list[Message]) -> Iterator[tuple[tuple[str, bool, str], list[Message]]]:
+    """What each message says, changed in one place, with the kind of message that it tries."""
+    for index, message in enumerate(messages):
+        calls = bool(message.get("tool_calls"))
+        changes = {"content": {**message, "content": message["content"] + " and more"}} if message["content"].strip() else {}
+        if calls:
+            changes["tool calls"] = {key: value for key, value in message.items() if key != "tool_calls"}
+        for part, changed in changes.items():
+            yield (message["role"], calls, part), [*messages[:index], changed, *messages[index + 1 :]]
+
+
+def _same(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, where: str) -> bool:
+    try:
+        return _render(tokenizer, messages, where) == text
+    except SparselineError:  # the template looks at what was changed
+        return False
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template is foreign code that may raise anything
+        reason = " ".join(str(error).split())
+        raise SparselineError(
+            f"{where}: the model's chat template does not take this record ({type(error).__name__}: {reason}); correct the record or the template."
+        ) from error
