@@ -92,7 +92,9 @@ def _pruned(source: Source, streams: Streams | None, plan: Plan, window: range, 
     results: dict[int, Block] = {}
     if done and dense_stream is None:
         return results
-    ahead = streams and (streams.pruned if done or len(window) == 1 else streams.pruned.copy("ahead"))
+    ahead = None
+    if streams is not None:
+        ahead = streams.pruned if done or len(window) == 1 else streams.pruned.copy("ahead")
     for index in window:
         block = _opened(source, index)
         dense = None if dense_stream is None else model.block(index, block.tensors)

@@ -10,7 +10,9 @@ from collections.abc import Callable
 import torch
 
 from pipeline_lib.solve.factor import cholesky_in_place, squared_error
+from pipeline_lib.solve.settings import LsqParams
 
+EVERY = 3  # iterations of ADMM between two changes of ρ, each an inverse [C, C] (3 in the authors' code)
 ROWS = 1024  # solved at a time: bounds the memory, and is enough for a matrix product to run at full speed
 LEAST_RHO = 1e-6  # a ρ at which nothing is held back any more: if the support does not move now, it never will
 SPECTRAL = 512  # columns up to which one eigendecomposition and a product per ρ are faster than a Cholesky factorisation and an inverse
@@ -18,14 +20,7 @@ STILL = 1e-3  # share of the kept weights: a support of which no more is exchang
 
 
 def solve(
-    target: torch.Tensor,
-    mask: torch.Tensor,
-    hessian: torch.Tensor,
-    start: torch.Tensor,
-    *,
-    iterations: int,
-    tolerance: float,
-    rows: int = ROWS,
+    target: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, start: torch.Tensor, params: LsqParams
 ) -> tuple[torch.Tensor, int]:
     """The weights that are zero off the mask and minimise E, by preconditioned conjugate gradients (2406.07831, Section 3.3).
 
@@ -33,14 +28,14 @@ def solve(
     matter. A row is done when its residual (W₀ − Ŵ) H on the mask is at most ``tolerance`` times the right-hand side W₀ H on the mask,
     both in the norm of 1/H_mm. No row ends with a larger E than it starts with. Where H_mm = 0 weights stay as in ``start``.
 
-    Rows are taken ``rows`` at a time, which changes nothing but rounding: besides inputs and output, this needs five matrices [rows, C].
+    Rows are taken ``ROWS`` at a time, which changes nothing but rounding: besides inputs and output, this needs five matrices [ROWS, C].
 
     Args:
         target: W₀ [R, C], float32 or float64 as all others.
         mask: [R, C] bool, True = kept.
         hessian: H [C, C], positive semidefinite.
         start: [R, C]; what it holds off the mask does not count.
-        iterations: at most so many, each one product [R, C] × [C, C]; three more go before and after.
+        params: at most ``iterations``, each one product [R, C] × [C, C]; three more go before and after.
 
     Returns:
         Ŵ [R, C], and how many iterations the slowest row took.
@@ -49,9 +44,9 @@ def solve(
     diagonal = hessian.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
     slowest = 0
-    for first in range(0, len(target), rows):
-        part = slice(first, first + rows)
-        slowest = max(slowest, _descend(weight[part], target[part], mask[part].to(weight), hessian, inverse, iterations, tolerance))
+    for first in range(0, len(target), ROWS):
+        part = slice(first, first + ROWS)
+        slowest = max(slowest, _descend(weight[part], target[part], mask[part].to(weight), hessian, inverse, params))
     return weight, slowest
 
 
@@ -61,14 +56,13 @@ def _descend(
     on: torch.Tensor,
     hessian: torch.Tensor,
     inverse: torch.Tensor,
-    iterations: int,
-    tolerance: float,
+    params: LsqParams,
 ) -> int:
     """Conjugate gradients for some rows, in place; ``on`` is 1 on the mask and 0 elsewhere, ``inverse`` holds 1/H_mm.
 
     Products with ``on`` are several times faster on the CPU than filling where a mask says so; ``weight`` itself stays +0 off the mask.
     """
-    limit = (target @ hessian).mul_(on).square_() @ inverse * tolerance**2
+    limit = (target @ hessian).mul_(on).square_() @ inverse * params.tolerance**2
     found = weight.clone()
     product = target - weight
     residual = product @ hessian
@@ -77,7 +71,7 @@ def _descend(
     direction = residual * inverse
     size = torch.linalg.vecdot(residual, direction)
     steps = 0
-    while steps < iterations:
+    while steps < params.iterations:
         torch.mm(direction, hessian, out=product)
         curvature = torch.linalg.vecdot(direction, product)
         going = (size > limit) & (curvature > 0)
@@ -105,12 +99,7 @@ def admm(
     hessian: torch.Tensor,
     start: torch.Tensor,
     choose: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    iterations: int,
-    rho: float,
-    every: int,
-    solve_iterations: int,
-    tolerance: float,
+    params: LsqParams,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     """Look for a better mask by ADMM (2406.07831, Algorithm 1), refit it by ``solve``, and take it if its E is not larger than ``start``'s.
 
@@ -122,18 +111,15 @@ def admm(
         hessian: H [C, C].
         start: the weights to beat [R, C], zero off the mask: ``solve``'s own on that mask, if the better of two masks is to be taken.
         choose: from scores [R, C] to the mask of the best, as many and compared as the variant says.
-        iterations: at most so many of ADMM, each one product [R, C] × [C, C].
-        rho: ρ to begin with, in units of H's scaled diagonal (0.1 in the authors' code).
-        every: iterations between two changes of ρ, each an inverse [C, C] (3 in the authors' code).
-        solve_iterations: of ``solve`` on the new mask.
-        tolerance: of ``solve``.
+        params: at most ``mask_iterations`` of ADMM, each one product [R, C] × [C, C]; ``mask_penalty`` is ρ to begin with, in units of H's
+            scaled diagonal (0.1 in the authors' code). The others are of ``solve`` on the new mask.
 
     Returns:
         The weights [R, C], their mask [R, C], and facts: ADMM's ``iterations``; ``swapped``, the share of weights whose place in the mask
         changed (0 if the old mask stays); ``gain``, by which share E fell.
     """
-    sparse, support, steps = _alternate(target, mask, hessian, start, choose, iterations, rho, every)
-    refitted, _ = solve(target, support, hessian, sparse, iterations=solve_iterations, tolerance=tolerance)
+    sparse, support, steps = _alternate(target, mask, hessian, start, choose, params)
+    refitted, _ = solve(target, support, hessian, sparse, params)
     old, new = (squared_error(target, weight, hessian) for weight in (start, refitted))
     if not new <= old:
         return start, mask, {"iterations": steps, "swapped": 0.0, "gain": 0.0}
@@ -147,9 +133,7 @@ def _alternate(
     hessian: torch.Tensor,
     start: torch.Tensor,
     choose: Callable[[torch.Tensor], torch.Tensor],
-    iterations: int,
-    rho: float,
-    every: int,
+    params: LsqParams,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """ADMM from ``start``: the last sparse iterate, its support, and the iterations.
 
@@ -165,15 +149,16 @@ def _alternate(
     point, support = start * scale, mask
     last, kept, steps, grown = mask, int(mask.count_nonzero()), 0, False
     inverses = _inverses(hessian, scale)
+    rho = params.mask_penalty
     inverse = inverses(rho)
-    while steps < iterations and rho > LEAST_RHO and inverse is not None:
+    while steps < params.mask_iterations and rho > LEAST_RHO and inverse is not None:
         for first in range(0, len(point), ROWS):
             part = slice(first, first + ROWS)
             own, off = point[part], point[part] * ~support[part]
             torch.addmm(off, torch.add(pull[part], own.sub_(off, alpha=2), alpha=rho), inverse, out=own)
         support = choose(point.square())
         steps += 1
-        if steps % every:
+        if steps % EVERY:
             continue
         changed, last, before = int((support != last).count_nonzero()) / max(kept, 1), support, rho
         if changed > 0.005:
