@@ -11,6 +11,7 @@ from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.measure.curves import CurvesParams, measure
 from pipeline_lib.models.source import ModelParams
 from pipeline_lib.prune.settings import StepsParams
+from pipeline_lib.stats.dense import DenseBlock
 from pipeline_lib.stats.inputs import calibration_rows, open_model
 from pipeline_lib.stats.walk import CalibrateParams, stored_or_walked
 
@@ -44,7 +45,7 @@ def main(variant: str) -> None:
             path = artifacts.block_file(SENSITIVITY / "moments", index)
             moments = artifacts.read_tensors(path)[0] if path.exists() else {}
             where = f"{entry.blocks}.{index}"
-            found = measure(entry, tensors, sites, included, moments, selection, "obs" in steps, settings, where)
+            found = measure(DenseBlock(entry, where, tensors, sites), included, moments, selection, "obs" in steps, settings)
             curves |= {f"{where}.{label}": sensitivities[f"{where}.{label}"] | facts for label, facts in found.items()}
         artifacts.write_json(Path(f"build/curves/{variant}.json"), curves)
         points = len(next(iter(curves.values()))["curve"]["density"])

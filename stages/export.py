@@ -7,7 +7,7 @@ import click
 
 from pipeline_lib.core import artifacts, params, runtime
 from pipeline_lib.export.card import Measured, Pruned, card
-from pipeline_lib.export.export import export
+from pipeline_lib.export.export import Variant, export
 from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.models.source import MODEL, ModelParams, open_source
 
@@ -23,7 +23,8 @@ def main(variant: str) -> None:
         own, dense = (artifacts.read_json(Path(f"build/evaluate/{name}.json"))["perplexity"] for name in (variant, "dense"))
         written = partial(card, pruned, Measured(own, dense))
         pattern = facts["settings"]["selection"]["pattern"]
-        sizes = export(source, Path(f"build/prune/{variant}"), Path(f"build/export/{variant}"), settings, pattern, variant, written)
+        left = Variant(variant, pattern, Path(f"build/prune/{variant}"))
+        sizes = export(source, left, Path(f"build/export/{variant}"), settings.formats, written)
         artifacts.write_json(Path(f"build/sizes/{variant}.json"), sizes)
         told = ", ".join(f"{name} {one['bits']:.2f} bits per weight" for name, one in sizes["formats"].items())
         tell(f"export {variant}: {told}; in theory {sizes['theoretical_bits']:.2f}")

@@ -17,6 +17,7 @@ from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.source import MODEL, ModelParams
 from pipeline_lib.models.transform import read_transforms, write_transforms
 from pipeline_lib.prune.settings import StepsParams
+from pipeline_lib.stats.dense import DenseBlock
 from pipeline_lib.stats.inputs import CALIBRATION, calibration_rows, open_model
 from pipeline_lib.stats.walk import CalibrateParams, stored_or_walked
 
@@ -66,12 +67,13 @@ def main(variant: str) -> None:
                 where = f"{entry.blocks}.{index}"
                 views = {m: m.view(tensors[m.parameter]) for m in entry.matrices if entry.matrix_name(index, m) in included}
                 counts = {matrix: target(selection.sparsity, view.numel()) for matrix, view in views.items()}
-                judge = gate.enter(index, tensors, sites, counts)
+                dense = DenseBlock(entry, where, tensors, sites)
+                judge = gate.enter(index, dense, counts)
                 if not counts:
                     continue
                 outcome = kept(held.kept, index)
                 if outcome is None:
-                    outcome = induce_block(entry, tensors, set(counts), sites, starts[index], selection, settings, where, judge)
+                    outcome = induce_block(dense, counts, starts[index], selection, settings, judge)
                     keep(held.kept, index, outcome)
                 outcomes[index] = outcome
             out = Path(f"build/induce/{variant}")
