@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from tiny import make_model
 
 from pipeline_lib.core.params import merge
-from pipeline_lib.prune.prune import PruneParams
+from pipeline_lib.recipe.settings import PruneParams
 
 ROOT = Path(__file__).parent.parent
 COPIED = (
