@@ -25,7 +25,8 @@ from pipeline_lib.models import source, tokenizer
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
 from pipeline_lib.models.files import INDEX, find_files
 from pipeline_lib.models.names import select
-from pipeline_lib.models.source import ModelParams, fetch, not_fetched
+from pipeline_lib.models.settings import ModelParams
+from pipeline_lib.models.source import fetch, not_fetched
 from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.models.whole import load_model
 

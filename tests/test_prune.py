@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import recipe
+from project import recipe
 from safetensors.torch import load_file
 from tiny import curved_gram, make_model, token_rows
 

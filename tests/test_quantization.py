@@ -12,8 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from project import WANDA, build, change_params, make_workspace
-from recipes import recipe
+from project import WANDA, build, change_params, make_workspace, recipe
 from rules import PLAIN, rule
 from tiny import all_tensors, curved_gram, make_model, token_rows
 
@@ -30,11 +29,11 @@ from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.run import Rows, Source, prune
 from pipeline_lib.prune.window import Block
 from pipeline_lib.recipe.settings import Recipe
-from pipeline_lib.solve.settings import QuantizationParams
-from pipeline_lib.solve.size import packed_bits
 from pipeline_lib.solve.factor import factorise, layer_error
 from pipeline_lib.solve.grid import Grid, Scheme, scheme
 from pipeline_lib.solve.order import rose_order
+from pipeline_lib.solve.settings import QuantizationParams
+from pipeline_lib.solve.size import packed_bits
 from pipeline_lib.solve.sweep import quantise, sweep
 
 CPU = torch.device("cpu")

@@ -14,14 +14,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from pipeline_lib.core.errors import SparselineError
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA = 1  # raised when a file's meaning changes; docs/artifacts.md describes each
 ABANDONED = 14 * 24 * 3600  # seconds after which what a process left on a shared disk counts as nobody's
@@ -102,12 +102,15 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:
     """``save_file``, with the system's errors as what they are.
 
     Raises:
         OSError: the file cannot be written.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
         save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
@@ -133,7 +136,7 @@ def read_json(path: Path) -> Any:
         raise SparselineError(f"{path} cannot be read ({error}); run `dvc repro` to make it again.") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], facts: Mapping[str, Any] | None = None) -> None:
     """One safetensors file. Facts go into a single metadata key, since several keys come out in random order."""
     metadata = {"sparseline": json.dumps({"schema": SCHEMA, **(facts or {})}, sort_keys=True)}
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
@@ -141,12 +144,14 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
         save_tensors(temporary, ordered, metadata)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
     """Tensors and facts of one of our safetensors files.
 
     Raises:
         SparselineError: the file is missing, damaged, or of another schema version.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get("sparseline", "{}"))

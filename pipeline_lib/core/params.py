@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,9 +52,9 @@ class Merged(dict[str, Any]):
             value = value[part]
         return self.overrides
 
-    def only(self, model: type[BaseModel]) -> "Merged":
-        """Without the keys that a model does not know."""
-        below, above = ({key: part[key] for key in part if key in model.model_fields} for part in (self, self.above))
+    def without(self, *keys: str) -> "Merged":
+        """The same, some keys left out."""
+        below, above = ({key: part[key] for key in part if key not in keys} for part in (self, self.above))
         return Merged(self.defaults, self.overrides, below, above)
 
 
@@ -72,6 +73,11 @@ def check_name(kind: str, name: object) -> None:
         raise SparselineError(f"{FILE}: the {kind} name {name!r} cannot be used: a name may have letters, digits, '-' and '_'{quotes}.")
 
 
+@lru_cache(maxsize=4)
+def _loaded(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)
+
+
 def section(name: str, path: Path = FILE) -> Any:
     """The raw value of a dotted section, read as YAML 1.2 (so ``1e-4`` is a number and ``2:4`` a string).
 
@@ -79,7 +85,7 @@ def section(name: str, path: Path = FILE) -> Any:
         SparselineError: the file cannot be read, or has no such section.
     """
     try:
-        value: Any = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        value = _loaded(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise SparselineError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     for key in name.split("."):

@@ -1,4 +1,4 @@
-"""How a stage runs: device and threads (settings, outside the cache key), keyed randomness, one-sentence errors, costs."""
+"""How a stage runs: one-sentence errors, costs, and torch as the settings want it, which is imported only where it is needed."""
 
 import errno
 import hashlib
@@ -10,35 +10,39 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
 
-from pipeline_lib.core import environment, process, products
+from pipeline_lib.core import environment, process, settings
 from pipeline_lib.core.artifacts import sha256, write_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import duration
 
+if TYPE_CHECKING:
+    import torch
+
 COSTS = Path("build/costs")
 
 
-def device() -> torch.device:
-    """SPARSELINE_DEVICE (``cpu``, ``cuda``, ``cuda:1``); the CPU without it.
+def compute() -> "torch.device":
+    """Make torch ready as the settings say (threads, the library of its products); the device.
 
     Raises:
-        SparselineError: no such device here.
+        SparselineError: no such device here, or a setting cannot be used.
     """
-    name = os.environ.get("SPARSELINE_DEVICE", "cpu")
+    import torch
+
+    from pipeline_lib.core import products
+
+    if threads := settings.threads():
+        torch.set_num_threads(threads)
+    products.choose()
+    name = settings.device_name()
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise SparselineError(f"SPARSELINE_DEVICE={name} is not a device of this machine; use cpu, or cuda where one is.") from error
-
-
-def generator(seed: int, name: str) -> torch.Generator:
-    """Randomness that depends on the seed and on what it is for, never on the order of calls."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @contextmanager
@@ -68,7 +72,7 @@ def told() -> Iterator[None]:
 
 @contextmanager
 def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str], None]]:
-    """The body of a stage: threads set, environment checked, what goes wrong told in one sentence (``told``), cost written.
+    """The body of a stage: environment checked, what goes wrong told in one sentence (``told``), cost written.
 
     Yields what tells the stage's last line: a sentence on what was done, to which the seconds are added.
     A stage that `dvc` started ends with it.
@@ -85,12 +89,6 @@ def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str]
             click.echo(f"{text}; {duration(time.monotonic() - started)}")
 
     with told(), process.following_dvc():
-        threads = os.environ.get("SPARSELINE_THREADS", "")
-        if threads:
-            if not threads.isdigit() or int(threads) < 1:
-                raise SparselineError(f"SPARSELINE_THREADS={threads} is not a positive whole number.")
-            torch.set_num_threads(int(threads))
-        products.choose()
         environment.check()
         yield tell
         usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -103,9 +101,13 @@ def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str]
 
 def resume_key(facts: str, inputs: list[Path]) -> str:
     """A key over parameters, the inputs' bytes, the library's code that is loaded, and torch's version."""
+    import torch
+
+    from pipeline_lib.core import products
+
     digest = hashlib.sha256(facts.encode())
     code = sorted(module.__file__ for name, module in sys.modules.items() if name.startswith("pipeline_lib") and module.__file__)
     for path in [*inputs, *map(Path, code)]:
         digest.update(path.read_bytes())
-    digest.update(f"{torch.__version__} {device().type} {torch.get_num_threads()} {products.choose()}".encode())
+    digest.update(f"{torch.__version__} {compute().type} {torch.get_num_threads()} {products.choose()}".encode())
     return digest.hexdigest()[:32]

@@ -3,21 +3,11 @@
 from typing import Any
 
 import torch
-from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.core.params import Params
 from pipeline_lib.core.progress import Watched
-
-
-class CompletionsParams(Params):
-    """Which text's first rows are completed, and how far."""
-
-    text: str  # name in section `texts`
-    count: int = Field(ge=0)  # rows
-    prompt_tokens: int = Field(ge=1)
-    new_tokens: int = Field(ge=1)
+from pipeline_lib.evaluation.settings import CompletionsParams
 
 
 def complete(

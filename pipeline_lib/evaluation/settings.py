@@ -1,14 +1,48 @@
-"""Section ``evaluate``."""
+"""Parameters of what is measured on saved checkpoints."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from pipeline_lib.core.params import Params
-from pipeline_lib.evaluation.completions import CompletionsParams
+
+
+class CompletionsParams(Params):
+    """Which text's first rows are completed, and how far."""
+
+    text: str  # name in section `texts`
+    count: int = Field(ge=0)  # rows
+    prompt_tokens: int = Field(ge=1)
+    new_tokens: int = Field(ge=1)
 
 
 class EvaluateParams(Params):
+    """Section ``evaluate``."""
+
     compute_dtype: Literal["float32", "bfloat16", "float16"]
     batch_rows: int = Field(ge=1)
     completions: CompletionsParams
+
+
+class TasksParams(Params):
+    """Section ``tasks``: how tasks are run."""
+
+    path: Path  # folder of local task definitions (YAML, with the data beside them)
+    compute_dtype: Literal["float32", "bfloat16", "float16"]
+    batch_rows: int = Field(ge=1)
+
+
+class Preset(Params):
+    """Section ``presets.<name>``: tasks that are measured together."""
+
+    names: list[str]  # local tasks, or lm-eval's own, which need the network or a filled cache
+    limit: int | None = Field(ge=2)  # items of each task; a standard error needs two
+    shots: int = Field(ge=0)  # examples before each item; lm-eval keeps 0 for tasks that state it, as the embedded ones do
+    seed: int  # choice of the examples
+
+
+class ChooseParams(Params):
+    """Section ``choose``."""
+
+    text: str

@@ -14,16 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.core.params import Params
 from pipeline_lib.core.progress import Progress
+from pipeline_lib.evaluation.settings import Preset, TasksParams
 from pipeline_lib.models.start import usual
 
 if TYPE_CHECKING:
@@ -32,25 +31,6 @@ if TYPE_CHECKING:
 
 CUT = ("Combined length of context", "Left truncation applied")  # warnings of what is counted item by item
 FILE_FORMATS = {"csv", "json", "parquet", "text"}  # dataset_path of tasks that read files
-
-
-class TasksParams(Params):
-    """Section ``tasks``: which presets are measured on which models, and how all of them are run."""
-
-    path: Path  # folder of local task definitions (YAML, with the data beside them)
-    compute_dtype: Literal["float32", "bfloat16", "float16"]
-    batch_rows: int = Field(ge=1)
-    presets: list[str]  # of section `presets`
-    variants: list[str]  # beside the dense model
-
-
-class Preset(Params):
-    """Section ``presets.<name>``: tasks that are measured together."""
-
-    names: list[str]  # local tasks, or lm-eval's own, which need the network or a filled cache
-    limit: int | None = Field(ge=2)  # items of each task; a standard error needs two
-    shots: int = Field(ge=0)  # examples before each item; lm-eval keeps 0 for tasks that state it, as the embedded ones do
-    seed: int  # choice of the examples
 
 
 @dataclass(frozen=True)

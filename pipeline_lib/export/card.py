@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline_lib.export import wording
+from pipeline_lib.recipe import words
+from pipeline_lib.recipe.settings import Recipe
 
 FILE = "README.md"
 DENSE = """```python
@@ -63,7 +65,7 @@ def card(pruned: Pruned, measured: Measured | None = None, form: str = "dense", 
         f"# {_name(pruned.model)}: {pruned.variant}",
         _what(pruned),
         "## Recipe",
-        _table(("", ""), [("pruned", _sparsity(pruned.facts)), *wording.recipe(pruned.facts["settings"]).items()]),
+        _table(("", ""), [("pruned", _sparsity(pruned.facts)), *words.rows(Recipe.model_validate(pruned.facts["settings"])).items()]),
         *(["## Perplexity", *_perplexity(measured)] if measured else []),
         *(["## Size", _size(form, sizes)] if sizes else []),
         "## Loading",

@@ -1,13 +1,10 @@
-"""Section ``export``: which files are written for a variant."""
-
-from typing import Literal
+"""Which files are written for a variant."""
 
 from pipeline_lib.core.params import Params
-
-Format = Literal["dense", "bitmask", "compressed-tensors"]
+from pipeline_lib.recipe.settings import Format
 
 
 class ExportParams(Params):
-    """Section ``export`` with the variant's entry of ``exported`` laid over it."""
+    """The variant's ``export``."""
 
     formats: list[Format]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline_lib.core.runtime import generator
+from pipeline_lib.core.random import generator
 from pipeline_lib.fit.settings import BlockParams, FitParams
 from pipeline_lib.fit.spectral import Norm, regulariser
 from pipeline_lib.models.architecture import Matrix

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline_lib.core.runtime import generator
+from pipeline_lib.core.random import generator
 from pipeline_lib.fit.settings import SpectralParams
 from pipeline_lib.fit.spectral import Norm, penalty
 from pipeline_lib.induce.removed import Removed

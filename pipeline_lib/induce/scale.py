@@ -4,26 +4,13 @@ Convention: a factor d > 0 acts on a site's input as X' = D X and on its consume
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
-from pydantic import Field
 
-from pipeline_lib.core.params import Params
+from pipeline_lib.induce.settings import ScaleParams
 from pipeline_lib.models.architecture import Architecture, Coupling
 from pipeline_lib.models.folding import fold
 from pipeline_lib.stats.moments import SiteStatistics
-
-
-class ScaleParams(Params):
-    """Section ``scale``."""
-
-    start: Literal["identity", "eq5", "second_moment", "maximum"]
-    monotone: Literal["identity", "tanh"]
-    power: float
-    limit: float = Field(gt=0)
-    pairs: Literal["inputs", "balance"]
-    shift: Literal["none", "mean", "median"]
 
 
 def normalise(log_factor: torch.Tensor, limit: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pipeline_lib.core.artifacts import block_file, read_tensors, write_tensors
-from pipeline_lib.core.runtime import generator
+from pipeline_lib.core.random import generator
 from pipeline_lib.measure.backward import Logits, Subject, walk
 from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.architecture import Matrix

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from pipeline_lib.core.runtime import generator
+from pipeline_lib.core.random import generator
 from pipeline_lib.measure.backward import Logits, Subject, walk
 from pipeline_lib.measure.settings import SensitivityParams
 

@@ -3,32 +3,20 @@
 import glob
 import re
 from pathlib import Path
-from typing import Literal
 
 from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError
 
 from pipeline_lib.core import artifacts
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.core.params import Params
+from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.checkpoint import Checkpoint, locate, open_checkpoint
 from pipeline_lib.models.files import CONVERT, INDEX, reason_left_out
+from pipeline_lib.models.settings import ModelParams
 
-MODEL = Path("build/prepare/model.json")
 HUB = Path("data/hub.json")  # what DVC watches in the place of a directory
 SMALL = 2**26  # bytes; larger files are compared by DVC, not hashed again by every stage
 COMMIT = re.compile("[0-9a-f]{40}")
-
-
-class ModelParams(Params):
-    """Section ``model``."""
-
-    path: Path
-    id: str | None
-    revision: str | None
-    include: list[str]
-    exclude: list[str]
-    compute_dtype: Literal["float32", "bfloat16", "float16"]
 
 
 def fetch(params: ModelParams) -> Path:
@@ -130,14 +118,14 @@ def recorded_files(checkpoint: Checkpoint) -> list[str]:
     return sorted({*checkpoint.files.values(), *checkpoint.others, *([INDEX] if checkpoint.indexed else [])})
 
 
-def open_source(params: ModelParams) -> Checkpoint:
+def open_source(workspace: Workspace, params: ModelParams) -> Checkpoint:
     """The checkpoint as prepare saw it.
 
     Raises:
         SparselineError: one of its files has changed since, has come or gone.
     """
     checkpoint = open_checkpoint(locate(params.path, params.id, params.revision))
-    recorded = artifacts.read_json(MODEL)["sha256"]
+    recorded = artifacts.read_json(workspace.model)["sha256"]
     here = set(recorded_files(checkpoint))
     for name in sorted(here | recorded.keys()):
         path = checkpoint.path / name

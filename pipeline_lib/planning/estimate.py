@@ -10,10 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline_lib.evaluation.settings import EvaluateParams
-from pipeline_lib.evaluation.tasks import TasksParams
+from pipeline_lib.core import settings
+from pipeline_lib.evaluation.settings import EvaluateParams, TasksParams
+from pipeline_lib.measure.settings import CurvesParams, SensitivityParams
 from pipeline_lib.models.checkpoint import Checkpoint
-from pipeline_lib.prune.prune import FITS, PruneParams
+from pipeline_lib.prune.plan import Plan
+from pipeline_lib.prune.run import stream_bytes
+from pipeline_lib.prune.shapes import Shapes, outside
+from pipeline_lib.recipe.settings import InduceParams
+from pipeline_lib.stats.settings import CalibrateParams
 
 LIBRARIES = 730e6 if torch.version.cuda or torch.version.hip else 450e6  # resident size of Python with torch and transformers, measured
 TASK_LIBRARIES = 150e6  # what lm-eval and datasets come to beside them
@@ -22,24 +27,13 @@ SLOWDOWN = 2.0  # wall time over pure matrix products: softmax, norms, sorting, 
 
 @dataclass(frozen=True)
 class Work:
-    """What the parameters ask for."""
+    """What the parameters ask for, beside the variants' recipes."""
 
-    rows: int
-    length: int
+    shapes: Shapes  # of the calibration rows, in batches of ``calibrate.batch_rows``
     held_out: float  # share of the rows that judges
     compute_dtype: torch.dtype  # of the block-wise stages' forward passes
-    batch_rows: int
-    median_tokens: int
-    second_order: bool  # sensitivity by Hessian-vector products instead of gradients
-    probes: int
-    agreement: float  # of the probes' halves, at which probing stops before it has used all
-    rows_per_probe: int
-    probes_per_pass: int
-    full_moments: bool  # of output gradients; diagonals weigh nothing
-    moment_budget_bytes: int
-    induction_steps: int
-    densities: int  # of an error curve
-    gram_budget_bytes: int
+    calibrate: CalibrateParams
+    sensitivity: SensitivityParams
 
 
 @dataclass(frozen=True)
@@ -67,87 +61,95 @@ def measure_speed(device: torch.device) -> float:
     return 2 * 1024**3 * count / (time.monotonic() - started)
 
 
-def estimate(checkpoint: Checkpoint, work: Work) -> dict[str, Estimate]:
-    """Needs per stage, but for those that hang on the variant or on the whole model (``pruning``, ``exporting``, ``evaluating``, ``answering``).
+def estimate(work: Work) -> dict[str, Estimate]:
+    """Needs of the stages that all variants share.
 
     Formulas: an activation stream takes e·n·D, e the bytes of ``compute_dtype``; a block in use 4·P; calibrate adds its Grams 2·Σ4d², the samples that
     medians are taken over (the widest site's four times: joined, sorted, and with places), and what summing the widest site's batch takes, 15
-    bytes a value (itself in float32 and in float64, its square): measured. Induce prunes each block up to three times for its gate, whose rows are there before and after the block;
-    curves prunes each matrix of a block at every density and takes two products with its errors, one of them with the block's output moments. Both read stored Grams; beyond their budget they walk as calibrate does.
-    Sensitivity holds every block's inputs for a pass of probes, one block (weights, probe vector, gradients, products: 20 bytes a
-    parameter; 8 without second derivatives), the graph of one probe in it, and the logits of one row (copies per token of every site's
-    inputs, of every head's attention row and of the logits are fitted to a measurement), and one block's full moments. Its time is that of all
-    probes; unless an agreement of 1 is asked for, those of the first pass (two at least) may be enough.
+    bytes a value (itself in float32 and in float64, its square): measured. Sensitivity: see ``_probing``.
     """
-    entry = checkpoint.architecture
-    shapes = [checkpoint.matrix_shape(0, matrix) for matrix in entry.matrices]
-    block = sum(rows * columns for rows, columns in shapes)
-    sites = [len(site.index) for site in entry.sites]
-    tokens = work.rows * work.length
-    outside = _outside(checkpoint)
-    stream = work.compute_dtype.itemsize * tokens * entry.width
-    grams = 4 * sum(d * d for d in sites)
-    batch = work.batch_rows * work.length
-    inner = _inner(checkpoint, work.batch_rows, work.length)
-    forward = 2 * tokens * block * entry.depth
-    gram_flops = 2 * tokens * sum(d * d for d in sites) * entry.depth
-    factor = entry.depth * 3 * sum(d**3 for d in sites)
-    sweep = entry.depth * sum(rows * columns * columns for rows, columns in shapes)
-    errors = 6 * entry.depth * sum(rows * columns * columns for rows, columns in shapes)
-    stored_grams = 2 * grams * entry.depth if 2 * grams * entry.depth <= work.gram_budget_bytes else 0
-    base = LIBRARIES + outside
-    sampled = 4 * min(tokens, 2 * work.median_tokens) * sum(sites) + 16 * min(tokens, work.median_tokens) * max(sites)
-    walk = stream + 2 * grams + max(inner + 15 * batch * max(sites), sampled)  # what a walk over the blocks holds beside the block
-    again, repeated = (0, 0) if stored_grams else (walk, forward + gram_flops)
-    judged = 2 * stream * (work.held_out or 1)
-    config = checkpoint.config
-    orders = 2 if work.second_order else 1  # values, or values and their tangents
-    boundaries = orders * 4 * work.probes_per_pass * work.rows_per_probe * work.length * entry.width * (entry.depth + 1)
-    inputs, attention, logits = (24, 6, 10) if work.second_order else (8, 1, 6)
-    graph = 4 * work.rows_per_probe * work.length * (inputs * sum(sites) + attention * config.num_attention_heads * work.length)
-    top = 4 * work.length * logits * config.vocab_size
-    moments = 4 * entry.depth * sum(rows * rows for rows, _ in shapes) if work.full_moments else 0
-    moments = moments if moments <= work.moment_budget_bytes else 0
-    forwards = 14 if work.second_order else 4  # matrix products, in units of a forward pass
-    probed = work.probes * work.rows_per_probe * work.length
-    first = min(work.probes, max(2, work.probes_per_pass)) if work.agreement < 1 else work.probes
-    steps = [
-        Estimate("prepare", LIBRARIES, 1e5, 0),
-        Estimate("calibrate", base + 4 * block + walk, stored_grams + entry.depth * 20 * sum(sites), forward + gram_flops),
-        Estimate("scale", LIBRARIES + 4 * block + 2 * grams, entry.depth * 4 * sum(sites), 0),
-        Estimate(
-            "induce",
-            base + judged + again + 20 * block + 4 * grams + inner,
-            entry.depth * 8 * sum(sites),
-            forward + repeated + errors * work.induction_steps + 3 * (factor + sweep),
+    shapes, depth = work.shapes, work.shapes.checkpoint.architecture.depth
+    base = LIBRARIES + outside(shapes.checkpoint)
+    return {
+        "prepare": Estimate("prepare", LIBRARIES, 1e5, 0),
+        "calibrate": Estimate(
+            "calibrate",
+            base + 4 * shapes.block + _walk(work),
+            _stored(work) + depth * 20 * sum(shapes.sites),
+            depth * (shapes.forward + shapes.gram_flops),
         ),
-        Estimate(
-            "sensitivity",
-            base + boundaries + (20 if work.second_order else 8) * block + max(graph, top) + moments / entry.depth,
-            1e4 + moments,
-            forwards * 2 * probed * (block * entry.depth + entry.width * config.vocab_size),
-            first / work.probes,
-        ),
-        Estimate(
-            "curves",
-            LIBRARIES + again + 24 * block + 2 * grams + 16 * max(sites) ** 2 + moments / entry.depth,
-            1e4 * entry.depth,
-            repeated + factor + work.densities * 4 * sweep,
-        ),
-    ]
-    return {step.stage: step for step in steps}
+        "scale": Estimate("scale", LIBRARIES + 4 * shapes.block + 2 * shapes.grams, depth * 4 * sum(shapes.sites), 0),
+        "sensitivity": _probing(work),
+    }
 
 
-def _outside(checkpoint: Checkpoint) -> float:
-    """Bytes of embeddings, head and last norm in float32."""
-    return 4 * sum(math.prod(checkpoint.shapes[name]) for name in checkpoint.outside_blocks())
+def inducing(work: Work, name: str, params: InduceParams) -> Estimate:
+    """Needs of one variant's `induce`: each block is pruned up to three times for its gate, whose rows are there before and after the block."""
+    shapes, depth = work.shapes, work.shapes.checkpoint.architecture.depth
+    again, repeated = _walked_again(work)
+    judged = 2 * shapes.stream(work.compute_dtype) * (work.held_out or 1)
+    memory = LIBRARIES + outside(shapes.checkpoint) + judged + again + 20 * shapes.block + 4 * shapes.grams
+    flops = shapes.forward + repeated + 6 * shapes.sweep * params.steps + 3 * (shapes.factor_flops + shapes.sweep)
+    return Estimate(name, memory + shapes.inner(shapes.batch_rows), depth * 8 * sum(shapes.sites), depth * flops)
 
 
-def _inner(checkpoint: Checkpoint, rows: int, length: int) -> float:
-    """Bytes of a batch's activations within a block, in float32: every site's inputs, four of the stream's width, and rows of the attention."""
-    entry = checkpoint.architecture
-    sites = sum(len(site.index) for site in entry.sites)
-    return 4 * rows * length * (sites + 4 * entry.width + checkpoint.config.num_attention_heads * length / 4)
+def measuring(work: Work, name: str, params: CurvesParams) -> Estimate:
+    """Needs of one variant's `curves`: each matrix of a block pruned at every density, and two products with its errors."""
+    shapes, depth = work.shapes, work.shapes.checkpoint.architecture.depth
+    again, repeated = _walked_again(work)
+    memory = LIBRARIES + again + 24 * shapes.block + 2 * shapes.grams + 16 * max(shapes.sites) ** 2 + _moments(work) / depth
+    flops = repeated + shapes.factor_flops + len(params.densities) * 4 * shapes.sweep
+    return Estimate(name, memory, 1e4 * depth, depth * flops)
+
+
+def _walk(work: Work) -> float:
+    """Bytes that a walk over the dense blocks holds beside the block."""
+    shapes, widest = work.shapes, max(work.shapes.sites)
+    median = work.calibrate.median_tokens
+    sampled = 4 * min(shapes.tokens, 2 * median) * sum(shapes.sites) + 16 * min(shapes.tokens, median) * widest
+    summed = shapes.inner(shapes.batch_rows) + 15 * shapes.batch_rows * shapes.length * widest
+    return shapes.stream(work.compute_dtype) + 2 * shapes.grams + max(summed, sampled)
+
+
+def _stored(work: Work) -> float:
+    """Bytes of the Gram matrices on disk; none beyond their budget."""
+    size = 2 * work.shapes.grams * work.shapes.checkpoint.architecture.depth
+    return size if size <= settings.gram_bytes() else 0
+
+
+def _walked_again(work: Work) -> tuple[float, float]:
+    """Bytes and FLOPs per block of taking the Gram matrices again, where they are not stored."""
+    return (0, 0) if _stored(work) else (_walk(work), work.shapes.forward + work.shapes.gram_flops)
+
+
+def _moments(work: Work) -> float:
+    """Bytes of full output moments; none beyond their budget."""
+    depth = work.shapes.checkpoint.architecture.depth
+    size = 4 * depth * sum(rows * rows for rows, _ in work.shapes.matrices) if work.sensitivity.output_moments == "full" else 0
+    return size if size <= work.sensitivity.moment_budget_bytes else 0
+
+
+def _probing(work: Work) -> Estimate:
+    """Needs of `sensitivity`: every block's inputs for a pass of probes, one block (weights, probe vector, gradients, products: 20 bytes a
+    parameter; 8 without second derivatives), the graph of one probe in it, the logits of one row, and one block's full moments.
+
+    Copies per token of every site's inputs, of every head's attention row and of the logits are fitted to a measurement. Time is that of
+    all probes; unless an agreement of 1 is asked for, those of the first pass (two at least) may be enough.
+    """
+    shapes, params = work.shapes, work.sensitivity
+    entry, config = shapes.checkpoint.architecture, shapes.checkpoint.config
+    second = params.estimator == "hutchinson"
+    tokens = params.rows_per_probe * shapes.length
+    boundaries = (1 + second) * 4 * params.probes_per_pass * tokens * entry.width * (entry.depth + 1)  # values, or with their tangents
+    inputs, attention, logits = (24, 6, 10) if second else (8, 1, 6)
+    graph = 4 * tokens * (inputs * sum(shapes.sites) + attention * config.num_attention_heads * shapes.length)
+    top = 4 * shapes.length * logits * config.vocab_size
+    moments = _moments(work)
+    memory = boundaries + (20 if second else 8) * shapes.block + max(graph, top) + moments / entry.depth
+    forwards = 14 if second else 4  # matrix products, in units of a forward pass
+    flops = forwards * 2 * params.probes * tokens * (shapes.block * entry.depth + entry.width * config.vocab_size)
+    first = min(params.probes, max(2, params.probes_per_pass)) if params.agreement < 1 else params.probes
+    return Estimate("sensitivity", LIBRARIES + outside(shapes.checkpoint) + memory, 1e4 + moments, flops, first / params.probes)
 
 
 def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> float:
@@ -171,7 +173,9 @@ def evaluating(checkpoint: Checkpoint, params: EvaluateParams, texts: Sequence[t
     tokens = sum(rows * length for rows, length in texts) + asked.count * (asked.prompt_tokens + asked.new_tokens)
     hidden = dtype.itemsize * rows * length * entry.width
     memory = (
-        LIBRARIES + _loaded(checkpoint, dtype) + max(_inner(checkpoint, rows, length) * dtype.itemsize / 4, hidden + tops, cache + tops)
+        LIBRARIES
+        + _loaded(checkpoint, dtype)
+        + max(Shapes(checkpoint, rows, length, rows).inner(rows) * dtype.itemsize / 4, hidden + tops, cache + tops)
     )
     return Estimate("evaluate", memory, 1e4, 2 * checkpoint.parameters * tokens)
 
@@ -189,7 +193,12 @@ def answering(checkpoint: Checkpoint, name: str, params: TasksParams, lengths: S
         len(batch) * max(batch, default=0) for batch in (cut[: params.batch_rows], cut[params.batch_rows : 2 * params.batch_rows])
     )
     tops = max(first * _logits(dtype), first * 4 + second * _logits(dtype)) * checkpoint.config.vocab_size
-    memory = LIBRARIES + TASK_LIBRARIES + _loaded(checkpoint, dtype) + max(_inner(checkpoint, rows, length) * dtype.itemsize / 4, tops)
+    memory = (
+        LIBRARIES
+        + TASK_LIBRARIES
+        + _loaded(checkpoint, dtype)
+        + max(Shapes(checkpoint, rows, length, rows).inner(rows) * dtype.itemsize / 4, tops)
+    )
     return Estimate(name, memory, 1e4, 2 * checkpoint.parameters * sum(cut))
 
 
@@ -198,57 +207,17 @@ def _logits(dtype: torch.dtype) -> int:
     return dtype.itemsize + 4 + (4 if dtype != torch.float32 else 0)
 
 
-def pruning(checkpoint: Checkpoint, name: str, params: PruneParams, rows: int, length: int, dtype: torch.dtype) -> Estimate:
-    """Needs of one variant's `prune`.
-
-    Memory: the streams, e·n·D each with e the bytes of ``dtype`` (one; two where something aims at the dense model; one more for windows) up to their budget; then the
-    larger of two phases. Selection: a block as stored, another 4·P to compute with if that is not float32, 4·P as pruned where the dense
-    block is needed again or a fit follows; the Grams 4·Σd² (site by site only the largest, and the cross moment beside it); the largest
-    site's factorisation (4·d²; 4·d² more for ADMM's inverse); of the largest matrix 5 bytes a weight for the sweep, 4 for a target to aim
-    at, 8 for least squares, 12 for ADMM; and a batch's activations. Fit: per block of the window 23·P with ``weights`` (as they move,
-    Adam's moments, gradient, the best so far, masks and bfloat16 copies), else 4·P as pruned and 12·P (18·P where scales of what was
-    quantised are fitted again); and one batch's graph.
-
-    Time: the products of all forward passes, of the sweeps (R·C²) and of at most all iterations and epochs, gradients at twice a forward pass.
-    Quantisation after ``lsq`` is another sweep; after a fit it is one towards the block's own outputs, from statistics of its own, and another fit.
-    """
-    entry, how = checkpoint.architecture, params.reconstruction
-    shapes = [checkpoint.matrix_shape(0, matrix) for matrix in entry.matrices]
-    block, largest = sum(r * c for r, c in shapes), max(r * c for r, c in shapes)
-    sites = [len(site.index) for site in entry.sites]
-    tokens = rows * length
-    fits = [getattr(how, step) for step in FITS if step in how.steps]
-    window = how.block.window if "block" in how.steps else 1
-    sitewise, aimed, refit = how.collect == "site", how.towards_dense > 0, "lsq" in how.steps
-    streams = (1 + (aimed or bool(fits)) + (window > 1)) * dtype.itemsize * tokens * entry.width
-    kept = streams if streams <= params.activation_budget_bytes else 12 * params.batch_rows * length * entry.width
-    outside = _outside(checkpoint)
-
-    d = max(sites)
-    grams = 4 * (d * d if sitewise else sum(size * size for size in sites)) + (4 * d * d if aimed else 0)
-    item, masked = checkpoint.dtype.itemsize, refit and how.lsq.mask_iterations > 0
-    solver = (4 + 4 * masked) * d * d + (5 + 4 * aimed + 8 * refit + 12 * masked) * largest
-    held = item + (item != 4) * 4 + (aimed or bool(fits)) * 4
-    selecting = held * block * window + grams + solver + _inner(checkpoint, params.batch_rows, length)
-    again = params.quantization.bits is not None and bool(fits)  # quantised after a fit: moments, sweep and fit once more
-    refitted = again and bool(params.quantization.refit)
-    fitting = [
-        window * (23 if "weights" in fit.parts else 22 if refitted else 16) * block + 3 * _inner(checkpoint, fit.batch_rows, length)
-        for fit in fits
-    ]
-    forward = 2 * tokens * block
-    collects = (2.2 if sitewise else 1) * (2 if aimed else 1)  # site by site, a pass stops where it has what it came for
-    passes = collects + 1 + bool(fits or aimed) + sum(4 * fit.epochs for fit in fits)
-    each = sum(r * c * c for r, c in shapes)
-    passes += again * 2 * 2.2 + (4 * fits[-1].epochs if refitted else 0)
-    twice = params.quantization.bits is not None and (refit or again)  # a sweep for the mask, and one for the grid
-    sweeps = ("obs" in how.steps) * (1 + twice + 4 * again)
-    solve = sweeps + 4 * aimed + (2 * (how.lsq.iterations + 4 * how.lsq.mask_iterations) if refit else 0)
-    statistics = 2 * tokens * sum(size * size for size in sites) * (1 + aimed + 2 * again)
-    flops = passes * forward + statistics + 3 * sum(size**3 for size in sites) * (1 + again) + solve * each
-    disk = checkpoint.parameters * (torch.finfo(checkpoint.dtype).bits // 8) + checkpoint.parameters / 8
-    disk += streams if streams > params.activation_budget_bytes else 0
-    return Estimate(name, LIBRARIES + outside + kept + max([selecting, *fitting]), disk, entry.depth * flops)
+def pruning(name: str, plan: Plan, shapes: Shapes, dtype: torch.dtype) -> Estimate:
+    """Needs of one variant's `prune`: the streams of hidden states up to their budget, and the largest of its steps; the FLOPs of all."""
+    checkpoint = shapes.checkpoint
+    streams = stream_bytes(plan, shapes.tokens, checkpoint.architecture.width, dtype.itemsize) if plan.needs.text else 0
+    spilt = streams > settings.activation_bytes()
+    kept = 3 * shapes.stream(dtype) * shapes.batch_rows / shapes.rows if spilt else streams
+    passes = plan.needs.text + plan.needs.dense_stream  # what comes out of finished blocks
+    flops = passes * shapes.forward + sum(step.flops(shapes) for step in plan.steps)
+    memory = LIBRARIES + outside(checkpoint) + kept + max(step.memory(shapes) for step in plan.steps)
+    disk = checkpoint.parameters * checkpoint.dtype.itemsize + checkpoint.parameters / 8 + spilt * streams
+    return Estimate(name, memory, disk, checkpoint.architecture.depth * flops)
 
 
 def exporting(checkpoint: Checkpoint, name: str, formats: Sequence[str], sparsity: float) -> Estimate:

@@ -8,6 +8,7 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.masks.rule import Rule
 from pipeline_lib.masks.scores import Curvature
 from pipeline_lib.masks.settings import SelectionParams
+from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.prune.window import Block, Window, collect_diagonals
 from pipeline_lib.recipe.needs import Moments
 from pipeline_lib.solve.factor import damping_unit, finite
@@ -64,3 +65,12 @@ class Choose:
             matrix.view(block.tensors[matrix.parameter]).masked_fill_(~mask, 0)
             block.curvatures[matrix], block.rules[matrix] = curvature, rule
             block.facts["matrices"][matrix.label] = {"kind": matrix.kind, "size": weight.numel(), "kept": block.kept[matrix]}
+
+    def memory(self, shapes: Shapes) -> float:
+        """Bytes: the window's blocks (twice where they are fitted later), the largest matrix with its scores and mask, a batch."""
+        held = shapes.stored + (self.dtype is not None) * 4
+        return held * shapes.block * shapes.window + 5 * shapes.largest + (self.moments != "none") * shapes.inner(shapes.batch_rows)
+
+    def flops(self, shapes: Shapes) -> float:
+        """The passes that collect diagonals; site by site, a pass stops where it has what it came for."""
+        return 0 if self.moments == "none" else (2.2 if self.by_site else 1) * shapes.forward

@@ -9,6 +9,7 @@ from pipeline_lib.fit.fit import Masks, Remask, Sparse, fit
 from pipeline_lib.fit.scales import Scales
 from pipeline_lib.fit.settings import FitParams
 from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.prune.window import Window
 
 
@@ -74,3 +75,13 @@ class Finetune:
             return masks
 
         return remask
+
+    def memory(self, shapes: Shapes) -> float:
+        """Bytes: 23 a weight where weights move (as they move, Adam's moments, gradient, the best so far, masks and bfloat16 copies), 22 for
+        scales, else 16; and one batch's graph."""
+        each = 23 if "weights" in self.params.parts else 22 if "scales" in self.params.parts else 16
+        return shapes.window * each * shapes.block + 3 * shapes.inner(self.params.batch_rows)
+
+    def flops(self, shapes: Shapes) -> float:
+        """At most all epochs, gradients at twice a forward pass, and the gate."""
+        return 4 * self.params.epochs * shapes.forward

@@ -12,6 +12,7 @@ from pipeline_lib.masks.scores import Curvature
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.folding import site_factor
+from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.prune.window import Block, Window, collect
 from pipeline_lib.solve import lsq
 from pipeline_lib.solve.factor import Factorisation, factorise, layer_error, squared_error
@@ -104,6 +105,27 @@ class Layerwise:
             size = {"kind": matrix.kind, "size": weight.numel(), "kept": block.kept[matrix]}
             block.facts["matrices"][matrix.label] = {**size, **task.facts, "damping": factorisation.damping}
             del weight, target, task, whole  # before the next
+
+    def memory(self, shapes: Shapes) -> float:
+        """Bytes: the window's blocks (twice where the dense one is needed again), the Gram matrices (site by site only the largest, and the
+        cross moment beside it), the largest site's factorisation (and ADMM's inverse), a batch; of the largest matrix 5 a weight for the
+        sweep, 4 for a target to aim at, 8 for least squares, 12 for ADMM."""
+        d, aimed = max(shapes.sites), self.towards_dense > 0
+        refit, masked = self.lsq is not None, self.lsq is not None and self.lsq.mask_iterations > 0
+        held = shapes.stored + (aimed or self.dtype is not None) * 4
+        grams = (4 * d * d if self.by_site else shapes.grams) + 4 * d * d * aimed
+        solver = (4 + 4 * masked) * d * d + (5 + 4 * aimed + 8 * refit + 12 * masked) * shapes.largest
+        return held * shapes.block * shapes.window + grams + solver + shapes.inner(shapes.batch_rows)
+
+    def flops(self, shapes: Shapes) -> float:
+        """Passes that collect (site by site, one stops where it has what it came for), statistics, factorisation, and per matrix products of its
+        own size: a sweep for the mask and one for the grid, least squares and ADMM with at most all iterations."""
+        aimed = self.towards_dense > 0
+        passes = (2.2 if self.by_site else 1) * (2 if aimed else 1)
+        sweeps = self.compensate * (1 + (self.scheme is not None and self.lsq is not None))
+        solve = 0 if self.lsq is None else 2 * (self.lsq.iterations + 4 * self.lsq.mask_iterations)
+        products = (sweeps + 4 * aimed + solve) * shapes.sweep
+        return passes * shapes.forward + (1 + aimed) * shapes.gram_flops + shapes.factor_flops + products
 
     def _ordering(self, weights: Mapping[Matrix, torch.Tensor], block: Block, rule: Rule) -> Callable[[Curvature], torch.Tensor | None]:
         """ROSE's order of a site's columns, from what all its matrices would lose."""
@@ -198,6 +220,16 @@ class Quantise:
             del hidden  # its batches, before they are passed on
             if index != max(window.blocks):
                 model.advance(model.block(index, block.tensors), index, stream)
+
+    def memory(self, shapes: Shapes) -> float:
+        """Bytes: the window's blocks as fitted and as quantised, moments and factorisation of the largest site, its largest matrix, a batch."""
+        d = max(shapes.sites)
+        return 8 * shapes.block * shapes.window + 12 * d * d + 9 * shapes.largest + shapes.inner(shapes.batch_rows)
+
+    def flops(self, shapes: Shapes) -> float:
+        """Statistics site by site beside the fitted block's, and a sweep towards its outputs."""
+        products = 5 * self.compensate * shapes.sweep
+        return 2 * 2.2 * shapes.forward + 2 * shapes.gram_flops + shapes.factor_flops + products
 
     def quantise_site(self, block: Block, site: str, moments: Moments) -> None:
         """Quantise the pruned matrices that share a site, on their masks.

@@ -1,4 +1,4 @@
-"""A variant's parameters: section ``prune`` with ``variants.<name>`` laid over it, and what induction and error curves of it are."""
+"""A recipe's parameters."""
 
 from typing import Any, Literal, get_args
 
@@ -8,7 +8,6 @@ from pipeline_lib.allocate.settings import AllocationParams
 from pipeline_lib.core.params import Conflict, Params
 from pipeline_lib.fit.settings import BlockParams, FitParams, SpectralParams
 from pipeline_lib.masks.settings import SelectionParams
-from pipeline_lib.measure.settings import CurvesParams
 from pipeline_lib.solve.settings import LsqParams, QuantizationParams
 
 Step = Literal["obs", "lsq", "channel", "block"]
@@ -74,17 +73,14 @@ class InduceParams(Params):
     spectral: SpectralParams
 
 
-class PruneParams(Params):
-    """Section ``prune``, with ``variants.<name>`` laid over it."""
+class Pruning(Params):
+    """How a model is pruned: what section ``prune`` and ``variants.<name>`` say of it."""
 
     batch_rows: int = Field(ge=1)
     quantization: QuantizationParams
     selection: SelectionParams
     allocation: AllocationParams
     reconstruction: ReconstructionParams
-    export: list[Format]
-    tasks: list[str]
-    candidate: bool
 
     @field_validator("selection")
     @classmethod
@@ -97,8 +93,15 @@ class PruneParams(Params):
         return selection
 
 
-class Recipe(PruneParams):
-    """All that a variant is."""
+class Recipe(Pruning):
+    """All that decides what a pruned model is."""
 
     induce: InduceParams | None  # None: nothing is learned before masks are chosen
-    curves: CurvesParams  # how error curves are measured, where the allocation reads them
+
+
+class PruneParams(Pruning):
+    """Section ``prune``, with ``variants.<name>`` laid over it, but for its sections ``induce`` and ``curves``."""
+
+    export: list[Format]
+    tasks: list[str]
+    candidate: bool

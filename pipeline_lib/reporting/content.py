@@ -7,6 +7,8 @@ from statistics import median
 from typing import Any, ClassVar
 
 from pipeline_lib.export import wording
+from pipeline_lib.recipe import words
+from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.reporting import plots, sizes, table
 from pipeline_lib.reporting.costs import Costs, by_stage, by_variant
 from pipeline_lib.reporting.plots import Figure
@@ -221,7 +223,7 @@ def _tasks(results: Results) -> str:
 
 
 def _recipes(results: Results) -> list[Column]:
-    recipes = [{"variant": variant.name} | wording.recipe(variant.facts["settings"]) for variant in results.pruned]
+    recipes = [{"variant": variant.name} | words.rows(Recipe.model_validate(variant.facts["settings"])) for variant in results.pruned]
     return [Column("", head, tuple(recipe[head] for recipe in recipes), numeric=False) for head in recipes[0]]
 
 

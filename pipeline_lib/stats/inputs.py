@@ -7,38 +7,49 @@ import torch
 
 from pipeline_lib.core import artifacts, runtime
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.models.source import ModelParams, open_source
+from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.models.settings import ModelParams
+from pipeline_lib.models.source import open_source
 from pipeline_lib.models.stream import BlockModel
 
-CALIBRATION = Path("build/texts/calibrate")
 
-
-def open_model(params: ModelParams) -> BlockModel:
+def open_model(workspace: Workspace, params: ModelParams) -> BlockModel:
     """The model as prepare saw it, on the device that the settings name."""
-    return BlockModel(open_source(params), getattr(torch, params.compute_dtype), runtime.device())
+    device = runtime.compute()
+    return BlockModel(open_source(workspace, params), getattr(torch, params.compute_dtype), device)
 
 
-def calibration_rows() -> dict[str, torch.Tensor]:
+def included(workspace: Workspace) -> list[dict[str, Any]]:
+    """The logical matrices that are to be pruned, as prepare listed them: name, block, label, kind, shape."""
+    return [matrix for matrix in artifacts.read_json(workspace.matrices) if matrix["included"]]
+
+
+def calibration_rows(workspace: Workspace) -> dict[str, torch.Tensor]:
     """``fit`` and ``held_out`` rows [N, T] of the one calibration text.
 
     Raises:
         SparselineError: there is none, or more than one.
     """
-    return artifacts.read_tensors(_file())[0]
+    return artifacts.read_tensors(calibration_file(workspace))[0]
 
 
-def calibration_facts() -> dict[str, Any]:
+def calibration_facts(workspace: Workspace) -> dict[str, Any]:
     """Where they come from: the text's name, its facts, and the SHA-256 of their file.
 
     Raises:
         SparselineError: as ``calibration_rows``.
     """
-    path = _file()
+    path = calibration_file(workspace)
     return artifacts.read_tensors(path)[1] | {"text": path.stem, "file_sha256": artifacts.sha256(path)}
 
 
-def _file() -> Path:
-    files = sorted(CALIBRATION.glob("*.safetensors"))
+def calibration_file(workspace: Workspace) -> Path:
+    """Where they are.
+
+    Raises:
+        SparselineError: as ``calibration_rows``.
+    """
+    files = sorted(workspace.texts("calibrate").glob("*.safetensors"))
     if len(files) != 1:
         raise SparselineError(f"params.yaml: texts must hold exactly one text with use: calibrate, not {len(files)}; change one's `use`.")
     return files[0]

@@ -4,21 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from pydantic import Field
 
 from pipeline_lib.core.artifacts import block_file, read_tensors
-from pipeline_lib.core.params import Params
 from pipeline_lib.models.architecture import Architecture
 from pipeline_lib.models.stream import BlockModel, tapped
 from pipeline_lib.stats.moments import Accumulator, SiteStatistics
-
-
-class CalibrateParams(Params):
-    """Section ``calibrate``."""
-
-    batch_rows: int = Field(ge=1)
-    median_tokens: int = Field(ge=1)
-    gram_budget_bytes: int = Field(ge=0)
+from pipeline_lib.stats.settings import CalibrateParams
 
 
 def gram_bytes(architecture: Architecture) -> int:

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import Watched
-from pipeline_lib.core.runtime import generator
+from pipeline_lib.core.random import generator
 from pipeline_lib.models.start import Start
 from pipeline_lib.texts.texts import TextParams
 

@@ -1,0 +1,51 @@
+"""How many weights each matrix of a variant keeps."""
+
+from pipeline_lib.allocate.budget import Unit
+from pipeline_lib.allocate.methods import Measured, plan
+from pipeline_lib.allocate.settings import CURVES, SENSITIVITIES
+from pipeline_lib.core import artifacts
+from pipeline_lib.core.counts import target
+from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.masks.settings import Pattern
+from pipeline_lib.recipe.variants import AllocatePart
+
+
+def allocate(workspace: Workspace, variant: str, part: AllocatePart) -> str:
+    """Write matrix -> kept count, checked against the budget; a sentence on it.
+
+    Raises:
+        SparselineError: an N:M pattern does not divide a matrix, or no allocation meets the budget.
+    """
+    listed = [matrix for matrix in artifacts.read_json(workspace.matrices) if matrix["included"]]
+    pattern = Pattern.parse(part.pattern)
+    units = [Unit(m["name"], m["block"], m["shape"][0] * m["shape"][1], pattern.quantum(m["name"], tuple(m["shape"]))) for m in listed]
+    total = sum(unit.size for unit in units)
+    measured: Measured = {}
+    if part.allocation.method in CURVES:
+        measured = artifacts.read_json(workspace.curves(variant))
+    elif part.allocation.method in SENSITIVITIES:
+        measured = artifacts.read_json(workspace.sensitivity / "sensitivity.json")
+    kept = plan(units, part.sparsity, part.allocation, measured)
+    check(sum(kept), target(part.sparsity, total), max(unit.quantum for unit in units))
+    densities = [count / unit.size for count, unit in zip(kept, units, strict=True)]
+    artifacts.write_json(
+        workspace.allocation(variant),
+        {
+            "kept": {unit.name: count for unit, count in zip(units, kept, strict=True)},
+            "sparsity": 1 - sum(kept) / total,
+            "least_density": min(densities),
+            "greatest_density": max(densities),
+        },
+    )
+    spread = f", densities {min(densities):.1%} to {max(densities):.1%}" if max(densities) > min(densities) else ""
+    return f"{part.allocation.method}, {sum(kept):,} of {total:,} weights{spread}"
+
+
+def check(kept: int, budget: int, quantum: int) -> None:
+    """A count must be the budget, or for N:M within half of the largest step.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    if abs(kept - budget) > (quantum / 2 if quantum > 1 else 0):
+        raise RuntimeError(f"{kept} weights kept instead of {budget}")

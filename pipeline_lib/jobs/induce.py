@@ -1,0 +1,71 @@
+"""Learn one variant's factors and selection weights."""
+
+from pathlib import Path
+
+import click
+import torch
+
+from pipeline_lib.core import artifacts, runtime, scratch
+from pipeline_lib.core.counts import target
+from pipeline_lib.core.progress import track
+from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.induce.gate import Gate
+from pipeline_lib.induce.induce import induce_block
+from pipeline_lib.induce.resume import keep, kept
+from pipeline_lib.models.settings import ModelParams
+from pipeline_lib.models.transform import read_transforms, write_transforms
+from pipeline_lib.recipe.variants import InducePart
+from pipeline_lib.stats.dense import DenseBlock
+from pipeline_lib.stats.inputs import calibration_file, calibration_rows, open_model
+from pipeline_lib.stats.settings import CalibrateParams
+from pipeline_lib.stats.walk import stored_or_walked
+
+
+def induce(workspace: Workspace, source: ModelParams, variant: str, part: InducePart, calibrate: CalibrateParams) -> str:
+    """Block by block, kept only where the held-out rows agree; resumes after a kill. A sentence on it."""
+    what = f"induce {variant}"
+    model = open_model(workspace, source)
+    entry, checkpoint = model.checkpoint.architecture, model.checkpoint
+    allocated = artifacts.read_json(workspace.allocation(variant))["kept"]
+    starts, _ = read_transforms(workspace.start, entry.depth)
+    rows = calibration_rows(workspace)
+    judging = rows["held_out"]
+    if not len(judging):
+        click.echo(f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide what is kept")
+        judging = rows["fit"]
+    gate = Gate(model, judging, calibrate.batch_rows, part.selection, part.compensate)
+    # The statistics follow from the model, the rows and `calibrate`; their own files may be too large to hash.
+    described = " ".join(one.model_dump_json() for one in (part, source, calibrate))
+    inputs = [Path(__file__), workspace.model, workspace.allocation(variant), workspace.start, calibration_file(workspace)]
+    with scratch.hold("induce", runtime.resume_key(described, inputs), what) as held:
+        if done := sum(kept(held.kept, index) is not None for index in range(entry.depth)):
+            click.echo(f"{what}: resuming after {done} of {entry.depth} blocks")
+        outcomes = {}
+        statistics = stored_or_walked(workspace.statistics, model, rows["fit"], rows["held_out"], calibrate)
+        for index, sites in track(statistics, what, "blocks", entry.depth):
+            tensors = {name: tensor.to(torch.float32) for name, tensor in checkpoint.block(index).items()}
+            names = {matrix: entry.matrix_name(index, matrix) for matrix in entry.matrices}
+            views = {matrix: matrix.view(tensors[matrix.parameter]) for matrix, name in names.items() if name in allocated}
+            counts = {matrix: target(part.selection.sparsity, view.numel()) for matrix, view in views.items()}
+            dense = DenseBlock(entry, f"{entry.blocks}.{index}", tensors, sites)
+            judge = gate.enter(index, dense, counts)
+            if not counts:
+                continue
+            outcome = kept(held.kept, index)
+            if outcome is None:
+                outcome = induce_block(dense, counts, starts[index], part.selection, part.induce, judge)
+                keep(held.kept, index, outcome)
+            outcomes[index] = outcome
+        out = workspace.induced(variant)
+        curve = [{"block": index, **point} for index, outcome in outcomes.items() for point in outcome.curve]
+        facts = {
+            "settings": part.induce.model_dump(mode="json"),
+            "induction": {str(index): outcome.facts() for index, outcome in outcomes.items()},
+            "curve": curve,
+        }
+        write_transforms(out / "transform.safetensors", {index: outcome.transform for index, outcome in outcomes.items()}, facts)
+        artifacts.write_json(out / "curve.json", curve)
+    choices = [outcome.choice for outcome in outcomes.values()]
+    tally = ", ".join(f"{choice} in {choices.count(choice)}" for choice in ("learned", "start", "none"))
+    changed = sum(outcome.mask_changed for outcome in outcomes.values()) / max(1, len(outcomes))
+    return f"of {len(choices)} blocks the gate kept {tally}; {changed:.1%} of mask entries changed"

@@ -1,0 +1,115 @@
+"""What each stage reads of params.yaml and of the code, as files.
+
+DVC runs a stage again when its own file changes, and not when another's does.
+"""
+
+import shutil
+from collections.abc import Mapping
+
+from pydantic import BaseModel
+
+from pipeline_lib.core import artifacts, code, environment, params
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.workspace import DENSE, Workspace
+from pipeline_lib.evaluation.settings import Preset, TasksParams
+from pipeline_lib.export.settings import ExportParams
+from pipeline_lib.induce.settings import ScaleParams
+from pipeline_lib.measure.settings import SensitivityParams
+from pipeline_lib.recipe import names
+from pipeline_lib.recipe.variants import Variant, read_all
+from pipeline_lib.stats.settings import CalibrateParams
+
+STAGES = (
+    *("prepare", "text", "calibrate", "scale", "sensitivity", "curves", "allocate", "induce", "prune"),
+    *("evaluate", "tasks", "export", "choose", "report"),
+)
+
+
+def write(workspace: Workspace) -> str:
+    """Check all of it, and write a file per stage, or per stage and variant; null where the stage has nothing to do. A sentence on it.
+
+    Raises:
+        SparselineError: a name or a value cannot be used.
+    """
+    names.check()
+    variants = read_all()
+    for name, variant in variants.items():
+        names.check_presets(name, variant.tasks)
+    baseline = params.section("report.baseline")
+    if baseline not in variants:
+        raise SparselineError(f"{params.FILE}: report.baseline = {baseline!r} is no variant; variants: {', '.join(variants) or 'none'}.")
+    found: dict[str, BaseModel | None] = {
+        "sensitivity": sensitivity(variants),
+        "calibrate": calibrate(variants),
+        "scale": scale(variants),
+        f"tasks/{DENSE}": tasks_of(DENSE, variants),
+    }
+    for name, variant in variants.items():
+        parts: dict[str, BaseModel | None] = {
+            "curves": variant.curves,
+            "allocate": variant.allocate,
+            "induce": variant.induce,
+            "prune": variant.recipe,
+            "tasks": tasks_of(name, variants),
+            "export": export(variant),
+        }
+        found |= {f"{stage}/{name}": part for stage, part in parts.items()}
+    with artifacts.replacing(workspace.keys) as directory:
+        for place, part in found.items():
+            artifacts.write_json(directory / f"{place}.json", None if part is None else part.model_dump(mode="json"))
+        versions = artifacts.read_json(environment.FILE)
+        for stage in STAGES:
+            artifacts.write_json(directory / "code" / f"{stage}.json", {"sha256": code.digest(stage), "versions": versions})
+    _tidy(workspace, variants)
+    return f"{len(variants)} variants: {', '.join(variants)}"
+
+
+def _tidy(workspace: Workspace, variants: Mapping[str, Variant]) -> None:
+    """Remove what entries that are gone from params.yaml have left: stages read whole directories, and DVC leaves it. The cache keeps it."""
+    texts = {name: text.get("use") if isinstance(text, Mapping) else None for name, text in params.section("texts").items()}
+    for left in workspace.texts("").glob("*/*.safetensors"):
+        if texts.get(left.stem) != left.parent.name:
+            left.unlink()
+    for left in workspace.of_models():
+        if left.name.removesuffix(".json") not in (*variants, DENSE):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+class TasksPart(params.Params):
+    """What `tasks` measures on one model."""
+
+    tasks: TasksParams
+    presets: dict[str, Preset]
+
+
+def tasks_of(name: str, variants: Mapping[str, Variant]) -> TasksPart | None:
+    """Of a variant, or of the source model, which is measured on all that any variant is measured on; None without any preset."""
+    chosen = variants.values() if name == DENSE else [variants[name]]
+    presets = dict.fromkeys(preset for variant in chosen for preset in variant.tasks)
+    if not presets:
+        return None
+    found = {preset: params.load(Preset, f"presets.{preset}") for preset in presets}
+    return TasksPart(tasks=params.load(TasksParams, "tasks"), presets=found)
+
+
+def export(variant: Variant) -> ExportParams | None:
+    """None where no format is asked for."""
+    return ExportParams(formats=variant.export) if variant.export else None
+
+
+def sensitivity(variants: Mapping[str, Variant]) -> SensitivityParams | None:
+    """None where no allocation reads sensitivities."""
+    found = params.load(SensitivityParams, "sensitivity")
+    return found if any(one.needs.sensitivities for one in variants.values()) else None
+
+
+def calibrate(variants: Mapping[str, Variant]) -> CalibrateParams | None:
+    """None where neither curves nor induction reads statistics of the dense model."""
+    found = params.load(CalibrateParams, "calibrate")
+    return found if any(one.needs.curves or one.needs.factors for one in variants.values()) else None
+
+
+def scale(variants: Mapping[str, Variant]) -> ScaleParams | None:
+    """None where nothing is induced."""
+    found = params.load(ScaleParams, "scale")
+    return found if any(one.needs.factors for one in variants.values()) else None

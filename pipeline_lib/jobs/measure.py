@@ -1,0 +1,126 @@
+"""What changing the dense model's weights costs: sensitivities, and error curves of one variant's pruning."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import torch
+
+from pipeline_lib.core import artifacts, runtime
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.progress import track
+from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.measure import fisher, hutchinson
+from pipeline_lib.measure.backward import Subject
+from pipeline_lib.measure.curves import measure
+from pipeline_lib.measure.estimate import Estimate, Samples, estimates, relative_error
+from pipeline_lib.measure.fisher import OutputMoments, moment_bytes
+from pipeline_lib.measure.settings import SensitivityParams
+from pipeline_lib.models.settings import ModelParams
+from pipeline_lib.models.source import open_source
+from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.recipe.variants import CurvesPart
+from pipeline_lib.stats.dense import DenseBlock
+from pipeline_lib.stats.inputs import calibration_rows, included, open_model
+from pipeline_lib.stats.settings import CalibrateParams
+from pipeline_lib.stats.walk import stored_or_walked
+
+
+def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityParams) -> str:
+    """The trace of every matrix's Hessian (hutchinson) or Fisher information (fisher); a sentence on it.
+
+    Raises:
+        SparselineError: a trace is NaN or infinite.
+    """
+    device = runtime.compute()
+    checkpoint = open_source(workspace, source)
+    entry = checkpoint.architecture
+    listed = {matrix["name"]: matrix for matrix in included(workspace)}
+    matrices = {
+        index: {name: matrix for matrix in entry.matrices if (name := entry.matrix_name(index, matrix)) in listed}
+        for index in range(entry.depth)
+    }
+    # In float32 whatever the checkpoint's dtype: second derivatives are differences of small numbers.
+    model = BlockModel(checkpoint, torch.float32, device)
+    # Fitting rows alone: one artifact serves all variants, and in some of them the held-out rows judge what it leads to.
+    subject = Subject(model, calibration_rows(workspace)["fit"], matrices)
+    full = params.output_moments == "full"
+    if full and (size := moment_bytes([matrix["shape"] for matrix in listed.values()])) > params.moment_budget_bytes:
+        click.echo(f"sensitivity: full output moments take {size:,} bytes, more than moment_budget_bytes; diagonals instead")
+        full = False
+    wanted = params.output_moments != "none"
+    with artifacts.replacing(workspace.sensitivity / "moments") as directory:
+        directory.mkdir()
+        found = _estimate(subject, params, OutputMoments(directory, full) if wanted else None)
+    summary = found.summary()
+    described = {name: value | {key: listed[name][key] for key in ("block", "kind")} for name, value in summary.items()}
+    artifacts.write_json(workspace.sensitivity / "sensitivity.json", described)
+    artifacts.write_json(workspace.sensitivity / "by_depth.json", list(described.values()))
+    facts: dict[str, Any] = {
+        "estimator": params.estimator,
+        "probes": len(found.samples),
+        "rows_per_probe": params.rows_per_probe,
+        "agreement": found.agreement,
+        "wanted": params.agreement,
+        "reached": found.reached,
+        "relative_error": relative_error(summary),
+        "output_moments": ("full" if full else "diagonal") if wanted else "none",
+        "wanted_moments": params.output_moments,
+    }
+    artifacts.write_json(workspace.sensitivity / "estimate.json", facts)
+    reached = f"{'reached' if found.reached else 'capped below'} {params.agreement:g}"
+    return (
+        f"{params.estimator}, {len(described)} matrices, {facts['probes']} probes; split-half Kendall τ {found.agreement:.2f}, {reached}; "
+        f"median relative standard error {facts['relative_error']:.0%}"
+    )
+
+
+def _estimate(subject: Subject, params: SensitivityParams, moments: OutputMoments | None) -> Estimate:
+    """The last of the estimates, which have more and more probes."""
+
+    def sample(probes: Sequence[int]) -> Samples:
+        if params.estimator == "fisher":
+            return fisher.samples(subject, params, probes, moments)
+        if moments is not None:
+            fisher.samples(subject, params, probes, moments)
+        return hutchinson.samples(subject, params, probes)
+
+    passes = -(-params.probes // params.probes_per_pass)
+    groups = estimates(sample, params.probes, params.probes_per_pass, params.agreement)
+    for found in track(groups, "sensitivity", "passes", passes):
+        for name, value in found.summary().items():
+            if not math.isfinite(value["trace"] + value["stderr"]):
+                raise SparselineError(f"The sensitivity of {name} is NaN or infinite; check the model's weights, or its loss on this text.")
+    return found
+
+
+def curves(workspace: Workspace, source: ModelParams, variant: str, part: CurvesPart, calibrate: CalibrateParams) -> str:
+    """Every matrix pruned to a few densities, what that changes, weighted by what the loss feels; a sentence on it.
+
+    Raises:
+        SparselineError: an N:M pattern does not divide a matrix, or an error is NaN or infinite.
+    """
+    model = open_model(workspace, source)
+    entry, checkpoint = model.checkpoint.architecture, model.checkpoint
+    listed = {matrix["name"]: matrix for matrix in included(workspace)}
+    for name, matrix in listed.items():
+        part.selection.shape.quantum(name, tuple(matrix["shape"]))
+    sensitivities = artifacts.read_json(workspace.sensitivity / "sensitivity.json")
+    fit = calibration_rows(workspace)["fit"]
+    found: dict[str, dict[str, Any]] = {}
+    weighted = False
+    statistics = stored_or_walked(workspace.statistics, model, fit, fit[:0], calibrate)
+    for index, sites in track(statistics, f"curves {variant}", "blocks", entry.depth):
+        own = [matrix for matrix in entry.matrices if entry.matrix_name(index, matrix) in listed]
+        path = artifacts.block_file(workspace.sensitivity / "moments", index)
+        moments = artifacts.read_tensors(path)[0] if path.exists() else {}
+        weighted = weighted or bool(moments)
+        where = f"{entry.blocks}.{index}"
+        block = DenseBlock(entry, where, checkpoint.block(index), sites)
+        measured = measure(block, own, moments, part.selection, part.compensate, part.curves)
+        for label, facts in measured.items():
+            found[f"{where}.{label}"] = sensitivities.get(f"{where}.{label}", {}) | facts
+    artifacts.write_json(workspace.curves(variant), found)
+    points = len(next(iter(found.values()))["curve"]["density"])
+    return f"{len(found)} matrices at {points} densities, moments in {'use' if weighted else 'none'}"

@@ -1,0 +1,120 @@
+"""Predict memory, disk and rough time for the configured model, before anything runs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from pipeline_lib.core import params, runtime
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.workspace import DENSE
+from pipeline_lib.evaluation.settings import EvaluateParams
+from pipeline_lib.evaluation.tasks import Unread, request_lengths
+from pipeline_lib.jobs import keys
+from pipeline_lib.measure.settings import SensitivityParams
+from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline_lib.models.settings import ModelParams
+from pipeline_lib.models.source import fetch
+from pipeline_lib.models.tokenizer import load_tokenizer
+from pipeline_lib.planning import estimate
+from pipeline_lib.planning.estimate import Estimate, Work, measure_speed
+from pipeline_lib.prune.plan import plan
+from pipeline_lib.prune.shapes import Shapes
+from pipeline_lib.recipe import names
+from pipeline_lib.recipe.variants import Variant, read_all
+from pipeline_lib.stats.settings import CalibrateParams
+from pipeline_lib.texts.texts import TextParams
+
+START = 4  # seconds that a stage takes to start, whatever the model
+
+
+@dataclass
+class _Planned:
+    """Stages, how often each runs, and what could not be counted."""
+
+    steps: list[tuple[Estimate, int]] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+
+def foreseen() -> Iterator[str]:
+    """Lines of a table: a stage each, then what all take together.
+
+    Raises:
+        SparselineError: a parameter cannot be used.
+    """
+    names.check()
+    source = params.load(ModelParams, "model")
+    checkpoint = open_checkpoint(fetch(source))
+    texts = {name: params.load(TextParams, f"texts.{name}") for name in params.section("texts")}
+    found = _planned(checkpoint, getattr(torch, source.compute_dtype), texts, read_all())
+    speed = measure_speed(runtime.compute())
+    yield (
+        f"{checkpoint.path}: {checkpoint.parameters:,} parameters, {checkpoint.architecture.depth} blocks; {speed / 1e9:.0f} GFLOP/s here\n"
+    )
+    yield f"{'stage':<20}{'runs':>5}{'memory':>12}{'disk each':>12}{'time each':>18}"
+    least = most = disk = peak = 0.0
+    for step, runs in found.steps:
+        early, late = START + step.least * step.seconds(speed), START + step.seconds(speed)
+        least, most, disk, peak = least + early * runs, most + late * runs, disk + step.disk_bytes * runs, max(peak, step.memory_bytes)
+        yield f"{step.stage:<20}{runs:>5}{_size(step.memory_bytes):>12}{_size(step.disk_bytes):>12}{_span(early, late):>18}"
+    yield from found.unknown
+    yield (
+        f"\npeak memory {_size(peak)}, disk {_size(disk)} (each output also in DVC's cache unless links are set), "
+        f"about {_span(least, most)} in all"
+    )
+    yield "text, allocate, choose and report are left out: text holds the text that it reads and its tokens, the others next to nothing"
+
+
+def _planned(checkpoint: Checkpoint, dtype: torch.dtype, texts: dict[str, TextParams], variants: dict[str, Variant]) -> _Planned:
+    calibrating = [text for text in texts.values() if text.use == "calibrate"]
+    if len(calibrating) != 1:
+        raise SparselineError(f"params.yaml: texts must hold exactly one text with use: calibrate, not {len(calibrating)}.")
+    (text,) = calibrating
+    calibrate = params.load(CalibrateParams, "calibrate")
+    shapes = Shapes(checkpoint, text.rows, text.length, calibrate.batch_rows)
+    work = Work(shapes, text.held_out, dtype, calibrate, params.load(SensitivityParams, "sensitivity"))
+    used = {"calibrate": keys.calibrate(variants), "scale": keys.scale(variants), "sensitivity": keys.sensitivity(variants)}
+    found = _Planned([(step, 1) for name, step in estimate.estimate(work).items() if used.get(name, True)])
+    for name, variant in variants.items():
+        if variant.curves is not None:
+            found.steps.append((estimate.measuring(work, f"curves {name}", variant.curves.curves), 1))
+        if variant.induce is not None:
+            found.steps.append((estimate.inducing(work, f"induce {name}", variant.induce.induce), 1))
+        steps = plan(variant.recipe, checkpoint.dtype)
+        own = Shapes(checkpoint, text.rows, text.length, variant.recipe.batch_rows, steps.window)
+        found.steps.append((estimate.pruning(f"prune {name}", steps, own, dtype), 1))
+    measured = [(text.rows, text.length) for text in texts.values() if text.use == "evaluate"]
+    found.steps.append((estimate.evaluating(checkpoint, params.load(EvaluateParams, "evaluate"), measured), len(variants) + 1))
+    _add_tasks(found, checkpoint, variants)
+    for name, variant in variants.items():
+        if variant.export:
+            step = estimate.exporting(checkpoint, f"export {name}", variant.export, variant.recipe.selection.sparsity)
+            found.steps.append((step, 1))
+    return found
+
+
+def _add_tasks(found: _Planned, checkpoint: Checkpoint, variants: dict[str, Variant]) -> None:
+    """A line per preset, which runs on the source model and on every variant that asks for it."""
+    part = keys.tasks_of(DENSE, variants)
+    if part is None:
+        return
+    for name, preset in part.presets.items():
+        runs = 1 + sum(name in variant.tasks for variant in variants.values())
+        try:
+            lengths = request_lengths(load_tokenizer(checkpoint.path, checkpoint.config.vocab_size), part.tasks.path, preset)
+        except Unread as error:
+            found.unknown.append(f"tasks {name} are not counted. {error}")
+            continue
+        found.steps.append((estimate.answering(checkpoint, f"tasks {name}", part.tasks, lengths), runs))
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _span(least: float, most: float) -> str:
+    return " to ".join(dict.fromkeys((_duration(least), _duration(most))))

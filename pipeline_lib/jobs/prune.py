@@ -1,0 +1,94 @@
+"""Prune one variant and write it as a Hugging Face checkpoint with its masks."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline_lib.core import artifacts, runtime, scratch, settings
+from pipeline_lib.core.progress import track
+from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.jobs.allocate import check
+from pipeline_lib.models.settings import ModelParams
+from pipeline_lib.models.transform import read_transforms
+from pipeline_lib.prune.plan import REFIT, plan
+from pipeline_lib.prune.resume import Progress
+from pipeline_lib.prune.run import Rows, Source, prune, stream_bytes
+from pipeline_lib.recipe.settings import FITS, Recipe
+from pipeline_lib.solve.settings import QuantizationParams
+from pipeline_lib.solve.size import packed_bits
+from pipeline_lib.stats.inputs import calibration_facts, calibration_file, calibration_rows, included, open_model
+
+
+def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recipe: Recipe) -> str:
+    """Block by block; resumes after a kill. A sentence on it."""
+    what = f"prune {variant}"
+    model = open_model(workspace, source)
+    entry = model.checkpoint.architecture
+    steps = plan(recipe, model.checkpoint.dtype)
+    allocation = artifacts.read_json(workspace.allocation(variant))
+    factors = workspace.induced(variant) / "transform.safetensors"
+    transforms, transform_facts = read_transforms(factors, entry.depth)
+    listed = included(workspace)
+    by_label = {matrix.label: matrix for matrix in entry.matrices}
+    kept = {(m["block"], by_label[m["label"]]): allocation["kept"][m["name"]] for m in listed}
+    rows, inputs = None, [Path(__file__), workspace.model, workspace.allocation(variant), *([factors] if factors.exists() else [])]
+    spills = False
+    if steps.needs.text:
+        found = calibration_rows(workspace)
+        rows = Rows(found["fit"], found["held_out"], recipe.batch_rows)
+        inputs.append(calibration_file(workspace))
+        tokens = found["fit"].numel() + found["held_out"].numel()
+        spills = stream_bytes(steps, tokens, entry.width, model.dtype.itemsize) > settings.activation_bytes()
+        if steps.judged and not len(found["held_out"]):
+            click.echo(f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide which fits are kept")
+    described = f"{recipe.model_dump_json()} {source.model_dump_json()}"
+    with scratch.hold("prune", runtime.resume_key(described, inputs), what) as held:
+        progress = Progress(held.kept, model.checkpoint, recipe.quantization)
+        if done := progress.done():
+            click.echo(f"{what}: resuming after {done} of {entry.depth} blocks")
+        blocks = prune(Source(model, transforms, kept), rows, steps, progress.finished, held.own if spills else None)
+        for index, block in track(blocks, what, "blocks", entry.depth, done):
+            progress.keep(index, block)
+        by_block = progress.publish(workspace.pruned(variant))
+
+    matrices = {m["name"]: by_block[m["block"]]["matrices"][m["label"]] | {"block": m["block"]} for m in listed}
+    total, size = (sum(facts[key] for facts in matrices.values()) for key in ("kept", "size"))
+    check(total, sum(allocation["kept"].values()), 1)  # counted from the masks
+    raised = [name for name, facts in matrices.items() if facts.get("damping", 0) > recipe.selection.damping]
+    if raised:
+        click.echo(f"{what}: damping raised for {', '.join(raised)}")
+    quantised = _quantised(recipe.quantization, listed, matrices)
+    zeros = sum(facts["zeros"] for facts in matrices.values())
+    summary = {
+        "settings": recipe.model_dump(mode="json"),
+        "kept": total,
+        "prunable": size,
+        "sparsity": 1 - total / size,
+        "zeros": zeros,
+        "matrices": matrices,
+        "blocks": {str(index): {step: facts[step] for step in (*FITS, REFIT) if step in facts} for index, facts in by_block.items()},
+        "transform": transform_facts,
+        "quantization": quantised,
+        "calibration": calibration_facts(workspace) if steps.needs.text else None,
+    }
+    artifacts.write_json(workspace.facts(variant), summary)
+    at = ""
+    if quantised:
+        bits = f"{quantised['bits']} bits, {quantised['bits_per_weight']:.2f} bits a weight with masks and scales"
+        at = f"; at {bits}, {zeros:,} are zero"
+    return f"kept {total:,} of {size:,} prunable weights (sparsity {1 - total / size:.4%}){at}"
+
+
+def _quantised(how: QuantizationParams, listed: list[dict[str, Any]], matrices: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """What quantisation made of the matrices, or None; the rounding error is their mean, weight by weight."""
+    if how.bits is None:
+        return None
+    size, bits, error = 0, 0, 0.0
+    for matrix in listed:
+        facts = matrices[matrix["name"]]
+        size += facts["size"]
+        bits += packed_bits(tuple(matrix["shape"]), facts["kept"], how)
+        error += facts["size"] * facts["rounding_error"]
+    told = how.model_dump(mode="json", include={"bits", "group", "symmetric"})
+    return told | {"bits_per_weight": bits / size, "rounding_error": error / size}

@@ -1,0 +1,54 @@
+"""Read one text and cut it into rows of tokens."""
+
+from functools import partial
+
+from pipeline_lib.core import artifacts
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.progress import track
+from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.models.checkpoint import locate, read_config
+from pipeline_lib.models.settings import ModelParams
+from pipeline_lib.models.start import start
+from pipeline_lib.models.tokenizer import check_ids, load_tokenizer
+from pipeline_lib.texts.chat import render
+from pipeline_lib.texts.rows import encode, rows_of, split
+from pipeline_lib.texts.texts import TextParams, read_texts
+
+BEGINS = {"document": "each document begins with the start token", "row": "each row begins with the start token", "none": "no start token"}
+
+
+def text(workspace: Workspace, source: ModelParams, name: str, params: TextParams) -> str:
+    """Rows of token ids, and which text they are from; a sentence on it.
+
+    Raises:
+        SparselineError: rows are longer than the model's positions, or the text cannot be used.
+    """
+    directory = locate(source.path, source.id, source.revision)
+    config = read_config(directory)
+    window = getattr(config, "max_position_embeddings", None)
+    if window is not None and params.length > window:
+        raise SparselineError(f"params.yaml: texts.{name}.length = {params.length} is more than the model's {window} positions; lower it.")
+    tokenizer = load_tokenizer(directory, config.vocab_size)
+    begins = start(params.start, config.model_type, tokenizer)
+    texts = read_texts(params)
+    written = render(tokenizer, texts.chats, texts.places) if params.chat_template else texts.documents
+    watched = partial(track, what=f"text {name}, tokens", units="thousands of documents")
+    documents = encode(tokenizer, written, watched)
+    rows = rows_of(documents, params, begins)
+    check_ids(rows, config.vocab_size, tokenizer)
+    tensors = split(rows, params.held_out) if params.use == "calibrate" else {"rows": rows}
+    facts = texts.provenance | {
+        "tokens": sum(map(len, documents)),
+        "rows": len(rows),
+        "length": params.length,
+        "seed": params.seed,
+        "start": begins.place,
+        "distinct": len(rows.unique()),
+    }
+    artifacts.write_tensors(workspace.texts(params.use) / f"{name}.safetensors", tensors, facts)
+    files = f" in {len(facts['sha256'])} file(s)" if params.kind == "files" else ""
+    empty = f", {facts['empty']} empty ones left out" if facts["empty"] else ""
+    return (
+        f"{len(rows)} rows of {params.length} tokens from {facts['documents']} documents{files}{empty} "
+        f"({facts['tokens']:,} tokens); {BEGINS[begins.place]}"
+    )

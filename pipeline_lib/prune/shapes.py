@@ -1,0 +1,84 @@
+"""Sizes that decide what a step takes, from the model's header alone: nothing is loaded."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pipeline_lib.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of one block, and of the calibration rows. Bytes; floats are 4 bytes while computing."""
+
+    checkpoint: Checkpoint
+    rows: int
+    length: int  # tokens of a row
+    batch_rows: int
+    window: int = 1  # blocks that are pruned together
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        return [self.checkpoint.matrix_shape(0, matrix) for matrix in self.checkpoint.architecture.matrices]
+
+    @property
+    def sites(self) -> list[int]:
+        """Channels of each."""
+        return [len(site.index) for site in self.checkpoint.architecture.sites]
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def block(self) -> int:
+        """Prunable weights of a block."""
+        return sum(rows * columns for rows, columns in self.matrices)
+
+    @property
+    def largest(self) -> int:
+        return max(rows * columns for rows, columns in self.matrices)
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a weight: as stored, and another 4 to compute with if that is not float32."""
+        item = self.checkpoint.dtype.itemsize
+        return item + (item != 4) * 4
+
+    @property
+    def forward(self) -> int:
+        """FLOPs of all rows through the block's products."""
+        return 2 * self.tokens * self.block
+
+    @property
+    def sweep(self) -> int:
+        """FLOPs of a product [R, C] × [C, C] for every matrix, which a column sweep takes, too."""
+        return sum(rows * columns * columns for rows, columns in self.matrices)
+
+    @property
+    def grams(self) -> int:
+        """Bytes of all Gram matrices."""
+        return 4 * sum(d * d for d in self.sites)
+
+    @property
+    def gram_flops(self) -> int:
+        return 2 * self.tokens * sum(d * d for d in self.sites)
+
+    @property
+    def factor_flops(self) -> int:
+        return 3 * sum(d**3 for d in self.sites)
+
+    def inner(self, rows: int) -> float:
+        """Bytes of a batch's activations within the block: every site's inputs, four of the stream's width, rows of the attention."""
+        heads, width = self.checkpoint.config.num_attention_heads, self.checkpoint.architecture.width
+        return 4 * rows * self.length * (sum(self.sites) + 4 * width + heads * self.length / 4)
+
+    def stream(self, dtype: torch.dtype) -> int:
+        """Bytes of the hidden states of all rows."""
+        return dtype.itemsize * self.tokens * self.checkpoint.architecture.width
+
+
+def outside(checkpoint: Checkpoint) -> float:
+    """Bytes of embeddings, head and last norm in float32."""
+    return 4 * sum(math.prod(checkpoint.shapes[name]) for name in checkpoint.outside_blocks())

@@ -1,0 +1,76 @@
+"""Names in params.yaml, and keys that once were there."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline_lib.core import params
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.workspace import DENSE
+
+RENAMED = {  # keys of version 1 -> what takes their place
+    "induced": "give the variant a section `induce: {}` (with what it changes of `induce`)",
+    "curved": "error curves are measured where the variant's allocation reads them; `curves: {…}` in the variant changes how",
+    "exported": "give the variant `export: [dense, bitmask]`",
+    "export": "give the variant `export: [dense, bitmask]`, or `prune.export` for all",
+    "tasks.presets": "give the variant `tasks: [<preset>]`",
+    "tasks.variants": "give the variant `tasks: [<preset>]`",
+    "choose.candidates": "give each candidate `candidate: true`; ties go to the earlier variant",
+    "prune.activation_budget_bytes": "set SPARSELINE_ACTIVATION_BYTES in the environment",
+    "calibrate.gram_budget_bytes": "set SPARSELINE_GRAM_BYTES in the environment",
+}
+PATHS = {  # the same of a variant
+    "factors": "`induce: {}` in the variant asks for learned factors, and without it there are none",
+    "sensitivity": "the variant's allocation says what it reads",
+    "activation_budget_bytes": RENAMED["prune.activation_budget_bytes"],
+}
+
+
+def check() -> None:
+    """Refuse names that DVC, a shell or a file system would read as something else, and keys of version 1.
+
+    Raises:
+        SparselineError: the first such name or key, or a section of names that is no mapping.
+    """
+    texts, presets, variants = (_mapping(section, params.section(section)) for section in ("texts", "presets", "variants"))
+    for kind, found in (("text", texts), ("variant", variants), ("preset", presets)):
+        for name in found:
+            params.check_name(kind, name)
+    if DENSE in variants:
+        raise SparselineError(f"{params.FILE}: the variant name {DENSE!r} is taken by the source model; choose another.")
+    for name, variant in variants.items():
+        for key, instead in PATHS.items():
+            if isinstance(variant, Mapping) and key in variant:
+                raise SparselineError(f"{params.FILE}: variants.{name}.{key} is no key any more: {instead}; remove it.")
+    for key, instead in RENAMED.items():
+        if _there(key):
+            raise SparselineError(f"{params.FILE}: {key} is no key any more: {instead}; remove it.")
+
+
+def check_presets(variant: str, presets: list[str]) -> None:
+    """Refuse names of presets that there are none of.
+
+    Raises:
+        SparselineError: the first.
+    """
+    known = _mapping("presets", params.section("presets"))
+    for name in presets:
+        if name not in known:
+            raise SparselineError(
+                f"{params.FILE}: variants.{variant}.tasks names {name!r}, which is no preset; presets: {', '.join(known) or 'none'}."
+            )
+
+
+def _there(key: str) -> bool:
+    try:
+        params.section(key)
+    except SparselineError:
+        return False
+    return True
+
+
+def _mapping(section: str, value: Any) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise SparselineError(
+            f"{params.FILE}: {section} = {value!r} is not a mapping of names to values; write `{section}: {{}}` or names below it."
+        )
+    return value or {}

@@ -1,0 +1,112 @@
+"""Variants as params.yaml writes them, and what each stage reads of one: the stage's key in DVC is exactly that."""
+
+from dataclasses import dataclass
+
+from pipeline_lib.allocate.settings import AllocationParams
+from pipeline_lib.core import params
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.params import Params
+from pipeline_lib.masks.settings import SelectionParams
+from pipeline_lib.measure.settings import CurvesParams
+from pipeline_lib.recipe.needs import Needs, needs
+from pipeline_lib.recipe.settings import Format, InduceParams, PruneParams, Recipe
+
+OWN = ("induce", "curves")  # sections of a variant that are laid over sections of their own
+
+
+class CurvesPart(Params):
+    """What ``curves`` measures for a variant; the sparsity is not part of it."""
+
+    selection: SelectionParams
+    compensate: bool  # by the OBS sweep
+    curves: CurvesParams
+
+
+class AllocatePart(Params):
+    """What spreads a variant's budget."""
+
+    sparsity: float
+    pattern: str
+    allocation: AllocationParams
+
+
+class InducePart(Params):
+    """What ``induce`` learns for a variant; the budget comes with its allocation."""
+
+    selection: SelectionParams
+    compensate: bool
+    induce: InduceParams
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe, how its error curves are measured, and what is done with the pruned model."""
+
+    name: str
+    recipe: Recipe
+    measured: CurvesParams
+    export: list[Format]
+    tasks: list[str]  # presets
+    candidate: bool  # for the model-level gate
+
+    @property
+    def needs(self) -> Needs:
+        return needs(self.recipe)
+
+    @property
+    def curves(self) -> CurvesPart | None:
+        """None where the allocation reads no curves."""
+        if not self.needs.curves:
+            return None
+        return CurvesPart(selection=self._any_sparsity, compensate=self._compensates, curves=self.measured)
+
+    @property
+    def allocate(self) -> AllocatePart:
+        selection = self.recipe.selection
+        return AllocatePart(sparsity=selection.sparsity, pattern=selection.pattern, allocation=self.recipe.allocation)
+
+    @property
+    def induce(self) -> InducePart | None:
+        """None where nothing is induced."""
+        induce = self.recipe.induce
+        return None if induce is None else InducePart(selection=self._any_sparsity, compensate=self._compensates, induce=induce)
+
+    @property
+    def _any_sparsity(self) -> SelectionParams:
+        """The selection for a stage that does not read the sparsity: with the same one always. N:M has only one."""
+        pattern = self.recipe.selection.shape
+        return self.recipe.selection.model_copy(update={"sparsity": 1 - pattern.n / pattern.m if pattern.m else 0.5})
+
+    @property
+    def _compensates(self) -> bool:
+        return "obs" in self.recipe.reconstruction.steps
+
+
+def read(name: str) -> Variant:
+    """One variant of params.yaml.
+
+    Raises:
+        SparselineError: a key is missing, unknown, or cannot be used.
+    """
+    where = f"variants.{name}"
+    written = params.merged("prune", where)
+    found = params.parse(PruneParams, written.without(*OWN), where)
+    induce = written.above.get("induce")
+    induced = None if induce is None else params.parse(InduceParams, params.merged("induce", f"{where}.induce"), f"{where}.induce")
+    overlaid = params.merged("curves", f"{where}.curves") if written.above.get("curves") is not None else params.section("curves")
+    curves = params.parse(CurvesParams, overlaid, "curves")
+    if induced is not None and found.selection.sparsity == 0:
+        raise SparselineError(
+            f"{params.FILE}: {where} prunes nothing (sparsity 0), so that there is nothing to induce; take its section `induce` out."
+        )
+    pruning = {name: getattr(found, name) for name in Recipe.model_fields if name != "induce"}
+    return Variant(name, Recipe(**pruning, induce=induced), curves, found.export, found.tasks, found.candidate)
+
+
+def read_all() -> dict[str, Variant]:
+    """Every variant, in the order of params.yaml.
+
+    Raises:
+        SparselineError: as ``read``.
+    """
+    return {name: read(name) for name in params.section("variants") or {}}

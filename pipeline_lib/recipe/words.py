@@ -1,0 +1,40 @@
+"""A recipe as readers see it: in the log, in the report and on model cards."""
+
+from pipeline_lib.recipe.settings import Recipe
+
+STEPS = {"obs": "OBS sweep", "lsq": "least squares", "channel": "channel fit", "block": "block fit"}
+
+
+def rows(recipe: Recipe) -> dict[str, str]:
+    """What a variant is made of: head -> words."""
+    selection, allocation, quantisation = recipe.selection, recipe.allocation, recipe.quantization
+    within = f"block of {selection.block} columns" if selection.group == "block" else selection.group
+    alpha = f"α = {allocation.alpha:g}"
+    allocated = {"uniform": "uniform", "predicted": f"least predicted loss ({allocation.weighting}), {alpha}"}
+    quantised = "none"
+    if quantisation.bits is not None:
+        groups = "rows" if quantisation.group == "row" else f"groups of {quantisation.group}"
+        quantised = f"{quantisation.bits} bits, {groups}{'' if quantisation.symmetric else ', zero points'}"
+    return {
+        "score": selection.score,
+        "compared within": within if selection.pattern == "unstructured" else selection.pattern,
+        "allocation": allocated.get(allocation.method, f"by {allocation.method}, {alpha}"),
+        "reconstruction": " + ".join(recipe.reconstruction.steps) or "none",
+        "quantisation": quantised,
+        "factors": "learned" if recipe.induce is not None else "none",
+    }
+
+
+def in_words(recipe: Recipe) -> str:
+    """One line: sparsity, score, allocation, steps."""
+    told = rows(recipe)
+    steps = [STEPS[step] for step in recipe.reconstruction.steps]
+    if recipe.quantization.bits is not None:
+        steps.append(told["quantisation"])
+    learned = ["learned factors and selection weights"] if recipe.induce is not None else []
+    parts = [
+        f"sparsity {recipe.selection.sparsity:g}",
+        f"{told['score']} within {told['compared within']}",
+        f"allocation {told['allocation']}",
+    ]
+    return ", ".join([*parts, *learned, " + ".join(steps) or "no reconstruction"])

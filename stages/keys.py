@@ -1,0 +1,17 @@
+"""Refuse parameters that cannot be used, and write what each stage reads of them and of the code: a stage's key is that, and no more."""
+
+import click
+
+from pipeline_lib.core import runtime
+from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.jobs.keys import write
+
+
+@click.command(help=__doc__)
+def main() -> None:
+    with runtime.stage() as tell:
+        tell(f"keys: {write(Workspace())}")
+
+
+if __name__ == "__main__":
+    main()
