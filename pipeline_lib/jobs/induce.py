@@ -6,7 +6,6 @@ import click
 import torch
 
 from pipeline_lib.core import artifacts, runtime, scratch
-from pipeline_lib.core.counts import target
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.induce.gate import Gate
@@ -45,8 +44,7 @@ def induce(workspace: Workspace, source: ModelParams, variant: str, part: Induce
         for index, sites in track(statistics, what, "blocks", entry.depth):
             tensors = {name: tensor.to(torch.float32) for name, tensor in checkpoint.block(index).items()}
             names = {matrix: entry.matrix_name(index, matrix) for matrix in entry.matrices}
-            views = {matrix: matrix.view(tensors[matrix.parameter]) for matrix, name in names.items() if name in allocated}
-            counts = {matrix: target(part.selection.sparsity, view.numel()) for matrix, view in views.items()}
+            counts = {matrix: allocated[name] for matrix, name in names.items() if name in allocated}
             dense = DenseBlock(entry, f"{entry.blocks}.{index}", tensors, sites)
             judge = gate.enter(index, dense, counts)
             if not counts:
