@@ -66,7 +66,7 @@ def scaling(start: str = "second_moment", **changes: Any) -> ScaleParams:
 def statistics(checkpoint: Checkpoint) -> Statistics:
     """Of block 0 on random tokens, with held-out Grams."""
     model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
-    params = CalibrateParams(batch_rows=8, median_tokens=1000, gram_budget_bytes=0)
+    params = CalibrateParams(batch_rows=8, median_tokens=1000)
     _, found = next(walk(model, token_rows(16, 12, seed=1), token_rows(8, 12, seed=2), params, grams=True))
     return found
 
@@ -374,7 +374,7 @@ def test_a_scrambled_block_is_set_right_for_magnitude(checkpoint: Checkpoint, st
 def test_learning_moves_on_from_a_bad_start(llama: Checkpoint) -> None:
     """Factors alone, from the identity on a scrambled block: the loss falls and the held-out error with it."""
     model = BlockModel(llama, torch.float32, torch.device("cpu"))
-    params = CalibrateParams(batch_rows=8, median_tokens=1000, gram_budget_bytes=0)
+    params = CalibrateParams(batch_rows=8, median_tokens=1000)
     _, found = next(walk(model, token_rows(16, 12, seed=1), token_rows(8, 12, seed=2), params, grams=True))
     table = llama.architecture
     scramble = moderate(table, 9)
@@ -454,7 +454,7 @@ def test_induction_foretells_pruning_under_mean_damping(checkpoint: Checkpoint, 
 def test_stable_rank_and_score_histograms(llama: Checkpoint) -> None:
     """Oracles: ‖W‖_F²/‖W‖₂² and tr(G)/‖G‖₂ by torch.linalg, and log10 of Wanda's score by hand."""
     model = BlockModel(llama, torch.float32, torch.device("cpu"))
-    params = CalibrateParams(batch_rows=8, median_tokens=1000, gram_budget_bytes=0)
+    params = CalibrateParams(batch_rows=8, median_tokens=1000)
     _, found = next(walk(model, token_rows(8, 12, seed=1), token_rows(4, 12, seed=2), params, grams=True))
     tensors = llama.block(0)
     outcome = run(llama, tensors, found, Transform(), selection("wanda"), induction(factors=False, importance=False))
@@ -475,7 +475,7 @@ def test_stable_rank_and_score_histograms(llama: Checkpoint) -> None:
 def test_the_regulariser_makes_norms_grow(llama: Checkpoint, order: str) -> None:
     """Where the error has no gradient in the factors (Wanda within rows), R_p alone drives them (digest, 4): still inside the box."""
     model = BlockModel(llama, torch.float32, torch.device("cpu"))
-    params = CalibrateParams(batch_rows=8, median_tokens=1000, gram_budget_bytes=0)
+    params = CalibrateParams(batch_rows=8, median_tokens=1000)
     _, found = next(walk(model, token_rows(8, 12, seed=1), token_rows(4, 12, seed=2), params, grams=True))
     spectral = SpectralParams.model_validate({"weight": 1.0, "alpha": 1.0, "order": order, "iterations": 3})
     identity = Transform({coupling.name: torch.ones(coupling.size) for coupling in llama.architecture.couplings})

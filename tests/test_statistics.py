@@ -20,7 +20,7 @@ from pipeline_lib.stats.moments import Accumulator, Moments, MomentSums, SiteSta
 from pipeline_lib.stats.walk import CalibrateParams, gram_bytes, stored_or_walked, walk
 
 CPU = torch.device("cpu")
-PARAMS = CalibrateParams(batch_rows=2, median_tokens=10_000, gram_budget_bytes=0)
+PARAMS = CalibrateParams(batch_rows=2, median_tokens=10_000)
 FIT, HELD_OUT = token_rows(5, 9, seed=1), token_rows(3, 9, seed=2)
 
 
@@ -278,7 +278,7 @@ def test_refresh_equals_recollecting_in_every_family(checkpoint: Checkpoint, wit
 
 
 def test_stored_grams_equal_walked_ones_to_the_bit(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Both sides of gram_budget_bytes: files with Grams, and files without, for which the model is walked again."""
+    """Both sides of SPARSELINE_GRAM_BYTES: files with Grams, and files without, for which the model is walked again."""
     model = BlockModel(checkpoint, torch.float32, CPU)
     for name, grams in (("stored", True), ("over", False)):
         for block, sites in walk(model, FIT, HELD_OUT, PARAMS, grams):
