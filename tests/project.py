@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from tiny import make_model
 
 from pipeline_lib.core.params import merge
-from pipeline_lib.prune.prune import PruneParams
+from pipeline_lib.recipe.settings import Recipe
 
 ROOT = Path(__file__).parent.parent
 COPIED = (
@@ -34,17 +34,17 @@ COPIED = (
 )
 FIT = {"epochs": 2, "batch_rows": 4, "patience": 2}
 WANDA = {
-    "factors": "prepare/identity.safetensors",
-    "sensitivity": "prepare/unmeasured.json",
     "selection": {"score": "wanda", "group": "row"},
     "reconstruction": {"steps": []},
 }
-SPARSELINE = {
-    "factors": "induce/sparseline/transform.safetensors",
-    "sensitivity": "curves/sparseline.json",
+SPARSELINE = {  # every stage has something to do
+    "induce": {},
     "selection": {"score": "obs", "group": "block"},
-    "allocation": {"method": "weight", "alpha": 0.15},
+    "allocation": {"method": "predicted", "alpha": 0.15},
     "reconstruction": {"steps": ["obs", "channel"]},
+    "export": ["dense", "bitmask"],
+    "tasks": ["embedded"],
+    "candidate": True,
 }
 SMALL: dict[str, Any] = {
     "model": {"path": "data/model", "id": None, "revision": None},
@@ -57,18 +57,12 @@ SMALL: dict[str, Any] = {
         "batch_rows": 4,
         "completions": {"text": "test", "count": 1, "prompt_tokens": 8, "new_tokens": 4},
     },
-    "tasks": {"batch_rows": 4, "presets": ["embedded"], "variants": ["sparseline"]},
+    "tasks": {"batch_rows": 4},
     "presets": {"embedded": {"names": ["corrupted"], "limit": 4}},
-    "choose": {"candidates": ["wanda", "sparseline"]},
     "report": {"baseline": "wanda"},
 }
 REMOVED = object()  # in the place of a value: take the key away
-WHOLE: dict[str, Any] = {
-    "induced": {"sparseline": {}},
-    "curved": {"sparseline": {}},
-    "exported": {"sparseline": {}},
-    "variants": {"wanda": WANDA, "sparseline": SPARSELINE},
-}  # replaced, not merged
+VARIANTS: dict[str, Any] = {"wanda": WANDA | {"candidate": True}, "sparseline": SPARSELINE}
 
 
 def text(seed: int, words: int = 400) -> str:
@@ -89,9 +83,10 @@ def _shipped() -> Any:
     return YAML(typ="safe").load(ROOT / "params.yaml")
 
 
-def prune_params(steps: Sequence[str] = (), **changes: Any) -> PruneParams:
-    """The shipped section ``prune`` with these steps, and with ``changes`` laid over it."""
-    return PruneParams.model_validate(merge(merge(_shipped()["prune"], {"reconstruction": {"steps": list(steps)}}), changes))
+def recipe(steps: Sequence[str] = (), **changes: Any) -> Recipe:
+    """What section ``prune`` says with these steps, and with ``changes`` laid over it; nothing is induced."""
+    values = merge(merge(_shipped()["prune"], {"reconstruction": {"steps": list(steps)}}), {"induce": None} | changes)
+    return Recipe.model_validate({name: values[name] for name in Recipe.model_fields})
 
 
 def make_workspace(directory: Path, *, model: Mapping[str, Any] | None = None, **overrides: Any) -> Path:
@@ -99,7 +94,7 @@ def make_workspace(directory: Path, *, model: Mapping[str, Any] | None = None, *
 
     Args:
         model: arguments of ``make_model`` (``family``, ``layers``, config overrides).
-        overrides: sections of params.yaml, laid over the small ones; ``variants``, ``induced``, ``curved`` and ``exported`` replace theirs.
+        overrides: sections of params.yaml, laid over the small ones; ``variants`` replaces theirs. Those of version 1 are understood.
     """
     for name in COPIED:
         source, copy = ROOT / name, directory / name
@@ -113,10 +108,29 @@ def make_workspace(directory: Path, *, model: Mapping[str, Any] | None = None, *
     (directory / "data" / "texts").mkdir()
     for seed, name in enumerate(shipped["texts"]):
         (directory / "data" / "texts" / f"{name}.txt").write_text(text(seed), encoding="utf-8")
-    values = merge(merge(shipped, SMALL), {"texts": texts(shipped["texts"])}) | WHOLE
-    replaced = {name: overrides.pop(name) for name in WHOLE if name in overrides}
-    write_params(directory, merge(values, overrides) | replaced)
+    values = merge(merge(shipped, SMALL), {"texts": texts(shipped["texts"])})
+    overrides = {"variants": VARIANTS} | of_version_1(overrides)
+    write_params(directory, merge(values, overrides) | {"variants": overrides["variants"]})
     return directory
+
+
+def of_version_1(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides in which variants name artifacts, and lists name variants, as this version writes them: reproducers of old reports do that."""
+    lists = {name: overrides[name] for name in ("induced", "curved", "exported") if name in overrides}
+    found = {name: value for name, value in overrides.items() if name not in lists}
+    if not lists:
+        return found
+    found["tasks"] = {key: value for key, value in found.get("tasks", {}).items() if key not in ("variants", "presets")}
+    found["choose"] = {key: value for key, value in found.get("choose", {}).items() if key != "candidates"}
+    measured, candidates = overrides.get("tasks", {}).get("variants", []), overrides.get("choose", {}).get("candidates", [])
+    found["variants"] = {}
+    for name, variant in overrides["variants"].items():
+        own = {key: value for key, value in variant.items() if key not in ("factors", "sensitivity")}
+        own |= {"induce": lists["induced"][name]} if name in lists.get("induced", {}) else {}
+        own |= {"export": ["dense", "bitmask"]} if name in lists.get("exported", {}) else {}
+        own |= {"tasks": ["embedded"]} if name in measured else {}
+        found["variants"][name] = own | ({"candidate": True} if name in candidates else {})
+    return found
 
 
 def make_project(directory: Path, *, model: Mapping[str, Any] | None = None, **overrides: Any) -> Path:
@@ -169,7 +183,11 @@ def run(project: Path, *command: str, code: int = 0) -> str:
 
 
 def invoke(stage: str, *arguments: str) -> Result:
-    """A stage in this process, in the current directory."""
+    """A stage in this process, in the current directory. Before `prune`, a missing allocation is made: reproducers of old reports do not know it."""
+    if stage == "prune" and Path("build/prepare").exists() and not Path(f"build/allocate/{arguments[0]}.json").exists():
+        done = invoke("allocate", *arguments)
+        if done.exit_code:
+            return done
     return CliRunner().invoke(import_module(f"stages.{stage}").main, arguments, catch_exceptions=True)
 
 

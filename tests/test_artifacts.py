@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from pipeline_lib.prune.prune import VariantParams
 from safetensors.torch import save_file
 
 import stages.environment
@@ -28,7 +29,6 @@ from pipeline_lib.core.runtime import device, generator, resume_key, stage
 from pipeline_lib.core.scratch import hold
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.transform import Transform, read_transforms, write_transforms
-from pipeline_lib.prune.prune import VariantParams
 
 ROOT = Path(__file__).resolve().parent.parent
 

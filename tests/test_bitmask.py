@@ -26,12 +26,12 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.export import load
 from pipeline_lib.export.bits import pack, unpack, words
 from pipeline_lib.export.encoding import decode, encode, plan
-from pipeline_lib.export.export import export
+from pipeline_lib.export.export import Variant, export
 from pipeline_lib.export.groups import Groups
-from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.models.checkpoint import open_checkpoint
+from pipeline_lib.recipe.settings import Format
 
-FORMATS = ExportParams(formats=["dense", "bitmask"])
+FORMATS: list[Format] = ["dense", "bitmask"]
 FLOATS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 PATTERNS = ("unstructured", "2:4", "1:4", "4:8", "full", "empty")
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -239,7 +239,7 @@ def exported(directory: Path, family: str, dtype: torch.dtype, rounding: Roundin
     """A source and, beside it, its exported variant."""
     source = open_checkpoint(make_model(directory / "source", family, dtype=dtype, shard_size=shard_size))
     make_pruned(directory / "prune", source, "unstructured", rounding)
-    export(source, directory / "prune", directory / "export", FORMATS, "unstructured", "mine", card)
+    export(source, Variant("mine", "unstructured", directory / "prune"), directory / "export", FORMATS, card)
     return source.path, directory / "export"
 
 
@@ -414,5 +414,5 @@ def test_weights_changed_by_hand_are_told(tmp_path: Path) -> None:
         shard.unlink()
     (pruned / "model.safetensors.index.json").unlink()
     with pytest.raises(SparselineError, match=r"layers\.1\.mlp\.up_proj\.weight: weights are not their scales times whole codes"):
-        export(source, tmp_path / "prune", tmp_path / "export", FORMATS, "unstructured", "mine", card)
+        export(source, Variant("mine", "unstructured", tmp_path / "prune"), tmp_path / "export", FORMATS, card)
     assert not (tmp_path / "export").exists()

@@ -15,11 +15,14 @@ from tiny import block_statistics, curved_gram
 
 from pipeline_lib.core import artifacts
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.masks.rule import Rule
 from pipeline_lib.masks.settings import SelectionParams
-from pipeline_lib.measure.curves import CurvesParams, counts, errors, measure
+from pipeline_lib.measure.curves import counts, errors, measure
+from pipeline_lib.measure.settings import CurvesParams
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.solve.factor import factorise
 from pipeline_lib.solve.matrix import prune_matrix
+from pipeline_lib.stats.dense import DenseBlock
 
 CURVES = CurvesParams(densities=[0.25, 0.5, 0.75], outlier_factor=3.0)
 
@@ -76,7 +79,7 @@ def test_a_curve_is_what_pruning_does(checkpoint: Checkpoint, pattern: str, comp
     tensors, sites = checkpoint.block(1), block_statistics(checkpoint)[1]
     left_out = entry.matrices[0]
     moments = {m.label: torch.rand(len(m.view(tensors[m.parameter]))) for m in entry.matrices[2:]}
-    found = measure(entry, tensors, sites, entry.matrices[1:], moments, chosen, compensate, CURVES, "here")
+    found = measure(DenseBlock(entry, "here", tensors, sites), entry.matrices[1:], moments, chosen, compensate, CURVES)
     assert set(found) == {m.label for m in entry.matrices} - {left_out.label}
     for matrix in entry.matrices[1:]:
         weight, site = matrix.view(tensors[matrix.parameter]), sites[matrix.site]
@@ -88,7 +91,7 @@ def test_a_curve_is_what_pruning_does(checkpoint: Checkpoint, pattern: str, comp
         for i, density in enumerate(curve["density"]):
             kept = int(density * weight.numel())
             new, *_ = (
-                prune_matrix(weight, factorise(site.gram, 0.01, "mean", "here"), kept, chosen, compensate)
+                prune_matrix(weight, factorise(site.gram, 0.01, "mean", "here"), kept, Rule.of(chosen), compensate)
                 if 0 < density < 1
                 else (weight * density,)
             )
@@ -100,22 +103,23 @@ def test_a_curve_is_what_pruning_does(checkpoint: Checkpoint, pattern: str, comp
                 assert curve["kronecker"][i] == pytest.approx(float(rows @ moments[matrix.label].double()), rel=1e-4)
         assert curve["layer"][0] > curve["layer"][2] > curve["layer"][4] == 0
     without = {name: replace(site, held_out_gram=None) for name, site in sites.items()}
-    assert measure(entry, tensors, without, entry.matrices[1:], moments, chosen, compensate, CURVES, "here") == found
+    assert measure(DenseBlock(entry, "here", tensors, without), entry.matrices[1:], moments, chosen, compensate, CURVES) == found
 
 
 def test_errors_that_are_no_numbers_are_told(llama: Checkpoint) -> None:
     """Moments that overflow. Oracle: the matrix is named."""
     entry = llama.architecture
     moments = {m.label: torch.full((len(m.view(llama.block(0)[m.parameter])),), float("inf")) for m in entry.matrices}
+    block = DenseBlock(entry, "here", llama.block(0), block_statistics(llama)[0])
     with pytest.raises(SparselineError, match=r"error curve of here\.self_attn\.q_proj holds NaN or infinity"):
-        measure(entry, llama.block(0), block_statistics(llama)[0], entry.matrices, moments, selection(), False, CURVES, "here")
+        measure(block, entry.matrices, moments, selection(), False, CURVES)
 
 
 def test_outliers_and_median_are_of_the_block(llama: Checkpoint) -> None:
     """Oracle: |w|·‖X‖ of all included matrices in one sorted list (2310.05175, Sec. 3; 2505.23807)."""
     entry, sites = llama.architecture, block_statistics(llama)[0]
     tensors, some = llama.block(0), llama.architecture.matrices[:3]
-    found = measure(entry, tensors, sites, some, {}, selection(), False, CURVES, "here")
+    found = measure(DenseBlock(entry, "here", tensors, sites), some, {}, selection(), False, CURVES)
     products = sorted(
         abs(float(w)) * float(second) ** 0.5
         for m in some

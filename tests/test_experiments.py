@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
+from pipeline_lib.prune.prune import VariantParams
 from project import ROOT, WANDA, build, commit, environment, invoke, make_project, read_params, run, tree
 from ruamel.yaml import YAML
 
@@ -22,7 +23,6 @@ from pipeline_lib.core import params
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import merge
 from pipeline_lib.induce.induce import InduceParams
-from pipeline_lib.prune.prune import VariantParams
 from pipeline_lib.reporting import compare
 from pipeline_lib.texts.texts import TextParams
 

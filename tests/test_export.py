@@ -16,19 +16,19 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import Progress
 from pipeline_lib.export import packed, tensorfile
-from pipeline_lib.export.export import export
+from pipeline_lib.export.export import Variant, export
 from pipeline_lib.export.semi_structured import verdict
-from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.export.sizes import Weights, theoretical_bits
 from pipeline_lib.export.tensorfile import blob
 from pipeline_lib.models.checkpoint import open_checkpoint
+from pipeline_lib.recipe.settings import Format
 
 PACKED = "compressed-tensors"
 
 
 def exported(
     directory: Path,
-    formats: list[str],
+    formats: list[Format],
     rounding: Rounding | None = None,
     pattern: str = "unstructured",
     family: str = "llama",
@@ -38,8 +38,7 @@ def exported(
     """What build/sizes would hold; the files are in ``directory / "export"``."""
     source = open_checkpoint(make_model(directory / "source", family, dtype=dtype, **model))
     make_pruned(directory / "prune", source, pattern, rounding)
-    settings = ExportParams.model_validate({"formats": formats})
-    return export(source, directory / "prune", directory / "export", settings, pattern, "mine", card)
+    return export(source, Variant("mine", pattern, directory / "prune"), directory / "export", formats, card)
 
 
 def stored(directory: Path) -> dict[str, int]:

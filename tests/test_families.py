@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pipeline_lib.prune.prune import PruneParams, prune
 from project import prune_params
 from tiny import ALL_FAMILIES, load_full, make_config, random_factors, token_rows
 
@@ -16,7 +17,6 @@ from pipeline_lib.models.families import FAMILIES, architecture
 from pipeline_lib.models.folding import MatrixScales, fold
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.transform import Transform
-from pipeline_lib.prune.prune import PruneParams, prune
 from pipeline_lib.prune.resume import Progress
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import FAMILIES, token_rows
 
-from pipeline_lib.fit.fit import BlockParams, FitParams, Masks, Pairs, Run, _Free, block_error, fit
-from pipeline_lib.fit.spectral import SpectralParams
+from pipeline_lib.fit.fit import Masks, Pairs, Run, Sparse, _Free, block_error, fit
+from pipeline_lib.fit.settings import BlockParams, FitParams, SpectralParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.stream import BlockModel
@@ -53,10 +53,10 @@ def masks_of(tensors: Mapping[str, torch.Tensor], matrices: Sequence[Matrix]) ->
 
 
 def fitting(
-    run: Any, tensors: dict[str, torch.Tensor], matrices: Sequence[Matrix], *arguments: Any
+    run: Any, tensors: dict[str, torch.Tensor], matrices: Sequence[Matrix], rows: Pairs, held_out: Pairs, how: FitParams, where: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The tensors and facts that ``fit`` gives."""
-    found = fit(run, tensors, masks_of(tensors, matrices), *arguments)
+    found = fit(Sparse(run, tensors, masks_of(tensors, matrices), where), rows, held_out, how)
     return found.tensors, found.facts
 
 
@@ -401,9 +401,8 @@ def test_noise_on_kept_weights_is_undone(checkpoint: Checkpoint) -> None:
     targets = targets_of(run, tensors, inputs)
     broken = noisy(tensors, matrices)
     held_out = Pairs(inputs[16:], targets[16:])
-    found = fit(
-        run, dict(broken), masks_of(broken, matrices), Pairs(inputs[:16], targets[:16]), held_out, block_params(batch_rows=4), "layers.0"
-    )
+    sparse = Sparse(run, dict(broken), masks_of(broken, matrices), "layers.0")
+    found = fit(sparse, Pairs(inputs[:16], targets[:16]), held_out, block_params(batch_rows=4))
     before, after = block_error(run, broken, held_out), block_error(run, found.tensors, held_out)
     assert after < 0.3 * before
     assert found.masks is None
@@ -430,7 +429,7 @@ def test_rows_of_an_excluded_matrix_stay(checkpoint: Checkpoint, kinds: set[str]
     targets = targets_of(run, tensors, inputs)
     broken = noisy(tensors, matrices)
     stages = Pairs(inputs[:6], targets[:6]), Pairs(inputs[6:], targets[6:])
-    found = fit(run, dict(broken), masks_of(broken, chosen), *stages, block_params(epochs=2, parts=parts), "x").tensors
+    found = fit(Sparse(run, dict(broken), masks_of(broken, chosen), "x"), *stages, block_params(epochs=2, parts=parts)).tensors
     for matrix in matrices:
         same = torch.equal(matrix.view(found[matrix.parameter]), matrix.view(broken[matrix.parameter]))
         assert same == (matrix not in chosen), matrix.label
@@ -551,7 +550,7 @@ def test_steps_do_not_depend_on_the_scale_of_a_matrix(llama: Checkpoint) -> None
     scaled = {name: tensor * scales.get(name, 1.0) for name, tensor in broken.items()}
     stages = Pairs(inputs[:6], targets[:6]), Pairs(inputs[6:], targets[6:])
     masks = masks_of(broken, llama.architecture.matrices)
-    plain, other = (fit(run, dict(start), masks, *stages, block_params(epochs=3), "x").tensors for start in (broken, scaled))
+    plain, other = (fit(Sparse(run, dict(start), masks, "x"), *stages, block_params(epochs=3)).tensors for start in (broken, scaled))
     for name, scale in scales.items():
         moved = float((plain[name] - broken[name]).square().mean().sqrt())
         assert moved > 0.01 * float(broken[name].square().mean().sqrt())
@@ -570,7 +569,7 @@ def test_a_kept_weight_that_is_zero_moves(llama: Checkpoint) -> None:
     wanted = view.reshape(-1)[places].clone()
     view.view(-1)[places] = 0
     stages = Pairs(inputs[:6], targets[:6]), Pairs(inputs[6:], targets[6:])
-    left = matrix.view(fit(run, dict(broken), masks, *stages, block_params(epochs=30, rate=0.05), "x").tensors[matrix.parameter])
+    left = matrix.view(fit(Sparse(run, dict(broken), masks, "x"), *stages, block_params(epochs=30, rate=0.05)).tensors[matrix.parameter])
     assert float((left.reshape(-1)[places] - wanted).abs().max()) < 0.3 * float(wanted.abs().min())
     assert not left[~masks[matrix]].view(torch.int32).any()
 
@@ -595,7 +594,7 @@ def test_norms_move_in_the_form_that_they_are_stored_in(checkpoint: Checkpoint, 
     assert all(torch.equal(plain[name], broken[name]) for name in broken)
     held_out = Pairs(inputs[6:], targets[6:])
     how = params(parts=["norms"], rate=0.05)
-    found = fit(run, dict(broken), masks, Pairs(inputs[:6], targets[:6]), held_out, how, "x", offsets=offsets)
+    found = fit(Sparse(run, dict(broken), masks, "x", offsets=offsets), Pairs(inputs[:6], targets[:6]), held_out, how)
     assert found.facts["held_out_after"] < 0.05 * found.facts["held_out_before"]
 
 
@@ -616,7 +615,7 @@ def test_the_rate_falls_along_a_cosine_to_a_tenth(epochs: int, rows: int) -> Non
     inputs = [torch.randn(rows, 3, 2, generator=torch.Generator().manual_seed(0))]
     pairs = Pairs(inputs, [inputs[0] + 100])
     how = params(epochs=epochs, bias_rate=0.01, parts=["biases"])
-    seen.append(float(fit(run, dict(tensors), masks_of(tensors, [matrix]), pairs, pairs, how, "x").tensors["o.bias"][0]))
+    seen.append(float(fit(Sparse(run, dict(tensors), masks_of(tensors, [matrix]), "x"), pairs, pairs, how).tensors["o.bias"][0]))
     moves = [after - before for before, after in pairwise(seen) if after != before]  # judging moves nothing
     steps = epochs * rows // 2
     expected = [0.01 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / (steps - 1))) / 2) for step in range(steps)]
@@ -666,10 +665,10 @@ def test_masks_are_chosen_anew(checkpoint: Checkpoint) -> None:
         asked[0] += 1
         return largest(counts, tensors)
 
-    refreshed = fit(run, dict(tensors), masks, fitting_rows, held_out, block_params(epochs=8, refresh_epochs=4), "x", remask)
+    refreshed = fit(Sparse(run, dict(tensors), masks, "x", remask), fitting_rows, held_out, block_params(epochs=8, refresh_epochs=4))
     assert asked == [4]
-    fixed = fit(run, dict(tensors), masks, fitting_rows, held_out, block_params(epochs=8), "x", remask)
-    unasked = fit(run, dict(tensors), masks, fitting_rows, held_out, block_params(epochs=1, refresh_epochs=1), "x")
+    fixed = fit(Sparse(run, dict(tensors), masks, "x", remask), fitting_rows, held_out, block_params(epochs=8))
+    unasked = fit(Sparse(run, dict(tensors), masks, "x"), fitting_rows, held_out, block_params(epochs=1, refresh_epochs=1))
     assert asked == [4]
     assert fixed.masks is None
     assert unasked.masks is None
@@ -688,7 +687,7 @@ def test_masks_are_chosen_anew(checkpoint: Checkpoint) -> None:
 def test_masks_stay_while_they_are_refreshed_to_themselves(llama: Checkpoint) -> None:
     """A choice that always falls on the same weights. Oracle: the masks, and zeros to the sign bit after the refreshing epochs too."""
     run, tensors, masks, _, fitting_rows, held_out = poorly_masked(llama)
-    found = fit(run, dict(tensors), masks, fitting_rows, held_out, block_params(epochs=2, refresh_epochs=2), "x", lambda _: masks)
+    found = fit(Sparse(run, dict(tensors), masks, "x", lambda _: masks), fitting_rows, held_out, block_params(epochs=2, refresh_epochs=2))
     assert found.masks is not None
     assert found.facts["epochs"] > 0
     for matrix, mask in masks.items():
@@ -704,7 +703,7 @@ def test_masks_that_made_it_worse_are_not_returned(llama: Checkpoint) -> None:
     targets = targets_of(run, tensors, held_out.inputs)
     worse = {matrix: ~mask for matrix, mask in masks.items()}
     how = block_params(epochs=1, refresh_epochs=1)
-    found = fit(run, dict(tensors), masks, fitting_rows, Pairs(held_out.inputs, targets), how, "x", lambda _: worse)
+    found = fit(Sparse(run, dict(tensors), masks, "x", lambda _: worse), fitting_rows, Pairs(held_out.inputs, targets), how)
     assert found.masks is None
     assert found.facts["epochs"] == 0
     assert all(torch.equal(found.tensors[name], tensors[name]) for name in tensors)

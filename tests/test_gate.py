@@ -12,14 +12,17 @@ from tiny import block_statistics, load_full, load_tensors, power_of_two_factors
 from pipeline_lib.core.counts import target
 from pipeline_lib.fit.spectral import SpectralParams
 from pipeline_lib.induce.gate import Gate, Judge
-from pipeline_lib.induce.induce import InduceParams, Outcome, induce_block
+from pipeline_lib.induce.induce import Outcome, induce_block
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.transform import Transform
-from pipeline_lib.prune.layerwise import Layerwise, prune_matrices
+from pipeline_lib.prune.layerwise import Layerwise
+from pipeline_lib.prune.window import Block
+from pipeline_lib.recipe.settings import InduceParams
+from pipeline_lib.stats.dense import DenseBlock
 from pipeline_lib.stats.moments import SiteStatistics, refresh
 
 ROWS = token_rows(6, 12, seed=2)
@@ -49,7 +52,8 @@ def judges(checkpoint: Checkpoint, statistics: list[dict[str, SiteStatistics]], 
     """One per block; the dense stream of ``ROWS`` goes in batches of 4 and 2."""
     model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
     gate = Gate(model, ROWS, 4, chosen, compensate)
-    return [gate.enter(i, checkpoint.block(i), sites, counts(checkpoint, i)) for i, sites in enumerate(statistics)]
+    blocks = [DenseBlock(checkpoint.architecture, f"block {i}", checkpoint.block(i), sites) for i, sites in enumerate(statistics)]
+    return [gate.enter(i, block, counts(checkpoint, i)) for i, block in enumerate(blocks)]
 
 
 def moderate(checkpoint: Checkpoint, seed: int, decades: float = 1.5) -> dict[str, torch.Tensor]:
@@ -80,7 +84,8 @@ def test_a_judge_gives_the_block_error(checkpoint: Checkpoint, score: str, compe
         for transform in (Transform(), Transform(moderate(checkpoint, 3))):
             folded = fold(tensors, table, transform.factors)
             moved = {name: refresh(site, site_factor(table, name, transform.factors)).moments for name, site in statistics[index].items()}
-            pruned = prune_matrices(table, folded, moved, counts(checkpoint, index), transform, chosen, Layerwise(compensate), "x")
+            pruned = Block(table, "x", transform, counts(checkpoint, index), folded)
+            Layerwise(chosen, compensate).prune_block(pruned, moved)
             sparse = block_outputs(checkpoint, index, pruned.tensors)
             expected = (sparse - dense).square().sum() / (dense - dense.mean((0, 1))).square().sum()
             assert judge(transform) == pytest.approx(float(expected), rel=1e-4)
@@ -103,8 +108,8 @@ def test_judges_do_not_see_factors_that_change_no_mask(checkpoint: Checkpoint, s
 
 def run(checkpoint: Checkpoint, start: Transform, chosen: SelectionParams, judge: Callable[[Transform], float], **changes: Any) -> Outcome:
     statistics = block_statistics(checkpoint)[0]
-    table = checkpoint.architecture
-    return induce_block(table, checkpoint.block(0), set(table.matrices), statistics, start, chosen, induction(**changes), "block 0", judge)
+    block = DenseBlock(checkpoint.architecture, "block 0", checkpoint.block(0), statistics)
+    return induce_block(block, counts(checkpoint, 0), start, chosen, induction(**changes), judge)
 
 
 @pytest.mark.parametrize(("score", "group"), [("magnitude", "matrix"), ("magnitude", "row"), ("wanda", "row"), ("obs", "block")])

@@ -1,5 +1,6 @@
 """Induction and what it starts from. Oracles: really folded weights with refreshed statistics, and the masks that pruning then takes."""
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import pytest
@@ -10,7 +11,7 @@ from tiny import curved_gram, random_factors, token_rows
 
 from pipeline_lib.core.counts import target
 from pipeline_lib.fit.spectral import SpectralParams
-from pipeline_lib.induce.induce import InduceParams, Outcome, _Block, _Layer, induce_block
+from pipeline_lib.induce.induce import Outcome, _Block, _Layer, induce_block
 from pipeline_lib.induce.scale import ScaleParams, normalise, shifts, starting_factors
 from pipeline_lib.masks.scores import Curvature, saliency
 from pipeline_lib.masks.select import bounds, select
@@ -20,8 +21,11 @@ from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.transform import Transform
-from pipeline_lib.prune.layerwise import Layerwise, prune_matrices
+from pipeline_lib.prune.layerwise import Layerwise
+from pipeline_lib.prune.window import Block
+from pipeline_lib.recipe.settings import InduceParams
 from pipeline_lib.solve.factor import factorise
+from pipeline_lib.stats.dense import DenseBlock
 from pipeline_lib.stats.moments import SiteStatistics, refresh
 from pipeline_lib.stats.walk import CalibrateParams, walk
 
@@ -76,6 +80,11 @@ def moderate(table: Architecture, seed: int, decades: float = 1.5) -> dict[str, 
     return {name: factor.float() for name, factor in factors.items()}
 
 
+def uniform(table: Architecture, tensors: dict[str, torch.Tensor], chosen: SelectionParams) -> dict[Matrix, int]:
+    """Every matrix at the overall density."""
+    return {matrix: target(chosen.sparsity, matrix.view(tensors[matrix.parameter]).numel()) for matrix in table.matrices}
+
+
 def run(
     checkpoint: Checkpoint,
     tensors: dict[str, torch.Tensor],
@@ -84,28 +93,37 @@ def run(
     chosen: SelectionParams,
     params: InduceParams,
 ) -> Outcome:
-    table = checkpoint.architecture
-    return induce_block(table, tensors, set(table.matrices), statistics, start, chosen, params, "block 0")
+    kept = uniform(checkpoint.architecture, tensors, chosen)
+    return induce_block(DenseBlock(checkpoint.architecture, "block 0", tensors, statistics), kept, start, chosen, params)
 
 
 def masks_of_pruning(
-    checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], statistics: Statistics, transform: Transform, chosen: SelectionParams
+    checkpoint: Checkpoint,
+    tensors: dict[str, torch.Tensor],
+    statistics: Statistics,
+    transform: Transform,
+    chosen: SelectionParams,
+    kept: dict[Matrix, int] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The masks that ``prune`` takes for the folded block: the real thing that induction foretells."""
-    table = checkpoint.architecture
-    factors = dict(transform.factors)
-    kept = {matrix: target(chosen.sparsity, tensors[matrix.parameter].numel()) for matrix in table.matrices}
-    folded = fold(tensors, table, factors)
+    """The masks that ``prune`` takes for the folded block: the real thing that induction foretells. Counts are uniform unless given."""
+    table, factors = checkpoint.architecture, dict(transform.factors)
+    kept = uniform(table, tensors, chosen) if kept is None else kept
+    block = Block(table, "block 0", transform, kept, fold(tensors, table, factors))
     moments = {name: site.moments for name, site in refreshed(table, statistics, factors).items()}
-    return prune_matrices(table, folded, moments, kept, transform, chosen, Layerwise(False), "block 0").masks
+    Layerwise(chosen, False).prune_block(block, moments)
+    return dict(block.masks)
 
 
 def held_out_error(
-    checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], statistics: Statistics, masks: dict[str, torch.Tensor]
+    checkpoint: Checkpoint,
+    tensors: dict[str, torch.Tensor],
+    statistics: Statistics,
+    masks: dict[str, torch.Tensor],
+    matrices: Sequence[Matrix] = (),
 ) -> float:
-    """Mean over matrices of tr(ΔW G ΔWᵀ)/tr(W G Wᵀ) on the held-out rows, in float64 and original coordinates (Eq. 4)."""
+    """Mean over matrices (all, unless they are given) of tr(ΔW G ΔWᵀ)/tr(W G Wᵀ) on the held-out rows, in float64 and original coordinates (Eq. 4)."""
     errors = []
-    for matrix in checkpoint.architecture.matrices:
+    for matrix in matrices or checkpoint.architecture.matrices:
         gram = statistics[matrix.site].held_out_gram
         assert gram is not None
         weight, g = tensors[matrix.parameter].double(), gram.double()
@@ -120,7 +138,8 @@ def test_random_signs_are_keyed_by_the_block(llama: Checkpoint, statistics: Stat
 
     def losses(where: str, seed: int) -> list[float]:
         how = induction(probes=2, seed=seed)
-        outcome = induce_block(table, tensors, set(table.matrices), statistics, Transform(), selection("wanda"), how, where)
+        dense, chosen = DenseBlock(table, where, tensors, statistics), selection("wanda")
+        outcome = induce_block(dense, uniform(table, tensors, chosen), Transform(), chosen, how)
         return [point["loss"] for point in outcome.curve]
 
     assert losses("layers.0", 0) == losses("layers.0", 0)
@@ -143,7 +162,8 @@ def test_refreshed_scores_are_those_of_the_folded_block(
     for name, found in statistics.items():
         assert found.gram is not None
         curvatures[name] = factorise(found.gram, chosen.damping, chosen.damping_of, name).whole()
-    layers = [_Layer(m, tensors[m.parameter], statistics[m.site], curvatures[m.site], chosen) for m in table.matrices]
+    kept = uniform(table, tensors, chosen)
+    layers = [_Layer(m, tensors[m.parameter], kept[m], statistics[m.site], curvatures[m.site], chosen) for m in table.matrices]
     random = torch.Generator().manual_seed(4)
     log_u = {site.name: torch.randn(len(site.index), generator=random) for site in table.sites} if with_importance else {}
     found_scores = _Block(table, layers).log_scores({name: factor.log() for name, factor in factors.items()}, log_u)
@@ -163,7 +183,8 @@ def layer_of(score: Score, group: str, pattern: str, sparsity: float = 0.5, rows
     curvature = Curvature(gram.diagonal(), gram.diagonal() + 0.1, torch.rand(columns, generator=random) + 0.5)
     chosen = selection(score, group, pattern).model_copy(update={"sparsity": sparsity})
     weight = torch.randn(rows, columns, generator=random)
-    return _Layer(Matrix("q", "w", "x"), weight, SiteStatistics(ones, ones, ones, ones, ones, gram), curvature, chosen)
+    kept = target(sparsity, weight.numel())
+    return _Layer(Matrix("q", "w", "x"), weight, kept, SiteStatistics(ones, ones, ones, ones, ones, gram), curvature, chosen)
 
 
 def moved(layer: _Layer, seed: int) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -243,6 +264,7 @@ def test_layer_error_is_eq_4() -> None:
     layer = _Layer(
         Matrix("q", "w", "x"),
         weight,
+        20,
         SiteStatistics(ones, ones, ones, ones, ones, gram, held_out),
         Curvature(ones, ones, ones),
         selection("wanda"),
@@ -283,6 +305,28 @@ def test_the_choice_is_never_worse_than_nothing(
         assert float(values.log().abs().max()) <= 1.0 + 1e-5
         assert abs(float(values.log().mean())) < 1e-3
     assert (outcome.transform.factors or outcome.transform.importance) or outcome.choice == "none"
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("group", ["row", "matrix", "block"])
+def test_masks_are_learned_at_the_counts_that_are_given(checkpoint: Checkpoint, statistics: Statistics, group: str, pattern: str) -> None:
+    """Counts of its own for every matrix, none and all among them, one matrix left out. Oracles: the masks that pruning takes at these counts."""
+    table, tensors, chosen = checkpoint.architecture, checkpoint.block(0), selection("wanda", group, pattern)
+    sizes = {matrix: matrix.view(tensors[matrix.parameter]).numel() for matrix in table.matrices[1:]}
+    kept = {matrix: size // 4 * (number % 5) for number, (matrix, size) in enumerate(sizes.items())}
+    assert {kept[matrix] / size for matrix, size in sizes.items()} >= {0, 0.25, 0.5, 0.75, 1}
+    start = Transform(starting_factors(table, tensors, statistics, scaling("eq5", limit=1.0)))
+    dense = DenseBlock(table, "block 0", tensors, statistics)
+    outcome = induce_block(dense, kept, start, chosen, induction(limit=1.0, rate=0.1))
+    before = masks_of_pruning(checkpoint, tensors, statistics, Transform(), chosen, kept)
+    after = masks_of_pruning(checkpoint, tensors, statistics, outcome.transform, chosen, kept)
+    assert after.keys() == {matrix.parameter for matrix in kept}
+    moved = sum(int((after[name] != before[name]).sum()) for name in after) / sum(mask.numel() for mask in after.values())
+    assert moved == pytest.approx(outcome.mask_changed, abs=0.005)
+    for masks, candidate in ((before, "none"), (after, outcome.choice)):
+        errors = [held_out_error(checkpoint, tensors, statistics, masks, [matrix]) for matrix in kept]
+        assert sum(errors) / len(errors) == pytest.approx(outcome.held_out[candidate], rel=0.01)
+    assert all(torch.isfinite(torch.tensor(point["loss"])) for point in outcome.curve)
 
 
 def test_importance_helps_somewhere(checkpoint: Checkpoint, statistics: Statistics) -> None:

@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
+from rules import PLAIN, hessian_of, lsq, rule
 from tiny import curved_gram
 
 from pipeline_lib.masks.select import select, select_n_of_m
@@ -17,8 +18,7 @@ from pipeline_lib.solve.sweep import sweep
 
 SCORES: tuple[Score, ...] = get_args(Score)
 GROUPS: tuple[Group, ...] = get_args(Group)
-PLAIN = Pattern.parse("unstructured")
-ADMM = {"iterations": 200, "rho": 0.1, "every": 3, "solve_iterations": 200, "tolerance": 1e-6}
+ADMM = lsq(200, 1e-6, mask_iterations=200)  # ρ of 0.1 to begin with
 
 
 def normal(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_solve_is_least_squares(name: str, dead: tuple[int, ...]) -> None:
     target, mask = normal(7, 12, seed=2), masks(7, 12, seed=3)[name]
     start = normal(7, 12, seed=4)
     start[:, dead] = 0
-    found, taken = solve(target, mask, hessian, start, iterations=100, tolerance=1e-12)
+    found, taken = solve(target, mask, hessian, start, lsq(100, 1e-12))
     torch.testing.assert_close(found, by_lstsq(target, mask, x), rtol=1e-6, atol=1e-9)
     assert not found[~mask].any()
     assert (taken == 0) == (name == "none")
@@ -85,9 +85,9 @@ def test_solve_stops_at_its_tolerance() -> None:
         return (((target - weight) @ hessian * mask).square() / hessian.diagonal()).sum(1).sqrt()
 
     for tolerance in (1e-1, 1e-3, 1e-8):
-        found, taken = solve(target, mask, hessian, start, iterations=1000, tolerance=tolerance)
+        found, taken = solve(target, mask, hessian, start, lsq(1000, tolerance))
         assert (residual(found) <= tolerance * residual(start) * (1 + 1e-6)).all()
-        less, fewer = solve(target, mask, hessian, start, iterations=taken - 1, tolerance=tolerance)
+        less, fewer = solve(target, mask, hessian, start, lsq(taken - 1, tolerance))
         assert fewer == taken - 1
         assert (residual(less) > tolerance * residual(start)).any()
 
@@ -102,11 +102,11 @@ def test_solve_never_loses_to_the_sweep(score: Score, case: str) -> None:
         _, gram = curved_gram(32, seed)
         weight = normal(24, 32, seed).float()
         factorisation = factorise(gram, 0.01, "mean", "x")
-        hessian = factorisation.hessian(gram)
-        swept, mask, _ = sweep(weight, factorisation, kept=384, score=score, pattern=pattern, group=group, block=16)  # type: ignore[arg-type]
+        hessian = hessian_of(factorisation, gram)
+        swept, mask, _ = sweep(weight, factorisation, kept=384, rule=rule(score, pattern, group, 16))  # type: ignore[arg-type]
         before = energy(weight, swept, hessian)
         for iterations in (0, 1, 5, 100):
-            found, _ = solve(weight, mask, hessian, swept, iterations=iterations, tolerance=1e-6)
+            found, _ = solve(weight, mask, hessian, swept, lsq(iterations, 1e-6))
             assert not found[~mask].any()
             assert (energy(weight, found, hessian) <= before * (1 + 1e-5)).all()
         assert layer_error(weight, found, gram) < 0.95 * layer_error(weight, swept, gram)
@@ -118,7 +118,7 @@ def test_more_iterations_are_better() -> None:
     target, mask = normal(5, 28, seed=9), masks(5, 28, seed=10)["2:4"]
     mask[2] = False
     start = normal(5, 28, seed=11)
-    runs = [solve(target, mask, hessian, start, iterations=i, tolerance=1e-9)[0] for i in range(13)]
+    runs = [solve(target, mask, hessian, start, lsq(i, 1e-9))[0] for i in range(13)]
     assert torch.equal(runs[0], start * mask)
     fall = torch.stack([energy(target, run, hessian) for run in runs]).diff(dim=0)
     assert (fall[:, [0, 1, 3, 4]] < 0).all()
@@ -126,16 +126,18 @@ def test_more_iterations_are_better() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 11, 1000])
-def test_rows_at_a_time_change_nothing(rows: int) -> None:
+def test_rows_at_a_time_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for rounding, which conjugate gradients let grow: hence only 4 iterations, after which some rows are done and some are not."""
     _, hessian = activations(20, seed=12)
     target, mask = normal(11, 20, seed=13), masks(11, 20, seed=14)["uneven"]
     start = torch.zeros_like(target)
-    expected, taken = solve(target, mask, hessian, start, iterations=4, tolerance=0.05, rows=5)
-    found, again = solve(target, mask, hessian, start, iterations=4, tolerance=0.05, rows=rows)
+    monkeypatch.setattr("pipeline_lib.solve.lsq.ROWS", 5)
+    expected, taken = solve(target, mask, hessian, start, lsq(4, 0.05))
+    monkeypatch.setattr("pipeline_lib.solve.lsq.ROWS", rows)
+    found, again = solve(target, mask, hessian, start, lsq(4, 0.05))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert again == taken == 4
-    longer, _ = solve(target, mask, hessian, start, iterations=5, tolerance=0.05, rows=rows)
+    longer, _ = solve(target, mask, hessian, start, lsq(5, 0.05))
     assert 2 < int((longer != found).any(1).sum()) < 9
 
 
@@ -146,8 +148,8 @@ def test_scales_of_inputs_do_not_matter() -> None:
     d = 2.0 ** torch.randint(-6, 7, (24,), generator=torch.Generator().manual_seed(15))
     start = torch.zeros_like(target)
     for iterations in (3, 50):
-        plain, taken = solve(target, mask, gram, start, iterations=iterations, tolerance=1e-3)
-        scaled, again = solve(target / d, mask, d[:, None] * gram * d, start, iterations=iterations, tolerance=1e-3)
+        plain, taken = solve(target, mask, gram, start, lsq(iterations, 1e-3))
+        scaled, again = solve(target / d, mask, d[:, None] * gram * d, start, lsq(iterations, 1e-3))
         assert torch.equal(scaled * d, plain)
         assert again == taken
 
@@ -156,13 +158,13 @@ def test_solved_rows_stand_still() -> None:
     """A row that starts at its minimum stays there, finite, while others go on; what the start holds off the mask does not count."""
     _, hessian = activations(16, seed=18)
     target, mask = normal(6, 16, seed=19), masks(6, 16, seed=20)["2:4"]
-    best, _ = solve(target, mask, hessian, torch.zeros_like(target), iterations=200, tolerance=1e-13)
+    best, _ = solve(target, mask, hessian, torch.zeros_like(target), lsq(200, 1e-13))
     start = best + normal(6, 16, seed=21) * ~mask
     start[3:] = 0
-    found, _ = solve(target, mask, hessian, start, iterations=200, tolerance=1e-9)
+    found, _ = solve(target, mask, hessian, start, lsq(200, 1e-9))
     assert torch.equal(found[:3], best[:3])
     torch.testing.assert_close(found, best, rtol=1e-6, atol=1e-7)
-    exact = solve(target, mask | ~mask, hessian, target, iterations=200, tolerance=0.0)
+    exact = solve(target, mask | ~mask, hessian, target, lsq(200, 0.0))
     assert torch.equal(exact[0], target)
     assert exact[1] == 0
 
@@ -176,7 +178,7 @@ def test_an_indefinite_hessian_moves_no_row_beyond_its_start() -> None:
         target, mask = normal(16, 24, seed), masks(16, 24, seed)["uneven"]
         mask[2:4] = torch.arange(24) < 5
         start = torch.zeros_like(target)
-        found, _ = solve(target, mask, gram, start, iterations=300, tolerance=0.0)
+        found, _ = solve(target, mask, gram, start, lsq(300, 0.0))
         assert torch.isfinite(found).all()
         assert (energy(target, found, gram).abs() <= energy(target, start, gram) * (1 + 1e-6)).all()
         torch.testing.assert_close(found[2:4], by_lstsq(target, mask, x.double())[2:4], rtol=1e-3, atol=1e-3)
@@ -186,7 +188,7 @@ def test_solve_leaves_its_inputs_alone() -> None:
     _, hessian = activations(8, seed=22)
     inputs = normal(3, 8, seed=23), masks(3, 8, seed=24)["2:4"], hessian, normal(3, 8, seed=25)
     before = [tensor.clone() for tensor in inputs]
-    solve(*inputs, iterations=10, tolerance=1e-6)
+    solve(*inputs, lsq(10, 1e-6))
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
@@ -223,9 +225,9 @@ def test_admm_equals_algorithm_1(steps: int, spectral: int, monkeypatch: pytest.
     monkeypatch.setattr("pipeline_lib.solve.lsq.SPECTRAL", spectral)
     _, hessian = activations(16, seed=26)
     target = normal(10, 16, seed=27)
-    mask = choose(target.square(), kept=64, pattern=PLAIN, group="row", block=16)
+    mask = rule("obs", PLAIN, "row", 16).mask(target.square(), 64)
     start = -target * mask
-    pick = functools.partial(choose, kept=64, pattern=PLAIN, group="matrix", block=16)
+    pick = functools.partial(rule("obs", PLAIN, "matrix", 16).mask, kept=64)
     expected, support, _ = literal_admm(target, mask, hessian, start, 64, 0.1, 3, steps)
     found, chosen, facts = admm(
         target,
@@ -233,11 +235,7 @@ def test_admm_equals_algorithm_1(steps: int, spectral: int, monkeypatch: pytest.
         hessian,
         start,
         pick,
-        iterations=steps,
-        rho=0.1,
-        every=3,
-        solve_iterations=0,
-        tolerance=0.0,
+        lsq(0, 0.0, mask_iterations=steps),
     )
     assert torch.equal(chosen, support)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
@@ -257,12 +255,12 @@ def test_admm_keeps_exact_counts_and_never_loses(case: str) -> None:
         _, gram = curved_gram(24, seed)
         weight = normal(20, 24, seed).float()
         factorisation = factorise(gram, 0.01, "mean", "x")
-        hessian = factorisation.hessian(gram)
+        hessian = hessian_of(factorisation, gram)
         kept = 20 * 24 * pattern.n // pattern.m if pattern.m else 187
-        swept, mask, _ = sweep(weight, factorisation, kept=kept, score="obs", pattern=pattern, group=group, block=10)  # type: ignore[arg-type]
-        start, _ = solve(weight, mask, hessian, swept, iterations=200, tolerance=1e-6)
-        pick = functools.partial(choose, kept=kept, pattern=pattern, group=group, block=10)  # type: ignore[arg-type]
-        found, support, facts = admm(weight, mask, hessian, start, pick, **ADMM)  # type: ignore[arg-type]
+        swept, mask, _ = sweep(weight, factorisation, kept=kept, rule=rule("obs", pattern, group, 10))  # type: ignore[arg-type]
+        start, _ = solve(weight, mask, hessian, swept, lsq(200, 1e-6))
+        pick = functools.partial(rule("obs", pattern, group, 10).mask, kept=kept)  # type: ignore[arg-type]
+        found, support, facts = admm(weight, mask, hessian, start, pick, ADMM)
         assert torch.equal(support.sum(), torch.tensor(kept))
         if pattern.m:
             assert (support.view(-1, pattern.m).sum(1) == pattern.n).all()
@@ -271,7 +269,7 @@ def test_admm_keeps_exact_counts_and_never_loses(case: str) -> None:
         elif group == "block":
             assert [int(part.sum()) for part in support.split(10, 1)] == [int(part.sum()) for part in mask.split(10, 1)]
         assert not found[~support].any()
-        fitted, _ = solve(weight, support, hessian, torch.zeros_like(weight), iterations=200, tolerance=1e-6)
+        fitted, _ = solve(weight, support, hessian, torch.zeros_like(weight), lsq(200, 1e-6))
         torch.testing.assert_close(found, fitted, rtol=1e-3, atol=1e-3)
         old, new = (float(energy(weight, w, hessian).sum()) for w in (start, found))
         assert new <= old * (1 + 1e-5)
@@ -299,10 +297,10 @@ def test_admm_comes_near_the_best_mask_of_all() -> None:
     for seed in range(5):
         _, hessian = activations(8, seed)
         target = normal(12, 8, seed)
-        swept, mask, _ = sweep(target, factorise(hessian, 1e-9, "mean", "x"), kept=48, score="obs", pattern=PLAIN, group="row", block=8)
-        start, _ = solve(target, mask, hessian, swept, iterations=100, tolerance=1e-10)
-        pick = functools.partial(choose, kept=48, pattern=PLAIN, group="row", block=8)
-        found, _, _ = admm(target, mask, hessian, start, pick, **ADMM)  # type: ignore[arg-type]
+        swept, mask, _ = sweep(target, factorise(hessian, 1e-9, "mean", "x"), kept=48, rule=rule("obs", PLAIN, "row", 8))
+        start, _ = solve(target, mask, hessian, swept, lsq(100, 1e-10))
+        pick = functools.partial(rule("obs", PLAIN, "row", 8).mask, kept=48)
+        found, _, _ = admm(target, mask, hessian, start, pick, ADMM)
         old, new, best = (
             float(e.sum()) for e in (energy(target, start, hessian), energy(target, found, hessian), best_of_all(target, hessian, 4))
         )
@@ -317,8 +315,8 @@ def test_a_worse_mask_is_refused(pick: Callable[[torch.Tensor], torch.Tensor]) -
     _, hessian = activations(8, seed=29)
     target = normal(10, 8, seed=30)
     mask = select(target.square() * hessian.diagonal(), 40, "row", 8)
-    start, _ = solve(target, mask, hessian, target, iterations=100, tolerance=1e-9)
-    found, chosen, facts = admm(target, mask, hessian, start, pick, **ADMM)  # type: ignore[arg-type]
+    start, _ = solve(target, mask, hessian, target, lsq(100, 1e-9))
+    found, chosen, facts = admm(target, mask, hessian, start, pick, ADMM)
     assert torch.equal(found, start)
     assert torch.equal(chosen, mask)
     assert facts["swapped"] == facts["gain"] == 0
@@ -331,8 +329,8 @@ def test_admm_with_nothing_to_choose(density: float) -> None:
     target = normal(4, 8, seed=32)
     kept = int(32 * density)
     mask = torch.full((4, 8), bool(density))
-    pick = functools.partial(choose, kept=kept, pattern=PLAIN, group="row", block=8)
-    found, chosen, facts = admm(target, mask, hessian, target * mask, pick, **ADMM)  # type: ignore[arg-type]
+    pick = functools.partial(rule("obs", PLAIN, "row", 8).mask, kept=kept)
+    found, chosen, facts = admm(target, mask, hessian, target * mask, pick, ADMM)
     assert torch.equal(chosen, mask)
     torch.testing.assert_close(found, target * mask, rtol=1e-9, atol=1e-12)
     assert facts["iterations"] < 50
@@ -343,13 +341,13 @@ def test_dead_inputs_take_no_places(damped: bool) -> None:
     """Their columns of W₀ are 0: with enough others to choose from none is kept, damped (H_mm is then a stand-in) or not (H_mm = 0)."""
     _, hessian = activations(12, seed=33, dead=(1, 4))
     if damped:
-        hessian = factorise(hessian, 0.01, "mean", "x").hessian(hessian)
+        hessian = hessian_of(factorise(hessian, 0.01, "mean", "x"), hessian)
     target = normal(6, 12, seed=34)
     target[:, [1, 4]] = 0
     mask = select(target.square() * hessian.diagonal(), 30, "row", 12)
-    start, _ = solve(target, mask, hessian, target, iterations=100, tolerance=1e-9)
-    pick = functools.partial(choose, kept=30, pattern=PLAIN, group="row", block=12)
-    found, chosen, facts = admm(target, mask, hessian, start, pick, **ADMM)  # type: ignore[arg-type]
+    start, _ = solve(target, mask, hessian, target, lsq(100, 1e-9))
+    pick = functools.partial(rule("obs", PLAIN, "row", 12).mask, kept=30)
+    found, chosen, facts = admm(target, mask, hessian, start, pick, ADMM)
     assert facts["swapped"] > 0
     assert torch.isfinite(found).all()
     assert not chosen[:, [1, 4]].any()
@@ -360,9 +358,9 @@ def test_a_rho_too_large_is_lowered() -> None:
     _, hessian = activations(24, seed=35)
     target = normal(16, 24, seed=36)
     mask = select(target.square() * hessian.diagonal(), 192, "row", 24)
-    start, _ = solve(target, mask, hessian, target, iterations=100, tolerance=1e-9)
-    pick = functools.partial(choose, kept=192, pattern=PLAIN, group="row", block=24)
+    start, _ = solve(target, mask, hessian, target, lsq(100, 1e-9))
+    pick = functools.partial(rule("obs", PLAIN, "row", 24).mask, kept=192)
     for rho in (0.1, 1e5):
-        _, _, facts = admm(target, mask, hessian, start, pick, **{**ADMM, "rho": rho})  # type: ignore[arg-type]
+        _, _, facts = admm(target, mask, hessian, start, pick, ADMM.model_copy(update={"mask_penalty": rho}))
         assert facts["swapped"] > 0
         assert facts["gain"] > 0

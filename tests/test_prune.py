@@ -1,21 +1,25 @@
 """Pruning block by block. Oracles: the same steps written out, the whole stream through dense and pruned blocks, and runs that differ in one knob."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from project import prune_params
+from project import recipe
+from safetensors.torch import load_file
 from tiny import curved_gram, make_model, token_rows
 
-from pipeline_lib.fit.fit import Pairs, fit
+from pipeline_lib.fit.fit import Pairs, Sparse, fit
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import open_checkpoint
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.models.transform import Transform
-from pipeline_lib.prune.layerwise import Layerwise, PrunedBlock, prune_matrices, prune_site
-from pipeline_lib.prune.prune import PruneParams, collect, prune
+from pipeline_lib.prune.layerwise import Layerwise
+from pipeline_lib.prune.plan import plan
+from pipeline_lib.prune.run import Rows, Source, prune, stream_bytes
+from pipeline_lib.prune.window import Block, collect
+from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.stats.moments import MomentSums
 
 CPU = torch.device("cpu")
@@ -41,20 +45,32 @@ def half(model: BlockModel, *whole: int) -> Kept:
     return {(i, m): rows * columns // (1 if i in whole else 2) for i in range(DEPTH) for m, (rows, columns) in sizes.items()}
 
 
-def params(steps: tuple[str, ...], budget: int = 10**12, **reconstruction: Any) -> PruneParams:
+def params(steps: tuple[str, ...], **reconstruction: Any) -> Recipe:
     changes = {"channel": LITTLE, **reconstruction, "block": {**LITTLE, **reconstruction.get("block", {})}}
-    return prune_params(steps, batch_rows=8, activation_budget_bytes=budget, selection={"block": 16}, reconstruction=changes)
+    return recipe(steps, batch_rows=8, selection={"block": 16}, reconstruction=changes)
 
 
-def pruned(path: Path, settings: PruneParams, *whole: int, scratch: Path | None = None) -> dict[int, PrunedBlock]:
+def source(model: BlockModel, *whole: int) -> Source:
+    """Half of every matrix is kept, and all of those in the blocks ``whole``; nothing is folded in."""
+    return Source(model, [Transform({})] * DEPTH, half(model, *whole))
+
+
+def run(
+    model: BlockModel, settings: Recipe, fitting: torch.Tensor = FITTING, held_out: torch.Tensor = HELD_OUT
+) -> Iterator[tuple[int, Block]]:
+    rows = Rows(fitting, held_out, settings.batch_rows)
+    return prune(source(model), rows, plan(settings, model.checkpoint.dtype), lambda _: None)
+
+
+def pruned(path: Path, settings: Recipe, *whole: int, spill: Path | None = None) -> dict[int, Block]:
     model = model_of(path)
-    transforms = [Transform({})] * DEPTH
-    found = list(prune(model, FITTING, HELD_OUT, half(model, *whole), transforms, settings, lambda _: None, scratch))
+    rows = Rows(FITTING, HELD_OUT, settings.batch_rows)
+    found = list(prune(source(model, *whole), rows, plan(settings, model.checkpoint.dtype), lambda _: None, spill))
     assert [index for index, _ in found] == list(range(DEPTH))
     return dict(found)
 
 
-def assert_same(a: Mapping[int, PrunedBlock], b: Mapping[int, PrunedBlock]) -> None:
+def assert_same(a: Mapping[int, Block], b: Mapping[int, Block]) -> None:
     """To the last bit."""
     assert a.keys() == b.keys()
     for index in a:
@@ -112,18 +128,19 @@ def test_one_block_at_a_time_as_written_out(path: Path) -> None:
     dense, wanted = sparse.copy(), judging.copy()
     for index, result in pruned(path, settings).items():
         own = {matrix: kept[index, matrix] for matrix in table.matrices}
-        block, how = model.block(index), (Transform({}), settings.selection, Layerwise(True), "here")
-        selected = prune_matrices(table, model.checkpoint.block(index), collect(model, block, index, sparse.hidden), own, *how)
+        block, selected = model.block(index), Block(table, "here", Transform({}), own, dict(model.checkpoint.block(index)))
+        moments = collect(model, (index, block), sparse.hidden, [site.name for site in table.sites])
+        Layerwise(settings.selection, True).prune_block(selected, moments)
         tensors, masks = selected.tensors, {matrix: matrix.view(selected.masks[matrix.parameter]) for matrix in table.matrices}
         model.advance(block, index, dense)
         model.advance(block, index, wanted)
         stages = Pairs(sparse.hidden, dense.hidden), Pairs(judging.hidden, wanted.hidden)
         for step in (settings.reconstruction.channel, settings.reconstruction.block):
 
-            def run(hidden: torch.Tensor, given: Mapping[str, torch.Tensor], block: Any = block, index: int = index) -> torch.Tensor:
+            def through(hidden: torch.Tensor, given: Mapping[str, torch.Tensor], block: Any = block, index: int = index) -> torch.Tensor:
                 return model.call(block, index, hidden, given)
 
-            found = fit(run, tensors, masks, *stages, step, f"layers.{index}")
+            found = fit(Sparse(through, tensors, masks, f"layers.{index}"), *stages, step)
             tensors = found.tensors
         assert found.facts == result.facts["block"]
         assert tensors.keys() == result.tensors.keys()
@@ -141,8 +158,7 @@ def test_the_gate_judges_on_the_held_out_rows_whatever_the_batches(path: Path, b
     """19 fitting and 11 held-out rows: several batches of each, or one. Oracle: the held-out rows, and no others, through the blocks."""
     model, settings = model_of(path), params(("obs", "block")).model_copy(update={"batch_rows": batch_rows})
     fit_rows, gate = FITTING[:19], token_rows(11, 12, seed=2)
-    transforms = [Transform({})] * DEPTH
-    found = dict(prune(model, fit_rows, gate, half(model), transforms, settings, lambda _: None))
+    found = dict(run(model, settings, fit_rows, gate))
     blocks: dict[int, Mapping[str, torch.Tensor]] = {}
     for index, result in found.items():
         blocks[index] = result.tensors
@@ -170,11 +186,11 @@ def test_no_statistic_of_the_gate_s_rows_enters_a_candidate(
     quantization = {"bits": bits, "group": 16, "symmetric": True, "refit": []}
     model = model_of(path)
 
-    def run(names: tuple[str, ...], gate: torch.Tensor) -> PrunedBlock:
-        settings = prune_params(names, batch_rows=5, selection={"block": 16}, reconstruction=how, quantization=quantization)
-        return next(iter(prune(model, FITTING, gate, half(model), [Transform({})] * DEPTH, settings, lambda _: None)))[1]
+    def first(names: tuple[str, ...], gate: torch.Tensor) -> Block:
+        settings = recipe(names, batch_rows=5, selection={"block": 16}, reconstruction=how, quantization=quantization)
+        return next(run(model, settings, held_out=gate))[1]
 
-    one, other = (run(steps, gate) for gate in (HELD_OUT, UNSEEN))
+    one, other = (first(steps, gate) for gate in (HELD_OUT, UNSEEN))
     fit_steps = [step for step in steps if step in ("channel", "block")]
     assert all(result.facts[step]["epochs"] == 1 for step in fit_steps for result in (one, other))
     assert all(one.facts[step]["held_out_after"] != other.facts[step]["held_out_after"] for step in fit_steps)
@@ -183,13 +199,13 @@ def test_no_statistic_of_the_gate_s_rows_enters_a_candidate(
         assert torch.equal(tensor, other.tensors[name]), name
     plain = tuple(step for step in steps if step not in fit_steps)
     if plain:
-        assert run(plain, HELD_OUT).facts["matrices"] != run(plain, FITTING[:8]).facts["matrices"]
+        assert first(plain, HELD_OUT).facts["matrices"] != first(plain, FITTING[:8]).facts["matrices"]
 
 
 def test_without_held_out_rows_all_rows_are_fitted_and_judge(path: Path) -> None:
     """Oracle: the fitting rows through the blocks; there are no others."""
     model, settings = model_of(path), params(("obs", "block"))
-    found = dict(prune(model, FITTING, FITTING[:0], half(model), [Transform({})] * DEPTH, settings, lambda _: None))
+    found = dict(run(model, settings, held_out=FITTING[:0]))
     blocks = {index: result.tensors for index, result in found.items()}
     error = relative(passed(model, FITTING, blocks), passed(model, FITTING, {}))
     assert found[DEPTH - 1].facts["block"]["held_out_after"] == pytest.approx(error, rel=1e-4)
@@ -204,7 +220,7 @@ def test_a_fit_gets_the_masks_that_were_chosen(path: Path, refresh_epochs: int, 
     dense[parameter][:, dense[parameter].shape[1] // 4 :] = 0
     monkeypatch.setattr(model.checkpoint.__class__, "block", lambda *_: dict(dense))
     settings = params(("block",), block={"epochs": 1, "refresh_epochs": refresh_epochs, "parts": ["weights", "norms"]})
-    _, result = next(iter(prune(model, FITTING, HELD_OUT, half(model), [Transform({})] * DEPTH, settings, lambda _: None)))
+    _, result = next(run(model, settings))
     assert result.facts["block"]["epochs"] == 1
     assert result.tensors[parameter][result.masks[parameter]].all()
     for name, mask in result.masks.items():
@@ -218,20 +234,20 @@ def test_a_fit_gets_the_masks_that_were_chosen(path: Path, refresh_epochs: int, 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_layer_errors_are_told_without_the_damping(path: Path, steps: tuple[str, ...], shifted: bool) -> None:
     """Half of the mean diagonal added, one input always zero. Oracle: E‖(W − Ŵ) X‖² / E‖W X‖² from the activations themselves, in float64."""
-    table = open_checkpoint(path).architecture
+    table, tensors = open_checkpoint(path).architecture, open_checkpoint(path).block(0)
     site = table.sites[-1].name
     (matrix,) = table.consumers(site)
-    block = PrunedBlock(open_checkpoint(path).block(0))
-    weight = matrix.view(block.tensors[matrix.parameter]).clone()
+    weight = matrix.view(tensors[matrix.parameter]).clone()
     x, _ = curved_gram(weight.shape[1], seed=5, spread=0.5)
     x[:, 3] = 0
     sums = MomentSums()
     sums.add(x)
     shift = 0.5 * x.mean(0) if shifted else None
-    settings = prune_params(steps, selection={"block": 16, "damping": 0.5})
-    layerwise = Layerwise("obs" in steps, lsq=settings.reconstruction.lsq if "lsq" in steps else None)
+    settings = recipe(steps, selection={"block": 16, "damping": 0.5})
+    layerwise = Layerwise(settings.selection, "obs" in steps, lsq=settings.reconstruction.lsq if "lsq" in steps else None)
     transform = Transform({}, {} if shift is None else {site: shift})
-    prune_site(block, table, site, {site: sums.finish()}, {matrix: weight.numel() // 2}, transform, settings.selection, layerwise, "x")
+    block = Block(table, "x", transform, {matrix: weight.numel() // 2}, dict(tensors))
+    layerwise.prune_site(block, site, {site: sums.finish()})
     seen = x.double() if shift is None else (x - shift).double()
     lost = (seen @ (weight - matrix.view(block.tensors[matrix.parameter])).double().T).square().sum()
     error = float(lost / (seen @ weight.double().T).square().sum())
@@ -242,7 +258,7 @@ def test_a_window_is_fitted_to_what_its_last_block_gives(path: Path) -> None:
     """Oracle: the held-out rows through the dense model and through the blocks as they came out, with and without the fit."""
     model = model_of(path)
     fitted = pruned(path, params(("obs", "block"), block={"window": 2}))
-    plain = dict(prune(model, FITTING, FITTING[:0], half(model), [Transform({})] * DEPTH, params(("obs",)), lambda _: None))
+    plain = dict(run(model, params(("obs",)), held_out=FITTING[:0]))
     blocks: dict[int, Mapping[str, torch.Tensor]] = {}
     for last, window in ((1, (0, 1)), (2, (2,))):
         dense = passed(model, HELD_OUT, {}, last + 1)
@@ -274,32 +290,30 @@ TOWARDS_DENSE: dict[str, Any] = {"collect": "site", "towards_dense": 1.0}
 def test_streams_on_disk_change_no_bit(
     path: Path, tmp_path: Path, steps: tuple[str, ...], changes: dict[str, Any], streams: set[str]
 ) -> None:
-    """Oracle: the run that holds them in memory. A byte below what they take, all of them are files, one for each batch of 8 of 56 rows."""
-    needed = len(streams) * 4 * (len(FITTING) + len(HELD_OUT)) * 12 * 32
-    for budget in (needed, needed - 1):
-        found = pruned(path, params(steps, budget, **changes), scratch=tmp_path / str(budget))
-        if budget == needed:
-            assert not (tmp_path / str(budget)).exists()
-            in_memory = found
-    assert_same(found, in_memory)
-    files = [file.name.rpartition("-")[0] for file in (tmp_path / str(budget)).iterdir()]
-    assert sorted(files) == sorted(7 * list(streams))
+    """Oracle: the run that holds them in memory. All of them are files, one for each batch of 8 of 56 rows, and take what is foretold."""
+    settings = params(steps, **changes)
+    assert_same(pruned(path, settings, spill=tmp_path / "spill"), pruned(path, settings))
+    files = list((tmp_path / "spill").iterdir())
+    assert sorted(file.name.rpartition("-")[0] for file in files) == sorted(7 * list(streams))
+    tokens = (len(FITTING) + len(HELD_OUT)) * 12
+    held = sum(load_file(file)["hidden"].nbytes for file in files)
+    assert stream_bytes(plan(settings, torch.float32), tokens, 32, 4) == held == len(streams) * 4 * tokens * 32
 
 
-def test_streams_are_weighed_in_the_dtype_that_they_have(path: Path, tmp_path: Path) -> None:
-    """Oracle: bfloat16's two bytes. At them the stream stays in memory, a byte below it is files."""
-    needed = 2 * (len(FITTING) + len(HELD_OUT)) * 12 * 32
-    for budget in (needed, needed - 1):
-        model = BlockModel(open_checkpoint(path), torch.bfloat16, CPU)
-        scratch = tmp_path / str(budget)
-        next(iter(prune(model, FITTING, HELD_OUT, half(model), [Transform({})] * DEPTH, params((), budget), lambda _: None, scratch)))
-        assert scratch.exists() == (budget < needed)
+def test_streams_have_the_dtype_of_the_computation(path: Path, tmp_path: Path) -> None:
+    """Oracle: bfloat16's two bytes per channel and token, in the files."""
+    model, settings = BlockModel(open_checkpoint(path), torch.bfloat16, CPU), params(())
+    made, rows = plan(settings, model.checkpoint.dtype), Rows(FITTING, HELD_OUT, 8)
+    next(prune(source(model), rows, made, lambda _: None, tmp_path))
+    tokens = (len(FITTING) + len(HELD_OUT)) * 12
+    held = sum(load_file(file)["hidden"].nbytes for file in tmp_path.iterdir())
+    assert stream_bytes(made, tokens, 32, model.dtype.itemsize) == held == 2 * tokens * 32
 
 
 def test_without_a_directory_streams_stay_in_memory(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nowhere to put them is no error. Oracle: the working directory."""
     monkeypatch.chdir(tmp_path)
-    pruned(path, params((), 0))
+    pruned(path, params(()))
     assert not list(tmp_path.iterdir())
 
 
@@ -364,15 +378,15 @@ def test_towards_the_dense_stream_as_written_out(path: Path) -> None:
     dense = sparse.copy()
     for index, result in pruned(path, settings).items():
         block, own = model.block(index), {matrix: kept[index, matrix] for matrix in table.matrices}
-        expected = PrunedBlock(model.checkpoint.block(index))
+        expected = Block(table, "here", Transform({}), own, dict(model.checkpoint.block(index)))
         wanted = inputs_of(model, block, index, dense)
         for site in table.sites:
             sums = MomentSums()
             given = inputs_of(model, model.block(index, expected.tensors), index, sparse)
             for x, target in zip(given[site.name], wanted[site.name], strict=True):
                 sums.add(x, target)
-            how = Transform({}), settings.selection, Layerwise(True, towards_dense=0.7), "here"
-            prune_site(expected, table, site.name, {site.name: sums.finish(beside=True)}, own, *how)
+            step = Layerwise(settings.selection, True, towards_dense=0.7)
+            step.prune_site(expected, site.name, {site.name: sums.finish(beside=True)})
         assert result.facts == expected.facts
         for name, tensor in expected.tensors.items():
             assert torch.equal(result.tensors[name], tensor), f"{index} {name}"

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from project import WANDA, build, change_params, make_workspace, prune_params
+from project import WANDA, build, change_params, make_workspace, recipe
+from rules import PLAIN, rule
 from tiny import all_tensors, curved_gram, make_model, token_rows
 
 from pipeline_lib.core.errors import SparselineError
@@ -24,17 +25,18 @@ from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import open_checkpoint
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.transform import Transform
-from pipeline_lib.prune.layerwise import PrunedBlock
-from pipeline_lib.prune.prune import PruneParams, prune
-from pipeline_lib.prune.quantization import QuantizationParams
-from pipeline_lib.prune.size import packed_bits
+from pipeline_lib.prune.plan import plan
+from pipeline_lib.prune.run import Rows, Source, prune
+from pipeline_lib.prune.window import Block
+from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.solve.factor import factorise, layer_error
-from pipeline_lib.solve.grid import Grid, Scheme
+from pipeline_lib.solve.grid import Grid, Scheme, scheme
 from pipeline_lib.solve.order import rose_order
+from pipeline_lib.solve.settings import QuantizationParams
+from pipeline_lib.solve.size import packed_bits
 from pipeline_lib.solve.sweep import quantise, sweep
 
 CPU = torch.device("cpu")
-PLAIN = Pattern.parse("unstructured")
 FOUR = Scheme(4, 8, True, torch.float32)
 SCHEMES = [
     FOUR,
@@ -114,13 +116,13 @@ def test_codes_come_back_from_what_is_stored(
     how = QuantizationParams(bits=bits, group=group or "row", symmetric=symmetric, refit=[])
     if bits == 8 and not symmetric and dtype == torch.bfloat16:
         with pytest.raises(SparselineError, match=r"bfloat16 .* asymmetric codes of 8 bits; set quantization.symmetric"):
-            how.scheme(dtype)
+            scheme(how, dtype)
         return
-    scheme = how.scheme(dtype)
-    assert scheme is not None
+    chosen = scheme(how, dtype)
+    assert chosen is not None
     weight = weights(rows, columns, seed, spread) * (weights(rows, columns, seed + 1) > -0.5)
     weight = weight.abs() if seed % 2 else weight  # all codes on one side of zero
-    grid = Grid(weight.shape, scheme, CPU)
+    grid = Grid(weight.shape, chosen, CPU)
     found = grid.nearest(weight)
     stored = found.to(dtype)
     tensors = grid.tensors("x")
@@ -233,7 +235,7 @@ def test_gptq_as_written_out(scheme: Scheme, block: int) -> None:
     full = torch.ones_like(weight, dtype=torch.bool)
     expected, _ = literal(weight, hessian, scheme, full, {})
     grid = Grid(weight.shape, scheme, CPU)
-    found, mask, _ = sweep(weight, factorisation, kept=weight.numel(), score="obs", pattern=PLAIN, group="block", block=block, grid=grid)
+    found, mask, _ = sweep(weight, factorisation, kept=weight.numel(), rule=rule("obs", PLAIN, "block", block), grid=grid)
     assert mask.all()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     again = Grid(weight.shape, scheme, CPU)
@@ -248,7 +250,7 @@ def test_joint_sweep_as_written_out(scheme: Scheme, block: int) -> None:
     weight, gram, hessian = problem(4, 24, seed=4)
     grid = Grid(weight.shape, scheme, CPU)
     factorisation = factorise(gram, 0.01, "mean", "here")
-    found, mask, _ = sweep(weight, factorisation, kept=48, score="obs", pattern=PLAIN, group="block", block=block, grid=grid)
+    found, mask, _ = sweep(weight, factorisation, kept=48, rule=rule("obs", PLAIN, "block", block), grid=grid)
     expected, chosen = literal(weight, hessian, scheme, None, dict.fromkeys(range(0, 24, block), (block, 0)))
     assert torch.equal(mask, chosen)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -264,7 +266,7 @@ def test_joint_sweep_for_n_of_m_as_written_out(scheme: Scheme, text: str, block:
     grid = Grid(weight.shape, scheme, CPU)
     kept = 4 * 24 * pattern.n // pattern.m
     factorisation = factorise(gram, 0.01, "mean", "here")
-    found, mask, _ = sweep(weight, factorisation, kept=kept, score="obs", pattern=pattern, group="row", block=block, grid=grid)
+    found, mask, _ = sweep(weight, factorisation, kept=kept, rule=rule("obs", pattern, "row", block), grid=grid)
     expected, chosen = literal(weight, hessian, scheme, None, dict.fromkeys(range(0, 24, pattern.m), (pattern.m, pattern.n)))
     assert torch.equal(mask, chosen)
     assert (mask.view(4, -1, pattern.m).sum(2) == pattern.n).all()
@@ -281,7 +283,7 @@ def test_a_mask_that_is_there_before(scheme: Scheme, group: Group) -> None:
     expected, _ = literal(weight, hessian, scheme, mask, {})
     for block in (1, 7, 24, 128):
         grid = Grid(weight.shape, scheme, CPU)
-        found, chosen, _ = sweep(weight, factorisation, kept=40, score="wanda", pattern=PLAIN, group=group, block=block, grid=grid)
+        found, chosen, _ = sweep(weight, factorisation, kept=40, rule=rule("wanda", PLAIN, group, block), grid=grid)
         assert torch.equal(chosen, mask)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(
@@ -298,7 +300,7 @@ def test_another_order_of_the_columns(scheme: Scheme) -> None:
     order = factorisation.order.tolist()
     assert order != sorted(order)
     grid = Grid(weight.shape, scheme, CPU)
-    found, mask, _ = sweep(weight, factorisation, kept=48, score="obs", pattern=PLAIN, group="block", block=6, grid=grid)
+    found, mask, _ = sweep(weight, factorisation, kept=48, rule=rule("obs", PLAIN, "block", 6), grid=grid)
     expected, chosen = literal(weight, hessian, scheme, None, dict.fromkeys(range(0, 24, 6), (6, 0)), order)
     assert torch.equal(mask, chosen)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -312,9 +314,7 @@ def test_always_zero_inputs_and_whole_groups_of_zeros() -> None:
     gram[8:16], gram[:, 8:16] = 0, 0
     for symmetric in (True, False):
         grid = Grid(weight.shape, replace(FOUR, symmetric=symmetric), CPU)
-        found, _, _ = sweep(
-            weight, factorise(gram, 0.01, "mean", "here"), kept=48, score="obs", pattern=PLAIN, group="block", block=8, grid=grid
-        )
+        found, _, _ = sweep(weight, factorise(gram, 0.01, "mean", "here"), 48, rule("obs", PLAIN, "block", 8), grid)
         assert torch.isfinite(found).all()
         assert not found[:, 8:16].view(torch.int64).any()
         assert (grid.scale[:, 1] == 1).all()
@@ -341,10 +341,8 @@ LITTLE: dict[str, Any] = {"epochs": 2, "batch_rows": 4, "compute_dtype": "float3
 AIMED: dict[str, Any] = {"collect": "site", "towards_dense": 1.0, "lsq": {"mask_iterations": 12}}
 
 
-def params(
-    steps: tuple[str, ...], sparsity: float = 0.5, pattern: str = "unstructured", quantization: Any = None, **how: Any
-) -> PruneParams:
-    return prune_params(
+def params(steps: tuple[str, ...], sparsity: float = 0.5, pattern: str = "unstructured", quantization: Any = None, **how: Any) -> Recipe:
+    return recipe(
         steps,
         batch_rows=8,
         quantization={"bits": 4, "group": 20, **(quantization or {})},
@@ -353,18 +351,19 @@ def params(
     )
 
 
-def pruned(path: Path, how: PruneParams, transforms: list[Transform] | None = None) -> tuple[BlockModel, dict[int, PrunedBlock]]:
+def pruned(path: Path, how: Recipe, transforms: list[Transform] | None = None) -> tuple[BlockModel, dict[int, Block]]:
     model = BlockModel(open_checkpoint(path), torch.float32, CPU)
     shapes = {matrix: model.checkpoint.matrix_shape(0, matrix) for matrix in model.checkpoint.architecture.matrices}
     kept = {(i, m): round(rows * columns * (1 - how.selection.sparsity)) for i in range(DEPTH) for m, (rows, columns) in shapes.items()}
-    found = dict(prune(model, FITTING, HELD_OUT, kept, transforms or [Transform()] * DEPTH, how, lambda _: None))
+    given, rows = Source(model, transforms or [Transform()] * DEPTH, kept), Rows(FITTING, HELD_OUT, how.batch_rows)
+    found = dict(prune(given, rows, plan(how, model.checkpoint.dtype), lambda _: None))
     return model, found
 
 
-def assert_on_grids(model: BlockModel, found: Mapping[int, PrunedBlock], how: PruneParams) -> None:
+def assert_on_grids(model: BlockModel, found: Mapping[int, Block], how: Recipe) -> None:
     """Every matrix's stored weights are scale·(q − zero point) with q in range, exactly zero off the mask, and as many kept as asked for."""
-    scheme = how.quantization.scheme(model.checkpoint.dtype)
-    assert scheme is not None
+    chosen = scheme(how.quantization, model.checkpoint.dtype)
+    assert chosen is not None
     for result in found.values():
         assert result.grids.keys() == set(model.checkpoint.architecture.matrices)
         for matrix, grid in result.grids.items():
@@ -374,15 +373,15 @@ def assert_on_grids(model: BlockModel, found: Mapping[int, PrunedBlock], how: Pr
             scale = tensors[f"{matrix.label}.scale"]
             assert torch.equal(scale.to(stored.dtype).float(), scale)
             columns = stored.shape[1]
-            width = columns if scheme.group is None else scheme.group
+            width = columns if chosen.group is None else chosen.group
             assert scale.shape == (len(stored), -(-columns // width))
             wide = scale.repeat_interleave(width, 1)[:, :columns]
             zero = (
                 tensors.get(f"{matrix.label}.zero_point", torch.zeros_like(scale)).to(torch.int32).repeat_interleave(width, 1)[:, :columns]
             )
             codes = (stored.float() / wide).round().to(torch.int32) + zero
-            assert int(codes.min()) >= scheme.levels[0]
-            assert int(codes.max()) <= scheme.levels[1]
+            assert int(codes.min()) >= chosen.levels[0]
+            assert int(codes.max()) <= chosen.levels[1]
             assert torch.equal((wide * (codes - zero)).to(stored.dtype), stored)
             assert len(codes.unique()) > 3  # not everything on one level
             assert not stored[~mask].contiguous().view(torch.uint8).any()

@@ -2,10 +2,11 @@
 
 import functools
 from itertools import accumulate
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
+from rules import PLAIN, hessian_of, lsq, rule
 from tiny import curved_gram
 
 from pipeline_lib.core.errors import SparselineError
@@ -19,7 +20,6 @@ from pipeline_lib.solve.sweep import aim, sweep
 
 SCORES: tuple[Score, ...] = get_args(Score)
 DAMPINGS: tuple[DampingOf, ...] = get_args(DampingOf)
-PLAIN = Pattern.parse("unstructured")
 
 
 def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -169,7 +169,7 @@ def test_sweep_equals_literal_obs_in_blocks(score: Score, block: int, quotas: li
     """Oracle: ``literal_sweep``; one block that holds all columns, a short last block, and several whole ones."""
     weight, (_, gram) = weights(6, 20, seed=5), curved_gram(20, seed=5)
     expected, mask = literal_sweep(weight, gram, damped(gram, 0.01, "mean"), score, quotas, min(block, 20), PLAIN)
-    found, chosen, _ = sweep(weight, factorise(gram, 0.01, "mean", "here"), kept=60, score=score, pattern=PLAIN, group="block", block=block)
+    found, chosen, _ = sweep(weight, factorise(gram, 0.01, "mean", "here"), kept=60, rule=rule(score, PLAIN, "block", block))
     assert torch.equal(chosen, mask)
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-3)
 
@@ -184,11 +184,8 @@ def test_sweep_equals_literal_obs_for_n_of_m(score: Score, text: str, block: int
     found, chosen, _ = sweep(
         weight,
         factorise(gram, 0.01, "diagonal", "here"),
-        kept=5 * 24 * pattern.n // pattern.m,
-        score=score,
-        pattern=pattern,
-        group="row",
-        block=block,
+        5 * 24 * pattern.n // pattern.m,
+        rule(score, pattern, "row", block),
     )
     assert torch.equal(chosen, mask)
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-3)
@@ -208,7 +205,7 @@ def test_sweep_with_a_mask_chosen_beforehand(group: Group) -> None:
                 expected[r] -= expected[r, m] / inverse[m, m] * inverse[m]
         inverse = inverse - torch.outer(inverse[:, m], inverse[m]) / inverse[m, m]
     for block in (1, 7, 18, 128):
-        found, chosen, _ = sweep(weight, factorisation, kept=30, score="obs", pattern=PLAIN, group=group, block=block)
+        found, chosen, _ = sweep(weight, factorisation, kept=30, rule=rule("obs", PLAIN, group, block))
         assert torch.equal(chosen, mask)
         torch.testing.assert_close(found.double(), expected.masked_fill(~mask, 0), rtol=1e-2, atol=1e-3)
 
@@ -228,7 +225,7 @@ def test_sweep_lies_between_least_squares_and_no_compensation(score: Score, spar
     """Oracles: least squares on the sweep's own mask bounds its error below; the same mask without updates bounds it above."""
     weight, (_, gram) = weights(12, 32, seed=8), curved_gram(32, seed=8)
     kept = round((1 - sparsity) * weight.numel())
-    found, mask, _ = sweep(weight, factorise(gram, 0.01, "mean", "x"), kept=kept, score=score, pattern=PLAIN, group="block", block=16)
+    found, mask, _ = sweep(weight, factorise(gram, 0.01, "mean", "x"), kept=kept, rule=rule(score, PLAIN, "block", 16))
     assert int(mask.sum()) == kept
     assert not found[~mask].any()
     error = layer_error(weight, found, gram)
@@ -260,12 +257,12 @@ def test_dead_inputs_cost_nothing_and_change_nothing(score: Score, of: DampingOf
     weight = weights(4, 12, seed=10)
     factorisation = factorise(gram, 0.01, of, "here")
     assert factorisation.dead.nonzero()[:, 0].tolist() == dead
-    found, mask, _ = sweep(weight, factorisation, kept=18, score=score, pattern=PLAIN, group="block", block=12)
+    found, mask, _ = sweep(weight, factorisation, kept=18, rule=rule(score, PLAIN, "block", 12))
     assert torch.isfinite(found).all()
     assert not found[:, dead].any()
     assert int(mask.sum()) == 18
     small = factorise(gram[alive][:, alive], 0.01, of, "here")
-    expected, chosen, _ = sweep(weight[:, alive], small, kept=18, score=score, pattern=PLAIN, group="block", block=9)
+    expected, chosen, _ = sweep(weight[:, alive], small, kept=18, rule=rule(score, PLAIN, "block", 9))
     assert torch.equal(mask[:, alive], chosen)
     torch.testing.assert_close(found[:, alive], expected, rtol=1e-3, atol=1e-4)
 
@@ -280,19 +277,19 @@ def test_the_scale_of_the_activations_changes_nothing(scale: float, of: DampingO
     factor = torch.linspace(0.3, 3, 20) if folded else None
     x = x if factor is None else x * factor
     weight = weights(8, 20, seed=40)
-    rules: dict[str, Any] = {"kept": 80, "pattern": PLAIN, "group": "block", "block": 10}
+    rules = {score: rule(score, PLAIN, "block", 10) for score in SCORES}
     found: list[dict[str, torch.Tensor]] = []
     for number in (1.0, scale):
         gram = (number * x).T @ (number * x) / len(x)
         factorised = factorise(gram, 0.1, of, "x", factor)
-        one = {f"{score} {part}": t for score in SCORES for part, t in enumerate(sweep(weight, factorised, score=score, **rules)[:2])}
-        one |= {score: choose(saliency(score, weight, factorised.whole()), **rules) for score in SCORES}
+        one = {f"{score} {part}": t for score in SCORES for part, t in enumerate(sweep(weight, factorised, 80, rules[score])[:2])}
+        one |= {score: rules[score].mask(saliency(score, weight, factorised.whole()), 80) for score in SCORES}
         one["diagonal"] = factorised.diagonal / number**2
-        target, hessian = weight.masked_fill(factorised.dead, 0), factorised.hessian(gram)
+        target, hessian = weight.masked_fill(factorised.dead, 0), hessian_of(factorised, gram)
         mask = one["obs 1"]
-        start, _ = solve(target, mask, hessian, weight * mask, iterations=50, tolerance=1e-4)
-        how: dict[str, Any] = {"iterations": 20, "rho": 0.1, "every": 3, "solve_iterations": 50, "tolerance": 1e-4}
-        one["admm"], one["admm mask"], _ = admm(target, mask, hessian, start, functools.partial(choose, **rules), **how)
+        start, _ = solve(target, mask, hessian, weight * mask, lsq(50, 1e-4))
+        how = lsq(50, 1e-4, mask_iterations=20)
+        one["admm"], one["admm mask"], _ = admm(target, mask, hessian, start, functools.partial(rules["obs"].mask, kept=80), how)
         found.append(one)
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
@@ -313,9 +310,7 @@ def test_shifted_inputs_that_were_constant_are_dead() -> None:
 
 def test_all_inputs_dead() -> None:
     """Nothing ever comes in: finite, and exactly as many kept as asked."""
-    found, mask, _ = sweep(
-        weights(3, 8), factorise(torch.zeros(8, 8), 0.01, "mean", "x"), kept=12, score="isc", pattern=PLAIN, group="block", block=4
-    )
+    found, mask, _ = sweep(weights(3, 8), factorise(torch.zeros(8, 8), 0.01, "mean", "x"), kept=12, rule=rule("isc", PLAIN, "block", 4))
     assert not found.any()
     assert int(mask.sum()) == 12
 
@@ -327,7 +322,7 @@ def test_damping_is_raised_for_a_singular_gram_and_reported(of: DampingOf) -> No
     found = factorise(x.T @ x, 1e-12, of, "here")
     assert 1e-12 < found.damping <= 1
     torch.testing.assert_close(found.diagonal.double(), damped(x.T @ x, found.damping, of).diagonal(), rtol=1e-5, atol=0)
-    weight, mask, _ = sweep(weights(5, 30, seed=12), found, kept=75, score="isc", pattern=PLAIN, group="block", block=8)
+    weight, mask, _ = sweep(weights(5, 30, seed=12), found, kept=75, rule=rule("isc", PLAIN, "block", 8))
     assert torch.isfinite(weight).all()
     assert int(mask.sum()) == 75
 
@@ -364,7 +359,7 @@ def test_diagonal_damping_makes_masks_blind_to_factors(score: Score) -> None:
     for group in get_args(Group):
         a = select(saliency(score, weight, other.whole()), 100, group, 8)
         assert torch.equal(a, select(saliency(score, weight / d, scaled.whole()), 100, group, 8))
-    swept = [sweep(w, f, kept=128, score=score, pattern=PLAIN, group="block", block=8) for w, f in ((weight, other), (weight / d, scaled))]
+    swept = [sweep(w, f, kept=128, rule=rule(score, PLAIN, "block", 8)) for w, f in ((weight, other), (weight / d, scaled))]
     assert torch.equal(swept[0][1], swept[1][1])
     assert torch.equal(swept[0][0], swept[1][0] * d)
 
@@ -387,10 +382,10 @@ def test_importance_multiplies_the_scores_by_its_square(group: Group) -> None:
     u = torch.rand(16, generator=torch.Generator().manual_seed(16)) + 0.2
     # A diagonal G leaves nothing to compensate: the kept weights stay as they are.
     factorisation = factorise(torch.diag(gram.diagonal()), 0.01, "mean", "x")
-    found, mask, _ = sweep(weight, factorisation, kept=40, score="magnitude", pattern=PLAIN, group=group, block=4, importance=u)
-    _, expected, _ = sweep(weight * u, factorisation, kept=40, score="magnitude", pattern=PLAIN, group=group, block=4)
+    found, mask, _ = sweep(weight, factorisation, kept=40, rule=rule("magnitude", PLAIN, group, 4, u))
+    _, expected, _ = sweep(weight * u, factorisation, kept=40, rule=rule("magnitude", PLAIN, group, 4))
     assert torch.equal(mask, expected)
-    _, plain, _ = sweep(weight, factorisation, kept=40, score="magnitude", pattern=PLAIN, group=group, block=4)
+    _, plain, _ = sweep(weight, factorisation, kept=40, rule=rule("magnitude", PLAIN, group, 4))
     assert not torch.equal(mask, plain)
     torch.testing.assert_close(found, weight * mask, rtol=1e-5, atol=1e-6)
 
@@ -400,14 +395,14 @@ def test_importance_reaches_the_groups_of_n_of_m() -> None:
     weight, (_, gram) = weights(4, 12, seed=17), curved_gram(12, seed=17)
     u = torch.rand(12, generator=torch.Generator().manual_seed(17)) + 0.1
     factorisation = factorise(torch.diag(gram.diagonal()), 0.01, "mean", "x")
-    _, mask, _ = sweep(weight, factorisation, kept=24, score="magnitude", pattern=Pattern(2, 4), group="row", block=4, importance=u)
+    _, mask, _ = sweep(weight, factorisation, kept=24, rule=rule("magnitude", Pattern(2, 4), "row", 4, u))
     assert torch.equal(mask, select_n_of_m((weight * u).abs(), 2, 4))
 
 
 def test_sweep_leaves_its_input_alone() -> None:
     weight, (_, gram) = weights(4, 8, seed=18), curved_gram(8, seed=18)
     before = weight.clone()
-    sweep(weight, factorise(gram, 0.01, "mean", "x"), kept=16, score="obs", pattern=PLAIN, group="block", block=4)
+    sweep(weight, factorise(gram, 0.01, "mean", "x"), kept=16, rule=rule("obs", PLAIN, "block", 4))
     assert torch.equal(weight, before)
 
 
@@ -433,13 +428,11 @@ def test_ordered_sweep_is_the_sweep_of_ordered_columns(score: Score, block: int,
     widths = [len(parts[i]) for i in met]
     hessian = damped(gram, 0.01, "mean")[order][:, order]
     expected, mask = literal_sweep(weight[:, order], gram[order][:, order], hessian, score, [3 * w for w in widths], widths, PLAIN)
-    found, chosen, _ = sweep(weight, ordered(gram, order), kept=60, score=score, pattern=PLAIN, group="block", block=block)
+    found, chosen, _ = sweep(weight, ordered(gram, order), kept=60, rule=rule(score, PLAIN, "block", block))
     assert torch.equal(chosen[:, order], mask)
     torch.testing.assert_close(found[:, order].double(), expected, rtol=1e-2, atol=1e-3)
     assert [int(part.sum()) for part in chosen.split(block, 1)] == [3 * len(part) for part in parts]
-    assert not torch.equal(
-        found, sweep(weight, ordered(gram, torch.arange(20)), kept=60, score=score, pattern=PLAIN, group="block", block=block)[0]
-    )
+    assert not torch.equal(found, sweep(weight, ordered(gram, torch.arange(20)), kept=60, rule=rule(score, PLAIN, "block", block))[0])
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -454,7 +447,7 @@ def test_ordered_sweep_for_n_of_m(score: Score, text: str, block: int) -> None:
     hessian = damped(gram, 0.01, "mean")[order][:, order]
     expected, mask = literal_sweep(weight[:, order], gram[order][:, order], hessian, score, [], pattern.m, pattern)
     kept = 5 * 24 * pattern.n // pattern.m
-    found, chosen, _ = sweep(weight, ordered(gram, order), kept=kept, score=score, pattern=pattern, group="row", block=block)
+    found, chosen, _ = sweep(weight, ordered(gram, order), kept=kept, rule=rule(score, pattern, "row", block))
     assert torch.equal(chosen[:, order], mask)
     torch.testing.assert_close(found[:, order].double(), expected, rtol=1e-2, atol=1e-3)
     assert (chosen.reshape(-1, pattern.m).sum(1) == pattern.n).all()
@@ -475,7 +468,7 @@ def test_ordered_sweep_with_a_mask_chosen_beforehand(group: Group) -> None:
             if not mask[r, m]:
                 expected[r] -= expected[r, m] / inverse[m, m] * inverse[m]
         inverse = inverse - torch.outer(inverse[:, m], inverse[m]) / inverse[m, m]
-    found, chosen, _ = sweep(weight, factorisation, kept=30, score="obs", pattern=PLAIN, group=group, block=128, importance=u)
+    found, chosen, _ = sweep(weight, factorisation, kept=30, rule=rule("obs", PLAIN, group, 128, u))
     assert torch.equal(chosen, mask)
     torch.testing.assert_close(found.double(), expected.masked_fill(~mask, 0), rtol=1e-2, atol=1e-3)
 
@@ -490,13 +483,13 @@ def test_left_to_right_as_an_order_changes_no_bit(group: Group) -> None:
     results = []
     for order in (None, torch.arange(16), torch.arange(15, -1, -1)):
         factorisation = factorise(gram, 0.01, "mean", "x", ordering=lambda curvature, order=order: order)  # type: ignore[misc]
-        results.append(sweep(weight, factorisation, kept=40, score="isc", pattern=PLAIN, group=group, block=4, importance=u))
+        results.append(sweep(weight, factorisation, kept=40, rule=rule("isc", PLAIN, group, 4, u)))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
     assert not torch.equal(results[0][0], results[2][0])
     flipped = factorise(gram.flip(0, 1), 0.01, "mean", "x")
     if group == "block":
-        found, mask, _ = sweep(weight.flip(1), flipped, kept=40, score="isc", pattern=PLAIN, group=group, block=4, importance=u.flip(0))
+        found, mask, _ = sweep(weight.flip(1), flipped, kept=40, rule=rule("isc", PLAIN, group, 4, u.flip(0)))
         assert torch.equal(mask.flip(1), results[2][1])
         torch.testing.assert_close(found.flip(1), results[2][0], rtol=1e-3, atol=1e-4)
 
@@ -511,7 +504,7 @@ def test_an_ordered_factorisation_is_that_of_ordered_columns() -> None:
     torch.testing.assert_close(seen[0].inverse_diagonal.double(), torch.linalg.inv(hessian).diagonal(), rtol=1e-3, atol=1e-6)
     assert torch.equal(found.whole().inverse_diagonal, seen[0].inverse_diagonal)
     assert torch.equal(found.whole().diagonal, factorise(gram, 0.02, "mean", "here").diagonal)
-    torch.testing.assert_close(found.hessian(gram).double(), hessian, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(hessian_of(found, gram).double(), hessian, rtol=1e-5, atol=1e-6)
     permuted = hessian[order][:, order]
     torch.testing.assert_close((found.upper.T @ found.upper).double(), torch.linalg.inv(permuted), rtol=1e-3, atol=1e-4)
     trailing = torch.stack([torch.linalg.inv(permuted[m:, m:])[0, 0] for m in range(11)])
@@ -524,9 +517,7 @@ def test_an_ordered_factorisation_is_that_of_ordered_columns() -> None:
 def test_an_order_that_tears_apart_what_is_compared_is_refused(text: str, block: int, order: list[int]) -> None:
     _, gram = curved_gram(8, seed=21)
     with pytest.raises(ValueError, match=r"tears apart 4 that belong together"):
-        sweep(
-            weights(3, 8), ordered(gram, torch.tensor(order)), kept=12, score="obs", pattern=Pattern.parse(text), group="block", block=block
-        )
+        sweep(weights(3, 8), ordered(gram, torch.tensor(order)), kept=12, rule=rule("obs", Pattern.parse(text), "block", block))
 
 
 @pytest.mark.parametrize(("columns", "block", "m"), [(24, 8, 0), (20, 8, 0), (24, 8, 4), (20, 6, 4), (16, 128, 8), (7, 3, 0)])
@@ -576,14 +567,14 @@ def test_column_losses_by_loops(score: Score, text: str, group: Group) -> None:
     curvature = factorise(gram, 0.01, "mean", "x").whole()
     scores = saliency(score, alive, curvature) * u.square()
     mask = select_n_of_m(scores, 2, 4) if pattern.m else select(scores, 48, group, 6)
-    assert torch.equal(mask, choose(scores, kept=48, pattern=pattern, group=group, block=6))
+    assert torch.equal(mask, rule(score, pattern, group, 6).mask(scores, 48))
     inverse = torch.linalg.inv(damped(gram, 0.01, "mean")).diagonal()
     expected = torch.zeros(16, dtype=torch.float64)
     for r in range(6):
         for c in range(16):
             if not mask[r, c] and c != 5:
                 expected[c] += float(weight[r, c]) ** 2 / float(inverse[c])
-    found = column_losses(weight, curvature, kept=48, score=score, pattern=pattern, group=group, block=6, importance=u)
+    found = column_losses(weight, curvature, kept=48, rule=rule(score, pattern, group, 6, u))
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-9)
 
 
@@ -594,16 +585,16 @@ def test_large_losses_first_lowers_the_error_of_a_columnar_matrix() -> None:
         weight, (_, gram) = weights(24, 32, seed=seed), curved_gram(32, seed=seed, spread=0.1)
         weight[:, 24:] *= 6
         for reorder in errors:
-            rules = {"kept": 384, "score": "obs", "pattern": PLAIN, "group": "block", "block": 8}
+            how = rule("obs", PLAIN, "block", 8)
             found = factorise(
                 gram,
                 0.01,
                 "mean",
                 "x",
-                ordering=lambda c, w=weight, r=reorder, k=rules: rose_order(column_losses(w, c, **k), 8, 0, 0.5) if r else None,  # type: ignore[misc]
+                ordering=lambda c, w=weight, r=reorder, k=how: rose_order(column_losses(w, c, 384, k), 8, 0, 0.5) if r else None,  # type: ignore[misc]
             )
             assert (found.order is not None) == reorder
-            errors[reorder] += layer_error(weight, sweep(weight, found, **rules)[0], gram)  # type: ignore[arg-type]
+            errors[reorder] += layer_error(weight, sweep(weight, found, 384, how)[0], gram)
     assert errors[True] < 0.9 * errors[False]
 
 
@@ -656,7 +647,7 @@ def test_aim_meets_the_outputs_of_the_dense_stream(share: float, dead: tuple[int
     target = aim(weight, cross - gram, factorisation, share)
     start = torch.zeros_like(weight)
     target[:, dead] = 0
-    found, _ = solve(target, mask, factorisation.hessian(gram), start, iterations=200, tolerance=1e-12)
+    found, _ = solve(target, mask, hessian_of(factorisation, gram), start, lsq(200, 1e-12))
     outputs = (pruned + share * (dense - pruned)) @ weight.T
     for r in range(6):
         kept = [c for c in mask[r].nonzero()[:, 0].tolist() if c not in dead]
@@ -669,7 +660,7 @@ def test_the_error_of_the_target_is_that_of_the_outputs() -> None:
     """Oracle: E‖Ŵ X − W X_d‖² + ‖(Ŵ − W) Λ^½‖² from the activations: its difference between any two Ŵ is that of tr((Ŵ − W₀) H (Ŵ − W₀)ᵀ)."""
     dense, pruned, gram, cross = streams(10, seed=28)
     weight, factorisation = weights(4, 10, seed=28).double(), factorise(gram, 0.1, "mean", "x")
-    target, hessian = aim(weight, cross - gram, factorisation, 1.0), factorisation.hessian(gram)
+    target, hessian = aim(weight, cross - gram, factorisation, 1.0), hessian_of(factorisation, gram)
     ridge = hessian.diagonal() - gram.diagonal()
 
     def outputs(new: torch.Tensor) -> float:
@@ -693,6 +684,6 @@ def test_the_sweep_from_the_target_comes_nearer_to_the_dense_outputs(score: Scor
     errors = []
     for share in (0.0, 1.0):
         start = aim(weight, cross - gram, factorisation, share)
-        found, _, _ = sweep(start, factorisation, kept=192, score=score, pattern=PLAIN, group="block", block=8)
+        found, _, _ = sweep(start, factorisation, kept=192, rule=rule(score, PLAIN, "block", 8))
         errors.append(float((pruned @ found.T - dense @ weight.T).square().sum()))
     assert errors[1] < 0.9 * errors[0]

@@ -14,7 +14,7 @@ from pipeline_lib.core.artifacts import block_file, write_tensors
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
-from pipeline_lib.prune import prune
+from pipeline_lib.prune.window import collect as collect_moments
 from pipeline_lib.stats.moments import Accumulator, Moments, MomentSums, SiteStatistics, refresh
 from pipeline_lib.stats.walk import CalibrateParams, gram_bytes, stored_or_walked, walk
 
@@ -322,19 +322,20 @@ def test_site_by_site_equals_all_at_once(checkpoint: Checkpoint) -> None:
     block = model.block(0)
     ran: list[str] = []
     handle = block.get_submodule(table.sites[-1].module).register_forward_hook(lambda *_: ran.append("beyond the last site"))
-    at_once = prune.collect(model, block, 0, stream.hidden)
+    names = [site.name for site in table.sites]
+    at_once = collect_moments(model, (0, block), stream.hidden, names)
     handle.remove()
     assert not ran
-    assert list(at_once) == [site.name for site in table.sites]
+    assert list(at_once) == names
     reached: Counter[str] = Counter()
     for site in table.sites:
         block.get_submodule(site.module).register_forward_pre_hook(lambda _module, _inputs, name=site.name: reached.update([name]))
     for number, site in enumerate(table.sites):
         reached.clear()
-        found = prune.collect(model, block, 0, stream.hidden, site.name)
+        found = collect_moments(model, (0, block), stream.hidden, [site.name])
         assert found.keys() == {site.name}
         assert_moments(found[site.name], at_once[site.name], rtol=0, atol=0)
-        assert reached == dict.fromkeys([one.name for one in table.sites[: number + 1]], 3)  # 5 rows in batches of 2
+        assert reached == dict.fromkeys(names[: number + 1], 3)  # 5 rows in batches of 2
     assert all(torch.equal(a, b) for a, b in zip(before, stream.hidden, strict=True))
 
 
@@ -358,10 +359,10 @@ def test_cross_moments_are_of_both_streams_inputs(checkpoint: Checkpoint, one_si
     stream.hidden = [hidden + 0.5 * torch.randn(hidden.shape, generator=random) for hidden in stream.hidden]
     dense, block = (model.block(0, {n: t * s if t.ndim == 2 else t for n, t in checkpoint.block(0).items()}) for s in (1.0, 0.8))
     own, beside = inputs_of(model, block, stream), inputs_of(model, dense, dense_stream)
-    found = {}
-    for site in [one.name for one in table.sites] if one_site else [None]:
-        found |= prune.collect(model, block, 0, stream.hidden, site, (dense, dense_stream.hidden))
-    plain = prune.collect(model, block, 0, stream.hidden)
+    found, names = {}, [site.name for site in table.sites]
+    for sites in [[name] for name in names] if one_site else [names]:
+        found |= collect_moments(model, (0, block), stream.hidden, sites, (dense, dense_stream.hidden))
+    plain = collect_moments(model, (0, block), stream.hidden, names)
     for site in table.sites:
         cross, mean = found[site.name].cross, found[site.name].dense_mean
         expected = beside[site.name].double().T @ own[site.name].double() / FIT.numel()

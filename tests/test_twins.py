@@ -17,7 +17,8 @@ from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.transform import Transform
-from pipeline_lib.prune.layerwise import Layerwise, prune_matrices
+from pipeline_lib.prune.layerwise import Layerwise
+from pipeline_lib.prune.window import Block
 from pipeline_lib.stats.moments import SiteStatistics, refresh
 
 FAMILIES = ("llama", "opt", "gemma", "phi3", "gpt_neox", "gpt2-relu")  # plain, biased, 1 + w, fused, interleaved and uncoupled, transposed
@@ -69,7 +70,8 @@ def masks(
         factors = start(table, tensors, statistics, START) if start else {}
         moved = {name: refresh(site, site_factor(table, name, factors)).moments for name, site in statistics.items()}
         kept = {m: target(chosen.sparsity, m.view(tensors[m.parameter]).numel()) for m in table.matrices}
-        pruned = prune_matrices(table, fold(tensors, table, factors), moved, kept, Transform(factors), chosen, Layerwise(compensate), "x")
+        pruned = Block(table, "x", Transform(factors), kept, fold(tensors, table, factors))
+        Layerwise(chosen, compensate).prune_block(pruned, moved)
         found += [mask.flatten() for _, mask in sorted(pruned.masks.items())]
     return torch.cat(found)
 

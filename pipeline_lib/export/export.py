@@ -1,6 +1,6 @@
 """Write a pruned variant in the formats asked for, and say what each takes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from pipeline_lib.export.card import FILE
 from pipeline_lib.export.groups import Quantisation
 from pipeline_lib.export.masks import Masks
 from pipeline_lib.export.semi_structured import summary as semi_structured
-from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.export.shards import one_by_one, partition
 from pipeline_lib.export.sizes import Bytes, summary
-from pipeline_lib.export.survey import survey
+from pipeline_lib.export.survey import Entry, survey
+from pipeline_lib.export.tensorfile import Blob
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline_lib.recipe.settings import Format
 
 PASSES = {"dense": 1, "bitmask": 2, "compressed-tensors": 1}  # over all tensors, beside the survey's
 Card = Callable[[str, Mapping[str, Any]], str]  # format, what build/sizes will hold -> README.md
@@ -36,68 +37,90 @@ class _Counted(Checkpoint):
             self.progress.advance()
 
 
-def export(source: Checkpoint, prune: Path, out: Path, settings: ExportParams, pattern: str, variant: str, card: Card) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Variant:
+    """A variant as the prune stage left it."""
+
+    name: str
+    pattern: str  # of its selection
+    directory: Path  # its checkpoint, masks and, if it is quantised, codes
+
+
+def export(source: Checkpoint, variant: Variant, out: Path, formats: Sequence[Format], card: Card) -> dict[str, Any]:
     """What build/sizes holds of the variant.
 
     Args:
         source: the model that was pruned: exported files are cut where its files are.
-        prune: what the prune stage left of the variant.
         out: a directory with one folder per format, and semi_structured.json for a 2:4 pattern.
         card: writes each folder's README.md.
 
     Raises:
         SparselineError: a format cannot express the variant; it is not what its masks and codes say.
     """
-    pruned = open_checkpoint(prune / "checkpoint")
-    quantisation = Quantisation(prune / "quantization", pruned)
-    if "compressed-tensors" in settings.formats:
-        packed.scheme(pruned, quantisation, variant)  # refuses before anything is written
-    total = len(pruned.files) * (1 + sum(PASSES[name] for name in settings.formats))
-    with Progress(f"export {variant}", total, "tensors") as progress:
-        return _export(source, _Counted(**pruned.__dict__, progress=progress), quantisation, prune, out, settings, pattern, variant, card)
-
-
-def _export(
-    source: Checkpoint,
-    pruned: Checkpoint,
-    quantisation: Quantisation,
-    prune: Path,
-    out: Path,
-    settings: ExportParams,
-    pattern: str,
-    variant: str,
-    card: Card,
-) -> dict[str, Any]:
-    entries = survey(pruned, Masks(prune / "masks", pruned), quantisation, pattern)
-    shards = partition(source)
-    blobs = {file: {name: entries[name].dense for name in names} for file, names in shards.items()}
-    others, indexed = (pruned.path, pruned.others), source.indexed
-    matrices = {name: entry for name, entry in entries.items() if entry.pruned}
-    formats = {"dense": Bytes(sum(entry.dense.bytes for entry in matrices.values()), dense.file_bytes(blobs))}
-    with replacing(out) as directory:
-        directory.mkdir()
-        if "dense" in settings.formats:
-            dense.write(directory / "dense", blobs, lambda file: one_by_one(pruned, shards[file]), others, indexed)
-        if "bitmask" in settings.formats:
-            plans = {file: {name: entries[name].bitmask for name in names} for file, names in shards.items()}
-            bitmask.write(directory / "bitmask", plans, pruned, quantisation, others, indexed)
-            formats["bitmask"] = Bytes(sum(entry.bitmask.bytes for entry in matrices.values()), _file_bytes(directory / "bitmask"))
-        if "compressed-tensors" in settings.formats:
-            folder = directory / "compressed-tensors"
-            packed.write(folder, blobs, pruned, quantisation, variant, others, indexed)
-            parts = packed.layout({name: {name: entry.dense} for name, entry in matrices.items()}, quantisation)
-            formats["compressed-tensors"] = Bytes(
-                sum(blob.bytes for found in parts.values() for blob in found.values()), _file_bytes(folder)
-            )
-        if pattern == "2:4":
-            verdicts = {name: entry.semi_structured for name, entry in matrices.items() if entry.semi_structured is not None}
-            write_json(directory / "semi_structured.json", semi_structured(verdicts))
-        sizes = summary([entry.weights for entry in matrices.values()], formats)
-        for name in settings.formats:
-            write_text(directory / name / FILE, card(name, sizes))
-        if "bitmask" in settings.formats:
-            manifest.add(directory / "bitmask", FILE)
+    pruned = open_checkpoint(variant.directory / "checkpoint")
+    quantisation = Quantisation(variant.directory / "quantization", pruned)
+    # Refuses before anything is written.
+    scheme = packed.scheme(pruned, quantisation, variant.name) if "compressed-tensors" in formats else None
+    total = len(pruned.files) * (1 + sum(PASSES[name] for name in formats))
+    with Progress(f"export {variant.name}", total, "tensors") as progress:
+        counted = _Counted(**pruned.__dict__, progress=progress)
+        entries = survey(counted, Masks(variant.directory / "masks", counted), quantisation, variant.pattern)
+        writer = _Writer(counted, quantisation, entries, partition(source), source.indexed)
+        with replacing(out) as directory:
+            directory.mkdir()
+            found = {"dense": writer.write_dense(directory / "dense" if "dense" in formats else None)}
+            if "bitmask" in formats:
+                found["bitmask"] = writer.write_bitmask(directory / "bitmask")
+            if scheme is not None:
+                found["compressed-tensors"] = writer.write_packed(directory / "compressed-tensors", scheme)
+            if variant.pattern == "2:4":
+                verdicts = {name: entry.semi_structured for name, entry in writer.matrices.items() if entry.semi_structured is not None}
+                write_json(directory / "semi_structured.json", semi_structured(verdicts))
+            sizes = summary([entry.weights for entry in writer.matrices.values()], found)
+            for name in formats:
+                write_text(directory / name / FILE, card(name, sizes))
+            if "bitmask" in formats:
+                manifest.add(directory / "bitmask", FILE)
     return sizes
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """A pruned checkpoint in each format; what its matrices and its weight files take."""
+
+    pruned: Checkpoint
+    quantisation: Quantisation
+    entries: Mapping[str, Entry]  # of every tensor
+    shards: Mapping[str, list[str]]  # file name -> its tensors
+    indexed: bool  # whether there is an index of files
+
+    @property
+    def others(self) -> dense.Others:
+        return self.pruned.path, self.pruned.others
+
+    @property
+    def matrices(self) -> dict[str, Entry]:
+        return {name: entry for name, entry in self.entries.items() if entry.pruned}
+
+    @property
+    def blobs(self) -> dict[str, dict[str, Blob]]:
+        return {file: {name: self.entries[name].dense for name in names} for file, names in self.shards.items()}
+
+    def write_dense(self, folder: Path | None) -> Bytes:
+        """Nothing is written without a folder."""
+        if folder is not None:
+            dense.write(folder, self.blobs, lambda file: one_by_one(self.pruned, self.shards[file]), self.others, self.indexed)
+        return Bytes(sum(entry.dense.bytes for entry in self.matrices.values()), dense.file_bytes(self.blobs))
+
+    def write_bitmask(self, folder: Path) -> Bytes:
+        plans = {file: {name: self.entries[name].bitmask for name in names} for file, names in self.shards.items()}
+        bitmask.write(folder, plans, self.pruned, self.quantisation, self.others, self.indexed)
+        return Bytes(sum(entry.bitmask.bytes for entry in self.matrices.values()), _file_bytes(folder))
+
+    def write_packed(self, folder: Path, scheme: packed.Scheme) -> Bytes:
+        packed.write(folder, self.blobs, self.pruned, self.quantisation, scheme, self.indexed)
+        parts = packed.layout({name: {name: entry.dense} for name, entry in self.matrices.items()}, self.quantisation)
+        return Bytes(sum(blob.bytes for blobs in parts.values() for blob in blobs.values()), _file_bytes(folder))
 
 
 def _file_bytes(directory: Path) -> int:

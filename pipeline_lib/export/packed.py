@@ -140,20 +140,20 @@ def write(
     shards: Mapping[str, Mapping[str, Blob]],
     pruned: Checkpoint,
     quantisation: Quantisation,
-    variant: str,
-    others: dense.Others,
+    chosen: Scheme,
     indexed: bool,
 ) -> None:
-    """A directory for ``from_pretrained`` where compressed-tensors is installed; arguments as in ``dense.write``.
+    """A directory for ``from_pretrained`` where compressed-tensors is installed; the side files are the pruned checkpoint's.
 
-    Raises:
-        SparselineError: the format cannot express the variant, or its package is not installed.
+    Args:
+        shards, indexed: as in ``dense.write``.
+        chosen: what ``scheme`` made of the variant.
     """
-    described = config(scheme(pruned, quantisation, variant))
 
     def tensors(file_name: str) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in one_by_one(pruned, list(shards[file_name])):
             groups = quantisation.of(name)
             yield from ({name: tensor} if groups is None else pack(name, tensor, groups)).items()
 
-    dense.write(out, layout(shards, quantisation), tensors, others, indexed, {"quantization_config": described})
+    others = pruned.path, pruned.others
+    dense.write(out, layout(shards, quantisation), tensors, others, indexed, {"quantization_config": config(chosen)})

@@ -13,7 +13,8 @@ from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.prune.layerwise import Layerwise
 from pipeline_lib.prune.window import Block
-from pipeline_lib.stats.moments import SiteStatistics, refresh
+from pipeline_lib.stats.dense import DenseBlock
+from pipeline_lib.stats.moments import refresh
 
 Judge = Callable[[Transform], float]
 
@@ -25,25 +26,23 @@ class Gate:
         self.model, self.selection, self.compensate = model, selection, compensate
         self.stream = model.embed(rows, batch_rows)
 
-    def enter(
-        self, index: int, tensors: Mapping[str, torch.Tensor], statistics: Mapping[str, SiteStatistics], kept: Mapping[Matrix, int]
-    ) -> Judge:
+    def enter(self, index: int, dense: DenseBlock, kept: Mapping[Matrix, int]) -> Judge:
         """Pass the stream through block ``index`` (blocks come in order) and return its judge.
 
         A judge folds a transform in, refreshes the statistics for it (no forward pass), prunes as the variant's selection says, and returns
         E‖Y_dense − Y_sparse‖² / E‖Y_dense − E Y_dense‖².
         """
-        model, architecture = self.model, self.model.checkpoint.architecture
-        block = model.block(index, tensors)
+        model, architecture = self.model, dense.architecture
+        block = model.block(index, dense.tensors)
         inputs = list(self.stream.hidden)
         model.advance(block, index, self.stream)
         rows = Pairs(inputs, list(self.stream.hidden))
 
         def judge(transform: Transform) -> float:
-            folded = fold(tensors, architecture, transform.factors)
-            moved = {name: refresh(site, site_factor(architecture, name, transform.factors)).moments for name, site in statistics.items()}
-            where = f"{architecture.blocks}.{index}"
-            pruned = Block(architecture, where, transform, kept, folded)
+            folded = fold(dense.tensors, architecture, transform.factors)
+            factors = {name: site_factor(architecture, name, transform.factors) for name in dense.statistics}
+            moved = {name: refresh(site, factors[name]).moments for name, site in dense.statistics.items()}
+            pruned = Block(architecture, dense.where, transform, kept, folded)
             Layerwise(self.selection, self.compensate).prune_block(pruned, moved)
             there = {name: tensor.to(model.device) for name, tensor in pruned.tensors.items()}
             return block_error(functools.partial(model.call, block, index), there, rows)

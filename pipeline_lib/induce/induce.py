@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from pipeline_lib.core.counts import target
 from pipeline_lib.core.random import generator
 from pipeline_lib.fit.settings import SpectralParams
 from pipeline_lib.fit.spectral import Norm, penalty
@@ -26,6 +25,7 @@ from pipeline_lib.models.folding import MatrixScales, site_factor
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.recipe.settings import InduceParams
 from pipeline_lib.solve.factor import factorise
+from pipeline_lib.stats.dense import DenseBlock
 from pipeline_lib.stats.moments import SiteStatistics, refresh
 
 
@@ -51,13 +51,12 @@ class _Layer:
     """One logical matrix with everything that its score and error need."""
 
     def __init__(
-        self, matrix: Matrix, weight: torch.Tensor, statistics: SiteStatistics, curvature: Curvature, settings: SelectionParams
+        self, matrix: Matrix, weight: torch.Tensor, kept: int, statistics: SiteStatistics, curvature: Curvature, settings: SelectionParams
     ) -> None:
-        self.matrix, self.weight, self.settings = matrix, weight, settings
+        self.matrix, self.weight, self.kept, self.settings = matrix, weight, kept, settings
         self.curvature = curvature
         self.gram = statistics.second_moment_matrix
         self.held_out_gram = self.gram if statistics.held_out_gram is None else statistics.held_out_gram
-        self.kept = target(settings.sparsity, weight.numel())
         self.base = (weight.square() + 1e-30).log_()
         self.energy = ((weight @ self.gram) * weight).sum().clamp_min(1e-30)
         self.held_out_energy = ((weight @ self.held_out_gram) * weight).sum().clamp_min(1e-30)
@@ -112,9 +111,10 @@ class _Layer:
         return hard, self._threshold(scores, hard)
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
+        """Of the scores of one part, or of the whole matrix."""
         pattern = self.settings.shape
         if pattern.m:
-            return select_n_of_m(scores, pattern.n, pattern.m)
+            return select_n_of_m(scores, self.kept * pattern.m // self.weight.numel(), pattern.m)
         return select(scores, self.kept, self.settings.group, self.settings.block)
 
     def _threshold(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -187,14 +187,11 @@ class _Block:
 
 
 def induce_block(
-    architecture: Architecture,
-    tensors: Mapping[str, torch.Tensor],
-    included: set[Matrix],
-    statistics: Mapping[str, SiteStatistics],
+    dense: DenseBlock,
+    kept: Mapping[Matrix, int],
     start: Transform,
     selection: SelectionParams,
     params: InduceParams,
-    where: str,
     judge: Callable[[Transform], float] | None = None,
 ) -> Outcome:
     """Learn one block's factors and selection weights; keep them only if the held-out rows say so.
@@ -203,21 +200,22 @@ def induce_block(
     L = mean layer error + λ R_p (Eqs. 6–8); Adam on log factors, projected to geometric mean 1 and the box |log| ≤ limit after every step.
 
     Args:
-        where: the block's name: what errors call it, and what keys the random signs with the seed.
+        dense: the block; its name keys the random signs with the seed.
+        kept: how many weights each included matrix keeps; its mask is learned at that count.
         judge: gives a candidate's error, the least of which wins (``gate.Gate``); without it, the held-out layer error is taken.
     """
-    given = statistics
+    architecture, where, given = dense.architecture, dense.where, dense.statistics
     if judge:
         start = Transform(start.factors, _worthy(start.shifts, judge), {})
-    statistics = {site.name: refresh(statistics[site.name], None, start.shifts.get(site.name)) for site in architecture.sites}
+    statistics = {site.name: refresh(given[site.name], None, start.shifts.get(site.name)) for site in architecture.sites}
     curvatures = {
         name: factorise(site.second_moment_matrix, selection.damping, selection.damping_of, f"{where} {name}").whole()
         for name, site in statistics.items()
     }
     layers = [
-        _Layer(m, m.view(tensors[m.parameter]).float(), statistics[m.site], curvatures[m.site], selection)
+        _Layer(m, m.view(dense.tensors[m.parameter]).float(), kept[m], statistics[m.site], curvatures[m.site], selection)
         for m in architecture.matrices
-        if m in included
+        if m in kept
     ]
     block = _Block(architecture, layers)
     started = {name: factor.log() for name, factor in start.factors.items()}

@@ -5,7 +5,7 @@ from functools import partial
 from pipeline_lib.core import artifacts
 from pipeline_lib.core.workspace import DENSE, Workspace
 from pipeline_lib.export.card import Measured, Pruned, card
-from pipeline_lib.export.export import export
+from pipeline_lib.export.export import Variant, export
 from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.source import open_source
@@ -17,9 +17,8 @@ def export_variant(workspace: Workspace, source: ModelParams, variant: str, para
     pruned = Pruned(variant, artifacts.read_json(workspace.model), facts)
     own, dense = (artifacts.read_json(workspace.evaluation(name))["perplexity"] for name in (variant, DENSE))
     written = partial(card, pruned, Measured(own, dense))
-    pattern = facts["settings"]["selection"]["pattern"]
-    checkpoint = open_source(workspace, source)
-    sizes = export(checkpoint, workspace.pruned(variant), workspace.export(variant), params, pattern, variant, written)
+    left = Variant(variant, facts["settings"]["selection"]["pattern"], workspace.pruned(variant))
+    sizes = export(open_source(workspace, source), left, workspace.export(variant), params.formats, written)
     artifacts.write_json(workspace.sizes(variant), sizes)
     told = ", ".join(f"{name} {one['bits']:.2f} bits per weight" for name, one in sizes["formats"].items())
     return f"{told}; in theory {sizes['theoretical_bits']:.2f}"

@@ -14,6 +14,7 @@ from pipeline_lib.induce.resume import keep, kept
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.transform import read_transforms, write_transforms
 from pipeline_lib.recipe.variants import InducePart
+from pipeline_lib.stats.dense import DenseBlock
 from pipeline_lib.stats.inputs import calibration_file, calibration_rows, open_model
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import stored_or_walked
@@ -44,13 +45,13 @@ def induce(workspace: Workspace, source: ModelParams, variant: str, part: Induce
             tensors = {name: tensor.to(torch.float32) for name, tensor in checkpoint.block(index).items()}
             names = {matrix: entry.matrix_name(index, matrix) for matrix in entry.matrices}
             counts = {matrix: allocated[name] for matrix, name in names.items() if name in allocated}
-            judge = gate.enter(index, tensors, sites, counts)
+            dense = DenseBlock(entry, f"{entry.blocks}.{index}", tensors, sites)
+            judge = gate.enter(index, dense, counts)
             if not counts:
                 continue
             outcome = kept(held.kept, index)
             if outcome is None:
-                where = f"{entry.blocks}.{index}"
-                outcome = induce_block(entry, tensors, set(counts), sites, starts[index], part.selection, part.induce, where, judge)
+                outcome = induce_block(dense, counts, starts[index], part.selection, part.induce, judge)
                 keep(held.kept, index, outcome)
             outcomes[index] = outcome
         out = workspace.induced(variant)

@@ -21,6 +21,7 @@ from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.source import open_source
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.recipe.variants import CurvesPart
+from pipeline_lib.stats.dense import DenseBlock
 from pipeline_lib.stats.inputs import calibration_rows, included, open_model
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import stored_or_walked
@@ -116,7 +117,8 @@ def curves(workspace: Workspace, source: ModelParams, variant: str, part: Curves
         moments = artifacts.read_tensors(path)[0] if path.exists() else {}
         weighted = weighted or bool(moments)
         where = f"{entry.blocks}.{index}"
-        measured = measure(entry, checkpoint.block(index), sites, own, moments, part.selection, part.compensate, part.curves, where)
+        block = DenseBlock(entry, where, checkpoint.block(index), sites)
+        measured = measure(block, own, moments, part.selection, part.compensate, part.curves)
         for label, facts in measured.items():
             found[f"{where}.{label}"] = sensitivities.get(f"{where}.{label}", {}) | facts
     artifacts.write_json(workspace.curves(variant), found)

@@ -15,10 +15,10 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.masks.rule import Rule
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.measure.settings import CurvesParams
-from pipeline_lib.models.architecture import Architecture, Matrix
+from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.solve.factor import factorise
 from pipeline_lib.solve.matrix import prune_matrix
-from pipeline_lib.stats.moments import SiteStatistics
+from pipeline_lib.stats.dense import DenseBlock
 
 ROWS = 1024  # taken at a time: bounds the memory, and is enough for a matrix product to run at full speed
 
@@ -48,15 +48,12 @@ def errors(difference: torch.Tensor, gram: torch.Tensor, moment: torch.Tensor | 
 
 
 def measure(
-    architecture: Architecture,
-    tensors: Mapping[str, torch.Tensor],
-    statistics: Mapping[str, SiteStatistics],
+    block: DenseBlock,
     included: Collection[Matrix],
     moments: Mapping[str, torch.Tensor],
     selection: SelectionParams,
     compensate: bool,
     params: CurvesParams,
-    where: str,
 ) -> dict[str, dict[str, Any]]:
     """Per label of an included matrix: ``curve``, ``damping``, and its block's ``outliers`` and ``median``.
 
@@ -64,19 +61,19 @@ def measure(
     One factorisation serves all matrices of a site at all densities. At density 0 ΔW = −W, at 1 it is 0: both are exact.
 
     Args:
-        tensors: the block.
         moments: M per label; may be empty.
+        compensate: by the OBS sweep, as the variant does.
 
     Raises:
         SparselineError: an error is NaN or infinite.
     """
+    tensors, statistics, where = block.tensors, block.statistics, block.where
     found: dict[str, dict[str, Any]] = {}
-    for site in architecture.sites:
-        consumers = [matrix for matrix in architecture.consumers(site.name) if matrix in included]
+    for site in block.architecture.sites:
+        consumers = [matrix for matrix in block.architecture.consumers(site.name) if matrix in included]
         if not consumers:
             continue
-        known = statistics[site.name]
-        gram = known.second_moment_matrix
+        gram = statistics[site.name].second_moment_matrix
         factorisation = factorise(gram, selection.damping, selection.damping_of, f"{where} {site.name}")
         for matrix in consumers:
             weight = matrix.view(tensors[matrix.parameter]).float()

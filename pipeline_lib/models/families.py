@@ -93,22 +93,36 @@ class _Norm:
         return (weight, Tie(f"{self.module}.bias", 0, index, 1)) if self.bias else (weight,)
 
 
+@dataclass(frozen=True)
+class _Attention:
+    """Heads, and the linears around them."""
+
+    heads: _Heads
+    linears: tuple[_Linear, ...]  # q, k, v, o
+    q_k: bool = True  # False: q and k are normalised per head, which takes any factor out again
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """Two or three linears around an activation."""
+
+    linears: tuple[_Linear, ...]  # gate, up, down or fc1, fc2
+    inner: int  # channels between them
+    activation: str
+
+
 def _assemble(
     config: PreTrainedConfig,
     blocks: str,
-    heads: _Heads,
-    attention: tuple[_Linear, ...],  # q, k, v, o
-    mlp: tuple[_Linear, ...],  # gate, up, down or fc1, fc2
-    inner: int,
+    attention: _Attention,
+    mlp: _Mlp,
     norms: tuple[_Norm, _Norm] | None,  # None: they also feed the residual stream, or have no weight
-    activation: str,
-    q_k: bool = True,  # False: q and k are normalised per head, which takes any factor out again
 ) -> Architecture:
     """Matrices, sites and couplings of a decoder block; every family is one call of this."""
-    width = config.hidden_size
-    channels, values, units = tuple(range(width)), tuple(range(heads.kv * heads.size)), tuple(range(inner))
-    q, k, v, o = attention
-    *into, out = mlp
+    width, heads = config.hidden_size, attention.heads
+    channels, values, units = tuple(range(width)), tuple(range(heads.kv * heads.size)), tuple(range(mlp.inner))
+    q, k, v, o = attention.linears
+    *into, out = mlp.linears
     gated = len(into) == 2
     up_down = "up_down" if gated else "fc1_fc2"
     couplings = []
@@ -120,13 +134,13 @@ def _assemble(
 
     norm("attention_norm", 0, [q, k, v])
     couplings.append(Coupling("v_o", len(values), (*v.outputs(values, 1), o.inputs(heads.value_to_output()))))
-    if q_k:
+    if attention.q_k:
         free, keys, queries = heads.key_factors()
         couplings.append(Coupling("q_k", free, (*k.outputs(keys, 1), *q.outputs(queries, -1))))
     norm("mlp_norm", 1, into)
     # up takes a factor whatever the gate's activation is (with ReLU the gate's rows could take one too: not offered).
-    if gated or activation in HOMOGENEOUS:
-        couplings.append(Coupling(up_down, inner, (*into[-1].outputs(units, 1), out.inputs(units))))
+    if gated or mlp.activation in HOMOGENEOUS:
+        couplings.append(Coupling(up_down, mlp.inner, (*into[-1].outputs(units, 1), out.inputs(units))))
     offered = {coupling.name for coupling in couplings}
 
     def site(name: str, module: str, coupling: str, index: tuple[int, ...]) -> Site:
@@ -169,16 +183,14 @@ def _llama(
     norm_offset: float = 0.0,
 ) -> Architecture:
     """Llama, Mistral, Qwen2, Qwen3, Gemma, Granite: one block, with or without biases, per-head norms and 1 + w."""
+    attention = (*(_Linear(kind, f"self_attn.{kind}_proj", qkv_bias) for kind in "qkv"), _Linear("o", "self_attn.o_proj", o_bias))
+    mlp = tuple(_Linear(kind, f"mlp.{kind}_proj", mlp_bias) for kind in ("gate", "up", "down"))
     return _assemble(
         config,
         "layers",
-        _grouped(config),
-        (*(_Linear(kind, f"self_attn.{kind}_proj", qkv_bias) for kind in "qkv"), _Linear("o", "self_attn.o_proj", o_bias)),
-        tuple(_Linear(kind, f"mlp.{kind}_proj", mlp_bias) for kind in ("gate", "up", "down")),
-        config.intermediate_size,
+        _Attention(_grouped(config), attention, q_k=not head_norms),
+        _Mlp(mlp, config.intermediate_size, config.hidden_act),
         (_Norm("input_layernorm", False, norm_offset), _Norm("post_attention_layernorm", False, norm_offset)),
-        config.hidden_act,
-        q_k=not head_norms,
     )
 
 
@@ -186,72 +198,54 @@ def _phi3(config: PreTrainedConfig) -> Architecture:
     """Llama's block with q, k, v and gate, up fused, each part a matrix of its own."""
     heads, inner = _grouped(config, config.rope_parameters.get("partial_rotary_factor", 1.0)), config.intermediate_size
     keys = heads.kv * heads.size
-    return _assemble(
-        config,
-        "layers",
-        heads,
-        (*_fused("self_attn.qkv_proj", False, q=heads.q * heads.size, k=keys, v=keys), _Linear("o", "self_attn.o_proj", False)),
-        (*_fused("mlp.gate_up_proj", False, gate=inner, up=inner), _Linear("down", "mlp.down_proj", False)),
-        inner,
-        (_Norm("input_layernorm", False), _Norm("post_attention_layernorm", False)),
-        config.hidden_act,
-    )
+    attention = (*_fused("self_attn.qkv_proj", False, q=heads.q * heads.size, k=keys, v=keys), _Linear("o", "self_attn.o_proj", False))
+    mlp = (*_fused("mlp.gate_up_proj", False, gate=inner, up=inner), _Linear("down", "mlp.down_proj", False))
+    norms = (_Norm("input_layernorm", False), _Norm("post_attention_layernorm", False))
+    return _assemble(config, "layers", _Attention(heads, attention), _Mlp(mlp, inner, config.hidden_act), norms)
 
 
 def _opt(config: PreTrainedConfig) -> Architecture:
     """Post-norm (OPT-350M): each norm also feeds the residual stream. ``final_layer_norm`` inside a layer is the norm before the MLP."""
     bias = config.enable_bias
     absorbs = config.do_layer_norm_before and config.layer_norm_elementwise_affine
+    attention = (*(_Linear(kind, f"self_attn.{kind}_proj", bias) for kind in "qkv"), _Linear("o", "self_attn.out_proj", bias))
     return _assemble(
         config,
         "decoder.layers",
-        _plain(config),
-        (*(_Linear(kind, f"self_attn.{kind}_proj", bias) for kind in "qkv"), _Linear("o", "self_attn.out_proj", bias)),
-        (_Linear("fc1", "fc1", bias), _Linear("fc2", "fc2", bias)),
-        config.ffn_dim,
+        _Attention(_plain(config), attention),
+        _Mlp((_Linear("fc1", "fc1", bias), _Linear("fc2", "fc2", bias)), config.ffn_dim, config.activation_function),
         (_Norm("self_attn_layer_norm", True), _Norm("final_layer_norm", True)) if absorbs else None,
-        config.activation_function,
     )
 
 
 def _starcoder2(config: PreTrainedConfig) -> Architecture:
     """Llama's attention between LayerNorms, and an MLP without a gate; one switch for the biases of all linears."""
     bias = config.use_bias
+    attention = (*(_Linear(kind, f"self_attn.{kind}_proj", bias) for kind in "qkv"), _Linear("o", "self_attn.o_proj", bias))
     return _assemble(
         config,
         "layers",
-        _grouped(config),
-        (*(_Linear(kind, f"self_attn.{kind}_proj", bias) for kind in "qkv"), _Linear("o", "self_attn.o_proj", bias)),
-        (_Linear("fc1", "mlp.c_fc", bias), _Linear("fc2", "mlp.c_proj", bias)),
-        config.intermediate_size,
+        _Attention(_grouped(config), attention),
+        _Mlp((_Linear("fc1", "mlp.c_fc", bias), _Linear("fc2", "mlp.c_proj", bias)), config.intermediate_size, config.hidden_act),
         (_Norm("input_layernorm", True), _Norm("post_attention_layernorm", True)),
-        config.hidden_act,
     )
 
 
-def _interleaved(
-    config: PreTrainedConfig, blocks: str, attention: str, bias: bool, heads: _Heads, inner: int, absorbs: bool, activation: str
-) -> Architecture:
-    """GPT-NeoX and BLOOM: query_key_value is [heads, 3, size] and one logical matrix, since its parts are not contiguous."""
-    qkv = tuple(_Linear("qkv", f"{attention}.query_key_value", bias, heads.interleaved(part)) for part in range(3))
-    norms = (_Norm("input_layernorm", True), _Norm("post_attention_layernorm", True))
-    return _assemble(
-        config,
-        blocks,
-        heads,
-        (*qkv, _Linear("o", f"{attention}.dense", bias)),
-        (_Linear("fc1", "mlp.dense_h_to_4h", True), _Linear("fc2", "mlp.dense_4h_to_h", True)),
-        inner,
-        norms if absorbs else None,
-        activation,
-    )
+def _interleaved(module: str, bias: bool, heads: _Heads) -> _Attention:
+    """GPT-NeoX's and BLOOM's: query_key_value is [heads, 3, size] and one logical matrix, since its parts are not contiguous."""
+    qkv = tuple(_Linear("qkv", f"{module}.query_key_value", bias, heads.interleaved(part)) for part in range(3))
+    return _Attention(heads, (*qkv, _Linear("o", f"{module}.dense", bias)))
+
+
+_DENSE = (_Linear("fc1", "mlp.dense_h_to_4h", True), _Linear("fc2", "mlp.dense_4h_to_h", True))  # the MLP of both
+_NORMS = (_Norm("input_layernorm", True), _Norm("post_attention_layernorm", True))
 
 
 def _gpt_neox(config: PreTrainedConfig) -> Architecture:
     """Residuals in parallel or in series: either way each norm feeds linears only."""
     heads = _plain(config, config.rope_parameters.get("partial_rotary_factor", 1.0))
-    inner, activation = config.intermediate_size, config.hidden_act
-    entry = _interleaved(config, "layers", "attention", config.attention_bias, heads, inner, True, activation)
+    attention = _interleaved("attention", config.attention_bias, heads)
+    entry = _assemble(config, "layers", attention, _Mlp(_DENSE, config.intermediate_size, config.hidden_act), _NORMS)
     return replace(entry, stored_head="embed_out.weight")
 
 
@@ -262,7 +256,8 @@ def _bloom(config: PreTrainedConfig) -> Architecture:
             "BLOOM with slow_but_exact goes round its own output projections; set slow_but_exact to false in config.json."
         )
     absorbs = not config.apply_residual_connection_post_layernorm  # where true, the norms also feed the residual stream
-    return _interleaved(config, "h", "self_attention", True, _plain(config), 4 * config.hidden_size, absorbs, "gelu")
+    attention = _interleaved("self_attention", True, _plain(config))
+    return _assemble(config, "h", attention, _Mlp(_DENSE, 4 * config.hidden_size, "gelu"), _NORMS if absorbs else None)
 
 
 def _gpt2(config: PreTrainedConfig) -> Architecture:
@@ -270,15 +265,15 @@ def _gpt2(config: PreTrainedConfig) -> Architecture:
     if config.add_cross_attention:
         raise SparselineError("GPT-2 with cross-attention is not supported; give a decoder-only checkpoint.")
     width = config.hidden_size
+    inner = 4 * width if config.n_inner is None else config.n_inner
+    attention = (*_fused("attn.c_attn", True, conv=True, q=width, k=width, v=width), _Linear("o", "attn.c_proj", True, conv=True))
+    mlp = (_Linear("fc1", "mlp.c_fc", True, conv=True), _Linear("fc2", "mlp.c_proj", True, conv=True))
     return _assemble(
         config,
         "h",
-        _plain(config),
-        (*_fused("attn.c_attn", True, conv=True, q=width, k=width, v=width), _Linear("o", "attn.c_proj", True, conv=True)),
-        (_Linear("fc1", "mlp.c_fc", True, conv=True), _Linear("fc2", "mlp.c_proj", True, conv=True)),
-        4 * width if config.n_inner is None else config.n_inner,
+        _Attention(_plain(config), attention),
+        _Mlp(mlp, inner, config.activation_function),
         (_Norm("ln_1", True), _Norm("ln_2", True)),
-        config.activation_function,
     )
 
 

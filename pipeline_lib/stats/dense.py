@@ -1,0 +1,19 @@
+"""A block of the dense model together with what is known of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from pipeline_lib.models.architecture import Architecture
+from pipeline_lib.stats.moments import SiteStatistics
+
+
+@dataclass(frozen=True)
+class DenseBlock:
+    """One block before anything is done to it: what error curves and induction start from."""
+
+    architecture: Architecture
+    where: str  # its name in the model
+    tensors: Mapping[str, torch.Tensor]  # every parameter
+    statistics: Mapping[str, SiteStatistics]  # of the inputs of every site, in the dense stream
