@@ -101,10 +101,6 @@ def main(pattern: str, testbed: str | None) -> None:
                 record["mask_changed"] = differing(plain[0].blocks, run.blocks)
                 record["layer_error"] = sum(matrix["layer_error"] for matrix in facts) / len(facts)
                 record["chosen"] = "".join(outcome.choice[0] for outcome in run.outcomes)
-                record["stable_rank"] = [outcome.stable_rank for outcome in run.outcomes][-1:] and {
-                    what: {when: sum(o.stable_rank[what][when] for o in run.outcomes) / len(run.outcomes) for when in ("before", "after")}
-                    for what in ("weights", "features")
-                }
                 fits = [block.facts["channel"] for block in run.blocks.values() if "channel" in block.facts]
                 record["block_error"] = (
                     {w: sum(f[f"held_out_{w}"] for f in fits) / len(fits) for w in ("before", "after")} if fits else None

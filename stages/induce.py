@@ -14,7 +14,6 @@ from pipeline_lib.core.progress import track
 from pipeline_lib.induction.gate import Gate
 from pipeline_lib.induction.induce import InduceParams, induce_block
 from pipeline_lib.induction.resume import keep, kept
-from pipeline_lib.induction.summary import histograms
 from pipeline_lib.models.source import MODEL, ModelParams
 from pipeline_lib.pruning.settings import SelectionParams, StepsParams
 from pipeline_lib.transforms.transform import read_transforms, write_transforms
@@ -78,7 +77,6 @@ def main(variant: str) -> None:
             facts = {
                 "settings": settings.model_dump(mode="json"),
                 "induction": {str(index): outcome.facts() for index, outcome in outcomes.items()},
-                "scores": histograms(outcomes),
                 "curve": curve,
             }
             write_transforms(out / "transform.safetensors", {index: outcome.transform for index, outcome in outcomes.items()}, facts)
