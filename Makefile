@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
-.PHONY: run test sshd check format plan compare sweep deps screenshots environment clean
+.PHONY: run test sshd check format plan sweep screenshots environment clean
 .PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-latency bench-busy bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
@@ -75,10 +75,7 @@ SWEEPS := sweep-sparsity sweep-pattern sweep-lambda sweep-induction-alpha sweep-
 sweep $(SWEEPS): environment  ## queue an experiment per value, or per combination: make sweep SET='a.key=1,2 b.key=3,4' (docs/experiments.md)
 	@test -n '$(SET)' || { echo "make sweep: SET is missing, e.g. SET='prune.selection.sparsity=0.5,0.6'"; exit 2; }
 	dvc exp run --queue $(foreach one,$(SET),-S '$(one)')
-	@echo "next: dvc queue start, dvc queue status until all have ended, make compare"
-
-compare: environment  ## finished experiments, branches and the workspace: perplexity over sparsity (report/compare.html), and a table
-	python -m stages.compare
+	@echo "next: dvc queue start, dvc queue status until all have ended, dvc exp show (docs/experiments.md)"
 
 deps: environment  ## rewrite the code deps in dvc.yaml as each stage's import closure
 	python -m tests.graph

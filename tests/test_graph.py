@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 
 CODE = sorted(path for folder in ("pipeline_lib", "stages") for path in (ROOT / folder).rglob("*.py"))
 MODULES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
-NOT_STAGES = {"compare", "convert", "costs", "environment", "plan", "unpack"}  # commands outside the graph
+NOT_STAGES = {"convert", "costs", "environment", "plan", "unpack"}  # commands outside the graph
 # (stage, section): loaded by the module, but not on the way that this stage takes through it
 OTHER_WAY = {("evaluate", "model"), ("tasks", "model")}  # the source is read for `dense` only
 

@@ -143,7 +143,7 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
     }
     assert set(tree(ran.project / "build")) == expected
     report = {path.split("/")[0] for path in tree(ran.project / "report")} - {".gitignore"}  # DVC's
-    assert report == {"index.html", "index.md", "table.txt", "figures", "perplexity.json", "summary.json"}
+    assert report == {"index.html", "table.txt", "perplexity.json", "summary.json"}
 
 
 def test_the_summary_has_its_schema(ran: Ran) -> None:
@@ -169,9 +169,8 @@ def test_the_summary_has_its_schema(ran: Ran) -> None:
 
 def test_the_report_names_every_variant_and_text(ran: Ran) -> None:
     """Oracle: the names."""
-    for page in ("index.html", "index.md"):
-        content = (ran.project / "report" / page).read_text(encoding="utf-8")
-        assert all(name in content for name in ("dense", "wanda", "sparseline", "test", "validation", "corrupted"))
+    content = (ran.project / "report" / "index.html").read_text(encoding="utf-8")
+    assert all(name in content for name in ("dense", "wanda", "sparseline", "test", "validation", "corrupted"))
 
 
 def test_dvc_shows_the_metrics(ran: Ran) -> None:
@@ -186,7 +185,11 @@ def test_dvc_shows_the_plots(ran: Ran, tmp_path: Path) -> None:
     output = run(ran.project, "dvc", "plots", "show", "--out", str(tmp_path / "plots"))
     assert "failed" not in output
     page = (tmp_path / "plots" / "index.html").read_text(encoding="utf-8")
-    titles = ("Perplexity", "Sensitivity by depth", "sparseline, layer error on held-out rows by step of induction")
+    titles = (
+        "Perplexity over the share of pruned weights",
+        "Sensitivity by depth",
+        "sparseline, layer error on held-out rows by step of induction",
+    )
     assert all(f'"text": "{title}"' in page for title in titles)
     assert page.count("vegaEmbed(") == len(titles)
 
@@ -398,7 +401,7 @@ def test_edited_weights_concern_everything(project: Path) -> None:
         ("pipeline_lib/measure/hutchinson.py", {"sensitivity"}),
         ("pipeline_lib/evaluation/perplexity.py", EVALUATIONS | TASKS | {"choose"}),
         ("pipeline_lib/models/architecture.py", ALL - SUMMARIES),
-        ("pipeline_lib/reporting/report.md.jinja", {"report"}),
+        ("pipeline_lib/reporting/report.html.jinja", {"report"}),
         ("pipeline_lib/export/card.py", {"prepare", "export@sparseline", "report"}),  # prepare weighs the dense model
         ("pipeline_lib/planning/estimate.py", set()),
     ],

@@ -28,7 +28,6 @@ AFTER: dict[str, Any] = {
 }
 NAMES = [f"{criterion}-{short}" for criterion in CRITERIA for short in PATTERNS]
 LAYERS = 2
-RANKS = {(what, when) for what in ("weights", "features") for when in ("before", "after")}
 
 
 def variants() -> dict[str, Any]:
@@ -73,7 +72,6 @@ def test_every_criterion_is_induced_and_fitted(workspace: Path, name: str) -> No
     for block in written["induction"].values():
         assert block["judged"].keys() == block["held_out"].keys() == {"none", "start", "learned"}
         assert block["judged"][block["choice"]] == min(block["judged"].values())
-        assert {(key, when) for key, rank in block["stable_rank"].items() for when in rank} == RANKS
     for steps in facts["blocks"].values():
         assert steps.keys() == {*AFTER[name.split("-")[1]]["steps"]}
         for fitted in steps.values():
