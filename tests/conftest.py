@@ -19,7 +19,6 @@ from tiny import ALL_FAMILIES, FAMILIES, make_model  # noqa: E402
 
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 
-
 # The files that take longest, first: at the end of the run one of them would keep one process busy alone.
 SLOW = ("test_pipeline", "test_experiments", "test_resume", "test_sharing", "test_memory", "test_bad_input", "test_plan", "test_report")
 
