@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
-.PHONY: run test sshd check format plan sweep screenshots environment clean
+.PHONY: run test campaign sshd check format plan sweep screenshots environment clean
 .PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-latency bench-busy bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
@@ -21,7 +21,10 @@ run: environment  ## reproduce everything that is out of date, print the table a
 	@echo; python -m stages.costs; echo; echo "report: report/index.html"
 
 test: environment sshd  ## the whole test suite
-	python -m pytest -n 2 --dist loadfile
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+campaign: environment  ## tests of more instances than `make test` has time for
+	python -m pytest -m campaign
 
 sshd:  ## for the tests over SSH: installed in a container only, since elsewhere the Debian package would open port 22
 	@test -x /usr/sbin/sshd || { test ! -d /run/systemd/system && apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server; } \

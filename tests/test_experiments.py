@@ -23,6 +23,7 @@ from pipeline_lib.recipe.settings import InduceParams, PruneParams
 from pipeline_lib.texts.texts import TextParams
 
 SWEEP = ("-S", "prune.selection.sparsity=0.4,0.6", "-S", "texts.test.rows=7")  # the second changes something upstream, in both runs alike
+VARIANTS = YAML(typ="safe").load(ROOT / "params.yaml")["variants"]
 SHARED = {"check", "text@test", "evaluate-dense"}
 OWN = {"prune@wanda", "evaluate@wanda", "choose", "report"}
 
@@ -133,10 +134,13 @@ def locked(lock: str, *names: str) -> dict[str, dict[str, str]]:
     return {name: {path: md5 for path, md5 in own.items() if "build/costs" not in path} for name, own in outs.items()}
 
 
-def test_two_clones_and_two_workers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All shipped variants, one cache, one scratch, the same stages everywhere at the same time. Oracle: the bytes of stages that ran alone."""
-    shipped = YAML(typ="safe").load(ROOT / "params.yaml")["variants"]
-    variants = {name: merge(shipped[name], {"activation_budget_bytes": 0}) for name in shipped}
+@pytest.mark.parametrize("names", [("papers", "sparseline"), pytest.param(tuple(VARIANTS), marks=pytest.mark.campaign)], ids=["two", "all"])
+def test_two_clones_and_two_workers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
+    """Shipped variants, one cache, one scratch, the same stages everywhere at the same time. Oracle: the bytes of stages that ran alone.
+
+    Two variants that take every kind of step before the rounding of weights; all of them: `make campaign`.
+    """
+    variants = {name: merge(VARIANTS[name], {"activation_budget_bytes": 0}) for name in names}
     project = make_project(
         tmp_path / "project",
         variants=variants,
@@ -166,7 +170,7 @@ def test_two_clones_and_two_workers_at_once(tmp_path: Path, monkeypatch: pytest.
         said = [process.communicate()[0] for process in running]
         assert [process.returncode for process in running] == [0, 0], said
         deadline = time.monotonic() + 600
-        while len(names := experiments(project)) < 2:
+        while len(done := experiments(project)) < 2:
             assert "refs/exps/celery/failed" not in run(project, "git", "for-each-ref"), run(project, "dvc", "queue", "status")
             assert time.monotonic() < deadline, run(project, "dvc", "queue", "status")
             time.sleep(0.5)
@@ -179,7 +183,7 @@ def test_two_clones_and_two_workers_at_once(tmp_path: Path, monkeypatch: pytest.
     undisturbed = {name: tree(project / "build" / name) for name in outputs}
     assert all({name: tree(clone / "build" / name) for name in outputs} == undisturbed for clone in clones)
     refs = {ref.split("/")[-1]: ref for ref in run(project, "git", "for-each-ref", "--format=%(refname)", "refs/exps").split()}
-    locks = [run(project, "git", "show", f"{refs[name]}:dvc.lock") for name in names]
+    locks = [run(project, "git", "show", f"{refs[name]}:dvc.lock") for name in done]
     wanted = locked((clones[0] / "dvc.lock").read_text(encoding="utf-8"), *stages)
     assert all(locked(lock, *stages) == wanted for lock in locks) and all(wanted.values())
     assert not tree(tmp_path / "scratch")

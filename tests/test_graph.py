@@ -25,6 +25,7 @@ NOT_STAGES = {"convert", "costs", "environment", "plan", "unpack"}  # commands o
 OTHER_WAY = {("evaluate", "model"), ("tasks", "model")}  # the source is read for `dense` only
 
 
+@cache
 def read(name: str) -> Any:
     return YAML(typ="safe").load(ROOT / name)
 
@@ -41,6 +42,7 @@ def module(stage: dict[str, Any]) -> str:
     return match[1]
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -207,6 +209,7 @@ def test_imports_are_static_and_absolute(path: Path) -> None:
 SECTIONS = {"load": (1,), "section": (0,), "merged": (0, 1)}  # functions of pipeline_lib.core.params: which arguments name sections
 
 
+@cache
 def loaded(path: Path) -> set[str]:
     """Sections of params.yaml that a module asks for: ``params.load(Model, "name")``, ``params.section(f"texts.{name}")``, ``*`` for parts."""
     nodes = list(ast.walk(tree(path)))
