@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from dvc_render.vega import VegaRenderer
+from project import ROOT, read_params, recipe
 from ruamel.yaml import YAML
 
 from pipeline_lib.core.artifacts import write_tensors
@@ -25,7 +26,6 @@ from pipeline_lib.reporting.render import costs as render_costs
 from pipeline_lib.reporting.render import render
 from pipeline_lib.reporting.table import Column, Results
 
-ROOT = Path(__file__).parent.parent
 KINDS = {"q": 1000, "v": 1000, "down": 2000}  # kind -> size
 # ln ppl dense = 2, baseline = 3 (test) and 2.5 (validation): gaps are easy to tell
 LOG_PERPLEXITY = {"dense": (2.0, 2.0), "plain": (3.0, 2.5), "base": (3.0, 2.5), "full": (2.75, 2.125)}  # name -> (test, validation)
@@ -33,14 +33,13 @@ EVIL = '<script>alert("x")</script> & <b>bold</b> ```` {{ 7 * 7 }}'
 
 
 def settings(name: str) -> dict[str, Any]:
+    """A recipe as prune writes it into the facts."""
     full = name == "full"
-    return {
-        "selection": {"sparsity": 0.5, "pattern": "unstructured", "score": "obs", "group": "block", "block": 128},
-        "allocation": {"method": "weight" if full else "uniform", "alpha": 0.15},
-        "reconstruction": {"steps": ["obs", "channel"] if full else []},
-        "quantization": {"bits": 4, "group": 64, "symmetric": False} if full else {"bits": None},
-        "factors": "induce/full/transform.safetensors" if full else "prepare/identity.safetensors",
-    }
+    changes: dict[str, Any] = {"selection": {"sparsity": 0.5, "group": "block", "block": 128}, "allocation": {"alpha": 0.15}}
+    if full:
+        changes["allocation"]["method"] = "weight"
+        changes |= {"quantization": {"bits": 4, "group": 64, "symmetric": False}, "induce": read_params(ROOT)["induce"]}
+    return recipe(("obs", "channel") if full else (), **changes).model_dump(mode="json")
 
 
 def induction(block: int) -> dict[str, Any]:
@@ -59,8 +58,6 @@ def facts(name: str, depth: int) -> dict[str, Any]:
     matrices = {}
     for block in range(depth):
         for number, (kind, size) in enumerate(KINDS.items()):
-            trace = (-1) ** block * 10.0 ** -(number + 1)
-            sensitivity = {"trace": trace, "stderr": 0.004, "sensitivity": max(trace, 0.004), "block": block, "kind": kind}
             density = 0.5 + (0.1 * (number - 1) if full and kind != "down" else 0)
             density += 0.05 if full and kind == "down" else 0  # 1000·0.4 + 1000·0.5 + 2000·0.55 = half of 4000
             matrices[f"layers.{block}.{kind}"] = {
@@ -70,7 +67,6 @@ def facts(name: str, depth: int) -> dict[str, Any]:
                 "kept": round(density * size),
                 "layer_error": 0.01 * (number + 1),
                 "damping": 0.01,
-                "sensitivity": sensitivity if full else None,
             }
     # The last block's fit was of no use: its block came back unfitted.
     fits = [{"fit_before": 0.05, "fit_after": 0.04, "held_out_before": 0.06, "held_out_after": 0.05, "epochs": 3} for _ in range(depth)]
@@ -88,7 +84,19 @@ def facts(name: str, depth: int) -> dict[str, Any]:
         "matrices": matrices,
         "blocks": {str(block): {"channel": fits[block]} if full else {} for block in range(depth)},
         "transform": transform,
+        "quantization": None,
+        "calibration": None,
     }
+
+
+def sensitivities(depth: int) -> dict[str, Any]:
+    found = {}
+    for block in range(depth):
+        for number, kind in enumerate(KINDS):
+            trace = (-1) ** block * 10.0 ** -(number + 1)
+            entry = {"trace": trace, "stderr": 0.004, "sensitivity": max(trace, 0.004), "block": block, "kind": kind}
+            found[f"layers.{block}.{kind}"] = entry
+    return found
 
 
 def sizes(name: str) -> dict[str, Any]:
@@ -135,20 +143,29 @@ def make(build: Path, depth: int = 3) -> Path:
             "free": {"acc": 0.5, "stderr": 0.02, "chance": None, "items": 50, "of": 50, "truncated": 3},
         }
         write(f"evaluate/{name}.json", {"perplexity": {"test": math.exp(test), "validation": math.exp(validation)}})
-        write(f"evaluate/zero/{name}.json", tasks)
+        write(f"tasks/{name}.json", {"zero": tasks})
         write(f"completions/{name}.json", [{"prompt": f"\nof {EVIL}", "completion": f"same then {name} {EVIL}"}])
         if name != "dense":
             write(f"facts/{name}.json", facts(name, depth))
-        if name != "plain":
-            write(f"sizes/{name}.json", sizes(name))
+        write(f"sizes/{name}.json", None if name == "plain" else sizes(name))
     for name, use in (("calibration", "calibrate"), ("validation", "evaluate"), ("test", "evaluate")):
         rows = {"rows": 8, "length": 32, "documents": 1, "tokens": 1234, "seed": 0 if use == "calibrate" else None, "kind": "files"}
         rows |= {"start": "document"}
         write_tensors(build / "texts" / use / f"{name}.safetensors", {}, rows | {"sha256": {f"{name}.txt": f"{len(name):064d}"}})
     write("choice.json", {"text": "validation", "chosen": "full", "perplexity": {"base": math.exp(2.5), "full": math.exp(2.125)}})
+    write("sensitivity/sensitivity.json", sensitivities(depth))
     probed = {"estimator": "fisher", "probes": 24, "rows_per_probe": 2, "output_moments": "diagonal", "wanted_moments": "full"}
     write("sensitivity/estimate.json", probed | {"agreement": 0.876, "wanted": 0.9, "reached": False, "relative_error": 0.31})
-    stages = {"prune-plain": 10, "prune-base": 20, "prune-full": 30, "induce-full": 40, "calibrate": 5, "scale": 1, "sensitivity": 60}
+    allocations = {f"allocate-{name}": 1 for name in LOG_PERPLEXITY if name != "dense"}
+    stages = allocations | {
+        "prune-plain": 10,
+        "prune-base": 20,
+        "prune-full": 30,
+        "induce-full": 40,
+        "calibrate": 5,
+        "scale": 1,
+        "sensitivity": 60,
+    }
     for number, (stage, wall) in enumerate(stages.items()):
         record = {"wall_s": wall, "cpu_s": wall / 2, "peak_rss_bytes": (number + 1) * 10**9}
         made = build / "choice.json"
@@ -156,24 +173,23 @@ def make(build: Path, depth: int = 3) -> Path:
     return build
 
 
-def collect(
-    build: Path,
-    names: tuple[str, ...] = ("plain", "base", "full"),
-    baseline: str = "base",
-    exported: tuple[str, ...] = ("base", "full"),
-    tasks: tuple[str, ...] = ("plain", "base", "full"),
-) -> Results:
+def collect(build: Path, names: tuple[str, ...] = ("plain", "base", "full"), baseline: str = "base") -> Results:
     """What a params.yaml beside ``build`` asks for."""
     rows = {"validation": ("evaluate", 8), "test": ("evaluate", 16), "calibration": ("calibrate", 4)}
     values = {
         "report": {"baseline": baseline, "title": "Trial"},
         "variants": {name: {} for name in names},
         "texts": {name: {"use": use, "rows": count, "length": 32} for name, (use, count) in rows.items()},
-        "exported": {name: {} for name in exported},
-        "tasks": {"presets": ["zero"] if tasks else [], "variants": list(tasks)},
     }
     (build.parent / "params.yaml").write_text(json.dumps(values) + "\n# <of the rows>\n", encoding="utf-8")  # JSON is YAML
     return table.collect(build.parent)
+
+
+def forget(build: Path, folder: str, value: Any) -> None:
+    """What the stages write where no variant asks for files, or for tasks."""
+    for path in (build / folder).glob("*.json"):
+        if folder == "tasks" or path.stem != "dense":
+            path.write_text(json.dumps(value), encoding="utf-8")
 
 
 @pytest.fixture
@@ -236,13 +252,13 @@ def test_no_gap_where_the_baseline_is_no_worse(build: Path) -> None:
 
 
 def test_costs_are_of_what_a_variant_needs(build: Path) -> None:
-    """full: calibrate 5 + scale 1 + induce 40 + sensitivity 60 + prune 30; its largest memory is that of sensitivity."""
+    """full: calibrate 5 + scale 1 + sensitivity 60 + allocate 1 + induce 40 + prune 30; its largest memory is that of sensitivity."""
     results, measured = collect(build), costs.collect(build / "costs")
-    assert table.stages(results.pruned[2]) == ["calibrate", "scale", "induce-full", "sensitivity", "prune-full"]
+    assert table.stages(results.pruned[2]) == ["calibrate", "scale", "sensitivity", "allocate-full", "induce-full", "prune-full"]
     seconds, peak = costs.by_variant(results, measured)
     assert (seconds.head, peak.head) == ("seconds", "peak GB")
-    assert seconds.cells == ("–", "10.0", "20.0", "136")
-    assert (peak.cells[1], peak.cells[3]) == ("1.00", "7.00")
+    assert seconds.cells == ("–", "11.0", "21.0", "137")
+    assert (peak.cells[1], peak.cells[3]) == ("4.00", "10.00")
     assert seconds.best == {1}
 
 
@@ -253,7 +269,7 @@ def test_costs_of_another_run_are_not_shown(build: Path) -> None:
     for output in ({"path": str(build / "gone"), "sha256": ""}, {**told["output"], "sha256": "0" * 64}, None):
         record.write_text(json.dumps({**told, "output": output})) if output else record.unlink()
         seconds, _ = costs.by_variant(collect(build), costs.collect(build / "costs"))
-        assert seconds.cells == ("–", "10.0", "20.0", "–")
+        assert seconds.cells == ("–", "11.0", "21.0", "–")
 
 
 def test_the_script_completes_the_page(build: Path) -> None:
@@ -263,27 +279,37 @@ def test_the_script_completes_the_page(build: Path) -> None:
     assert (
         '<section id="costs">' in page
         and '<script src="costs.js"></script>' in page
-        and "136" not in page.split('id="costs"')[1].split("</section>")[0]
+        and "137" not in page.split('id="costs"')[1].split("</section>")[0]
     )
     shown = json.loads(script.removeprefix("document.getElementById('costs').innerHTML = ").removesuffix(";\n"))
-    assert "<h2>Costs</h2>" in shown and ">136<" in shown and ">full<" in shown
+    assert "<h2>Costs</h2>" in shown and ">137<" in shown and ">full<" in shown
 
 
 @pytest.mark.parametrize(
-    ("method", "transform", "expected"),
+    ("method", "induced", "expected"),
     [
-        ("uniform", {}, []),
-        ("depth", {}, []),
-        ("layer", {}, ["sensitivity"]),
-        ("predicted", {}, ["calibrate", "sensitivity", "curves-full"]),
-        ("owl", {"induction": {}}, ["calibrate", "scale", "induce-full", "sensitivity", "curves-full"]),
+        ("uniform", False, ["allocate-full"]),
+        ("depth", False, ["allocate-full"]),
+        ("layer", False, ["sensitivity", "allocate-full"]),
+        ("predicted", False, ["calibrate", "sensitivity", "curves-full", "allocate-full"]),
+        ("owl", True, ["calibrate", "scale", "curves-full", "allocate-full", "induce-full"]),
     ],
 )
-def test_stages_that_a_recipe_needs(build: Path, method: str, transform: Any, expected: list[str]) -> None:
+def test_stages_that_a_recipe_needs(build: Path, method: str, induced: bool, expected: list[str]) -> None:
     """Oracle: what each allocation reads, and where learned factors come from, in the graph's order."""
-    edit(build / "facts" / "full.json", lambda found: found.update(transform=transform))
     edit(build / "facts" / "full.json", lambda found: found["settings"]["allocation"].update(method=method))
+    if not induced:
+        edit(build / "facts" / "full.json", lambda found: found["settings"].update(induce=None))
     assert table.stages(collect(build).pruned[2]) == [*expected, "prune-full"]
+
+
+def test_a_task_of_several_presets_is_told_apart(build: Path) -> None:
+    """A column per preset and task where a model was measured on more than one preset. Oracle: the names."""
+    for name in LOG_PERPLEXITY:
+        edit(build / "tasks" / f"{name}.json", lambda found: found.update(few=found["zero"]))
+    expected = [f"{preset} {task}" for preset in ("few", "zero") for task in ("free", "next_line")]
+    assert list(collect(build).tasks) == expected
+    assert [column.head for column in table.comparison(collect(build)) if column.group == "accuracy, %"] == expected
 
 
 def test_the_best_pruned_cell_is_marked(build: Path) -> None:
@@ -318,13 +344,14 @@ def test_what_the_table_leaves_out_is_told(build: Path) -> None:
     cut = "3 of the 50 items of `free` are longer than the model's window: their beginning is left out."
     moments = "Full output moments exceed `sensitivity.moment_budget_bytes`: allocations use their diagonals."
     assert table.notes(collect(build)) == [cut, moments]
-    assert table.notes(collect(build, ("plain",), baseline="gone", exported=(), tasks=())) == [
-        "No gap is given: the baseline `gone` is not among the variants (see `report.baseline`)."
-    ]
     told = said(render(collect(build)))
     assert cut in told and moments in told
     assert "`free`: all of 50 items, guessing gives an unknown share; `next_line`: 100 of 200 items, guessing gives 25%." in told
     assert "Not exported, so not weighed: `plain`." in told
+    forget(build, "tasks", {})
+    assert table.notes(collect(build, ("plain",), baseline="gone")) == [
+        "No gap is given: the baseline `gone` is not among the variants (see `report.baseline`)."
+    ]
 
 
 def test_summary_is_pure_metrics(build: Path) -> None:
@@ -392,6 +419,9 @@ def test_only_the_named_variants_are_reported(build: Path) -> None:
         ("evaluate/dense.json", "dvc repro evaluate-dense"),
         ("completions/base.json", "dvc repro evaluate@base"),
         ("sensitivity/estimate.json", "dvc repro sensitivity"),
+        ("sensitivity/sensitivity.json", "dvc repro sensitivity"),
+        ("tasks/dense.json", "dvc repro tasks-dense"),
+        ("tasks/base.json", "dvc repro tasks@base"),
         ("prepare/model.json", "dvc repro prepare"),
         ("sizes/dense.json", "dvc repro prepare"),
         ("sizes/full.json", "dvc repro export@full"),
@@ -431,7 +461,8 @@ def test_sizes_are_on_the_page(build: Path) -> None:
     compressed = {"matrix_bytes": 2062, "file_bytes": 4200, "bits": 4.125}
     edit(build / "sizes" / "full.json", lambda found: found["formats"].update({"compressed-tensors": compressed}))
     assert "no smaller than the same quantisation without pruning" in render(collect(build))
-    nothing = render(collect(build, exported=()))
+    forget(build, "sizes", None)
+    nothing = render(collect(build))
     assert "No variant is exported" in nothing and ">bits per weight<" not in nothing
 
 
@@ -523,23 +554,24 @@ def test_every_figure_is_there_and_is_xml(rendered: str) -> None:
 def test_errors_that_were_not_measured_stay_empty(build: Path) -> None:
     """Magnitude runs no forward pass and Wanda factorises nothing: their matrices have neither error nor damping. Oracle: the figure's texts."""
 
-    def forget(found: Any) -> None:
+    def unmeasured(found: Any) -> None:
         for matrix in found["matrices"].values():
             del matrix["layer_error"], matrix["damping"]
 
-    edit(build / "facts" / "plain.json", forget)
+    edit(build / "facts" / "plain.json", unmeasured)
     html = render(collect(build))
     shown = re.findall(r"<text[^>]*>([^<]*)</text>", drawn(html)["layer-error"])
     assert {"base", "full"} <= set(shown) and "plain" not in shown
     assert "Not measured: plain." in html
     for name in ("base", "full"):
-        edit(build / "facts" / f"{name}.json", forget)
+        edit(build / "facts" / f"{name}.json", unmeasured)
     assert "layer-error" not in drawn(render(collect(build)))
 
 
 def test_without_induction_sensitivity_and_fit(build: Path) -> None:
     """Each section says in a sentence why it has no figure."""
-    html = render(collect(build, ("plain", "base"), exported=()))
+    forget(build, "sizes", None)
+    html = render(collect(build, ("plain", "base")))
     assert list(drawn(html)) == ["perplexity", "layer-error"]
     for sentence in (
         "No variant is exported",
@@ -560,7 +592,8 @@ def test_the_dense_model_alone(build: Path) -> None:
 def test_without_tasks_and_completions(build: Path) -> None:
     for name in LOG_PERPLEXITY:
         (build / "completions" / f"{name}.json").write_text("[]", encoding="utf-8")
-    html = render(collect(build, tasks=()))
+    forget(build, "tasks", {})
+    html = render(collect(build))
     for sentence in ("No tasks were run", "None were asked for"):
         assert sentence in html
 

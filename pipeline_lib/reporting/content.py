@@ -82,9 +82,9 @@ def _comparison(results: Results) -> Blocks:
         blocks.append(f"The gate (`choose`) names `{chosen}`: perplexity {values[chosen]} on `{results.choice['text']}`, against {others}.")
     blocks += [_tasks(results), *_drawn(plots.perplexity(results))]
     if results.pruned:
-        recipes = [{"variant": variant.name} | recipes.rows(variant.recipe) for variant in results.pruned if variant.recipe]
+        told = [{"variant": variant.name} | recipes.rows(variant.recipe) for variant in results.pruned if variant.recipe]
         blocks.append("What each variant is made of; the full settings are under Provenance.")
-        blocks.append(Block("table", [words(head, [recipe[head] for recipe in recipes]) for head in recipes[0]]))
+        blocks.append(Block("table", [words(head, [recipe[head] for recipe in told]) for head in told[0]]))
     return blocks
 
 
@@ -204,7 +204,7 @@ def _induction(results: Results) -> Blocks:
     blocks: Blocks = [
         "Induction learns, with the mask in the loop, factors that leave the dense model's function as it is and selection weights that bring out "
         "what matters. A gate prunes each block with nothing, with the starting factors, and with what was learned, and keeps what brings the block's "
-        "output on held-out rows closest to the dense one: never worse than nothing. `dvc plots show` draws the error step by step."
+        "output on held-out rows closest to the dense one: never worse than nothing."
     ]
     for name, facts in induced.items():
         kept, changed = ([one[key] for one in facts.values()] for key in ("choice", "mask_changed"))

@@ -113,7 +113,7 @@ def stages(variant: Variant) -> list[str]:
     name, need = variant.name, needs(variant.recipe)
     learned = ["calibrate"] * (need.factors or need.curves) + ["scale"] * need.factors
     measured = ["sensitivity"] * need.sensitivities + [f"curves-{name}"] * need.curves
-    return [*learned, *measured, *[f"induce-{name}"] * need.factors, f"prune-{name}"]
+    return [*learned, *measured, f"allocate-{name}", *[f"induce-{name}"] * need.factors, f"prune-{name}"]
 
 
 def sensitivities(facts: Facts) -> dict[str, Facts]:
