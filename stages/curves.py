@@ -19,7 +19,7 @@ def main(variant: str) -> None:
             artifacts.write_json(workspace.curves(variant), {})
             tell(f"curves {variant}: its allocation reads none")
             return
-        from pipeline_lib.jobs.measure import curves
+        from pipeline_lib.jobs.curves import curves
 
         source, calibrate = params.load(ModelParams, "model"), params.load(CalibrateParams, "calibrate")
         tell(f"curves {variant}: {curves(workspace, source, variant, part, calibrate)}")

@@ -18,7 +18,7 @@ def main() -> None:
             artifacts.write_json(workspace.start.with_name("unused.json"), None)
             tell("scale: no recipe learns factors")
             return
-        from pipeline_lib.jobs.calibrate import scale
+        from pipeline_lib.jobs.scale import scale
 
         tell(f"scale: {scale(workspace, params.load(ModelParams, 'model'), settings)}")
 

@@ -21,7 +21,7 @@ def main() -> None:
             (workspace.sensitivity / "moments").mkdir(exist_ok=True)
             tell("sensitivity: no allocation reads sensitivities")
             return
-        from pipeline_lib.jobs.measure import sensitivity
+        from pipeline_lib.jobs.sensitivity import sensitivity
 
         tell(f"sensitivity: {sensitivity(workspace, params.load(ModelParams, 'model'), settings)}")
 

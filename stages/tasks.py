@@ -19,7 +19,7 @@ def main(variant: str) -> None:
             artifacts.write_json(workspace.tasks(variant), {})
             tell(f"tasks {variant}: none")
             return
-        from pipeline_lib.jobs.evaluate import tasks
+        from pipeline_lib.jobs.tasks import tasks
 
         tell(f"tasks {variant}: {tasks(workspace, params.load(ModelParams, 'model'), variant, part.tasks, part.presets)}")
 

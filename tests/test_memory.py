@@ -38,7 +38,7 @@ import torch
 from transformers.models.llama import modeling_llama  # loaded late, by whoever first makes a model
 from pipeline_lib.models.checkpoint import open_checkpoint
 modules = {stage: importlib.import_module("stages." + stage) for stage in ("calibrate", "sensitivity", "prune", "export")}
-for job in ("calibrate", "measure", "prune", "export"):  # stages load them late
+for job in ("calibrate", "sensitivity", "prune", "export"):  # stages load them late
     importlib.import_module("pipeline_lib.jobs." + job)
 
 def mark(field):

@@ -17,3 +17,13 @@ def shares(kept: int, sizes: Sequence[int]) -> list[int]:
     for i in order[: kept - sum(floor)]:
         floor[i] += 1
     return floor
+
+
+def check(kept: int, budget: int, quantum: int) -> None:
+    """A count must be the budget, or for N:M within half of the largest step.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    if abs(kept - budget) > (quantum / 2 if quantum > 1 else 0):
+        raise RuntimeError(f"{kept} weights kept instead of {budget}")

@@ -4,7 +4,7 @@ from pipeline_lib.allocate.budget import Unit
 from pipeline_lib.allocate.methods import Measured, plan
 from pipeline_lib.allocate.settings import CURVES, SENSITIVITIES
 from pipeline_lib.core import artifacts
-from pipeline_lib.core.counts import target
+from pipeline_lib.core.counts import check, target
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.masks.settings import Pattern
 from pipeline_lib.recipe.variants import AllocatePart
@@ -39,13 +39,3 @@ def allocate(workspace: Workspace, variant: str, part: AllocatePart) -> str:
     )
     spread = f", densities {min(densities):.1%} to {max(densities):.1%}" if max(densities) > min(densities) else ""
     return f"{part.allocation.method}, {sum(kept):,} of {total:,} weights{spread}"
-
-
-def check(kept: int, budget: int, quantum: int) -> None:
-    """A count must be the budget, or for N:M within half of the largest step.
-
-    Raises:
-        RuntimeError: it is not.
-    """
-    if abs(kept - budget) > (quantum / 2 if quantum > 1 else 0):
-        raise RuntimeError(f"{kept} weights kept instead of {budget}")

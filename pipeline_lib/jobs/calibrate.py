@@ -1,18 +1,14 @@
-"""Statistics of the dense model, and where factors start."""
+"""Statistics of the dense model."""
 
 import torch
 
-from pipeline_lib.core import artifacts, runtime, settings
+from pipeline_lib.core import artifacts, settings
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
-from pipeline_lib.induce.scale import shifts, starting_factors
-from pipeline_lib.induce.settings import ScaleParams
 from pipeline_lib.models.settings import ModelParams
-from pipeline_lib.models.source import open_source
-from pipeline_lib.models.transform import Transform, write_transforms
 from pipeline_lib.stats.inputs import calibration_rows, open_model
 from pipeline_lib.stats.settings import CalibrateParams
-from pipeline_lib.stats.walk import gram_bytes, stored, walk
+from pipeline_lib.stats.walk import gram_bytes, walk
 
 
 def calibrate(workspace: Workspace, source: ModelParams, params: CalibrateParams) -> str:
@@ -31,18 +27,3 @@ def calibrate(workspace: Workspace, source: ModelParams, params: CalibrateParams
             artifacts.write_tensors(artifacts.block_file(directory, index), tensors, {"grams": grams})
     tokens = sum(part.numel() for part in rows.values())
     return f"{tokens:,} tokens through {depth} blocks, Gram matrices {'stored' if grams else 'left out'}"
-
-
-def scale(workspace: Workspace, source: ModelParams, params: ScaleParams) -> str:
-    """The function-preserving factors and shifts that induction sets out from; a sentence on them."""
-    runtime.compute()
-    checkpoint = open_source(workspace, source)
-    entry = checkpoint.architecture
-    transforms = {}
-    for index in track(range(entry.depth), "scale", "blocks"):
-        statistics = stored(workspace.statistics, entry, index)
-        factors = starting_factors(entry, checkpoint.block(index), statistics, params)
-        transforms[index] = Transform(factors, shifts(entry, statistics, params))
-    write_transforms(workspace.start, transforms)
-    count = sum(factor.numel() for transform in transforms.values() for factor in transform.factors.values())
-    return f"{count:,} factors at {len(entry.couplings)} couplings of {entry.depth} blocks, start {params.start}"

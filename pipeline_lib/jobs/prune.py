@@ -6,9 +6,9 @@ from typing import Any
 import click
 
 from pipeline_lib.core import artifacts, runtime, scratch, settings
+from pipeline_lib.core.counts import check
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
-from pipeline_lib.jobs.allocate import check
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.transform import read_transforms
 from pipeline_lib.prune.plan import REFIT, plan

@@ -1,4 +1,4 @@
-"""What changing the dense model's weights costs: sensitivities, and error curves of one variant's pruning."""
+"""What changing a weight of the dense model costs."""
 
 import math
 from collections.abc import Sequence
@@ -13,18 +13,13 @@ from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.measure import fisher, hutchinson
 from pipeline_lib.measure.backward import Subject
-from pipeline_lib.measure.curves import measure
 from pipeline_lib.measure.estimate import Estimate, Samples, estimates, relative_error
 from pipeline_lib.measure.fisher import OutputMoments, moment_bytes
 from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.source import open_source
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.recipe.variants import CurvesPart
-from pipeline_lib.stats.dense import DenseBlock
-from pipeline_lib.stats.inputs import calibration_rows, included, open_model
-from pipeline_lib.stats.settings import CalibrateParams
-from pipeline_lib.stats.walk import stored_or_walked
+from pipeline_lib.stats.inputs import calibration_rows, included
 
 
 def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityParams) -> str:
@@ -93,34 +88,3 @@ def _estimate(subject: Subject, params: SensitivityParams, moments: OutputMoment
             if not math.isfinite(value["trace"] + value["stderr"]):
                 raise SparselineError(f"The sensitivity of {name} is NaN or infinite; check the model's weights, or its loss on this text.")
     return found
-
-
-def curves(workspace: Workspace, source: ModelParams, variant: str, part: CurvesPart, calibrate: CalibrateParams) -> str:
-    """Every matrix pruned to a few densities, what that changes, weighted by what the loss feels; a sentence on it.
-
-    Raises:
-        SparselineError: an N:M pattern does not divide a matrix, or an error is NaN or infinite.
-    """
-    model = open_model(workspace, source)
-    entry, checkpoint = model.checkpoint.architecture, model.checkpoint
-    listed = {matrix["name"]: matrix for matrix in included(workspace)}
-    for name, matrix in listed.items():
-        part.selection.shape.quantum(name, tuple(matrix["shape"]))
-    sensitivities = artifacts.read_json(workspace.sensitivity / "sensitivity.json")
-    fit = calibration_rows(workspace)["fit"]
-    found: dict[str, dict[str, Any]] = {}
-    weighted = False
-    statistics = stored_or_walked(workspace.statistics, model, fit, fit[:0], calibrate)
-    for index, sites in track(statistics, f"curves {variant}", "blocks", entry.depth):
-        own = [matrix for matrix in entry.matrices if entry.matrix_name(index, matrix) in listed]
-        path = artifacts.block_file(workspace.sensitivity / "moments", index)
-        moments = artifacts.read_tensors(path)[0] if path.exists() else {}
-        weighted = weighted or bool(moments)
-        where = f"{entry.blocks}.{index}"
-        block = DenseBlock(entry, where, checkpoint.block(index), sites)
-        measured = measure(block, own, moments, part.selection, part.compensate, part.curves)
-        for label, facts in measured.items():
-            found[f"{where}.{label}"] = sensitivities.get(f"{where}.{label}", {}) | facts
-    artifacts.write_json(workspace.curves(variant), found)
-    points = len(next(iter(found.values()))["curve"]["density"])
-    return f"{len(found)} matrices at {points} densities, moments in {'use' if weighted else 'none'}"

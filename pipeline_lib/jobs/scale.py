@@ -1,0 +1,26 @@
+"""Where factors and shifts start."""
+
+from pipeline_lib.core import runtime
+from pipeline_lib.core.progress import track
+from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.induce.scale import shifts, starting_factors
+from pipeline_lib.induce.settings import ScaleParams
+from pipeline_lib.models.settings import ModelParams
+from pipeline_lib.models.source import open_source
+from pipeline_lib.models.transform import Transform, write_transforms
+from pipeline_lib.stats.walk import stored
+
+
+def scale(workspace: Workspace, source: ModelParams, params: ScaleParams) -> str:
+    """The function-preserving factors and shifts that induction sets out from; a sentence on them."""
+    runtime.compute()
+    checkpoint = open_source(workspace, source)
+    entry = checkpoint.architecture
+    transforms = {}
+    for index in track(range(entry.depth), "scale", "blocks"):
+        statistics = stored(workspace.statistics, entry, index)
+        factors = starting_factors(entry, checkpoint.block(index), statistics, params)
+        transforms[index] = Transform(factors, shifts(entry, statistics, params))
+    write_transforms(workspace.start, transforms)
+    count = sum(factor.numel() for transform in transforms.values() for factor in transform.factors.values())
+    return f"{count:,} factors at {len(entry.couplings)} couplings of {entry.depth} blocks, start {params.start}"

@@ -1,0 +1,35 @@
+"""Accuracies of one saved checkpoint, or of the source model (``dense``)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from pipeline_lib.core import artifacts
+from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.evaluation.settings import Preset, TasksParams
+from pipeline_lib.evaluation.subject import open_subject
+from pipeline_lib.evaluation.tasks import run_tasks
+from pipeline_lib.models.settings import ModelParams
+
+
+def tasks(workspace: Workspace, source: ModelParams, name: str, params: TasksParams, presets: Mapping[str, Preset]) -> str:
+    """Accuracy on each preset of lm-eval's tasks; a sentence on it."""
+    model, tokenizer = open_subject(workspace, source, name, params.compute_dtype)
+    measured: dict[str, Any] = {}
+    told = []
+    for preset, asked in presets.items():
+        found = run_tasks(model, tokenizer, params, asked, f"tasks {preset} {name}")
+        for warning, count in found.warnings.items():
+            click.echo(f"tasks {preset} {name}: warned {count} times: {warning}")
+        measured[preset] = found.tasks
+        told += [f"{task} {facts['acc']:.1%} of {_items(facts, asked.limit)}" for task, facts in found.tasks.items()]
+    artifacts.write_json(workspace.tasks(name), measured)
+    return ", ".join(told)
+
+
+def _items(task: Mapping[str, Any], limit: int | None) -> str:
+    """How many items the accuracy is of, and what is missing of them."""
+    fewer = f" ({limit} were asked for, the task has {task['of']})" if limit is not None and task["of"] < limit else ""
+    cut = f", {task['truncated']} of them truncated to the model's window" if task["truncated"] else ""
+    return f"{task['items']} items{fewer}{cut}"
