@@ -36,14 +36,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline_lib.core.params import merge
 
 TEXTS = {"text@calibration", "text@validation", "text@test"}
-EVALUATIONS = {"evaluate-dense", "evaluate@wanda", "evaluate@sparseline"}
-TASKS = {"tasks-dense@embedded", "tasks@embedded-sparseline"}
-PRUNINGS = {"prune@wanda", "prune@sparseline"}
+PER_VARIANT = ("curves", "allocate", "induce", "prune", "evaluate", "tasks", "export")
+
+
+def of(*stages: str, variants: tuple[str, ...] = ("wanda", "sparseline")) -> set[str]:
+    return {f"{stage}@{variant}" for stage in stages for variant in variants}
+
+
+PRUNINGS = of("prune")
+EVALUATIONS = {"evaluate-dense"} | of("evaluate")
 SUMMARIES = {"choose", "report"}
-OTHERS = {"prepare", "calibrate", "scale", "induce@sparseline", "sensitivity", "curves@sparseline", "export@sparseline"} | SUMMARIES
-MEASURED = {"induce@sparseline", "curves@sparseline"}  # what prunes on the way, by the variant's own selection
-ALL = TEXTS | EVALUATIONS | TASKS | PRUNINGS | OTHERS
-OWN = {f"{stage}@sparseline" for stage in ("prune", "evaluate", "export")} | {"tasks@embedded-sparseline"}  # what follows from pruning it
+SHARED = TEXTS | {"prepare", "calibrate", "scale", "sensitivity", "evaluate-dense", "tasks-dense"} | SUMMARIES
+ALL = SHARED | of(*PER_VARIANT)
+OWN = of("allocate", "induce", "prune", "evaluate", "tasks", "export", variants=("sparseline",))  # what follows from its allocation
+PRUNING_CODE = of("curves", "induce", "prune")  # all three prune
 LAYERS, WIDTH, INNER, HEADS = 2, 32, 48, 16  # HEADS: channels of all key heads
 PRUNABLE = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * HEADS + 3 * WIDTH * INNER)
 
@@ -79,21 +85,28 @@ def edited(copy: Path) -> Iterator[Path]:
     run(copy, "git", "checkout", "--quiet", "--", ".")
 
 
-CHECK = {"check"}  # of names: whatever changes variants or texts runs it, and no other stage for its sake
+KEYS = {"keys"}  # whatever changes params.yaml or the code runs it, and what it writes says what else runs
 
 
 def executed(output: str) -> set[str]:
-    return set(re.findall(r"Running stage '([^']+)'", output)) - CHECK
+    return set(re.findall(r"Running stage '([^']+)'", output)) - KEYS
 
 
 def restored(output: str) -> set[str]:
-    return set(re.findall(r"Stage '([^']+)' is cached", output)) - CHECK
+    return set(re.findall(r"Stage '([^']+)' is cached", output)) - KEYS
+
+
+def status(project: Path) -> set[str]:
+    """What `dvc status` calls changed, asked in this process."""
+    with chdir(project), Repo() as repo:
+        return set(repo.status())
 
 
 def stale(project: Path) -> set[str]:
-    """What `dvc status` calls changed, asked in this process."""
-    with chdir(project), Repo() as repo:
-        return set(repo.status()) - CHECK
+    """The same once the first stage has run."""
+    with chdir(project):
+        build("keys")
+    return status(project) - KEYS
 
 
 def rerun(project: Path, *stages: str) -> None:
@@ -138,7 +151,7 @@ def prunable(name: str) -> bool:
 def test_every_stage_runs_once(ran: Ran) -> None:
     """Oracle: the stages that dvc.yaml and the two variants should give."""
     assert executed(ran.output) == ALL
-    assert ran.output.count("Running stage") == len(ALL | CHECK)
+    assert ran.output.count("Running stage") == len(ALL | KEYS)
 
 
 def test_the_documented_files_are_there(ran: Ran) -> None:
@@ -148,24 +161,24 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
     shards = {f"model-{number:05d}-of-{LAYERS + 1:05d}.safetensors" for number in range(1, LAYERS + 2)}
     others = source - {"model.safetensors.index.json"}
     expected = {
-        *(f"prepare/{name}" for name in ("model.json", "matrices.json", "identity.safetensors", "unmeasured.json")),
+        *(f"keys/{stage}.json" for stage in ("calibrate", "scale", "sensitivity", "evaluate", "choose", "tasks/dense")),
+        *(f"keys/{stage}/{variant}.json" for stage in {*PER_VARIANT} - {"evaluate"} for variant in variants),
+        *(f"keys/code/{re.split('[@-]', stage)[0]}.json" for stage in ALL),
+        *("prepare/model.json", "prepare/matrices.json"),
         *("texts/calibrate/calibration.safetensors", "texts/evaluate/test.safetensors", "texts/evaluate/validation.safetensors"),
         *(f"calibrate/block-{block:03d}.safetensors" for block in blocks),
-        *("scale/transform.safetensors", "induce/sparseline/transform.safetensors", "induce/sparseline/curve.json"),
+        *("scale/transform.safetensors", "induce/sparseline/transform.safetensors"),
+        *(f"induce/{variant}/curve.json" for variant in variants),
         *(f"sensitivity/{name}.json" for name in ("sensitivity", "estimate", "by_depth")),
         *(f"sensitivity/moments/block-{block:03d}.safetensors" for block in blocks),
-        "curves/sparseline.json",
+        *(f"{kind}/{variant}.json" for kind in ("curves", "allocate", "facts") for variant in variants),
         *(f"prune/{variant}/checkpoint/{name}" for variant in variants for name in source | shards),
         *(f"prune/{variant}/masks/block-{block:03d}.safetensors" for variant in variants for block in blocks),
-        *(f"facts/{variant}.json" for variant in variants),
         *(f"export/sparseline/dense/{name}" for name in {*others, "model.safetensors", "README.md"}),
         *(f"export/sparseline/bitmask/{name}" for name in {*others, "model.bitmask.safetensors", "bitmask.json", "README.md"}),
-        *(f"sizes/{name}.json" for name in ("dense", "sparseline")),
-        *(f"{kind}/{model}.json" for kind in ("evaluate", "completions") for model in ("dense", *variants)),
-        *(f"evaluate/embedded/{model}.json" for model in ("dense", "sparseline")),
-        *(f"costs/{re.sub('@', '-', stage)}.json" for stage in ALL - SUMMARIES - TASKS if not stage.startswith("text@")),
-        *(f"costs/tasks-embedded-{model}.json" for model in ("dense", "sparseline")),
-        *("choice.json", "checked.json"),
+        *(f"{kind}/{model}.json" for kind in ("evaluate", "completions", "tasks", "sizes") for model in ("dense", *variants)),
+        *(f"costs/{re.sub('@', '-', stage)}.json" for stage in ALL - SUMMARIES - TEXTS),
+        "choice.json",
     }
     assert set(tree(ran.project / "build")) == expected
     report = {path.split("/")[0] for path in tree(ran.project / "report")} - {".gitignore"}  # DVC's
@@ -184,10 +197,8 @@ def test_the_summary_has_its_schema(ran: Ran) -> None:
         assert variant["sparsity"] == (0 if name == "dense" else 0.5)
         assert set(variant["perplexity"]) == {"test", "validation"}
         if "accuracy" in variant:
-            told = {
-                task: round(found["acc"], 6)
-                for task, found in read(ran.project / "build" / "evaluate" / "embedded" / f"{name}.json").items()
-            }
+            tasks = read(ran.project / "build" / "tasks" / f"{name}.json")["embedded"]
+            told = {task: round(found["acc"], 6) for task, found in tasks.items()}
             assert variant["accuracy"] == told and set(told) == {"corrupted"}
         measured = read(ran.project / "build" / "evaluate" / f"{name}.json")
         assert all(math.isclose(value, measured["perplexity"][one], rel_tol=1e-6) for one, value in variant["perplexity"].items())
@@ -207,15 +218,11 @@ def test_dvc_shows_the_metrics(ran: Ran) -> None:
 
 
 def test_dvc_shows_the_plots(ran: Ran, tmp_path: Path) -> None:
-    """`dvc plots show` draws perplexity, sensitivity and the curve of induction. Oracle: the page's specifications."""
+    """`dvc plots show` draws perplexity and sensitivity. Oracle: the page's specifications."""
     output = run(ran.project, "dvc", "plots", "show", "--out", str(tmp_path / "plots"))
     assert "failed" not in output
     page = (tmp_path / "plots" / "index.html").read_text(encoding="utf-8")
-    titles = (
-        "Perplexity over the share of pruned weights",
-        "Sensitivity by depth",
-        "sparseline, layer error on held-out rows by step of induction",
-    )
+    titles = ("Perplexity over the share of pruned weights", "Sensitivity by depth")
     assert all(f'"text": "{title}"' in page for title in titles)
     assert page.count("vegaEmbed(") == len(titles)
 
@@ -234,7 +241,10 @@ def test_exactly_the_budget_is_kept(ran: Ran, variant: str) -> None:
     facts = read(ran.project / "build" / "facts" / f"{variant}.json")
     assert (facts["kept"], facts["prunable"], facts["sparsity"]) == (round(0.5 * PRUNABLE), PRUNABLE, 0.5)
     assert facts["zeros"] == PRUNABLE - facts["kept"]
-    assert {f"model.{name}.weight": matrix["kept"] for name, matrix in facts["matrices"].items()} == {n: m.sum() for n, m in kept.items()}
+    counts = {name: int(mask.sum()) for name, mask in kept.items()}
+    assert {f"model.{name}.weight": matrix["kept"] for name, matrix in facts["matrices"].items()} == counts
+    allocated = read(ran.project / "build" / "allocate" / f"{variant}.json")
+    assert {f"model.{name}.weight": count for name, count in allocated["kept"].items()} == counts
 
 
 def test_the_rest_of_the_model_is_untouched(ran: Ran) -> None:
@@ -310,16 +320,24 @@ def test_nothing_reruns(ran: Ran) -> None:
     assert "Data and pipelines are up to date." in output
 
 
-def test_an_experiment_reruns_its_variant(project: Path) -> None:
-    """Oracle: a variant's sparsity matters to its induction (mask in the loop), pruning, evaluation, and the report.
+def test_what_a_recipe_does_not_need_is_not_made(ran: Ran) -> None:
+    """Wanda reads no curves, learns nothing, and asks for neither files nor tasks. Oracle: the empty artifacts of docs/artifacts.md."""
+    build = ran.project / "build"
+    found = [read(build / name) for name in ("curves/wanda.json", "induce/wanda/curve.json", "tasks/wanda.json", "sizes/wanda.json")]
+    assert found == [{}, [], {}, None]
+    assert not list((build / "export" / "wanda").iterdir())
 
-    Its curves are measured again, since DVC sees only that the variant's selection has changed; the sparsity of all (``prune``) leaves them alone.
+
+def test_an_experiment_reruns_its_variant(project: Path) -> None:
+    """Oracle: a variant's sparsity matters to its allocation, induction (mask in the loop), pruning, evaluation, and the report; not to its
+    curves, which are measured at sparsities of their own.
     """
     commit(project)
     output = run(project, "dvc", "exp", "run", "-S", "+variants.sparseline.selection.sparsity=0.6", "prune@sparseline")
-    assert executed(output) == MEASURED | {"prune@sparseline"}
+    ran = of("allocate", "induce", "prune", variants=("sparseline",))
+    assert executed(output) == ran
     assert not restored(output)
-    assert stale(project) == OWN - {"prune@sparseline"} | {"report"}  # choose follows from the evaluation (tests/test_experiments.py)
+    assert stale(project) == OWN - ran | {"report"}  # choose follows from the evaluation (tests/test_experiments.py)
     weights = checkpoint(project / "build" / "prune" / "sparseline" / "checkpoint")
     assert sum(np.count_nonzero(tensor) for name, tensor in weights.items() if prunable(name)) == round(0.4 * PRUNABLE)
     with chdir(project):
@@ -327,76 +345,96 @@ def test_an_experiment_reruns_its_variant(project: Path) -> None:
     assert read(project / "report" / "summary.json")["sparseline"]["sparsity"] == 0.6
 
 
-@pytest.mark.parametrize("key", ["variants.sparseline.selection", "variants.sparseline.reconstruction", "prune.reconstruction.steps"])
-def test_a_missing_key_is_told_before_anything_runs(project: Path, key: str) -> None:
-    """Oracle: DVC's words. `{}` or nothing behind the key is enough for it (tests/test_bad_input.py)."""
-    change_params(project, key, REMOVED)
-    output = run(project, "dvc", "repro", "--single-item", "induce@sparseline", code=255)
-    assert f"failed to reproduce 'induce@sparseline': Parameters '{key}' are missing from 'params.yaml'." in output
-    assert not executed(output)
+def test_a_missing_key_is_told_before_anything_runs(project: Path) -> None:
+    """Oracle: DVC's account of what it ran, and the stage's sentence (what else is refused: tests/test_bad_input.py)."""
+    change_params(project, "prune.reconstruction.steps", REMOVED)
+    change_params(project, "variants.sparseline.reconstruction", {})
+    output = run(project, "dvc", "repro", code=255)
+    assert "params.yaml: variants.sparseline.reconstruction.steps is missing; add it." in output
+    assert not executed(output) and not restored(output)
+
+
+SPARSELINE = ("sparseline",)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("variants.sparseline.allocation.alpha", 0.05, {"prune@sparseline"}),
-        ("prune.allocation.alpha", 0.05, PRUNINGS),
+        ("variants.sparseline.allocation.alpha", 0.05, of("allocate", "prune", variants=SPARSELINE)),
+        ("prune.allocation.alpha", 0.05, of("allocate", "prune", variants=("wanda",))),  # the other has its own
         ("prune.reconstruction.channel.epochs", 1, PRUNINGS),
-        ("variants.sparseline.allocation", {"method": "predicted", "weighting": "trace"}, {"prune@sparseline"}),
-        ("prune.allocation.weighting", "trace", PRUNINGS),
-        ("prune.selection.sparsity", 0.6, {"induce@sparseline"} | PRUNINGS),
-        ("variants.sparseline.reconstruction.steps", ["obs"], MEASURED | {"prune@sparseline"}),
-        ("prune.reconstruction.steps", [], MEASURED | PRUNINGS),
-        ("prune.selection.damping", 0.02, MEASURED | PRUNINGS),
-        ("calibrate.batch_rows", 2, {"calibrate"} | MEASURED),
-        ("curves.densities", [0.5], {"curves@sparseline"}),
-        ("induce.steps", 3, {"induce@sparseline"}),
+        (
+            "variants.sparseline.allocation",
+            {"method": "predicted", "weighting": "trace"},
+            of("allocate", "prune", variants=SPARSELINE),
+        ),
+        ("prune.allocation.weighting", "trace", of("allocate", "prune")),
+        ("prune.selection.sparsity", 0.6, of("allocate", "prune")),  # induction follows from the allocation
+        ("variants.sparseline.reconstruction.steps", ["obs"], of("prune", variants=SPARSELINE)),
+        ("variants.sparseline.reconstruction.steps", ["channel"], of("curves", "induce", "prune", variants=SPARSELINE)),  # no sweep
+        ("prune.reconstruction.steps", [], set()),  # both have their own
+        ("prune.selection.damping", 0.02, of("curves", "induce", variants=SPARSELINE) | PRUNINGS),
+        ("calibrate.batch_rows", 2, {"calibrate"} | of("curves", "induce")),
+        ("scale.limit", 2.0, {"scale"}),
+        ("curves.densities", [0.5], of("curves", variants=SPARSELINE)),
+        ("induce.steps", 3, of("induce", "prune", variants=SPARSELINE)),
         ("sensitivity.probes", 3, {"sensitivity"}),
-        ("model.compute_dtype", "bfloat16", {"prepare", "calibrate"} | MEASURED | PRUNINGS),
+        ("model.compute_dtype", "bfloat16", {"prepare", "calibrate"} | PRUNING_CODE),
         ("model.exclude", ["*.q_proj"], {"prepare"}),
         ("texts.test.rows", 7, {"text@test"}),
         ("evaluate.completions.count", 0, EVALUATIONS),
-        ("presets.embedded.limit", 3, TASKS),
-        ("export.formats", ["bitmask"], {"export@sparseline"}),
-        ("choose.candidates", ["wanda"], {"choose"}),
-        ("report.title", "Another", {"report"}),
+        ("presets.embedded.limit", 3, {"tasks-dense", "tasks@sparseline"}),
+        ("presets.induction.limit", 3, set()),  # nobody asks for it
+        ("variants.wanda.tasks", ["embedded"], {"tasks@wanda"}),
+        ("variants.sparseline.export", ["bitmask"], {"export@sparseline"}),
+        ("prune.export", ["dense"], {"export@wanda"}),
+        ("variants.wanda.candidate", False, {"choose"}),
+        ("choose.text", "test", {"choose"}),
+        ("report.title", "Another", set()),
     ],
 )
 def test_a_knob_concerns_its_stages(edited: Path, key: str, value: Any, expected: set[str]) -> None:
     """Oracle: what each knob means. These stages change at once; what depends on their outputs follows."""
     change_params(edited, key, value)
-    assert stale(edited) - ({"choose"} if key.startswith("variants.") else set()) == expected | {"report"}  # which prints all of them
+    assert stale(edited) == expected | {"report"}  # which prints all of them
 
 
-def test_another_preset_measures_only_that_one(project: Path) -> None:
+def test_another_preset_concerns_who_asks_for_it(project: Path) -> None:
     """Oracles: DVC's words; the report's two sets of columns."""
     change_params(project, "presets.more", {"names": ["next_line"], "limit": 2, "shots": 0, "seed": 0})
-    change_params(project, "tasks.presets", ["embedded", "more"])
-    assert stale(project) == {"tasks-dense@more", "tasks@more-sparseline", "report"}
+    change_params(project, "variants.sparseline.tasks", ["embedded", "more"])
+    assert stale(project) == {"tasks-dense", "tasks@sparseline", "report"}
     with chdir(project):
-        build("tasks more dense", "tasks more sparseline", "choose", "report")
+        build("tasks dense", "tasks sparseline", "report")
     assert set(read(project / "report" / "summary.json")["sparseline"]["accuracy"]) == {"embedded corrupted", "more next_line"}
 
 
 def test_sensitivities_concern_the_variants_that_use_them(project: Path) -> None:
-    """Oracle: ``sensitivity`` of the two variants, through the curves; the report follows its cost."""
+    """Oracle: what the two allocations read. That of wanda reads none, so that its stages end with the bytes that they had."""
     change_params(project, "sensitivity.probes", 3)
+    with chdir(project):
+        build("keys")
     rerun(project, "sensitivity")
-    assert stale(project) == {"curves@sparseline", "report"}
+    assert stale(project) == of("curves", "allocate") | {"report"}
+    rerun(project, "curves@wanda", "allocate@wanda")
+    assert stale(project) == of("curves", "allocate", variants=SPARSELINE) | {"report"}
 
 
 def test_another_allocation_prunes_and_nothing_else(project: Path) -> None:
-    """Neither calibration nor sensitivity nor curves run again for another method or α (what follows from pruning: the experiment above).
+    """Neither calibration nor curves run again for another method or α (what follows from pruning: the experiment above).
 
-    Oracles: DVC's words; the kept counts, which change.
+    Oracles: DVC's words; the kept counts, which change. OWL reads curves alone, and then nobody reads sensitivities.
     """
     counts = []
-    for allocation in ({"method": "predicted", "alpha": 1.0, "weighting": "trace"}, {"method": "owl", "alpha": 0.2}):
+    for allocation, unread in (
+        ({"method": "predicted", "alpha": 1.0, "weighting": "trace"}, set()),
+        ({"method": "owl", "alpha": 0.2}, {"sensitivity"}),
+    ):
         change_params(project, "variants.sparseline.allocation", allocation)
         found = stale(project) - SUMMARIES
-        assert "prune@sparseline" in found and found <= OWN
+        assert of("allocate", "prune", variants=SPARSELINE) | unread <= found <= OWN | unread
         with chdir(project):
-            build("prune sparseline")
+            build("allocate sparseline", "prune sparseline")
         facts = read(project / "build" / "facts" / "sparseline.json")
         assert facts["kept"] == round(0.5 * PRUNABLE)
         counts.append([matrix["kept"] for matrix in facts["matrices"].values()])
@@ -415,7 +453,7 @@ def test_an_edited_calibration_text_concerns_those_who_read_it(project: Path) ->
     (project / "data" / "texts" / "calibration.txt").write_text(text(seed=9), encoding="utf-8")
     assert stale(project) == {"text@calibration"}
     rerun(project, "text@calibration")
-    assert stale(project) == {"calibrate", "sensitivity", "report"} | MEASURED | PRUNINGS
+    assert stale(project) == {"calibrate", "sensitivity", "report"} | PRUNING_CODE
 
 
 def test_edited_weights_concern_everything(project: Path) -> None:
@@ -426,27 +464,34 @@ def test_edited_weights_concern_everything(project: Path) -> None:
     path.write_bytes(raw)
     assert stale(project) == {"prepare"}
     rerun(project, "prepare")
-    assert stale(project) == ALL - {"prepare", "evaluate@wanda", "evaluate@sparseline", "tasks@embedded-sparseline", "choose"}
+    assert stale(project) == ALL - {"prepare", "choose"} - of("allocate", "evaluate", "tasks")
 
 
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("pipeline_lib/fit/fit.py", {"induce@sparseline", "curves@sparseline"} | PRUNINGS),  # all three prune
-        ("pipeline_lib/induce/induce.py", {"induce@sparseline"} | PRUNINGS),  # the fit of a block has its spectral term
-        ("pipeline_lib/allocate/methods.py", {"induce@sparseline", "curves@sparseline"} | PRUNINGS),
+        ("pipeline_lib/solve/sweep.py", PRUNING_CODE),
+        ("pipeline_lib/masks/select.py", PRUNING_CODE),
+        ("pipeline_lib/fit/fit.py", of("induce", "prune")),  # the fit of a block has induction's spectral term
+        ("pipeline_lib/induce/induce.py", of("induce")),
+        ("pipeline_lib/prune/run.py", PRUNINGS),
+        ("pipeline_lib/allocate/methods.py", of("allocate")),
         ("pipeline_lib/measure/hutchinson.py", {"sensitivity"}),
-        ("pipeline_lib/evaluation/perplexity.py", EVALUATIONS | TASKS | {"choose"}),
-        ("pipeline_lib/models/architecture.py", ALL - SUMMARIES),
+        ("pipeline_lib/stats/moments.py", {"calibrate", "scale"} | PRUNING_CODE),
+        ("pipeline_lib/texts/rows.py", TEXTS),
+        ("pipeline_lib/evaluation/perplexity.py", EVALUATIONS),
+        ("pipeline_lib/evaluation/tasks.py", {"tasks-dense"} | of("tasks")),
+        ("pipeline_lib/models/architecture.py", ALL - SUMMARIES - of("allocate")),
+        ("pipeline_lib/core/artifacts.py", ALL),
         ("pipeline_lib/reporting/report.html.jinja", {"report"}),
-        ("pipeline_lib/export/card.py", {"prepare", "export@sparseline", "report"}),  # prepare weighs the dense model
+        ("pipeline_lib/export/card.py", of("export")),
         ("pipeline_lib/planning/estimate.py", set()),
     ],
 )
 def test_an_edited_module_concerns_its_stages(edited: Path, file: str, expected: set[str]) -> None:
-    """Code deps are whole packages. Oracle: what each package is for, by hand."""
+    """Oracle: what each module is for, by hand."""
     with (edited / file).open("a", encoding="utf-8") as stream:
-        stream.write("# a remark\n")
+        stream.write("{#- a remark #}" if file.endswith(".jinja") else "# a remark\n")
     assert stale(edited) == expected
 
 
@@ -455,7 +500,29 @@ def test_byte_code_concerns_nothing(project: Path) -> None:
     for folder in ("pipeline_lib", "stages", "data/tasks", "data/model"):
         (project / folder / "__pycache__").mkdir()
         (project / folder / "__pycache__" / "module.cpython-311.pyc").write_bytes(b"x")
-    assert stale(project) == set()
+    assert status(project) == set()
+
+
+# Variants come and go
+
+
+def test_a_variant_is_one_entry(ran: Ran, project: Path) -> None:
+    """An entry is changed, one is added, and taken away again. Oracles: DVC's account of what it ran, and the files of the first run."""
+    change_params(project, "variants.sparseline.allocation.alpha", 0.05)
+    output = run(project, "dvc", "repro")
+    assert executed(output) == OWN | SUMMARIES
+    assert not restored(output)
+    change_params(project, "variants.sparseline.allocation.alpha", 0.15)
+    change_params(project, "variants.magnitude", {"selection": {"score": "magnitude", "group": "matrix"}, "reconstruction": {"steps": []}})
+    output = run(project, "dvc", "repro")
+    assert executed(output) == of(*PER_VARIANT, variants=("magnitude",)) | SUMMARIES
+    assert restored(output) == OWN
+    assert set(read(project / "report" / "summary.json")) == {"dense", "wanda", "sparseline", "magnitude"}
+    change_params(project, "variants.magnitude", REMOVED)
+    output = run(project, "dvc", "repro")
+    assert executed(output) <= SUMMARIES and executed(output) | restored(output) == SUMMARIES
+    assert results(project) == results(ran.project)
+    assert not [path for path in (project / "build").rglob("*magnitude*") if "costs" not in path.parts]
 
 
 # Determinism and sharing
@@ -475,9 +542,11 @@ for step in sys.argv[1:]:
         facts.unlink()
     import_module(f"stages.{stage}").main(variant, standalone_mode=False)
 """
-    run(project, "python", "-c", code, "sensitivity", "curves sparseline", "induce sparseline", "prune sparseline")
+    steps = ("sensitivity", *(f"{stage} sparseline" for stage in ("curves", "allocate", "induce", "prune")))
+    run(project, "python", "-c", code, *steps)
     first, second = tree(ran.project / "build"), tree(project / "build")
-    for place in ("sensitivity/", "curves/sparseline.json", "induce/sparseline/", "prune/sparseline/", "facts/sparseline.json"):
+    files = (f"{kind}/sparseline.json" for kind in ("curves", "allocate", "facts"))
+    for place in ("sensitivity/", "induce/sparseline/", "prune/sparseline/", *files):
         written = [path for path in first if path.startswith(place)]
         assert written
         assert {path: second.get(path) for path in written} == {path: first[path] for path in written}
@@ -514,9 +583,10 @@ def test_the_plan_writes_nothing(project: Path, monkeypatch: pytest.MonkeyPatch)
         ({"variants": {"../up": WANDA}}, ("'../up'", "letters, digits")),
         ({"variants": {True: WANDA}}, ("True", "letters, digits")),
         ({"presets": {"a b": {"names": []}}}, ("the preset name 'a b'", "letters, digits")),
-        ({"exported": {"gone": {}}}, ("exported names 'gone', which is no variant", "wanda")),
-        ({"tasks": {"presets": ["none"]}}, ("tasks.presets names 'none', which is no preset", "embedded")),
-        ({"curved": []}, ("curved = [] is not a mapping", "curved: {}")),
+        ({"variants": {"wanda": {"tasks": ["none"]}}}, ("variants.wanda.tasks names 'none', which is no preset", "embedded")),
+        ({"exported": {"wanda": {}}}, ("exported is no key any more", "export: [dense, bitmask]")),
+        ({"curved": []}, ("curved is no key any more",)),
+        ({"tasks": {"presets": ["embedded"]}}, ("tasks.presets is no key any more", "tasks: [<preset>]")),
         ({"variants": {"dense": WANDA}}, ("'dense' is taken by the source model",)),
     ],
 )
@@ -527,7 +597,7 @@ def test_a_name_that_cannot_be_used_is_refused(
     make_workspace(tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
     write_params(Path(), merge(read_params(Path()), change))
-    result = invoke("check")
+    result = invoke("keys")
     assert result.exit_code == 2
     assert all(part in result.stderr for part in told), result.stderr
     assert not Path("build").exists()
@@ -542,5 +612,5 @@ def test_dvc_refuses_a_variant_of_the_name_of_the_source(project: Path) -> None:
 def test_spaces_in_the_path(ran: Ran, tmp_path: Path) -> None:
     """Nothing runs again in a copy whose path has spaces. Oracle: DVC's words."""
     moved = Path(shutil.copytree(ran.project, tmp_path / "my own project", symlinks=True))
-    assert stale(moved) == set()
+    assert status(moved) == set()
     assert executed(run(moved, "dvc", "repro", "--force", "--single-item", "choose")) == {"choose"}
