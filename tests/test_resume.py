@@ -26,16 +26,13 @@ COMMAND = ("python", "-m", "stages.prune", "sparseline")
 BLOCKS = 4
 EPOCHS = 40  # a block takes most of a second, a look at the scratch directory a hundredth of one
 VARIANT: dict[str, Any] = {
-    "factors": "scale/transform.safetensors",
-    "sensitivity": "prepare/unmeasured.json",
+    "induce": {"steps": 100},  # a block takes about a second; pruning starts from ``ready``'s factors, which nothing learned
     "selection": {"score": "obs", "group": "block"},
     "reconstruction": {"steps": ["obs", "channel"], "channel": {"epochs": EPOCHS, "patience": EPOCHS}},
 }
-# Blocks in windows of two, aiming at the dense stream, quantised after the fit, and with streams that are files beside the finished blocks.
+# Blocks in windows of two, aiming at the dense stream, quantised after the fit; with FILES, streams are files beside the finished blocks.
 WINDOWS: dict[str, Any] = {
-    "factors": "scale/transform.safetensors",
-    "sensitivity": "prepare/unmeasured.json",
-    "activation_budget_bytes": 0,
+    "induce": {},
     "quantization": {"bits": 4, "group": 20, "symmetric": False},
     "reconstruction": {
         "steps": ["obs", "lsq", "block"],
@@ -47,16 +44,22 @@ WINDOWS: dict[str, Any] = {
 }
 
 
+FILES = ("SPARSELINE_ACTIVATION_BYTES", "0")
+
+
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with all that prune needs. Read only."""
     home = tmp_path_factory.mktemp("ready")
     with pytest.MonkeyPatch.context() as patch:
         variants = {"sparseline": VARIANT, "windows": WINDOWS}
-        induced = {"sparseline": {"steps": 100}}  # a block takes about a second
-        workspace = make_workspace(home / "project", model={"layers": BLOCKS}, induced=induced, variants=variants)
+        report = {"baseline": "sparseline"}
+        workspace = make_workspace(home / "project", model={"layers": BLOCKS}, report=report, variants=variants)
         patch.chdir(workspace)
-        build("prepare", "text calibration", "calibrate", "scale")
+        build("keys", "prepare", "text calibration", "calibrate", "scale", *(f"allocate {name}" for name in variants))
+        for name in variants:
+            (workspace / "build" / "induce" / name).mkdir(parents=True)
+            shutil.copyfile("build/scale/transform.safetensors", f"build/induce/{name}/transform.safetensors")
     return workspace
 
 
@@ -128,7 +131,7 @@ def test_another_run_does_not_resume(workspace: Path) -> None:
     assert "resuming" not in run(workspace, *COMMAND)
     assert tree(scratch(workspace)) == kept
     change_params(workspace, key, EPOCHS)
-    with (workspace / "pipeline_lib" / "reconstruction" / "fit.py").open("a", encoding="utf-8") as file:
+    with (workspace / "pipeline_lib" / "fit" / "fit.py").open("a", encoding="utf-8") as file:
         file.write("# another version\n")
     assert "resuming" not in run(workspace, *COMMAND)
     assert tree(scratch(workspace)) == kept
@@ -170,7 +173,7 @@ main(["sparseline"], standalone_mode=False)
     assert not tree(scratch(workspace))
 
 
-def test_a_window_that_was_killed_is_done_again(workspace: Path) -> None:
+def test_a_window_that_was_killed_is_done_again(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the first block of a window, after its last, and after the first of the next. Oracles: the bytes of a run that nobody
     killed, which comes first; and which blocks are kept each time: a window that is not whole is done again as a whole.
     """
@@ -178,8 +181,9 @@ def test_a_window_that_was_killed_is_done_again(workspace: Path) -> None:
 import json, os
 from pathlib import Path
 import stages.prune as stage
-from transformers.models.llama import modeling_llama  # once, before the forks
-keep = stage.Progress.keep
+from pipeline_lib.jobs.prune import Progress  # once, before the forks
+from transformers.models.llama import modeling_llama
+keep = Progress.keep
 
 def run(last):
     def told(self, index, result):
@@ -191,7 +195,7 @@ def run(last):
             print(json.dumps([kept, sorted(files)]), flush=True)
             os.kill(os.getpid(), 9)
 
-    kept, stage.Progress.keep = [], told
+    kept, Progress.keep = [], told
     stage.main(["windows"], standalone_mode=False)
     print()
     print(json.dumps([kept, []]), flush=True)
@@ -205,6 +209,7 @@ for last in (None, 0, 1, 2, None):
         Path("build/prune").rename(Path("build/prune").with_name(f"prune-{len(list(Path('build').glob('prune-*')))}"))
         Path("build/facts/windows.json").rename(sorted(Path("build").glob("prune-*"))[-1] / "facts.json")
 """
+    monkeypatch.setenv(*FILES)
     output = run(workspace, "python", "-c", code)
     told = [json.loads(line) for line in output.splitlines() if re.match(r"[\[\d-]", line)]
     streams = ["ahead", "dense", "pruned"]
@@ -233,25 +238,25 @@ for last in (None, 0, 1, 2, None):
 
 def test_a_killed_induction_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
     """Killed once two of four blocks are kept. Oracle: a run that nobody killed; only the other two blocks are learned again."""
-    workspace = make_workspace(tmp_path / "project", model={"layers": BLOCKS})
+    workspace = make_workspace(tmp_path / "project", model={"layers": BLOCKS}, variants={"sparseline": {"induce": {}}})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace)
-        build("prepare", "text calibration", "calibrate", "scale")
+        build("prepare", "text calibration", "calibrate", "scale", "allocate sparseline")
     code = """
-import os, stages.induce as stage
-keep, induce_block = stage.keep, stage.induce_block
+import os, pipeline_lib.jobs.induce as job, stages.induce as stage
+keep, induce_block = job.keep, job.induce_block
 
 def last(directory, index, outcome):
     keep(directory, index, outcome)
     os.kill(os.getpid(), 9)
 
-def told(*arguments):
-    print("learning", arguments[7])
-    return induce_block(*arguments)
+def told(dense, *arguments):
+    print("learning", dense.where)
+    return induce_block(dense, *arguments)
 
-stage.induce_block = told
+job.induce_block = told
 if {killed}:
-    stage.keep = lambda directory, index, outcome: (last if index == 1 else keep)(directory, index, outcome)
+    job.keep = lambda directory, index, outcome: (last if index == 1 else keep)(directory, index, outcome)
 stage.main(["sparseline"], standalone_mode=False)
 """
     before = tree(workspace / "build")
@@ -317,11 +322,20 @@ def alone(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
 
 @pytest.mark.parametrize(("stage", "killed"), [("prune sparseline", True), ("prune windows", False), ("induce sparseline", False)])
-def test_two_runs_at_once(ready: Path, tmp_path: Path, alone: Callable[[str], dict[str, str]], stage: str, killed: bool) -> None:
+def test_two_runs_at_once(
+    ready: Path,
+    tmp_path: Path,
+    alone: Callable[[str], dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    killed: bool,
+) -> None:
     """Two clones, one scratch. The second says whom it waits for, and takes over what is finished, all of it or what was so at a kill.
     Streams are in memory, or files (windows).
     """
     name, variant = stage.split()
+    if variant == "windows":
+        monkeypatch.setenv(*FILES)
     command = ("python", "-m", f"stages.{name}", variant)
     one, two = (Path(shutil.copytree(ready, tmp_path / place)) for place in ("one", "two"))
     first = start(one, *command)
@@ -428,8 +442,9 @@ def test_a_stage_by_hand_lives_on(project: Path, undisturbed: dict[str, str], pa
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
-def test_a_signal_ends_a_stage_in_one_line(workspace: Path, number: signal.Signals, name: str) -> None:
+def test_a_signal_ends_a_stage_in_one_line(workspace: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, name: str) -> None:
     """In the midst of a block. Oracles: exit code, last line, and that nothing half-written or of the process's own is left."""
+    monkeypatch.setenv(*FILES)
     before = tree(workspace / "build")
     process = start(workspace, "python", "-m", "stages.prune", "windows")
     pid = holder(workspace, process)
@@ -444,11 +459,17 @@ def test_a_signal_ends_a_stage_in_one_line(workspace: Path, number: signal.Signa
     assert not [path for path in scratch(workspace).rglob("*") if re.search(r"partial|lock", path.name)]
 
 
-def test_an_interrupt_while_importing(workspace: Path) -> None:
-    """Ctrl-C in the seconds before a stage begins. Oracle: one line, and the status that a shell calls 130."""
-    code = "import os, runpy, signal, sys\nsys.addaudithook(lambda event, given: event == 'import' and given[0] == 'torch' and os.kill(os.getpid(), signal.SIGINT))\n"
-    code += "runpy.run_module('stages.prune', run_name='__main__', alter_sys=True)"
-    process = start(workspace, "python", "-c", code)
+@pytest.mark.parametrize(("module", "status"), [("pydantic", -signal.SIGINT), ("torch", 128 + signal.SIGINT)])
+def test_an_interrupt_while_importing(workspace: Path, module: str, status: int) -> None:
+    """Ctrl-C in the seconds before a stage begins, or before it has torch. Oracle: one line, and a status that a shell calls 130."""
+    code = f"""
+import os, runpy, signal, sys
+sys.addaudithook(lambda event, given: event == "import" and given[0] == "{module}" and os.kill(os.getpid(), signal.SIGINT))
+runpy.run_module("stages.prune", run_name="__main__", alter_sys=True)
+"""
+    process = start(workspace, "python", "-c", code, "sparseline")
     said, _ = process.communicate()
-    assert process.returncode == -signal.SIGINT
-    assert said == "error: SIGINT came; run the same command again.\n"
+    assert process.returncode == status
+    kept = ": what is finished is kept" if module == "torch" else ""
+    assert said.splitlines()[-1] == f"error: SIGINT came; run the same command again{kept}."
+    assert "Traceback" not in said
