@@ -65,7 +65,7 @@ plan: environment  ## predict memory, disk and rough time for the configured mod
 	python -m stages.plan
 
 # Ready-made sweeps: `make sweep-sparsity`. VARIANT: whose allocation sweep-allocation changes.
-VARIANT ?= sparseline
+VARIANT ?= best
 sweep-sparsity: SET = prune.selection.sparsity=0.3,0.4,0.5,0.6,0.7,0.8
 sweep-pattern: SET = prune.selection.pattern=unstructured,"2:4","4:8"
 sweep-lambda: SET = induce.spectral.weight=0,0.001,0.01,0.1,1

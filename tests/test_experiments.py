@@ -18,14 +18,14 @@ from project import ROOT, WANDA, build, commit, environment, make_project, read_
 from ruamel.yaml import YAML
 
 from pipeline_lib.core import params
-from pipeline_lib.core.params import merge
-from pipeline_lib.recipe.settings import InduceParams, PruneParams
+from pipeline_lib.recipe.variants import read_all
 from pipeline_lib.texts.texts import TextParams
 
 SWEEP = ("-S", "prune.selection.sparsity=0.4,0.6", "-S", "texts.test.rows=7")  # the second changes something upstream, in both runs alike
 VARIANTS = YAML(typ="safe").load(ROOT / "params.yaml")["variants"]
-SHARED = {"check", "text@test", "evaluate-dense"}
-OWN = {"prune@wanda", "evaluate@wanda", "choose", "report"}
+KEYS = {"keys"}  # every run's own
+SHARED = {"text@test", "evaluate-dense"}
+OWN = {*(f"{stage}@wanda" for stage in ("allocate", "induce", "prune", "evaluate", "tasks", "export")), "choose", "report"}
 
 
 class Swept(NamedTuple):
@@ -60,18 +60,12 @@ def stop(project: Path, seconds: float = 60) -> None:
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
     """A project at 50%, and a queue of two experiments that has ended."""
-    project = make_project(
-        tmp_path_factory.mktemp("experiments") / "project",
-        variants={"wanda": WANDA},
-        induced={},
-        curved={},
-        exported={},
-        choose={"candidates": ["wanda"]},
-        tasks={"presets": [], "variants": []},
-    )
+    variants = {"wanda": WANDA | {"candidate": True}}
+    project = make_project(tmp_path_factory.mktemp("experiments") / "project", variants=variants)
     with chdir(project):
-        build("check", "prepare", *(f"text {name}" for name in read_params(project)["texts"]), "calibrate", "scale", "sensitivity")
-        build("prune wanda", "evaluate dense", "evaluate wanda", "choose", "report")
+        build("keys", "prepare", *(f"text {name}" for name in read_params(project)["texts"]), "calibrate", "scale", "sensitivity")
+        build(*(f"{stage} wanda" for stage in ("curves", "allocate", "induce", "prune", "evaluate", "tasks")))
+        build("evaluate dense", "tasks dense", "export wanda", "choose", "report")
     run(project, "dvc", "commit", "--force")
     commit(project)
     run(project, "dvc", "exp", "run", "--queue", *SWEEP)
@@ -92,8 +86,8 @@ def test_queued_runs_compute_nothing_twice(swept: Swept) -> None:
     """What HEAD has is not run, what the runs have in common is run by the first alone. Oracle: DVC's logs."""
     first, second = (run(swept.project, "dvc", "queue", "logs", name) for name in swept.names)
     ran, restored = (re.compile(pattern) for pattern in (r"Running stage '([^']+)'", r"Stage '([^']+)' is cached"))
-    assert sorted(ran.findall(first)) == sorted(SHARED | OWN) and restored.findall(first) == []
-    assert set(ran.findall(second)) <= OWN and {"prune@wanda", "evaluate@wanda", "report"} <= set(ran.findall(second))
+    assert sorted(ran.findall(first)) == sorted(KEYS | SHARED | OWN) and restored.findall(first) == []
+    assert KEYS | {"allocate@wanda", "prune@wanda", "evaluate@wanda", "report"} <= set(ran.findall(second)) <= KEYS | OWN
     assert SHARED <= set(restored.findall(second)) <= SHARED | {"choose"}
 
 
@@ -119,10 +113,12 @@ def test_dvc_shows_the_figures_of_all_runs(swept: Swept) -> None:
 
 
 def test_an_applied_experiment_is_complete(swept: Swept) -> None:
-    """Oracles: `dvc status`, the outputs."""
+    """All but the keys, which no cache has: the first stage writes them, and no other runs. Oracles: DVC's words, the outputs."""
     project = swept.project
     before = tree(project / "build")
     run(project, "dvc", "exp", "apply", swept.names[0])
+    output = run(project, "dvc", "repro")
+    assert re.findall(r"Running stage '([^']+)'", output) == ["keys"] and "is cached" not in output
     assert json.loads(run(project, "dvc", "status", "--json")) == {}
     assert tree(project / "build") != before
 
@@ -134,27 +130,20 @@ def locked(lock: str, *names: str) -> dict[str, dict[str, str]]:
     return {name: {path: md5 for path, md5 in own.items() if "build/costs" not in path} for name, own in outs.items()}
 
 
-@pytest.mark.parametrize("names", [("papers", "sparseline"), pytest.param(tuple(VARIANTS), marks=pytest.mark.campaign)], ids=["two", "all"])
+@pytest.mark.parametrize("names", [("papers", "best"), pytest.param(tuple(VARIANTS), marks=pytest.mark.campaign)], ids=["two", "all"])
 def test_two_clones_and_two_workers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
     """Shipped variants, one cache, one scratch, the same stages everywhere at the same time. Oracle: the bytes of stages that ran alone.
 
     Two variants that take every kind of step before the rounding of weights; all of them: `make campaign`.
     """
-    variants = {name: merge(VARIANTS[name], {"activation_budget_bytes": 0}) for name in names}
-    project = make_project(
-        tmp_path / "project",
-        variants=variants,
-        induced={"papers": {}},
-        curved={"sparseline": {}},
-        exported={},
-        choose={"candidates": []},
-        tasks={"presets": [], "variants": []},
-        report={"baseline": "papers"},
-    )
-    stages = ("induce@papers", "curves@sparseline", *(f"prune@{name}" for name in variants))
+    monkeypatch.setenv("SPARSELINE_ACTIVATION_BYTES", "0")
+    variants = {name: VARIANTS[name] for name in names}
+    project = make_project(tmp_path / "project", variants=variants, report={"baseline": "papers"})
+    stages = tuple(f"{stage}@{name}" for stage in ("curves", "allocate", "induce", "prune") for name in variants)
+    before = ("keys", "prepare", "text calibration", "calibrate", "scale", "sensitivity")
     with chdir(project):
-        build("check", "prepare", "text calibration", "calibrate", "scale", "sensitivity")
-    run(project, "dvc", "commit", "--force", "check", "prepare", "text@calibration", "calibrate", "scale", "sensitivity")
+        build(*before)
+    run(project, "dvc", "commit", "--force", *(stage.replace(" ", "@") for stage in before))
     commit(project)
     clones = [tmp_path / name for name in ("one", "two")]
     for clone in clones:
@@ -176,7 +165,7 @@ def test_two_clones_and_two_workers_at_once(tmp_path: Path, monkeypatch: pytest.
             time.sleep(0.5)
     finally:
         stop(project)
-    outputs = ("induce", "curves", "prune", "facts")
+    outputs = ("curves", "allocate", "induce", "prune", "facts")
     monkeypatch.chdir(project)
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "own"))
     build(*(stage.replace("@", " ") for stage in stages))
@@ -206,11 +195,8 @@ def test_a_sweep_changes_what_params_yaml_has(tmp_path: Path, sweep: str) -> Non
         shutil.copyfile(ROOT / "params.yaml", path)
         apply_overrides(path, one["params.yaml"])  # KeyError and the like: no such knob
         seen.add(path.read_text(encoding="utf-8"))
-        values = YAML(typ="safe", pure=True).load(path)
-        for name, variant in values["variants"].items():
-            params.parse(PruneParams, merge(values["prune"], variant), name)
-        params.parse(InduceParams, values["induce"], "induce")
-        params.parse(TextParams, values["texts"]["calibration"], "texts.calibration")
+        read_all(path)
+        params.load(TextParams, "texts.calibration", path)
     assert len(seen) >= len(queued)  # at most one of the values is the shipped one
 
 

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from project import ROOT, WANDA, build, change_params, commit, environment, make_project, results, run, tree
+from project import ROOT, WANDA, build, change_params, commit, environment, make_project, read_params, results, run, tree
 from ruamel.yaml import YAML
 from test_pipeline import executed, restored
 
 ALL = {f"text@{name}" for name in ("calibration", "validation", "test")} | {
-    *("prepare", "calibrate", "scale", "sensitivity", "prune@wanda", "evaluate-dense", "evaluate@wanda", "choose", "report"),
-    *("tasks-dense@embedded", "tasks@embedded-wanda"),
+    *("prepare", "calibrate", "scale", "sensitivity", "evaluate-dense", "tasks-dense", "choose", "report"),
+    *(f"{stage}@wanda" for stage in ("curves", "allocate", "induce", "prune", "evaluate", "tasks", "export")),
 }
 CHANGE = ("variants.wanda.selection", {**WANDA["selection"], "sparsity": 0.6})
-CONCERNED = {"prune@wanda", "evaluate@wanda", "tasks@embedded-wanda", "choose", "report"}
+CONCERNED = {*(f"{stage}@wanda" for stage in ("allocate", "induce", "prune", "evaluate", "tasks", "export")), "choose", "report"}
 CHECKPOINT = "prune/wanda/checkpoint"
 SHIPPED = configparser.ConfigParser()
 SHIPPED.read_string((ROOT / ".dvc" / "config").read_text(encoding="utf-8").replace("    ", ""))
@@ -36,15 +36,8 @@ SHIPPED.read_string((ROOT / ".dvc" / "config").read_text(encoding="utf-8").repla
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project after `dvc repro`, with dvc.lock committed. Read only."""
-    project = make_project(
-        tmp_path_factory.mktemp("sharing") / "project",
-        variants={"wanda": WANDA},
-        induced={},
-        curved={},
-        exported={},
-        choose={"candidates": ["wanda"]},
-        tasks={"variants": ["wanda"]},
-    )
+    variants = {"wanda": WANDA | {"candidate": True, "tasks": ["embedded"]}}
+    project = make_project(tmp_path_factory.mktemp("sharing") / "project", variants=variants)
     assert executed(run(project, "dvc", "repro")) == ALL
     commit(project)
     return project
@@ -114,7 +107,8 @@ def test_stages_write_beside_links_never_through_them(ran: Path, tmp_path: Path,
     change_params(clone, *CHANGE)
     monkeypatch.chdir(clone)
     build("prepare", *(f"text {name}" for name in ("calibration", "validation", "test")), "calibrate", "scale", "sensitivity")
-    build("prune wanda", "evaluate dense", "evaluate wanda", "tasks embedded dense", "tasks embedded wanda", "choose", "report")
+    build(*(f"{stage} wanda" for stage in ("curves", "allocate", "induce", "prune", "evaluate", "tasks")))
+    build("evaluate dense", "tasks dense", "export wanda", "choose", "report")
     assert tree(clone / "build" / CHECKPOINT) != before
     assert not any(path.is_symlink() for path in (clone / "build" / CHECKPOINT).iterdir())
     assert damaged(store) == []
@@ -150,7 +144,7 @@ def test_two_clones_share_a_cache_and_hold_a_model_once(ran: Path, tmp_path: Pat
 
 
 def test_a_second_clone_of_what_is_shipped_computes_nothing(tmp_path: Path) -> None:
-    """The tracked files as they are, the embedded model and a variant that needs few stages. Oracle: DVC's account of both clones.
+    """The tracked files, the embedded model and, of the variants, one that needs few stages. Oracle: DVC's account of both clones.
 
     A dvc.lock among them would name outputs that no cache has, and then DVC looks no further.
     """
@@ -160,6 +154,8 @@ def test_a_second_clone_of_what_is_shipped_computes_nothing(tmp_path: Path) -> N
             (shipped / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, shipped / name)
     assert not (shipped / "dvc.lock").exists()
+    change_params(shipped, "variants", {"magnitude": read_params(ROOT)["variants"]["magnitude"]})
+    change_params(shipped, "report.baseline", "magnitude")
     run(shipped, "git", "init", "--quiet", "--initial-branch", "main")
     run(shipped, "git", "config", "user.name", "test")
     run(shipped, "git", "config", "user.email", "test@localhost")
@@ -319,7 +315,7 @@ def test_a_clone_without_lock_file_finds_the_runs(ran: Path, tmp_path: Path, ssh
 
 
 def test_what_git_ignores_is_in_the_cache() -> None:
-    """DVC pushes cached outputs only: one that is neither in the cache nor in git would make every clone run its stage again."""
+    """DVC pushes cached outputs only: one that is neither in the cache nor in git makes every clone run its stage again, as `keys` is to."""
     stages = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].values()
     uncached = [
         path
@@ -329,5 +325,5 @@ def test_what_git_ignores_is_in_the_cache() -> None:
         if options.get("cache") is False
     ]
     ignored = subprocess.run(("git", "check-ignore", "--no-index", *uncached), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ignored.stdout == ""
-    assert uncached == ["report/summary.json"]
+    assert ignored.stdout.splitlines() == ["build/keys"]
+    assert uncached == ["build/keys", "report/summary.json"]
