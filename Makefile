@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
-.PHONY: run test sshd check format plan compare sweep deps screenshots environment clean
+.PHONY: run test sshd check format plan compare sweep screenshots environment clean
 .PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-refresh bench-latency bench-busy bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
@@ -95,7 +95,7 @@ plan: environment  ## predict memory, disk and rough time for the configured mod
 	python -m stages.plan
 
 # Ready-made sweeps: `make sweep-sparsity`. VARIANT: whose allocation sweep-allocation changes.
-VARIANT ?= sparseline
+VARIANT ?= best
 sweep-sparsity: SET = prune.selection.sparsity=0.3,0.4,0.5,0.6,0.7,0.8
 sweep-pattern: SET = prune.selection.pattern=unstructured,"2:4","4:8"
 sweep-lambda: SET = induce.spectral.weight=0,0.001,0.01,0.1,1
@@ -112,9 +112,6 @@ sweep $(SWEEPS): environment  ## queue an experiment per value, or per combinati
 
 compare: environment  ## finished experiments, branches and the workspace: perplexity over sparsity (report/compare.html), and a table
 	python -m stages.compare
-
-deps: environment  ## rewrite the code deps in dvc.yaml as each stage's import closure
-	python -m tests.graph
 
 screenshots:  ## docs/report-*.png from report/index.html, with chromium
 	sh docs/screenshots.sh
