@@ -1,4 +1,4 @@
-# `make run` and `make test` set up what they need. Settings: SPARSELINE_DEVICE, SPARSELINE_THREADS, SPARSELINE_SCRATCH (see README).
+# `make run` and `make test` set up what they need. Settings are environment variables, SPARSELINE_DEVICE and others: see README.
 # The Python of the environment: the first of these that runs and is 3.11 to 3.14.
 PYTHONS := python3.11 python3 python3.12 python3.13 python3.14
 RIGHT := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
-.PHONY: run test sshd check format plan compare sweep deps screenshots environment clean
+.PHONY: run test sshd check format plan compare sweep screenshots environment clean
 .PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-refresh bench-latency bench-busy bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
@@ -32,14 +32,14 @@ check: environment  ## formatting, lint, types
 	ruff check .
 	mypy
 
-format: environment  ## mend formatting and what lint can mend
+format: environment  ## correct formatting, and what lint can correct
 	ruff format .
 	ruff check --fix .
 
 bench-seeds: environment  ## three calibration seeds of the shipped variants (docs/results.md)
 	python -m benchmarks.pipeline seeds
 
-bench-recipes: environment  ## candidates for `sparseline`, compared on validation text
+bench-recipes: environment  ## candidates for `best`, compared on validation text
 	python -m benchmarks.pipeline recipes --seeds 1
 
 bench-induction: environment  ## testbeds: every base and pattern without and with induction, then the wall-time ratio (docs/results.md)
@@ -95,7 +95,7 @@ plan: environment  ## predict memory, disk and rough time for the configured mod
 	python -m stages.plan
 
 # Ready-made sweeps: `make sweep-sparsity`. VARIANT: whose allocation sweep-allocation changes.
-VARIANT ?= sparseline
+VARIANT ?= best
 sweep-sparsity: SET = prune.selection.sparsity=0.3,0.4,0.5,0.6,0.7,0.8
 sweep-pattern: SET = prune.selection.pattern=unstructured,"2:4","4:8"
 sweep-lambda: SET = induce.spectral.weight=0,0.001,0.01,0.1,1
@@ -112,9 +112,6 @@ sweep $(SWEEPS): environment  ## queue an experiment per value, or per combinati
 
 compare: environment  ## finished experiments, branches and the workspace: perplexity over sparsity (report/compare.html), and a table
 	python -m stages.compare
-
-deps: environment  ## rewrite the code deps in dvc.yaml as each stage's import closure
-	python -m tests.graph
 
 screenshots:  ## docs/report-*.png from report/index.html, with chromium
 	sh docs/screenshots.sh
