@@ -57,11 +57,7 @@ class Choose:
                 raise SparselineError(
                     f"The scores of {block.where}.{matrix.label} hold NaN or infinity; check the model, or compute in float32."
                 )
-            if matrix.parameter not in block.masks:
-                block.tensors[matrix.parameter] = block.tensors[matrix.parameter].to(self.dtype, copy=True)
-            whole = block.masks.get(matrix.parameter, torch.ones(block.tensors[matrix.parameter].shape, dtype=torch.bool))
-            matrix.view(whole).copy_(mask)
-            block.masks[matrix.parameter] = whole
+            block.take(matrix, mask, self.dtype)
             matrix.view(block.tensors[matrix.parameter]).masked_fill_(~mask, 0)
             block.curvatures[matrix], block.rules[matrix] = curvature, rule
             block.facts["matrices"][matrix.label] = {"kind": matrix.kind, "size": weight.numel(), "kept": block.kept[matrix]}

@@ -58,9 +58,7 @@ class Finetune:
             block.facts[self.name] = fitted.facts
         for matrix, mask in (fitted.masks or {}).items():
             index, own = places[matrix]
-            whole = blocks[index].masks[own.parameter]
-            own.view(whole).copy_(mask)
-            blocks[index].masks[own.parameter] = whole
+            blocks[index].take(own, mask)
 
     def _remask(self, window: Window, places: Mapping[Matrix, tuple[int, Matrix]]) -> Remask | None:
         if not self.remasks:

@@ -92,11 +92,7 @@ class Layerwise:
             grid = None if self.scheme is None else Grid(target.shape, self.scheme, target.device)
             task = _Task(matrix, target, factorisation, block.kept[matrix], rule, grid)
             self._prune(task, errors, f"{block.where}.{matrix.label}")
-            if matrix.parameter not in block.masks:
-                block.tensors[matrix.parameter] = block.tensors[matrix.parameter].to(self.dtype, copy=True)
-            whole = block.masks.get(matrix.parameter, torch.ones(block.tensors[matrix.parameter].shape, dtype=torch.bool))
-            matrix.view(whole).copy_(task.mask)
-            block.masks[matrix.parameter] = whole
+            block.take(matrix, task.mask, self.dtype)
             _put(block, matrix, weight, task.new, shift)
             block.curvatures[matrix], block.rules[matrix] = factorisation.whole(), rule
             if grid is not None:
@@ -104,7 +100,7 @@ class Layerwise:
                 task.facts["rounding_error"] = grid.error
             size = {"kind": matrix.kind, "size": weight.numel(), "kept": block.kept[matrix]}
             block.facts["matrices"][matrix.label] = {**size, **task.facts, "damping": factorisation.damping}
-            del weight, target, task, whole  # before the next
+            del weight, target, task  # before the next
 
     def memory(self, shapes: Shapes) -> float:
         """Bytes: the window's blocks (twice where the dense one is needed again), the Gram matrices (site by site only the largest, and the

@@ -46,6 +46,15 @@ class Block:
         """The included matrices that share a site."""
         return [matrix for matrix in self.architecture.consumers(site) if matrix in self.kept]
 
+    def take(self, matrix: Matrix, mask: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+        """A matrix's mask [R, C]; the parameter that holds the matrix becomes a copy, in this dtype, whose weights may be changed."""
+        name = matrix.parameter
+        if name not in self.masks:
+            self.tensors[name] = self.tensors[name].to(dtype, copy=True)
+        whole = self.masks.get(name, torch.ones(self.tensors[name].shape, dtype=torch.bool))
+        matrix.view(whole).copy_(mask)
+        self.masks[name] = whole
+
 
 @dataclass(frozen=True)
 class Streams:
