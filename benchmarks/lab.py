@@ -33,6 +33,7 @@ from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.run import Rows, Source, prune
 from pipeline_lib.prune.window import Block
 from pipeline_lib.recipe.settings import Recipe
+from pipeline_lib.stats.dense import DenseBlock
 from pipeline_lib.stats.moments import SiteStatistics
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import walk
@@ -131,9 +132,9 @@ class Lab:
         for index, sites in enumerate(self.statistics()[0]):
             tensors, counts = self.bed.checkpoint.block(index), {matrix: kept[index, matrix] for matrix in entry.matrices}
             given = Transform(starting_factors(entry, tensors, sites, start), shifts(entry, sites, start))
-            judge = gate.enter(index, tensors, sites, counts)
-            where = f"{entry.blocks}.{index}"
-            learned.append(induce_block(entry, tensors, set(counts), sites, given, selection, asked.induce, where, judge).transform)
+            dense = DenseBlock(entry, f"{entry.blocks}.{index}", tensors, sites)
+            judge = gate.enter(index, dense, counts)
+            learned.append(induce_block(dense, counts, given, selection, asked.induce, judge).transform)
         return learned
 
     def allocated(self, asked: Recipe) -> tuple[Kept, float]:
@@ -204,7 +205,8 @@ class Lab:
         (entries, moments), _ = self.sensitivities(moments=True)
         found: Entries = {}
         for index, sites in enumerate(self.statistics()[0]):
-            tensors, where = self.bed.checkpoint.block(index), f"{entry.blocks}.{index}"
-            block = measure(entry, tensors, sites, entry.matrices, moments[index], asked.selection, compensate, settings("curves"), where)
+            where = f"{entry.blocks}.{index}"
+            dense = DenseBlock(entry, where, self.bed.checkpoint.block(index), sites)
+            block = measure(dense, entry.matrices, moments[index], asked.selection, compensate, settings("curves"))
             found |= {f"{where}.{label}": entries[f"{where}.{label}"] | facts for label, facts in block.items()}
         return found
