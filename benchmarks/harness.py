@@ -70,11 +70,6 @@ def lab(testbed: str) -> Lab:
     return Lab(Testbed(testbed))
 
 
-def perplexities(lab: Lab, run: Run | None, texts: Sequence[str]) -> dict[str, float]:
-    """Per text; of the dense model without a run."""
-    return {text: lab.bed.perplexity(run.tensors, text) if run else lab.bed.dense(text) for text in texts}
-
-
 def pruned(cell: Cell, texts: Sequence[str], facts: Callable[[Lab, Recipe | None, Run | None], Record] | None = None) -> list[Record]:
     """A record per text: the key, ``dense``, each arm's perplexity, the last arm's wall seconds and facts."""
     here = lab(cell.key["testbed"]).at(cell.source, cell.rows, cell.key["seed"])
@@ -83,7 +78,7 @@ def pruned(cell: Cell, texts: Sequence[str], facts: Callable[[Lab, Recipe | None
     for arm in cell.arms:
         asked = cell.recipe(arm)
         run = here.run(asked) if asked else None
-        found[arm] = perplexities(here, run, texts)
+        found[arm] = {text: here.bed.perplexity(run.tensors, text) if run else here.bed.dense(text) for text in texts}
         more = ({"wall_s": round(run.wall_s, 2)} if run else {}) | (facts(here, asked, run) if facts else {})
     return [
         {**cell.key, "text": text, "dense": here.bed.dense(text), **{arm: ppl[text] for arm, ppl in found.items()}, **more}
