@@ -139,17 +139,22 @@ class Study:
         Args:
             only: values of the key, as text, that cells must have.
             missing: leave out what the record has already.
+
+        Raises:
+            click.ClickException: no cell has these values.
         """
+        asked = [cell for cell in self.every.values() if all(str(cell.key[one]) == value for one, value in (only or {}).items())]
+        if not asked:
+            raise click.ClickException(f"{self.name} has no such cell; its first is {next(iter(self.every))}.")
         known = {self._name(record) for record in self.recorded()} if missing else set()
-        for name, cell in self.every.items():
-            if name not in known and all(str(cell.key[one]) == value for one, value in (only or {}).items()):
-                path = self.file(cell)
-                if not path.exists():
-                    started = time.perf_counter()
-                    found = self.compute(cell)
-                    write_json(path, found)
-                    shown = "; ".join(f"{record['text'] or ''} {self._values(record)}" for record in found)
-                    click.echo(f"{name}: {shown}; {time.perf_counter() - started:.0f} s")
+        for cell in asked:
+            path = self.file(cell)
+            if cell.name not in known and not path.exists():
+                started = time.perf_counter()
+                found = self.compute(cell)
+                write_json(path, found)
+                shown = "; ".join(f"{record['text'] or ''} {self._values(record)}" for record in found)
+                click.echo(f"{cell.name}: {shown}; {time.perf_counter() - started:.0f} s")
         return self.gather()
 
     def gather(self) -> list[Record]:

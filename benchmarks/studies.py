@@ -232,7 +232,7 @@ asked = click.argument("study", type=click.Choice(list(STUDIES)), callback=lambd
 @click.option("--missing", is_flag=True, help="Only cells that the record lacks.")
 def run(study: Study, only: tuple[str, ...], missing: bool) -> None:
     """Every cell that has no file yet; then the tables."""
-    wanted = dict(one.split("=", 1) for one in only)
+    wanted = {name: value for name, _, value in (one.partition("=") for one in only)}
     fields = next(iter(study.every.values())).key
     if unknown := wanted.keys() - fields.keys():
         raise click.ClickException(f"{study.name} has no field {sorted(unknown)[0]!r}; fields: {', '.join(fields)}.")
