@@ -129,13 +129,19 @@ class Lab:
         compensate = "obs" in asked.reconstruction.steps
         gate = Gate(self.bed.stream(), self.rows["held_out"], asked.batch_rows, selection, compensate)
         learned = []
-        for index, sites in enumerate(self.statistics()[0]):
-            tensors, counts = self.bed.checkpoint.block(index), {matrix: kept[index, matrix] for matrix in entry.matrices}
-            given = Transform(starting_factors(entry, tensors, sites, start), shifts(entry, sites, start))
-            dense = DenseBlock(entry, f"{entry.blocks}.{index}", tensors, sites)
+        for index, dense in enumerate(self.dense()):
+            counts = {matrix: kept[index, matrix] for matrix in entry.matrices}
+            factors = starting_factors(entry, dense.tensors, dense.statistics, start)
+            given = Transform(factors, shifts(entry, dense.statistics, start))
             judge = gate.enter(index, dense, counts)
             learned.append(induce_block(dense, counts, given, selection, asked.induce, judge).transform)
         return learned
+
+    def dense(self) -> Iterator[DenseBlock]:
+        """The dense model's blocks with their statistics."""
+        entry = self.bed.checkpoint.architecture
+        for index, sites in enumerate(self.statistics()[0]):
+            yield DenseBlock(entry, f"{entry.blocks}.{index}", self.bed.checkpoint.block(index), sites)
 
     def allocated(self, asked: Recipe) -> tuple[Kept, float]:
         """Kept counts, and the wall seconds of all that was measured for them."""
@@ -204,9 +210,7 @@ class Lab:
         entry = self.bed.checkpoint.architecture
         (entries, moments), _ = self.sensitivities(moments=True)
         found: Entries = {}
-        for index, sites in enumerate(self.statistics()[0]):
-            where = f"{entry.blocks}.{index}"
-            dense = DenseBlock(entry, where, self.bed.checkpoint.block(index), sites)
+        for index, dense in enumerate(self.dense()):
             block = measure(dense, entry.matrices, moments[index], asked.selection, compensate, settings("curves"))
-            found |= {f"{where}.{label}": entries[f"{where}.{label}"] | facts for label, facts in block.items()}
+            found |= {f"{dense.where}.{label}": entries[f"{dense.where}.{label}"] | facts for label, facts in block.items()}
         return found
