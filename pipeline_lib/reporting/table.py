@@ -110,8 +110,8 @@ RANKED, CURVED = ("weight", "layer"), ("predicted", "owl", "dlp")  # allocations
 
 def _asked(path: Path) -> dict[str, tuple[bool, Sequence[str]]]:
     """Model -> whether its files are weighed, and the presets of tasks that it is measured on; the dense one first."""
-    exported, presets, measured = (params.section(name, path) or () for name in ("exported", "tasks.presets", "tasks.variants"))
-    names = params.section("variants", path) or ()
+    names, exported = params.section("variants", path) or (), params.section("exported", path) or ()
+    presets, measured = params.section("tasks.presets", path), params.section("tasks.variants", path)
     return {DENSE: (True, presets)} | {name: (name in exported, presets if name in measured else []) for name in names}
 
 
@@ -124,7 +124,7 @@ def stages(variant: Variant) -> list[str]:
     """The stages that a variant needs beyond those that all need (prepare, text), in the graph's order."""
     if not variant.facts:
         return []
-    name, induced = variant.name, bool(variant.facts["transform"])
+    name, induced = variant.name, bool(induction(variant.facts))
     ranked, curved = ((variant.facts["settings"]["allocation"]["method"] in methods) for methods in (RANKED, CURVED))
     learned = ["calibrate"] * (induced or curved) + ["scale", f"induce-{name}"] * induced
     return [*learned, *["sensitivity"] * (ranked or curved), *[f"curves-{name}"] * curved, f"prune-{name}"]
@@ -142,6 +142,21 @@ def layer_errors(facts: Facts) -> dict[int, float]:
         if matrix.get("layer_error") is not None:
             errors.setdefault(int(matrix["block"]), []).append(matrix["layer_error"])
     return {block: mean(errors[block]) for block in sorted(errors)}
+
+
+def induction(facts: Facts) -> dict[str, Facts]:
+    """Block -> what its gate judged and kept; empty for a variant that learns no factors."""
+    found = (facts["transform"] or {}).get("induction", {})
+    return {block: found[block] for block in sorted(found, key=int)}
+
+
+def fits(facts: Facts) -> dict[str, dict[str, Facts]]:
+    """Step that fits a whole block -> block -> its errors before and after; blocks without the step are left out."""
+    found: dict[str, dict[str, Facts]] = {}
+    for block in sorted(facts["blocks"], key=int):
+        for step, errors in facts["blocks"][block].items():
+            found.setdefault(step, {})[block] = errors
+    return found
 
 
 # What the stages left
