@@ -319,7 +319,7 @@ def test_an_experiment_reruns_its_variant(project: Path) -> None:
     output = run(project, "dvc", "exp", "run", "-S", "+variants.sparseline.selection.sparsity=0.6", "prune@sparseline")
     assert executed(output) == MEASURED | {"prune@sparseline"}
     assert not restored(output)
-    assert stale(project) == OWN - {"prune@sparseline"} | {"report"}  # choose follows from the evaluation (tests/test_experiments.py)
+    assert stale(project) == OWN - {"prune@sparseline"} | SUMMARIES
     weights = checkpoint(project / "build" / "prune" / "sparseline" / "checkpoint")
     assert sum(np.count_nonzero(tensor) for name, tensor in weights.items() if prunable(name)) == round(0.4 * PRUNABLE)
     with chdir(project):

@@ -276,7 +276,7 @@ def test_the_script_completes_the_page(build: Path) -> None:
         ("depth", {}, []),
         ("layer", {}, ["sensitivity"]),
         ("predicted", {}, ["calibrate", "sensitivity", "curves-full"]),
-        ("owl", {"induction": {}}, ["calibrate", "scale", "induce-full", "sensitivity", "curves-full"]),
+        ("owl", {"induction": {"0": {}}}, ["calibrate", "scale", "induce-full", "sensitivity", "curves-full"]),
     ],
 )
 def test_stages_that_a_recipe_needs(build: Path, method: str, transform: Any, expected: list[str]) -> None:
@@ -524,6 +524,7 @@ def test_errors_that_were_not_measured_stay_empty(build: Path) -> None:
     """Magnitude runs no forward pass and Wanda factorises nothing: their matrices have neither error nor damping. Oracle: the figure's texts."""
 
     def forget(found: Any) -> None:
+        found["transform"] = found["transform"] or None
         for matrix in found["matrices"].values():
             del matrix["layer_error"], matrix["damping"]
 
