@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.testbed import Tensors, Testbed
 from pipeline_lib.allocate.budget import Unit
-from pipeline_lib.allocate.methods import plan as allocate
+from pipeline_lib.allocate.methods import counts as allocate
 from pipeline_lib.allocate.settings import CURVES, SENSITIVITIES
 from pipeline_lib.core import params
 from pipeline_lib.core.artifacts import block_file, read_tensors
