@@ -121,6 +121,8 @@ def sensitivities(bed: Testbed, rows: torch.Tensor, with_moments: bool = True) -
             lambda probes: fisher.samples(subject, settings, probes, moments), settings.probes, settings.probes_per_pass, settings.agreement
         )
         summary = list(groups)[-1].summary()
+        if moments is not None:
+            moments.finish(entry.depth)
         found = [read_tensors(block_file(Path(folder), index))[0] for index in range(entry.depth)] if with_moments else []
     places = {name: {"block": index, "kind": m.kind} for index, named in matrices.items() for name, m in named.items()}
     return {name: {**values, **places[name]} for name, values in summary.items()}, found
