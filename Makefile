@@ -12,8 +12,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
-.PHONY: run test sshd check format plan compare sweep deps screenshots environment clean
-.PHONY: bench-seeds bench-recipes bench-induction bench-ablation bench-twins bench-sensitivity bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-refresh bench-latency bench-busy bench-verify
+.PHONY: run test campaign sshd check format plan sweep screenshots environment clean
+.PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-latency bench-busy bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true  # an archive without .git
@@ -21,7 +21,10 @@ run: environment  ## reproduce everything that is out of date, print the table a
 	@echo; python -m stages.costs; echo; echo "report: report/index.html"
 
 test: environment sshd  ## the whole test suite
-	python -m pytest -n 2 --dist loadfile
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+campaign: environment  ## tests of more instances than `make test` has time for
+	python -m pytest -m campaign
 
 sshd:  ## for the tests over SSH: installed in a container only, since elsewhere the Debian package would open port 22
 	@test -x /usr/sbin/sshd || { test ! -d /run/systemd/system && apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server; } \
@@ -36,35 +39,8 @@ format: environment  ## mend formatting and what lint can mend
 	ruff format .
 	ruff check --fix .
 
-bench-seeds: environment  ## three calibration seeds of the shipped variants (docs/results.md)
-	python -m benchmarks.pipeline seeds
-
-bench-recipes: environment  ## candidates for `sparseline`, compared on validation text
-	python -m benchmarks.pipeline recipes --seeds 1
-
-bench-induction: environment  ## testbeds: every base and pattern without and with induction, then the wall-time ratio (docs/results.md)
-	python -m benchmarks.induction cells
-	python -m benchmarks.induction timing
-
-bench-ablation: environment  ## testbeds: what each part of induction brings
-	python -m benchmarks.ablation
-
-bench-twins: environment  ## testbeds and their scrambled twins
-	python -m benchmarks.twins
-
-bench-sensitivity: environment  ## testbeds: both estimators of sensitivity, their rankings, cost and memory
-	python -m benchmarks.sensitivity
-
-bench-sparsity: environment  ## testbeds: allocations, scores and sparsities; what the authors' unsquared ISC changes
-	python -m benchmarks.sparsity cells
-	python -m benchmarks.sparsity unsquared
-
-bench-reconstruction: environment  ## testbeds: least squares, towards the dense stream, gradients through blocks; then one LLaMA-7B-shaped block
-	python -m benchmarks.reconstruction cells
-	python -m benchmarks.reconstruction block
-
-bench-quantization: environment  ## testbeds: round to nearest, GPTQ, SparseGPT and the preset at 4 bits (and GPTQ at 3)
-	python -m benchmarks.quantization cells
+bench-induction bench-sparsity bench-reconstruction bench-quantization: bench-%: environment  ## testbeds: a study's cells that have no file yet, then its tables (docs/results.md)
+	python -m benchmarks.studies run $*
 
 rivals-environment:  ## llm-compressor in an environment of its own, for bench-rivals
 	$(PYTHON) -m venv .rivals
@@ -72,24 +48,18 @@ rivals-environment:  ## llm-compressor in an environment of its own, for bench-r
 	.rivals/bin/python -m pip install --quiet --disable-pip-version-check llmcompressor==0.14.0.1 compressed-tensors==0.19.0 "transformers>=5.15,<5.18"
 
 bench-rivals: environment  ## testbeds: our presets and baselines against llm-compressor; then costs alone (wants a quiet machine)
-	python -m benchmarks.rivals cells
-	python -m benchmarks.rivals cost
+	python -m benchmarks.studies run rivals
+	python -m benchmarks.studies run rivals_cost
 
-bench-refresh: environment  ## fast Hessian update against recomputing, at LLaMA-7B layer shapes (about 15 minutes)
-	python -m benchmarks.refresh
-
-bench-busy: environment  ## dvc repro beside a busy process, against an idle machine (about 15 minutes; wants a quiet machine)
+bench-busy: environment  ## dvc repro beside a busy process, against an idle machine (wants a quiet machine)
 	python -m benchmarks.busy
 
 bench-latency: environment  ## what sparsity does to speed: dense against 2:4 on a GPU, or what zeros are worth on this CPU
 	python -m benchmarks.latency
 
-bench-verify: environment  ## recompute three random cells each of induction.json, sparsity.json, reconstruction.json, quantization.json and rivals.json
-	python -m benchmarks.induction verify
-	python -m benchmarks.sparsity verify
-	python -m benchmarks.reconstruction verify
-	python -m benchmarks.quantization verify
-	python -m benchmarks.rivals verify
+STUDIES := induction sparsity reconstruction quantization rivals rivals_rows
+bench-verify: environment  ## compute cells of the records anew: CELLS random ones per study, or one: make bench-verify STUDIES=sparsity CELL='llama,unstructured,0.5,predicted,obs,0'
+	@for study in $(STUDIES); do python -m benchmarks.studies verify $$study $(if $(CELL),--cell '$(CELL)',--count $(or $(CELLS),3)) || exit 1; done
 
 plan: environment  ## predict memory, disk and rough time for the configured model, before anything runs
 	python -m stages.plan
@@ -108,10 +78,7 @@ SWEEPS := sweep-sparsity sweep-pattern sweep-lambda sweep-induction-alpha sweep-
 sweep $(SWEEPS): environment  ## queue an experiment per value, or per combination: make sweep SET='a.key=1,2 b.key=3,4' (docs/experiments.md)
 	@test -n '$(SET)' || { echo "make sweep: SET is missing, e.g. SET='prune.selection.sparsity=0.5,0.6'"; exit 2; }
 	dvc exp run --queue $(foreach one,$(SET),-S '$(one)')
-	@echo "next: dvc queue start, dvc queue status until all have ended, make compare"
-
-compare: environment  ## finished experiments, branches and the workspace: perplexity over sparsity (report/compare.html), and a table
-	python -m stages.compare
+	@echo "next: dvc queue start, dvc queue status until all have ended, dvc exp show (docs/experiments.md)"
 
 deps: environment  ## rewrite the code deps in dvc.yaml as each stage's import closure
 	python -m tests.graph

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.records import commit
+from benchmarks.harness import commit
 from pipeline_lib.core.artifacts import write_json
 
 ROOT = Path(__file__).parent.parent

@@ -1,8 +1,8 @@
 """What sparsity does to speed, as ratios within one run: ``python -m benchmarks.latency``.
 
 On a CUDA GPU, at LLaMA-7B layer shapes in float16: prefill of 2048 tokens and decoding of one, dense against 2:4 through
-``torch.sparse.to_sparse_semi_structured``, matrix by matrix and for a whole block. On a CPU, what zeros are worth there: the same product with
-a dense matrix, with the same matrix full of zeros, and through torch's CSR; and loading a bitmask checkpoint against loading a dense one.
+``torch.sparse.to_sparse_semi_structured``, matrix by matrix and for a whole block. On a CPU: the same product with a dense matrix, with the
+same matrix full of zeros, and through torch's CSR; and loading a bitmask checkpoint against loading a dense one.
 
 Arms take turns in every repetition, so that a slow moment hits all of them; times are medians, ratios are dense over sparse: above 1 is faster.
 On the CPU one thread runs and its own seconds count, so that what else the machine does matters less.
@@ -11,7 +11,7 @@ On the CPU one thread runs and its own seconds count, so that what else the mach
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from benchmarks.records import commit
+from benchmarks.harness import RESULTS, Record, commit
 from pipeline_lib.core import products
 from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.export import bitmask, load
@@ -31,87 +31,87 @@ from pipeline_lib.export.groups import Quantisation
 from pipeline_lib.export.shards import one_by_one, partition
 from pipeline_lib.models.checkpoint import open_checkpoint
 
-RESULTS = Path(__file__).parent / "results" / "latency.json"
 PAPER = {"end_to_end": 1.24, "source": "2602.21652, Table 4"}
 WIDTH, INNER, HEADS = 4096, 11008, 32  # LLaMA-7B
 SHAPES = {"q, k, v, o": (WIDTH, WIDTH), "gate, up": (INNER, WIDTH), "down": (WIDTH, INNER)}
 PREFILL, DECODE = 2048, 1
 CPU_PREFILL = 256  # tokens: a CSR product of 2048 would take minutes
 SPARSITIES = (0.5, 0.7, 0.9)
-Arm = Callable[[], Any]
+Arms = Mapping[str, Callable[[], Any]]
 
 
-def medians(arms: dict[str, Arm], repetitions: int, inner: int, device: torch.device) -> dict[str, float]:
-    """Arm -> median seconds of one call, ``inner`` calls timed together; a first round of all warms up."""
-
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-
-    def seconds(arm: Arm) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = clock()
-        for _ in range(inner):
-            arm()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (clock() - started) / inner
-
-    for arm in arms.values():
-        seconds(arm)
-    rounds = [{name: seconds(arm) for name, arm in arms.items()} for _ in range(repetitions)]
-    return {name: median(one[name] for one in rounds) for name in arms}
-
-
-def told(times: dict[str, float], **what: Any) -> list[dict[str, Any]]:
-    """A record per arm that is not the dense one, and a line for each."""
+def compared(arms: Arms, repetitions: int, inner: int, what: Record) -> list[Record]:
+    """A record per arm that is not the dense one, and a line for each; ``inner`` calls are timed together, a first round of all warms up."""
+    times = medians(arms, repetitions, inner)
     found = []
     for name, taken in times.items():
         if name != "dense":
-            record = what | {"arm": name, "dense_s": times["dense"], "arm_s": taken, "ratio": round(times["dense"] / taken, 3)}
-            click.echo(f"{', '.join(f'{key} {value}' for key, value in what.items())}: {name} {record['ratio']:.2f}x")
-            found.append(record)
+            found.append(what | {"arm": name, "dense_s": times["dense"], "arm_s": taken, "ratio": round(times["dense"] / taken, 3)})
+            click.echo(f"{', '.join(f'{key} {value}' for key, value in what.items())}: {name} {found[-1]['ratio']:.2f}x")
     return found
+
+
+def medians(arms: Arms, repetitions: int, inner: int) -> dict[str, float]:
+    """Arm -> median seconds of one call."""
+    gpu = torch.cuda.is_available()
+    clock = time.perf_counter if gpu else time.process_time
+
+    def wait() -> None:
+        if gpu:
+            torch.cuda.synchronize()
+
+    def seconds(arm: Callable[[], Any]) -> float:
+        wait()
+        started = clock()
+        for _ in range(inner):
+            arm()
+        wait()
+        return (clock() - started) / inner
+
+    rounds = [{name: seconds(arm) for name, arm in arms.items()} for _ in range(1 + repetitions)][1:]
+    return {name: median(one[name] for one in rounds) for name in arms}
 
 
 def two_of_four(weight: torch.Tensor) -> torch.Tensor:
     """The larger two of every four consecutive inputs."""
     fours = weight.reshape(weight.shape[0], -1, 4)
-    smaller = fours.abs().topk(2, dim=-1, largest=False).indices
-    return fours.scatter(-1, smaller, 0).reshape(weight.shape)
+    return fours.scatter(-1, fours.abs().topk(2, dim=-1, largest=False).indices, 0).reshape(weight.shape)
+
+
+def decoder_block(sparse: bool) -> LlamaModel:
+    """One random block with 2:4 matrices, as dense tensors or in the format for them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": HEADS}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=8, dtype=torch.float16)
+    model = LlamaModel(config).to("cuda", torch.float16).eval().requires_grad_(False)
+    for module in model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = two_of_four(module.weight)
+            chosen = torch.sparse.to_sparse_semi_structured(weight) if sparse else weight
+            module.weight = torch.nn.Parameter(chosen, requires_grad=False)
+    return model
 
 
 @torch.inference_mode()
-def on_gpu(device: torch.device, repetitions: int) -> list[dict[str, Any]]:
+def on_gpu(repetitions: int) -> list[Record]:
     """2:4 against dense: single matrices, then a decoder block with its attention, norms and cache."""
-    half = {"device": device, "dtype": torch.float16}
+    random = partial(torch.randn, device="cuda", dtype=torch.float16)
     records = []
     for name, shape in SHAPES.items():
-        dense = two_of_four(torch.randn(shape, **half))
+        dense = two_of_four(random(shape))
         sparse = torch.sparse.to_sparse_semi_structured(dense)
         for phase, tokens in (("prefill", PREFILL), ("decode", DECODE)):
-            x = torch.randn(tokens, shape[1], **half)
+            x = random((tokens, shape[1]))
             arms = {"dense": partial(functional.linear, x, dense), "2:4": partial(functional.linear, x, sparse)}
-            records += told(
-                medians(arms, repetitions, 20, device), part="matrix", matrices=name, phase=phase, tokens=tokens, dtype="float16"
-            )
-    config = LlamaConfig(
-        hidden_size=WIDTH, intermediate_size=INNER, num_attention_heads=HEADS, num_hidden_layers=1, vocab_size=8, dtype=torch.float16
-    )
-    blocks = {}
-    for name in ("dense", "2:4"):
-        torch.manual_seed(0)
-        blocks[name] = LlamaModel(config).to(**half).eval().requires_grad_(False)
-        for module in blocks[name].layers.modules():
-            if isinstance(module, torch.nn.Linear):
-                weight = two_of_four(module.weight)
-                chosen = torch.sparse.to_sparse_semi_structured(weight) if name == "2:4" else weight
-                module.weight = torch.nn.Parameter(chosen, requires_grad=False)
-    x = torch.randn(1, PREFILL, WIDTH, **half)
-    arms = {name: partial(block, inputs_embeds=x, use_cache=False) for name, block in blocks.items()}
-    records += told(medians(arms, repetitions, 5, device), part="block", phase="prefill", tokens=PREFILL, dtype="float16")
-    steps: dict[str, Arm] = {}
+            what = {"part": "matrix", "matrices": name, "phase": phase, "tokens": tokens, "dtype": "float16"}
+            records += compared(arms, repetitions, 20, what)
+    blocks = {"dense": decoder_block(False), "2:4": decoder_block(True)}
+    x = random((1, PREFILL, WIDTH))
+    prefill = {name: partial(block, inputs_embeds=x, use_cache=False) for name, block in blocks.items()}
+    records += compared(prefill, repetitions, 5, {"part": "block", "phase": "prefill", "tokens": PREFILL, "dtype": "float16"})
+    steps = {}
     for name, block in blocks.items():
-        cache = DynamicCache(config=config)
+        cache = DynamicCache(config=block.config)
         block(inputs_embeds=x, past_key_values=cache, use_cache=True)
 
         def step(block: LlamaModel = block, cache: DynamicCache = cache) -> None:
@@ -119,68 +119,60 @@ def on_gpu(device: torch.device, repetitions: int) -> list[dict[str, Any]]:
             cache.crop(-DECODE)  # so that every step sees as many tokens
 
         steps[name] = step
-    return records + told(medians(steps, repetitions, 20, device), part="block", phase="decode", tokens=DECODE, dtype="float16")
+    return records + compared(steps, repetitions, 20, {"part": "block", "phase": "decode", "tokens": DECODE, "dtype": "float16"})
 
 
 @torch.inference_mode()
-def on_cpu(repetitions: int) -> list[dict[str, Any]]:
+def on_cpu(repetitions: int) -> list[Record]:
     """Dense kernels do not see zeros; CSR does, and pays an index for every weight it keeps."""
     products.choose()  # the fastest dense float32 product that is exact, as in the pipeline
-    records, device = [], torch.device("cpu")
+    records = []
     for name, shape in SHAPES.items():
-        weight = torch.randn(shape)
-        draws = torch.rand(shape)
-        for phase, tokens in (("prefill", CPU_PREFILL), ("decode", DECODE)):
+        weight, draws = torch.randn(shape), torch.rand(shape)
+        for phase, tokens, inner in (("prefill", CPU_PREFILL, 1), ("decode", DECODE, 5)):
             if phase == "prefill" and name != "q, k, v, o":
                 continue  # the larger ones say the same, at thrice the time
-            x, inner = torch.randn(tokens, shape[1]), 1 if phase == "prefill" else 5
+            x = torch.randn(tokens, shape[1])
             for dtype in (torch.float32, torch.bfloat16):
                 dense, cast = weight.to(dtype), x.to(dtype)
-                arms: dict[str, Arm] = {"dense": partial(functional.linear, cast, dense)}
+                arms: dict[str, Callable[[], Any]] = {"dense": partial(functional.linear, cast, dense)}
                 for sparsity in SPARSITIES:
                     zeros = torch.where(draws >= sparsity, dense, 0)
                     arms[f"{sparsity:.0%} zeros"] = partial(functional.linear, cast, zeros)
                     if dtype == torch.float32:
                         arms[f"{sparsity:.0%} CSR"] = partial(torch.matmul, zeros.to_sparse_csr(), cast.T.contiguous())
-                times = medians(arms, repetitions, inner, device)
-                records += told(times, part="matrix", matrices=name, phase=phase, tokens=tokens, dtype=str(dtype).removeprefix("torch."))
+                kind = str(dtype).removeprefix("torch.")
+                what = {"part": "matrix", "matrices": name, "phase": phase, "tokens": tokens, "dtype": kind}
+                records += compared(arms, repetitions, inner, what)
     return records
 
 
-def loading(repetitions: int) -> dict[str, Any]:
+def loading(repetitions: int) -> Record:
     """A bfloat16 model of 100 M parameters, half of its matrices zeros, from the page cache: bytes and seconds until the model is whole."""
     with tempfile.TemporaryDirectory() as home:
-        directory = Path(home)
-        config = LlamaConfig(
-            hidden_size=2048, intermediate_size=5632, num_attention_heads=16, num_hidden_layers=2, vocab_size=1024, dtype=torch.bfloat16
-        )
+        dense, masked = Path(home) / "dense", Path(home) / "bitmask"
+        sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16}
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=1024)).to(torch.bfloat16)
         for parameter in model.model.layers.parameters():
             if parameter.ndim == 2:
                 parameter.data.masked_fill_(torch.rand_like(parameter) < 0.5, 0)  # a product would leave −0.0, which is stored
-        model.save_pretrained(directory / "dense")
-        source = open_checkpoint(directory / "dense")
+        model.save_pretrained(dense)
+        source = open_checkpoint(dense)
         plans = {file: {name: plan(tensor) for name, tensor in one_by_one(source, names)} for file, names in partition(source).items()}
-        bitmask.write(
-            directory / "bitmask", plans, source, Quantisation(directory / "none", source), (source.path, source.others), indexed=False
-        )
-        sizes = {kind: sum(p.stat().st_size for p in (directory / kind).glob("*.safetensors")) for kind in ("dense", "bitmask")}
+        bitmask.write(masked, plans, source, Quantisation(Path(home) / "none", source), (source.path, source.others), indexed=False)
+        written = {path.name: sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (dense, masked)}
 
-        def read(path: Path) -> float:
+        def read() -> float:
             """All pages are touched: the official loader maps files and reads nothing before."""
-            loaded = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+            loaded = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
             return sum(float(parameter.detach().view(-1)[::1024].float().sum()) for parameter in loaded.parameters())
 
-        arms: dict[str, Arm] = {
-            "dense": lambda: read(directory / "dense"),
-            "bitmask": lambda: load.load_model(directory / "bitmask"),
-        }
-        times = medians(arms, repetitions, 1, torch.device("cpu"))
-    saved = sizes["dense"] - sizes["bitmask"]
+        times = medians({"dense": read, "bitmask": lambda: load.load_model(masked)}, repetitions, 1)
+    saved = written["dense"] - written["bitmask"]
     found = {
-        "bytes": sizes,
-        "bytes_ratio": round(sizes["bitmask"] / sizes["dense"], 4),
+        "bytes": written,
+        "bytes_ratio": round(written["bitmask"] / written["dense"], 4),
         "seconds": times,
         # Below this bandwidth the bytes that need not be read are worth more than the time to check and unpack them.
         "break_even_bytes_per_s": round(saved / max(times["bitmask"] - times["dense"], 1e-9)),
@@ -195,16 +187,16 @@ def main(repetitions: int) -> None:
     gpu = torch.cuda.is_available()
     if not gpu:
         torch.set_num_threads(1)
-    result: dict[str, Any] = {
+    result = {
         "commit": commit(),
         "device": torch.cuda.get_device_name() if gpu else f"CPU ({platform.machine()}), one thread",
         "torch": torch.__version__,
         "repetitions": repetitions,
         "paper": PAPER,
-        "products": on_gpu(torch.device("cuda"), repetitions) if gpu else on_cpu(repetitions),
+        "products": on_gpu(repetitions) if gpu else on_cpu(repetitions),
         "loading": loading(repetitions),
     }
-    write_json(RESULTS, result)
+    write_json(RESULTS / "latency.json", result)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ OUT = Path("report/costs.js")
 @click.command(help=__doc__)
 def main() -> None:
     with runtime.told():
-        results, measured = table.current(), costs.collect()
+        results, measured = table.collect(), costs.collect()
         artifacts.write_text(OUT, render.costs(results, measured))
-        click.echo("\n".join([table.plain(costs.comparison(results, measured)), *table.notes(results)]))
+        click.echo("\n".join([table.plain([*table.comparison(results), *costs.by_variant(results, measured)]), *table.notes(results)]))
 
 
 if __name__ == "__main__":

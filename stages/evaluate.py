@@ -4,7 +4,7 @@ import click
 
 from pipeline_lib.core import params, runtime
 from pipeline_lib.core.workspace import Workspace
-from pipeline_lib.evaluation.settings import EvaluateParams
+from pipeline_lib.evaluation.settings import EvaluatePart
 from pipeline_lib.models.settings import ModelParams
 
 
@@ -13,10 +13,10 @@ from pipeline_lib.models.settings import ModelParams
 def main(variant: str) -> None:
     workspace = Workspace()
     with runtime.stage(f"evaluate-{variant}", workspace.evaluation(variant)) as tell:
-        settings = params.load(EvaluateParams, "evaluate")
+        part = EvaluatePart.read()
         from pipeline_lib.jobs.evaluate import evaluate
 
-        tell(f"evaluate {variant}: {evaluate(workspace, params.load(ModelParams, 'model'), variant, settings)}")
+        tell(f"evaluate {variant}: {evaluate(workspace, params.load(ModelParams, 'model'), variant, part)}")
 
 
 if __name__ == "__main__":

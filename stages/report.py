@@ -1,4 +1,4 @@
-"""Gather what the stages measured into tables, figures and one page to read."""
+"""Gather what the stages measured into one page to read, and into tables and points for a terminal and for DVC."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import click
 
 from pipeline_lib.core import artifacts, runtime
 from pipeline_lib.reporting import table
-from pipeline_lib.reporting.render import FIGURES, render
+from pipeline_lib.reporting.render import render
 
 OUT = Path("report")
 
@@ -14,14 +14,8 @@ OUT = Path("report")
 @click.command(help=__doc__)
 def main() -> None:
     with runtime.stage() as tell:
-        results = table.current()
-        report = render(results)
-        with artifacts.replacing(OUT / FIGURES) as directory:
-            directory.mkdir()
-            for name, svg in report.figures.items():
-                (directory / name).write_text(svg, encoding="utf-8")
-        artifacts.write_text(OUT / "index.html", report.html)
-        artifacts.write_text(OUT / "index.md", report.markdown)
+        results = table.collect()
+        artifacts.write_text(OUT / "index.html", render(results))
         artifacts.write_json(OUT / "summary.json", table.summary(results))
         artifacts.write_json(OUT / "perplexity.json", table.points(results))
         notes = table.notes(results)

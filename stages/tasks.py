@@ -14,7 +14,7 @@ from pipeline_lib.recipe.variants import read_all
 def main(variant: str) -> None:
     workspace = Workspace()
     with runtime.stage(f"tasks-{variant}", workspace.tasks(variant)) as tell:
-        part = keys.tasks_of(variant, read_all())
+        part = keys.tasks(variant, read_all())
         if part is None:
             artifacts.write_json(workspace.tasks(variant), {})
             tell(f"tasks {variant}: none")

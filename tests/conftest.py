@@ -19,6 +19,13 @@ from tiny import ALL_FAMILIES, FAMILIES, make_model  # noqa: E402
 
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 
+# The files that take longest, first: at the end of the run one of them would keep one process busy alone.
+SLOW = ("test_pipeline", "test_experiments", "test_resume", "test_sharing", "test_memory", "test_bad_input", "test_plan", "test_report")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _session() -> Iterator[None]:

@@ -5,6 +5,7 @@ A dep is a package of the library as a directory: DVC reads its lock file before
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -12,7 +13,8 @@ OWN = ("pipeline_lib", "stages")
 COMMAND = re.compile(r"cmd: python -m stages\.(\w+)")
 
 
-def _imports(path: Path) -> set[Path]:
+@cache
+def _imports(path: Path) -> frozenset[Path]:
     """Modules of ours that a module imports, with the packages' __init__ files."""
     found: set[Path] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -28,9 +30,10 @@ def _imports(path: Path) -> set[Path]:
                 found |= {
                     parent / "__init__.py" for parent in module.parents if ROOT in parent.parents and (parent / "__init__.py").exists()
                 }
-    return found
+    return frozenset(found)
 
 
+@cache
 def closure(stage: str) -> list[str]:
     """Every file of ours that running ``python -m stages.<stage>`` reads as code, relative to the root; templates included."""
     todo, seen = {ROOT / "stages" / f"{stage}.py", ROOT / "stages" / "__init__.py"}, set()

@@ -120,7 +120,7 @@ def dies(tree: Path, mutant: Mutant, seconds: int) -> bool | None:
             os.chdir(own)
             signal.alarm(seconds)
             sys.path[:0] = [str(own), str(own / "tests")]
-            with open(os.devnull, "w") as nowhere:
+            with Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), 1)
                 os.dup2(nowhere.fileno(), 2)
                 os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-n", "0", *tests]) != 0)

@@ -149,6 +149,7 @@ def make_project(directory: Path, *, model: Mapping[str, Any] | None = None, **o
     dir = {beside / "cache"}
 """
     (directory / ".dvc" / "config").write_text(config, encoding="utf-8")
+    shutil.copytree(ROOT / ".dvc" / "plots", directory / ".dvc" / "plots")
     commit(directory)
     return directory
 

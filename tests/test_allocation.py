@@ -292,11 +292,18 @@ def test_tempered_predictions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "artifact"), [("weight", "sensitivity/sensitivity.json"), ("predicted", "curves/<variant>.json"), ("owl", "curved")]
+    ("method", "what"),
+    [
+        ("weight", "sensitivities"),
+        ("layer", "sensitivities"),
+        ("predicted", "error curves"),
+        ("owl", "outliers per block"),
+        ("dlp", "median per block"),
+    ],
 )
-def test_what_was_not_measured_is_named(method: str, artifact: str) -> None:
-    with pytest.raises(SparselineError, match=f"{method}.* but there is none for m1; .*{artifact}"):
-        plan(units_of([10, 10]), 0.5, params(method), {"m0": {"sensitivity": 1.0, "curve": {}, "outliers": 0.0}})
+def test_what_was_not_measured_is_named(method: str, what: str) -> None:
+    with pytest.raises(SparselineError, match=f"'{method}' needs {what}, but there is none for m1; run `dvc repro`"):
+        plan(units_of([10, 10]), 0.5, params(method), {"m0": {"sensitivity": 1.0, "curve": {}, "outliers": 0.0, "median": 0.0}})
 
 
 def test_kronecker_without_moments_is_told() -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from project import ROOT
+from project import ROOT, read_params, recipe
 
+from pipeline_lib.core.params import merge
 from pipeline_lib.export.card import Measured, Pruned, card
-from pipeline_lib.export.wording import recipe
+from pipeline_lib.recipe import words
+from pipeline_lib.recipe.settings import Recipe
 
 DENSE, OWN = 2.0, 2.25  # ln ppl
 SIZES = {
@@ -23,15 +25,15 @@ SIZES = {
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    steps = {"steps": ["obs", "block"], "block": {"seed": 7}, "channel": {"seed": 8}}
-    return {
-        "selection": {"sparsity": 0.5, "pattern": "unstructured", "score": "obs", "group": "block", "block": 128},
-        "allocation": {"method": "predicted", "alpha": 0.2, "weighting": "kronecker"},
-        "reconstruction": steps,
-        "quantization": {"bits": None, "group": 128, "symmetric": True},
-        "factors": "prepare/identity.safetensors",
-        "sensitivity": "curves/mine.json",
-    } | changes
+    """A recipe as prune writes it into the facts, with ``changes`` laid over it."""
+    base = recipe(
+        ("obs", "block"),
+        selection={"sparsity": 0.5, "pattern": "unstructured", "score": "obs", "group": "block", "block": 128},
+        allocation={"method": "predicted", "alpha": 0.2, "weighting": "kronecker"},
+        reconstruction={"block": {"seed": 7}, "channel": {"seed": 8}},
+        quantization={"bits": None, "group": 128, "symmetric": True},
+    )
+    return dict(merge(base.model_dump(mode="json"), changes))
 
 
 def pruned(model: dict[str, Any] | None = None, calibration: dict[str, Any] | None = None, **changes: Any) -> Pruned:
@@ -154,9 +156,10 @@ def test_the_recipe() -> None:
         allocation={"method": "uniform", "alpha": 0.1},
         reconstruction={"steps": []},
         quantization={"bits": 3, "group": "row", "symmetric": False},
-        factors="induce/a/transform.safetensors",
+        induce=read_params(ROOT)["induce"],
     )
-    assert list(recipe(other).values()) == ["wanda", "2:4", "uniform", "none", "3 bits, rows, zero points", "induce/a"]
+    told = words.rows(Recipe.model_validate(other))
+    assert list(told.values()) == ["wanda", "2:4", "uniform", "none", "3 bits, rows, zero points", "learned"]
     assert "50.00% of the prunable weights, 2:4 pattern" in card(pruned(settings=other))
 
 
@@ -169,3 +172,12 @@ def test_provenance_is_complete() -> None:
     found = re.search(r"```json\n(.*?)\n```", text, re.DOTALL)
     assert found and json.loads(found[1]) == settings()
     assert "rows none (taken in order)" in card(pruned(calibration={"seed": None}))
+
+
+def test_a_variant_that_read_no_text_says_so() -> None:
+    """Magnitude has no calibration rows, hence no data set, no hash and no seed of theirs."""
+    made = pruned({"id": "a/b"}, settings=settings(selection={"score": "magnitude"}, reconstruction={"steps": []}))
+    text = card(Pruned(made.variant, made.model, {**made.facts, "calibration": None}))
+    assert "datasets" not in metadata(text)
+    assert "It was pruned without calibration text." in text
+    assert "Versions: python 3.11, torch 2.13.\n" in text

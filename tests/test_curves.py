@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from project import build, change_params, make_workspace
+from project import build, make_workspace
 from safetensors.torch import load_file
 from tiny import block_statistics, curved_gram
 
@@ -136,18 +136,15 @@ def test_outliers_and_median_are_of_the_block(llama: Checkpoint) -> None:
 # Through the stages
 
 MIXED = {
-    "factors": "prepare/identity.safetensors",
-    "sensitivity": "curves/mixed.json",
     "selection": {"pattern": "2:4"},
     "allocation": {"method": "predicted", "alpha": 1.0, "weighting": "trace", "density_bounds": [0.0, 1.0]},
-    "reconstruction": {},
 }
 
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One variant of mixed N:M, measured."""
-    made = make_workspace(tmp_path / "project", induced={}, curved={"mixed": {}}, variants={"mixed": MIXED})
+    made = make_workspace(tmp_path / "project", variants={"mixed": MIXED})
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.chdir(made)
     build("prepare", "text calibration", "calibrate", "sensitivity", "curves mixed")
@@ -177,14 +174,14 @@ def test_n_of_m_is_mixed_under_the_budget(workspace: Path) -> None:
     assert (shares[dense], shares[first]) == (1, 0)
     assert len(set(shares.values())) >= 3
     assert abs(2 * total - size) <= max(matrix["size"] for matrix in facts["matrices"].values()) / 4
-    assert {"trace", "stderr", "sensitivity", "block", "kind"} == set(facts["matrices"][first]["sensitivity"])
+    assert curves[first].keys() == {"trace", "stderr", "sensitivity", "block", "kind", "curve", "damping", "outliers", "median"}
 
 
-def test_grams_over_budget_give_the_same_curves(workspace: Path) -> None:
+def test_grams_over_budget_give_the_same_curves(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grams that calibrate did not store are collected again. Oracle: the curves with stored ones."""
     path = workspace / "build" / "curves" / "mixed.json"
     before = path.read_bytes()
-    change_params(workspace, "calibrate.gram_budget_bytes", 0)
+    monkeypatch.setenv("SPARSELINE_GRAM_BYTES", "0")
     build("calibrate", "curves mixed")
     assert path.read_bytes() == before
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_lib.prune.prune import PruneParams, prune
-from project import prune_params
+from project import recipe
 from tiny import ALL_FAMILIES, load_full, make_config, random_factors, token_rows
 
 from pipeline_lib.core.errors import SparselineError
@@ -17,7 +16,10 @@ from pipeline_lib.models.families import FAMILIES, architecture
 from pipeline_lib.models.folding import MatrixScales, fold
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.resume import Progress
+from pipeline_lib.prune.run import Rows, Source, prune
+from pipeline_lib.recipe.settings import Recipe
 
 CPU = torch.device("cpu")
 
@@ -193,9 +195,9 @@ EVERYTHING: dict[str, Any] = {"collect": "site", "towards_dense": 1.0, "channel"
 EVERYTHING |= {"block": {**LITTLE, "parts": ["weights", "factors", "biases", "norms"], "window": 2, "refresh_epochs": 1}}
 
 
-def settings(score: str, pattern: str, steps: tuple[str, ...]) -> PruneParams:
+def settings(score: str, pattern: str, steps: tuple[str, ...]) -> Recipe:
     selection = {"score": score, "pattern": pattern, "group": "row" if score == "wanda" else "block", "block": 16}
-    return prune_params(steps, batch_rows=4, selection=selection, reconstruction=EVERYTHING if "block" in steps else {})
+    return recipe(steps, batch_rows=4, selection=selection, reconstruction=EVERYTHING if "block" in steps else {})
 
 
 @functools.cache
@@ -232,9 +234,11 @@ def test_pruning_end_to_end(
     shapes = {matrix: model.checkpoint.matrix_shape(0, matrix) for matrix in table.matrices}
     kept = {(index, matrix): rows * columns // 2 for index in range(depth) for matrix, (rows, columns) in shapes.items()}
     factors = {name: factor.float() for name, factor in random_factors({c.name: c.size for c in table.couplings}, 3, decades=1).items()}
-    progress = Progress(tmp_path / "scratch", model.checkpoint, settings(score, pattern, steps).quantization)
-    fit, held_out = token_rows(6, 12).split((4, 2))
-    for index, block in prune(model, fit, held_out, kept, [Transform(factors)] * depth, settings(score, pattern, steps), lambda _: None):
+    how = settings(score, pattern, steps)
+    progress = Progress(tmp_path / "scratch", model.checkpoint, how.quantization)
+    rows = Rows(*token_rows(6, 12).split((4, 2)), how.batch_rows)
+    source = Source(model, [Transform(factors)] * depth, kept)
+    for index, block in prune(source, rows, plan(how, model.checkpoint.dtype), lambda _: None):
         progress.keep(index, block)
         for name, mask in block.masks.items():
             assert torch.equal(block.tensors[name] != 0, mask)

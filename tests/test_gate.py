@@ -197,13 +197,13 @@ def test_kept_shifts_lower_the_real_error(checkpoint: Checkpoint) -> None:
 
 def test_an_empty_gate_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``held_out: 0`` asks for it. Oracle: the line of a variant that fits, and of induction; silence where there is no gate or a real one."""
-    fitted = {**WANDA, "factors": "induce/sparseline/transform.safetensors", "reconstruction": {"steps": ["channel"]}}
-    made = make_workspace(tmp_path / "project", curved={}, variants={"wanda": WANDA, "sparseline": fitted})
+    fitted = {**WANDA, "induce": {}, "reconstruction": {"steps": ["channel"]}}
+    made = make_workspace(tmp_path / "project", variants={"wanda": WANDA, "sparseline": fitted})
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.chdir(made)
     for held_out in (0.25, 0):
         change_params(made, "texts.calibration.held_out", held_out)
-        build("prepare", "text calibration", "calibrate", "scale")
+        build("prepare", "text calibration", "calibrate", "scale", "allocate sparseline")
         induced, pruned, plain = (invoke(*step) for step in (("induce", "sparseline"), ("prune", "sparseline"), ("prune", "wanda")))
         assert ("induce sparseline: no rows are held out (held_out: 0)" in induced.output) == (held_out == 0)
         assert ("prune sparseline: no rows are held out (held_out: 0)" in pruned.output) == (held_out == 0)

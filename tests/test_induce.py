@@ -66,7 +66,7 @@ def scaling(start: str = "second_moment", **changes: Any) -> ScaleParams:
 def statistics(checkpoint: Checkpoint) -> Statistics:
     """Of block 0 on random tokens, with held-out Grams."""
     model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
-    params = CalibrateParams(batch_rows=8, median_tokens=1000, gram_budget_bytes=0)
+    params = CalibrateParams(batch_rows=8, median_tokens=1000)
     _, found = next(walk(model, token_rows(16, 12, seed=1), token_rows(8, 12, seed=2), params, grams=True))
     return found
 
@@ -374,7 +374,7 @@ def test_a_scrambled_block_is_set_right_for_magnitude(checkpoint: Checkpoint, st
 def test_learning_moves_on_from_a_bad_start(llama: Checkpoint) -> None:
     """Factors alone, from the identity on a scrambled block: the loss falls and the held-out error with it."""
     model = BlockModel(llama, torch.float32, torch.device("cpu"))
-    params = CalibrateParams(batch_rows=8, median_tokens=1000, gram_budget_bytes=0)
+    params = CalibrateParams(batch_rows=8, median_tokens=1000)
     _, found = next(walk(model, token_rows(16, 12, seed=1), token_rows(8, 12, seed=2), params, grams=True))
     table = llama.architecture
     scramble = moderate(table, 9)
@@ -424,8 +424,6 @@ def test_with_nothing_to_learn_the_better_of_none_and_start_is_taken(checkpoint:
     assert outcome.transform == Transform()
     assert outcome.mask_changed == 0
     assert outcome.judged == outcome.held_out
-    for rank in outcome.stable_rank.values():
-        assert rank["before"] == pytest.approx(rank["after"], rel=1e-5)
 
 
 def test_shifts_pass_through_and_count(statistics: Statistics, checkpoint: Checkpoint) -> None:
@@ -451,31 +449,11 @@ def test_induction_foretells_pruning_under_mean_damping(checkpoint: Checkpoint, 
     assert held_out_error(checkpoint, tensors, statistics, masks) == pytest.approx(outcome.held_out["start"], rel=0.01)
 
 
-def test_stable_rank_and_score_histograms(llama: Checkpoint) -> None:
-    """Oracles: ‖W‖_F²/‖W‖₂² and tr(G)/‖G‖₂ by torch.linalg, and log10 of Wanda's score by hand."""
-    model = BlockModel(llama, torch.float32, torch.device("cpu"))
-    params = CalibrateParams(batch_rows=8, median_tokens=1000, gram_budget_bytes=0)
-    _, found = next(walk(model, token_rows(8, 12, seed=1), token_rows(4, 12, seed=2), params, grams=True))
-    tensors = llama.block(0)
-    outcome = run(llama, tensors, found, Transform(), selection("wanda"), induction(factors=False, importance=False))
-    weights = [tensors[m.parameter] for m in llama.architecture.matrices]
-    ranks = [float(w.square().sum() / torch.linalg.matrix_norm(w, 2).square()) for w in weights]
-    assert outcome.stable_rank["weights"]["before"] == pytest.approx(sum(ranks) / len(ranks), rel=0.02)
-    grams = [site.gram for site in found.values() if site.gram is not None]
-    ranks = [float(gram.trace() / torch.linalg.matrix_norm(gram, 2)) for gram in grams]
-    assert outcome.stable_rank["features"]["before"] == pytest.approx(sum(ranks) / len(ranks), rel=0.02)
-    gram = found["mlp_inner"].gram
-    assert gram is not None
-    expected = (tensors["mlp.down_proj.weight"].square() * gram.diagonal()).log10()
-    torch.testing.assert_close(outcome.scores["down"][0], expected.flatten(), rtol=1e-4, atol=1e-4)
-    assert outcome.scores.keys() == {m.kind for m in llama.architecture.matrices}
-
-
 @pytest.mark.parametrize("order", ["spectral", "frobenius", "nuclear"])
 def test_the_regulariser_makes_norms_grow(llama: Checkpoint, order: str) -> None:
     """Where the error has no gradient in the factors (Wanda within rows), R_p alone drives them (digest, 4): still inside the box."""
     model = BlockModel(llama, torch.float32, torch.device("cpu"))
-    params = CalibrateParams(batch_rows=8, median_tokens=1000, gram_budget_bytes=0)
+    params = CalibrateParams(batch_rows=8, median_tokens=1000)
     _, found = next(walk(model, token_rows(8, 12, seed=1), token_rows(4, 12, seed=2), params, grams=True))
     spectral = SpectralParams.model_validate({"weight": 1.0, "alpha": 1.0, "order": order, "iterations": 3})
     identity = Transform({coupling.name: torch.ones(coupling.size) for coupling in llama.architecture.couplings})

@@ -21,14 +21,11 @@ SHALLOW, DEEP = 4, 16
 STAGES = ("calibrate", "prune sparsegpt", "prune channel", "prune block", "prune dense", "export sparsegpt")
 ESTIMATORS = ("fisher", "hutchinson")
 VARIANTS: dict[str, Any] = {
-    "sparsegpt": WANDA | {"selection": {"score": "obs", "group": "block"}, "reconstruction": {"steps": ["obs"]}},
+    "sparsegpt": WANDA
+    | {"selection": {"score": "obs", "group": "block"}, "reconstruction": {"steps": ["obs"]}, "export": ["dense", "bitmask"]},
     "channel": WANDA | {"reconstruction": {"steps": ["channel"], "channel": {"epochs": 1}}},
     "block": WANDA | {"reconstruction": {"steps": ["obs", "block"], "block": {"epochs": 1}}},
-    "dense": WANDA
-    | {
-        "activation_budget_bytes": 0,
-        "reconstruction": {"steps": ["lsq"], "collect": "site", "towards_dense": 1.0, "lsq": {"iterations": 3}},
-    },
+    "dense": WANDA | {"reconstruction": {"steps": ["lsq"], "collect": "site", "towards_dense": 1.0, "lsq": {"iterations": 3}}},
 }
 # Freed memory goes back at once: what the allocator keeps for later would blur the mark by a block or two.
 MALLOC = ("MALLOC_MMAP_THRESHOLD_=65536", "MALLOC_TRIM_THRESHOLD_=65536")
@@ -41,6 +38,8 @@ import torch
 from transformers.models.llama import modeling_llama  # loaded late, by whoever first makes a model
 from pipeline_lib.models.checkpoint import open_checkpoint
 modules = {stage: importlib.import_module("stages." + stage) for stage in ("calibrate", "sensitivity", "prune", "export")}
+for job in ("calibrate", "measure", "prune", "export"):  # stages load them late
+    importlib.import_module("pipeline_lib.jobs." + job)
 
 def mark(field):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
@@ -54,6 +53,8 @@ def whole():
 for step in sys.argv[1:]:
     if os.fork() == 0:
         Path("/proc/self/clear_refs").write_text("5")
+        if step == "prune dense":
+            os.environ["SPARSELINE_ACTIVATION_BYTES"] = "0"  # its streams are files
         before = mark("VmRSS")
         with contextlib.redirect_stdout(sys.stderr):
             stage, *arguments = step.split()
@@ -69,13 +70,15 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, int]]
     """Depth -> stage -> bytes by which the stage raised the process's memory at its peak."""
     found = {}
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_key_value_heads": 4}
-    others: dict[str, Any] = {"induced": {}, "exported": {"sparsegpt": {}}, "texts": {"calibration": {"length": 16}}}
+    # One that induces and one that ranks by sensitivity, so that both stages have something to do.
+    needy = {"induced": WANDA | {"induce": {}}, "ranked": WANDA | {"allocation": {"method": "weight"}}}
+    others: dict[str, Any] = {"texts": {"calibration": {"length": 16}}}
     for depth in (SHALLOW, DEEP):
         home = tmp_path_factory.mktemp(f"depth-{depth}")
-        workspace = make_workspace(home / "project", model={"layers": depth, **sizes}, variants=VARIANTS, **others)
+        workspace = make_workspace(home / "project", model={"layers": depth, **sizes}, variants=VARIANTS | needy, **others)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(workspace)
-            build("prepare", "text calibration")
+            build("prepare", "text calibration", *(f"allocate {name}" for name in VARIANTS))
         for name in ("dense", "sparsegpt"):  # for the card that export writes
             write_json(workspace / "build" / "evaluate" / f"{name}.json", {"perplexity": {"test": 1.0}})
 

@@ -1,6 +1,7 @@
 """Pruning block by block. Oracles: the same steps written out, the whole stream through dense and pruned blocks, and runs that differ in one knob."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,21 @@ from project import recipe
 from safetensors.torch import load_file
 from tiny import curved_gram, make_model, token_rows
 
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.fit.fit import Pairs, Sparse, fit
+from pipeline_lib.masks.settings import DampingOf
 from pipeline_lib.models.architecture import Matrix
-from pipeline_lib.models.checkpoint import open_checkpoint
+from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune import layerwise
+from pipeline_lib.prune.choose import Choose
 from pipeline_lib.prune.layerwise import Layerwise
-from pipeline_lib.prune.plan import plan
+from pipeline_lib.prune.plan import Plan, plan
 from pipeline_lib.prune.run import Rows, Source, prune, stream_bytes
 from pipeline_lib.prune.window import Block, collect
 from pipeline_lib.recipe.settings import Recipe
+from pipeline_lib.solve.factor import Factorisation
 from pipeline_lib.stats.moments import MomentSums
 
 CPU = torch.device("cpu")
@@ -42,7 +48,8 @@ def half(model: BlockModel, *whole: int) -> Kept:
     """Half of every matrix, and all of those in the blocks ``whole``."""
     checkpoint = model.checkpoint
     sizes = {matrix: checkpoint.matrix_shape(0, matrix) for matrix in checkpoint.architecture.matrices}
-    return {(i, m): rows * columns // (1 if i in whole else 2) for i in range(DEPTH) for m, (rows, columns) in sizes.items()}
+    depth = checkpoint.architecture.depth
+    return {(i, m): rows * columns // (1 if i in whole else 2) for i in range(depth) for m, (rows, columns) in sizes.items()}
 
 
 def params(steps: tuple[str, ...], **reconstruction: Any) -> Recipe:
@@ -52,7 +59,7 @@ def params(steps: tuple[str, ...], **reconstruction: Any) -> Recipe:
 
 def source(model: BlockModel, *whole: int) -> Source:
     """Half of every matrix is kept, and all of those in the blocks ``whole``; nothing is folded in."""
-    return Source(model, [Transform({})] * DEPTH, half(model, *whole))
+    return Source(model, [Transform({})] * model.checkpoint.architecture.depth, half(model, *whole))
 
 
 def run(
@@ -244,10 +251,10 @@ def test_layer_errors_are_told_without_the_damping(path: Path, steps: tuple[str,
     sums.add(x)
     shift = 0.5 * x.mean(0) if shifted else None
     settings = recipe(steps, selection={"block": 16, "damping": 0.5})
-    layerwise = Layerwise(settings.selection, "obs" in steps, lsq=settings.reconstruction.lsq if "lsq" in steps else None)
+    step = Layerwise(settings.selection, "obs" in steps, lsq=settings.reconstruction.lsq if "lsq" in steps else None)
     transform = Transform({}, {} if shift is None else {site: shift})
     block = Block(table, "x", transform, {matrix: weight.numel() // 2}, dict(tensors))
-    layerwise.prune_site(block, site, {site: sums.finish()})
+    step.prune_site(block, site, {site: sums.finish()})
     seen = x.double() if shift is None else (x - shift).double()
     lost = (seen @ (weight - matrix.view(block.tensors[matrix.parameter])).double().T).square().sum()
     error = float(lost / (seen @ weight.double().T).square().sum())
@@ -315,6 +322,159 @@ def test_without_a_directory_streams_stay_in_memory(path: Path, tmp_path: Path, 
     monkeypatch.chdir(tmp_path)
     pruned(path, params(()))
     assert not list(tmp_path.iterdir())
+
+
+# What is done, and what is not
+
+
+class Counts:
+    """Blocks that a batch was passed through, in order, and sites that were factorised."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[int] = []
+        self.sites: list[str] = []
+        call, one = BlockModel.call, layerwise.factorise
+
+        def counted(model: BlockModel, block: torch.nn.Module, index: int, *rest: Any) -> torch.Tensor:
+            self.calls.append(index)
+            return call(model, block, index, *rest)
+
+        def factorised(gram: torch.Tensor, damping: float, of: DampingOf, where: str, *rest: Any) -> Factorisation:
+            self.sites.append(where)
+            return one(gram, damping, of, where, *rest)
+
+        monkeypatch.setattr(BlockModel, "call", counted)
+        monkeypatch.setattr(layerwise, "factorise", factorised)
+
+
+def forbidden(*_: Any, **__: Any) -> Any:
+    raise AssertionError("this was not to be done")
+
+
+def chosen(score: str, steps: tuple[str, ...] = (), group: str = "row", **reconstruction: Any) -> Recipe:
+    changes = {"channel": LITTLE, **reconstruction, "block": {**LITTLE, **reconstruction.get("block", {})}}
+    return recipe(steps, batch_rows=8, selection={"score": score, "group": group, "block": 12}, reconstruction=changes)
+
+
+def with_factorisations(made: Plan) -> Plan:
+    """The same masks chosen the long way, through a factorisation of every site."""
+    assert isinstance(made.select, Choose)
+    return replace(made, select=Layerwise(made.select.selection, False, made.select.by_site, dtype=made.select.dtype))
+
+
+def test_magnitude_reads_no_text_and_runs_no_forward_pass(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that would do either is forbidden. Oracle: the largest weights of each matrix, sorted; they stay as they are."""
+    for name in ("embed", "call", "advance"):
+        monkeypatch.setattr(BlockModel, name, forbidden)
+    monkeypatch.setattr("pipeline_lib.solve.factor.cholesky_in_place", forbidden)
+    model, made = model_of(path), plan(chosen("magnitude", group="matrix"), torch.float32)
+    assert not made.needs.text
+    found = dict(prune(source(model), None, made, lambda _: None))
+    assert list(found) == list(range(DEPTH))
+    for index, result in found.items():
+        dense = model.checkpoint.block(index)
+        for matrix in model.checkpoint.architecture.matrices:
+            weight, mask = matrix.view(dense[matrix.parameter]), matrix.view(result.masks[matrix.parameter])
+            order = weight.abs().flatten().argsort(descending=True)[: weight.numel() // 2]
+            assert mask.flatten().nonzero().flatten().tolist() == sorted(order.tolist())
+            assert torch.equal(matrix.view(result.tensors[matrix.parameter]), weight * mask)
+            facts = {"kind": matrix.kind, "size": weight.numel(), "kept": weight.numel() // 2}
+            assert result.facts["matrices"][matrix.label] == facts
+        others = dense.keys() - {matrix.parameter for matrix in model.checkpoint.architecture.matrices}
+        assert others
+        assert all(torch.equal(result.tensors[name], dense[name]) for name in others)
+
+
+@pytest.mark.parametrize("score", ["wanda", "obd"])
+def test_wanda_and_obd_factorise_nothing(path: Path, score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two passes through each block, and no Cholesky factorisation at all. Oracle: batches, counted."""
+    counts = Counts(monkeypatch)
+    monkeypatch.setattr("pipeline_lib.solve.factor.cholesky_in_place", forbidden)
+    monkeypatch.setattr("pipeline_lib.stats.moments.MomentSums.add", forbidden)  # nor is a matrix of moments collected
+    found = pruned(path, chosen(score))
+    assert counts.sites == []
+    assert counts.calls == [0] * 14 + [1] * 14 + [2] * 8  # 7 batches; what comes after the last block is looked at in one
+    assert all(facts.keys() == {"kind", "size", "kept"} for result in found.values() for facts in result.facts["matrices"].values())
+
+
+def test_sparsegpt_runs_two_passes_a_block_and_one_factorisation_a_site(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: batches and sites, counted. To collect and to pass on; after the last block one batch shows that all is finite."""
+    counts = Counts(monkeypatch)
+    pruned(path, params(("obs",)))
+    sites = [site.name for site in open_checkpoint(path).architecture.sites]
+    assert len(sites) == 4
+    assert counts.sites == [f"layers.{index} {site}" for index in range(DEPTH) for site in sites]
+    assert counts.calls == [0] * 14 + [1] * 14 + [2] * 8
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "phi3", "gpt2"])
+@pytest.mark.parametrize(
+    ("score", "group", "collect"),
+    [
+        ("magnitude", "matrix", "block"),
+        ("wanda", "row", "block"),
+        ("wanda", "matrix", "site"),
+        ("obd", "block", "block"),
+        ("obd", "row", "site"),
+    ],
+)
+def test_masks_are_those_of_the_long_way(model_paths: dict[str, Path], family: str, score: str, group: str, collect: str) -> None:
+    """Oracle: ``prune_matrix`` with a factorisation of the whole second moment; fused and transposed matrices too, to the last bit."""
+    model, settings = model_of(model_paths[family]), chosen(score, group=group, collect=collect)
+    made, rows = plan(settings, torch.float32), Rows(FITTING, HELD_OUT, 8)
+    short, long = (dict(prune(source(model), rows, way, lambda _: None)) for way in (made, with_factorisations(made)))
+    for index, result in short.items():
+        assert result.masks.keys() == long[index].masks.keys()
+        assert all(torch.equal(mask, long[index].masks[name]) for name, mask in result.masks.items())
+        assert all(torch.equal(tensor, long[index].tensors[name]) for name, tensor in result.tensors.items())
+
+
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "obd"])
+@pytest.mark.parametrize(
+    ("steps", "how"), [(("channel",), {}), (("block",), {"block": {"window": 2, "refresh_epochs": 1, "parts": ["weights", "norms"]}})]
+)
+def test_what_is_chosen_can_be_fitted(path: Path, score: str, steps: tuple[str, ...], how: dict[str, Any]) -> None:
+    """Masks chosen anew among it. Oracle: the run whose masks were chosen the long way, to the last bit."""
+    model, settings = model_of(path), chosen(score, steps, **how)
+    made, rows = plan(settings, torch.float32), Rows(FITTING, HELD_OUT, 8)
+    short, long = (dict(prune(source(model), rows, way, lambda _: None)) for way in (made, with_factorisations(made)))
+    for index, result in short.items():
+        assert result.facts[steps[0]] == long[index].facts[steps[0]]
+        assert result.facts[steps[0]]["epochs"] > 0
+        assert all(torch.equal(mask, long[index].masks[name]) for name, mask in result.masks.items())
+        assert all(torch.equal(tensor, long[index].tensors[name]) for name, tensor in result.tensors.items())
+
+
+@pytest.mark.parametrize("score", ["magnitude", "wanda"])
+def test_a_matrix_without_a_count_stays_dense(path: Path, score: str) -> None:
+    """Oracle: the checkpoint's bits; and masks for the others alone."""
+    model = model_of(path)
+    table, whole = model.checkpoint.architecture, source(model)
+    left_out = [matrix for matrix in table.matrices if matrix.kind in ("q", "down")]
+    kept = {place: count for place, count in whole.kept.items() if place[1] not in left_out}
+    rows = Rows(FITTING, HELD_OUT, 8)
+    for index, result in prune(replace(whole, kept=kept), rows, plan(chosen(score), torch.float32), lambda _: None):
+        assert result.masks.keys() == {matrix.parameter for matrix in table.matrices if matrix not in left_out}
+        for matrix in left_out:
+            assert torch.equal(result.tensors[matrix.parameter], model.checkpoint.block(index)[matrix.parameter])
+
+
+def test_scores_that_are_no_numbers_are_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that is NaN under magnitude; inputs that overflow under Wanda. Oracle: the names."""
+    dense = model_of(path).checkpoint.block(0)
+    dense["mlp.up_proj.weight"] = dense["mlp.up_proj.weight"].clone()
+    dense["mlp.up_proj.weight"][1] = float("nan")
+    for score, tensors, match in (
+        ("magnitude", dense, r"scores of layers\.0\.mlp\.up_proj hold NaN or infinity"),
+        ("wanda", model_of(path).checkpoint.block(0), r"second moment of layers\.0 attention_input holds NaN or infinity"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoint, "block", lambda *_, tensors=tensors: dict(tensors))
+            model, made = model_of(path), plan(chosen(score), torch.float32)
+            if score == "wanda":
+                patch.setattr("pipeline_lib.stats.moments.DiagonalSums.finish", lambda sums: sums.squares.float() * float("inf"))
+            with pytest.raises(SparselineError, match=match):
+                next(prune(source(model), Rows(FITTING, HELD_OUT, 8) if made.needs.text else None, made, lambda _: None))
 
 
 # Towards the dense stream

@@ -458,7 +458,7 @@ def test_zeros_are_counted_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest
     """Nothing is pruned, and of three-bit weights many are zero. Oracle: the tensors on disk, excluded matrices left aside."""
     only = {"selection": {"sparsity": 0.0, "score": "obs", "group": "block"}, "reconstruction": {"steps": ["obs"]}}
     gptq = WANDA | only | {"quantization": {"bits": 3, "group": 16}}
-    workspace = make_workspace(tmp_path / "project", variants={"gptq": gptq}, induced={}, exported={})
+    workspace = make_workspace(tmp_path / "project", variants={"gptq": gptq})
     change_params(workspace, "model.exclude", ["*.down_proj"])
     monkeypatch.chdir(workspace)
     build("prepare", "text calibration", "prune gptq")

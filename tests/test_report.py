@@ -8,26 +8,25 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from dataclasses import replace
+from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from dvc_render.vega import VegaRenderer
+from ruamel.yaml import YAML
 
 from pipeline_lib.core.artifacts import write_tensors
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.reporting import content, costs, table
-from pipeline_lib.reporting import sizes as weighed
-from pipeline_lib.reporting.render import Report, render
 from pipeline_lib.reporting.render import costs as render_costs
-from pipeline_lib.reporting.table import Completion, ReportParams, Results, Text
-from stages.report import main
+from pipeline_lib.reporting.render import render
+from pipeline_lib.reporting.table import Column, Results
 
 ROOT = Path(__file__).parent.parent
 KINDS = {"q": 1000, "v": 1000, "down": 2000}  # kind -> size
-TEXTS = {"validation": Text(8, 32), "test": Text(16, 32)}
 # ln ppl dense = 2, baseline = 3 (test) and 2.5 (validation): gaps are easy to tell
 LOG_PERPLEXITY = {"dense": (2.0, 2.0), "plain": (3.0, 2.5), "base": (3.0, 2.5), "full": (2.75, 2.125)}  # name -> (test, validation)
 EVIL = '<script>alert("x")</script> & <b>bold</b> ```` {{ 7 * 7 }}'
@@ -41,7 +40,6 @@ def settings(name: str) -> dict[str, Any]:
         "reconstruction": {"steps": ["obs", "channel"] if full else []},
         "quantization": {"bits": 4, "group": 64, "symmetric": False} if full else {"bits": None},
         "factors": "induce/full/transform.safetensors" if full else "prepare/identity.safetensors",
-        "sensitivity": "sensitivity/sensitivity.json" if full else "prepare/unmeasured.json",
     }
 
 
@@ -53,7 +51,6 @@ def induction(block: int) -> dict[str, Any]:
         "judged": {"none": 0.06, "start": 0.08, "learned": 0.07} | ({choice: 0.05} if choice != "none" else {}),
         "held_out": {"none": 0.04, "start": 0.05, "learned": 0.03},
         "mask_changed": 0.03 if choice != "none" else 0.0,
-        "stable_rank": {"weights": {"before": 20.0, "after": 19.0 + block}, "features": {"before": 3.0, "after": 4.5}},
     }
 
 
@@ -80,13 +77,7 @@ def facts(name: str, depth: int) -> dict[str, Any]:
     fits[-1] |= {"fit_after": 0.05, "held_out_after": 0.06, "epochs": 0}
     transform: dict[str, Any] = {}
     if full:
-        transform = {
-            "induction": {str(block): induction(block) for block in range(depth)},
-            "scores": {kind: {"edges": [-3, -2, -1, 0], "before": [0.2, 0.5, 0.3], "after": [0.1, 0.5, 0.4]} for kind in KINDS},
-            "curve": [
-                {"block": str(b), "step": s, "loss": 0.05 - s / 1e4, "held_out": 0.04 - s / 1e4} for b in range(depth) for s in (10, 20)
-            ],
-        }
+        transform = {"induction": {str(block): induction(block) for block in range(depth)}}
     kept, size = (sum(matrix[key] for matrix in matrices.values()) for key in ("kept", "size"))
     return {
         "settings": settings(name),
@@ -111,6 +102,12 @@ def sizes(name: str) -> dict[str, Any]:
         "theoretical_bits": 16.0 if name == "dense" else 9.0,
         "formats": formats,
     }
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    change(found)
+    path.write_text(json.dumps(found), encoding="utf-8")
 
 
 def make(build: Path, depth: int = 3) -> Path:
@@ -164,11 +161,19 @@ def collect(
     names: tuple[str, ...] = ("plain", "base", "full"),
     baseline: str = "base",
     exported: tuple[str, ...] = ("base", "full"),
-    tasks: tuple[str, ...] = ("dense", "plain", "base", "full"),
+    tasks: tuple[str, ...] = ("plain", "base", "full"),
 ) -> Results:
-    return table.collect(
-        build, ReportParams(baseline=baseline, title="Trial"), names, TEXTS, exported, {"zero": tasks}, "seed: 0  # <of the rows>"
-    )
+    """What a params.yaml beside ``build`` asks for."""
+    rows = {"validation": ("evaluate", 8), "test": ("evaluate", 16), "calibration": ("calibrate", 4)}
+    values = {
+        "report": {"baseline": baseline, "title": "Trial"},
+        "variants": {name: {} for name in names},
+        "texts": {name: {"use": use, "rows": count, "length": 32} for name, (use, count) in rows.items()},
+        "exported": {name: {} for name in exported},
+        "tasks": {"presets": ["zero"] if tasks else [], "variants": list(tasks)},
+    }
+    (build.parent / "params.yaml").write_text(json.dumps(values) + "\n# <of the rows>\n", encoding="utf-8")  # JSON is YAML
+    return table.collect(build.parent)
 
 
 @pytest.fixture
@@ -177,8 +182,23 @@ def build(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def rendered(build: Path) -> Report:
+def rendered(build: Path) -> str:
     return render(collect(build))
+
+
+def said(html: str) -> str:
+    """The page's words, with `code` marks, without its tables."""
+    paragraphs = re.findall(r"<p[^>]*>(.*?)</p>", html, flags=re.DOTALL)
+    return unescape(re.sub(r"</?code>", "`", " ".join(paragraphs)))
+
+
+def drawn(html: str) -> dict[str, str]:
+    """Figure -> its SVG."""
+    return dict(re.findall(r'<figure id="figure-([^"]+)".*?(<svg.*?</svg>)', html, flags=re.DOTALL))
+
+
+def tables(results: Results, section: str) -> list[list[Column]]:
+    return [block.content for block in content.SECTIONS[section](results) if not isinstance(block, str) and block.kind == "table"]
 
 
 # The table
@@ -199,7 +219,7 @@ def test_no_gap_without_a_baseline(build: Path) -> None:
     results = collect(build, baseline="gone")
     assert all(table.gap_closed(results, variant, "test") is None for variant in results.variants)
     assert "gap closed" not in {column.head for column in table.comparison(results)}
-    assert "the baseline <code>gone</code> is not among the variants" in render(results).html
+    assert "the baseline <code>gone</code> is not among the variants" in render(results)
 
 
 def test_no_gap_where_the_baseline_is_no_worse(build: Path) -> None:
@@ -212,19 +232,18 @@ def test_no_gap_where_the_baseline_is_no_worse(build: Path) -> None:
     results = collect(build)
     assert table.gap_closed(results, results.pruned[2], "test") is None
     assert table.gap_closed(results, results.pruned[2], "validation") is None
-    assert "the baseline is no worse than the dense model" in render(results).html
+    assert "the baseline is no worse than the dense model" in render(results)
 
 
 def test_costs_are_of_what_a_variant_needs(build: Path) -> None:
     """full: calibrate 5 + scale 1 + induce 40 + sensitivity 60 + prune 30; its largest memory is that of sensitivity."""
     results, measured = collect(build), costs.collect(build / "costs")
-    assert results.pruned[2].stages == ["calibrate", "scale", "induce-full", "sensitivity", "prune-full"]
-    *_, seconds, peak = costs.comparison(results, measured)
+    assert table.stages(results.pruned[2]) == ["calibrate", "scale", "induce-full", "sensitivity", "prune-full"]
+    seconds, peak = costs.by_variant(results, measured)
     assert (seconds.head, peak.head) == ("seconds", "peak GB")
     assert seconds.cells == ("–", "10.0", "20.0", "136")
     assert (peak.cells[1], peak.cells[3]) == ("1.00", "7.00")
     assert seconds.best == {1}
-    assert costs.by_variant(results, measured)[0].cells == ("plain", "base", "full")
 
 
 def test_costs_of_another_run_are_not_shown(build: Path) -> None:
@@ -233,33 +252,38 @@ def test_costs_of_another_run_are_not_shown(build: Path) -> None:
     told = json.loads(record.read_text(encoding="utf-8"))
     for output in ({"path": str(build / "gone"), "sha256": ""}, {**told["output"], "sha256": "0" * 64}, None):
         record.write_text(json.dumps({**told, "output": output})) if output else record.unlink()
-        seconds = costs.comparison(collect(build), costs.collect(build / "costs"))[-2]
+        seconds, _ = costs.by_variant(collect(build), costs.collect(build / "costs"))
         assert seconds.cells == ("–", "10.0", "20.0", "–")
 
 
 def test_the_script_completes_the_page(build: Path) -> None:
     """Oracles: the page's section and the script's text, which hold the same anchor; the page itself holds no cost."""
     results = collect(build)
-    page, script = render(results).html, render_costs(results, costs.collect(build / "costs"))
+    page, script = render(results), render_costs(results, costs.collect(build / "costs"))
     assert (
         '<section id="costs">' in page
         and '<script src="costs.js"></script>' in page
         and "136" not in page.split('id="costs"')[1].split("</section>")[0]
     )
     shown = json.loads(script.removeprefix("document.getElementById('costs').innerHTML = ").removesuffix(";\n"))
-    assert "<h2>Costs</h2>" in shown and ">136<" in shown and "induce-full" in shown
+    assert "<h2>Costs</h2>" in shown and ">136<" in shown and ">full<" in shown
 
 
-def test_stages_of_shared_factors_and_curves(build: Path) -> None:
-    """Oracle: what wrote the artifacts that a variant names, in the graph's order."""
-
-    def stages(factors: str, sensitivity: str) -> list[str]:
-        settings = {**facts("full", 3)["settings"], "factors": factors, "sensitivity": sensitivity}
-        return replace(collect(build).pruned[2], name="b", facts={"settings": settings}).stages
-
-    assert stages("prepare/identity.safetensors", "curves/a.json") == ["calibrate", "sensitivity", "curves-a", "prune-b"]
-    assert stages("induce/a/transform.safetensors", "prepare/unmeasured.json") == ["calibrate", "scale", "induce-a", "prune-b"]
-    assert stages("scale/transform.safetensors", "prepare/unmeasured.json") == ["calibrate", "scale", "prune-b"]
+@pytest.mark.parametrize(
+    ("method", "transform", "expected"),
+    [
+        ("uniform", {}, []),
+        ("depth", {}, []),
+        ("layer", {}, ["sensitivity"]),
+        ("predicted", {}, ["calibrate", "sensitivity", "curves-full"]),
+        ("owl", {"induction": {}}, ["calibrate", "scale", "induce-full", "sensitivity", "curves-full"]),
+    ],
+)
+def test_stages_that_a_recipe_needs(build: Path, method: str, transform: Any, expected: list[str]) -> None:
+    """Oracle: what each allocation reads, and where learned factors come from, in the graph's order."""
+    edit(build / "facts" / "full.json", lambda found: found.update(transform=transform))
+    edit(build / "facts" / "full.json", lambda found: found["settings"]["allocation"].update(method=method))
+    assert table.stages(collect(build).pruned[2]) == [*expected, "prune-full"]
 
 
 def test_the_best_pruned_cell_is_marked(build: Path) -> None:
@@ -297,10 +321,10 @@ def test_what_the_table_leaves_out_is_told(build: Path) -> None:
     assert table.notes(collect(build, ("plain",), baseline="gone", exported=(), tasks=())) == [
         "No gap is given: the baseline `gone` is not among the variants (see `report.baseline`)."
     ]
-    said = " ".join(render(collect(build)).markdown.split())
-    assert cut in said and moments in said
-    assert "Accuracies are of all 50 items of `free`, 100 of 200 items of `next_line`, and" in said
-    assert "Not exported, so not weighed: `plain`." in said
+    told = said(render(collect(build)))
+    assert cut in told and moments in told
+    assert "`free`: all of 50 items, guessing gives an unknown share; `next_line`: 100 of 200 items, guessing gives 25%." in told
+    assert "Not exported, so not weighed: `plain`." in told
 
 
 def test_summary_is_pure_metrics(build: Path) -> None:
@@ -321,19 +345,39 @@ def test_summary_is_pure_metrics(build: Path) -> None:
 
 
 def test_the_points_for_dvc(build: Path) -> None:
-    """On `test`, dense first: e^2, e^3, e^3, e^2.75."""
+    """Every model on every text, dense first: e^2 and the exponents of ``LOG_PERPLEXITY``; what was pruned of each."""
     points = table.points(collect(build))
-    assert [point["variant"] for point in points] == ["dense", "plain", "base", "full"]
-    assert [math.log(point["perplexity"]) for point in points] == pytest.approx([2, 3, 3, 2.75])
-    assert {point["text"] for point in points} == {"test"}
+    assert [(point["text"], point["variant"]) for point in points] == [
+        (text, name) for text in ("validation", "test") for name in LOG_PERPLEXITY
+    ]
+    assert [math.log(point["perplexity"]) for point in points] == pytest.approx([2, 2.5, 2.5, 2.125, 2, 3, 3, 2.75])
+    assert [point["sparsity"] for point in points] == [0, 0.5, 0.5, 0.5] * 2
+
+
+def test_the_plot_names_fields_of_the_points(build: Path) -> None:
+    """Oracle: DVC's own renderer, which refuses a template without data or with unknown axes."""
+    plot = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]["report"]["plots"][0]["report/perplexity.json"]
+    points = [{"rev": "one", **point} for point in table.points(collect(build))]
+    filled = VegaRenderer(points, "report/perplexity.json", template_dir=str(ROOT / ".dvc" / "plots"), **plot).get_filled_template()
+    assert filled["data"]["values"] == points and "<DVC_METRIC" not in json.dumps(filled)
+    fields = set(re.findall(r'"field": "(\w+)"', json.dumps({**filled, "data": None})))
+    assert fields == {"text", "variant", "sparsity", "perplexity", "rev"} == set(points[0])
 
 
 def test_the_gate_is_told(build: Path) -> None:
     """e^2.125 against e^2.5."""
-    assert "names `full`: perplexity 8.37 on `validation`, against `base` 12.18." in " ".join(render(collect(build)).markdown.split())
+    assert "names `full`: perplexity 8.37 on `validation`, against `base` 12.18." in said(render(collect(build)))
     (build / "choice.json").write_text(json.dumps({"text": "validation", "chosen": None, "perplexity": {}}), encoding="utf-8")
-    assert "The gate" not in render(collect(build)).markdown
-    assert "4 bits, groups of 64, zero points" in render(collect(build)).markdown
+    assert "The gate (" not in said(render(collect(build)))
+
+
+def test_recipes_are_in_words(build: Path) -> None:
+    """Oracle: ``settings``, in the words of tests/test_card.py."""
+    recipes = {column.head: column.cells for column in tables(collect(build), "Comparison")[1]}
+    assert recipes["variant"] == ("plain", "base", "full")
+    assert recipes["allocation"] == ("uniform", "uniform", "by weight, α = 0.15")
+    assert recipes["reconstruction"] == ("none", "none", "obs + channel")
+    assert recipes["quantisation"] == ("none", "none", "4 bits, groups of 64, zero points")
 
 
 def test_only_the_named_variants_are_reported(build: Path) -> None:
@@ -370,7 +414,7 @@ def test_a_damaged_file_is_told(build: Path) -> None:
 
 def test_the_size_table_by_hand(build: Path) -> None:
     """4500 of 8000 bytes, 6600 of 10000; the variant that is not exported has no row, and perplexities are the variants' own."""
-    columns = {(column.group, column.head): column.cells for column in weighed.columns(collect(build))}
+    columns = {(column.group, column.head): column.cells for column in content.sizes(collect(build))}
     assert columns["", "variant"] == ("dense", "base", "full", "full")
     assert columns["", "format"] == ("dense", "dense", "dense", "bitmask")
     assert columns["pruned matrices", "of dense"] == ("1.000", "1.000", "1.000", "0.562")
@@ -381,18 +425,14 @@ def test_the_size_table_by_hand(build: Path) -> None:
 
 
 def test_sizes_are_on_the_page(build: Path) -> None:
-    """With a figure where something was exported; compressed-tensors is called what it is where it was written."""
-    report = render(collect(build))
-    assert "sizes.svg" in report.figures
-    assert "no smaller than the same" not in report.html
-    path = build / "sizes" / "full.json"
-    found = json.loads(path.read_text(encoding="utf-8"))
-    found["formats"]["compressed-tensors"] = {"matrix_bytes": 2062, "file_bytes": 4200, "bits": 4.125}
-    path.write_text(json.dumps(found), encoding="utf-8")
-    assert "no smaller than the same quantisation without pruning" in render(collect(build)).html
-    assert weighed.smallest(collect(build).pruned[2]) == "compressed-tensors"
+    """Where something was exported; compressed-tensors is called what it is where it was written."""
+    html = render(collect(build))
+    assert ">bits per weight<" in html and "no smaller than the same" not in html
+    compressed = {"matrix_bytes": 2062, "file_bytes": 4200, "bits": 4.125}
+    edit(build / "sizes" / "full.json", lambda found: found["formats"].update({"compressed-tensors": compressed}))
+    assert "no smaller than the same quantisation without pruning" in render(collect(build))
     nothing = render(collect(build, exported=()))
-    assert "No variant is exported" in nothing.html and "sizes.svg" not in nothing.figures
+    assert "No variant is exported" in nothing and ">bits per weight<" not in nothing
 
 
 # The page
@@ -438,166 +478,157 @@ class Page(HTMLParser):
             self.pre[-1] += data
 
 
-def test_the_page_is_self_contained(rendered: Report) -> None:
+def test_the_page_is_self_contained(rendered: str) -> None:
     """All that it refers to is in it, but for the script that adds the costs; every element is closed, nothing else runs."""
-    page = Page(rendered.html)
+    page = Page(rendered)
     assert not page.open
     inside = [address for address in page.addresses if address.startswith("#")]
     assert inside and page.addresses.count("costs.js") == 1 and len(inside) == len(page.addresses) - 1
     assert {address[1:] for address in inside} <= set(page.ids)
     assert page.tags.count("script") == 1
     assert not {"link", "img", "iframe", "object"} & set(page.tags)
-    assert "@import" not in rendered.html
-    assert not re.findall(r"url\((?!#)", rendered.html)
+    assert "@import" not in rendered
+    assert not re.findall(r"url\((?!#)", rendered)
     assert len(page.tags) > 100
 
 
-def test_completions_are_escaped(rendered: Report) -> None:
+def test_completions_are_escaped(rendered: str) -> None:
     """The parser gives back the very text, with its first line break, and no element comes of it."""
-    page = Page(rendered.html)
+    page = Page(rendered)
     assert f"\n\nof {EVIL}" in page.pre  # the parser of a browser drops the first of the two
     assert [text[1:] for text in page.pre if "same then" in text] == [f"same then {name} {EVIL}" for name in LOG_PERPLEXITY]
-    assert "<b>" not in rendered.html
+    assert "<b>" not in rendered
     assert "49" not in "".join(text for text in page.pre if "alert" in text)
-    assert f"`````text\nsame then full {EVIL}\n`````" in rendered.markdown
 
 
 def test_samples_split_where_they_leave_the_dense_model(build: Path) -> None:
     """The split never loses a character."""
     results = collect(build)
-    samples = [block for section in content.sections(results) for block in section.blocks if block.kind == "sample"]
-    dense, plain, _, full = samples[0].continuations
-    assert (dense.same, dense.own) == ("", f"same then dense {EVIL}")
-    assert (plain.same, plain.own) == ("same then ", f"plain {EVIL}")
-    assert full.same + full.own == f"same then full {EVIL}"
+    samples = [block.content for block in content.SECTIONS["Sample completions"](results) if not isinstance(block, str)]
+    dense, plain, _, full = samples[0]["continuations"]
+    assert dense == ("dense", "", f"same then dense {EVIL}")
+    assert plain == ("plain", "same then ", f"plain {EVIL}")
+    assert full[1] + full[2] == f"same then full {EVIL}"
 
 
-def test_every_figure_is_there_and_is_xml(rendered: Report) -> None:
-    expected = [
-        "perplexity",
-        "accuracy",
-        "sizes",
-        "sparsity-full",
-        "sensitivity",
-        "scores-full",
-        "induction-full",
-        "layer-error",
-        "reconstruction-full-channel",
-    ]
-    assert [name.removesuffix(".svg") for name in rendered.figures] == expected
-    for name, svg in rendered.figures.items():
+def test_every_figure_is_there_and_is_xml(rendered: str) -> None:
+    figures = drawn(rendered)
+    assert list(figures) == ["perplexity", "sparsity-full", "sensitivity", "layer-error"]
+    for svg in figures.values():
         assert ET.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
         assert "currentColor" in svg
-        assert f"(figures/{name})" in rendered.markdown
-    assert rendered.html.count("<figure ") == len(expected)
+    assert rendered.count("<figure ") == len(figures)
 
 
-def test_accuracy_is_drawn_of_what_was_measured(build: Path) -> None:
-    """Oracle: the figure's texts."""
-    shown = re.findall(r"<text[^>]*>([^<]*)</text>", render(collect(build, tasks=("dense", "full"))).figures["accuracy.svg"])
-    assert {"dense", "full"} <= set(shown) and not {"plain", "base"} & set(shown)
+def test_errors_that_were_not_measured_stay_empty(build: Path) -> None:
+    """Magnitude runs no forward pass and Wanda factorises nothing: their matrices have neither error nor damping. Oracle: the figure's texts."""
 
+    def forget(found: Any) -> None:
+        for matrix in found["matrices"].values():
+            del matrix["layer_error"], matrix["damping"]
 
-def test_tables_of_the_markdown_are_whole(rendered: Report) -> None:
-    """Every row of a table has as many cells as its head."""
-    widths: list[int] = []
-    for line in [*rendered.markdown.splitlines(), ""]:
-        if line.startswith("|"):
-            widths.append(line.count("|"))
-        elif widths:
-            assert len(set(widths)) == 1
-            assert len(widths) > 2
-            widths = []
-    assert "**25.0%**" in rendered.markdown
+    edit(build / "facts" / "plain.json", forget)
+    html = render(collect(build))
+    shown = re.findall(r"<text[^>]*>([^<]*)</text>", drawn(html)["layer-error"])
+    assert {"base", "full"} <= set(shown) and "plain" not in shown
+    assert "Not measured: plain." in html
+    for name in ("base", "full"):
+        edit(build / "facts" / f"{name}.json", forget)
+    assert "layer-error" not in drawn(render(collect(build)))
 
 
 def test_without_induction_sensitivity_and_fit(build: Path) -> None:
     """Each section says in a sentence why it has no figure."""
-    report = render(collect(build, ("plain", "base"), exported=()))
-    assert list(report.figures) == ["perplexity.svg", "accuracy.svg", "layer-error.svg"]
+    html = render(collect(build, ("plain", "base"), exported=()))
+    assert list(drawn(html)) == ["perplexity", "layer-error"]
     for sentence in (
         "No variant is exported",
-        "No variant has an induce stage",
+        "No variant learns factors",
         "No variant uses sensitivities",
-        "No variant has the step <code>channel</code> or <code>block</code>",
-        "There is no map to draw",
+        "No variant fits whole blocks",
+        "The same share of every matrix, to one percentage point: `plain` and `base`.",
     ):
-        assert sentence in report.html
+        assert sentence in said(html)
 
 
 def test_the_dense_model_alone(build: Path) -> None:
-    report = render(collect(build, ()))
-    assert "no pruned variant" in report.html
-    assert list(report.figures) == ["accuracy.svg"]
+    html = render(collect(build, ()))
+    assert "no pruned variant" in html
+    assert not drawn(html)
 
 
-def test_without_tasks_completions_and_curve(build: Path) -> None:
+def test_without_tasks_and_completions(build: Path) -> None:
     for name in LOG_PERPLEXITY:
         (build / "completions" / f"{name}.json").write_text("[]", encoding="utf-8")
-    path = build / "facts" / "full.json"
-    changed = json.loads(path.read_text(encoding="utf-8"))
-    changed["transform"]["curve"] = []
-    path.write_text(json.dumps(changed), encoding="utf-8")
-    report = render(collect(build, tasks=()))
-    assert "accuracy.svg" not in report.figures
-    assert "induction-full.svg" not in report.figures
-    for sentence in ("No tasks were run", "None were asked for", "its induction took no steps"):
-        assert sentence in report.html
+    html = render(collect(build, tasks=()))
+    for sentence in ("No tasks were run", "None were asked for"):
+        assert sentence in html
 
 
-def test_what_induction_did_by_hand(rendered: Report) -> None:
+def test_what_induction_did_by_hand(rendered: str) -> None:
     """Three blocks kept one each; judged (6 + 6 + 6)/3 → (5 + 5 + 6)/3, masks (3 + 3 + 0)/3; one of three fits was thrown away."""
-    said = " ".join(rendered.markdown.split())
-    assert "`full`: the gate kept what was learned in 1 of 3 blocks, the start in 1, nothing in 1" in said
-    assert "the mean error of a block's output goes from 6.00% to 5.33%" in said
-    assert "changed 2.00% of the mask entries on average (0.00% to 3.00% by block)" in said
-    assert "on held-out rows from 6.00% to 5.33%, on rows it was fitted to from 5.00% to 4.33% (squared distance" in said
-    assert "it was kept in 2 of 3 blocks" in said
+    told = said(rendered)
+    assert "`full`: the gate kept what was learned in 1 of 3 blocks, the start in 1, nothing in 1" in told
+    assert "the mean error of a block's output goes from 6.00% to 5.33%" in told
+    assert "changed 2.00% of the mask entries on average (0.00% to 3.00% by block)" in told
+    assert "on held-out rows from 6.00% to 5.33%, on rows it was fitted to from 5.00% to 4.33% (squared distance" in told
+    assert "it was kept in 2 of 3 blocks" in told
 
 
 def test_induction_block_by_block(build: Path) -> None:
     """Oracle: ``induction``, cell by cell; marked is what was kept."""
-    found = [b for section in content.sections(collect(build)) if section.name == "induction" for b in section.blocks if b.kind == "table"]
-    columns = {column.head: column for column in found[0].columns}
+    (found,) = tables(collect(build), "Induction")
+    columns = {column.head: column for column in found}
     assert list(columns["none"].cells) == ["6.00%"] * 3
     assert list(columns["start"].cells) == ["8.00%", "5.00%", "8.00%"]
     assert list(columns["learned"].cells) == ["5.00%", "7.00%", "7.00%"]
     assert [columns[name].best for name in ("none", "start", "learned")] == [{2}, {1}, {0}]
     assert list(columns["mask changed"].cells) == ["3.00%", "3.00%", "0.00%"]
     assert list(columns["layer error"].cells) == ["4.00% → 3.00%", "4.00% → 5.00%", "4.00% → 4.00%"]
-    assert list(columns["stable rank, weights"].cells) == ["20.0 → 19.0", "20.0 → 20.0", "20.0 → 21.0"]
-    assert list(columns["stable rank, features"].cells) == ["3.0 → 4.5"] * 3
+
+
+def test_fits_block_by_block(build: Path) -> None:
+    """Oracle: ``facts``, cell by cell; marked is where the fit was kept."""
+    (found,) = tables(collect(build), "Reconstruction")
+    columns = {column.head: column for column in found}
+    assert list(columns["held-out rows"].cells) == ["6.00% → 5.00%", "6.00% → 5.00%", "6.00% → 6.00%"]
+    assert list(columns["rows it was fitted to"].cells) == ["5.00% → 4.00%", "5.00% → 4.00%", "5.00% → 5.00%"]
+    assert list(columns["epochs"].cells) == ["3", "3", "0"]
+    assert columns["held-out rows"].best == {0, 1}
+
+
+def test_shares_of_every_matrix(build: Path) -> None:
+    """Oracle: the kept counts of ``facts``: 60, 50 and 45% of full's are pruned, half of every other."""
+    matrices, *shares = tables(collect(build), "Share pruned per matrix")[0]
+    by_matrix = dict(zip(matrices.cells, zip(*(column.cells for column in shares), strict=True), strict=True))
+    assert [column.head for column in shares] == ["plain", "base", "full"]
+    assert by_matrix["layers.0.q"] == ("50.00%", "50.00%", "60.00%")
+    assert by_matrix["layers.2.down"] == ("50.00%", "50.00%", "45.00%")
+    assert "`full` prunes from 45.00% (`layers.0.down`) to 60.00% (`layers.0.q`)." in said(render(collect(build)))
 
 
 def test_a_deep_model(tmp_path: Path) -> None:
     """No numbers in the map's cells, few ticks, a bar that tells the colours."""
-    report = render(collect(make(tmp_path / "build", depth=40)))
-    assert "Dark to light: first to last block." in report.html
-    assert "<summary>All 40 blocks of full</summary>" in report.html
-    shown = re.findall(r"<text[^>]*>([^<]*)</text>", report.figures["sparsity-full.svg"])
+    html = render(collect(make(tmp_path / "build", depth=40)))
+    assert "<summary>All 40 blocks of full</summary>" in html
+    shown = re.findall(r"<text[^>]*>([^<]*)</text>", drawn(html)["sparsity-full"])
     assert len(shown) < 40
 
 
-def test_the_level_of_guessing_is_told(rendered: Report) -> None:
-    assert "Guessing gives 25% on `next_line`. What guessing gives on `free` is not known." in rendered.markdown
-
-
-def test_an_empty_completion() -> None:
-    assert Completion("a", "").completion == ""
-    assert content._continuation("x", "", "abc") == content.Continuation("x", "", "")
-
-
-def test_provenance_is_complete(build: Path, rendered: Report) -> None:
+def test_provenance_is_complete(build: Path, rendered: str) -> None:
     """Oracles: the files' own hashes, params.yaml to the letter, versions and seeds."""
+    code = "\n".join(Page(rendered).pre)
     for path in build.glob("texts/*/*.safetensors"):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        assert f"{digest}  {path.stem}, rows" in rendered.markdown
-        assert f"{len(path.stem):064d}  {path.stem}, {path.stem}.txt" in rendered.markdown
-    assert f"{'0' * 64}  config.json" in rendered.markdown
-    assert "| versions | torch 2.13 |" in rendered.markdown
-    assert "| calibration | calibration | files | 8 | 32 | 1 | 1,234 | each document | 0 |" in rendered.markdown
-    assert "| test | evaluation | files | 8 | 32 | 1 | 1,234 | each document | none: in order |" in rendered.markdown
-    assert "seed: 0  # &lt;of the rows&gt;" in rendered.html and "seed: 0  # <of the rows>" in rendered.markdown
+        assert f'"rows_sha256": "{digest}"' in code
+        assert f'"{path.stem}.txt": "{len(path.stem):064d}"' in code
+    assert f'"config.json": "{"0" * 64}"' in code
+    model, texts = tables(collect(build), "Provenance")
+    assert ("versions", "torch 2.13") in zip(*(column.cells for column in model), strict=True)
+    rows = list(zip(*(column.cells for column in texts), strict=True))
+    assert ("calibration", "calibrate", "files", "document", "8", "32", "1", "1,234", "0") in rows
+    assert ("test", "evaluate", "files", "document", "8", "32", "1", "1,234", "none: in order") in rows
+    assert "# <of the rows>" in code and "# &lt;of the rows&gt;" in rendered
 
 
 def test_a_damaged_text_is_told(build: Path) -> None:
@@ -607,17 +638,6 @@ def test_a_damaged_text_is_told(build: Path) -> None:
 
 
 # The stage
-
-PARAMS = """
-report: {baseline: base, title: Trial}
-variants: {plain: {}, base: {}, full: {}}
-texts:
-  calibration: {use: calibrate, rows: 4, length: 16}
-  validation: {use: evaluate, rows: 8, length: 32}
-  test: {use: evaluate, rows: 16, length: 32}
-exported: {base: {}, full: {}}
-tasks: {presets: [zero], variants: [plain, base, full]}
-"""
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -629,7 +649,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_two_runs_give_the_same_bytes(build: Path) -> None:
     """In processes with different hash seeds; the paths are printed."""
     work = build.parent
-    (work / "params.yaml").write_text(PARAMS, encoding="utf-8")
+    collect(build)  # writes params.yaml
     (work / "env.lock.json").write_bytes((ROOT / "env.lock.json").read_bytes())
     seen = []
     for seed in ("1", "2"):
@@ -638,27 +658,13 @@ def test_two_runs_give_the_same_bytes(build: Path) -> None:
         seen.append(digests(work / "report"))
     assert seen[0] == seen[1]
     files, output = seen[0], run.stdout
-    assert {"index.html", "index.md", "table.txt", "summary.json", "figures/perplexity.svg"} <= set(files)
+    assert {"index.html", "table.txt", "summary.json", "perplexity.json"} == set(files)
     assert re.search(r"report: 3 pruned variants; read report/index\.html, or report/table\.txt; \d+(\.\d)? s\n$", output)
     written = (work / "report" / "table.txt").read_text(encoding="utf-8").splitlines()
     assert len(written) == 5 + 2  # variants, and two notes on what is left out
     assert all(f"report: {note}" in output.splitlines() for note in written[5:])
     summary = json.loads((work / "report" / "summary.json").read_text(encoding="utf-8"))
     assert set(summary) == set(LOG_PERPLEXITY)
-
-
-def test_the_stage_replaces_old_figures(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A figure of a variant that is gone does not stay behind."""
-    work = build.parent
-    monkeypatch.chdir(work)
-    (work / "params.yaml").write_text(PARAMS, encoding="utf-8")
-    (work / "env.lock.json").write_bytes((ROOT / "env.lock.json").read_bytes())
-    (work / "report" / "figures").mkdir(parents=True)
-    (work / "report" / "figures" / "old.svg").write_text("", encoding="utf-8")
-    result = CliRunner().invoke(main)
-    assert result.exit_code == 0, result.output
-    assert not (work / "report" / "figures" / "old.svg").exists()
-    assert (work / "report" / "figures" / "perplexity.svg").exists()
 
 
 def test_the_library_starts_fast() -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from pipeline_lib.core.artifacts import block_file, read_json, read_tensors
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.core.runtime import generator
+from pipeline_lib.core.random import generator
 from pipeline_lib.measure import fisher, hutchinson
 from pipeline_lib.measure.backward import Subject
 from pipeline_lib.measure.estimate import Estimate, estimates, kendall, relative_error, split_half

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from pipeline_lib.fit.spectral import Norm, Order, SpectralParams, regulariser
+from pipeline_lib.fit.settings import Order, SpectralParams
+from pipeline_lib.fit.spectral import Norm, regulariser
 
 ORDERS: list[tuple[Order, int | str]] = [("spectral", 2), ("frobenius", "fro"), ("nuclear", "nuc")]
 

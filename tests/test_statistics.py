@@ -15,11 +15,12 @@ from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpo
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.prune.window import collect as collect_moments
+from pipeline_lib.prune.window import collect_diagonals
 from pipeline_lib.stats.moments import Accumulator, Moments, MomentSums, SiteStatistics, refresh
 from pipeline_lib.stats.walk import CalibrateParams, gram_bytes, stored_or_walked, walk
 
 CPU = torch.device("cpu")
-PARAMS = CalibrateParams(batch_rows=2, median_tokens=10_000, gram_budget_bytes=0)
+PARAMS = CalibrateParams(batch_rows=2, median_tokens=10_000)
 FIT, HELD_OUT = token_rows(5, 9, seed=1), token_rows(3, 9, seed=2)
 
 
@@ -277,7 +278,7 @@ def test_refresh_equals_recollecting_in_every_family(checkpoint: Checkpoint, wit
 
 
 def test_stored_grams_equal_walked_ones_to_the_bit(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Both sides of gram_budget_bytes: files with Grams, and files without, for which the model is walked again."""
+    """Both sides of SPARSELINE_GRAM_BYTES: files with Grams, and files without, for which the model is walked again."""
     model = BlockModel(checkpoint, torch.float32, CPU)
     for name, grams in (("stored", True), ("over", False)):
         for block, sites in walk(model, FIT, HELD_OUT, PARAMS, grams):
@@ -346,6 +347,24 @@ def inputs_of(model: BlockModel, block: torch.nn.Module, stream: Stream) -> dict
         for hidden in stream.hidden:
             model.call(block, 0, hidden)
     return {name: torch.cat(parts) for name, parts in taken.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "phi3", "gpt_neox"])
+def test_diagonals_are_those_of_the_moments(checkpoint: Checkpoint) -> None:
+    """Oracle: hooks on the block, in float64; one site at a time gives the same bits, and no more of the block is run than it needs."""
+    model = BlockModel(checkpoint, torch.float32, CPU)
+    stream, block = model.embed(FIT, 2), model.block(0)
+    names, own = [site.name for site in checkpoint.architecture.sites], inputs_of(model, block, stream)
+    found = collect_diagonals(model, (0, block), stream.hidden, names)
+    assert list(found) == names
+    for name, diagonal in found.items():
+        torch.testing.assert_close(diagonal.double(), own[name].double().square().mean(0), rtol=1e-6, atol=0)
+    ran: list[str] = []
+    block.get_submodule(checkpoint.architecture.sites[-1].module).register_forward_hook(lambda *_: ran.append("beyond the last site"))
+    for name in names:
+        (alone,) = collect_diagonals(model, (0, block), stream.hidden, [name]).values()
+        assert torch.equal(alone, found[name])
+    assert not ran
 
 
 @pytest.mark.parametrize("one_site", [True, False])

@@ -251,18 +251,19 @@ def test_a_stream_on_disk_is_a_list(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_copies_of_streams_are_apart(tmp_path: Path) -> None:
-    """Memory to disk, disk to disk and disk to memory. Oracle: what each was given, after another of them went on."""
-    first = Stream(2, CPU)
-    first.hidden[:] = numbered(2)
-    second = first.copy(tmp_path / "new" / "folder", "second")
-    third = second.copy(tmp_path, "third")
-    fourth = third.copy()
-    third.hidden[0] = torch.zeros(1)
-    assert same([list(stream.hidden) for stream in (first, second, fourth)], 3 * [numbered(2)])
-    assert same(list(third.hidden), [torch.zeros(1), numbered(2)[1]])
-    assert not isinstance(fourth.hidden, OnDisk)
+    """In memory and on disk, in the same kind of place as the first. Oracle: what each was given, after another of them went on."""
+    for directory in (None, tmp_path / "new" / "folder"):
+        first = Stream(2, CPU, directory, "first")
+        for number, hidden in enumerate(numbered(2)):
+            first.hidden[number] = hidden
+        second = first.copy("second")
+        third = second.copy("third")
+        second.hidden[0] = torch.zeros(1)
+        assert same([list(stream.hidden) for stream in (first, third)], 2 * [numbered(2)])
+        assert same(list(second.hidden), [torch.zeros(1), numbered(2)[1]])
+        assert [isinstance(stream.hidden, OnDisk) for stream in (first, second, third)] == 3 * [directory is not None]
     assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [
-        f"{n}-0000{i}.safetensors" for n in ("second", "third") for i in (0, 1)
+        f"{n}-0000{i}.safetensors" for n in ("first", "second", "third") for i in (0, 1)
     ]
 
 

@@ -134,7 +134,7 @@ def token_rows(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 def block_statistics(checkpoint: Checkpoint, fit: int = 16, held_out: int = 8) -> list[dict[str, SiteStatistics]]:
     """Per block, the statistics of so many random rows of 12 tokens in the dense stream, with fitting and held-out Grams."""
     model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
-    params = CalibrateParams(batch_rows=8, median_tokens=1000, gram_budget_bytes=0)
+    params = CalibrateParams(batch_rows=8, median_tokens=1000)
     rows = token_rows(fit, 12, seed=1), token_rows(held_out, 12, seed=2)
     return [sites for _, sites in walk(model, *rows, params, grams=True)]
 

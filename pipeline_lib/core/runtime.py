@@ -92,7 +92,7 @@ def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str]
         environment.check()
         yield tell
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        if output is not None:
+        if output is not None and output.exists():
             peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             figures = {"wall_s": round(time.monotonic() - started, 2), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2)}
             made = {"path": str(output), "sha256": sha256(output)}

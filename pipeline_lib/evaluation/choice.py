@@ -2,21 +2,7 @@
 
 from collections.abc import Mapping
 
-from pipeline_lib.core.errors import SparselineError
 
-
-def choose(text: str, perplexities: Mapping[str, Mapping[str, float]]) -> str | None:
-    """The candidate of lowest perplexity on this text, ties to the earlier; None if there are no candidates.
-
-    Args:
-        perplexities: of every candidate, by text.
-
-    Raises:
-        SparselineError: the text is not among those evaluated.
-    """
-    for name in perplexities:
-        if text not in perplexities[name]:
-            raise SparselineError(
-                f"params.yaml: choose.text = {text!r} is no text with use: evaluate; these are: {', '.join(perplexities[name])}."
-            )
-    return min(perplexities, key=lambda name: perplexities[name][text], default=None)
+def choose(perplexities: Mapping[str, float]) -> str | None:
+    """The candidate of lowest perplexity, ties to the earlier; None if there are no candidates."""
+    return min(perplexities, key=lambda name: perplexities[name], default=None)

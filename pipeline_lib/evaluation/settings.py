@@ -1,11 +1,13 @@
 """Parameters of what is measured on saved checkpoints."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
+from pipeline_lib.core import params
 from pipeline_lib.core.params import Params
+from pipeline_lib.recipe import names
 
 
 class CompletionsParams(Params):
@@ -23,6 +25,24 @@ class EvaluateParams(Params):
     compute_dtype: Literal["float32", "bfloat16", "float16"]
     batch_rows: int = Field(ge=1)
     completions: CompletionsParams
+
+
+class EvaluatePart(Params):
+    """What ``evaluate`` measures, on every variant and on the source model."""
+
+    evaluate: EvaluateParams
+    texts: list[str]
+
+    @classmethod
+    def read(cls) -> Self:
+        """As params.yaml says.
+
+        Raises:
+            SparselineError: the text whose rows are completed is not among those evaluated.
+        """
+        found = cls(evaluate=params.load(EvaluateParams, "evaluate"), texts=names.texts_of("evaluate"))
+        names.check_evaluated("evaluate.completions.text", found.evaluate.completions.text)
+        return found
 
 
 class TasksParams(Params):

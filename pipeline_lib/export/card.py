@@ -85,7 +85,7 @@ def _metadata(pruned: Pruned, form: str) -> str:
     """YAML front matter; JSON's strings and lists are YAML's. Only what is known: a local directory is no ``base_model``."""
     bits = pruned.facts["settings"]["quantization"]["bits"]
     sparse = ["pruned", "sparse"] if pruned.facts["sparsity"] else []
-    dataset = pruned.facts["calibration"].get("dataset")
+    dataset = (pruned.facts["calibration"] or {}).get("dataset")
     known = {
         "base_model": pruned.model.get("id"),
         "base_model_relation": "quantized" if pruned.model.get("id") and bits else None,
@@ -134,11 +134,11 @@ def _size(form: str, sizes: Mapping[str, Any]) -> str:
 
 def _provenance(pruned: Pruned) -> Sequence[str]:
     hashes = [(f"`{name}`", f"`{digest}`") for name, digest in sorted(pruned.model["sha256"].items())]
-    text = pruned.facts["calibration"]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(pruned.model["versions"].items()))
+    seeds = _seeds(pruned.facts)
     return [
-        f"Calibrated on {text['rows']} rows of {text['length']} tokens from {text['documents']} documents (`{text['text']}`); "
-        f"SHA-256 of the rows: `{text['file_sha256']}`.",
-        f"Versions: {', '.join(f'{name} {version}' for name, version in sorted(pruned.model['versions'].items()))}. Seeds: {_seeds(pruned.facts)}.",
+        _calibration(pruned.facts["calibration"]),
+        f"Versions: {versions}.{f' Seeds: {seeds}.' if seeds else ''}",
         "Files of the base model:",
         _table(("file", "SHA-256"), hashes),
         "<details><summary>Settings</summary>",
@@ -147,10 +147,19 @@ def _provenance(pruned: Pruned) -> Sequence[str]:
     ]
 
 
+def _calibration(text: Mapping[str, Any] | None) -> str:
+    if text is None:
+        return "It was pruned without calibration text."
+    return (
+        f"Calibrated on {text['rows']} rows of {text['length']} tokens from {text['documents']} documents (`{text['text']}`); "
+        f"SHA-256 of the rows: `{text['file_sha256']}`."
+    )
+
+
 def _seeds(facts: Mapping[str, Any]) -> str:
     """Of the rows, of induction, and of the steps that ran."""
     steps = facts["settings"]["reconstruction"]
-    named = {"rows": facts["calibration"]["seed"]}
+    named = {"rows": facts["calibration"]["seed"]} if facts["calibration"] else {}
     named |= {"induction": facts["transform"]["settings"]["seed"]} if facts["transform"] else {}
     named |= {step: steps[step]["seed"] for step in steps["steps"] if "seed" in steps.get(step, {})}
     return ", ".join(f"{name} {'none (taken in order)' if seed is None else seed}" for name, seed in named.items())

@@ -5,7 +5,6 @@ E‖(W − W⊙M) X‖² = tr(ΔW G ΔWᵀ), so factors and weights act only thr
 Shape letters: ``R`` outputs, ``C`` inputs of a matrix, ``d`` channels of a site.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 
 from pipeline_lib.core.random import generator
-from pipeline_lib.fit.settings import SpectralParams
 from pipeline_lib.fit.spectral import Norm, penalty
 from pipeline_lib.induce.removed import Removed
 from pipeline_lib.induce.scale import normalise
@@ -21,7 +19,7 @@ from pipeline_lib.masks.scores import Curvature, saliency
 from pipeline_lib.masks.select import bounds, select, select_n_of_m
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.architecture import Architecture, Matrix
-from pipeline_lib.models.folding import MatrixScales, site_factor
+from pipeline_lib.models.folding import MatrixScales
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.recipe.settings import InduceParams
 from pipeline_lib.solve.factor import factorise
@@ -39,11 +37,9 @@ class Outcome:
     held_out: dict[str, float]  # candidate -> layer error on the held-out rows
     curve: list[dict[str, float]]  # step, loss, held_out
     mask_changed: float  # share of mask entries that differ from no induction
-    stable_rank: dict[str, dict[str, float]]  # weights, features -> before, after: mean of ‖·‖_F² / ‖·‖_2²
-    scores: dict[str, tuple[torch.Tensor, torch.Tensor]]  # matrix kind -> a sample of log10 scores before and after
 
     def facts(self) -> dict[str, Any]:
-        names = ("choice", "judged", "held_out", "mask_changed", "stable_rank")
+        names = ("choice", "judged", "held_out", "mask_changed")
         return {name: getattr(self, name) for name in names}
 
 
@@ -60,10 +56,6 @@ class _Layer:
         self.base = (weight.square() + 1e-30).log_()
         self.energy = ((weight @ self.gram) * weight).sum().clamp_min(1e-30)
         self.held_out_energy = ((weight @ self.held_out_gram) * weight).sum().clamp_min(1e-30)
-
-    def scaled(self, scales: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """W̃ = W in the coordinates of the factors; scales are log factors of rows [R] and columns [C]."""
-        return self.weight * (scales[0][:, None] + scales[1]).exp()
 
     def shifts(self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """By what the refreshed score (fast Hessian update, Eqs. 9–11) times u² moves log W²: of rows [R] and columns [C].
@@ -269,20 +261,8 @@ def induce_block(
         best_theta, best_u = candidates[choice]
         before, after = block.masks(nothing, nothing), block.masks(best_theta, best_u)
         changed = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True)) / sum(m.numel() for m in before)
-        scaled = [layer.scaled(block.scales(number, best_theta)) for number, layer in enumerate(layers)]
         transform = _transform(best_theta, best_u, start)
-        features = [given[site.name] for site in architecture.sites]
-        moved = [
-            refresh(given[s.name], site_factor(architecture, s.name, transform.factors), start.shifts.get(s.name))
-            for s in architecture.sites
-        ]
-        rank = {
-            "weights": {"before": _stable_rank([layer.weight for layer in layers]), "after": _stable_rank(scaled)},
-            "features": {"before": _feature_rank(features), "after": _feature_rank(moved)},
-        }
-        before_scores, after_scores = block.log_scores(nothing, nothing), block.log_scores(best_theta, best_u)
-        samples = {layer.matrix.kind: (_sample(a), _sample(b)) for layer, a, b in zip(layers, before_scores, after_scores, strict=True)}
-    return Outcome(transform, choice, judged, held_out, curve, changed, rank, samples)
+    return Outcome(transform, choice, judged, held_out, curve, changed)
 
 
 def _worthy(shifts: Mapping[str, torch.Tensor], judge: Callable[[Transform], float]) -> dict[str, torch.Tensor]:
@@ -303,22 +283,3 @@ def _copied(logs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _transform(theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor], start: Transform) -> Transform:
     factors, importance = ({name: value.detach().exp() for name, value in part.items()} for part in (theta, log_u))
     return Transform(factors, start.shifts, importance)
-
-
-def _sample(log_scores: torch.Tensor) -> torch.Tensor:
-    """At most about 20,000 evenly spaced scores as log10: what a histogram needs, whatever the matrix's size."""
-    return log_scores.flatten()[:: max(1, log_scores.numel() // 20_000)] / math.log(10)
-
-
-_SPECTRAL = SpectralParams(weight=0, alpha=0, order="spectral", iterations=5)
-
-
-def _stable_rank(weights: list[torch.Tensor]) -> float:
-    """Mean of ‖W‖_F² / ‖W‖_2², the spectral norm by power iteration."""
-    return sum(float(w.square().sum() / Norm(w, _SPECTRAL).initial.square()) for w in weights) / len(weights)
-
-
-def _feature_rank(sites: list[SiteStatistics]) -> float:
-    """The same of the inputs X, from their second moment: tr(G) / ‖G‖_2."""
-    grams = [site.second_moment_matrix for site in sites]
-    return sum(float(gram.trace() / Norm(gram, _SPECTRAL).initial) for gram in grams) / len(grams)

@@ -7,37 +7,27 @@ from typing import Any
 import click
 
 from pipeline_lib.core import artifacts
-from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.evaluation.completions import complete
 from pipeline_lib.evaluation.perplexity import perplexity
-from pipeline_lib.evaluation.settings import EvaluateParams, Preset, TasksParams
+from pipeline_lib.evaluation.settings import EvaluatePart, Preset, TasksParams
 from pipeline_lib.evaluation.subject import open_subject
 from pipeline_lib.models.settings import ModelParams
 
 
-def evaluate(workspace: Workspace, source: ModelParams, name: str, params: EvaluateParams) -> str:
-    """Perplexity per text, and sample completions; a sentence on them.
-
-    Raises:
-        SparselineError: the text whose rows are completed is not evaluated.
-    """
+def evaluate(workspace: Workspace, source: ModelParams, name: str, part: EvaluatePart) -> str:
+    """Perplexity per text, and sample completions; a sentence on them."""
+    params = part.evaluate
     model, tokenizer = open_subject(workspace, source, name, params.compute_dtype)
-    files = sorted(workspace.texts("evaluate").glob("*.safetensors"))
-    texts = {path.stem: artifacts.read_tensors(path)[0]["rows"] for path in files}
-    asked = params.completions
-    if asked.text not in texts:
-        raise SparselineError(
-            f"params.yaml: evaluate.completions.text = {asked.text!r} is no text with use: evaluate; "
-            f"of texts, these are: {', '.join(texts) or 'none'}."
-        )
+    files = {text: workspace.texts("evaluate") / f"{text}.safetensors" for text in sorted(part.texts)}
+    texts = {text: artifacts.read_tensors(path)[0]["rows"] for text, path in files.items()}
     perplexities = {}
     for text, rows in texts.items():
         watched = partial(track, what=f"evaluate {name}, {text}", units="batches")
         perplexities[text] = perplexity(model, rows, params.batch_rows, watched)
     watched = partial(track, what=f"evaluate {name}, completions", units="tokens")
-    completions = complete(model, tokenizer, texts[asked.text], asked, watched)
+    completions = complete(model, tokenizer, texts[params.completions.text], params.completions, watched)
     artifacts.write_json(workspace.evaluation(name), {"perplexity": perplexities})
     artifacts.write_json(workspace.completions(name), completions)
     return ", ".join(f"perplexity {text} {value:.3f}" for text, value in perplexities.items())

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pipeline_lib.core import artifacts, code, environment, params
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.workspace import DENSE, Workspace
-from pipeline_lib.evaluation.settings import Preset, TasksParams
+from pipeline_lib.evaluation.settings import ChooseParams, EvaluatePart, Preset, TasksParams
 from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.induce.settings import ScaleParams
 from pipeline_lib.measure.settings import SensitivityParams
@@ -33,35 +33,45 @@ def write(workspace: Workspace) -> str:
     """
     names.check()
     variants = read_all()
-    for name, variant in variants.items():
-        names.check_presets(name, variant.tasks)
-    baseline = params.section("report.baseline")
-    if baseline not in variants:
-        raise SparselineError(f"{params.FILE}: report.baseline = {baseline!r} is no variant; variants: {', '.join(variants) or 'none'}.")
-    found: dict[str, BaseModel | None] = {
-        "sensitivity": sensitivity(variants),
-        "calibrate": calibrate(variants),
-        "scale": scale(variants),
-        f"tasks/{DENSE}": tasks_of(DENSE, variants),
-    }
-    for name, variant in variants.items():
-        parts: dict[str, BaseModel | None] = {
-            "curves": variant.curves,
-            "allocate": variant.allocate,
-            "induce": variant.induce,
-            "prune": variant.recipe,
-            "tasks": tasks_of(name, variants),
-            "export": export(variant),
-        }
-        found |= {f"{stage}/{name}": part for stage, part in parts.items()}
+    found = parts(variants)
+    versions = artifacts.read_json(environment.FILE)
     with artifacts.replacing(workspace.keys) as directory:
         for place, part in found.items():
             artifacts.write_json(directory / f"{place}.json", None if part is None else part.model_dump(mode="json"))
-        versions = artifacts.read_json(environment.FILE)
         for stage in STAGES:
             artifacts.write_json(directory / "code" / f"{stage}.json", {"sha256": code.digest(stage), "versions": versions})
     _tidy(workspace, variants)
     return f"{len(variants)} variants: {', '.join(variants)}"
+
+
+def parts(variants: Mapping[str, Variant]) -> dict[str, BaseModel | None]:
+    """Of params.yaml, by ``<stage>`` or ``<stage>/<variant>``: what each stage reads.
+
+    Raises:
+        SparselineError: a value cannot be used.
+    """
+    baseline = params.section("report.baseline")
+    if baseline not in variants:
+        raise SparselineError(f"{params.FILE}: report.baseline = {baseline!r} is no variant; variants: {', '.join(variants) or 'none'}.")
+    found: dict[str, BaseModel | None] = {
+        "calibrate": calibrate(variants),
+        "scale": scale(variants),
+        "sensitivity": sensitivity(variants),
+        "evaluate": EvaluatePart.read(),
+        f"tasks/{DENSE}": tasks(DENSE, variants),
+        "choose": choose(variants),
+    }
+    for name, variant in variants.items():
+        own: dict[str, BaseModel | None] = {
+            "curves": variant.curves,
+            "allocate": variant.allocate,
+            "induce": variant.induce,
+            "prune": variant.recipe,
+            "tasks": tasks(name, variants),
+            "export": export(variant),
+        }
+        found |= {f"{stage}/{name}": part for stage, part in own.items()}
+    return found
 
 
 def _tidy(workspace: Workspace, variants: Mapping[str, Variant]) -> None:
@@ -75,6 +85,24 @@ def _tidy(workspace: Workspace, variants: Mapping[str, Variant]) -> None:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
+class ChoosePart(params.Params):
+    """Between which variants ``choose`` chooses."""
+
+    text: str
+    candidates: list[str]
+
+
+def choose(variants: Mapping[str, Variant]) -> ChoosePart:
+    """Ties go to the earlier candidate.
+
+    Raises:
+        SparselineError: the text that decides is not among those evaluated.
+    """
+    text = params.load(ChooseParams, "choose").text
+    names.check_evaluated("choose.text", text)
+    return ChoosePart(text=text, candidates=[name for name, variant in variants.items() if variant.candidate])
+
+
 class TasksPart(params.Params):
     """What `tasks` measures on one model."""
 
@@ -82,9 +110,15 @@ class TasksPart(params.Params):
     presets: dict[str, Preset]
 
 
-def tasks_of(name: str, variants: Mapping[str, Variant]) -> TasksPart | None:
-    """Of a variant, or of the source model, which is measured on all that any variant is measured on; None without any preset."""
+def tasks(name: str, variants: Mapping[str, Variant]) -> TasksPart | None:
+    """Of a variant, or of the source model, which is measured on all that any variant is measured on; None without any preset.
+
+    Raises:
+        SparselineError: a variant names a preset that there is none of.
+    """
     chosen = variants.values() if name == DENSE else [variants[name]]
+    for variant in chosen:
+        names.check_presets(variant.name, variant.tasks)
     presets = dict.fromkeys(preset for variant in chosen for preset in variant.tasks)
     if not presets:
         return None

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline_lib.core import params, runtime
-from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.workspace import DENSE
 from pipeline_lib.evaluation.settings import EvaluateParams
 from pipeline_lib.evaluation.tasks import Unread, request_lengths
@@ -66,10 +65,7 @@ def foreseen() -> Iterator[str]:
 
 
 def _planned(checkpoint: Checkpoint, dtype: torch.dtype, texts: dict[str, TextParams], variants: dict[str, Variant]) -> _Planned:
-    calibrating = [text for text in texts.values() if text.use == "calibrate"]
-    if len(calibrating) != 1:
-        raise SparselineError(f"params.yaml: texts must hold exactly one text with use: calibrate, not {len(calibrating)}.")
-    (text,) = calibrating
+    (text,) = (text for text in texts.values() if text.use == "calibrate")
     calibrate = params.load(CalibrateParams, "calibrate")
     shapes = Shapes(checkpoint, text.rows, text.length, calibrate.batch_rows)
     work = Work(shapes, text.held_out, dtype, calibrate, params.load(SensitivityParams, "sensitivity"))
@@ -95,7 +91,7 @@ def _planned(checkpoint: Checkpoint, dtype: torch.dtype, texts: dict[str, TextPa
 
 def _add_tasks(found: _Planned, checkpoint: Checkpoint, variants: dict[str, Variant]) -> None:
     """A line per preset, which runs on the source model and on every variant that asks for it."""
-    part = keys.tasks_of(DENSE, variants)
+    part = keys.tasks(DENSE, variants)
     if part is None:
         return
     for name, preset in part.presets.items():

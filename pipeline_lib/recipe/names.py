@@ -44,6 +44,28 @@ def check() -> None:
     for key, instead in RENAMED.items():
         if _there(key):
             raise SparselineError(f"{params.FILE}: {key} is no key any more: {instead}; remove it.")
+    calibrating = texts_of("calibrate")
+    if len(calibrating) != 1:
+        raise SparselineError(f"{params.FILE}: texts must hold exactly one text with use: calibrate, not {len(calibrating)}.")
+
+
+def texts_of(use: str) -> list[str]:
+    """The names of the texts with this use (``calibrate``, ``evaluate``), in the order of params.yaml."""
+    texts = _mapping("texts", params.section("texts"))
+    return [name for name, text in texts.items() if isinstance(text, Mapping) and text.get("use") == use]
+
+
+def check_evaluated(key: str, text: str) -> None:
+    """Refuse a text that is not evaluated, where ``key`` names one that must be.
+
+    Raises:
+        SparselineError: it is not.
+    """
+    evaluated = texts_of("evaluate")
+    if text not in evaluated:
+        raise SparselineError(
+            f"{params.FILE}: {key} = {text!r} is no text with use: evaluate; these are: {', '.join(evaluated) or 'none'}."
+        )
 
 
 def check_presets(variant: str, presets: list[str]) -> None:

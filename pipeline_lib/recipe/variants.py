@@ -1,6 +1,7 @@
 """Variants as params.yaml writes them, and what each stage reads of one: the stage's key in DVC is exactly that."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline_lib.allocate.settings import AllocationParams
 from pipeline_lib.core import params
@@ -82,18 +83,20 @@ class Variant:
         return "obs" in self.recipe.reconstruction.steps
 
 
-def read(name: str) -> Variant:
+def read(name: str, path: Path = params.FILE) -> Variant:
     """One variant of params.yaml.
 
     Raises:
         SparselineError: a key is missing, unknown, or cannot be used.
     """
     where = f"variants.{name}"
-    written = params.merged("prune", where)
+    written = params.merged("prune", where, path)
     found = params.parse(PruneParams, written.without(*OWN), where)
     induce = written.above.get("induce")
-    induced = None if induce is None else params.parse(InduceParams, params.merged("induce", f"{where}.induce"), f"{where}.induce")
-    overlaid = params.merged("curves", f"{where}.curves") if written.above.get("curves") is not None else params.section("curves")
+    induced = None if induce is None else params.parse(InduceParams, params.merged("induce", f"{where}.induce", path), f"{where}.induce")
+    overlaid = (
+        params.merged("curves", f"{where}.curves", path) if written.above.get("curves") is not None else params.section("curves", path)
+    )
     curves = params.parse(CurvesParams, overlaid, "curves")
     if induced is not None and found.selection.sparsity == 0:
         raise SparselineError(
@@ -103,10 +106,10 @@ def read(name: str) -> Variant:
     return Variant(name, Recipe(**pruning, induce=induced), curves, found.export, found.tasks, found.candidate)
 
 
-def read_all() -> dict[str, Variant]:
+def read_all(path: Path = params.FILE) -> dict[str, Variant]:
     """Every variant, in the order of params.yaml.
 
     Raises:
         SparselineError: as ``read``.
     """
-    return {name: read(name) for name in params.section("variants") or {}}
+    return {name: read(name, path) for name in params.section("variants", path) or {}}

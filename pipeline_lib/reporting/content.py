@@ -1,538 +1,349 @@
-"""What the report says, section by section, once for both formats. Prose is plain text with `code` marks."""
+"""What the report says, section by section."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
-from typing import Any, ClassVar
+from statistics import mean
+from typing import Any
 
+from pipeline_lib.core.workspace import DENSE
 from pipeline_lib.export import wording
-from pipeline_lib.recipe import words
-from pipeline_lib.recipe.settings import Recipe
-from pipeline_lib.reporting import plots, sizes, table
-from pipeline_lib.reporting.costs import Costs, by_stage, by_variant
-from pipeline_lib.reporting.plots import Figure
-from pipeline_lib.reporting.table import ABSENT, DENSE, Column, Results, Variant
+from pipeline_lib.recipe import words as recipes
+from pipeline_lib.reporting import costs, plots, table
+from pipeline_lib.reporting.table import ABSENT, PERPLEXITY, Column, Facts, Results, Variant, words
 
 MOST_ROWS = 12  # a longer table per block is closed until asked for
-MOVED = "nothing → kept"  # group of columns
 
 
 @dataclass(frozen=True)
-class Paragraph:
-    kind: ClassVar[str] = "paragraph"
-    text: str
+class Block:
+    """More than a paragraph: the template says how each kind of content is shown."""
+
+    kind: str  # table (columns), figures, sample, code (text), or script (a file beside the page that completes it, if there is one)
+    content: Any
+    summary: str = ""  # where there is one, the block is closed behind it until asked for
 
 
-@dataclass(frozen=True)
-class Table:
-    kind: ClassVar[str] = "table"
-    columns: Sequence[Column]
-
-    @property
-    def rows(self) -> list[list[tuple[Column, str, bool]]]:
-        """Row by row: column, cell, whether it is marked."""
-        return [[(column, column.cells[row], row in column.best) for column in self.columns] for row in range(len(self.columns[0].cells))]
-
-    @property
-    def groups(self) -> list[tuple[str, int]]:
-        """Neighbouring columns under one group head, and how many they are; none if no column has a group."""
-        spans: list[tuple[str, int]] = []
-        for column in self.columns:
-            if spans and spans[-1][0] == column.group:
-                spans[-1] = (column.group, spans[-1][1] + 1)
-            else:
-                spans.append((column.group, 1))
-        return spans if any(name for name, _ in spans) else []
-
-
-@dataclass(frozen=True)
-class Figures:
-    kind: ClassVar[str] = "figures"
-    figures: Sequence[Figure]
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """A completion, split where it leaves the dense model's."""
-
-    name: str
-    same: str
-    own: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    kind: ClassVar[str] = "sample"
-    number: int
-    prompt: str
-    continuations: Sequence[Continuation]
-
-
-@dataclass(frozen=True)
-class Code:
-    kind: ClassVar[str] = "code"
-    text: str
-
-
-@dataclass(frozen=True)
-class Details:
-    """Closed until asked for."""
-
-    kind: ClassVar[str] = "details"
-    summary: str
-    blocks: Sequence[Any]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A place on the HTML page that a script file beside it fills, if there is one."""
-
-    kind: ClassVar[str] = "slot"
-    script: str
-
-
-@dataclass(frozen=True)
-class Section:
-    name: str  # anchor
-    title: str
-    blocks: Sequence[Any]
+Blocks = list[str | Block]  # a string is a paragraph: plain text with `code` marks
 
 
 def lead(results: Results) -> str:
     """The page's first sentences: what was pruned, and what came of it on the main text."""
     model, text = results.model, results.main_text
-    source = model.get("id") or model["path"]
-    said = [
-        f"{model['family']} model `{source}` with {model['parameters']:,} parameters ({model['dtype']}); {_variants(len(results.pruned))}."
-    ]
-    rivals = [variant for variant in results.pruned if text in variant.perplexity]
-    if text is not None and rivals and text in results.dense.perplexity:
-        best = min(rivals, key=lambda variant: variant.perplexity[text])
-        gap = table.gap_closed(results, best, text)
-        closes = "" if gap is None else f"; it closes {100 * gap:.1f}% of the gap that `{results.baseline}` leaves"
-        said.append(
-            f"On `{text}`, `{best.name}` has the lowest perplexity of them: {wording.perplexity(best.perplexity[text])} with "
-            f"{wording.sparsity(best.sparsity)} of the prunable weights pruned, against {wording.perplexity(results.dense.perplexity[text])} dense{closes}."
-        )
-    return " ".join(said)
+    count = {0: "no pruned variant", 1: "one pruned variant"}.get(len(results.pruned), f"{len(results.pruned)} pruned variants")
+    said = f"{model['family']} model `{model.get('id') or model['path']}`, {model['parameters']:,} parameters ({model['dtype']}); {count}."
+    if text is None or not results.pruned:
+        return said
+    best = min(results.pruned, key=lambda variant: variant.perplexity[text])
+    gap = table.gap_closed(results, best, text)
+    closes = "" if gap is None else f"; it closes {100 * gap:.1f}% of the gap that `{results.settings.baseline}` leaves"
+    own, dense = (wording.perplexity(one.perplexity[text]) for one in (best, results.dense))
+    pruned = wording.sparsity(best.sparsity)
+    return f"{said} On `{text}`, `{best.name}` has the lowest perplexity: {own} with {pruned} of the prunable weights pruned, against {dense} dense{closes}."
 
 
-def sections(results: Results) -> list[Section]:
-    """Everything below the lead, in reading order."""
-    return [
-        Section("comparison", "Comparison", _comparison(results)),
-        Section("costs", "Costs", _costs()),
-        Section("sizes", "Sizes", _sizes(results)),
-        Section("sparsity", "Share pruned per matrix", _sparsity(results)),
-        Section("sensitivity", "Sensitivity", _sensitivity(results)),
-        Section("induction", "Induction", _induction(results)),
-        Section("reconstruction", "Reconstruction", _reconstruction(results)),
-        Section("samples", "Sample completions", _samples(results)),
-        Section("provenance", "Provenance", _provenance(results)),
-    ]
-
-
-def figures(content: Sequence[Section]) -> list[Figure]:
-    """All figures of the report."""
-    return [figure for section in content for block in section.blocks if isinstance(block, Figures) for figure in block.figures]
-
-
-def _variants(count: int) -> str:
-    return {0: "no pruned variant", 1: "one pruned variant"}.get(count, f"{count} pruned variants")
-
-
-def _list(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     quoted = [f"`{name}`" for name in names]
     return " and ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
 
 
-def _range(values: Sequence[float], digits: int = 2) -> str:
-    return f"{100 * min(values):.{digits}f}% to {100 * max(values):.{digits}f}%"
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"
+
+
+def _drawn(*figures: plots.Figure | None) -> Blocks:
+    """The figures that there are, as a block; no block without."""
+    found = [figure for figure in figures if figure]
+    return [Block("figures", found)] if found else []
 
 
 # Comparison
 
+PROTOCOL = (
+    "Perplexity is exp of the mean negative log-likelihood per token, over rows without overlap or shared context (how many and how long: see "
+    "Provenance); a row's first token is not predicted. Recipes are chosen on the text `choose.text`; `test` is only reported."
+)
 
-def _comparison(results: Results) -> list[Any]:
-    blocks: list[Any] = [Table(table.comparison(results))]
+
+def _comparison(results: Results) -> Blocks:
+    blocks: Blocks = [Block("table", table.comparison(results))]
     if results.pruned:
         blocks.append(
-            Paragraph(
-                "Marked is the best figure among the pruned variants, as printed; accuracies that differ by less than their errors are "
-                "level. Of the prunable weights, those pruned have a zero in the mask. Zeros are counted in the checkpoint: where weights are "
-                "quantised, kept ones can be zero too."
-            )
+            "Marked is the best figure among the pruned variants, as printed; accuracies that differ by less than their errors are level. "
+            "Pruned weights have a zero in the mask. Zeros are counted in the checkpoint, where quantisation makes more of them."
         )
-    blocks += [Paragraph(said) for said in table.notes(results)]
-    blocks += [Paragraph(said) for said in (_protocol(results), _gap(results), _choice(results), _tasks(results)) if said]
-    blocks.append(Figures([figure for figure in (plots.perplexity(results), plots.accuracy(results)) if figure]))
+    blocks += [*table.notes(results), PROTOCOL]
+    if base := results.baseline:
+        ratio = f"(ln ppl of `{base.name}` − ln ppl) / (ln ppl of `{base.name}` − ln ppl dense)"
+        blocks.append(f"Gap closed = {ratio}: 0% is the baseline, 100% the dense model.")
+    chosen, values = results.choice["chosen"], {name: wording.perplexity(value) for name, value in results.choice["perplexity"].items()}
+    if chosen is not None:
+        others = ", ".join(f"`{name}` {value}" for name, value in values.items() if name != chosen) or "no other candidate"
+        blocks.append(f"The gate (`choose`) names `{chosen}`: perplexity {values[chosen]} on `{results.choice['text']}`, against {others}.")
+    blocks += [_tasks(results), *_drawn(plots.perplexity(results))]
     if results.pruned:
-        blocks.append(Paragraph("What each variant is made of; the full settings are under Provenance."))
-        blocks.append(Table(_recipes(results)))
+        recipes = [{"variant": variant.name} | recipes.rows(variant.recipe) for variant in results.pruned if variant.recipe]
+        blocks.append("What each variant is made of; the full settings are under Provenance.")
+        blocks.append(Block("table", [words(head, [recipe[head] for recipe in recipes]) for head in recipes[0]]))
     return blocks
 
 
-def _protocol(results: Results) -> str:
-    """How perplexity is measured, with the numbers of params.yaml."""
-    cuts = {name: text for name, text in results.texts.items() if name in results.text_names}
-    said = "Perplexity is exp of the mean negative log-likelihood per token over rows without overlap or shared context"
-    if cuts:
-        lengths = sorted({text.length for text in cuts.values()})
-        rows = ", ".join(f"{text.rows} rows of {text.length} tokens of `{name}`" for name, text in cuts.items())
-        predicted = " or ".join(str(length - 1) for length in lengths)
-        said += f" ({rows}); a row's first token is not predicted, the {predicted} after it are"
-    if {"validation", "test"} <= set(results.text_names):
-        said += ". Recipes are chosen on `validation`; `test` is only reported"
-    return said + "."
-
-
-def _gap(results: Results) -> str:
-    base = next((variant for variant in results.pruned if variant.name == results.baseline), None)
-    if base is None:
-        return ""
-    return f"Gap closed = (ln ppl of `{base.name}` − ln ppl) / (ln ppl of `{base.name}` − ln ppl dense): 0% is the baseline, 100% the dense model."
-
-
-def _choice(results: Results) -> str:
-    choice = results.choice
-    if choice.chosen is None:
-        return ""
-    others = [f"`{name}` {wording.perplexity(value)}" for name, value in choice.perplexity.items() if name != choice.chosen]
-    return (
-        f"The gate (`choose`) names `{choice.chosen}`: perplexity {wording.perplexity(choice.perplexity[choice.chosen])} on `{choice.text}`, against "
-        f"{', '.join(others) or 'no other candidate'}."
-    )
-
-
 def _tasks(results: Results) -> str:
-    if not results.task_names:
-        return "No tasks were run (`tasks.presets` is empty)."
-    chances: dict[str, float | None] = {}
-    for variant in results.variants:
-        for name, task in variant.tasks.items():
-            chances.setdefault(name, task.chance)
-    known = [f"{100 * chances[name]:.0f}% on `{name}`" for name in results.task_names if chances[name] is not None]  # type: ignore[operator]
-    unknown = [name for name in results.task_names if chances[name] is None]
-    counted = {name: next(v.tasks[name] for v in results.variants if name in v.tasks) for name in results.task_names}
-    items = [f"{'all' if task.items == task.of else f'{task.items} of'} {task.of} items of `{name}`" for name, task in counted.items()]
-    said = f"Accuracies are of {', '.join(items)}, and stand with the standard error of their mean."
-    if known:
-        said += f" Guessing gives {' and '.join([', '.join(known[:-1]), known[-1]] if len(known) > 1 else known)}."
-    return said + (f" What guessing gives on {_list(unknown)} is not known." if unknown else "")
-
-
-def _recipes(results: Results) -> list[Column]:
-    recipes = [{"variant": variant.name} | words.rows(Recipe.model_validate(variant.facts["settings"])) for variant in results.pruned]
-    return [Column("", head, tuple(recipe[head] for recipe in recipes), numeric=False) for head in recipes[0]]
+    if not results.tasks:
+        return "No tasks were run."
+    said = []
+    for name, (task, *_) in results.tasks.items():
+        guess = "an unknown share" if task["chance"] is None else f"{100 * task['chance']:.0f}%"
+        said.append(f"`{name}`: {'all' if task['items'] == task['of'] else task['items']} of {task['of']} items, guessing gives {guess}")
+    return f"Accuracies stand with the standard error of their mean. {'; '.join(said)}."
 
 
 # Costs
 
 
-def _costs() -> list[Any]:
-    """Nothing that was measured: it differs from run to run, and equal runs must write equal reports. ``costs`` completes the section."""
-    return [
-        Paragraph(
-            "Seconds and memory differ from run to run, so they are not part of the cached report. `make run` writes those of the stages "
-            "that ran on this machine to `costs.js` beside this page, which then shows them here."
-        ),
-        Slot("costs.js"),
-    ]
+def _costs(_results: Results) -> Blocks:
+    """Nothing that was measured: equal runs must write equal reports. ``measured_costs`` completes the section."""
+    said = "Costs differ from run to run, so the cached report holds none. `make run` writes those of the stages that ran on this machine to `costs.js`"
+    return [f"{said} beside this page, which then shows them here.", Block("script", "costs.js")]
 
 
-def costs(results: Results, measured: Costs) -> list[Any]:
+def measured_costs(results: Results, measured: costs.Costs) -> Blocks:
     """What completes the section Costs on the machine where the stages ran."""
-    return [
-        Table(by_variant(results, measured)),
-        Paragraph(
-            "Seconds are the wall time of the stages that a variant needs for itself, one after another: `prune`, and `calibrate`, `scale`, "
-            "`induce`, `sensitivity` and `curves` where its recipe uses them. Peak is the largest resident memory of these stages. A dash "
-            "means that a stage did not run here: the cache had its result."
-        ),
-        Details("Every stage that ran here", [Table(by_stage(measured))]),
-    ]
+    names = words("variant", [variant.name for variant in results.variants])
+    said = "Wall time of all stages that a variant needs for itself, and the largest resident memory of any. A dash: the cache had a stage's result."
+    return [Block("table", [names, *costs.by_variant(results, measured)]), said]
 
 
 # Sizes
 
 
-def _sizes(results: Results) -> list[Any]:
-    if not sizes.exported(results):
-        return [Paragraph("No variant is exported (`exported`), so there are no files to weigh.")]
-    found = [Table(sizes.columns(results)), Paragraph(sizes.explanation(results))]
-    return [*found, *(Figures([figure]) for figure in [plots.sizes(results)] if figure)]
+def _sizes(results: Results) -> Blocks:
+    if not any(variant.sizes for variant in results.pruned):
+        return ["No variant is exported, so there are no files to weigh."]
+    said = (
+        "Pruned matrices: all that a format stores for them, masks and scales included. All weights: the whole safetensors files, with embeddings and "
+        "head. Theory is H(p) + (1 − p)·b bits per weight, p the share of zeros in a parameter (the dense row: none), b the bits of a stored weight: no "
+        "lossless code of independent zeros is shorter; scales come on top. Perplexity is the same in every format. `dense` stores zeros like any weight."
+    )
+    if any("compressed-tensors" in variant.sizes["formats"] for variant in results.pruned if variant.sizes):
+        said += " So does `compressed-tensors`: it is no smaller than the same quantisation without pruning."
+    if left := [variant.name for variant in results.pruned if not variant.sizes]:
+        said += f" Not exported, so not weighed: {_listed(left)}."
+    return [Block("table", sizes(results)), said]
+
+
+def sizes(results: Results) -> list[Column]:
+    """A row for the dense model, then one per variant and format."""
+    rows = [(variant, name, found) for variant in results.variants if variant.sizes for name, found in variant.sizes["formats"].items()]
+    source, text = results.dense.sizes["formats"]["dense"], results.main_text
+    columns = [words("variant", [variant.name for variant, _, _ in rows]), words("format", [name for _, name, _ in rows])]
+    for group, key in (("pruned matrices", "matrix_bytes"), ("all weights", "file_bytes")):
+        columns.append(Column(group, "bytes", tuple(wording.size(found[key]) for _, _, found in rows)))
+        columns.append(Column(group, "of dense", tuple(f"{found[key] / source[key]:.3f}" for _, _, found in rows)))
+    columns.append(Column("bits per weight", "stored", tuple(f"{found['bits']:.3f}" for _, _, found in rows)))
+    columns.append(Column("bits per weight", "theory", tuple(f"{variant.sizes['theoretical_bits']:.3f}" for variant, _, _ in rows)))
+    if text is not None:
+        columns.append(Column(PERPLEXITY + text, "ppl", tuple(wording.perplexity(variant.perplexity[text]) for variant, _, _ in rows)))
+    return columns
 
 
 # Sparsity per matrix
 
 
-def _sparsity(results: Results) -> list[Any]:
+def _sparsity(results: Results) -> Blocks:
     if not results.pruned:
-        return [Paragraph("There is no pruned variant.")]
-    blocks: list[Any] = []
-    even = [variant for variant in results.pruned if table.uniform(variant.facts)]
-    if even:
-        shares = sorted({wording.sparsity(variant.sparsity) for variant in even})
-        verb = "prunes" if len(even) == 1 else "prune"
-        each = f" ({shares[0]})" if len(shares) == 1 else ""
-        blocks.append(
-            Paragraph(f"{_list([variant.name for variant in even])} {verb} the same share of every matrix, to one percentage point{each}.")
-        )
-    for variant in results.pruned:
-        if variant not in even:
-            shares_of = {name: 1 - matrix["kept"] / matrix["size"] for name, matrix in variant.facts["matrices"].items()}
-            least, most = min(shares_of, key=lambda name: shares_of[name]), max(shares_of, key=lambda name: shares_of[name])
-            blocks.append(
-                Paragraph(
-                    f"`{variant.name}` prunes from {wording.sparsity(shares_of[least])} (`{least}`) to {wording.sparsity(shares_of[most])} (`{most}`)"
-                    f"{_allocated(variant)}."
-                )
+        return ["There is no pruned variant."]
+    blocks: Blocks = []
+    shares = {v.name: {name: table.pruned_share(one) for name, one in v.facts["matrices"].items()} for v in results.pruned}
+    even = [variant.name for variant in results.pruned if table.uniform(variant.facts)]
+    for name, own in shares.items():
+        if name not in even:
+            least, most = (
+                f"{wording.sparsity(own[matrix])} (`{matrix}`)" for matrix in (min(own, key=own.__getitem__), max(own, key=own.__getitem__))
             )
-    if heatmaps := plots.heatmaps(results):
-        blocks.append(Figures(heatmaps))
-    else:
-        blocks.append(Paragraph("There is no map to draw: it would have one colour."))
+            blocks.append(f"`{name}` prunes from {least} to {most}.")
+    if even:
+        blocks.append(f"The same share of every matrix, to one percentage point: {_listed(even)}.")
+    blocks += _drawn(*plots.heatmaps(results))
     first = results.pruned[0].facts["matrices"]
     names = sorted(first, key=lambda name: (int(first[name]["block"]), name))
-    columns = [Column("", "matrix", tuple(names), numeric=False)]
-    for variant in results.pruned:
-        matrices = variant.facts["matrices"]
-        cells = [wording.sparsity(1 - matrices[n]["kept"] / matrices[n]["size"]) if n in matrices else ABSENT for n in names]
-        columns.append(Column("", variant.name, tuple(cells)))
-    return [*blocks, Details(f"All {len(names)} matrices", [Table(columns)])]
-
-
-def _allocated(variant: Variant) -> str:
-    told = {
-        "weight": ": the more sensitive a matrix is estimated to be, the less of it is pruned",
-        "layer": ": the more sensitive a block is estimated to be, the less of it is pruned",
-        "predicted": ", which the matrices' measured error curves predict to cost the loss least",
-    }
-    return told.get(variant.facts["settings"]["allocation"]["method"], "")
+    cells = {variant: table.shown([own.get(name) for name in names], wording.sparsity) for variant, own in shares.items()}
+    columns = [words("matrix", names), *(Column("", variant, tuple(own)) for variant, own in cells.items())]
+    return [*blocks, Block("table", columns, f"All {len(names)} matrices")]
 
 
 # Sensitivity
 
 
-def _sensitivity(results: Results) -> list[Any]:
-    measured = next((v for v in results.pruned if any(matrix["sensitivity"] for matrix in v.facts["matrices"].values())), None)
+def _sensitivity(results: Results) -> Blocks:
+    measured = next((variant for variant in results.pruned if table.sensitivities(variant.facts)), None)
     if measured is None or not results.estimate:
-        return [Paragraph("No variant uses sensitivities (`variants.<name>.sensitivity`), so there are none to show.")]
-    found = {name: matrix["sensitivity"] for name, matrix in measured.facts["matrices"].items() if matrix["sensitivity"]}
-    made = results.estimate
-    quantity = {"hutchinson": "Hessian", "fisher": "Fisher information"}[made["estimator"]]
+        return ["No variant uses sensitivities, so there are none to show."]
+    made, found = results.estimate, table.sensitivities(measured.facts)
     order = sorted(found, key=lambda name: -found[name]["sensitivity"])
+    quantity = {"hutchinson": "Hessian", "fisher": "Fisher information"}[made["estimator"]]
+    asked = "was asked for" if made["reached"] else "was asked for, but all probes allowed were used"
+    floored = sum(one["trace"] < one["stderr"] for one in found.values())
     said = (
         f"Sensitivity is what changing a weight costs: the mean diagonal of the loss's {quantity} over a matrix's weights, measured on the "
-        f"original model (`{made['estimator']}`) with {made['probes']} probes of {made['rows_per_probe']} calibration rows each. Ranked by the even and by "
-        f"the odd probes alone, the matrices' orders agree to Kendall's τ = {made['agreement']:.2f}"
+        f"original model (`{made['estimator']}`) with {made['probes']} probes of {made['rows_per_probe']} calibration rows each. Ranked by the even and "
+        f"by the odd probes alone, the matrices' orders agree to Kendall's τ = {made['agreement']:.2f} ({made['wanted']:g} {asked}). The median standard "
+        f"error is {100 * made['relative_error']:.0f}% of the estimate; {floored} of {len(found)} estimates are below theirs, and stand there. "
+        f"Most sensitive: {_listed(order[:3])}; least: {_listed(order[-3:])}."
     )
-    said += (
-        f" ({made['wanted']:g} was asked for)."
-        if made["reached"]
-        else f", less than the {made['wanted']:g} asked for: all probes allowed were used."
-    )
-    said += f" The median standard error is {100 * made['relative_error']:.0f}% of the estimate."
-    if floored := sum(one["trace"] < one["stderr"] for one in found.values()):
-        said += f" {floored} of {len(found)} estimates are below their standard error and stand there."
-    ranked = f"Most sensitive: {_list(order[:3])}; least: {_list(order[-3:])}."
-    by_kind = {kind: [one["sensitivity"] for one in found.values() if one["kind"] == kind] for kind in table.kinds(measured.facts)}
-    typical = {kind: median(values) for kind, values in by_kind.items() if values}
-    ranked += f" By kind, median over blocks: {' > '.join(f'`{kind}`' for kind in sorted(typical, key=lambda kind: -typical[kind]))}."
-    return [Paragraph(said), Paragraph(ranked), Figures([plots.sensitivity(measured, quantity)])]
+    return [said, *_drawn(plots.sensitivity(measured, quantity))]
 
 
-# Induction
+# What gates and fits did, block by block
 
 
-def _induction(results: Results) -> list[Any]:
-    induced = [variant for variant in results.pruned if variant.facts["transform"].get("induction")]
+def _induction(results: Results) -> Blocks:
+    induced = {v.name: _by_block(v.facts["transform"]["induction"]) for v in results.pruned if v.facts["transform"].get("induction")}
     if not induced:
-        return [Paragraph("No variant has an induce stage, so there are no scores, masks or curves to compare.")]
-    blocks: list[Any] = [
-        Paragraph(
-            "Induction learns, with the mask in the loop, factors that leave the dense model's function as it is and selection weights that bring out "
-            "what matters. A gate prunes each block with nothing, with the starting factors, and with what was learned, and keeps what brings the block's "
-            "output on held-out rows closest to the dense one: never worse than nothing."
-        )
+        return ["No variant learns factors, so there are no gates to compare."]
+    blocks: Blocks = [
+        "Induction learns, with the mask in the loop, factors that leave the dense model's function as it is and selection weights that bring out "
+        "what matters. A gate prunes each block with nothing, with the starting factors, and with what was learned, and keeps what brings the block's "
+        "output on held-out rows closest to the dense one: never worse than nothing. `dvc plots show` draws the error step by step."
     ]
-    for variant in induced:
-        facts = variant.facts["transform"]["induction"]
-        order = sorted(facts, key=int)
-        kept = [facts[block]["choice"] for block in order]
-        changed = [facts[block]["mask_changed"] for block in order]
-        none, best = (sum(facts[b]["judged"][c] for b, c in zip(order, chosen, strict=True)) for chosen in (["none"] * len(order), kept))
+    for name, facts in induced.items():
+        kept, changed = ([one[key] for one in facts.values()] for key in ("choice", "mask_changed"))
+        before, after = (mean(one["judged"][choice or one["choice"]] for one in facts.values()) for choice in ("none", None))
         blocks.append(
-            Paragraph(
-                f"`{variant.name}`: the gate kept what was learned in {kept.count('learned')} of {len(order)} blocks, the start in {kept.count('start')}, "
-                f"nothing in {kept.count('none')}; the mean error of a block's output goes from {100 * none / len(order):.2f}% to "
-                f"{100 * best / len(order):.2f}%. Induction changed {100 * sum(changed) / len(changed):.2f}% of the mask entries on average "
-                f"({_range(changed)} by block), against the mask that the same score picks without it."
-            )
+            f"`{name}`: the gate kept what was learned in {kept.count('learned')} of {len(facts)} blocks, the start in {kept.count('start')}, "
+            f"nothing in {kept.count('none')}; the mean error of a block's output goes from {_percent(before)} to {_percent(after)}. "
+            f"Induction changed {_percent(mean(changed))} of the mask entries on average ({_percent(min(changed))} to {_percent(max(changed))} by block), "
+            "against the mask that the same score picks without it."
         )
-        choices_table = Table(_choices(facts, order))
-        blocks.append(choices_table if len(order) <= MOST_ROWS else Details(f"All {len(order)} blocks of {variant.name}", [choices_table]))
-        drawn = [plots.scores(variant)] if variant.facts["transform"].get("scores") else []
-        if curve := plots.curve(variant):
-            drawn.append(curve)
-        blocks.append(Figures(drawn))
-        if curve is None:
-            blocks.append(Paragraph(f"There is no curve for `{variant.name}`: its induction took no steps."))
+        columns = []
+        for candidate in ("none", "start", "learned"):
+            best = frozenset(row for row, one in enumerate(kept) if one == candidate)
+            cells = tuple(_percent(one["judged"][candidate]) for one in facts.values())
+            columns.append(Column("judged block error, kept marked", candidate, cells, best))
+        columns.append(Column("", "mask changed", tuple(map(_percent, changed))))
+        errors = ((one["held_out"]["none"], one["held_out"][one["choice"]]) for one in facts.values())
+        columns.append(Column("nothing → kept", "layer error", tuple(_change(*error) for error in errors)))
+        blocks.append(_block_table(name, facts, columns))
     return blocks
 
 
-def _choices(facts: Mapping[str, Any], order: Sequence[str]) -> list[Column]:
-    """Per block: the candidates' judged errors with the kept one marked; layer error, mask and stable ranks of nothing and of the kept one."""
-    columns = [Column("", "block", tuple(order))]
-    for name in ("none", "start", "learned"):
-        cells = tuple(f"{100 * facts[block]['judged'][name]:.2f}%" for block in order)
-        kept = frozenset(row for row, block in enumerate(order) if facts[block]["choice"] == name)
-        columns.append(Column("judged block error, kept marked", name, cells, kept))
-    columns.append(Column("", "mask changed", tuple(f"{100 * facts[block]['mask_changed']:.2f}%" for block in order)))
-    errors = [(facts[block]["held_out"]["none"], facts[block]["held_out"][facts[block]["choice"]]) for block in order]
-    columns.append(Column(MOVED, "layer error", tuple(f"{100 * before:.2f}% → {100 * after:.2f}%" for before, after in errors)))
-    for name in ("weights", "features"):
-        ranks = [facts[block]["stable_rank"][name] for block in order]
-        columns.append(Column(MOVED, f"stable rank, {name}", tuple(f"{rank['before']:.1f} → {rank['after']:.1f}" for rank in ranks)))
-    return columns
-
-
-# Reconstruction
-
-FITS = ("channel", "block")  # steps that fit a whole block
-
-
-def _reconstruction(results: Results) -> list[Any]:
+def _reconstruction(results: Results) -> Blocks:
     if not results.pruned:
-        return [Paragraph("There is no pruned variant.")]
-    blocks: list[Any] = [
-        Paragraph(
-            "Layer error says how far the outputs of single matrices are off after pruning, on inputs from the pruned blocks before; variants differ in it "
-            "by their masks, by the OBS sweep and by least squares. A fit of the whole block then moves it towards the dense model's hidden states."
-        )
+        return ["There is no pruned variant."]
+    blocks: Blocks = [
+        "Layer error says how far the outputs of single matrices are off after pruning, on inputs from the pruned blocks before; variants differ in it "
+        "by their masks, by the OBS sweep and by least squares. A fit of the whole block then moves it towards the dense model's hidden states.",
+        *_drawn(plots.layer_error(results)),
     ]
-    drawn = [figure for figure in (plots.layer_error(results),) if figure]
-    fits = [(variant, step, found) for variant in results.pruned for step in FITS if (found := fitted(variant, step))]
-    for variant, step, found in fits:
-        held, seen = ([_mean(found, f"{side}_{when}") for when in ("before", "after")] for side in ("held_out", "fit"))
+    fitted = [(variant.name, step, found) for variant in results.pruned for step, found in _fits(variant).items()]
+    for name, step, found in fitted:
+        kept = [one["epochs"] > 0 for one in found.values()]  # else the unfitted block was no worse
+        columns, said = [], []
+        for side, rows in (("held_out", "held-out rows"), ("fit", "rows it was fitted to")):
+            pairs = [(one[f"{side}_before"], one[f"{side}_after"]) for one in found.values()]
+            best = frozenset(row for row, one in enumerate(kept) if one and side == "held_out")
+            columns.append(Column("block error, kept marked", rows, tuple(_change(*pair) for pair in pairs), best))
+            said.append(f"on {rows} from {_percent(mean(before for before, _ in pairs))} to {_percent(mean(after for _, after in pairs))}")
         blocks.append(
-            Paragraph(
-                f"`{variant.name}`: step `{step}` takes the mean error of a block on held-out rows from {held[0]:.2f}% to {held[1]:.2f}%, on rows it "
-                f"was fitted to from {seen[0]:.2f}% to {seen[1]:.2f}% (squared distance to the dense model's output, against its variance); "
-                f"it was kept in {_kept(found)} of {len(found)} blocks."
-            )
+            f"`{name}`: step `{step}` takes the mean error of a block {', '.join(said)} (squared distance to the dense model's output, "
+            f"against its variance); it was kept in {sum(kept)} of {len(found)} blocks."
         )
-        drawn.append(plots.reconstruction(variant.name, step, found))
-    if not fits:
-        blocks.append(Paragraph("No variant has the step `channel` or `block` in `reconstruction.steps`, so there is no fit to show."))
-    return [*blocks, Figures(drawn)]
+        blocks.append(_block_table(name, found, [*columns, Column("", "epochs", tuple(str(one["epochs"]) for one in found.values()))]))
+    return blocks if fitted else [*blocks, "No variant fits whole blocks by gradients, so there is no fit to show."]
 
 
-def fitted(variant: Variant, step: str) -> dict[int, Mapping[str, float]]:
-    """Block -> its errors before and after a step; blocks without it are left out."""
-    return {
-        int(block): facts[step] for block, facts in sorted(variant.facts["blocks"].items(), key=lambda item: int(item[0])) if step in facts
-    }
+def _by_block(facts: Facts) -> Facts:
+    """In the order of the blocks, whose numbers are strings."""
+    return {block: facts[block] for block in sorted(facts, key=int)}
 
 
-def _mean(found: Mapping[int, Mapping[str, float]], key: str) -> float:
-    """In percent."""
-    return 100 * sum(facts[key] for facts in found.values()) / len(found)
+def _fits(variant: Variant) -> dict[str, dict[str, Facts]]:
+    """Step that fits a whole block -> block -> its errors before and after; blocks without the step are left out."""
+    found: dict[str, dict[str, Facts]] = {}
+    for block, steps in _by_block(variant.facts["blocks"]).items():
+        for step, facts in steps.items():
+            found.setdefault(step, {})[block] = facts
+    return found
 
 
-def _kept(found: Mapping[int, Mapping[str, float]]) -> int:
-    """Blocks whose fit was kept: in the others the unfitted block was no worse on the held-out rows."""
-    return sum(facts["epochs"] > 0 for facts in found.values())
+def _change(before: float, after: float) -> str:
+    return f"{_percent(before)} → {_percent(after)}"
+
+
+def _block_table(name: str, facts: Facts, columns: Sequence[Column]) -> Block:
+    summary = f"All {len(facts)} blocks of {name}" if len(facts) > MOST_ROWS else ""
+    return Block("table", [Column("", "block", tuple(facts)), *columns], summary)
 
 
 # Samples
 
 
-def _samples(results: Results) -> list[Any]:
+def _samples(results: Results) -> Blocks:
     if not results.dense.completions:
-        return [Paragraph("None were asked for (`evaluate.completions.count` is 0).")]
-    samples = []
+        return ["None were asked for (`evaluate.completions.count` is 0)."]
+    blocks: Blocks = [
+        "Greedy continuations of the text's first rows; what equals the dense model's beginning is pale. A continuation ends where the model ends the "
+        "text, if that comes before `evaluate.completions.new_tokens`."
+    ]
     for number, dense in enumerate(results.dense.completions):
-        written = {
-            variant.name: variant.completions[number].completion for variant in results.variants if number < len(variant.completions)
-        }
-        samples.append(Sample(number + 1, dense.prompt, [_continuation(name, text, dense.completion) for name, text in written.items()]))
-    said = (
-        "Greedy continuations of the text's first rows, the dense model's beside the pruned ones; what equals the dense model's beginning is pale. A "
-        "continuation ends where the model ends the text, if that comes before `evaluate.completions.new_tokens`."
-    )
-    return [Paragraph(said), *samples]
+        written = {variant.name: variant.completions[number]["completion"] for variant in results.variants}
+        split = [(name, *_split(text, "" if name == DENSE else dense["completion"])) for name, text in written.items()]
+        blocks.append(Block("sample", {"number": number + 1, "prompt": dense["prompt"], "continuations": split}))
+    return blocks
 
 
-def _continuation(name: str, text: str, dense: str) -> Continuation:
-    if name == DENSE:
-        return Continuation(name, "", text)
+def _split(text: str, dense: str) -> tuple[str, str]:
+    """``text`` before and after it leaves ``dense``."""
     same = next((at for at, (a, b) in enumerate(zip(text, dense, strict=False)) if a != b), min(len(text), len(dense)))
-    return Continuation(name, text[:same], text[same:])
+    return text[:same], text[same:]
 
 
 # Provenance
 
+HASHES = ("rows_sha256", "sha256", "dataset", "fingerprint")  # of a text: its rows, the files or the hub's dataset that they were cut from
 
-def _provenance(results: Results) -> list[Any]:
-    model = results.model
-    facts = {
-        "path": model["path"],
-        "hub id": model.get("id") or ABSENT,
-        "revision": model.get("revision") or ABSENT,
-        "family": model["family"],
-        "dtype": model["dtype"],
-        "parameters": f"{model['parameters']:,}",
-        "versions": ", ".join(f"{name} {version}" for name, version in sorted(model["versions"].items())),
-    }
-    if results.pruned:
-        facts["prunable"] = f"{results.pruned[0].facts['prunable']:,}"
-        facts |= {f"kept by {variant.name}": f"{variant.facts['kept']:,}" for variant in results.pruned}
-    hashes = dict(sorted(model["sha256"].items()))
+
+def _provenance(results: Results) -> Blocks:
+    model, counts = results.model, {"parameters": results.model["parameters"]}
+    for variant in results.pruned:
+        counts |= {"prunable": variant.facts["prunable"], f"kept by {variant.name}": variant.facts["kept"]}
+    facts = {key: model.get(key) or ABSENT for key in ("path", "id", "revision", "family", "dtype")}
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in sorted(model["versions"].items()))
+    facts |= {key: f"{count:,}" for key, count in counts.items()}
+    hashes = {source["name"]: {key: source[key] for key in source if key in HASHES} for source in results.sources}
     return [
-        Paragraph(
-            "Every figure above follows from the model, the texts, the parameters and the versions below: equal ones give equal "
-            "artifacts on the same kind of machine. `dvc.lock` has the hashes of all that lies between."
-        ),
-        Table([Column("", "model", tuple(facts), numeric=False), Column("", "", tuple(facts.values()), numeric=False)]),
-        Table(_texts(results)),
-        Details("SHA-256 of the model's files", [_hashes(hashes)]),
-        Details("SHA-256 of the texts: rows, and what they were cut from", [_hashes(_digests(results))]),
-        Details("All parameters", [Code(results.params.strip())]),
-        *(Details(f"Settings of {variant.name}", [Code(_settings(variant))]) for variant in results.pruned),
+        "Every figure above follows from the model, the texts, the parameters and the versions below: equal ones give equal "
+        "artifacts on the same kind of machine. `dvc.lock` has the hashes of all that lies between.",
+        Block("table", [words("model", list(facts)), words("", list(facts.values()))]),
+        Block("table", _texts(results.sources)),
+        Block("code", _json(model["sha256"]), "SHA-256 of the model's files"),
+        Block("code", _json(hashes), "SHA-256 of the texts: rows, and what they were cut from"),
+        Block("code", results.params.strip(), "All parameters"),
+        *(Block("code", _json(variant.facts["settings"]), f"Settings of {variant.name}") for variant in results.pruned),
     ]
 
 
-def _texts(results: Results) -> list[Column]:
-    found = results.sources
-    columns = [Column("", "text", tuple(text.name for text in found), numeric=False)]
-    columns.append(
-        Column("", "for", tuple({"calibrate": "calibration", "evaluate": "evaluation"}[text.use] for text in found), numeric=False)
-    )
-    columns.append(Column("", "kind", tuple(text.facts["kind"] for text in found), numeric=False))
-    for head, key in (("rows", "rows"), ("tokens per row", "length"), ("documents", "documents"), ("their tokens", "tokens")):
-        columns.append(Column("", head, tuple(f"{text.facts[key]:,}" for text in found)))
-    begins = {"document": "each document", "row": "each row", "none": "none"}
-    columns.append(Column("", "start token", tuple(begins[text.facts["start"]] for text in found), numeric=False))
-    seeds = (text.facts["seed"] for text in found)
-    return [*columns, Column("", "seed of the rows", tuple("none: in order" if seed is None else str(seed) for seed in seeds))]
+def _texts(sources: Sequence[Facts]) -> list[Column]:
+    facts = {"text": "name", "use": "use", "kind": "kind", "start token of each": "start"}
+    counts = {"rows": "rows", "tokens per row": "length", "documents": "documents", "their tokens": "tokens"}
+    columns = [words(head, [source[key] for source in sources]) for head, key in facts.items()]
+    columns += [Column("", head, tuple(f"{source[key]:,}" for source in sources)) for head, key in counts.items()]
+    seeds = tuple("none: in order" if source["seed"] is None else str(source["seed"]) for source in sources)
+    return [*columns, Column("", "seed of the rows", seeds)]
 
 
-def _digests(results: Results) -> dict[str, str]:
-    """Name -> SHA-256, of every text's rows and of what was read for it (a hub's dataset: of its documents)."""
-    digests = {}
-    for text in results.sources:
-        digests[f"{text.name}, rows"] = text.sha256
-        digests |= {f"{text.name}, {name}": digest for name, digest in sorted(text.facts.get("sha256", {}).items())}
-        if "fingerprint" in text.facts:
-            digests[f"{text.name}, {text.facts['dataset']['id']}"] = text.facts["fingerprint"]
-    return digests
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
-def _hashes(digests: Mapping[str, str]) -> Code:
-    return Code("\n".join(f"{digest}  {name}" for name, digest in digests.items()))
-
-
-def _settings(variant: Variant) -> str:
-    return json.dumps(variant.facts["settings"], indent=2, ensure_ascii=False)
+SECTIONS = {
+    "Comparison": _comparison,
+    "Costs": _costs,
+    "Sizes": _sizes,
+    "Share pruned per matrix": _sparsity,
+    "Sensitivity": _sensitivity,
+    "Induction": _induction,
+    "Reconstruction": _reconstruction,
+    "Sample completions": _samples,
+    "Provenance": _provenance,
+}  # in reading order

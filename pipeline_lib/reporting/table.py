@@ -3,19 +3,23 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from pipeline_lib.core import params
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import Params
+from pipeline_lib.core.workspace import DENSE
 from pipeline_lib.export import wording
+from pipeline_lib.recipe.needs import needs
+from pipeline_lib.recipe.settings import Recipe
 
-DENSE = "dense"
 ABSENT = "–"
 PERPLEXITY = "perplexity, "  # group of columns, before the name of the text
+Facts = Mapping[str, Any]  # a JSON file as docs/artifacts.md describes it
 
 
 class ReportParams(Params):
@@ -26,62 +30,21 @@ class ReportParams(Params):
 
 
 @dataclass(frozen=True)
-class Text:
-    """How an evaluation text was cut."""
-
-    rows: int
-    length: int  # tokens per row
-
-
-@dataclass(frozen=True)
-class Task:
-    """Accuracy of one task, in [0, 1], and of what it is."""
-
-    acc: float
-    stderr: float
-    chance: float | None
-    items: int  # measured
-    of: int  # the task has
-    truncated: int  # of those measured, to the model's window
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A prompt and how the model went on."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
 class Variant:
-    """Everything that is known about one model; ``facts`` (build/facts) are empty for the dense one.
-
-    ``sizes`` (build/sizes) are empty for a variant that is not exported.
-    """
+    """Everything that is known about one model."""
 
     name: str
     perplexity: Mapping[str, float]
-    tasks: Mapping[str, Task]
-    completions: Sequence[Completion]
-    facts: Mapping[str, Any]
-    sizes: Mapping[str, Any]
-
-    @property
-    def pruned(self) -> bool:
-        return bool(self.facts)
+    tasks: Mapping[str, Facts]  # acc and stderr in [0, 1], chance, items measured, of how many, how many truncated to the model's window
+    completions: Sequence[Mapping[str, str]]  # prompt, completion
+    facts: Facts  # build/facts; empty for the dense model
+    sizes: Facts  # build/sizes; empty for a variant without files to weigh
+    recipe: Recipe | None = None  # None for the dense model
 
     @property
     def sparsity(self) -> float:
         """Share of the prunable weights that were pruned."""
         return float(self.facts["sparsity"]) if self.facts else 0.0
-
-    @property
-    def stages(self) -> list[str]:
-        """Stages that it needs beyond those that every variant needs (prepare, text), in the graph's order."""
-        if not self.pruned:
-            return []
-        return _own_stages(self.name, self.facts["settings"]["factors"], self.facts["settings"]["sensitivity"])
 
     @property
     def zeros(self) -> float | None:
@@ -90,36 +53,16 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What the model-level gate named, and on what grounds (build/choice.json)."""
-
-    text: str
-    chosen: str | None
-    perplexity: Mapping[str, float]  # by candidate
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file of rows (build/texts): where it came from, and what it is."""
-
-    name: str
-    use: str  # calibrate or evaluate
-    facts: Mapping[str, Any]
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Results:
     """The whole report's data: the dense model first, then the variants in the order of params.yaml."""
 
-    title: str
-    baseline: str
-    model: Mapping[str, Any]  # build/prepare/model.json
-    texts: Mapping[str, Text]  # evaluation texts in the order of params.yaml
+    settings: ReportParams
+    model: Facts  # build/prepare/model.json
+    texts: tuple[str, ...]  # of params.yaml, those for evaluation
     variants: tuple[Variant, ...]
-    choice: Choice
-    estimate: Mapping[str, Any]  # build/sensitivity/estimate.json; empty if no variant uses it
-    sources: tuple["Source", ...]  # every text that rows were cut from
+    choice: Facts  # build/choice.json
+    estimate: Facts  # build/sensitivity/estimate.json; empty if no variant uses it
+    sources: tuple[Facts, ...]  # of every file in build/texts its facts, with ``name``, ``use`` and ``rows_sha256``
     params: str  # params.yaml, to the letter
 
     @property
@@ -131,14 +74,19 @@ class Results:
         return self.variants[1:]
 
     @property
-    def text_names(self) -> list[str]:
-        """Texts that perplexity was measured on: the order of params.yaml, then others by name."""
-        measured = {text for variant in self.variants for text in variant.perplexity}
-        return [text for text in self.texts if text in measured] + sorted(measured - set(self.texts))
+    def baseline(self) -> Variant | None:
+        return next((variant for variant in self.pruned if variant.name == self.settings.baseline), None)
 
     @property
-    def task_names(self) -> list[str]:
-        return sorted({task for variant in self.variants for task in variant.tasks})
+    def text_names(self) -> list[str]:
+        """Texts that every model's perplexity was measured on, in the order of params.yaml."""
+        return [text for text in self.texts if all(text in variant.perplexity for variant in self.variants)]
+
+    @property
+    def tasks(self) -> dict[str, list[Facts]]:
+        """Task -> what the models reached that it was measured on."""
+        names = sorted({task for variant in self.variants for task in variant.tasks})
+        return {name: [variant.tasks[name] for variant in self.variants if name in variant.tasks] for name in names}
 
     @property
     def main_text(self) -> str | None:
@@ -158,100 +106,85 @@ class Column:
     numeric: bool = True
 
 
-def _own_stages(name: str, factors: str, sensitivity: str) -> list[str]:
-    """``factors`` and ``sensitivity`` are artifacts below build/, as in the variant's settings."""
-    folder, _, rest = factors.partition("/")
-    measured, _, curves = sensitivity.partition("/")
-    stages = ["calibrate"] if folder in ("scale", "induce") or measured == "curves" else []
-    if folder in ("scale", "induce"):
-        stages.append("scale")
-    if folder == "induce":
-        stages.append(f"induce-{rest.partition('/')[0]}")
-    if measured in ("sensitivity", "curves"):
-        stages.append("sensitivity")
-    if measured == "curves":
-        stages.append(f"curves-{curves.removesuffix('.json')}")
-    return [*stages, f"prune-{name}"]
+def stages(variant: Variant) -> list[str]:
+    """The stages that a variant needs beyond those that all need (prepare, text), in the graph's order, as their records of cost are called."""
+    if variant.recipe is None:
+        return []
+    name, need = variant.name, needs(variant.recipe)
+    learned = ["calibrate"] * (need.factors or need.curves) + ["scale"] * need.factors
+    measured = ["sensitivity"] * need.sensitivities + [f"curves-{name}"] * need.curves
+    return [*learned, *measured, *[f"induce-{name}"] * need.factors, f"prune-{name}"]
 
 
-def current() -> Results:
-    """What the stages left for the model and the variants that params.yaml names.
+def sensitivities(facts: Facts) -> dict[str, Facts]:
+    """Matrix -> its entry of sensitivity.json, where the allocation read one."""
+    return {name: matrix["sensitivity"] for name, matrix in facts["matrices"].items() if matrix.get("sensitivity")}
+
+
+def layer_errors(facts: Facts) -> dict[int, float]:
+    """Block -> mean error of its matrices, where any was measured (magnitude runs no forward pass)."""
+    errors: dict[int, list[float]] = {}
+    for matrix in facts["matrices"].values():
+        if matrix.get("layer_error") is not None:
+            errors.setdefault(int(matrix["block"]), []).append(matrix["layer_error"])
+    return {block: mean(errors[block]) for block in sorted(errors)}
+
+
+# What the stages left
+
+
+def collect(root: Path = Path()) -> Results:
+    """What the stages left below ``root`` for the models that its params.yaml names; other files there are ignored.
 
     Raises:
         SparselineError: a file is missing or damaged, or params.yaml cannot be used.
     """
-    texts = {name: Text(text["rows"], text["length"]) for name, text in params.section("texts").items() if text["use"] == "evaluate"}
-    names, exported = list(params.section("variants") or {}), list(params.section("exported") or {})
-    measured = [DENSE, *params.section("tasks.variants")]
-    tasks = dict.fromkeys(params.section("tasks.presets"), measured)
-    written = params.FILE.read_text(encoding="utf-8")
-    return collect(Path("build"), params.load(ReportParams, "report"), names, texts, exported, tasks, written)
+    path, build = root / params.FILE, root / "build"
+    settings = params.load(ReportParams, "report", path)
+    variants = tuple(_variant(build, name) for name in (DENSE, *(params.section("variants", path) or ())))
+    measured = any("sensitivity" in stages(variant) for variant in variants)
+    return Results(
+        settings,
+        _read(build, "prepare/model.json", "prepare"),
+        tuple(name for name, text in params.section("texts", path).items() if text["use"] == "evaluate"),
+        variants,
+        _read(build, "choice.json", "choose"),
+        (_read(build, "sensitivity/estimate.json", "sensitivity") or {}) if measured else {},
+        tuple(_source(path) for path in sorted(build.glob("texts/*/*.safetensors"))),
+        path.read_text(encoding="utf-8"),
+    )
 
 
-def collect(
-    build: Path,
-    settings: ReportParams,
-    names: Sequence[str],
-    texts: Mapping[str, Text],
-    exported: Sequence[str],
-    tasks: Mapping[str, Sequence[str]],
-    written: str,
-) -> Results:
-    """Read what the stages left below ``build`` for the dense model and the named variants; other files there are ignored.
-
-    ``exported`` are those that have sizes; ``tasks``: of every preset, the models that it was measured on;
-    ``written``: params.yaml.
-
-    Raises:
-        SparselineError: a file is missing or damaged.
-    """
-    weighed = {DENSE: "prepare"} | {name: f"export@{name}" for name in exported}
-    variants = [_variant(build, name, weighed.get(name), _tasks(build, name, tasks)) for name in (DENSE, *names)]
-    source = _read(build / "prepare" / "model.json", "prepare")
-    measured = any("sensitivity" in variant.stages for variant in variants)
-    estimate = _read(build / "sensitivity" / "estimate.json", "sensitivity") if measured else {}
-    return Results(settings.title, settings.baseline, source, texts, tuple(variants), _choice(build), estimate, _sources(build), written)
+def _variant(build: Path, name: str) -> Variant:
+    own = name if name == DENSE else None
+    evaluate, tasks, export = (
+        ("evaluate-dense", "tasks-dense", "prepare") if own else (f"evaluate@{name}", f"tasks@{name}", f"export@{name}")
+    )
+    perplexity = _read(build, f"evaluate/{name}.json", evaluate)["perplexity"]
+    completions = _read(build, f"completions/{name}.json", evaluate)
+    facts = {} if own else _read(build, f"facts/{name}.json", f"prune@{name}")
+    recipe = Recipe.model_validate(facts["settings"]) if facts else None
+    if recipe is not None and needs(recipe).sensitivities:
+        for matrix, entry in _read(build, "sensitivity/sensitivity.json", "sensitivity").items():
+            facts["matrices"][matrix]["sensitivity"] = entry
+    presets = _read(build, f"tasks/{name}.json", tasks)
+    found = {f"{preset} {task}" if len(presets) > 1 else task: one for preset, tasks in presets.items() for task, one in tasks.items()}
+    return Variant(name, perplexity, found, completions, facts, _read(build, f"sizes/{name}.json", export) or {}, recipe)
 
 
-def _sources(build: Path) -> tuple[Source, ...]:
-    found = []
-    for path in sorted(build.glob("texts/*/*.safetensors")):
-        try:
-            raw = path.read_bytes()
-            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-            facts = json.loads(header["__metadata__"]["sparseline"])
-        except (OSError, ValueError, KeyError) as error:
-            raise SparselineError(f"{path} cannot be read ({error}); run `dvc repro -f text@{path.stem}` to make it again.") from error
-        found.append(Source(path.stem, path.parent.name, facts, hashlib.sha256(raw).hexdigest()))
-    return tuple(found)
+def _source(path: Path) -> Facts:
+    """What a file of rows is and where it came from."""
+    try:
+        raw = path.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        facts = json.loads(header["__metadata__"]["sparseline"])
+    except (OSError, ValueError, KeyError) as error:
+        raise SparselineError(f"{path} cannot be read ({error}); run `dvc repro -f text@{path.stem}` to make it again.") from error
+    return {**facts, "name": path.stem, "use": path.parent.name, "rows_sha256": hashlib.sha256(raw).hexdigest()}
 
 
-def _choice(build: Path) -> Choice:
-    return Choice(**_read(build / "choice.json", "choose"))
-
-
-def _tasks(build: Path, name: str, presets: Mapping[str, Sequence[str]]) -> dict[str, Task]:
-    """Every task that a model was measured on; under its preset's name too where there are several presets."""
-    found: dict[str, Task] = {}
-    for preset, models in presets.items():
-        if name in models:
-            stage = f"tasks-dense@{preset}" if name == DENSE else f"tasks@{preset}-{name}"
-            measured = _read(build / "evaluate" / preset / f"{name}.json", stage)
-            found |= {task if len(presets) == 1 else f"{preset} {task}": Task(**figures) for task, figures in measured.items()}
-    return found
-
-
-def _variant(build: Path, name: str, weighed: str | None, tasks: Mapping[str, Task]) -> Variant:
-    """One variant; ``weighed`` is the stage that wrote its sizes, if there is one."""
-    stage = "evaluate-dense" if name == DENSE else f"evaluate@{name}"
-    evaluated = _read(build / "evaluate" / f"{name}.json", stage)
-    completions = _read(build / "completions" / f"{name}.json", stage)
-    facts = {} if name == DENSE else _read(build / "facts" / f"{name}.json", f"prune@{name}")
-    sizes = _read(build / "sizes" / f"{name}.json", weighed) if weighed else {}
-    return Variant(name, evaluated["perplexity"], tasks, [Completion(**sample) for sample in completions], facts, sizes)
-
-
-def _read(path: Path, stage: str) -> Any:
+def _read(build: Path, name: str, stage: str) -> Any:
+    path = build / name
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -268,83 +201,82 @@ def gap_closed(results: Results, variant: Variant, text: str) -> float | None:
 
     None for these two, without a baseline, and where the baseline is no worse than the dense model (there is no gap).
     """
-    base = next((other for other in results.pruned if other.name == results.baseline), None)
+    base = results.baseline
     if base is None or variant.name in (DENSE, base.name):
         return None
-    if not all(text in one.perplexity for one in (base, variant, results.dense)):
-        return None
-    start, end = math.log(base.perplexity[text]), math.log(results.dense.perplexity[text])
-    return None if start - end <= 1e-12 else (start - math.log(variant.perplexity[text])) / (start - end)
+    start, own, end = (math.log(v.perplexity[text]) for v in (base, variant, results.dense))
+    return None if start - end <= 1e-12 else (start - own) / (start - end)
 
 
 def comparison(results: Results) -> list[Column]:
     """The comparison table, column by column; the best cell among the pruned variants is marked."""
     variants = results.variants
-    columns = [Column("", "variant", tuple(variant.name for variant in variants), numeric=False)]
+    columns = [words("variant", [variant.name for variant in variants])]
     columns.append(Column("", "pruned", tuple(wording.sparsity(variant.sparsity) for variant in variants)))
     if results.pruned:
-        shares = [variant.zeros for variant in variants]
-        columns.append(Column("", "zeros", tuple(ABSENT if share is None else wording.sparsity(share) for share in shares)))
+        columns.append(Column("", "zeros", tuple(shown([variant.zeros for variant in variants], wording.sparsity))))
     for text in results.text_names:
-        values = [variant.perplexity.get(text) for variant in variants]
-        columns.append(column_of(PERPLEXITY + text, "ppl", values, wording.perplexity, best=min))
+        group = PERPLEXITY + text
+        columns.append(ranked(group, "ppl", [variant.perplexity[text] for variant in variants], wording.perplexity, min))
         gaps = [gap_closed(results, variant, text) for variant in variants]
         if any(gap is not None for gap in gaps):
-            column = column_of(PERPLEXITY + text, "gap closed", gaps, wording.gap, best=max)
-            cells = tuple("baseline" if v.name == results.baseline else cell for v, cell in zip(variants, column.cells, strict=True))
-            columns.append(Column(column.group, column.head, cells, column.best))
-    for task in results.task_names:
+            column = ranked(group, "gap closed", gaps, wording.gap, max)
+            cells = ("baseline" if v is results.baseline else cell for v, cell in zip(variants, column.cells, strict=True))
+            columns.append(Column(group, column.head, tuple(cells), column.best))
+    for task in results.tasks:
         found = [variant.tasks.get(task) for variant in variants]
-        column = column_of("accuracy, %", task, [one.acc if one else None for one in found], lambda share: f"{100 * share:.1f}", best=max)
-        cells = tuple(f"{cell} ± {100 * one.stderr:.1f}" if one else ABSENT for one, cell in zip(found, column.cells, strict=True))
-        columns.append(Column(column.group, column.head, cells, column.best))
+        column = ranked("accuracy, %", task, [one["acc"] if one else None for one in found], lambda share: f"{100 * share:.1f}", max)
+        cells = (f"{cell} ± {100 * one['stderr']:.1f}" if one else ABSENT for one, cell in zip(found, column.cells, strict=True))
+        columns.append(Column(column.group, column.head, tuple(cells), column.best))
     return columns
 
 
 def notes(results: Results) -> list[str]:
     """What the comparison does not show, and why; empty where nothing is missing. Plain text with `code` marks."""
     said = []
-    base = next((variant.perplexity for variant in results.pruned if variant.name == results.baseline), {})
-    if results.pruned and results.baseline not in {variant.name for variant in results.pruned}:
-        said.append(f"No gap is given: the baseline `{results.baseline}` is not among the variants (see `report.baseline`).")
-    level = [text for text, value in base.items() if value <= results.dense.perplexity.get(text, 0.0) * (1 + 1e-12)]
+    if results.pruned and results.baseline is None:
+        said.append(f"No gap is given: the baseline `{results.settings.baseline}` is not among the variants (see `report.baseline`).")
+    base, dense = results.baseline or results.dense, results.dense.perplexity
+    level = [text for text in results.text_names if base.facts and base.perplexity[text] <= dense[text] * (1 + 1e-12)]
     said += [f"On `{text}` the baseline is no worse than the dense model, so there is no gap to close." for text in level]
-    for name in results.task_names:
-        cut = max(variant.tasks[name].truncated for variant in results.variants if name in variant.tasks)
-        items = next(variant.tasks[name].items for variant in results.variants if name in variant.tasks)
-        if cut:
-            said.append(f"{cut} of the {items} items of `{name}` are longer than the model's window: their beginning is left out.")
+    for name, measured in results.tasks.items():
+        if cut := max(task["truncated"] for task in measured):
+            of = f"{cut} of the {measured[0]['items']} items of `{name}`"
+            said.append(f"{of} are longer than the model's window: their beginning is left out.")
     if results.estimate.get("wanted_moments") == "full" and results.estimate["output_moments"] != "full":
         said.append("Full output moments exceed `sensitivity.moment_budget_bytes`: allocations use their diagonals.")
     return said
 
 
-def column_of(group: str, head: str, values: Sequence[float | None], show: Any, best: Any) -> Column:
-    """Cells as text; the best of the pruned variants is marked with its ties, if there is anything to choose from."""
-    cells = tuple(ABSENT if value is None else str(show(value)) for value in values)
+def shown(values: Sequence[float | None], show: Callable[[float], str]) -> list[str]:
+    return [ABSENT if value is None else show(value) for value in values]
+
+
+def words(head: str, cells: Sequence[str]) -> Column:
+    """A column without a group, aligned to the left."""
+    return Column("", head, tuple(cells), numeric=False)
+
+
+def ranked(group: str, head: str, values: Sequence[float | None], show: Callable[[float], str], best: Callable[..., int]) -> Column:
+    """Cells as text; the best (``min`` or ``max``) of the pruned variants is marked with its ties, if they differ at all."""
+    cells = shown(values, show)
     rivals = {row: value for row, value in enumerate(values) if row > 0 and value is not None}
     marked: frozenset[int] = frozenset()
     if len({cells[row] for row in rivals}) > 1:
         chosen = cells[best(rivals, key=lambda row: rivals[row])]
         marked = frozenset(row for row in rivals if cells[row] == chosen)
-    return Column(group, head, cells, marked)
+    return Column(group, head, tuple(cells), marked)
 
 
 def plain(columns: Sequence[Column]) -> str:
     """Aligned columns for a terminal."""
-    heads = [
-        " ".join([column.group.removeprefix(PERPLEXITY), column.head]) if column.group.startswith(PERPLEXITY) else column.head
-        for column in columns
-    ]
-    widths = [max(map(len, (head, *column.cells))) for head, column in zip(heads, columns, strict=True)]
-    rows = [heads, *zip(*(column.cells for column in columns), strict=True)]
-    aligned = [
-        "  ".join(
-            cell.rjust(width) if column.numeric else cell.ljust(width) for cell, width, column in zip(row, widths, columns, strict=True)
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in aligned)
+    aligned = []
+    for column in columns:
+        text = column.group.removeprefix(PERPLEXITY) if column.group.startswith(PERPLEXITY) else ""
+        cells = [f"{text} {column.head}".strip(), *column.cells]
+        width = max(map(len, cells))
+        aligned.append([cell.rjust(width) if column.numeric else cell.ljust(width) for cell in cells])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*aligned, strict=True))
 
 
 def summary(results: Results) -> dict[str, Any]:
@@ -354,24 +286,26 @@ def summary(results: Results) -> dict[str, Any]:
     """
     found = {}
     for variant in results.variants:
-        gaps = {text: gap for text in results.text_names if (gap := gap_closed(results, variant, text)) is not None}
+        gaps = {text: round(gap, 6) for text in results.text_names if (gap := gap_closed(results, variant, text)) is not None}
         sizes = [weighed["file_bytes"] for weighed in variant.sizes.get("formats", {}).values()]
         found[variant.name] = {
             "sparsity": round(variant.sparsity, 6),
             **({} if variant.zeros is None else {"zeros": round(variant.zeros, 6)}),
             "perplexity": {text: round(value, 6) for text, value in variant.perplexity.items()},
-            **({"gap": {text: round(gap, 6) for text, gap in gaps.items()}} if gaps else {}),
+            **({"gap": gaps} if gaps else {}),
             **({"bytes": min(sizes)} if sizes else {}),
-            **({"accuracy": {name: round(task.acc, 6) for name, task in variant.tasks.items()}} if variant.tasks else {}),
+            **({"accuracy": {name: round(task["acc"], 6) for name, task in variant.tasks.items()}} if variant.tasks else {}),
         }
     return found
 
 
 def points(results: Results) -> list[dict[str, Any]]:
-    """What report/perplexity.json holds: every model's perplexity on the main text, for `dvc plots show`."""
-    text = results.main_text
-    measured = [variant for variant in results.variants if text in variant.perplexity]
-    return [{"variant": variant.name, "text": text, "perplexity": variant.perplexity[text]} for variant in measured if text]
+    """What report/perplexity.json holds: every model's perplexity over its sparsity, text by text, for `dvc plots`."""
+    return [
+        {"variant": variant.name, "text": text, "sparsity": round(variant.sparsity, 6), "perplexity": variant.perplexity[text]}
+        for text in results.text_names
+        for variant in results.variants
+    ]
 
 
 # Matrices as depth × kind
@@ -379,28 +313,25 @@ def points(results: Results) -> list[dict[str, Any]]:
 ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "down", "fc1", "fc2")  # as data flows through a block
 
 
-def kinds(facts: Mapping[str, Any]) -> list[str]:
-    """Kinds of a variant's matrices, in the order of the computation."""
-    found = {matrix["kind"] for matrix in facts["matrices"].values()}
-    return sorted(found, key=lambda kind: (ORDER.index(kind) if kind in ORDER else len(ORDER), kind))
+def in_order(kinds: Iterable[str]) -> list[str]:
+    """Kinds of matrices in the order of the computation."""
+    return sorted(kinds, key=lambda kind: (ORDER.index(kind) if kind in ORDER else len(ORDER), kind))
 
 
-def by_place(facts: Mapping[str, Any]) -> dict[tuple[int, str], list[Mapping[str, Any]]]:
-    """(block, kind) -> matrices there: one, or one per expert."""
-    places: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+def by_place(facts: Facts) -> dict[tuple[int, str], float]:
+    """(block, kind) -> share pruned of the matrices there: one, or one per expert."""
+    places: dict[tuple[int, str], list[Facts]] = {}
     for matrix in facts["matrices"].values():
         places.setdefault((int(matrix["block"]), matrix["kind"]), []).append(matrix)
-    return places
+    return {place: pruned_share(*matrices) for place, matrices in places.items()}
 
 
-def sparsity_by_place(facts: Mapping[str, Any]) -> dict[tuple[int, str], float]:
-    return {
-        place: 1 - sum(matrix["kept"] for matrix in matrices) / sum(matrix["size"] for matrix in matrices)
-        for place, matrices in by_place(facts).items()
-    }
+def pruned_share(*matrices: Facts) -> float:
+    """Share of the weights of these matrices that was pruned."""
+    return 1 - sum(matrix["kept"] for matrix in matrices) / sum(matrix["size"] for matrix in matrices)
 
 
-def uniform(facts: Mapping[str, Any]) -> bool:
+def uniform(facts: Facts) -> bool:
     """Whether all places are equally sparse, to one percentage point (counts are whole numbers)."""
-    shares = sparsity_by_place(facts).values()
+    shares = by_place(facts).values()
     return max(shares) - min(shares) < 0.01

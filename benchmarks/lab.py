@@ -1,0 +1,210 @@
+"""A testbed pruned as a recipe says, through the library's own functions, in memory; what the recipes of one seed share is measured once."""
+
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.testbed import Tensors, Testbed
+from pipeline_lib.allocate.budget import Unit
+from pipeline_lib.allocate.methods import plan as allocate
+from pipeline_lib.allocate.settings import CURVES, SENSITIVITIES
+from pipeline_lib.core import params
+from pipeline_lib.core.artifacts import block_file, read_tensors
+from pipeline_lib.core.params import Params
+from pipeline_lib.induce.gate import Gate
+from pipeline_lib.induce.induce import induce_block
+from pipeline_lib.induce.scale import shifts, starting_factors
+from pipeline_lib.induce.settings import ScaleParams
+from pipeline_lib.measure import fisher
+from pipeline_lib.measure.backward import Subject
+from pipeline_lib.measure.curves import measure
+from pipeline_lib.measure.estimate import estimates
+from pipeline_lib.measure.fisher import OutputMoments
+from pipeline_lib.measure.settings import CurvesParams, SensitivityParams
+from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.plan import plan
+from pipeline_lib.prune.run import Rows, Source, prune
+from pipeline_lib.prune.window import Block
+from pipeline_lib.recipe.settings import Recipe
+from pipeline_lib.stats.moments import SiteStatistics
+from pipeline_lib.stats.settings import CalibrateParams
+from pipeline_lib.stats.walk import walk
+
+Changes = Mapping[str, Any]
+Entries = dict[str, dict[str, Any]]
+Kept = dict[tuple[int, Matrix], int]
+SECTIONS: dict[str, type[Params]] = {
+    "calibrate": CalibrateParams,
+    "scale": ScaleParams,
+    "sensitivity": SensitivityParams,
+    "curves": CurvesParams,
+}
+
+
+@functools.cache
+def section(name: str) -> Any:
+    """A section of params.yaml; what it holds is not to be changed."""
+    return params.section(name)
+
+
+@functools.cache
+def settings(name: str) -> Any:
+    """One of ``SECTIONS``, parsed."""
+    return params.parse(SECTIONS[name], section(name), name)
+
+
+def recipe(changes: Changes, variant: str | None = None) -> Recipe:
+    """Section ``prune`` of params.yaml, with a variant's laid over it, and these changes over both.
+
+    Raises:
+        ValueError: the variant measures curves in its own way, which is not done here.
+    """
+    merged = params.merge(section("prune"), params.merge(section(f"variants.{variant}") if variant else {}, changes))
+    if merged.get("curves"):
+        raise ValueError(f"variants.{variant} has a section `curves`; here curves are measured as section `curves` says")
+    learned = merged.get("induce")
+    induce = None if learned is None else params.merge(section("induce"), learned)
+    return Recipe.model_validate({name: merged[name] for name in Recipe.model_fields if name != "induce"} | {"induce": induce})
+
+
+@dataclass
+class Run:
+    """A pruned testbed."""
+
+    blocks: dict[int, Block]
+    wall_s: float  # of pruning, and of all that its allocation and induction read but the statistics of the dense model
+
+    @property
+    def tensors(self) -> Tensors:
+        return {index: block.tensors for index, block in self.blocks.items()}
+
+
+class Lab:
+    """A testbed with calibration rows, and what was measured on them."""
+
+    def __init__(self, bed: Testbed) -> None:
+        self.bed = bed
+        self.text: tuple[str, int, int] | None = None
+        self.shared: dict[Any, tuple[Any, float]] = {}
+
+    def at(self, source: str, count: int, seed: int) -> "Lab":
+        """On these calibration rows; what was measured on others is forgotten."""
+        if self.text != (source, count, seed):
+            self.text, self.rows = (source, count, seed), self.bed.calibration(source, count, seed)
+            self.forget()
+        return self
+
+    def forget(self) -> None:
+        self.shared = {}
+
+    def run(self, asked: Recipe) -> Run:
+        if asked.induce:
+            self.statistics()
+        kept, seconds = self.allocated(asked)
+        started = time.perf_counter()
+        blocks = dict(self.blocks(asked, kept))
+        return Run(blocks, seconds + time.perf_counter() - started)
+
+    def blocks(self, asked: Recipe, kept: Kept) -> Iterator[tuple[int, Block]]:
+        """The pruned blocks, one after the other."""
+        model = self.bed.stream()
+        steps = plan(asked, model.checkpoint.dtype)
+        rows = Rows(self.rows["fit"], self.rows["held_out"], asked.batch_rows) if steps.needs.text else None
+        return prune(Source(model, self.transforms(asked, kept), kept), rows, steps, lambda _: None)
+
+    def transforms(self, asked: Recipe, kept: Kept) -> list[Transform]:
+        """What stages scale and induce give."""
+        entry, selection = self.bed.checkpoint.architecture, asked.selection
+        if asked.induce is None:
+            return [Transform()] * entry.depth
+        start: ScaleParams = settings("scale")
+        compensate = "obs" in asked.reconstruction.steps
+        gate = Gate(self.bed.stream(), self.rows["held_out"], asked.batch_rows, selection, compensate)
+        learned = []
+        for index, sites in enumerate(self.statistics()[0]):
+            tensors, counts = self.bed.checkpoint.block(index), {matrix: kept[index, matrix] for matrix in entry.matrices}
+            given = Transform(starting_factors(entry, tensors, sites, start), shifts(entry, sites, start))
+            judge = gate.enter(index, tensors, sites, counts)
+            where = f"{entry.blocks}.{index}"
+            learned.append(induce_block(entry, tensors, set(counts), sites, given, selection, asked.induce, where, judge).transform)
+        return learned
+
+    def allocated(self, asked: Recipe) -> tuple[Kept, float]:
+        """Kept counts, and the wall seconds of all that was measured for them."""
+        entries, seconds = self.measured(asked)
+        entry, pattern = self.bed.checkpoint.architecture, asked.selection.shape
+        places = [(index, matrix) for index in range(entry.depth) for matrix in entry.matrices]
+        units = []
+        for index, matrix in places:
+            name, shape = entry.matrix_name(index, matrix), self.bed.checkpoint.matrix_shape(index, matrix)
+            units.append(Unit(name, index, shape[0] * shape[1], pattern.quantum(name, shape)))
+        return dict(zip(places, allocate(units, asked.selection.sparsity, asked.allocation, entries), strict=True)), seconds
+
+    def measured(self, asked: Recipe) -> tuple[Entries, float]:
+        """What the allocation reads, and the seconds that it took."""
+        if asked.allocation.method in CURVES:
+            _, first = self.statistics()
+            _, second = self.sensitivities(moments=True)
+            selection, compensate = asked.selection, "obs" in asked.reconstruction.steps
+            key = (selection.model_copy(update={"sparsity": 0.5}).model_dump_json(), compensate)  # curves are over all sparsities
+            curves, third = self.once(key, lambda: self.curves(asked, compensate))
+            return curves, first + second + third
+        if asked.allocation.method in SENSITIVITIES:
+            (entries, _), seconds = self.sensitivities(moments=False)
+            return entries, seconds
+        return {}, 0.0
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> tuple[Any, float]:
+        """A shared result, and the seconds that it took."""
+        if key not in self.shared:
+            started = time.perf_counter()
+            value = compute()
+            self.shared[key] = value, time.perf_counter() - started
+        return self.shared[key]
+
+    def statistics(self) -> tuple[list[dict[str, SiteStatistics]], float]:
+        """What stage calibrate gives, per block, and the seconds that it took."""
+
+        def compute() -> list[dict[str, SiteStatistics]]:
+            blocks = walk(self.bed.stream(), self.rows["fit"], self.rows["held_out"], settings("calibrate"), grams=True)
+            return [sites for _, sites in blocks]
+
+        return self.once("statistics", compute)
+
+    def sensitivities(self, moments: bool) -> tuple[tuple[Entries, list[dict[str, torch.Tensor]]], float]:
+        """What stage sensitivity gives: per matrix name its entry; per block the output moments by label, if asked for. And the seconds."""
+        entry, how = self.bed.checkpoint.architecture, settings("sensitivity")
+        matrices = {index: {entry.matrix_name(index, matrix): matrix for matrix in entry.matrices} for index in range(entry.depth)}
+
+        def compute() -> tuple[Entries, list[dict[str, torch.Tensor]]]:
+            subject = Subject(self.bed.stream(), self.rows["fit"], matrices)
+            with tempfile.TemporaryDirectory() as folder:
+                taken = OutputMoments(Path(folder), full=True) if moments else None
+
+                def sample(probes: Any) -> Any:
+                    return fisher.samples(subject, how, probes, taken)
+
+                summary = list(estimates(sample, how.probes, how.probes_per_pass, how.agreement))[-1].summary()
+                found = [read_tensors(block_file(Path(folder), index))[0] for index in range(entry.depth)] if moments else []
+            places = {name: {"block": index, "kind": m.kind} for index, named in matrices.items() for name, m in named.items()}
+            return {name: {**values, **places[name]} for name, values in summary.items()}, found
+
+        return self.once(("sensitivities", moments), compute)
+
+    def curves(self, asked: Recipe, compensate: bool) -> Entries:
+        """What stage curves gives."""
+        entry = self.bed.checkpoint.architecture
+        (entries, moments), _ = self.sensitivities(moments=True)
+        found: Entries = {}
+        for index, sites in enumerate(self.statistics()[0]):
+            tensors, where = self.bed.checkpoint.block(index), f"{entry.blocks}.{index}"
+            block = measure(entry, tensors, sites, entry.matrices, moments[index], asked.selection, compensate, settings("curves"), where)
+            found |= {f"{where}.{label}": entries[f"{where}.{label}"] | facts for label, facts in block.items()}
+        return found
