@@ -71,9 +71,6 @@ def fold(lanes: Iterable[T]) -> T:
 
 
 def total(values: Sequence[Any]) -> Any:
-    """The sum of one value (a number or a tensor) per row, in the rows' order.
-
-    Raises:
-        ValueError: there is no row.
-    """
-    return fold(functools.reduce(operator.add, values[part]) for part in parts(len(values)) if part.start < part.stop)
+    """The sum of one value (a number or a tensor) per row, in the lanes' order; the values stay as they are."""
+    lanes = [values[part] for part in parts(len(values)) if part.start < part.stop]
+    return functools.reduce(operator.add, [functools.reduce(operator.add, lane) for lane in lanes])
