@@ -182,7 +182,7 @@ def test_exported_files_take_what_was_predicted(tmp_path: Path) -> None:
     source = open_checkpoint(make_model(tmp_path / "source", "llama", hidden_size=128, intermediate_size=512))
     make_pruned(tmp_path / "prune", source)
     formats = ExportParams(formats=["dense", "bitmask"])
-    export(source, Variant("mine", "unstructured", tmp_path / "prune"), tmp_path / "export", formats, card)
+    export(source, Variant("mine", "unstructured", tmp_path / "prune"), tmp_path / "export", formats.formats, card)
     written = sum(path.stat().st_size for path in (tmp_path / "export").rglob("*.safetensors"))
     assert exporting(source, "export", formats.formats, 0.5).disk_bytes == pytest.approx(written, rel=0.02)
 
