@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from pipeline_lib.prune.prune import VariantParams
 from safetensors.torch import save_file
 
 import stages.environment
@@ -25,10 +24,12 @@ from pipeline_lib.core import environment
 from pipeline_lib.core.artifacts import read_json, read_tensors, replacing, sha256, write_json, write_tensors, write_text
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import Merged, Params, load, merge, parse, section
-from pipeline_lib.core.runtime import device, generator, resume_key, stage
+from pipeline_lib.core.random import generator
+from pipeline_lib.core.runtime import compute, resume_key, stage
 from pipeline_lib.core.scratch import hold
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.transform import Transform, read_transforms, write_transforms
+from pipeline_lib.recipe.settings import PruneParams
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -349,7 +350,7 @@ def test_the_place_that_is_named_is_where_the_value_was_written(below: dict[str,
     """Oracle: the section that was changed. No error shows a whole section, or a value of any length."""
     section_below = merge(section("prune"), below)
     with pytest.raises(SparselineError, match=message) as caught:
-        parse(VariantParams, Merged("prune", "variants.v", section_below, {"factors": "a", "sensitivity": "b", **above}), "elsewhere")
+        parse(PruneParams, Merged("prune", "variants.v", section_below, above), "elsewhere")
     assert len(str(caught.value)) < 300
     assert "elsewhere" not in str(caught.value)
 
@@ -507,10 +508,10 @@ def test_the_versions_that_run_are_written_once(monkeypatch: pytest.MonkeyPatch,
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPARSELINE_DEVICE", raising=False)
-    assert device() == torch.device("cpu")
+    assert compute() == torch.device("cpu")
     monkeypatch.setenv("SPARSELINE_DEVICE", "abacus")
     with pytest.raises(SparselineError, match="SPARSELINE_DEVICE=abacus is not a device of this machine"):
-        device()
+        compute()
 
 
 def test_resume_keys(tmp_path: Path) -> None:

@@ -771,13 +771,14 @@ NOT_NEEDED = {
 PACKAGES = """
 import contextlib, importlib, json, os, sys
 sys.path.insert(0, os.getcwd())
+before = set(sys.modules)
 for step in sys.argv[1:]:
     if os.fork() == 0:
         stage, *arguments = step.split()
         with contextlib.redirect_stdout(sys.stderr):
             importlib.import_module(f"stages.{stage}").main.main(arguments, standalone_mode=False)
         files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
-        loaded = {name.split(".")[0] for name, file in files.items() if "site-packages" in file}
+        loaded = {name.split(".")[0] for name, file in files.items() if "site-packages" in file and name not in before}
         print(json.dumps([step, sorted(loaded)]), flush=True)
         os._exit(0)
     assert os.wait()[1] == 0

@@ -82,9 +82,9 @@ def _comparison(results: Results) -> Blocks:
         blocks.append(f"The gate (`choose`) names `{chosen}`: perplexity {values[chosen]} on `{results.choice['text']}`, against {others}.")
     blocks += [_tasks(results), *_drawn(plots.perplexity(results))]
     if results.pruned:
-        recipes = [{"variant": variant.name} | recipes.rows(variant.recipe) for variant in results.pruned if variant.recipe]
+        listed = [{"variant": variant.name} | recipes.rows(variant.recipe) for variant in results.pruned if variant.recipe]
         blocks.append("What each variant is made of; the full settings are under Provenance.")
-        blocks.append(Block("table", [words(head, [recipe[head] for recipe in recipes]) for head in recipes[0]]))
+        blocks.append(Block("table", [words(head, [recipe[head] for recipe in listed]) for head in listed[0]]))
     return blocks
 
 
