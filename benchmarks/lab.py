@@ -199,6 +199,8 @@ class Lab:
                     return fisher.samples(subject, how, probes, taken)
 
                 summary = list(estimates(sample, how.probes, how.probes_per_pass, how.agreement))[-1].summary()
+                if taken is not None:
+                    taken.finish(entry.depth)
                 found = [read_tensors(block_file(Path(folder), index))[0] for index in range(entry.depth)] if moments else []
             places = {name: {"block": index, "kind": m.kind} for index, named in matrices.items() for name, m in named.items()}
             return {name: {**values, **places[name]} for name, values in summary.items()}, found

@@ -41,15 +41,14 @@ class Layerwise:
         """Prune the window's only block in place, by the moments of the streams before it."""
         ((index, block),) = window.blocks.items()
         model, streams = window.model, window.rows
-        hidden = streams.pruned.hidden[streams.seen]
-        beside = None
+        hidden, beside = streams.pruned.hidden, None
         if self.towards_dense and window.dense is not None and streams.dense is not None:
-            beside = (window.dense, streams.dense.hidden[streams.seen])
+            beside = (window.dense, streams.dense.hidden)
         found: dict[str, Moments] = {}
         for site in block.sites:
             if site not in found:
                 sites = [site] if self.by_site else block.sites
-                found = collect(model, (index, model.block(index, block.tensors)), hidden, sites, beside)
+                found = collect(model, (index, model.block(index, block.tensors)), hidden, streams.seen, sites, beside)
             self.prune_site(block, site, found)
 
     def prune_block(self, block: Block, moments: dict[str, Moments]) -> None:
@@ -208,12 +207,10 @@ class Quantise:
         stream = streams.pruned if len(window.blocks) == 1 else streams.pruned.copy("ahead")
         for index, block in window.blocks.items():
             fitted = model.block(index, block.tensors)
-            hidden = stream.hidden[streams.seen]
             for site in block.sites:
-                beside = (fitted, hidden) if self.compensate else None
-                found = collect(model, (index, model.block(index, block.tensors)), hidden, [site], beside)
+                beside = (fitted, stream.hidden) if self.compensate else None
+                found = collect(model, (index, model.block(index, block.tensors)), stream.hidden, streams.seen, [site], beside)
                 self.quantise_site(block, site, found[site])
-            del hidden  # its batches, before they are passed on
             if index != max(window.blocks):
                 model.advance(model.block(index, block.tensors), index, stream)
 
