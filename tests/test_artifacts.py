@@ -356,13 +356,14 @@ def test_the_place_that_is_named_is_where_the_value_was_written(below: dict[str,
 
 
 def test_merge() -> None:
-    """Mappings merge level by level; anything else, lists and null included, is replaced; the defaults stay as they were."""
+    """Mappings merge level by level, null as an empty one; anything else, lists and null included, is replaced; the defaults stay."""
     defaults = {"a": {"x": 1, "y": {"z": 2}}, "b": [1, 2], "c": 3}
     before = json.dumps(defaults)
     merged = merge(defaults, {"a": {"y": {"w": 4}}, "b": [5], "c": None, "d": 6})
     assert merged == {"a": {"x": 1, "y": {"z": 2, "w": 4}}, "b": [5], "c": None, "d": 6}
     assert json.dumps(defaults) == before
     assert merge(defaults, {"a": 1})["a"] == 1
+    assert merge(defaults, {"a": {"y": None}}) == merge(defaults, {"a": None}) == defaults
     assert merge(defaults, {"c": {"q": 1}})["c"] == {"q": 1}
     assert merge(defaults, {}) == defaults
 
@@ -468,7 +469,7 @@ def test_bad_thread_counts_are_told(
     environment.write()
     monkeypatch.setenv("SPARSELINE_THREADS", threads)
     with pytest.raises(SystemExit), stage():
-        pass
+        compute()
     assert f"SPARSELINE_THREADS={threads} is not a positive whole number" in capsys.readouterr().err
 
 

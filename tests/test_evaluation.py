@@ -233,7 +233,7 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def params(path: str | Path = "data/tasks", batch_rows: int = 4, **changes: Any) -> tuple[TasksParams, Preset]:
     preset = {"names": ["next_line", "corrupted"], "limit": 8, "shots": 0, "seed": 0}
-    how = {"path": path, "compute_dtype": "float32", "batch_rows": batch_rows, "presets": [], "variants": []}
+    how = {"path": path, "compute_dtype": "float32", "batch_rows": batch_rows}
     return TasksParams.model_validate(how), Preset.model_validate(preset | changes)
 
 

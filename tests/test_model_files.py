@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from project import WANDA, build, change_params, invoke, make_workspace
+from project import build, change_params, invoke, make_workspace
 from safetensors.torch import load_file, save_file
 from tiny import all_tensors, load_full, make_model, token_rows
 from transformers import AutoModelForCausalLM

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from project import ROOT, build, change_params, invoke, make_workspace, read_params, recipe, run, text
+from project import REMOVED, ROOT, build, change_params, invoke, make_workspace, read_params, recipe, run, text
 from pruned import card, make_pruned
 from tiny import make_model
 
@@ -256,6 +256,12 @@ def test_every_run_of_every_preset_is_planned(project: Path) -> None:
     assert (runs["evaluate"], runs["tasks embedded"]) == (3, 2)
     assert {"prune wanda", "prune sparseline", "induce sparseline", "curves sparseline", "export sparseline"} <= set(runs)
     assert not {"induce wanda", "curves wanda", "export wanda"} & set(runs)
+
+
+def test_what_no_variant_needs_is_not_planned(project: Path) -> None:
+    """Wanda alone reads no sensitivities, no curves and no factors. Oracle: the stages that do something for it."""
+    change_params(project, "variants.sparseline", REMOVED)
+    assert set(planned(invoke("plan").output)) == {"prepare", "prune wanda", "evaluate"}
 
 
 def test_sections_may_be_empty(project: Path) -> None:
