@@ -1,4 +1,4 @@
-# `make run` and `make test` set up what they need. Settings: SPARSELINE_DEVICE, SPARSELINE_THREADS, SPARSELINE_SCRATCH (see README).
+# `make run` and `make test` set up what they need. Settings are environment variables, SPARSELINE_DEVICE and others: see README.
 # The Python of the environment: the first of these that runs and is 3.11 to 3.14.
 PYTHONS := python3.11 python3 python3.12 python3.13 python3.14
 RIGHT := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
@@ -35,7 +35,7 @@ check: environment  ## formatting, lint, types
 	ruff check .
 	mypy
 
-format: environment  ## mend formatting and what lint can mend
+format: environment  ## correct formatting, and what lint can correct
 	ruff format .
 	ruff check --fix .
 
@@ -79,9 +79,6 @@ sweep $(SWEEPS): environment  ## queue an experiment per value, or per combinati
 	@test -n '$(SET)' || { echo "make sweep: SET is missing, e.g. SET='prune.selection.sparsity=0.5,0.6'"; exit 2; }
 	dvc exp run --queue $(foreach one,$(SET),-S '$(one)')
 	@echo "next: dvc queue start, dvc queue status until all have ended, dvc exp show (docs/experiments.md)"
-
-deps: environment  ## rewrite the code deps in dvc.yaml as each stage's import closure
-	python -m tests.graph
 
 screenshots:  ## docs/report-*.png from report/index.html, with chromium
 	sh docs/screenshots.sh

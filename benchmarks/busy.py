@@ -12,19 +12,18 @@ from pathlib import Path
 
 import click
 
-from benchmarks.harness import commit
+from benchmarks.harness import RESULTS, commit
 from pipeline_lib.core.artifacts import write_json
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "busy.json"
 LIMIT = 2.5  # times the idle run
 
 
 def repro(directory: Path) -> float:
     """Wall seconds of `dvc repro` in a fresh clone that shares nothing with another."""
     subprocess.run(("git", "clone", "--quiet", str(ROOT), str(directory)), check=True)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    environment["SPARSELINE_SCRATCH"] = str(directory / "scratch")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "SPARSELINE_SCRATCH": str(directory / "scratch")}
     subprocess.run((sys.executable, "-m", "stages.environment"), cwd=directory, env=environment, check=True)
     started = time.perf_counter()
     subprocess.run(("dvc", "repro", "--quiet"), cwd=directory, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -32,15 +31,13 @@ def repro(directory: Path) -> float:
 
 
 @click.command(help=__doc__)
-@click.option("--keep", type=click.Path(path_type=Path), help="Directory in which both clones stay.")
-def main(keep: Path | None) -> None:
+def main() -> None:
     measured = commit()
-    with tempfile.TemporaryDirectory() as directory:
-        clones = keep or Path(directory)
-        idle = repro(clones / "idle")
+    with tempfile.TemporaryDirectory() as clones:
+        idle = repro(Path(clones) / "idle")
         neighbour = subprocess.Popen((sys.executable, "-c", "while True: pass"))
         try:
-            busy = repro(clones / "busy")
+            busy = repro(Path(clones) / "busy")
         finally:
             neighbour.kill()
             neighbour.wait()
@@ -51,7 +48,7 @@ def main(keep: Path | None) -> None:
         "cores": os.cpu_count(),
         "commit": measured,
     }
-    write_json(RESULTS, record)
+    write_json(RESULTS / "busy.json", record)
     click.echo(f"idle {idle:.0f} s, beside a busy process {busy:.0f} s: {busy / idle:.2f} times (at most {LIMIT})")
 
 

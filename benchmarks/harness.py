@@ -70,11 +70,6 @@ def lab(testbed: str) -> Lab:
     return Lab(Testbed(testbed))
 
 
-def perplexities(lab: Lab, run: Run | None, texts: Sequence[str]) -> dict[str, float]:
-    """Per text; of the dense model without a run."""
-    return {text: lab.bed.perplexity(run.tensors, text) if run else lab.bed.dense(text) for text in texts}
-
-
 def pruned(cell: Cell, texts: Sequence[str], facts: Callable[[Lab, Recipe | None, Run | None], Record] | None = None) -> list[Record]:
     """A record per text: the key, ``dense``, each arm's perplexity, the last arm's wall seconds and facts."""
     here = lab(cell.key["testbed"]).at(cell.source, cell.rows, cell.key["seed"])
@@ -83,7 +78,7 @@ def pruned(cell: Cell, texts: Sequence[str], facts: Callable[[Lab, Recipe | None
     for arm in cell.arms:
         asked = cell.recipe(arm)
         run = here.run(asked) if asked else None
-        found[arm] = perplexities(here, run, texts)
+        found[arm] = {text: here.bed.perplexity(run.tensors, text) if run else here.bed.dense(text) for text in texts}
         more = ({"wall_s": round(run.wall_s, 2)} if run else {}) | (facts(here, asked, run) if facts else {})
     return [
         {**cell.key, "text": text, "dense": here.bed.dense(text), **{arm: ppl[text] for arm, ppl in found.items()}, **more}
@@ -144,17 +139,22 @@ class Study:
         Args:
             only: values of the key, as text, that cells must have.
             missing: leave out what the record has already.
+
+        Raises:
+            click.ClickException: no cell has these values.
         """
+        asked = [cell for cell in self.every.values() if all(str(cell.key[one]) == value for one, value in (only or {}).items())]
+        if not asked:
+            raise click.ClickException(f"{self.name} has no such cell; its first is {next(iter(self.every))}.")
         known = {self._name(record) for record in self.recorded()} if missing else set()
-        for name, cell in self.every.items():
-            if name not in known and all(str(cell.key[one]) == value for one, value in (only or {}).items()):
-                path = self.file(cell)
-                if not path.exists():
-                    started = time.perf_counter()
-                    found = self.compute(cell)
-                    write_json(path, found)
-                    shown = "; ".join(f"{record['text'] or ''} {self._values(record)}" for record in found)
-                    click.echo(f"{name}: {shown}; {time.perf_counter() - started:.0f} s")
+        for cell in asked:
+            path = self.file(cell)
+            if cell.name not in known and not path.exists():
+                started = time.perf_counter()
+                found = self.compute(cell)
+                write_json(path, found)
+                shown = "; ".join(f"{record['text'] or ''} {self._values(record)}" for record in found)
+                click.echo(f"{cell.name}: {shown}; {time.perf_counter() - started:.0f} s")
         return self.gather()
 
     def gather(self) -> list[Record]:

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.testbed import Tensors, Testbed
 from pipeline_lib.allocate.budget import Unit
-from pipeline_lib.allocate.methods import plan as allocate
+from pipeline_lib.allocate.methods import counts as allocate
 from pipeline_lib.allocate.settings import CURVES, SENSITIVITIES
 from pipeline_lib.core import params
 from pipeline_lib.core.artifacts import block_file, read_tensors
@@ -33,6 +33,7 @@ from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.run import Rows, Source, prune
 from pipeline_lib.prune.window import Block
 from pipeline_lib.recipe.settings import Recipe
+from pipeline_lib.stats.dense import DenseBlock
 from pipeline_lib.stats.moments import SiteStatistics
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import walk
@@ -128,13 +129,19 @@ class Lab:
         compensate = "obs" in asked.reconstruction.steps
         gate = Gate(self.bed.stream(), self.rows["held_out"], asked.batch_rows, selection, compensate)
         learned = []
-        for index, sites in enumerate(self.statistics()[0]):
-            tensors, counts = self.bed.checkpoint.block(index), {matrix: kept[index, matrix] for matrix in entry.matrices}
-            given = Transform(starting_factors(entry, tensors, sites, start), shifts(entry, sites, start))
-            judge = gate.enter(index, tensors, sites, counts)
-            where = f"{entry.blocks}.{index}"
-            learned.append(induce_block(entry, tensors, set(counts), sites, given, selection, asked.induce, where, judge).transform)
+        for index, dense in enumerate(self.dense()):
+            counts = {matrix: kept[index, matrix] for matrix in entry.matrices}
+            factors = starting_factors(entry, dense.tensors, dense.statistics, start)
+            given = Transform(factors, shifts(entry, dense.statistics, start))
+            judge = gate.enter(index, dense, counts)
+            learned.append(induce_block(dense, counts, given, selection, asked.induce, judge).transform)
         return learned
+
+    def dense(self) -> Iterator[DenseBlock]:
+        """The dense model's blocks with their statistics."""
+        entry = self.bed.checkpoint.architecture
+        for index, sites in enumerate(self.statistics()[0]):
+            yield DenseBlock(entry, f"{entry.blocks}.{index}", self.bed.checkpoint.block(index), sites)
 
     def allocated(self, asked: Recipe) -> tuple[Kept, float]:
         """Kept counts, and the wall seconds of all that was measured for them."""
@@ -192,6 +199,8 @@ class Lab:
                     return fisher.samples(subject, how, probes, taken)
 
                 summary = list(estimates(sample, how.probes, how.probes_per_pass, how.agreement))[-1].summary()
+                if taken is not None:
+                    taken.finish(entry.depth)
                 found = [read_tensors(block_file(Path(folder), index))[0] for index in range(entry.depth)] if moments else []
             places = {name: {"block": index, "kind": m.kind} for index, named in matrices.items() for name, m in named.items()}
             return {name: {**values, **places[name]} for name, values in summary.items()}, found
@@ -203,8 +212,7 @@ class Lab:
         entry = self.bed.checkpoint.architecture
         (entries, moments), _ = self.sensitivities(moments=True)
         found: Entries = {}
-        for index, sites in enumerate(self.statistics()[0]):
-            tensors, where = self.bed.checkpoint.block(index), f"{entry.blocks}.{index}"
-            block = measure(entry, tensors, sites, entry.matrices, moments[index], asked.selection, compensate, settings("curves"), where)
-            found |= {f"{where}.{label}": entries[f"{where}.{label}"] | facts for label, facts in block.items()}
+        for index, dense in enumerate(self.dense()):
+            block = measure(dense, entry.matrices, moments[index], asked.selection, compensate, settings("curves"))
+            found |= {f"{dense.where}.{label}": entries[f"{dense.where}.{label}"] | facts for label, facts in block.items()}
         return found

@@ -26,6 +26,7 @@ from benchmarks.testbed import CODE, MIXTURE, NAMES, RANDOM, Tensors, Testbed
 from pipeline_lib.core.params import merge
 from pipeline_lib.masks.select import select
 from pipeline_lib.prune.window import collect
+from pipeline_lib.stats.lanes import deal
 from pipeline_lib.stats.moments import Moments
 
 ROOT = Path(__file__).parent.parent
@@ -116,10 +117,12 @@ def resident(name: str) -> int:
 def dsnot(here: Lab, kept: Kept) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
     """A reference like DSnoT (2310.08915), from the paper's formulas: Wanda's mask, then weights swapped within rows; block by block."""
     model, entry = here.bed.stream(), here.bed.checkpoint.architecture
-    stream = model.embed(torch.cat([here.rows["fit"], here.rows["held_out"]]), 4)
+    rows = torch.cat([here.rows["fit"], here.rows["held_out"]])
+    dealt = deal(len(rows), 4)
+    stream = model.embed(rows, dealt.sizes)
     for index in range(entry.depth):
         tensors = {name: tensor.float() for name, tensor in here.bed.checkpoint.block(index).items()}
-        moments = collect(model, (index, model.block(index)), stream.hidden, [site.name for site in entry.sites])
+        moments = collect(model, (index, model.block(index)), stream.hidden, dealt.lanes, [site.name for site in entry.sites])
         for matrix in entry.matrices:
             weight, found = matrix.view(tensors[matrix.parameter]), moments[matrix.site]
             mask = select(weight.abs() * found.gram.diagonal().sqrt(), kept[index, matrix], "row", 0)

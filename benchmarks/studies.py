@@ -182,6 +182,11 @@ def size(lab: Lab, asked: Recipe | None, run: Run | None) -> Record:
     return facts | {"bytes": -(-bits // 8), "bits_per_weight": bits / sum(sizes)}
 
 
+def sparsegpt(record: Record) -> Record:
+    """Against which gaps are measured."""
+    return {"method": "sparsegpt"}
+
+
 STUDIES = {
     study.name: study
     for study in (
@@ -202,20 +207,8 @@ STUDIES = {
             base=lambda record: {"allocation": "uniform", "score": "obs"},
             finish=select,
         ),
-        Study(
-            "reconstruction",
-            reconstruction,
-            partial(pruned, texts=TEXTS),
-            base=lambda record: {"method": "sparsegpt"},
-            beside=("wall_s", "s"),
-        ),
-        Study(
-            "quantization",
-            quantization,
-            partial(pruned, texts=TEXTS, facts=size),
-            base=lambda record: {"method": "sparsegpt"},
-            beside=("bits_per_weight", "bits"),
-        ),
+        Study("reconstruction", reconstruction, partial(pruned, texts=TEXTS), base=sparsegpt, beside=("wall_s", "s")),
+        Study("quantization", quantization, partial(pruned, texts=TEXTS, facts=size), base=sparsegpt, beside=("bits_per_weight", "bits")),
         *RIVALS.values(),
     )
 }
@@ -225,16 +218,12 @@ def show(study: Study, records: list[Record]) -> None:
     click.echo("\n\n".join([*(study.table(records, text) for text in study.texts), *study.more(records)]))
 
 
-def found(context: Any, parameter: Any, name: str) -> Study:
-    return STUDIES[name]
-
-
 @click.group(help=__doc__)
 def main() -> None:
     pass
 
 
-asked = click.argument("study", type=click.Choice(list(STUDIES)), callback=found)
+asked = click.argument("study", type=click.Choice(list(STUDIES)), callback=lambda context, parameter, name: STUDIES[name])
 
 
 @main.command()
@@ -243,7 +232,7 @@ asked = click.argument("study", type=click.Choice(list(STUDIES)), callback=found
 @click.option("--missing", is_flag=True, help="Only cells that the record lacks.")
 def run(study: Study, only: tuple[str, ...], missing: bool) -> None:
     """Every cell that has no file yet; then the tables."""
-    wanted = dict(one.split("=", 1) for one in only)
+    wanted = {name: value for name, _, value in (one.partition("=") for one in only)}
     fields = next(iter(study.every.values())).key
     if unknown := wanted.keys() - fields.keys():
         raise click.ClickException(f"{study.name} has no field {sorted(unknown)[0]!r}; fields: {', '.join(fields)}.")

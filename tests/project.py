@@ -184,8 +184,8 @@ def run(project: Path, *command: str, code: int = 0) -> str:
 
 
 def invoke(stage: str, *arguments: str) -> Result:
-    """A stage in this process, in the current directory. Before `prune`, a missing allocation is made: reproducers of old reports do not know it."""
-    if stage == "prune" and Path("build/prepare").exists() and not Path(f"build/allocate/{arguments[0]}.json").exists():
+    """A stage in this process, in the current directory. Before `induce` and `prune`, a missing allocation is made: reproducers of old reports do not know it."""
+    if stage in ("induce", "prune") and Path("build/prepare").exists() and not Path(f"build/allocate/{arguments[0]}.json").exists():
         done = invoke("allocate", *arguments)
         if done.exit_code:
             return done

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline_lib.allocate.budget import Unit, allocate, ranks
-from pipeline_lib.allocate.methods import AllocationParams, plan
+from pipeline_lib.allocate.methods import AllocationParams, counts
 from pipeline_lib.allocate.predicted import Curve, hull, minimise
 from pipeline_lib.core.counts import target
 from pipeline_lib.core.errors import SparselineError
@@ -76,9 +76,9 @@ def test_every_method_meets_the_budget_within_bounds(
     whole = all(np.ceil(round(low * size, 9)) <= np.floor(round(high * size, 9)) for size in sizes)
     if not (whole and least <= target(sparsity, sum(sizes)) <= most):
         with pytest.raises(SparselineError, match="No allocation with densities between"):
-            plan(units, sparsity, chosen, measured(units, seed))
+            counts(units, sparsity, chosen, measured(units, seed))
         return
-    kept = plan(units, sparsity, chosen, measured(units, seed))
+    kept = counts(units, sparsity, chosen, measured(units, seed))
     assert sum(kept) == round((1 - sparsity) * sum(sizes))
     assert all(low - 1e-9 <= k / size <= high + 1e-9 for k, size in zip(kept, sizes, strict=True))
 
@@ -95,7 +95,7 @@ def test_every_method_takes_whole_quanta(method: str, parts: list[tuple[int, int
     """N:M, mixed: whole quanta (size/M) between none and all, and the sum within half of the largest of them."""
     units = units_of([quantum * m for quantum, m in parts], [quantum for quantum, _ in parts])
     alpha = 1.0 if method == "predicted" else alpha  # it bounds densities, and N:M has few of them
-    kept = plan(units, sparsity, params(method, alpha=alpha), measured(units, seed))
+    kept = counts(units, sparsity, params(method, alpha=alpha), measured(units, seed))
     assert abs(sum(kept) - target(sparsity, sum(unit.size for unit in units))) <= max(unit.quantum for unit in units) / 2
     assert all(k % unit.quantum == 0 and 0 <= k <= unit.size for k, unit in zip(kept, units, strict=True))
 
@@ -106,7 +106,7 @@ def test_impossible_bounds_are_told_in_one_sentence(method: str) -> None:
     with pytest.raises(
         SparselineError, match=r"^No allocation with densities between .* meets sparsity 0\.5; widen allocation\.density_bounds, [^.]*\.$"
     ):
-        plan(units, 0.5, params(method, density_bounds=(0.6, 0.9)), measured(units, 0))
+        counts(units, 0.5, params(method, density_bounds=(0.6, 0.9)), measured(units, 0))
 
 
 # Least predicted loss
@@ -228,10 +228,10 @@ def test_plan_by_weight_and_by_layer() -> None:
     """Oracle: by hand. Layer 0 sums to 6 (mean 2), layer 1 to 5 (mean 5): ``sum`` favours layer 0, ``mean`` layer 1."""
     units = [Unit("a", 0, 100, 1), Unit("b", 0, 100, 1), Unit("c", 0, 100, 1), Unit("d", 1, 300, 1)]
     sensitivities = {name: {"sensitivity": value} for name, value in {"a": 1.0, "b": 2.0, "c": 3.0, "d": 5.0}.items()}
-    assert plan(units, 0.5, params("uniform"), {}) == [50, 50, 50, 150]
-    assert plan(units, 0.5, params("layer"), sensitivities) == [60, 60, 60, 120]
-    assert plan(units, 0.5, params("layer", layer_sensitivity="mean"), sensitivities) == [40, 40, 40, 180]
-    by_weight = plan(units, 0.5, params("weight"), sensitivities)
+    assert counts(units, 0.5, params("uniform"), {}) == [50, 50, 50, 150]
+    assert counts(units, 0.5, params("layer"), sensitivities) == [60, 60, 60, 120]
+    assert counts(units, 0.5, params("layer", layer_sensitivity="mean"), sensitivities) == [40, 40, 40, 180]
+    by_weight = counts(units, 0.5, params("weight"), sensitivities)
     assert sum(by_weight) == 300
     assert by_weight[0] < by_weight[1] < by_weight[2] < by_weight[3] / 3
 
@@ -240,10 +240,10 @@ def test_plan_by_references() -> None:
     """Oracle: by hand. Three blocks of one size; OWL's densest has most outliers, DLP's the least median, depth's is the first."""
     units = [Unit(name, block, 1000, 1) for block, name in enumerate("abc")]
     facts = {"a": {"outliers": 0.01, "median": 3.0}, "b": {"outliers": 0.04, "median": 1.0}, "c": {"outliers": 0.03, "median": 2.0}}
-    assert plan(units, 0.5, params("owl"), facts) == [389, 589, 522]  # places −1, 1, 1/3: their mean 1/9 is taken out
-    assert plan(units, 0.5, params("dlp"), facts) == [400, 600, 500]
-    assert plan(units, 0.5, params("depth"), {}) == [600, 500, 400]
-    assert plan(units, 0.5, params("owl"), {name: {"outliers": 0.1} for name in "abc"}) == [500, 500, 500]
+    assert counts(units, 0.5, params("owl"), facts) == [389, 589, 522]  # places −1, 1, 1/3: their mean 1/9 is taken out
+    assert counts(units, 0.5, params("dlp"), facts) == [400, 600, 500]
+    assert counts(units, 0.5, params("depth"), {}) == [600, 500, 400]
+    assert counts(units, 0.5, params("owl"), {name: {"outliers": 0.1} for name in "abc"}) == [500, 500, 500]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -262,7 +262,7 @@ def test_references_are_what_their_papers_write(seed: int) -> None:
     beta = 2 * alpha / (len(units) - 1)
     wanted = {"owl": scaled(d), "dlp": scaled(1 - s / s.sum()), "depth": 1 - (sparsity - beta * (len(units) - 1) / 2 + beta * np.arange(7))}
     for method, densities in wanted.items():
-        kept = plan(units, sparsity, params(method, alpha=alpha), facts)
+        kept = counts(units, sparsity, params(method, alpha=alpha), facts)
         assert np.abs(np.array(kept) / 100_000 - densities).max() < 2e-5
 
 
@@ -276,9 +276,9 @@ def test_predicted_by_both_weightings() -> None:
         return {"sensitivity": sensitivity, "curve": {"density": density, "frobenius": shape, "kronecker": [factor * x for x in shape]}}
 
     measured = {"a": entry(2.0, 1.0), "b": entry(1.0, 2.0)}
-    assert plan(units, 0.5, params("predicted", alpha=1.0), measured) == [300, 100]
-    assert plan(units, 0.5, params("predicted", alpha=1.0, weighting="kronecker"), measured) == [100, 300]
-    assert plan(units, 0.5, params("predicted", alpha=0.1), measured) == [200, 200]
+    assert counts(units, 0.5, params("predicted", alpha=1.0), measured) == [300, 100]
+    assert counts(units, 0.5, params("predicted", alpha=1.0, weighting="kronecker"), measured) == [100, 300]
+    assert counts(units, 0.5, params("predicted", alpha=0.1), measured) == [200, 200]
 
 
 def test_tempered_predictions() -> None:
@@ -287,8 +287,8 @@ def test_tempered_predictions() -> None:
     density = [0.0, 0.25, 0.5, 0.75, 1.0]
     losses = {"a": [100.0, 36.0, 16.0, 4.0, 0.0], "b": [144.0, 81.0, 36.0, 9.0, 0.0]}
     measured = {n: {"sensitivity": 1.0, "curve": {"density": density, "frobenius": loss, "kronecker": None}} for n, loss in losses.items()}
-    assert plan(units, 0.375, params("predicted", alpha=1.0), measured) == [200, 300]
-    assert plan(units, 0.375, params("predicted", alpha=1.0, temper=0.5), measured) == [100, 400]
+    assert counts(units, 0.375, params("predicted", alpha=1.0), measured) == [200, 300]
+    assert counts(units, 0.375, params("predicted", alpha=1.0, temper=0.5), measured) == [100, 400]
 
 
 @pytest.mark.parametrize(
@@ -303,13 +303,13 @@ def test_tempered_predictions() -> None:
 )
 def test_what_was_not_measured_is_named(method: str, what: str) -> None:
     with pytest.raises(SparselineError, match=f"'{method}' needs {what}, but there is none for m1; run `dvc repro`"):
-        plan(units_of([10, 10]), 0.5, params(method), {"m0": {"sensitivity": 1.0, "curve": {}, "outliers": 0.0, "median": 0.0}})
+        counts(units_of([10, 10]), 0.5, params(method), {"m0": {"sensitivity": 1.0, "curve": {}, "outliers": 0.0, "median": 0.0}})
 
 
 def test_kronecker_without_moments_is_told() -> None:
     curve = {"density": [0.0, 1.0], "frobenius": [1.0, 0.0], "kronecker": None}
     with pytest.raises(SparselineError, match="weighting = 'kronecker' needs output moments, but there are none for m0"):
-        plan(units_of([10]), 0.5, params("predicted", weighting="kronecker"), {"m0": {"sensitivity": 1.0, "curve": curve}})
+        counts(units_of([10]), 0.5, params("predicted", weighting="kronecker"), {"m0": {"sensitivity": 1.0, "curve": curve}})
 
 
 @pytest.mark.parametrize("point", [1, 2, 3])
@@ -321,7 +321,7 @@ def test_an_error_just_below_zero_counts_as_zero(point: int) -> None:
     for value in (0.0, -1e-9):
         low = {**curve, "frobenius": [value if i >= point else x for i, x in enumerate(curve["frobenius"])]}  # type: ignore[arg-type]
         measured = {name: {"sensitivity": 1.0, "curve": low if name == "b" else curve} for name in "abc"}
-        found.append(plan(units, 0.5, params("predicted", alpha=0.4), measured))
+        found.append(counts(units, 0.5, params("predicted", alpha=0.4), measured))
     assert found[0] == found[1]
     assert sum(found[1]) == 1500
 
@@ -335,7 +335,7 @@ def test_what_is_no_number_is_refused(method: str, what: str, value: float) -> N
     curve = {"density": [0.0, 0.5, 1.0], "frobenius": [2.0, value, 0.0], "kronecker": None}
     measured = {"m0": {"sensitivity": value, "outliers": value, "median": value, "curve": curve}}
     with pytest.raises(SparselineError, match=f"The {what} of m0 holds NaN or infinity"):
-        plan(units_of([10]), 0.5, params(method), measured)
+        counts(units_of([10]), 0.5, params(method), measured)
 
 
 @pytest.mark.parametrize("bounds", [(0.6, 0.4), (-0.1, 0.5), (0.5, 1.1)])

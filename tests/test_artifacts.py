@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from pipeline_lib.prune.prune import VariantParams
 from safetensors.torch import save_file
 
 import stages.environment
@@ -25,10 +24,12 @@ from pipeline_lib.core import environment
 from pipeline_lib.core.artifacts import read_json, read_tensors, replacing, sha256, write_json, write_tensors, write_text
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import Merged, Params, load, merge, parse, section
-from pipeline_lib.core.runtime import device, generator, resume_key, stage
+from pipeline_lib.core.random import generator
+from pipeline_lib.core.runtime import compute, resume_key, stage
 from pipeline_lib.core.scratch import hold
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.transform import Transform, read_transforms, write_transforms
+from pipeline_lib.recipe.settings import PruneParams
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -349,19 +350,20 @@ def test_the_place_that_is_named_is_where_the_value_was_written(below: dict[str,
     """Oracle: the section that was changed. No error shows a whole section, or a value of any length."""
     section_below = merge(section("prune"), below)
     with pytest.raises(SparselineError, match=message) as caught:
-        parse(VariantParams, Merged("prune", "variants.v", section_below, {"factors": "a", "sensitivity": "b", **above}), "elsewhere")
+        parse(PruneParams, Merged("prune", "variants.v", section_below, above), "elsewhere")
     assert len(str(caught.value)) < 300
     assert "elsewhere" not in str(caught.value)
 
 
 def test_merge() -> None:
-    """Mappings merge level by level; anything else, lists and null included, is replaced; the defaults stay as they were."""
+    """Mappings merge level by level, null as an empty one; anything else, lists and null included, is replaced; the defaults stay."""
     defaults = {"a": {"x": 1, "y": {"z": 2}}, "b": [1, 2], "c": 3}
     before = json.dumps(defaults)
     merged = merge(defaults, {"a": {"y": {"w": 4}}, "b": [5], "c": None, "d": 6})
     assert merged == {"a": {"x": 1, "y": {"z": 2, "w": 4}}, "b": [5], "c": None, "d": 6}
     assert json.dumps(defaults) == before
     assert merge(defaults, {"a": 1})["a"] == 1
+    assert merge(defaults, {"a": {"y": None}}) == merge(defaults, {"a": None}) == defaults
     assert merge(defaults, {"c": {"q": 1}})["c"] == {"q": 1}
     assert merge(defaults, {}) == defaults
 
@@ -467,7 +469,7 @@ def test_bad_thread_counts_are_told(
     environment.write()
     monkeypatch.setenv("SPARSELINE_THREADS", threads)
     with pytest.raises(SystemExit), stage():
-        pass
+        compute()
     assert f"SPARSELINE_THREADS={threads} is not a positive whole number" in capsys.readouterr().err
 
 
@@ -507,10 +509,10 @@ def test_the_versions_that_run_are_written_once(monkeypatch: pytest.MonkeyPatch,
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPARSELINE_DEVICE", raising=False)
-    assert device() == torch.device("cpu")
+    assert compute() == torch.device("cpu")
     monkeypatch.setenv("SPARSELINE_DEVICE", "abacus")
     with pytest.raises(SparselineError, match="SPARSELINE_DEVICE=abacus is not a device of this machine"):
-        device()
+        compute()
 
 
 def test_resume_keys(tmp_path: Path) -> None:

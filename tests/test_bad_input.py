@@ -22,6 +22,7 @@ from pipeline_lib.core import artifacts
 
 Change = Callable[[Path], None]
 STEPS = (
+    "keys",
     "prepare",
     "text calibration",
     "text validation",
@@ -30,7 +31,10 @@ STEPS = (
     "scale",
     "sensitivity",
     "curves sparseline",
+    "allocate wanda",
+    "allocate sparseline",
     "induce sparseline",
+    "induce wanda",
 )
 LATER = (
     "prune wanda",
@@ -38,8 +42,10 @@ LATER = (
     "evaluate dense",
     "evaluate wanda",
     "evaluate sparseline",
-    "tasks embedded dense",
-    "tasks embedded sparseline",
+    "tasks dense",
+    "tasks wanda",
+    "tasks sparseline",
+    "export wanda",
     "export sparseline",
     "choose",
     "report",
@@ -160,7 +166,7 @@ PARAMETERS = [
         "nothing to induce",
         "induce sparseline",
         params(prune__selection__sparsity=0, prune__quantization__bits=4),
-        ("variants.sparseline", "sparsity 0", "take it out of `induced`"),
+        ("variants.sparseline", "sparsity 0", "nothing to induce", "take its section `induce` out"),
     ),
     Mistake("nine bits", "prune wanda", params(prune__quantization__bits=9), ("quantization.bits", "= 9 ", "8")),
     Mistake("no columns in a group", "prune wanda", params(prune__quantization__group=0), ("quantization.group", "= 0 ", "1")),
@@ -178,6 +184,7 @@ PARAMETERS = [
     ),
     Mistake("missing key", "sensitivity", params(sensitivity__seed=REMOVED), ("sensitivity.seed", "missing", "add it")),
     Mistake("missing section", "scale", params(scale=REMOVED), ("scale", "add it")),
+    Mistake("missing key of a variant", "prune wanda", params(prune__export=REMOVED), ("variants.wanda.export", "missing", "add it")),
     Mistake("word for a number", "calibrate", params(calibrate__batch_rows="many"), ("calibrate.batch_rows", "'many'", "integer")),
     Mistake("number for a list", "prepare", params(model__include=3), ("model.include", "= 3 ", "list")),
     Mistake("no rows in a batch of calibrate", "calibrate", params(calibrate__batch_rows=0), ("calibrate.batch_rows", "= 0 ", "1")),
@@ -198,13 +205,13 @@ PARAMETERS = [
     ),
     Mistake(
         "N:M that does not divide",
-        "prune wanda",
+        "allocate wanda",
         params(prune__selection__pattern="3:5", prune__selection__sparsity=0.4),
         ("3:5", FIRST, "32 inputs", "choose another M", "exclude"),
     ),
     Mistake(
-        "N:M that does not divide, induction",
-        "induce sparseline",
+        "N:M that does not divide, curves",
+        "curves sparseline",
         params(prune__selection__pattern="3:5", prune__selection__sparsity=0.4),
         ("3:5", FIRST, "32 inputs", "choose another M", "exclude"),
     ),
@@ -271,26 +278,37 @@ PARAMETERS = [
         params(prune__reconstruction__channel__window=2),
         ("reconstruction.channel.window", "not a known key"),
     ),
-    Mistake("negative budget", "prune wanda", params(prune__activation_budget_bytes=-1), ("activation_budget_bytes", "-1", "0")),
     Mistake(
-        "ranks without sensitivities",
+        "a budget that is a setting now",
+        "keys",
+        params(prune__activation_budget_bytes=1),
+        ("prune.activation_budget_bytes is no key any more", "SPARSELINE_ACTIVATION_BYTES", "remove it"),
+    ),
+    Mistake(
+        "a budget that is a setting now, of a variant",
         "prune wanda",
-        wanda(allocation={"method": "weight"}),
-        ("allocation.method", "'weight'", FIRST, "sensitivity/sensitivity.json"),
+        wanda(activation_budget_bytes=1),
+        ("variants.wanda.activation_budget_bytes is not a known key", "batch_rows"),
     ),
     Mistake(
         "prediction without curves",
-        "prune wanda",
+        "allocate wanda",
         wanda(allocation={"method": "predicted"}),
-        ("allocation.method", "'predicted'", FIRST, "curves/<variant>.json", "curved"),
+        ("build/curves/wanda.json", "dvc repro"),
     ),
     Mistake(
         "densities out of order", "curves sparseline", params(curves__densities=[0.5, 0.2]), ("curves.densities", "[0.5, 0.2]", "increase")
     ),
-    Mistake("curves of no variant", "curves other", params(curved__other={}), ("variants.other", "add it")),
+    Mistake(
+        "densities of a variant out of order",
+        "curves sparseline",
+        params(variants__sparseline__curves={"densities": [0.5, 0.2]}),
+        ("variants.sparseline.curves.densities", "[0.5, 0.2]", "increase"),
+    ),
+    Mistake("curves of no variant", "curves other", params(), ("variants.other", "add it")),
     Mistake(
         "bounds that miss the budget",
-        "prune wanda",
+        "allocate wanda",
         wanda(allocation={"density_bounds": [0.6, 0.9]}),
         ("0.6", "0.9", "sparsity 0.5", "allocation.density_bounds"),
     ),
@@ -315,24 +333,20 @@ PARAMETERS = [
         "a bad expression", "prepare", params(model__exclude=["re:layers.(0"]), ("'re:layers.(0'", "no regular expression", "correct it")
     ),
     Mistake("a word for a list", "prepare", params(model__exclude="layers.0.*"), ("model.exclude", "'layers.0.*'", "list")),
-    Mistake("a variant that says nothing", "prune wanda", params(variants__wanda=None), ("variants.wanda.factors", "missing")),
     Mistake("a word for a variant", "prune wanda", params(variants__wanda="on"), ("variants.wanda", "'on'", "mapping")),
-    Mistake("a word for induction", "induce sparseline", params(induced__sparseline="on"), ("induced.sparseline", "'on'", "mapping")),
     Mistake(
-        "induction of a variant that is not there",
-        "induce nonsense",
-        params(induced__nonsense={}),
-        ("variants.nonsense.selection", "add it"),
+        "a word for induction",
+        "induce sparseline",
+        params(variants__sparseline__induce="on"),
+        ("variants.sparseline.induce", "'on'", "mapping"),
     ),
-    *(
-        Mistake(
-            f"induction of a variant without {key}",
-            "induce sparseline",
-            params(**{f"variants__sparseline__{key}": REMOVED}),
-            (f"variants.sparseline.{key}", "add it"),
-        )
-        for key in ("selection", "reconstruction")
+    Mistake(
+        "unknown key of induction",
+        "induce sparseline",
+        params(variants__sparseline__induce={"stepps": 3}),
+        ("variants.sparseline.induce.stepps is not a known key", "steps"),
     ),
+    Mistake("induction of a variant that is not there", "induce nonsense", params(), ("variants.nonsense", "add it")),
     Mistake(
         "a word for the selection, induction",
         "induce sparseline",
@@ -351,30 +365,34 @@ PARAMETERS = [
         params(prune__reconstruction__steps=REMOVED, variants__sparseline__reconstruction={}),
         ("variants.sparseline.reconstruction.steps", "missing"),
     ),
-    Mistake("a word for the export", "export sparseline", params(exported__sparseline="on"), ("exported.sparseline", "'on'", "mapping")),
+    Mistake(
+        "a word for the export",
+        "export sparseline",
+        params(variants__sparseline__export="on"),
+        ("variants.sparseline.export", "'on'", "list"),
+    ),
     Mistake(
         "a format that does not exist",
         "export sparseline",
-        params(exported__sparseline={"formats": ["gguf"]}),
-        ("exported.sparseline.formats", "'gguf'", "bitmask"),
+        params(variants__sparseline__export=["gguf"]),
+        ("variants.sparseline.export", "'gguf'", "bitmask"),
     ),
     Mistake(
         "compressed-tensors of a variant that is not quantised",
         "export sparseline",
-        params(export__formats=["compressed-tensors"]),
-        ("sparseline", "not quantised", "exported.sparseline.formats"),
+        params(variants__sparseline__export=["compressed-tensors"]),
+        ("sparseline", "not quantised", "variants.sparseline.export"),
     ),
     Mistake("unknown variant", "prune nonsense", params(), ("variants.nonsense", "add it")),
     Mistake("unknown text", "text nonsense", params(), ("texts.nonsense", "add it")),
-    Mistake(
-        "factors that nothing made", "prune wanda", wanda(factors="scale/none.safetensors"), ("build/scale/none.safetensors", "dvc repro")
-    ),
+    Mistake("a preset that does not exist", "keys", wanda(tasks=["gone"]), ("variants.wanda.tasks names 'gone'", "presets: embedded")),
+    Mistake("a word for a candidate", "choose", wanda(candidate="maybe"), ("variants.wanda.candidate", "'maybe'", "bool")),
     Mistake(
         "half precision by another name", "prepare", params(model__compute_dtype="fp16"), ("model.compute_dtype", "'fp16'", "bfloat16")
     ),
     Mistake(
         "a task that does not exist",
-        "tasks embedded dense",
+        "tasks dense",
         params(presets__embedded__names=["nonsense"]),
         ("'nonsense'", "data/tasks", "corrupted"),
     ),
@@ -592,7 +610,7 @@ DATA = [
         ("data/texts/test.txt", "3 rows of 32 tokens", "8 are asked for", "lower rows"),
     ),
     Mistake("no such text", "text test", params(texts__test__path="data/texts/none.txt"), ("data/texts/none.txt", "path")),
-    Mistake("a text's name", "text test", params(**{"texts__a b": {}}), ("text name 'a b'", "letters, digits")),
+    Mistake("a text's name", "keys", params(**{"texts__a b": {}}), ("text name 'a b'", "letters, digits")),
     Mistake("a repeated letter", "text test", written("data/texts/test.txt", "a" * 999), ("2 different tokens", "`distinct` of 16")),
     Mistake("unknown use", "text test", params(texts__test__use="train"), ("texts.test.use", "'train'", "evaluate")),
     *(
@@ -615,9 +633,14 @@ DATA = [
     Mistake("damaged list of packages", "calibrate", written("env.lock.json", "{"), ("env.lock.json", "JSON")),
     Mistake("no list of packages", "calibrate", remove("env.lock.json"), ("env.lock.json",)),
     Mistake("a package that is not here", "calibrate", written("env.lock.json", '{"nonsense": "1.0"}'), ("env.lock.json", "nonsense")),
-    Mistake("no evaluation text", "evaluate dense", remove("build/texts/evaluate"), ("texts", "use: evaluate")),
+    Mistake("no evaluation text", "evaluate dense", remove("build/texts/evaluate"), ("build/texts/evaluate/test.safetensors", "dvc repro")),
     Mistake("damaged statistics", "scale", written("build/calibrate/block-001.safetensors", "x"), ("block-001.safetensors", "dvc repro")),
-    Mistake("unknown candidate", "choose", params(choose__candidates=["old"]), ("choose.candidates", "'old'", "no variant")),
+    Mistake(
+        "a text that is not evaluated", "choose", params(choose__text="calibration"), ("choose.text = 'calibration'", "validation, test")
+    ),
+    Mistake(
+        "a baseline that is no variant", "keys", params(report__baseline="old"), ("report.baseline = 'old'", "variants: wanda, sparseline")
+    ),
     Mistake("missing candidate", "choose", remove("build/evaluate/wanda.json"), ("build/evaluate/wanda.json", "dvc repro")),
     Mistake("missing facts", "report", remove("build/facts/wanda.json"), ("build/facts/wanda.json", "dvc repro prune@wanda")),
     Mistake("missing evaluation", "report", remove("build/evaluate/dense.json"), ("build/evaluate/dense.json", "dvc repro")),
@@ -660,6 +683,7 @@ def test_bad_data(workspace: Path, mistake: Mistake) -> None:
         ("SPARSELINE_THREADS", "zero", ("SPARSELINE_THREADS=zero", "positive whole number")),
         ("SPARSELINE_THREADS", "0", ("SPARSELINE_THREADS=0", "positive whole number")),
         ("SPARSELINE_THREADS", "1.5", ("SPARSELINE_THREADS=1.5", "positive whole number")),
+        ("SPARSELINE_GRAM_BYTES", "4GB", ("SPARSELINE_GRAM_BYTES=4GB", "whole number of bytes")),
         ("SPARSELINE_DEVICE", "nonsense", ("SPARSELINE_DEVICE=nonsense", "use cpu")),
         ("SPARSELINE_DEVICE", "cuda:99", ("SPARSELINE_DEVICE=cuda:99", "use cpu")),
     ],
@@ -675,7 +699,7 @@ def test_nothing_is_written_where_nothing_was(workspace: Path, stage: str) -> No
     """A stage that fails half-way (block 1 overflows, block 0 is done) leaves no output behind. Oracle: the files that are there."""
     HUGE(workspace)
     build("prepare")
-    for path in ("build/calibrate", "build/prune", "build/facts", "build/costs"):
+    for path in ("build/calibrate", "build/prune", "build/facts", "build/costs", "build/keys"):
         shutil.rmtree(workspace / path)
     told(invoke(*stage.split()))
     assert {path.split("/")[0] for path in tree(workspace / "build")} == {
@@ -684,9 +708,11 @@ def test_nothing_is_written_where_nothing_was(workspace: Path, stage: str) -> No
         "scale",
         "sensitivity",
         "curves",
+        "allocate",
         "induce",
         "evaluate",
         "completions",
+        "tasks",
         "export",
         "sizes",
         "choice.json",
@@ -708,11 +734,34 @@ def test_an_unquoted_pattern_is_read_as_it_is_meant(workspace: Path) -> None:
 
 
 def test_an_empty_section_is_an_empty_mapping(workspace: Path) -> None:
-    """``sparseline:`` with nothing behind it is YAML's null. Oracle: the bytes that ``sparseline: {}`` gave."""
-    before = tree(workspace / "build" / "induce")
-    change_params(workspace, "induced.sparseline", None)
+    """``reconstruction:`` with nothing behind it is YAML's null. Oracle: the bytes that ``reconstruction: {}`` gives."""
+    change_params(workspace, "variants.sparseline.reconstruction", {})
     build("induce sparseline")
-    assert tree(workspace / "build" / "induce") == before
+    before = tree(workspace / "build" / "induce" / "sparseline")
+    change_params(workspace, "variants.sparseline.reconstruction", None)
+    build("induce sparseline")
+    assert tree(workspace / "build" / "induce" / "sparseline") == before
+
+
+def test_an_empty_section_induce_learns_and_null_does_not(workspace: Path) -> None:
+    """``induce: {}`` takes the defaults. Oracle: the files."""
+    change_params(workspace, "variants.sparseline.induce", None)
+    shutil.rmtree(workspace / "build" / "induce" / "sparseline")
+    build("induce sparseline")
+    assert tree(workspace / "build" / "induce" / "sparseline").keys() == {"curve.json"}
+    change_params(workspace, "variants.wanda.induce", {})
+    build("keys", "induce wanda")
+    assert "transform.safetensors" in tree(workspace / "build" / "induce" / "wanda")
+
+
+def test_a_variant_may_say_nothing(workspace: Path) -> None:
+    """It is the defaults then. Oracle: the bytes of one that repeats a default."""
+    change_params(workspace, "variants.wanda", None)
+    build("prune wanda")
+    before = tree(workspace / "build" / "prune" / "wanda")
+    change_params(workspace, "variants.wanda", {"batch_rows": read_params(workspace)["prune"]["batch_rows"]})
+    build("prune wanda")
+    assert tree(workspace / "build" / "prune" / "wanda") == before
 
 
 @pytest.mark.parametrize("empty", [None, {}], ids=["null", "mapping"])
@@ -734,7 +783,7 @@ def test_a_renamed_text_takes_the_place_of_the_old(workspace: Path) -> None:
     values = read_params(workspace)
     values["texts"]["other"] = values["texts"].pop("calibration")
     write_params(workspace, values)
-    build("text other", "calibrate")
+    build("keys", "text other", "calibrate")
 
 
 def test_a_singular_second_moment_raises_the_damping(workspace: Path) -> None:
@@ -744,6 +793,7 @@ def test_a_singular_second_moment_raises_the_damping(workspace: Path) -> None:
     change_params(workspace, "texts.calibration.length", 8)
     change_params(workspace, "texts.calibration.distinct", 1)
     change_params(workspace, "prune.selection.damping", 1e-12)
+    change_params(workspace, "variants.wanda.reconstruction.steps", ["obs"])
     build("text calibration")
     result = invoke("prune", "wanda")
     assert result.exit_code == 0, result.output

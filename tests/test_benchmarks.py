@@ -134,8 +134,16 @@ def test_committed_records_are_of_cells_that_can_be_computed(name: str, monkeypa
             one.recipe(arm)
 
 
-def test_the_command_refuses_a_field_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("only", "told"),
+    [
+        ("method=wanda", "sparsity has no field 'method'; fields: testbed, pattern, sparsity, allocation, score, seed."),
+        ("testbed", "sparsity has no such cell; its first is llama,unstructured,0.5,uniform,obs,0."),
+        ("seed=7", "sparsity has no such cell; its first is llama,unstructured,0.5,uniform,obs,0."),
+    ],
+)
+def test_the_command_refuses_cells_that_there_are_not(only: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    done = CliRunner().invoke(main, ["run", "sparsity", "--only", "method=wanda"])
+    done = CliRunner().invoke(main, ["run", "sparsity", "--only", only])
     assert done.exit_code == 1
-    assert "sparsity has no field 'method'; fields: testbed, pattern, sparsity, allocation, score, seed." in done.output
+    assert told in done.output

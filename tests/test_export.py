@@ -148,7 +148,7 @@ def test_what_the_format_cannot_say_is_told(tmp_path: Path, name: str) -> None:
     pytest.importorskip("compressed_tensors")
     changes, reason = REFUSED[name]
     with pytest.raises(
-        SparselineError, match=f"^mine cannot be written as compressed-tensors: .*{reason}; take it out of exported.mine.formats"
+        SparselineError, match=f"^mine cannot be written as compressed-tensors: .*{reason}; take it out of variants.mine.export"
     ):
         exported(tmp_path, ["dense", PACKED], **changes)
     assert not (tmp_path / "export").exists()

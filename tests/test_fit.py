@@ -128,8 +128,8 @@ def test_held_out_rows_decide(checkpoint: Checkpoint) -> None:
     fitted, facts = fitting(counted, tensors, matrices, Pairs(inputs[:2], wrong), Pairs(inputs[6:], targets[6:]), params(patience=3), "x")  # type: ignore[arg-type]
     assert all(torch.equal(fitted[name], tensors[name]) for name in tensors)
     assert facts["fit_after"] == facts["fit_before"]
-    # Before: 1 + 2 batches; each of 3 epochs: 2 batches in 2 steps each, 2 held-out ones; after: 1.
-    assert calls[0] == 3 + 3 * (4 + 2) + 1
+    # Before: 1 + 2 batches; each of 3 epochs: 4 steps of a row from each of 2 lanes, 2 held-out batches; after: 1.
+    assert calls[0] == 3 + 3 * (4 * 2 + 2) + 1
 
 
 def test_only_the_given_matrices_change(llama: Checkpoint) -> None:

@@ -80,10 +80,7 @@ def test_no_import_points_up() -> None:
     assert upward(ROOT) == []
 
 
-REWRITTEN = pytest.mark.xfail(strict=True, reason="`collect` in table.py takes seven until the report is rewritten")
-
-
-@pytest.mark.parametrize("package", [pytest.param(name, marks=REWRITTEN) if name == "reporting" else name for name in ORDER])
+@pytest.mark.parametrize("package", ORDER)
 def test_no_function_takes_more_than_six_parameters(package: str) -> None:
     """``*args`` and ``**kwargs`` are one each; what a dataclass generates is no function of ours."""
     assert long_functions(ROOT / LIBRARY / package) == []

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from project import WANDA, build, change_params, invoke, make_workspace
+from project import build, change_params, invoke, make_workspace
 from safetensors.torch import load_file, save_file
 from tiny import all_tensors, load_full, make_model, token_rows
 from transformers import AutoModelForCausalLM
@@ -222,7 +222,7 @@ def test_every_file_is_copied_or_named(tmp_path: Path) -> None:
         told = invoke("prepare").stdout
         assert all(name in told for name in checkpoint.left_out), told
         assert json.loads(Path("build/prepare/model.json").read_text())["sha256"].keys() == {"model.safetensors", *checkpoint.others}
-        change_params(workspace, "exported", {"wanda": {}})
+        change_params(workspace, "variants.wanda.export", ["dense", "bitmask"])
         build("text calibration", "text validation", "text test", "prune wanda", "evaluate wanda", "evaluate dense", "export wanda")
         build("unpack build/export/wanda/bitmask unpacked")
         for out in ("build/prune/wanda/checkpoint", "build/export/wanda/dense", "build/export/wanda/bitmask", "unpacked"):
@@ -292,17 +292,15 @@ def test_a_model_s_own_code_is_not_run(copy_of: Callable[[str], Path]) -> None:
 
 def test_float64_goes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of step on a checkpoint in float64. Oracle: dtypes, the masks' counts, and the bitmask format's bits."""
-    variants = {name: WANDA | {"selection": {"score": "obs", "group": "block"}} for name in ("fitted", "quantised")}
-    variants["fitted"] |= {"reconstruction": {"steps": ["obs", "lsq", "block"]}}
+    variants: dict[str, Any] = {
+        name: {"selection": {"score": "obs", "group": "block"}, "export": ["dense", "bitmask"]} for name in ("fitted", "quantised")
+    }
+    variants["fitted"] |= {"induce": {}, "allocation": {"method": "predicted"}, "reconstruction": {"steps": ["obs", "lsq", "block"]}}
     variants["quantised"] |= {"reconstruction": {"steps": ["obs"]}, "quantization": {"bits": 4, "group": 16}}
-    exports = {"fitted": {}, "quantised": {}}
     workspace = make_workspace(
         tmp_path / "project",
         model={"dtype": torch.float64},
         variants=variants,
-        induced={"fitted": {}},
-        curved={"fitted": {}},
-        exported=exports,
     )
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "scratch"))

@@ -1,82 +1,92 @@
 """The prediction before a run. Oracles: what must not depend on depth, sizes on disk, and the arithmetic of a linear's FLOPs."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from project import build, change_params, invoke, make_workspace, prune_params, read_params, run, text
+from project import REMOVED, ROOT, build, change_params, invoke, make_workspace, read_params, recipe, run, text
 from pruned import card, make_pruned
 from tiny import make_model
 
-from pipeline_lib.export.export import export
+from pipeline_lib.export.export import Variant, export
 from pipeline_lib.export.settings import ExportParams
+from pipeline_lib.measure.settings import CurvesParams, SensitivityParams
 from pipeline_lib.models.checkpoint import open_checkpoint
-from pipeline_lib.planning.estimate import Estimate, Work, estimate, exporting, pruning
+from pipeline_lib.planning.estimate import Estimate, Work, estimate, exporting, inducing, measuring, pruning
+from pipeline_lib.prune.plan import plan
+from pipeline_lib.prune.shapes import Shapes
+from pipeline_lib.recipe.settings import InduceParams, Recipe
+from pipeline_lib.stats.settings import CalibrateParams
 
-WORK = Work(
-    rows=8,
-    length=32,
-    held_out=0.25,
-    compute_dtype=torch.float32,
-    batch_rows=4,
-    median_tokens=64,
-    second_order=True,
-    probes=2,
-    agreement=0.9,
-    rows_per_probe=1,
-    probes_per_pass=2,
-    full_moments=False,
-    moment_budget_bytes=10**9,
-    induction_steps=10,
-    densities=5,
-    gram_budget_bytes=10**9,
+SHIPPED = read_params(ROOT)
+CALIBRATE = CalibrateParams(batch_rows=4, median_tokens=64)
+SENSITIVITY = SensitivityParams.model_validate(
+    SHIPPED["sensitivity"] | {"estimator": "hutchinson", "probes": 2, "probes_per_pass": 2, "output_moments": "none"}
 )
 
 
+def work(path: Path, **changes: Any) -> Work:
+    """Eight rows of 32 tokens, a quarter held out; ``changes`` of section ``sensitivity``."""
+    shapes = Shapes(open_checkpoint(path), 8, 32, CALIBRATE.batch_rows)
+    return Work(shapes, 0.25, torch.float32, CALIBRATE, SENSITIVITY.model_copy(update=changes))
+
+
 def test_memory_of_block_wise_stages_does_not_grow_with_depth(tmp_path: Path) -> None:
-    shallow, deep = (estimate(open_checkpoint(make_model(tmp_path / str(layers), "llama", layers)), WORK) for layers in (2, 8))
-    for stage in ("calibrate", "induce", "curves"):
-        assert deep[stage].memory_bytes == shallow[stage].memory_bytes
-        assert deep[stage].flops == pytest.approx(4 * shallow[stage].flops)
+    shallow, deep = (work(make_model(tmp_path / str(layers), "llama", layers)) for layers in (2, 8))
+    induce, curves = (kind.model_validate(SHIPPED[name]) for kind, name in ((InduceParams, "induce"), (CurvesParams, "curves")))
+    for few, many in (
+        (estimate(shallow)["calibrate"], estimate(deep)["calibrate"]),
+        (inducing(shallow, "induce", induce), inducing(deep, "induce", induce)),
+        (measuring(shallow, "curves", curves), measuring(deep, "curves", curves)),
+    ):
+        assert many.memory_bytes == few.memory_bytes
+        assert many.flops == pytest.approx(4 * few.flops)
 
 
-@pytest.mark.parametrize(("second_order", "copies"), [(False, 1), (True, 2)])
-def test_sensitivity_keeps_the_blocks_inputs_and_no_more(tmp_path: Path, second_order: bool, copies: int) -> None:
+@pytest.mark.parametrize(("estimator", "copies"), [("fisher", 1), ("hutchinson", 2)])
+def test_sensitivity_keeps_the_blocks_inputs_and_no_more(tmp_path: Path, estimator: str, copies: int) -> None:
     """Six more blocks: their inputs [2 probes, 1 row, 32 tokens, 32 channels] in float32, with second derivatives their tangents too."""
-    work = replace(WORK, second_order=second_order)
-    shallow, deep = (estimate(open_checkpoint(make_model(tmp_path / str(n), "llama", n)), work)["sensitivity"] for n in (2, 8))
+    paths = [make_model(tmp_path / str(n), "llama", n) for n in (2, 8)]
+    shallow, deep = (estimate(work(path, estimator=estimator))["sensitivity"] for path in paths)
     assert deep.memory_bytes - shallow.memory_bytes == 6 * copies * 4 * 2 * 32 * 32
     assert deep.flops < 4 * shallow.flops
 
 
 def test_probing_may_stop_after_its_first_pass(tmp_path: Path) -> None:
     """Of 128 probes, 16 a pass; with an agreement of 1 all are used, and no other stage ends early. Time is that of all, in proportion to them."""
-    checkpoint = open_checkpoint(make_model(tmp_path / "model", "llama", 2))
-    many = estimate(checkpoint, replace(WORK, probes=128, probes_per_pass=16))
+    path = make_model(tmp_path / "model", "llama", 2)
+    many = estimate(work(path, probes=128, probes_per_pass=16))
     assert {name: step.least for name, step in many.items() if step.least < 1} == {"sensitivity": 16 / 128}
-    assert estimate(checkpoint, replace(WORK, probes=128, probes_per_pass=16, agreement=1.0))["sensitivity"].least == 1
-    assert estimate(checkpoint, replace(WORK, probes=128, probes_per_pass=1))["sensitivity"].least == 2 / 128  # one has no halves
-    assert many["sensitivity"].flops == pytest.approx(64 * estimate(checkpoint, WORK)["sensitivity"].flops)
+    assert estimate(work(path, probes=128, probes_per_pass=16, agreement=1.0))["sensitivity"].least == 1
+    assert estimate(work(path, probes=128, probes_per_pass=1))["sensitivity"].least == 2 / 128  # one has no halves
+    assert many["sensitivity"].flops == pytest.approx(64 * estimate(work(path))["sensitivity"].flops)
 
 
-def test_grams_over_budget_are_not_counted(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(make_model(tmp_path / "model", "llama", 2))
-    stored = estimate(checkpoint, WORK)["calibrate"].disk_bytes
-    left_out = estimate(checkpoint, replace(WORK, gram_budget_bytes=0))["calibrate"].disk_bytes
-    grams = 2 * 2 * 4 * sum(len(site.index) ** 2 for site in checkpoint.architecture.sites)
+def test_grams_over_budget_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_model(tmp_path / "model", "llama", 2)
+    stored = estimate(work(path))["calibrate"].disk_bytes
+    monkeypatch.setenv("SPARSELINE_GRAM_BYTES", "0")
+    left_out = estimate(work(path))["calibrate"].disk_bytes
+    grams = 2 * 2 * 4 * sum(len(site.index) ** 2 for site in open_checkpoint(path).architecture.sites)
     assert stored - left_out == grams
 
 
 # prune, whose needs hang on the variant's own steps
 
 
-def needs(path: Path, steps: tuple[str, ...], rows: int = 8, length: int = 32, budget: int = 10**12, **changes: Any) -> Estimate:
+def needs(
+    path: Path, steps: tuple[str, ...], rows: int = 8, length: int = 32, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Estimate:
     """Of the shipped section with these steps and ``changes`` of ``reconstruction``."""
-    params = prune_params(steps, reconstruction=changes, activation_budget_bytes=budget)
-    return pruning(open_checkpoint(path), "prune x", params, rows, length, torch.float32)
+    return needs_of(path, recipe(steps, reconstruction=changes), rows, length, dtype)
+
+
+def needs_of(path: Path, made: Recipe, rows: int = 8, length: int = 32, dtype: torch.dtype = torch.float32) -> Estimate:
+    checkpoint = open_checkpoint(path)
+    found = plan(made, checkpoint.dtype)
+    return pruning("prune x", found, Shapes(checkpoint, rows, length, made.batch_rows, found.window), dtype)
 
 
 TOWARDS_DENSE: dict[str, Any] = {"collect": "site", "towards_dense": 1.0}
@@ -138,12 +148,15 @@ def test_what_is_fitted_is_what_takes_memory_and_time(wide: Path) -> None:
         (("obs",), {"block": {"window": 2}}, 1),
     ],
 )
-def test_streams_over_budget_are_not_counted(wide: Path, steps: tuple[str, ...], changes: dict[str, Any], streams: int) -> None:
+def test_streams_over_budget_are_not_counted(
+    wide: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[str, ...], changes: dict[str, Any], streams: int
+) -> None:
     """Twice as many rows: as many more bytes as the streams have, and once they are on disk, none."""
     bytes_of_a_stream = 4 * 256 * 32 * 128  # float32, rows, tokens, channels
 
     def memory(rows: int, budget: int) -> float:
-        return needs(wide, steps, rows, budget=budget, **changes).memory_bytes
+        monkeypatch.setenv("SPARSELINE_ACTIVATION_BYTES", str(budget))
+        return needs(wide, steps, rows, **changes).memory_bytes
 
     assert memory(512, 10**12) - memory(256, 10**12) == streams * bytes_of_a_stream
     assert memory(256, streams * bytes_of_a_stream) == memory(256, 10**12)
@@ -153,8 +166,7 @@ def test_streams_over_budget_are_not_counted(wide: Path, steps: tuple[str, ...],
 
 def test_streams_weigh_what_the_computing_dtype_weighs(wide: Path) -> None:
     """256 rows of 32 tokens with 128 channels, in two bytes instead of four."""
-    params = prune_params(("obs",), activation_budget_bytes=10**12)
-    half, single = (pruning(open_checkpoint(wide), "x", params, 256, 32, dtype) for dtype in (torch.bfloat16, torch.float32))
+    half, single = (needs(wide, ("obs",), 256, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     assert single.memory_bytes - half.memory_bytes == 2 * 256 * 32 * 128
 
 
@@ -170,7 +182,7 @@ def test_exported_files_take_what_was_predicted(tmp_path: Path) -> None:
     source = open_checkpoint(make_model(tmp_path / "source", "llama", hidden_size=128, intermediate_size=512))
     make_pruned(tmp_path / "prune", source)
     formats = ExportParams(formats=["dense", "bitmask"])
-    export(source, tmp_path / "prune", tmp_path / "export", formats, "unstructured", "mine", card)
+    export(source, Variant("mine", "unstructured", tmp_path / "prune"), tmp_path / "export", formats.formats, card)
     written = sum(path.stat().st_size for path in (tmp_path / "export").rglob("*.safetensors"))
     assert exporting(source, "export", formats.formats, 0.5).disk_bytes == pytest.approx(written, rel=0.02)
 
@@ -179,7 +191,7 @@ def test_quantising_takes_the_sweeps_it_makes(wide: Path) -> None:
     """In the sweep itself it is free; after least squares it is one more of R·C² FLOPs; after a fit, also passes for its moments and another fit."""
 
     def flops(steps: tuple[str, ...], **quantization: Any) -> float:
-        return pruning(open_checkpoint(wide), "x", prune_params(steps, quantization=quantization), 8, 32, torch.float32).flops
+        return needs_of(wide, recipe(steps, quantization=quantization)).flops
 
     each = 2 * (2 * 128 * 128**2 + 2 * 64 * 128**2 + 3 * 128 * 128**2)  # both blocks' matrices, all of 128 inputs
     assert flops((), bits=4) == flops(())
@@ -214,14 +226,14 @@ def planned(output: str) -> dict[str, float]:
 
 def test_what_evaluate_and_tasks_take_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the kernel's high-water mark of each stage. Beyond the libraries, the logits are nearly all of it."""
-    tasks: dict[str, Any] = {"tasks": {"batch_rows": 4, "variants": []}, "presets": {"embedded": {"limit": 3}}}
+    tasks: dict[str, Any] = {"tasks": {"batch_rows": 4}, "presets": {"embedded": {"limit": 3}}}
     project = make_workspace(tmp_path / "project", model={"vocab_size": VOCABULARY}, evaluate={"batch_rows": 4}, **tasks)
     monkeypatch.chdir(project)
     (project / "data/texts/test.txt").write_text(text(5, 1500), encoding="utf-8")
     change_params(project, "texts.test", read_params(project)["texts"]["test"] | {"rows": 4, "length": 512})
-    build("prepare", "text test")
+    build("prepare", "text test", "text validation")
     foreseen = planned(invoke("plan").output)
-    for stage, *arguments in (("evaluate", "dense"), ("tasks", "embedded", "dense")):
+    for stage, *arguments in (("evaluate", "dense"), ("tasks", "dense")):
         output = run(project, "python", "-c", PEAK, stage, *arguments)
         took = int(re.findall(r"^peak (\d+)", output, re.MULTILINE)[0])
         name = "evaluate" if stage == "evaluate" else "tasks embedded"
@@ -242,27 +254,32 @@ def test_every_run_of_every_preset_is_planned(project: Path) -> None:
     output = invoke("plan").output
     runs = {name: int(count) for name, count in re.findall(r"^(\w+(?: \w+)?) +(\d+) ", output, re.MULTILINE)}
     assert (runs["evaluate"], runs["tasks embedded"]) == (3, 2)
-    assert {"prune wanda", "prune sparseline", "induce", "curves", "export sparseline"} <= set(runs)
+    assert {"prune wanda", "prune sparseline", "induce sparseline", "curves sparseline", "export sparseline"} <= set(runs)
+    assert not {"induce wanda", "curves wanda", "export wanda"} & set(runs)
+
+
+def test_what_no_variant_needs_is_not_planned(project: Path) -> None:
+    """Wanda alone reads no sensitivities, no curves and no factors. Oracle: the stages that do something for it."""
+    change_params(project, "variants.sparseline", REMOVED)
+    assert set(planned(invoke("plan").output)) == {"prepare", "prune wanda", "evaluate"}
 
 
 def test_sections_may_be_empty(project: Path) -> None:
-    for section in ("induced", "curved", "exported", "variants", "presets"):
+    for section in ("variants", "presets"):
         change_params(project, section, None)
-    change_params(project, "tasks.variants", [])
-    change_params(project, "tasks.presets", [])
     result = invoke("plan")
     assert result.exit_code == 0, result.output
-    assert not {"induce", "curves"} & set(planned(result.output)) and "evaluate" in planned(result.output)
+    assert set(planned(result.output)) == {"prepare", "evaluate"}
 
 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("induced", {"gone": {}}, "induced names 'gone', which is no variant; variants: wanda, sparseline."),
-        ("curved", {"gone": {}}, "curved names 'gone', which is no variant"),
-        ("exported", {"gone": {}}, "exported names 'gone', which is no variant"),
-        ("tasks.variants", ["gone"], "tasks.variants names 'gone', which is no variant"),
-        ("tasks.presets", ["gone"], "tasks.presets names 'gone', which is no preset; presets: embedded, induction, sensitivity."),
+        (
+            "variants.wanda.tasks",
+            ["gone"],
+            "variants.wanda.tasks names 'gone', which is no preset; presets: embedded, induction, sensitivity.",
+        ),
         ("presets.embedded.names", ["next_lime"], "No task is called 'next_lime'"),
         ("variants", ["wanda"], "variants = ['wanda'] is not a mapping"),
         ("texts", {}, "texts must hold exactly one text with use: calibrate, not 0"),

@@ -68,23 +68,33 @@ def workspace(ready: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(ready, tmp_path / "project"))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What an uninterrupted run writes, and nothing of it left in its scratch."""
-    workspace = Path(shutil.copytree(ready, tmp_path_factory.mktemp("undisturbed") / "project"))
-    output = run(workspace, *COMMAND)
-    assert "resuming" not in output
-    assert not tree(scratch(workspace))
-    return results(workspace)
-
-
 def scratch(workspace: Path) -> Path:
     return workspace.parent / "scratch"
 
 
 def results(workspace: Path) -> dict[str, str]:
-    """All that a prune stage writes, its cost aside."""
-    return {path: digest for path, digest in tree(workspace / "build").items() if path.split("/")[0] in ("prune", "facts")}
+    """All that prune and induce write, costs aside."""
+    return {path: digest for path, digest in tree(workspace / "build").items() if path.split("/")[0] in ("prune", "facts", "induce")}
+
+
+@pytest.fixture(scope="module")
+def alone(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
+    """What a stage writes that nobody interrupts or disturbs, and nothing of it left in its scratch."""
+
+    @cache
+    def build_alone(stage: str) -> dict[str, str]:
+        workspace = Path(shutil.copytree(ready, tmp_path_factory.mktemp("alone") / "project"))
+        name, variant = stage.split()
+        assert "resuming" not in run(workspace, "python", "-m", f"stages.{name}", variant)
+        assert not tree(scratch(workspace))
+        return results(workspace)
+
+    return build_alone
+
+
+@pytest.fixture
+def undisturbed(alone: Callable[[str], dict[str, str]]) -> dict[str, str]:
+    return alone("prune sparseline")
 
 
 def finished(workspace: Path) -> int:
@@ -110,14 +120,21 @@ def kill_after(workspace: Path, blocks: int) -> int:
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(workspace: Path, undisturbed: dict[str, str]) -> None:
-    """Killed after the first block and again after the third."""
+    """Killed after the first block and again after the third. A kill can also come between a block's files: without its facts a block is
+    done again, whatever else of it lies there.
+    """
     before = tree(workspace / "build")
     for blocks in (1, 3):
         done = kill_after(workspace, blocks)
         assert blocks <= done < BLOCKS
         assert tree(workspace / "build") == before  # no output, whole or partial
+    (directory,) = scratch(workspace).glob("prune/*/")
+    (directory / "facts" / f"block-{done - 1:03d}.json").unlink()
+    for path in (*directory.glob(f"checkpoint/model-{done:05d}-*"), *directory.glob(f"masks/block-{done - 1:03d}.*")):
+        path.write_bytes(path.read_bytes()[:100])
+    (directory / "checkpoint" / f".model-{done + 1:05d}-of-{BLOCKS + 1:05d}.safetensors.partial").write_bytes(b"half")
     output = run(workspace, *COMMAND)
-    assert f"prune sparseline: resuming after {done} of {BLOCKS} blocks" in output
+    assert f"prune sparseline: resuming after {done - 1} of {BLOCKS} blocks" in output
     assert results(workspace) == undisturbed
     assert not tree(scratch(workspace))
 
@@ -135,19 +152,6 @@ def test_another_run_does_not_resume(workspace: Path) -> None:
         file.write("# another version\n")
     assert "resuming" not in run(workspace, *COMMAND)
     assert tree(scratch(workspace)) == kept
-
-
-def test_damaged_leftovers_are_no_blocks(workspace: Path, undisturbed: dict[str, str]) -> None:
-    """A kill can come between a block's files: without its facts a block is done again. Oracle: the bytes of an undisturbed run."""
-    done = kill_after(workspace, 2)
-    (directory,) = scratch(workspace).glob("prune/*/")
-    (directory / "facts" / f"block-{done - 1:03d}.json").unlink()
-    for path in (*directory.glob(f"checkpoint/model-{done:05d}-*"), *directory.glob(f"masks/block-{done - 1:03d}.*")):
-        path.write_bytes(path.read_bytes()[:100])
-    (directory / "checkpoint" / f".model-{done + 1:05d}-of-{BLOCKS + 1:05d}.safetensors.partial").write_bytes(b"half")
-    output = run(workspace, *COMMAND)
-    assert f"resuming after {done - 1} of {BLOCKS} blocks" in output
-    assert results(workspace) == undisturbed
 
 
 def test_a_kill_while_results_move_into_place(workspace: Path, undisturbed: dict[str, str]) -> None:
@@ -243,7 +247,9 @@ def test_a_killed_induction_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> 
         patch.chdir(workspace)
         build("prepare", "text calibration", "calibrate", "scale", "allocate sparseline")
     code = """
-import os, pipeline_lib.jobs.induce as job, stages.induce as stage
+import os, shutil, sys
+import pipeline_lib.jobs.induce as job, stages.induce as stage
+from transformers.models.llama import modeling_llama  # once, before the forks
 keep, induce_block = job.keep, job.induce_block
 
 def last(directory, index, outcome):
@@ -251,25 +257,29 @@ def last(directory, index, outcome):
     os.kill(os.getpid(), 9)
 
 def told(dense, *arguments):
-    print("learning", dense.where)
+    print("learning", dense.where, flush=True)
     return induce_block(dense, *arguments)
 
 job.induce_block = told
-if {killed}:
-    job.keep = lambda directory, index, outcome: (last if index == 1 else keep)(directory, index, outcome)
-stage.main(["sparseline"], standalone_mode=False)
+for number, killed in enumerate((True, False, False)):
+    if os.fork() == 0:
+        if killed:
+            job.keep = lambda directory, index, outcome: (last if index == 1 else keep)(directory, index, outcome)
+        stage.main(["sparseline"], standalone_mode=False)
+        sys.stdout.flush()
+        os._exit(0)
+    print("ended", os.waitstatus_to_exitcode(os.wait()[1]), os.path.exists("build/induce"), flush=True)
+    if not killed:
+        shutil.move("build/induce", f"build/induce-{number}")
 """
-    before = tree(workspace / "build")
-    run(workspace, "python", "-c", code.format(killed=True), code=-9)
-    assert tree(workspace / "build") == before
-    output = run(workspace, "python", "-c", code.format(killed=False))
-    assert f"induce sparseline: resuming after 2 of {BLOCKS} blocks" in output
-    assert re.findall(r"learning (\S+)", output) == ["layers.2", "layers.3"]
+    output = run(workspace, "python", "-c", code)
+    told = re.findall(r"learning (\S+)|ended (.+)|(resuming after .+)", output)
+    blocks = [f"layers.{index}" for index in range(BLOCKS)]
+    goes_on = f"resuming after 2 of {BLOCKS} blocks"
+    assert ["".join(parts) for parts in told] == [*blocks[:2], "-9 False", goes_on, *blocks[2:], "0 True", *blocks, "0 True"]
+    resumed, undisturbed = (tree(workspace / "build" / f"induce-{number}") for number in (1, 2))
+    assert resumed == undisturbed
     assert not tree(scratch(workspace))
-    resumed = {path: digest for path, digest in tree(workspace / "build").items() if path.startswith("induce/")}
-    output = run(workspace, "python", "-c", code.format(killed=False))
-    assert output.count("learning") == BLOCKS
-    assert resumed == {path: digest for path, digest in tree(workspace / "build").items() if path.startswith("induce/")}
 
 
 # Two runs at once
@@ -300,25 +310,6 @@ def line_of(process: subprocess.Popen[str], part: str) -> str:
         if part in line:
             return line
     raise AssertionError(f"ended without {part!r}")
-
-
-def written(workspace: Path) -> dict[str, str]:
-    """All that prune and induce write, costs aside."""
-    return {path: digest for path, digest in tree(workspace / "build").items() if path.split("/")[0] in ("prune", "facts", "induce")}
-
-
-@pytest.fixture(scope="module")
-def alone(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
-    """What a stage writes that nobody disturbs."""
-
-    @cache
-    def build_alone(stage: str) -> dict[str, str]:
-        workspace = Path(shutil.copytree(ready, tmp_path_factory.mktemp("alone") / "project"))
-        name, variant = stage.split()
-        run(workspace, "python", "-m", f"stages.{name}", variant)
-        return written(workspace)
-
-    return build_alone
 
 
 @pytest.mark.parametrize(("stage", "killed"), [("prune sparseline", True), ("prune windows", False), ("induce sparseline", False)])
@@ -354,9 +345,9 @@ def test_two_runs_at_once(
     assert (first.returncode, second.returncode) == (-9 if killed else 0, 0), rest
     (done,) = re.findall(rf"resuming after (\d) of {BLOCKS} blocks", rest)
     assert "has these blocks" not in rest and (0 < int(done) < BLOCKS if killed else int(done) == BLOCKS)
-    assert written(two) == alone(stage)
+    assert results(two) == alone(stage)
     if not killed:
-        assert written(one) == alone(stage)
+        assert results(one) == alone(stage)
     assert not tree(scratch(one))
 
 
@@ -405,7 +396,7 @@ def test_a_stage_ends_with_its_dvc(
     assert dvc.returncode == -number and "Traceback" not in said
     assert not [path for path in tree(project / "build") if ".partial" in path]
     run(project, *command)
-    assert written(project) == alone(stage)
+    assert results(project) == alone(stage)
 
 
 def test_a_stage_whose_dvc_is_gone_before_it_looks(project: Path) -> None:

@@ -245,6 +245,7 @@ def test_output_moments(model_paths: dict[str, Path], tmp_path: Path, family: st
     for moments in (full, diagonal):
         for probes in ([0], [1, 2]):
             fisher.samples(subject(checkpoint, rows), params(), probes, moments)
+        moments.finish(checkpoint.architecture.depth)
     model = load_full(checkpoint.path)
     parameters(model, checkpoint)  # so that gradients are asked for
     taken: dict[str, list[torch.Tensor]] = {}
@@ -381,6 +382,7 @@ def test_the_stage_writes_what_it_estimated(workspace: Path, estimator: str) -> 
     for probes in ([0, 1], [2, 3]):
         gradients = fisher.samples(subject(checkpoint, rows), settings, probes, moments)
         samples += gradients if estimator == "fisher" else hutchinson.samples(subject(checkpoint, rows), settings, probes)
+    moments.finish(checkpoint.architecture.depth)
     written = read_json(out / "sensitivity.json")
     expected = Estimate(samples, 0, False).summary()
     assert {name: {key: one[key] for key in ("trace", "stderr", "sensitivity")} for name, one in written.items()} == expected

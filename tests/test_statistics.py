@@ -312,6 +312,8 @@ def test_gram_bytes_is_what_the_files_hold(tmp_path: Path) -> None:
 
 # What pruning collects
 
+LANES = [[0], [1, 2]]  # five rows in batches of two, not dealt as they are elsewhere
+
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_site_by_site_equals_all_at_once(checkpoint: Checkpoint) -> None:
@@ -324,7 +326,7 @@ def test_site_by_site_equals_all_at_once(checkpoint: Checkpoint) -> None:
     ran: list[str] = []
     handle = block.get_submodule(table.sites[-1].module).register_forward_hook(lambda *_: ran.append("beyond the last site"))
     names = [site.name for site in table.sites]
-    at_once = collect_moments(model, (0, block), stream.hidden, names)
+    at_once = collect_moments(model, (0, block), stream.hidden, LANES, names)
     handle.remove()
     assert not ran
     assert list(at_once) == names
@@ -333,7 +335,7 @@ def test_site_by_site_equals_all_at_once(checkpoint: Checkpoint) -> None:
         block.get_submodule(site.module).register_forward_pre_hook(lambda _module, _inputs, name=site.name: reached.update([name]))
     for number, site in enumerate(table.sites):
         reached.clear()
-        found = collect_moments(model, (0, block), stream.hidden, [site.name])
+        found = collect_moments(model, (0, block), stream.hidden, LANES, [site.name])
         assert found.keys() == {site.name}
         assert_moments(found[site.name], at_once[site.name], rtol=0, atol=0)
         assert reached == dict.fromkeys(names[: number + 1], 3)  # 5 rows in batches of 2
@@ -355,14 +357,14 @@ def test_diagonals_are_those_of_the_moments(checkpoint: Checkpoint) -> None:
     model = BlockModel(checkpoint, torch.float32, CPU)
     stream, block = model.embed(FIT, 2), model.block(0)
     names, own = [site.name for site in checkpoint.architecture.sites], inputs_of(model, block, stream)
-    found = collect_diagonals(model, (0, block), stream.hidden, names)
+    found = collect_diagonals(model, (0, block), stream.hidden, LANES, names)
     assert list(found) == names
     for name, diagonal in found.items():
         torch.testing.assert_close(diagonal.double(), own[name].double().square().mean(0), rtol=1e-6, atol=0)
     ran: list[str] = []
     block.get_submodule(checkpoint.architecture.sites[-1].module).register_forward_hook(lambda *_: ran.append("beyond the last site"))
     for name in names:
-        (alone,) = collect_diagonals(model, (0, block), stream.hidden, [name]).values()
+        (alone,) = collect_diagonals(model, (0, block), stream.hidden, LANES, [name]).values()
         assert torch.equal(alone, found[name])
     assert not ran
 
@@ -380,8 +382,8 @@ def test_cross_moments_are_of_both_streams_inputs(checkpoint: Checkpoint, one_si
     own, beside = inputs_of(model, block, stream), inputs_of(model, dense, dense_stream)
     found, names = {}, [site.name for site in table.sites]
     for sites in [[name] for name in names] if one_site else [names]:
-        found |= collect_moments(model, (0, block), stream.hidden, sites, (dense, dense_stream.hidden))
-    plain = collect_moments(model, (0, block), stream.hidden, names)
+        found |= collect_moments(model, (0, block), stream.hidden, LANES, sites, (dense, dense_stream.hidden))
+    plain = collect_moments(model, (0, block), stream.hidden, LANES, names)
     for site in table.sites:
         cross, mean = found[site.name].cross, found[site.name].dense_mean
         expected = beside[site.name].double().T @ own[site.name].double() / FIT.numel()

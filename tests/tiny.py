@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.stats.moments import SiteStatistics
-from pipeline_lib.stats.walk import CalibrateParams, walk
+from pipeline_lib.stats.settings import CalibrateParams
+from pipeline_lib.stats.walk import walk
 
 VOCABULARY = 320
 FAMILIES = ("llama", "llama-bias", "opt", "opt-post")  # what every test runs on; ALL_FAMILIES: what the table must be right for

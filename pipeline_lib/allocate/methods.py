@@ -20,7 +20,7 @@ KEYS = {
 }  # what a method reads of an entry
 
 
-def plan(units: Sequence[Unit], sparsity: float, params: AllocationParams, measured: Measured) -> list[int]:
+def counts(units: Sequence[Unit], sparsity: float, params: AllocationParams, measured: Measured) -> list[int]:
     """Kept weights per matrix.
 
     ``uniform``: the same density everywhere. ``weight``, ``layer``: Algorithm 1 of 2310.09499, by the rank of a matrix's or block's sensitivity.

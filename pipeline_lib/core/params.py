@@ -96,11 +96,11 @@ def section(name: str, path: Path = FILE) -> Any:
 
 
 def merge(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """``defaults`` with ``overrides`` laid over them, mapping by mapping."""
+    """``defaults`` with ``overrides`` laid over them, mapping by mapping; a mapping's name with nothing behind it changes nothing."""
     merged = dict(defaults)
     for key, value in overrides.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
+        both = (value is None or isinstance(value, Mapping)) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value or {}) if both else value
     return merged
 
 
@@ -143,6 +143,8 @@ def parse(model: type[P], value: Any, name: str) -> P:
             above = ".".join([value.overrides, *map(str, location)]) if isinstance(value, Merged) else key
             raise SparselineError(f"{FILE}: {above} is missing; add it.") from error
         message, given = first["msg"].removeprefix("Value error, "), first["input"]
+        if first["type"] == "model_type":
+            message = "it must be a mapping of keys to values"
         conflict = first.get("ctx", {}).get("error")
         if isinstance(conflict, Conflict) and isinstance(given, Mapping):
             shown = " with ".join(f"{place((*location, part))} = {_shown(given[part])}" for part in conflict.keys)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Self, TextIO, TypeVar
 
-from tqdm import tqdm
-
 EVERY = 10.0  # seconds between two lines of a log
 T = TypeVar("T")
 Watched = Callable[[range], Iterable[int]]  # what a loop's numbers go through, for whoever counts them: ``iter`` where nobody does
@@ -37,6 +35,8 @@ class Progress:
         self._started = self._told = clock()
         self._bar = None
         if self._stream.isatty():
+            from tqdm import tqdm  # a stage that has nothing to do starts faster without it
+
             size = shutil.get_terminal_size()  # tqdm draws nothing where a terminal does not know its own
             shape = {"ncols": size.columns, "nrows": size.lines}
             self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {units}", file=self._stream, **shape)

@@ -68,7 +68,7 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
     """
 
     def refusal(reason: str) -> SparselineError:
-        return SparselineError(f"{variant} cannot be written as compressed-tensors: {reason}; take it out of exported.{variant}.formats.")
+        return SparselineError(f"{variant} cannot be written as compressed-tensors: {reason}; take it out of variants.{variant}.export.")
 
     try:
         import compressed_tensors  # noqa: F401

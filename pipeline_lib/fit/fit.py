@@ -5,8 +5,11 @@ afterwards, Ŵ = diag(r)(W⊙M)diag(a) (2602.21652, Eqs. 6–8, in the role that
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -15,6 +18,8 @@ from pipeline_lib.core.random import generator
 from pipeline_lib.fit.settings import BlockParams, FitParams
 from pipeline_lib.fit.spectral import Norm, regulariser
 from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.models.stream import OnDisk
+from pipeline_lib.stats.lanes import LANES, parts, total
 
 Run = Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]  # hidden states, the block's tensors -> output
 Masks = dict[Matrix, torch.Tensor]  # [R, C] bool, True = kept
@@ -27,6 +32,34 @@ class Pairs:
 
     inputs: Sequence[torch.Tensor]
     targets: Sequence[torch.Tensor]
+
+    @cached_property
+    def borders(self) -> list[int]:
+        """The number of each batch's first row; at the end, how many rows there are."""
+        sizes = self.inputs.sizes() if isinstance(self.inputs, OnDisk) else [len(hidden) for hidden in self.inputs]
+        return list(accumulate(sizes, initial=0))
+
+    def __len__(self) -> int:
+        return self.borders[-1]
+
+    @property
+    def widest(self) -> int:
+        """Rows of the largest batch."""
+        return max(stop - start for start, stop in pairwise(self.borders))
+
+    def rows(self, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of these numbers: inputs and targets, [n, T, D] each."""
+        places = [bisect_right(self.borders, number) - 1 for number in numbers]
+        found = [
+            torch.cat([_row(batches, place, number - self.borders[place]) for place, number in zip(places, numbers, strict=True)])
+            for batches in (self.inputs, self.targets)
+        ]
+        return found[0], found[1]
+
+
+def _row(batches: Sequence[torch.Tensor], place: int, number: int) -> torch.Tensor:
+    """One row [1, T, D] of a batch; no other is read from a file."""
+    return batches.row(place, number) if isinstance(batches, OnDisk) else batches[place][number : number + 1]
 
 
 @dataclass(frozen=True)
@@ -146,14 +179,27 @@ class _Free:
 
 def block_error(run: Run, tensors: Mapping[str, torch.Tensor], rows: Pairs) -> float:
     """E‖Y_dense − Y_sparse‖² / E‖Y_dense − E Y_dense‖² over the given rows."""
-    wrong = scale = 0.0
-    tokens = sum(target.shape[0] * target.shape[1] for target in rows.targets)
-    mean = torch.stack([target.float().sum((0, 1)) for target in rows.targets]).sum(0) / tokens
-    with torch.no_grad():
-        for hidden, target in zip(rows.inputs, rows.targets, strict=True):
-            wrong += float((run(hidden, tensors) - target).float().square().sum())
-            scale += float((target - mean).float().square().sum())
-    return wrong / max(scale, 1e-30)
+    return _wrong(run, tensors, rows) / spread(rows.targets)
+
+
+@torch.no_grad()
+def _wrong(run: Run, tensors: Mapping[str, torch.Tensor], rows: Pairs) -> float:
+    """Σ‖Y_dense − Y_sparse‖²."""
+    return float(
+        total([one for hidden, target in zip(rows.inputs, rows.targets, strict=True) for one in squares(run(hidden, tensors) - target)])
+    )
+
+
+def spread(targets: Sequence[torch.Tensor]) -> float:
+    """Σ‖Y − E Y‖² of batches [B, T, D]; E is over tokens."""
+    sums = [row.sum(0, dtype=torch.float64) for target in targets for row in target.float()]
+    mean = (total(sums) / sum(target.shape[0] * target.shape[1] for target in targets)).float()
+    return max(float(total([one for target in targets for one in squares(target - mean)])), 1e-30)
+
+
+def squares(values: torch.Tensor) -> list[torch.Tensor]:
+    """‖·‖² of each row of a batch [B, T, D], in float64."""
+    return [row.sum(dtype=torch.float64) for row in values.float().square()]
 
 
 def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fitted:
@@ -170,7 +216,8 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
     matrices = list(masks)
     gate = held_out if held_out.inputs else fitting
     seen = Pairs(fitting.inputs[:1], fitting.targets[:1])  # what the curve needs; the gate's rows decide
-    facts = {"fit_before": block_error(run, tensors, seen), "held_out_before": block_error(run, tensors, gate)}
+    scale = spread(gate.targets)
+    facts = {"fit_before": block_error(run, tensors, seen), "held_out_before": _wrong(run, tensors, gate) / scale}
     best, best_masks, best_error, best_epoch, unimproved = dict(tensors), None, facts["held_out_before"], 0, 0
     free = _Free(masks, tensors, params.parts, block.dtype, block.offsets)
     groups = free.groups(params)
@@ -182,28 +229,33 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
     optimiser = torch.optim.Adam(groups, eps=1e-12, fused=True)
     penalised = matrices if params.spectral.weight else ()
     norms = [Norm(matrix.view(best[matrix.parameter]), params.spectral) for matrix in penalised]
-    variance, steps = 0.0, 0
-    for target in fitting.targets:
-        variance += float(target.float().var()) / len(fitting.targets)
-        steps += params.epochs * -(-len(target) // params.batch_rows)
+    each = spread(fitting.targets) / len(fitting)  # of a row
+    batch_rows = min(params.batch_rows, LANES * fitting.widest)  # no more rows of a lane in one pass than elsewhere
+    steps = params.epochs * -(-len(fitting) // batch_rows)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate_share(done, steps))
     refreshed = params.refresh_epochs if isinstance(params, BlockParams) and remask is not None else 0
     for epoch in range(1, params.epochs + 1):
         free.refreshing = epoch <= refreshed
-        for hidden, target in _minibatches(fitting, params, f"{block.where}:{epoch}"):
-            values = free.apply(tensors)
-            with torch.autocast(hidden.device.type, torch.bfloat16, enabled=params.compute_dtype == "bfloat16"):
-                out = run(hidden, values)
-            loss = (out.float() - target).square().mean() / variance
+        random = {lane: generator(params.seed, f"{block.where}:{epoch}:{lane}") for lane in range(LANES)}
+        for lanes in minibatches(len(fitting), batch_rows, random):
+            count = sum(map(len, lanes))
+            for numbers in lanes:
+                hidden, target = fitting.rows(numbers)
+                values = free.apply(tensors)
+                with torch.autocast(hidden.device.type, torch.bfloat16, enabled=params.compute_dtype == "bfloat16"):
+                    out = run(hidden, values)
+                loss = (out.float() - target).square().sum() / (count * each)
+                del values, out  # what the graph does not need of them
+                loss.backward()  # added to the gradients of the lanes before
+                del loss  # the graph, before the next
             if norms:
+                values = free.apply(tensors)
                 current = [matrix.view(values[matrix.parameter]).float() for matrix in matrices]
-                loss = loss + params.spectral.weight * regulariser(norms, current, params.spectral)
-            del values, out  # what the graph does not need of them
-            loss.backward()
+                (params.spectral.weight * regulariser(norms, current, params.spectral)).backward()
+                del values, current
             optimiser.step()
             schedule.step()
             optimiser.zero_grad()
-            del loss  # the graph, before the next
             with torch.no_grad():
                 for leaf in free.log_factors:
                     leaf.clamp_(-params.limit, params.limit)
@@ -211,7 +263,7 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
             free.refresh(tensors, remask)
         with torch.no_grad():
             candidate = free.apply(tensors)
-        error = block_error(run, candidate, gate)
+        error = _wrong(run, candidate, gate) / scale
         if error < best_error:
             best, best_error, best_epoch, unimproved = candidate, error, epoch, 0
             best_masks = dict(zip(matrices, free.kept, strict=True)) if refreshed else None
@@ -228,10 +280,13 @@ def rate_share(done: int, steps: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * done / max(1, steps - 1))
 
 
-def _minibatches(rows: Pairs, params: FitParams, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of ``batch_rows`` rows in an order keyed by seed, block and epoch; each is drawn from within one stored batch."""
-    random = generator(params.seed, name)
-    for number in torch.randperm(len(rows.inputs), generator=random).tolist():
-        hidden, target = rows.inputs[number], rows.targets[number]
-        for pick in torch.randperm(len(hidden), generator=random).split(params.batch_rows):
-            yield hidden[pick], target[pick]
+def minibatches(rows: int, batch_rows: int, random: Mapping[int, torch.Generator]) -> Iterator[list[list[int]]]:
+    """For each step, the numbers of ``batch_rows`` rows, lane by lane: the lanes take turns, each in a random order of its own."""
+    orders = []
+    for lane, part in enumerate(parts(rows)):
+        order = torch.randperm(part.stop - part.start, generator=random[lane]) + part.start
+        orders.append([(lane, number) for number in order.tolist()])
+    turns = [place for turn in zip_longest(*orders) for place in turn if place is not None]
+    for start in range(0, rows, batch_rows):
+        chosen = turns[start : start + batch_rows]
+        yield [numbers for lane in range(LANES) if (numbers := [number for own, number in chosen if own == lane])]

@@ -14,6 +14,7 @@ from pipeline_lib.models.transform import Transform
 from pipeline_lib.prune.layerwise import Layerwise
 from pipeline_lib.prune.window import Block
 from pipeline_lib.stats.dense import DenseBlock
+from pipeline_lib.stats.lanes import deal
 from pipeline_lib.stats.moments import refresh
 
 Judge = Callable[[Transform], float]
@@ -24,7 +25,7 @@ class Gate:
 
     def __init__(self, model: BlockModel, rows: torch.Tensor, batch_rows: int, selection: SelectionParams, compensate: bool) -> None:
         self.model, self.selection, self.compensate = model, selection, compensate
-        self.stream = model.embed(rows, batch_rows)
+        self.stream = model.embed(rows, deal(len(rows), batch_rows).sizes)
 
     def enter(self, index: int, dense: DenseBlock, kept: Mapping[Matrix, int]) -> Judge:
         """Pass the stream through block ``index`` (blocks come in order) and return its judge.

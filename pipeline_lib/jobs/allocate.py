@@ -1,7 +1,7 @@
 """How many weights each matrix of a variant keeps."""
 
 from pipeline_lib.allocate.budget import Unit
-from pipeline_lib.allocate.methods import Measured, plan
+from pipeline_lib.allocate.methods import Measured, counts
 from pipeline_lib.allocate.settings import CURVES, SENSITIVITIES
 from pipeline_lib.core import artifacts
 from pipeline_lib.core.counts import check, target
@@ -25,7 +25,7 @@ def allocate(workspace: Workspace, variant: str, part: AllocatePart) -> str:
         measured = artifacts.read_json(workspace.curves(variant))
     elif part.allocation.method in SENSITIVITIES:
         measured = artifacts.read_json(workspace.sensitivity / "sensitivity.json")
-    kept = plan(units, part.sparsity, part.allocation, measured)
+    kept = counts(units, part.sparsity, part.allocation, measured)
     check(sum(kept), target(part.sparsity, total), max(unit.quantum for unit in units))
     densities = [count / unit.size for count, unit in zip(kept, units, strict=True)]
     artifacts.write_json(

@@ -47,7 +47,10 @@ def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityPa
     wanted = params.output_moments != "none"
     with artifacts.replacing(workspace.sensitivity / "moments") as directory:
         directory.mkdir()
-        found = _estimate(subject, params, OutputMoments(directory, full) if wanted else None)
+        moments = OutputMoments(directory, full) if wanted else None
+        found = _estimate(subject, params, moments)
+        if moments is not None:
+            moments.finish(entry.depth)
     summary = found.summary()
     described = {name: value | {key: listed[name][key] for key in ("block", "kind")} for name, value in summary.items()}
     artifacts.write_json(workspace.sensitivity / "sensitivity.json", described)

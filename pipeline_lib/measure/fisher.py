@@ -18,34 +18,58 @@ from pipeline_lib.core.random import generator
 from pipeline_lib.measure.backward import Logits, Subject, walk
 from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.stats.lanes import LANES, Sums, fold
 
 
 class OutputMoments:
-    """E[g gᵀ] [R, R] of every included matrix, or its diagonal [R], mean over predicted tokens: one file per block, one block in memory."""
+    """E[g gᵀ] [R, R] of every included matrix, or its diagonal [R], mean over predicted tokens: one file per block, one block in memory.
+
+    Probe p belongs to lane p mod 4. Until all probes are in, there is a file for each block and lane, since a lane's sum goes on where it
+    was left: how many probes share a pass changes no bit.
+    """
 
     def __init__(self, directory: Path, full: bool) -> None:
         self.directory = directory
         self.full = full
         self._sums: dict[str, torch.Tensor] = {}
 
-    def add(self, matrix: Matrix, gradients: torch.Tensor) -> None:
-        """Take output gradients g [tokens, R] of a matrix of the block at hand."""
-        g = gradients.float()
-        sums = self._sums.setdefault(matrix.label, g.new_zeros((g.shape[1],) * (2 if self.full else 1)))
-        if self.full:
-            sums.addmm_(g.T, g)
-        else:
-            sums.add_(g.square().sum(0))
+    def open(self, index: int, lane: int) -> None:
+        """From here on gradients are those of a block and a lane."""
+        path = self._file(index, lane)
+        self._sums = read_tensors(path)[0] if path.exists() else {}
 
-    def keep(self, index: int, tokens: int) -> None:
-        """Done with the block for now: its sums over so many predicted tokens go into the mean that its file holds."""
-        path = block_file(self.directory, index)
-        before, facts = read_tensors(path) if path.exists() else ({}, {"tokens": 0})
-        total = facts["tokens"] + tokens
-        means = {label: self._sums.pop(label).cpu().div_(total) for label in list(self._sums)}
-        for label in list(before):
-            means[label].add_(before.pop(label), alpha=facts["tokens"] / total)
-        write_tensors(path, means, {"full": self.full, "tokens": total})
+    def add(self, matrix: Matrix, gradients: torch.Tensor) -> None:
+        """Take output gradients g [B, T, R] of a matrix of the block at hand, row by row."""
+        size = (gradients.shape[-1],) * (2 if self.full else 1)
+        sums = self._sums.pop(matrix.label, torch.zeros(size)).to(gradients.device, copy=True)
+        for g in gradients.float():
+            if self.full:
+                sums.addmm_(g.T, g)
+            else:
+                sums.add_(g.square().sum(0))
+        self._sums[matrix.label] = sums
+
+    def close(self, index: int, lane: int, tokens: int) -> None:
+        """Done with the block and the lane for now: sums over so many more predicted tokens."""
+        path = self._file(index, lane)
+        before = read_tensors(path)[1]["tokens"] if path.exists() else 0
+        write_tensors(path, {label: sums.cpu() for label, sums in self._sums.items()}, {"tokens": before + tokens})
+        self._sums = {}
+
+    def finish(self, depth: int) -> None:
+        """All probes are in: the lanes' sums become each block's mean, in its one file."""
+        for index in range(depth):
+            files = [file for lane in range(LANES) if (file := self._file(index, lane)).exists()]
+            tokens = sum(read_tensors(file)[1]["tokens"] for file in files)
+            sums = fold(Sums(read_tensors(file)[0]) for file in files)
+            write_tensors(
+                block_file(self.directory, index), {k: v.div_(tokens) for k, v in sums.items()}, {"full": self.full, "tokens": tokens}
+            )
+            for file in files:
+                file.unlink()
+
+    def _file(self, index: int, lane: int) -> Path:
+        return self.directory / f"sums-{index:03d}-{lane}.safetensors"
 
 
 def moment_bytes(shapes: Sequence[tuple[int, int]]) -> int:
@@ -101,6 +125,10 @@ class _Gradient:
         return torch.cat(rows)
 
     def down(self, block: nn.Module, index: int, number: int, state: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        lane = self.probes[number] % LANES
+        own = [place for place, probe in enumerate(self.probes) if probe % LANES == lane]
+        if self.moments is not None and number == own[0]:
+            self.moments.open(index, lane)
         x = state.detach().requires_grad_(True)
         matrices = self.subject.matrices[index]
         linear = {name: matrix.parameter.removesuffix(".weight") for name, matrix in matrices.items()}
@@ -117,9 +145,9 @@ class _Gradient:
             squares = sum(_square(g[row], inner[row]) for row in range(len(x)))
             self.samples[number][name] = squares / (self.predicted * g.shape[-1] * inner.shape[-1])
             if self.moments is not None:
-                self.moments.add(matrix, g.flatten(0, 1))
-        if self.moments is not None and number == len(self.batches) - 1:
-            self.moments.keep(index, self.predicted * len(self.batches))
+                self.moments.add(matrix, g)
+        if self.moments is not None and number == own[-1]:
+            self.moments.close(index, lane, self.predicted * len(own))
         return below
 
 
@@ -138,6 +166,8 @@ def samples(
     squares remain in the mean. True labels (the "empirical Fisher") do not have that, nor does the gradient of the mean loss.
     ``moments`` takes the output gradients of the same pass.
     """
-    gradient = _Gradient(subject, params, probes, moments)
+    dealt = sorted(probes, key=lambda probe: (probe % LANES, probe))  # lane by lane
+    gradient = _Gradient(subject, params, dealt, moments)
     walk(subject.model, gradient.batches, gradient)
-    return gradient.samples
+    found = dict(zip(dealt, gradient.samples, strict=True))
+    return [found[probe] for probe in probes]

@@ -22,7 +22,7 @@ class SensitivityParams(Params):
 
 
 class CurvesParams(Params):
-    """Section ``curves``, with ``curved.<variant>`` laid over it."""
+    """Section ``curves``, with ``variants.<name>.curves`` laid over it."""
 
     densities: list[float] = Field(min_length=1)
     outlier_factor: float = Field(gt=0)

@@ -4,12 +4,13 @@ Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of t
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
@@ -50,6 +51,20 @@ class OnDisk(Sequence[torch.Tensor]):
         if isinstance(place, slice):
             return OnDisk(self.files[place], self.device)
         return load_file(self.files[place])["hidden"].to(self.device)
+
+    def sizes(self) -> list[int]:
+        """Rows of each batch."""
+        found = []
+        for file in self.files:
+            with safe_open(file, framework="pt") as opened:
+                found.append(int(opened.get_slice("hidden").get_shape()[0]))
+        return found
+
+    def row(self, place: int, number: int) -> torch.Tensor:
+        """One row [1, T, D] of a batch; no other is read."""
+        with safe_open(self.files[place], framework="pt") as opened:
+            hidden: torch.Tensor = opened.get_slice("hidden")[number : number + 1]
+        return hidden.to(self.device)
 
     def __setitem__(self, place: int, hidden: torch.Tensor) -> None:
         save_tensors(self.files[place], {"hidden": hidden.contiguous()})
@@ -198,14 +213,14 @@ class BlockModel:
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
-    def advance(self, block: nn.Module, index: int, stream: Stream) -> None:
-        """Pass the whole stream through a block.
+    def advance(self, block: nn.Module, index: int, stream: Stream, numbers: Iterable[int] | None = None) -> None:
+        """Pass the stream through a block: all of it, or the batches of these numbers.
 
         Raises:
             SparselineError: the block's output holds NaN or infinity.
         """
-        for number, hidden in enumerate(stream.hidden):
-            out = self.call(block, index, hidden)
+        for number in range(len(stream.hidden)) if numbers is None else numbers:
+            out = self.call(block, index, stream.hidden[number])
             self.check_finite(index, out)
             stream.hidden[number] = out
 

@@ -64,9 +64,9 @@ def measure_speed(device: torch.device) -> float:
 def estimate(work: Work) -> dict[str, Estimate]:
     """Needs of the stages that all variants share.
 
-    Formulas: an activation stream takes e·n·D, e the bytes of ``compute_dtype``; a block in use 4·P; calibrate adds its Grams 2·Σ4d², the samples that
-    medians are taken over (the widest site's four times: joined, sorted, and with places), and what summing the widest site's batch takes, 15
-    bytes a value (itself in float32 and in float64, its square): measured. Sensitivity: see ``_probing``.
+    Formulas: an activation stream takes e·n·D, e the bytes of ``compute_dtype``; a block in use 4·P; calibrate adds its Grams 3·Σ4d² (of fitting and
+    held-out rows, and a lane's), the samples that medians are taken over (the widest site's four times: joined, sorted, and with places), and
+    what summing a row of the widest site takes, 15 bytes a value (itself in float32 and in float64, its square): measured. Sensitivity: see ``_probing``.
     """
     shapes, depth = work.shapes, work.shapes.checkpoint.architecture.depth
     base = LIBRARIES + outside(shapes.checkpoint)
@@ -107,8 +107,8 @@ def _walk(work: Work) -> float:
     shapes, widest = work.shapes, max(work.shapes.sites)
     median = work.calibrate.median_tokens
     sampled = 4 * min(shapes.tokens, 2 * median) * sum(shapes.sites) + 16 * min(shapes.tokens, median) * widest
-    summed = shapes.inner(shapes.batch_rows) + 15 * shapes.batch_rows * shapes.length * widest
-    return shapes.stream(work.compute_dtype) + 2 * shapes.grams + max(summed, sampled)
+    summed = shapes.inner(shapes.batch_rows) + 15 * shapes.length * widest
+    return shapes.stream(work.compute_dtype) + 3 * shapes.grams + max(summed, sampled)
 
 
 def _stored(work: Work) -> float:
@@ -131,7 +131,8 @@ def _moments(work: Work) -> float:
 
 def _probing(work: Work) -> Estimate:
     """Needs of `sensitivity`: every block's inputs for a pass of probes, one block (weights, probe vector, gradients, products: 20 bytes a
-    parameter; 8 without second derivatives), the graph of one probe in it, the logits of one row, and one block's full moments.
+    parameter; 8 without second derivatives), the graph of one probe in it, the logits of one row, and one block's full moments twice
+    (as they were left and as they grow). On disk, each lane has its moments.
 
     Copies per token of every site's inputs, of every head's attention row and of the logits are fitted to a measurement. Time is that of
     all probes; unless an agreement of 1 is asked for, those of the first pass (two at least) may be enough.
@@ -145,11 +146,11 @@ def _probing(work: Work) -> Estimate:
     graph = 4 * tokens * (inputs * sum(shapes.sites) + attention * config.num_attention_heads * shapes.length)
     top = 4 * shapes.length * logits * config.vocab_size
     moments = _moments(work)
-    memory = boundaries + (20 if second else 8) * shapes.block + max(graph, top) + moments / entry.depth
+    memory = boundaries + (20 if second else 8) * shapes.block + max(graph, top) + 2 * moments / entry.depth
     forwards = 14 if second else 4  # matrix products, in units of a forward pass
     flops = forwards * 2 * params.probes * tokens * (shapes.block * entry.depth + entry.width * config.vocab_size)
     first = min(params.probes, max(2, params.probes_per_pass)) if params.agreement < 1 else params.probes
-    return Estimate("sensitivity", LIBRARIES + outside(shapes.checkpoint) + memory, 1e4 + moments, flops, first / params.probes)
+    return Estimate("sensitivity", LIBRARIES + outside(shapes.checkpoint) + memory, 1e4 + 4 * moments, flops, first / params.probes)
 
 
 def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> float:

@@ -31,8 +31,8 @@ class Choose:
         for site in block.sites:
             if site not in found and self.moments != "none":
                 sites = [site] if self.by_site else block.sites
-                hidden = window.rows.pruned.hidden[window.rows.seen]
-                found = collect_diagonals(model, (index, model.block(index, block.tensors)), hidden, sites)
+                hidden, lanes = window.rows.pruned.hidden, window.rows.seen
+                found = collect_diagonals(model, (index, model.block(index, block.tensors)), hidden, lanes, sites)
             self.prune_site(block, site, found.get(site))
 
     def prune_site(self, block: Block, site: str, second_moment: torch.Tensor | None) -> None:

@@ -41,15 +41,14 @@ class Layerwise:
         """Prune the window's only block in place, by the moments of the streams before it."""
         ((index, block),) = window.blocks.items()
         model, streams = window.model, window.rows
-        hidden = streams.pruned.hidden[streams.seen]
-        beside = None
+        hidden, beside = streams.pruned.hidden, None
         if self.towards_dense and window.dense is not None and streams.dense is not None:
-            beside = (window.dense, streams.dense.hidden[streams.seen])
+            beside = (window.dense, streams.dense.hidden)
         found: dict[str, Moments] = {}
         for site in block.sites:
             if site not in found:
                 sites = [site] if self.by_site else block.sites
-                found = collect(model, (index, model.block(index, block.tensors)), hidden, sites, beside)
+                found = collect(model, (index, model.block(index, block.tensors)), hidden, streams.seen, sites, beside)
             self.prune_site(block, site, found)
 
     def prune_block(self, block: Block, moments: dict[str, Moments]) -> None:
@@ -103,15 +102,15 @@ class Layerwise:
             del weight, target, task  # before the next
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: the window's blocks (twice where the dense one is needed again), the Gram matrices (site by site only the largest, and the
-        cross moment beside it), the largest site's factorisation (and ADMM's inverse), a batch; of the largest matrix 5 a weight for the
-        sweep, 4 for a target to aim at, 8 for least squares, 12 for ADMM."""
+        """Bytes: the window's blocks (twice where the dense one is needed again), the Gram matrices (site by site only the largest) and the
+        cross moments beside them, a batch. While these are collected as much for a lane; afterwards the largest site's factorisation (and
+        ADMM's inverse), and of the largest matrix 5 a weight for the sweep, 4 for a target to aim at, 8 for least squares, 12 for ADMM."""
         d, aimed = max(shapes.sites), self.towards_dense > 0
         refit, masked = self.lsq is not None, self.lsq is not None and self.lsq.mask_iterations > 0
         held = shapes.stored + (aimed or self.dtype is not None) * 4
-        grams = (4 * d * d if self.by_site else shapes.grams) + 4 * d * d * aimed
+        grams = (4 * d * d if self.by_site else shapes.grams) * (1 + aimed)
         solver = (4 + 4 * masked) * d * d + (5 + 4 * aimed + 8 * refit + 12 * masked) * shapes.largest
-        return held * shapes.block * shapes.window + grams + solver + shapes.inner(shapes.batch_rows)
+        return held * shapes.block * shapes.window + grams + max(grams, solver) + shapes.inner(shapes.batch_rows)
 
     def flops(self, shapes: Shapes) -> float:
         """Passes that collect (site by site, one stops where it has what it came for), statistics, factorisation, and per matrix products of its
@@ -208,19 +207,20 @@ class Quantise:
         stream = streams.pruned if len(window.blocks) == 1 else streams.pruned.copy("ahead")
         for index, block in window.blocks.items():
             fitted = model.block(index, block.tensors)
-            hidden = stream.hidden[streams.seen]
             for site in block.sites:
-                beside = (fitted, hidden) if self.compensate else None
-                found = collect(model, (index, model.block(index, block.tensors)), hidden, [site], beside)
+                beside = (fitted, stream.hidden) if self.compensate else None
+                found = collect(model, (index, model.block(index, block.tensors)), stream.hidden, streams.seen, [site], beside)
                 self.quantise_site(block, site, found[site])
-            del hidden  # its batches, before they are passed on
             if index != max(window.blocks):
                 model.advance(model.block(index, block.tensors), index, stream)
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: the window's blocks as fitted and as quantised, moments and factorisation of the largest site, its largest matrix, a batch."""
+        """Bytes: the window's blocks as fitted and as quantised, moments of the largest site, a batch; as much for a lane, or afterwards the
+        factorisation and the largest matrix."""
         d = max(shapes.sites)
-        return 8 * shapes.block * shapes.window + 12 * d * d + 9 * shapes.largest + shapes.inner(shapes.batch_rows)
+        grams = 4 * d * d * (1 + self.compensate)
+        solver = 4 * d * d + 9 * shapes.largest
+        return 8 * shapes.block * shapes.window + grams + max(grams, solver) + shapes.inner(shapes.batch_rows)
 
     def flops(self, shapes: Shapes) -> float:
         """Statistics site by site beside the fitted block's, and a sweep towards its outputs."""

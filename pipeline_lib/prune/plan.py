@@ -7,6 +7,7 @@ import torch
 from pipeline_lib.prune.choose import Choose
 from pipeline_lib.prune.finetune import Finetune
 from pipeline_lib.prune.layerwise import Layerwise, Quantise
+from pipeline_lib.prune.step import Step
 from pipeline_lib.recipe.needs import Needs, needs
 from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.solve.grid import Scheme, scheme
@@ -19,8 +20,8 @@ class Plan:
     """What is done to a model."""
 
     needs: Needs
-    select: Choose | Layerwise  # block by block: each sees what comes out of the pruned blocks before it
-    mend: tuple[Finetune | Quantise, ...]  # window by window, in order
+    select: Step  # block by block: each sees what comes out of the pruned blocks before it
+    mend: tuple[Step, ...]  # window by window, in order: what fits and quantises the weights that are left
     window: int  # consecutive blocks that are mended together
 
     @property
@@ -29,7 +30,7 @@ class Plan:
         return any(isinstance(step, Finetune) for step in self.mend)
 
     @property
-    def steps(self) -> tuple[Choose | Layerwise | Finetune | Quantise, ...]:
+    def steps(self) -> tuple[Step, ...]:
         return (self.select, *self.mend)
 
 
@@ -44,14 +45,14 @@ def plan(recipe: Recipe, dtype: torch.dtype) -> Plan:
     fits = how.fits
     wide = torch.float32 if fits else None  # what is fitted later is not rounded before
     by_site = how.collect == "site"
-    select: Choose | Layerwise
+    select: Step
     if need.moments == "full":
         refit = how.lsq if "lsq" in how.steps else None
         rounded: Scheme | None = None if fits else grid
         select = Layerwise(selection, "obs" in how.steps, by_site, how.towards_dense, how.reorder, refit, rounded, wide)
     else:
         select = Choose(selection, need.moments, by_site, wide)
-    mend: list[Finetune | Quantise] = [Finetune(name, params, True) for name, params in fits.items()]
+    mend: list[Step] = [Finetune(name, params, True) for name, params in fits.items()]
     if fits and grid is not None:
         mend.append(Quantise(selection, grid, "obs" in how.steps))
         if recipe.quantization.refit:

@@ -12,6 +12,7 @@ from pipeline_lib.models.stream import BlockModel, Stream
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.prune.plan import Plan
 from pipeline_lib.prune.window import Block, Streams, Window
+from pipeline_lib.stats.lanes import Dealt, deal
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,12 @@ class Rows:
 
     fit: torch.Tensor
     held_out: torch.Tensor  # judge fits, and enter no statistic of what is judged
-    batch_rows: int  # rows in one forward pass; no batch holds both kinds
+    batch_rows: int  # rows in one forward pass; no batch holds both kinds, or rows of two lanes
 
-    @property
-    def batches(self) -> list[int]:
-        """Rows of each batch."""
-        return [len(batch) for part in (self.fit, self.held_out) if len(part) for batch in part.split(self.batch_rows)]
-
-    @property
-    def cut(self) -> int:
-        """Batches before this one hold the fitting rows."""
-        return -(-len(self.fit) // self.batch_rows)
+    def dealt(self) -> tuple[Dealt, Dealt]:
+        """Fitting and held-out rows in batches, those after these."""
+        fit = deal(len(self.fit), self.batch_rows)
+        return fit, deal(len(self.held_out), self.batch_rows, len(fit.sizes))
 
 
 @dataclass(frozen=True)
@@ -81,9 +77,11 @@ def stream_bytes(plan: Plan, tokens: int, width: int, itemsize: int) -> int:
 
 
 def _streams(model: BlockModel, rows: Rows, plan: Plan, spill: Path | None) -> Streams:
-    pruned = model.embed(torch.cat([rows.fit, rows.held_out]), rows.batches, spill, "pruned")
+    fit, held_out = rows.dealt()
+    pruned = model.embed(torch.cat([rows.fit, rows.held_out]), fit.sizes + held_out.sizes, spill, "pruned")
     dense = pruned.copy("dense") if plan.needs.dense_stream else None
-    return Streams(pruned, dense, rows.cut, slice(rows.cut) if plan.judged else slice(None))
+    seen = fit.lanes if plan.judged else [own + others for own, others in zip(fit.lanes, held_out.lanes, strict=True)]
+    return Streams(pruned, dense, len(fit.sizes), seen)
 
 
 def _pruned(source: Source, streams: Streams | None, plan: Plan, window: range, done: bool) -> dict[int, Block]:

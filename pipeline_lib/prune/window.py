@@ -16,6 +16,7 @@ from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.solve.grid import Grid
+from pipeline_lib.stats.lanes import Sums, fold
 from pipeline_lib.stats.moments import DiagonalSums, Moments, MomentSums
 
 
@@ -58,12 +59,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states before a window. Batches before number ``cut`` hold the fitting rows, the others those that judge."""
+    """Hidden states before a window. Batches before number ``cut`` hold the fitting rows, the others those that judge; each of one lane."""
 
     pruned: Stream
     dense: Stream | None  # what the dense model has in the same places; None where nothing needs it
     cut: int
-    seen: slice  # the batches that statistics are taken from
+    seen: Sequence[Sequence[int]]  # for each lane, the numbers of its batches that statistics are taken from
 
     def pairs(self) -> tuple[Pairs, Pairs]:
         """Fitting and held-out rows: before the window in the pruned stream, after it in the dense one."""
@@ -103,45 +104,62 @@ def collect(
     model: BlockModel,
     block: tuple[int, nn.Module],
     hidden: Sequence[torch.Tensor],
+    lanes: Sequence[Sequence[int]],
     sites: Sequence[str],
     beside: tuple[nn.Module, Sequence[torch.Tensor]] | None = None,
 ) -> dict[str, Moments]:
-    """Moments of the sites' inputs for the batches of a stream before a block. No more of the block is run than they need.
+    """Moments of the sites' inputs for batches of a stream before a block. No more of the block is run than they need.
+
+    Memory: two matrices [d, d] per site, the sum and one lane's; twice that with ``beside``.
 
     Args:
         block: its number, and the block.
         hidden: [B, T, D] each.
+        lanes: for each, the numbers of its batches.
         sites: names of those that are wanted.
         beside: the dense block and the dense stream's batches before it: the cross moments with its inputs are collected too.
     """
-    sums = {name: MomentSums() for name in sites}
-    for number, batch in enumerate(hidden):
-        dense: dict[str, torch.Tensor] = {}
-        if beside is not None:
-            _tap(model, (block[0], beside[0]), beside[1][number], sites, dense.__setitem__)
-        _tap(model, block, batch, sites, lambda name, x, dense=dense: sums[name].add(x, dense.get(name)))  # type: ignore[misc]
+
+    def summed(lane: Sequence[int]) -> Sums[MomentSums]:
+        sums = Sums({name: MomentSums() for name in sites})
+        for number in lane:
+            dense: dict[str, torch.Tensor] = {}
+            if beside is not None:
+                _tap(model, (block[0], beside[0]), beside[1][number], sites, dense.__setitem__)
+            _tap(model, block, hidden[number], sites, lambda name, x, dense=dense: sums[name].add(x, dense.get(name)))  # type: ignore[misc]
+        return sums
+
+    sums = fold(map(summed, lanes))
     return {name: sums.pop(name).finish(beside is not None) for name in list(sums)}
 
 
 def collect_diagonals(
-    model: BlockModel, block: tuple[int, nn.Module], hidden: Sequence[torch.Tensor], sites: Sequence[str]
+    model: BlockModel,
+    block: tuple[int, nn.Module],
+    hidden: Sequence[torch.Tensor],
+    lanes: Sequence[Sequence[int]],
+    sites: Sequence[str],
 ) -> dict[str, torch.Tensor]:
     """The diagonals [d] of the second moments of the sites' inputs, see ``collect``."""
-    sums = {name: DiagonalSums() for name in sites}
-    for batch in hidden:
-        _tap(model, block, batch, sites, lambda name, x: sums[name].add(x))
-    return {name: one.finish() for name, one in sums.items()}
+
+    def summed(lane: Sequence[int]) -> Sums[DiagonalSums]:
+        sums = Sums({name: DiagonalSums() for name in sites})
+        for number in lane:
+            _tap(model, block, hidden[number], sites, lambda name, x: sums[name].add(x))
+        return sums
+
+    return {name: one.finish() for name, one in fold(map(summed, lanes)).items()}
 
 
 def _tap(
     model: BlockModel, block: tuple[int, nn.Module], hidden: torch.Tensor, sites: Sequence[str], take: Callable[[str, torch.Tensor], None]
 ) -> None:
-    """Run a block on a batch until ``take(site, X)`` has got the inputs of every site."""
+    """Run a block on a batch [B, T, D] until ``take(site, X)`` has got the inputs X [B, T, d] of every site."""
     modules = {one.name: one.module for one in model.checkpoint.architecture.sites if one.name in sites}
     ahead = set(modules)
 
     def reach(name: str, x: torch.Tensor) -> None:
-        take(name, x)
+        take(name, x.unflatten(0, (len(hidden), -1)))
         ahead.discard(name)
         if not ahead:
             raise _Reached

@@ -14,7 +14,7 @@ RENAMED = {  # keys of version 1 -> what takes their place
     "export": "give the variant `export: [dense, bitmask]`, or `prune.export` for all",
     "tasks.presets": "give the variant `tasks: [<preset>]`",
     "tasks.variants": "give the variant `tasks: [<preset>]`",
-    "choose.candidates": "give each candidate `candidate: true`; ties go to the earlier variant",
+    "choose.candidates": "give each candidate `candidate: true` (the earlier variant wins a tie)",
     "prune.activation_budget_bytes": "set SPARSELINE_ACTIVATION_BYTES in the environment",
     "calibrate.gram_budget_bytes": "set SPARSELINE_GRAM_BYTES in the environment",
 }

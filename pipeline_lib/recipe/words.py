@@ -28,7 +28,7 @@ def rows(recipe: Recipe) -> dict[str, str]:
 def in_words(recipe: Recipe) -> str:
     """One line: sparsity, score, allocation, steps."""
     told = rows(recipe)
-    steps = [STEPS[step] for step in recipe.reconstruction.steps]
+    steps = [STEPS.get(step, step) for step in recipe.reconstruction.steps]
     if recipe.quantization.bits is not None:
         steps.append(told["quantisation"])
     learned = ["learned factors and selection weights"] if recipe.induce is not None else []

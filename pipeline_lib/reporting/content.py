@@ -10,7 +10,7 @@ from pipeline_lib.core.workspace import DENSE
 from pipeline_lib.export import wording
 from pipeline_lib.recipe import words as recipes
 from pipeline_lib.reporting import costs, plots, table
-from pipeline_lib.reporting.table import ABSENT, PERPLEXITY, Column, Facts, Results, Variant, words
+from pipeline_lib.reporting.table import ABSENT, PERPLEXITY, Column, Facts, Results, words
 
 MOST_ROWS = 12  # a longer table per block is closed until asked for
 
@@ -82,9 +82,9 @@ def _comparison(results: Results) -> Blocks:
         blocks.append(f"The gate (`choose`) names `{chosen}`: perplexity {values[chosen]} on `{results.choice['text']}`, against {others}.")
     blocks += [_tasks(results), *_drawn(plots.perplexity(results))]
     if results.pruned:
-        told = [{"variant": variant.name} | recipes.rows(variant.recipe) for variant in results.pruned if variant.recipe]
+        listed = [{"variant": variant.name} | recipes.rows(variant.recipe) for variant in results.pruned if variant.recipe]
         blocks.append("What each variant is made of; the full settings are under Provenance.")
-        blocks.append(Block("table", [words(head, [recipe[head] for recipe in told]) for head in told[0]]))
+        blocks.append(Block("table", [words(head, [recipe[head] for recipe in listed]) for head in listed[0]]))
     return blocks
 
 
@@ -198,7 +198,7 @@ def _sensitivity(results: Results) -> Blocks:
 
 
 def _induction(results: Results) -> Blocks:
-    induced = {v.name: _by_block(v.facts["transform"]["induction"]) for v in results.pruned if v.facts["transform"].get("induction")}
+    induced = {variant.name: found for variant in results.pruned if (found := table.induction(variant.facts))}
     if not induced:
         return ["No variant learns factors, so there are no gates to compare."]
     blocks: Blocks = [
@@ -235,7 +235,7 @@ def _reconstruction(results: Results) -> Blocks:
         "by their masks, by the OBS sweep and by least squares. A fit of the whole block then moves it towards the dense model's hidden states.",
         *_drawn(plots.layer_error(results)),
     ]
-    fitted = [(variant.name, step, found) for variant in results.pruned for step, found in _fits(variant).items()]
+    fitted = [(variant.name, step, found) for variant in results.pruned for step, found in table.fits(variant.facts).items()]
     for name, step, found in fitted:
         kept = [one["epochs"] > 0 for one in found.values()]  # else the unfitted block was no worse
         columns, said = [], []
@@ -250,20 +250,6 @@ def _reconstruction(results: Results) -> Blocks:
         )
         blocks.append(_block_table(name, found, [*columns, Column("", "epochs", tuple(str(one["epochs"]) for one in found.values()))]))
     return blocks if fitted else [*blocks, "No variant fits whole blocks by gradients, so there is no fit to show."]
-
-
-def _by_block(facts: Facts) -> Facts:
-    """In the order of the blocks, whose numbers are strings."""
-    return {block: facts[block] for block in sorted(facts, key=int)}
-
-
-def _fits(variant: Variant) -> dict[str, dict[str, Facts]]:
-    """Step that fits a whole block -> block -> its errors before and after; blocks without the step are left out."""
-    found: dict[str, dict[str, Facts]] = {}
-    for block, steps in _by_block(variant.facts["blocks"]).items():
-        for step, facts in steps.items():
-            found.setdefault(step, {})[block] = facts
-    return found
 
 
 def _change(before: float, after: float) -> str:

@@ -130,6 +130,21 @@ def layer_errors(facts: Facts) -> dict[int, float]:
     return {block: mean(errors[block]) for block in sorted(errors)}
 
 
+def induction(facts: Facts) -> dict[str, Facts]:
+    """Block -> what its gate judged and kept; empty for a variant that learns no factors."""
+    found = (facts["transform"] or {}).get("induction", {})
+    return {block: found[block] for block in sorted(found, key=int)}
+
+
+def fits(facts: Facts) -> dict[str, dict[str, Facts]]:
+    """Step that fits a whole block -> block -> its errors before and after; blocks without the step are left out."""
+    found: dict[str, dict[str, Facts]] = {}
+    for block in sorted(facts["blocks"], key=int):
+        for step, errors in facts["blocks"][block].items():
+            found.setdefault(step, {})[block] = errors
+    return found
+
+
 # What the stages left
 
 

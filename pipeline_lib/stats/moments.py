@@ -51,11 +51,18 @@ class SiteStatistics:
 
 
 class Accumulator:
-    """Collects a site's statistics batch by batch, in float32 (count and sums in float64)."""
+    """Collects a site's statistics row by row, in float32 (count and sums in float64). One is added to another: that of the rows before it."""
 
-    def __init__(self, total_tokens: int, median_tokens: int, gram: bool) -> None:
+    def __init__(self, total_tokens: int, median_tokens: int, gram: bool, first: int = 0) -> None:
+        """
+        Args:
+            total_tokens: of all rows, also of those that others collect.
+            median_tokens: medians are taken over at most so many.
+            first: the number of the first token that is collected here.
+        """
         self.stride = max(1, -(-total_tokens // median_tokens))
         self.want_gram = gram
+        self.first = first
         self.count = 0
         self.sample: list[torch.Tensor] = []
         self.sum = self.squares = torch.zeros((), dtype=torch.float64)
@@ -63,20 +70,35 @@ class Accumulator:
         self.gram: torch.Tensor | None = None
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take activations [tokens, d]."""
-        x = inputs.float()
+        """Take the activations of one row [T, d] or of several [B, T, d]."""
+        for row in _rows(inputs):
+            self._add(row.float())
+
+    def _add(self, x: torch.Tensor) -> None:
         self.sum = self.sum.to(x.device) + x.double().sum(0)
         self.squares = self.squares.to(x.device) + x.double().square().sum(0)
         low, high = x.amin(0), x.amax(0)
         self.minimum = low if self.count == 0 else torch.minimum(self.minimum, low)
         self.maximum = high if self.count == 0 else torch.maximum(self.maximum, high)
-        first = -self.count % self.stride
+        first = -(self.first + self.count) % self.stride
         self.sample.append(x[first :: self.stride].clone())
         if self.want_gram:
             if self.gram is None:
                 self.gram = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             self.gram.addmm_(x.T, x)
         self.count += len(x)
+
+    def __iadd__(self, other: "Accumulator") -> "Accumulator":
+        if not self.count or not other.count:
+            return self if self.count else other
+        self.sum += other.sum
+        self.squares += other.squares
+        self.minimum, self.maximum = torch.minimum(self.minimum, other.minimum), torch.maximum(self.maximum, other.maximum)
+        self.sample += other.sample
+        if self.gram is not None and other.gram is not None:
+            self.gram += other.gram
+        self.count += other.count
+        return self
 
     def second_moment_matrix(self) -> torch.Tensor:
         """G [d, d]."""
@@ -113,15 +135,18 @@ class Moments:
 
 
 class MomentSums:
-    """Collects ``Moments`` batch by batch, in float32; means over batches in float64."""
+    """Collects ``Moments`` row by row, in float32; means over rows in float64. One is added to another: that of the rows before it."""
 
     def __init__(self) -> None:
         self.count = 0
         self.gram = self.cross = self.mean = self.dense_mean = torch.zeros(())
 
     def add(self, inputs: torch.Tensor, dense: torch.Tensor | None = None) -> None:
-        """Take activations [tokens, d], and what the dense stream has in their places: in all batches or in none."""
-        x = inputs.float()
+        """Take the activations of one row [T, d] or of several [B, T, d], and what the dense stream has in their places: always or never."""
+        for number, row in enumerate(_rows(inputs)):
+            self._add(row.float(), None if dense is None else _rows(dense)[number].float())
+
+    def _add(self, x: torch.Tensor, dense: torch.Tensor | None) -> None:
         if not self.count:
             self.gram = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             self.mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
@@ -131,8 +156,18 @@ class MomentSums:
         self.mean += x.sum(0)
         self.count += len(x)
         if dense is not None:
-            self.cross.addmm_(dense.float().T, x)
-            self.dense_mean += dense.float().sum(0)
+            self.cross.addmm_(dense.T, x)
+            self.dense_mean += dense.sum(0)
+
+    def __iadd__(self, other: "MomentSums") -> "MomentSums":
+        if not self.count or not other.count:
+            return self if self.count else other
+        self.gram += other.gram
+        self.mean += other.mean
+        self.cross += other.cross
+        self.dense_mean += other.dense_mean
+        self.count += other.count
+        return self
 
     def finish(self, beside: bool = False) -> Moments:
         """With the cross moment if asked for. The sums become means where they are: nothing can be added any more."""
@@ -141,19 +176,32 @@ class MomentSums:
 
 
 class DiagonalSums:
-    """The diagonal of a second moment, batch by batch, in float64."""
+    """The diagonal of a second moment, row by row, in float64. One is added to another: that of the rows before it."""
 
     def __init__(self) -> None:
         self.count, self.squares = 0, torch.zeros((), dtype=torch.float64)
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take activations [tokens, d]."""
-        self.squares = self.squares.to(inputs.device) + inputs.float().square().sum(0, dtype=torch.float64)
-        self.count += len(inputs)
+        """Take the activations of one row [T, d] or of several [B, T, d]."""
+        for row in _rows(inputs):
+            self.squares = self.squares.to(row.device) + row.float().square().sum(0, dtype=torch.float64)
+            self.count += len(row)
+
+    def __iadd__(self, other: "DiagonalSums") -> "DiagonalSums":
+        if not self.count or not other.count:
+            return self if self.count else other
+        self.squares += other.squares
+        self.count += other.count
+        return self
 
     def finish(self) -> torch.Tensor:
         """E[X_m²] [d]."""
         return (self.squares / self.count).float()
+
+
+def _rows(inputs: torch.Tensor) -> torch.Tensor:
+    """[B, T, d] of one row [T, d] or several."""
+    return inputs if inputs.ndim == 3 else inputs[None]
 
 
 def _shifted(moment: torch.Tensor, left: torch.Tensor, right: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,16 @@
 """One dense pass over the calibration rows, block by block, that yields every site's statistics."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pipeline_lib.core.artifacts import block_file, read_tensors
 from pipeline_lib.models.architecture import Architecture
 from pipeline_lib.models.stream import BlockModel, tapped
+from pipeline_lib.stats.lanes import LANES, Sums, deal, fold, parts
 from pipeline_lib.stats.moments import Accumulator, SiteStatistics
 from pipeline_lib.stats.settings import CalibrateParams
 
@@ -21,17 +24,31 @@ def walk(
     model: BlockModel, fit: torch.Tensor, held_out: torch.Tensor, params: CalibrateParams, grams: bool
 ) -> Iterator[tuple[int, dict[str, SiteStatistics]]]:
     """Pass token rows [N, T] through the dense model; yield (block, statistics per site) as each block is done."""
-    sites = {site.name: site.module for site in model.checkpoint.architecture.sites}
-    streams = [model.embed(rows, params.batch_rows) for rows in (fit, held_out) if len(rows)]
+    streams = [_Rows(model, rows, params, grams) for rows in (fit, held_out) if len(rows)]
     for index in range(model.checkpoint.architecture.depth):
         block = model.block(index)
-        taken: list[dict[str, Accumulator]] = []
-        for stream, rows in zip(streams, (fit, held_out), strict=False):
-            accumulators = {site: Accumulator(rows.numel(), params.median_tokens, grams) for site in sites}
-            with tapped(block, sites, lambda site, x, into=accumulators: into[site].add(x)):  # type: ignore[misc]
-                model.advance(block, index, stream)
-            taken.append(accumulators)
-        yield index, {site: taken[0][site].finish(taken[1][site] if len(taken) > 1 else None).cpu() for site in sites}
+        taken = [fold(map(partial(stream.collect, block, index), range(LANES))) for stream in streams]
+        held = taken[1] if len(taken) > 1 else {}
+        yield index, {site: found.finish(held.get(site)).cpu() for site, found in taken[0].items()}
+
+
+class _Rows:
+    """The dense stream of some rows [N, T]."""
+
+    def __init__(self, model: BlockModel, rows: torch.Tensor, params: CalibrateParams, grams: bool) -> None:
+        self.model, self.rows, self.params, self.grams = model, rows, params, grams
+        self.dealt = deal(len(rows), params.batch_rows)
+        self.stream = model.embed(rows, self.dealt.sizes)
+
+    def collect(self, block: nn.Module, index: int, lane: int) -> Sums[Accumulator]:
+        """Pass a lane through a block; what its sites' inputs add to the statistics."""
+        count, length = self.rows.shape
+        first = parts(count)[lane].start * length
+        sites = {site.name: site.module for site in self.model.checkpoint.architecture.sites}
+        found = Sums({site: Accumulator(count * length, self.params.median_tokens, self.grams, first) for site in sites})
+        with tapped(block, sites, lambda site, x: found[site].add(x.unflatten(0, (-1, length)))):
+            self.model.advance(block, index, self.stream, self.dealt.lanes[lane])
+        return found
 
 
 def stored(directory: Path, architecture: Architecture, block: int) -> dict[str, SiteStatistics]:
