@@ -304,7 +304,7 @@ def test_an_empty_clone_pulls_what_another_computed(ran: Path, tmp_path: Path, r
         change_params(second, *CHANGE)
         assert stale(second) == {"allocate@wanda", "prune@wanda", "report"}
         with chdir(second):
-            build("prune wanda", "evaluate wanda", "choose", "report")
+            build("allocate wanda", "prune wanda", "evaluate wanda", "choose", "report")
 
 
 def test_a_clone_without_lock_file_finds_the_runs(ran: Path, tmp_path: Path, ssh: Remote) -> None:
