@@ -79,15 +79,14 @@ def _chain() -> list[int] | None:
     """Process numbers from our parent up to the `dvc` that started us; empty where that is gone already, None where there was none.
 
     DVC_STAGE alone does not tell: a shell may have it from elsewhere. The `dvc` that runs a stage is named in DVC's own lock file, and
-    it is our parent, or the parent of the shell that it called us by (some shells stay beside their last command).
+    it is our parent, or above the shells that it called us by (some shells stay beside their last command, and some are scripts).
     """
     if "DVC_STAGE" not in os.environ:
         return None
     runners = _runners()
     chain = [os.getppid()]
     with suppress(psutil.Error):
-        shell = psutil.Process(chain[0])
-        if chain[0] not in runners and "-c" in shell.cmdline():
+        while chain[-1] > 1 and chain[-1] not in runners and "-c" in (shell := psutil.Process(chain[-1])).cmdline():
             chain.append(shell.ppid())
     if chain[-1] in runners:
         return chain
