@@ -10,7 +10,7 @@ from pipeline_lib.core.counts import check
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.settings import ModelParams
-from pipeline_lib.models.transform import read_transforms
+from pipeline_lib.models.transform import Transform, read_transforms
 from pipeline_lib.prune.plan import REFIT, plan
 from pipeline_lib.prune.resume import Progress
 from pipeline_lib.prune.run import Rows, Source, prune, stream_bytes
@@ -28,11 +28,12 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
     steps = plan(recipe, model.checkpoint.dtype)
     allocation = artifacts.read_json(workspace.allocation(variant))
     factors = workspace.induced(variant) / "transform.safetensors"
-    transforms, transform_facts = read_transforms(factors, entry.depth)
+    learned = steps.needs.factors  # a run by hand may find factors of another recipe there
+    transforms, transform_facts = read_transforms(factors, entry.depth) if learned else ([Transform()] * entry.depth, {})
     listed = included(workspace)
     by_label = {matrix.label: matrix for matrix in entry.matrices}
     kept = {(m["block"], by_label[m["label"]]): allocation["kept"][m["name"]] for m in listed}
-    rows, inputs = None, [Path(__file__), workspace.model, workspace.allocation(variant), *([factors] if factors.exists() else [])]
+    rows, inputs = None, [Path(__file__), workspace.model, workspace.allocation(variant), *([factors] if learned else [])]
     spills = False
     if steps.needs.text:
         found = calibration_rows(workspace)
