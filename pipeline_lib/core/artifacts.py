@@ -88,10 +88,13 @@ def _abandoned(temporary: Path) -> bool:
 
 def newest(path: Path) -> float:
     """When the newest file of a tree was written, in seconds since the epoch; 0 where there is nothing."""
+    found = [str(path)]
+    for folder, folders, files in os.walk(path):  # unlike rglob, it passes over what another process removes meanwhile
+        found += [os.path.join(folder, name) for name in (*folders, *files)]  # noqa: PTH118
     times = [0.0]
-    for one in (path, *path.rglob("*")):
+    for one in found:
         with suppress(OSError):
-            times.append(one.lstat().st_mtime)
+            times.append(os.lstat(one).st_mtime)
     return max(times)
 
 
