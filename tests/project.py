@@ -118,6 +118,9 @@ def of_version_1(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Overrides in which variants name artifacts, and lists name variants, as this version writes them: reproducers of old reports do that."""
     lists = {name: overrides[name] for name in ("induced", "curved", "exported") if name in overrides}
     found = {name: value for name, value in overrides.items() if name not in lists}
+    if "activation_budget_bytes" in found.get("prune", {}):  # a setting now
+        found["prune"] = dict(found["prune"])
+        os.environ["SPARSELINE_ACTIVATION_BYTES"] = str(found["prune"].pop("activation_budget_bytes"))
     if not lists:
         return found
     found["tasks"] = {key: value for key, value in found.get("tasks", {}).items() if key not in ("variants", "presets")}
