@@ -18,9 +18,12 @@ from typing import Any
 
 import psutil
 import pytest
-from project import build, change_params, environment, make_workspace, run, tree
+import torch
+from project import build, change_params, environment, invoke, make_workspace, run, tree
 
 from pipeline_lib.core.artifacts import block_file, read_tensors
+from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.prune.window import Block
 
 COMMAND = ("python", "-m", "stages.prune", "sparseline")
 BLOCKS = 4
@@ -241,13 +244,13 @@ for last in (None, 0, 1, 2, None):
 
 
 def test_a_killed_induction_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
-    """Killed once two of four blocks are kept. Oracle: a run that nobody killed; only the other two blocks are learned again."""
+    """Killed once two of four blocks are kept. Oracle: a run that nobody killed; only the other two blocks are learned again, and the kill left build/ as it was."""
     workspace = make_workspace(tmp_path / "project", model={"layers": BLOCKS}, variants={"sparseline": {"induce": {}}})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace)
         build("prepare", "text calibration", "calibrate", "scale", "allocate sparseline")
     code = """
-import os, shutil, sys
+import os, pathlib, shutil, sys
 import pipeline_lib.jobs.induce as job, stages.induce as stage
 from transformers.models.llama import modeling_llama  # once, before the forks
 keep, induce_block = job.keep, job.induce_block
@@ -260,7 +263,11 @@ def told(dense, *arguments):
     print("learning", dense.where, flush=True)
     return induce_block(dense, *arguments)
 
+def files():
+    return {path: path.read_bytes() for path in pathlib.Path("build").rglob("*") if path.is_file()}
+
 job.induce_block = told
+before = files()
 for number, killed in enumerate((True, False, False)):
     if os.fork() == 0:
         if killed:
@@ -268,7 +275,7 @@ for number, killed in enumerate((True, False, False)):
         stage.main(["sparseline"], standalone_mode=False)
         sys.stdout.flush()
         os._exit(0)
-    print("ended", os.waitstatus_to_exitcode(os.wait()[1]), os.path.exists("build/induce"), flush=True)
+    print("ended", os.waitstatus_to_exitcode(os.wait()[1]), files() == before, flush=True)
     if not killed:
         shutil.move("build/induce", f"build/induce-{number}")
 """
@@ -276,7 +283,7 @@ for number, killed in enumerate((True, False, False)):
     told = re.findall(r"learning (\S+)|ended (.+)|(resuming after .+)", output)
     blocks = [f"layers.{index}" for index in range(BLOCKS)]
     goes_on = f"resuming after 2 of {BLOCKS} blocks"
-    assert ["".join(parts) for parts in told] == [*blocks[:2], "-9 False", goes_on, *blocks[2:], "0 True", *blocks, "0 True"]
+    assert ["".join(parts) for parts in told] == [*blocks[:2], "-9 True", goes_on, *blocks[2:], "0 False", *blocks, "0 False"]
     resumed, undisturbed = (tree(workspace / "build" / f"induce-{number}") for number in (1, 2))
     assert resumed == undisturbed
     assert not tree(scratch(workspace))
@@ -465,3 +472,19 @@ runpy.run_module("stages.prune", run_name="__main__", alter_sys=True)
     kept = ": what is finished is kept" if module == "torch" else ""
     assert said.splitlines()[-1] == f"error: SIGINT came; run the same command again{kept}."
     assert "Traceback" not in said
+
+
+def test_a_mask_that_misses_the_budget_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The count is taken again from the masks. Oracle: one entry is lost when a mask is put into the block."""
+    take = Block.take
+
+    def lose_one(block: Block, matrix: Matrix, mask: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+        less = mask.clone()
+        less.view(-1)[int(less.view(-1).nonzero()[0])] = False
+        take(block, matrix, less, dtype)
+
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("SPARSELINE_SCRATCH", str(scratch(workspace)))
+    monkeypatch.setattr(Block, "take", lose_one)
+    result = invoke("prune", "sparseline")
+    assert isinstance(result.exception, RuntimeError) and "weights kept instead of" in str(result.exception)

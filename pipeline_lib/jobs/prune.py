@@ -55,7 +55,7 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
 
     matrices = {m["name"]: by_block[m["block"]]["matrices"][m["label"]] | {"block": m["block"]} for m in listed}
     total, size = (sum(facts[key] for facts in matrices.values()) for key in ("kept", "size"))
-    check(total, sum(allocation["kept"].values()), 1)  # counted from the masks
+    check(total, sum(allocation["kept"].values()), 1)  # counted from the stored masks
     raised = [name for name, facts in matrices.items() if facts.get("damping", 0) > recipe.selection.damping]
     if raised:
         click.echo(f"{what}: damping raised for {', '.join(raised)}")

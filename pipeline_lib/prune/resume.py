@@ -54,8 +54,10 @@ class Progress:
             artifacts.write_tensors(artifacts.block_file(self.directory / "quantization", index), grids, how | told)
         by_label = {matrix.label: matrix for matrix in self.source.architecture.matrices}
         for label, facts in result.facts["matrices"].items():  # more than were pruned, where quantisation rounds to zero
-            weights = by_label[label].view(result.tensors[by_label[label].parameter])
+            matrix = by_label[label]
+            weights = matrix.view(result.tensors[matrix.parameter])
             facts["zeros"] = weights.numel() - int(weights.count_nonzero())
+            facts["kept"] = int(matrix.view(result.masks[matrix.parameter]).count_nonzero())  # of the mask that is stored
         artifacts.write_json(self._facts(index), result.facts)
 
     def publish(self, out: Path) -> dict[int, Any]:
