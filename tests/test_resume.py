@@ -21,7 +21,9 @@ import pytest
 import torch
 from project import build, change_params, environment, invoke, make_workspace, run, tree
 
+from pipeline_lib.core import artifacts, process, runtime
 from pipeline_lib.core.artifacts import block_file, read_tensors
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.prune.window import Block
 
@@ -456,6 +458,26 @@ def test_a_signal_ends_a_stage_in_one_line(workspace: Path, monkeypatch: pytest.
     assert "Traceback" not in said
     assert tree(workspace / "build") == before
     assert not [path for path in scratch(workspace).rglob("*") if re.search(r"partial|lock", path.name)]
+
+
+@pytest.mark.parametrize("number", process.SIGNALS)
+@pytest.mark.parametrize("library", ["turns it into an error", "calls a file damaged", "swallows it"])
+def test_a_signal_in_a_library_call(tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, library: str) -> None:
+    """Safetensors in torch does the first with Ctrl-C. Oracles: exit code, the line, and that what came of it is not written."""
+    with pytest.raises(SystemExit) as ended, runtime.told():
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt as error:
+            if library == "turns it into an error":
+                raise ValueError("could not determine the shape") from error
+            if library == "calls a file damaged":
+                raise SparselineError("a file is damaged") from error
+        artifacts.write_json(tmp_path / "result.json", 1)
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err == f"error: {number.name} came; run the same command again: what is finished is kept.\n"
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    artifacts.write_json(tmp_path / "result.json", 1)
 
 
 @pytest.mark.parametrize(("module", "status"), [("pydantic", -signal.SIGINT), ("torch", 128 + signal.SIGINT)])

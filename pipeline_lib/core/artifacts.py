@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from pipeline_lib.core import process
 from pipeline_lib.core.errors import SparselineError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         OSError: something cannot be written; ``filename`` says what.
+        Stopped: a signal came, see ``process.heed``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*partial"):
@@ -43,6 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary, old = temporary_name(path), temporary_name(path)
     try:
         yield temporary
+        process.heed()
         while True:
             try:
                 temporary.replace(path)

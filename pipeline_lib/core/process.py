@@ -13,13 +13,14 @@ from types import FrameType
 
 import psutil
 
-SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 LOOK = 0.5  # seconds between two looks at the parent
 GRACE = 1.0  # seconds for a clean end once `dvc` is gone
 _orphaned = threading.Event()
+_came: list["Stopped"] = []  # the signal that came, if one did
 
 
-class Stopped(BaseException):
+class Stopped(KeyboardInterrupt):
     """A signal asked the process to end. Raised in the main thread, so that temporary files are removed on the way out."""
 
     def __init__(self, number: int, cause: str | None = None) -> None:
@@ -30,21 +31,38 @@ class Stopped(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """In the body SIGTERM and SIGHUP raise ``Stopped``, once; the next one kills. What is ignored (nohup) or has a handler stays so."""
+    """In the body SIGTERM, SIGHUP and SIGINT raise ``Stopped``, once; the next one kills. What is ignored (nohup) or has a handler stays so.
+
+    The signal may come in the midst of a library's call. Some turn what is raised there into an error of their own: what leaves this body
+    after a signal is ``Stopped``, whatever the error was. Some go on as if nothing had been: see ``heed``.
+    """
 
     def stop(number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        raise Stopped(number, "The `dvc` that started this stage is gone" if _orphaned.is_set() else None)
+        _came.append(Stopped(number, "The `dvc` that started this stage is gone" if _orphaned.is_set() else None))
+        raise _came[0]
 
     main = threading.current_thread() is threading.main_thread()  # Python lets no other thread choose
-    taken = [number for number in SIGNALS if main and signal.getsignal(number) is signal.SIG_DFL]
+    before = {number: signal.getsignal(number) for number in SIGNALS if main}
+    taken = {number: handler for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)}
     for number in taken:
         signal.signal(number, stop)
     try:
         yield
+    except BaseException as error:
+        if _came and error is not _came[0]:
+            raise _came[0] from error
+        raise
     finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in taken.items():
+            signal.signal(number, handler)
+        _came.clear()
+
+
+def heed() -> None:
+    """Raise a signal again that came and that a library swallowed: what was computed since may be wrong, so no file of it may appear."""
+    if _came:
+        raise _came[0]
 
 
 @contextmanager

@@ -55,9 +55,8 @@ def told() -> Iterator[None]:
         return
     except SparselineError as error:
         message = str(error)
-    except KeyboardInterrupt:
-        message, code = str(process.Stopped(signal.SIGINT)), 128 + signal.SIGINT
-    except process.Stopped as stopped:
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, process.Stopped) else process.Stopped(signal.SIGINT)
         message, code = str(stopped), stopped.code
     except OSError as error:
         if error.errno in (None, errno.EPIPE):  # none: a library's own; a closed pipe is click's matter
