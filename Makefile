@@ -17,7 +17,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true  # an archive without .git
-	dvc repro
+	python -m stages.preload dvc repro
 	@echo; python -m stages.costs; echo; echo "report: report/index.html"
 
 test: environment sshd  ## the whole test suite

@@ -17,3 +17,8 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 sys.excepthook = _uncaught
+
+if "SPARSELINE_PRELOADED" in os.environ and sys.argv[0] == "-m" == sys.orig_argv[1]:  # `python -m stages.…` imports this package first
+    from pipeline_lib.core import preloaded
+
+    preloaded.hand_over()

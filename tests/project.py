@@ -1,13 +1,17 @@
 """A small copy of the project to run: this checkout's code and graph, a tiny random model, three short texts, small numbers."""
 
+import atexit
 import hashlib
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +22,7 @@ from ruamel.yaml import YAML
 from tiny import make_model
 
 from pipeline_lib.core.params import merge
+from pipeline_lib.core.preloaded import PLACE
 from pipeline_lib.recipe.settings import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -173,17 +178,48 @@ def environment(project: Path) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "DVC_NO_ANALYTICS": "1",
     }
-    dropped = {"PYTHONPATH", "SPARSELINE_DEVICE", "DVC_ROOT", "DVC_STAGE"}
+    dropped = {"PYTHONPATH", "SPARSELINE_DEVICE", "DVC_ROOT", "DVC_STAGE", "PYTEST_CURRENT_TEST"}
     return {key: value for key, value in os.environ.items() if key not in dropped} | own
 
 
+@cache
+def preloaded() -> dict[str, str]:
+    """What a stage's process needs in its environment to be run by a fork of one that has torch imported: a second less for each."""
+    command = ("python", "-m", "stages.preload", "sh", "-c", f"echo ${PLACE}; exec sleep 1000000")
+    server = subprocess.Popen(command, cwd=ROOT, env=environment(ROOT), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    atexit.register(os.killpg, server.pid, signal.SIGTERM)
+    assert server.stdout
+    return {PLACE: server.stdout.readline().strip()}
+
+
 def run(project: Path, *command: str, code: int = 0) -> str:
-    """A command's standard output and error together; it must end with ``code``."""
-    done = subprocess.run(
-        command, cwd=project, env=environment(project), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
+    """A command's standard output and error together; it must end with ``code``. Its stages are forks, where the environment allows it."""
+    environ = environment(project) | preloaded()
+    done = subprocess.run(command, cwd=project, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == code, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
+
+
+def start(workspace: Path, *command: str, **settings: str) -> subprocess.Popen[str]:
+    """A command whose output is a pipe, in a session of its own."""
+    environ = environment(workspace) | settings
+    return subprocess.Popen(
+        command, cwd=workspace, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def scratch(workspace: Path) -> Path:
+    return workspace.parent / "scratch"
+
+
+def holder(workspace: Path, process: subprocess.Popen[str], stage: str = "prune") -> int:
+    """The number of the process that holds the only key, once there is one; ``process`` is to bring it about."""
+    while process.poll() is None:
+        for lock in scratch(workspace).glob(f"{stage}/*.lock"):
+            with suppress(ValueError):  # not written yet
+                return int(json.loads(lock.read_text(encoding="utf-8"))["pid"])
+        time.sleep(0.02)
+    raise AssertionError(f"nobody holds a key: {process.communicate()[0]}")
 
 
 def invoke(stage: str, *arguments: str) -> Result:

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from project import build, change_params, environment, invoke, make_workspace, run, tree
+from project import build, change_params, environment, holder, invoke, make_workspace, run, scratch, start, tree
 
 from pipeline_lib.core import artifacts, process, runtime
 from pipeline_lib.core.artifacts import block_file, read_tensors
@@ -71,10 +71,6 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workspace(ready: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(ready, tmp_path / "project"))
-
-
-def scratch(workspace: Path) -> Path:
-    return workspace.parent / "scratch"
 
 
 def results(workspace: Path) -> dict[str, str]:
@@ -292,24 +288,6 @@ for number, killed in enumerate((True, False, False)):
 
 
 # Two runs at once
-
-
-def start(workspace: Path, *command: str, **settings: str) -> subprocess.Popen[str]:
-    """A command whose output is a pipe, in a session of its own."""
-    environ = environment(workspace) | settings
-    return subprocess.Popen(
-        command, cwd=workspace, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def holder(workspace: Path, process: subprocess.Popen[str], stage: str = "prune") -> int:
-    """The number of the process that holds the only key, once there is one; ``process`` is to bring it about."""
-    while process.poll() is None:
-        for lock in scratch(workspace).glob(f"{stage}/*.lock"):
-            with suppress(ValueError):  # not written yet
-                return int(json.loads(lock.read_text(encoding="utf-8"))["pid"])
-        time.sleep(0.02)
-    raise AssertionError(f"nobody holds a key: {process.communicate()[0]}")
 
 
 def line_of(process: subprocess.Popen[str], part: str) -> str:

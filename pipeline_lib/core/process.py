@@ -13,6 +13,8 @@ from types import FrameType
 
 import psutil
 
+from pipeline_lib.core.preloaded import CLIENT
+
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 LOOK = 0.5  # seconds between two looks at the parent
 GRACE = 1.0  # seconds for a clean end once `dvc` is gone
@@ -94,22 +96,27 @@ def following_dvc() -> Iterator[None]:
 
 
 def _chain() -> list[int] | None:
-    """Process numbers from our parent up to the `dvc` that started us; empty where that is gone already, None where there was none.
+    """Process numbers from our parent (a fork's: its client) up to the `dvc` that started us; empty where that is gone already, None where
+    there was none.
 
     DVC_STAGE alone does not tell: a shell may have it from elsewhere. The `dvc` that runs a stage is named in DVC's own lock file, and
     it is our parent, or above the shells that it called us by (some shells stay beside their last command, and some are scripts).
     """
+    client = os.environ.get(CLIENT)
+    chain = [int(client)] if client else []
+    by_hand = chain or None
+    with suppress(psutil.Error):
+        chain = [*chain, psutil.Process(chain[0]).ppid() if chain else os.getppid()]
     if "DVC_STAGE" not in os.environ:
-        return None
+        return by_hand
     runners = _runners()
-    chain = [os.getppid()]
     with suppress(psutil.Error):
         while chain[-1] > 1 and chain[-1] not in runners and "-c" in (shell := psutil.Process(chain[-1])).cmdline():
             chain.append(shell.ppid())
     if chain[-1] in runners:
         return chain
     # Orphans have got another parent. One that DVC had started has its `dvc`, dead, still in the lock file.
-    return [] if _adopted(chain[-1]) and any(not _runs(pid) for pid in runners) else None
+    return [] if _adopted(chain[-1]) and any(not _runs(pid) for pid in runners) else by_hand
 
 
 def _runners() -> set[int]:
@@ -129,7 +136,7 @@ def _runners() -> set[int]:
 
 def _unbroken(chain: list[int]) -> bool:
     """Whether each of them still is the parent of the one before it: a process whose parent ends gets another."""
-    if not chain or os.getppid() != chain[0]:
+    if not chain or not (_runs(chain[0]) if CLIENT in os.environ else os.getppid() == chain[0]):
         return False
     try:
         return all(psutil.Process(child).ppid() == parent for child, parent in pairwise(chain))

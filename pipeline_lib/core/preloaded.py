@@ -1,0 +1,226 @@
+"""Stages that start at once: a process has torch imported already, runs a command such as `dvc repro`, and each stage is a fork of it.
+
+Only what is installed is imported beforehand, and nothing of it has run. A fork imports the project's own code anew, in the directory and
+with the environment of the process that asked for it (the client): it computes what the client would have computed itself.
+"""
+
+import atexit
+import io
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from pipeline_lib.core import settings
+
+PLACE = "SPARSELINE_PRELOADED"  # environment variable: the socket of the process that forks
+CLIENT = "SPARSELINE_CLIENT"  # environment variable of a fork: the client's number; the fork ends with it
+MODULES = ("click", "numpy", "psutil", "pydantic", "torch", "safetensors.torch", "transformers.modeling_utils", "transformers.models.auto")
+OWN = ("stages", "pipeline_lib")
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+LOOK = 0.1  # seconds between two looks whether the command has ended
+_NUMBER = struct.Struct("!q")
+
+
+@dataclass(frozen=True)
+class _Client:
+    """A process whose command a fork is to run."""
+
+    pid: int
+    interpreter: str
+    command: list[str]  # python -m stages.prune wanda
+    directory: str
+    environ: dict[str, str]
+    ignored: list[int]  # signals
+
+    def alike(self, environ: dict[str, str]) -> bool:
+        """Whether it has this process's interpreter, and the environment in which the modules were imported, but for what no library reads."""
+        return self.interpreter == sys.executable and _fixed(self.environ) == _fixed(environ)
+
+
+def _fixed(environ: dict[str, str]) -> dict[str, str]:
+    free = ("PWD", "OLDPWD", "SHLVL", "_")
+    return {name: value for name, value in environ.items() if name not in free and not name.startswith(("DVC_", "SPARSELINE_"))}
+
+
+def hand_over() -> None:
+    """Have this process's command, `python -m …`, run by a fork, and end as that ends; return where nobody forks for it."""
+    ignored = [int(number) for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
+    client = _Client(os.getpid(), sys.executable, sys.orig_argv, str(Path.cwd()), dict(os.environ), ignored)
+    with socket.socket(socket.AF_UNIX) as server:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it is known whom they are for
+        fork = None
+        with suppress(OSError):
+            server.connect(os.environ[PLACE])
+            text = json.dumps(asdict(client)).encode()
+            socket.send_fds(server, [_NUMBER.pack(len(text))], [0, 1, 2])
+            server.sendall(text)
+            fork = _receive(server)
+        if fork is not None:
+            _forward(fork, ignored)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if fork is not None:
+            _end(_receive(server))
+
+
+def _forward(fork: int, ignored: list[int]) -> None:
+    """Signals to this process are for the fork."""
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(fork, number)
+
+    for number in SIGNALS:
+        if number not in ignored:
+            signal.signal(number, forward)
+
+
+def _end(status: int | None) -> NoReturn:
+    """End as another process ended: with this exit status, or by the signal of which it is the negative number."""
+    if status is None:
+        print("error: The process that ran this stage is gone; run the same command again: what is finished is kept.", file=sys.stderr)
+        os._exit(4)
+    if status < 0:
+        with suppress(OSError):  # SIGKILL has no other handler
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+def serve(command: list[str]) -> NoReturn:
+    """Run a command whose stages are forks of this process, and end as it ends."""
+    if settings.device_name() != "cpu":  # CUDA does not survive a fork
+        os.execvp(command[0], command)
+    environ = dict(os.environ)  # before modules change it
+    place = Path(tempfile.mkdtemp(prefix="sparseline-"))
+    started: list[subprocess.Popen[bytes]] = []
+    came: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        """The command decides what a signal ends. Of SIGINT a terminal tells it itself."""
+        if number != signal.SIGINT:
+            came.append(number)
+            for process in started:
+                process.send_signal(number)
+
+    for number in SIGNALS:
+        signal.signal(number, forward)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place / "socket"))
+        listener.listen()
+        listener.settimeout(LOOK)
+        started.append(subprocess.Popen(command, env=environ | {PLACE: str(place / "socket")}))
+        for early in came:  # while the command was being started
+            started[0].send_signal(early)
+        for module in MODULES:
+            import_module(module)
+        client = _next(listener, started[0], environ)
+    if client is None:
+        shutil.rmtree(place, ignore_errors=True)
+        _end(started[0].returncode)
+    _become(client)
+    _run(client.command[2])
+
+
+def _next(listener: socket.socket, process: "subprocess.Popen[bytes]", environ: dict[str, str]) -> _Client | None:
+    """In a fork, the client that it is for; in this process, None once the command has ended."""
+    keepers: set[int] = set()
+    while process.poll() is None:
+        keepers = {pid for pid in keepers if os.waitpid(pid, os.WNOHANG) == (0, 0)}
+        with suppress(TimeoutError, ConnectionError):
+            connection, _ = listener.accept()
+            with connection:
+                keeper = os.fork()
+                if keeper:
+                    keepers.add(keeper)
+                else:
+                    listener.close()  # else a client would wait here when this process's parent is gone
+                    client = _keep(connection, environ)
+                    if client is not None:
+                        return client
+                    os._exit(0)
+    return None
+
+
+def _keep(connection: socket.socket, environ: dict[str, str]) -> _Client | None:
+    """In a fork of its own, the client; in this process, which tells the client how that ended, None."""
+    connection.settimeout(None)
+    head, files, _, _ = socket.recv_fds(connection, _NUMBER.size, 3)
+    client = _Client(**json.loads(_exactly(connection, _NUMBER.unpack(head)[0])))
+    if not client.alike(environ):
+        return None
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in the fork, until it has its own handlers
+    fork = os.fork()
+    if not fork:
+        for standard, file in enumerate(files):
+            os.dup2(file, standard)
+            os.close(file)
+        return client
+    connection.sendall(_NUMBER.pack(fork))
+    for file in files:
+        os.close(file)  # a pipe's reader waits for its last writer
+    connection.sendall(_NUMBER.pack(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])))
+    return None
+
+
+def _become(client: _Client) -> None:
+    """As the client is before it imports the project's own code."""
+    os.chdir(client.directory)
+    os.environ.update(client.environ | {CLIENT: str(client.pid)})
+    del os.environ[PLACE]
+    sys.orig_argv, sys.argv, sys.path[0] = client.command, client.command[2:], client.directory
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())
+    for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
+        del sys.modules[name]
+    for number in SIGNALS:
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in client.ignored else usual)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _run(module: str) -> NoReturn:
+    """The module as `python -m` runs it; the process ends. What Python does as it ends takes a second with torch: only what matters is done."""
+    status: Any = None
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(status or 0)
+
+
+def _receive(connection: socket.socket) -> int | None:
+    data = _exactly(connection, _NUMBER.size)
+    return _NUMBER.unpack(data)[0] if data else None
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    """So many bytes, or none where the other side is gone."""
+    data = b""
+    while len(data) < size:
+        part = connection.recv(size - len(data))
+        if not part:
+            return b""
+        data += part
+    return data

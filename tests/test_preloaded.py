@@ -1,0 +1,191 @@
+"""A stage that is a fork of a process with torch imported. Oracle: the same stage in a process of its own."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from project import WANDA, change_params, holder, make_workspace, preloaded, run, scratch, start, tree
+
+LONG = {"channel": {"epochs": 40, "patience": 40}, "steps": ["obs", "channel"]}  # a block takes most of a second
+PRUNE = ("python", "-m", "stages.prune", "slow")
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with all that prune needs. Read only."""
+    workspace = make_workspace(
+        tmp_path_factory.mktemp("ready") / "project",
+        model={"layers": 4},
+        variants={"slow": {"reconstruction": LONG}, "wanda": WANDA},
+        report={"baseline": "slow"},
+    )
+    for stage in ("keys", "prepare", "text calibration", "allocate slow", "allocate wanda", "induce slow", "induce wanda"):
+        run(workspace, "python", "-m", f"stages.{stage.split()[0]}", *stage.split()[1:])
+    return workspace
+
+
+@pytest.fixture
+def workspace(ready: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ready, tmp_path / "project"))
+
+
+def results(workspace: Path) -> dict[str, str]:
+    return {path: digest for path, digest in tree(workspace / "build").items() if not path.startswith("costs/")}
+
+
+def forked(pid: int, client: int) -> bool:
+    """Whether a stage's process is a fork, and not the one that was started."""
+    return pid != client and "stages.preload" in psutil.Process(pid).cmdline()
+
+
+def test_it_computes_the_same(workspace: Path, tmp_path: Path) -> None:
+    """Output, and what is said but for the seconds."""
+    alone = Path(shutil.copytree(workspace, tmp_path / "alone" / "project"))
+    said = []
+    for place, settings in ((workspace, preloaded()), (alone, {})):
+        process = start(place, *PRUNE, **settings)
+        pid = holder(place, process)
+        assert forked(pid, process.pid) if settings else pid == process.pid
+        said.append(re.sub(r"; [^;\n]* s\n", "\n", process.communicate()[0]))
+    assert said[0] == said[1] != ""
+    assert results(workspace) == results(alone)
+    assert set(tree(workspace / "build")) == set(tree(alone / "build"))
+
+
+def test_the_project_is_the_clients(workspace: Path) -> None:
+    """Its code, its parameters and its environment, as they are at that moment. Oracle: a line that the changed code says."""
+    stage = workspace / "stages" / "prune.py"
+    text = stage.read_text(encoding="utf-8")
+    stage.write_text(
+        text.replace('click.echo(f"', "import os; click.echo(f\"{os.environ['SPARSELINE_THREADS']} {os.getcwd()} "), encoding="utf-8"
+    )
+    change_params(workspace, "variants.wanda.selection.sparsity", 0.75)
+    said = run(workspace, "python", "-m", "stages.prune", "wanda")
+    assert said.startswith(f"1 {workspace} prune wanda: sparsity 0.75")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("stages.prune", "nobody"), 2, "error: params.yaml has no section 'variants.nobody'"),
+        (("stages.prune",), 2, "Missing argument 'VARIANT'"),
+        (("stages.prune", "--help"), 0, "Usage: python -m stages.prune"),
+        (("stages.gone",), 1, "No module named stages.gone"),
+    ],
+)
+def test_it_ends_as_the_stage_ends(workspace: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
+    assert said in run(workspace, "python", "-m", *arguments, code=code)
+
+
+def test_a_bug_has_its_traceback(workspace: Path) -> None:
+    stage = workspace / "stages" / "prune.py"
+    stage.write_text(stage.read_text(encoding="utf-8").replace("        recipe =", "        1 / 0\n        recipe ="), encoding="utf-8")
+    said = run(workspace, "python", "-m", "stages.prune", "wanda", code=1)
+    assert "Traceback" in said and said.splitlines()[-1] == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_reaches_it(workspace: Path, number: signal.Signals) -> None:
+    process = start(workspace, *PRUNE, **preloaded())
+    pid = holder(workspace, process)
+    assert forked(pid, process.pid)
+    while not list(scratch(workspace).glob("prune/*/facts/*")):
+        time.sleep(0.01)
+    process.send_signal(number)
+    said, _ = process.communicate()
+    assert process.returncode == 128 + number
+    assert said.splitlines()[-1] == f"error: {number.name} came; run the same command again: what is finished is kept."
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_signal_that_the_client_ignores_is_ignored(workspace: Path) -> None:
+    process = start(workspace, "sh", "-c", f"trap '' HUP; exec {' '.join(PRUNE)}", **preloaded())
+    pid = holder(workspace, process)
+    assert forked(pid, process.pid)
+    os.kill(process.pid, signal.SIGHUP)
+    os.kill(pid, signal.SIGHUP)
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize("who", ["client", "fork"])
+def test_one_of_the_two_is_killed(workspace: Path, who: str) -> None:
+    """The fork ends with its client, the client as the fork did. Oracle: no process, no lock and no output is left."""
+    before = tree(workspace / "build")
+    process = start(workspace, *PRUNE, **preloaded())
+    pid = holder(workspace, process)
+    os.kill(process.pid if who == "client" else pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    while psutil.pid_exists(pid):
+        time.sleep(0.05)
+    assert tree(workspace / "build") == before
+    assert run(workspace, *PRUNE)
+
+
+def test_the_keeper_is_killed(workspace: Path) -> None:
+    """The process that waits for the fork: the client cannot know how it ends."""
+    process = start(workspace, *PRUNE, **preloaded())
+    pid = holder(workspace, process)
+    psutil.Process(psutil.Process(pid).ppid()).kill()
+    said, _ = process.communicate()
+    assert process.returncode == 4
+    assert "error: The process that ran this stage is gone; run the same command again: what is finished is kept.\n" in said
+    while psutil.pid_exists(pid):
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("changed", [{"OMP_NUM_THREADS": "2"}, {"HF_HOME": "elsewhere"}, {"SPARSELINE_PRELOADED": "/nowhere/socket"}])
+def test_another_environment_gets_a_process_of_its_own(workspace: Path, changed: dict[str, str]) -> None:
+    process = start(workspace, *PRUNE, **(preloaded() | changed))
+    assert holder(workspace, process) == process.pid
+    assert process.wait() == 0
+
+
+@pytest.fixture
+def served(workspace: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Starts a command under a server of its own."""
+    return lambda *command, **settings: start(workspace, "python", "-m", "stages.preload", *command, **settings)
+
+
+@pytest.mark.parametrize(("command", "code"), [(("true",), 0), (("sh", "-c", "exit 7"), 7), ((), 1)])
+def test_a_server_ends_with_its_command(
+    served: Callable[..., subprocess.Popen[str]], tmp_path: Path, command: tuple[str, ...], code: int
+) -> None:
+    process = served(*command, TMPDIR=str(tmp_path))
+    assert process.wait() == code
+    assert [path.name for path in tmp_path.iterdir()] == ["project"]
+
+
+def test_a_server_on_a_gpu_is_none(served: Callable[..., subprocess.Popen[str]]) -> None:
+    """CUDA does not survive a fork."""
+    said, _ = served("sh", "-c", "echo place: $SPARSELINE_PRELOADED", SPARSELINE_DEVICE="cuda").communicate()
+    assert said == "place:\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_server_hands_signals_on(served: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: signal.Signals) -> None:
+    process = served("sh", "-c", "echo ready; exec sleep 1000", TMPDIR=str(tmp_path))
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.wait() == -number
+    assert [path.name for path in tmp_path.iterdir()] == ["project"]
+
+
+def test_a_stage_outlives_no_server(workspace: Path, served: Callable[..., subprocess.Popen[str]]) -> None:
+    """The server is killed: its command goes on, and what it starts then has a process of its own."""
+    process = served("sh", "-c", f"while ! test -e go; do sleep 0.05; done; {' '.join(PRUNE)}")
+    while not (commands := psutil.Process(process.pid).children()):
+        time.sleep(0.01)
+    process.kill()
+    (workspace / "go").touch()
+    while not list(scratch(workspace).glob("prune/*.lock")):
+        time.sleep(0.01)
+    for command in commands:
+        psutil.wait_procs([command])
+    assert (workspace / "build" / "prune" / "slow").exists()
