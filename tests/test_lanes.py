@@ -4,7 +4,10 @@ several processes, to the last bit."""
 import functools
 import itertools
 import random
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.prune.window import collect
-from pipeline_lib.stats.lanes import LANES, Sums, deal, fold, parts, total
+from pipeline_lib.stats.lanes import LANES, Sums, deal, fold, parts, side_by_side, total
 from pipeline_lib.stats.moments import Accumulator, DiagonalSums, MomentSums
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import walk
@@ -251,6 +254,38 @@ def test_losses_of_lanes_in_other_batches_and_places(rows: int, batch_rows: int,
 # Gradients
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_lanes_side_by_side(count: int) -> None:
+    """Oracle: as many at a time as there are threads, at most the lanes; in order; and torch's threads shared among them, then as before."""
+    together, lock, most = [0], threading.Lock(), [0]
+
+    def work(lane: int) -> tuple[int, int]:
+        with lock:
+            together[0] += 1
+            most[0] = max(most[0], together[0])
+        time.sleep(0.1)
+        with lock:
+            together[0] -= 1
+        return lane, torch.get_num_threads()
+
+    with threads(count):
+        with side_by_side(True) as each:
+            assert list(each(work, range(LANES))) == [(lane, max(1, count // LANES)) for lane in range(LANES)]
+        assert (most, torch.get_num_threads()) == ([min(count, LANES)], count)
+        with side_by_side(False) as each:
+            assert each is map
+
+
 def lane_by_lane(
     run: Any, tensors: dict[str, torch.Tensor], matrices: tuple[Matrix, ...], rows: Pairs, processes: int
 ) -> dict[str, torch.Tensor]:
@@ -290,7 +325,8 @@ def test_gradients_of_lanes_by_themselves(checkpoint: Checkpoint, processes: int
     broken = noisy(tensors, matrices)
     expected = lane_by_lane(run, broken, matrices, rows, processes)
     how = block_params(epochs=1, batch_rows=6, parts=["weights", "norms"])
-    found = fit(Sparse(run, dict(broken), masks_of(broken, matrices), "x"), rows, rows, how)
+    with threads(processes):  # beside each other where there are several
+        found = fit(Sparse(run, dict(broken), masks_of(broken, matrices), "x"), rows, rows, how)
     assert found.facts["epochs"] == 1
     assert any(not torch.equal(found.tensors[name], broken[name]) for name in broken)
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.items())

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -607,3 +608,19 @@ def test_tokenizer_round_trip(tmp_path: Path) -> None:
     assert len(ids) == len(text.encode())
     assert tokenizer.decode(ids) == text
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == 0
+
+
+def test_threads_call_a_block_with_tensors_of_their_own(model_paths: dict[str, Path]) -> None:
+    """Each puts its tensors into the block while another runs it. Oracle: the same calls one after another."""
+    model = BlockModel(open_checkpoint(model_paths["llama"]), torch.float32, torch.device("cpu"))
+    hidden = model.embed(token_rows(4, 12), 4).hidden[0]
+    block, tensors = model.block(0), dict(model.checkpoint.block(0))
+
+    def call(number: int) -> torch.Tensor:
+        with torch.no_grad():
+            return model.call(block, 0, hidden, {name: tensor * (1 + number % 7 / 10) for name, tensor in tensors.items()})
+
+    expected = [call(number) for number in range(7)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(call, range(700)))
+    assert all(torch.equal(one, expected[number % 7]) for number, one in enumerate(found))

@@ -19,8 +19,9 @@ from pipeline_lib.fit.settings import BlockParams, FitParams
 from pipeline_lib.fit.spectral import Norm, regulariser
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.stream import OnDisk
-from pipeline_lib.stats.lanes import LANES, parts, total
+from pipeline_lib.stats.lanes import LANES, Map, parts, side_by_side, total
 
+SMALL = 2**24  # weights and others that move, up to which lanes are fitted side by side
 Run = Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]  # hidden states, the block's tensors -> output
 Masks = dict[Matrix, torch.Tensor]  # [R, C] bool, True = kept
 Remask = Callable[[Mapping[str, torch.Tensor]], Masks]  # the block's tensors, zeros filled in -> masks with as many kept
@@ -111,7 +112,7 @@ class _Free:
         self.dtype = dtype  # of the masked weights, for what runs; None: their own
         self.offsets = offsets or {}
         views = [matrix.view(tensors[matrix.parameter]) for matrix in masks]
-        device = views[0].device
+        self.device = device = views[0].device
         self.rows = [torch.zeros(view.shape[0], device=device, requires_grad=True) for view in views]
         self.columns = [torch.zeros(view.shape[1], device=device, requires_grad=True) for view in views]
         biases = {m.bias for m in masks if m.bias is not None} if "biases" in parts else set()
@@ -182,12 +183,14 @@ def block_error(run: Run, tensors: Mapping[str, torch.Tensor], rows: Pairs) -> f
     return _wrong(run, tensors, rows) / spread(rows.targets)
 
 
-@torch.no_grad()
-def _wrong(run: Run, tensors: Mapping[str, torch.Tensor], rows: Pairs) -> float:
+def _wrong(run: Run, tensors: Mapping[str, torch.Tensor], rows: Pairs, each: Map[int, list[torch.Tensor]] = map) -> float:
     """Σ‖Y_dense − Y_sparse‖²."""
-    return float(
-        total([one for hidden, target in zip(rows.inputs, rows.targets, strict=True) for one in squares(run(hidden, tensors) - target)])
-    )
+
+    @torch.no_grad()  # in the thread that runs it
+    def batch(number: int) -> list[torch.Tensor]:
+        return squares(run(rows.inputs[number], tensors) - rows.targets[number])
+
+    return float(total([one for found in each(batch, range(len(rows.inputs))) for one in found]))
 
 
 def spread(targets: Sequence[torch.Tensor]) -> float:
@@ -234,43 +237,54 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
     steps = params.epochs * -(-len(fitting) // batch_rows)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate_share(done, steps))
     refreshed = params.refresh_epochs if isinstance(params, BlockParams) and remask is not None else 0
-    for epoch in range(1, params.epochs + 1):
-        free.refreshing = epoch <= refreshed
-        random = {lane: generator(params.seed, f"{block.where}:{epoch}:{lane}") for lane in range(LANES)}
-        for lanes in minibatches(len(fitting), batch_rows, random):
-            count = sum(map(len, lanes))
-            for numbers in lanes:
-                hidden, target = fitting.rows(numbers)
-                values = free.apply(tensors)
-                with torch.autocast(hidden.device.type, torch.bfloat16, enabled=params.compute_dtype == "bfloat16"):
-                    out = run(hidden, values)
-                loss = (out.float() - target).square().sum() / (count * each)
-                del values, out  # what the graph does not need of them
-                loss.backward()  # added to the gradients of the lanes before
-                del loss  # the graph, before the next
-            if norms:
-                values = free.apply(tensors)
-                current = [matrix.view(values[matrix.parameter]).float() for matrix in matrices]
-                (params.spectral.weight * regulariser(norms, current, params.spectral)).backward()
-                del values, current
-            optimiser.step()
-            schedule.step()
-            optimiser.zero_grad()
+    leaves = [leaf for group in groups for leaf in group["params"]]
+
+    def gradients(lane: tuple[list[int], int]) -> tuple[torch.Tensor | None, ...]:
+        """What some rows, of so many in this step, add to the leaves' gradients."""
+        numbers, count = lane
+        hidden, target = fitting.rows(numbers)
+        values = free.apply(tensors)
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=params.compute_dtype == "bfloat16"):
+            out = run(hidden, values)
+        loss = (out.float() - target).square().sum() / (count * each)
+        del values, out  # what the graph does not need of them
+        return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    small = free.device.type == "cpu" and sum(map(torch.Tensor.numel, leaves)) <= SMALL
+    with side_by_side(small) as each_lane:
+        for epoch in range(1, params.epochs + 1):
+            free.refreshing = epoch <= refreshed
+            random = {lane: generator(params.seed, f"{block.where}:{epoch}:{lane}") for lane in range(LANES)}
+            for lanes in minibatches(len(fitting), batch_rows, random):
+                count = sum(map(len, lanes))
+                for found in each_lane(gradients, [(numbers, count) for numbers in lanes]):
+                    for leaf, gradient in zip(leaves, found, strict=True):
+                        if gradient is not None:
+                            leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+                    del found, gradient  # before the next
+                if norms:
+                    values = free.apply(tensors)
+                    current = [matrix.view(values[matrix.parameter]).float() for matrix in matrices]
+                    (params.spectral.weight * regulariser(norms, current, params.spectral)).backward()
+                    del values, current
+                optimiser.step()
+                schedule.step()
+                optimiser.zero_grad()
+                with torch.no_grad():
+                    for leaf in free.log_factors:
+                        leaf.clamp_(-params.limit, params.limit)
+            if free.refreshing and remask is not None:
+                free.refresh(tensors, remask)
             with torch.no_grad():
-                for leaf in free.log_factors:
-                    leaf.clamp_(-params.limit, params.limit)
-        if free.refreshing and remask is not None:
-            free.refresh(tensors, remask)
-        with torch.no_grad():
-            candidate = free.apply(tensors)
-        error = _wrong(run, candidate, gate) / scale
-        if error < best_error:
-            best, best_error, best_epoch, unimproved = candidate, error, epoch, 0
-            best_masks = dict(zip(matrices, free.kept, strict=True)) if refreshed else None
-        elif not free.refreshing:
-            unimproved += 1
-        if unimproved >= params.patience:
-            break
+                candidate = free.apply(tensors)
+            error = _wrong(run, candidate, gate, each_lane) / scale
+            if error < best_error:
+                best, best_error, best_epoch, unimproved = candidate, error, epoch, 0
+                best_masks = dict(zip(matrices, free.kept, strict=True)) if refreshed else None
+            elif not free.refreshing:
+                unimproved += 1
+            if unimproved >= params.patience:
+                break
     facts |= {"fit_after": block_error(run, best, seen), "held_out_after": best_error, "epochs": best_epoch}
     return Fitted({name: tensor.detach() + 0.0 for name, tensor in best.items()}, best_masks, facts)  # + 0.0: no zero is negative
 

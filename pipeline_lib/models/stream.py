@@ -4,6 +4,7 @@ Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of t
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,6 +105,7 @@ class BlockModel:
         self.whole = skeleton(checkpoint.config, dtype).eval().requires_grad_(False)
         self.base: nn.Module = self.whole.base_model
         self.templates = list(self.base.get_submodule(checkpoint.architecture.blocks))
+        self._own = threading.local()
         self._length = 0  # tokens in a row, which the arguments below depend on
         self._arguments: dict[int, list[Arguments]] = {}  # rows in a batch -> per block
         self._first_parts = False  # of what a block returns, the model takes the first part
@@ -209,8 +211,19 @@ class BlockModel:
         if tensors is None:
             out = block(hidden, *args, **kwargs)
         else:
-            out = functional_call(block, {name: tensor.to(self.dtype) for name, tensor in tensors.items()}, (hidden, *args), kwargs)
+            out = functional_call(
+                self._own_copy(block), {name: tensor.to(self.dtype) for name, tensor in tensors.items()}, (hidden, *args), kwargs
+            )
         return out[0] if isinstance(out, tuple) else out
+
+    def _own_copy(self, block: nn.Module) -> nn.Module:
+        """The block, or for any but the main thread one of the same tensors: ``functional_call`` changes the module while it runs."""
+        if threading.current_thread() is threading.main_thread():
+            return block
+        copies: dict[nn.Module, nn.Module] = self._own.__dict__.setdefault("copies", {})
+        if block not in copies:
+            copies[block] = copy.deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})
+        return copies[block]
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int, stream: Stream, numbers: Iterable[int] | None = None) -> None:

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pipeline_lib.fit.fit import Masks, Remask, Sparse, fit
+from pipeline_lib.fit.fit import SMALL, Masks, Remask, Sparse, fit
 from pipeline_lib.fit.scales import Scales
 from pipeline_lib.fit.settings import FitParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.prune.window import Window
+from pipeline_lib.stats.lanes import LANES
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ class Finetune:
 
     def memory(self, shapes: Shapes) -> float:
         """Bytes: 23 a weight where weights move (as they move, Adam's moments, gradient, the best so far, masks and bfloat16 copies), 22 for
-        scales, else 16; and one batch's graph."""
+        scales, else 16; where lanes are fitted side by side, their gradients; and one batch's graph."""
         each = 23 if "weights" in self.params.parts else 22 if "scales" in self.params.parts else 16
+        each += 4 * (LANES - 1) * (shapes.window * shapes.block <= SMALL)
         return shapes.window * each * shapes.block + 3 * shapes.inner(self.params.batch_rows)
 
     def flops(self, shapes: Shapes) -> float:
