@@ -1,10 +1,19 @@
 """Run a command, such as `dvc repro`, whose stages start at once: they are forks of this process, which has torch imported already."""
 
-import sys
+import shutil
+
+import click
 
 from pipeline_lib.core import preloaded
 
+
+@click.command(help=__doc__, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def main(command: tuple[str, ...]) -> None:
+    if shutil.which(command[0]) is None:
+        raise click.UsageError(f"there is no command {command[0]} here; try `python -m stages.preload dvc repro`.")
+    preloaded.serve(list(command))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("error: a command is missing; try `python -m stages.preload dvc repro`.")
-    preloaded.serve(sys.argv[1:])
+    main()

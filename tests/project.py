@@ -1,12 +1,10 @@
 """A small copy of the project to run: this checkout's code and graph, a tiny random model, three short texts, small numbers."""
 
-import atexit
 import hashlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -178,16 +176,25 @@ def environment(project: Path) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "DVC_NO_ANALYTICS": "1",
     }
-    dropped = {"PYTHONPATH", "SPARSELINE_DEVICE", "DVC_ROOT", "DVC_STAGE", "PYTEST_CURRENT_TEST"}
+    dropped = {"PYTHONPATH", "SPARSELINE_DEVICE", "DVC_ROOT", "DVC_STAGE"}
+    dropped |= {
+        "PYTEST_CURRENT_TEST",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "HF_XET_HIGH_PERFORMANCE",
+    }  # which pytest, torch and lm-eval set on the way
     return {key: value for key, value in os.environ.items() if key not in dropped} | own
+
+
+_servers: list[subprocess.Popen[str]] = []  # as long as it is here, its standard input is open
 
 
 @cache
 def preloaded() -> dict[str, str]:
     """What a stage's process needs in its environment to be run by a fork of one that has torch imported: a second less for each."""
-    command = ("python", "-m", "stages.preload", "sh", "-c", f"echo ${PLACE}; exec sleep 1000000")
-    server = subprocess.Popen(command, cwd=ROOT, env=environment(ROOT), stdout=subprocess.PIPE, text=True, start_new_session=True)
-    atexit.register(os.killpg, server.pid, signal.SIGTERM)
+    command = ("python", "-m", "stages.preload", "sh", "-c", f"echo ${PLACE}; exec cat")  # which ends when these tests' process does
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    server = subprocess.Popen(command, cwd=ROOT, env=environment(ROOT), text=True, start_new_session=True, **pipes)
+    _servers.append(server)
     assert server.stdout
     return {PLACE: server.stdout.readline().strip()}
 

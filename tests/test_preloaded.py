@@ -120,6 +120,7 @@ def test_one_of_the_two_is_killed(workspace: Path, who: str) -> None:
     before = tree(workspace / "build")
     process = start(workspace, *PRUNE, **preloaded())
     pid = holder(workspace, process)
+    assert forked(pid, process.pid)
     os.kill(process.pid if who == "client" else pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     while psutil.pid_exists(pid):
@@ -132,6 +133,7 @@ def test_the_keeper_is_killed(workspace: Path) -> None:
     """The process that waits for the fork: the client cannot know how it ends."""
     process = start(workspace, *PRUNE, **preloaded())
     pid = holder(workspace, process)
+    assert forked(pid, process.pid)
     psutil.Process(psutil.Process(pid).ppid()).kill()
     said, _ = process.communicate()
     assert process.returncode == 4
@@ -153,13 +155,13 @@ def served(workspace: Path) -> Callable[..., subprocess.Popen[str]]:
     return lambda *command, **settings: start(workspace, "python", "-m", "stages.preload", *command, **settings)
 
 
-@pytest.mark.parametrize(("command", "code"), [(("true",), 0), (("sh", "-c", "exit 7"), 7), ((), 1)])
+@pytest.mark.parametrize(("command", "code"), [(("true",), 0), (("sh", "-c", "exit 7"), 7), ((), 2), (("gone",), 2)])
 def test_a_server_ends_with_its_command(
     served: Callable[..., subprocess.Popen[str]], tmp_path: Path, command: tuple[str, ...], code: int
 ) -> None:
     process = served(*command, TMPDIR=str(tmp_path))
     assert process.wait() == code
-    assert [path.name for path in tmp_path.iterdir()] == ["project"]
+    assert not list(tmp_path.rglob("sparseline-*"))
 
 
 def test_a_server_on_a_gpu_is_none(served: Callable[..., subprocess.Popen[str]]) -> None:
@@ -168,13 +170,30 @@ def test_a_server_on_a_gpu_is_none(served: Callable[..., subprocess.Popen[str]])
     assert said == "place:\n"
 
 
+def test_a_server_ends_in_the_midst_of_its_imports(workspace: Path) -> None:
+    """Oracle: a module that is never done."""
+    (workspace / "endless.py").write_text("while True: pass", encoding="utf-8")
+    code = "from pipeline_lib.core import preloaded; preloaded.MODULES = ('endless',); preloaded.serve(['sh', '-c', 'exit 7'])"
+    assert start(workspace, "python", "-c", code).wait() == 7
+
+
+@pytest.mark.parametrize("long", ["/nowhere", "l" * 100])
+def test_a_server_without_a_place_is_none(served: Callable[..., subprocess.Popen[str]], tmp_path: Path, long: str) -> None:
+    """Python takes the next directory for one that does not exist, and a socket's path may have about a hundred characters."""
+    if not long.startswith("/"):
+        (tmp_path / long).mkdir()
+    said, _ = served("sh", "-c", "echo place: $SPARSELINE_PRELOADED", TMPDIR=str(tmp_path / long)).communicate()
+    assert said.startswith("place:")
+    assert not list(tmp_path.rglob("sparseline-*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_server_hands_signals_on(served: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: signal.Signals) -> None:
     process = served("sh", "-c", "echo ready; exec sleep 1000", TMPDIR=str(tmp_path))
     assert process.stdout and process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert process.wait() == -number
-    assert [path.name for path in tmp_path.iterdir()] == ["project"]
+    assert not list(tmp_path.rglob("sparseline-*"))
 
 
 def test_a_stage_outlives_no_server(workspace: Path, served: Callable[..., subprocess.Popen[str]]) -> None:

@@ -58,11 +58,11 @@ def _fixed(environ: dict[str, str]) -> dict[str, str]:
 def hand_over() -> None:
     """Have this process's command, `python -m …`, run by a fork, and end as that ends; return where nobody forks for it."""
     ignored = [int(number) for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
-    client = _Client(os.getpid(), sys.executable, sys.orig_argv, str(Path.cwd()), dict(os.environ), ignored)
     with socket.socket(socket.AF_UNIX) as server:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it is known whom they are for
         fork = None
         with suppress(OSError):
+            client = _Client(os.getpid(), sys.executable, sys.orig_argv, str(Path.cwd()), dict(os.environ), ignored)
             server.connect(os.environ[PLACE])
             text = json.dumps(asdict(client)).encode()
             socket.send_fds(server, [_NUMBER.pack(len(text))], [0, 1, 2])
@@ -101,10 +101,10 @@ def _end(status: int | None) -> NoReturn:
 
 def serve(command: list[str]) -> NoReturn:
     """Run a command whose stages are forks of this process, and end as it ends."""
-    if settings.device_name() != "cpu":  # CUDA does not survive a fork
+    listener = _listener()
+    if listener is None:
         os.execvp(command[0], command)
     environ = dict(os.environ)  # before modules change it
-    place = Path(tempfile.mkdtemp(prefix="sparseline-"))
     started: list[subprocess.Popen[bytes]] = []
     came: list[int] = []
 
@@ -115,42 +115,64 @@ def serve(command: list[str]) -> NoReturn:
             for process in started:
                 process.send_signal(number)
 
+    def end(_number: int = 0, _frame: FrameType | None = None) -> None:
+        """Once the command has ended, this process ends, in the midst of its imports too."""
+        if started and started[0].poll() is not None:
+            shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
+            _end(started[0].returncode)
+
     for number in SIGNALS:
         signal.signal(number, forward)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(place / "socket"))
-        listener.listen()
-        listener.settimeout(LOOK)
-        started.append(subprocess.Popen(command, env=environ | {PLACE: str(place / "socket")}))
+    signal.signal(signal.SIGCHLD, end)
+    with listener:
+        started.append(subprocess.Popen(command, env=environ | {PLACE: listener.getsockname()}))
         for early in came:  # while the command was being started
             started[0].send_signal(early)
         for module in MODULES:
             import_module(module)
-        client = _next(listener, started[0], environ)
-    if client is None:
-        shutil.rmtree(place, ignore_errors=True)
-        _end(started[0].returncode)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        client, keepers = None, set[int]()
+        while client is None:
+            end()
+            client = _next(listener, environ, keepers)
     _become(client)
     _run(client.command[2])
 
 
-def _next(listener: socket.socket, process: "subprocess.Popen[bytes]", environ: dict[str, str]) -> _Client | None:
-    """In a fork, the client that it is for; in this process, None once the command has ended."""
-    keepers: set[int] = set()
-    while process.poll() is None:
-        keepers = {pid for pid in keepers if os.waitpid(pid, os.WNOHANG) == (0, 0)}
-        with suppress(TimeoutError, ConnectionError):
-            connection, _ = listener.accept()
-            with connection:
-                keeper = os.fork()
-                if keeper:
-                    keepers.add(keeper)
-                else:
-                    listener.close()  # else a client would wait here when this process's parent is gone
-                    client = _keep(connection, environ)
-                    if client is not None:
-                        return client
+def _listener() -> socket.socket | None:
+    """Where clients are awaited; None where nobody should fork, or cannot."""
+    if settings.device_name() != "cpu":  # CUDA does not survive a fork
+        return None
+    try:
+        place = Path(tempfile.mkdtemp(prefix="sparseline-"))
+    except OSError:
+        return None
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(str(place / "socket"))
+    except OSError:  # such as a path that is longer than a socket's may be
+        listener.close()
+        place.rmdir()
+        return None
+    listener.listen()
+    listener.settimeout(LOOK)
+    return listener
+
+
+def _next(listener: socket.socket, environ: dict[str, str], keepers: set[int]) -> _Client | None:
+    """In a fork, the client that it is for; in this process, None after a moment."""
+    keepers -= {keeper for keeper in keepers if os.waitpid(keeper, os.WNOHANG) != (0, 0)}
+    with suppress(TimeoutError, ConnectionError):
+        connection, _ = listener.accept()
+        with connection:
+            if keeper := os.fork():
+                keepers.add(keeper)
+            else:
+                listener.close()  # else a client would wait here when this process's parent is gone
+                client = _keep(connection, environ)
+                if client is None:
                     os._exit(0)
+                return client
     return None
 
 
