@@ -18,7 +18,13 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 sys.excepthook = _uncaught
 
-if "SPARSELINE_PRELOADED" in os.environ and sys.argv[0] == "-m" == sys.orig_argv[1]:  # `python -m stages.…` imports this package first
+
+def _hand_over() -> None:
+    """To a process that has torch imported already, if `python -m stages.preload` runs one."""
     from pipeline_lib.core import preloaded
 
     preloaded.hand_over()
+
+
+if "SPARSELINE_PRELOADED" in os.environ and sys.argv[0] == "-m" == sys.orig_argv[1]:  # `python -m stages.…` imports this package first
+    _hand_over()
