@@ -188,12 +188,17 @@ def environment(project: Path) -> dict[str, str]:
 _servers: list[subprocess.Popen[str]] = []  # as long as it is here, its standard input is open
 
 
-@cache
 def preloaded() -> dict[str, str]:
-    """What a stage's process needs in its environment to be run by a fork of one that has torch imported: a second less for each."""
+    """What a stage's process needs in its environment to be run by a fork of one that has torch imported: seconds less for each."""
+    return _preloaded(frozenset(environment(ROOT).items()))
+
+
+@cache
+def _preloaded(environ: frozenset[tuple[str, str]]) -> dict[str, str]:
+    """A server per environment: libraries set variables on the way, and forks are for equal ones only."""
     command = ("python", "-m", "stages.preload", "sh", "-c", f"echo ${PLACE}; exec cat")  # which ends when these tests' process does
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    server = subprocess.Popen(command, cwd=ROOT, env=environment(ROOT), text=True, start_new_session=True, **pipes)
+    server = subprocess.Popen(command, cwd=ROOT, env=dict(environ), text=True, start_new_session=True, **pipes)
     _servers.append(server)
     assert server.stdout
     return {PLACE: server.stdout.readline().strip()}

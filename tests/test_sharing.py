@@ -280,9 +280,9 @@ def test_an_empty_clone_pulls_what_another_computed(ran: Path, tmp_path: Path, r
     """Push and pull are both killed half-way first. Then nothing is computed, and after a changed parameter only what depends on it."""
     remote: Remote = request.getfixturevalue(kind)
     first = clone_of(ran, tmp_path / "first", *remote.config, cache=cache_of(ran))
-    everything = len(objects(cache_of(ran)))
+    everything = len(objects(cache_of(ran)))  # of which the runs that other tests added are not pushed
     push, pull = ("dvc", "push", "--run-cache", "--jobs", "1"), ("dvc", "pull", "--run-cache", "--jobs", "1")
-    kill_when(first, *push, enough=lambda: remote.stored() >= everything // 2)
+    kill_when(first, *push, enough=lambda: remote.stored() >= everything // 6)
     half = remote.stored()
     if remote.directory:
         assert len(objects(remote.directory)) < everything
@@ -294,7 +294,7 @@ def test_an_empty_clone_pulls_what_another_computed(ran: Path, tmp_path: Path, r
 
     second = clone_of(ran, tmp_path / "second", *remote.config)
     store = tmp_path / "second.dvc" / "cache"
-    kill_when(second, *pull, enough=lambda: len(objects(store)) >= everything // 2)
+    kill_when(second, *pull, enough=lambda: len(objects(store)) >= everything // 6)
     assert damaged(store) == []
     run(second, *pull)
     assert damaged(store) == []
