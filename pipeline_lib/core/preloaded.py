@@ -24,12 +24,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from pipeline_lib.core import settings
+from pipeline_lib.core.code import OWN
 
 PLACE = "SPARSELINE_PRELOADED"  # environment variable: the socket of the process that forks
 CLIENT = "SPARSELINE_CLIENT"  # environment variable of a fork: the client's number; the fork ends with it
 MODULES = ("click", "numpy", "psutil", "pydantic", "torch", "safetensors.torch", "transformers.modeling_utils", "transformers.models.auto")
-OWN = ("stages", "pipeline_lib")
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # that ask a process to end
 LOOK = 0.1  # seconds between two looks whether the command has ended
 _NUMBER = struct.Struct("!q")
 

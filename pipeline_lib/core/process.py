@@ -13,9 +13,8 @@ from types import FrameType
 
 import psutil
 
-from pipeline_lib.core.preloaded import CLIENT
+from pipeline_lib.core.preloaded import CLIENT, SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 LOOK = 0.5  # seconds between two looks at the parent
 GRACE = 1.0  # seconds for a clean end once `dvc` is gone
 _orphaned = threading.Event()

@@ -21,7 +21,7 @@ from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.stream import OnDisk
 from pipeline_lib.stats.lanes import LANES, Map, parts, side_by_side, total
 
-SMALL = 2**24  # weights and others that move, up to which lanes are fitted side by side
+SIDE_BY_SIDE = 2**22  # weights of a block, or window, up to which lanes are fitted side by side: in larger ones there is little to gain
 Run = Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]  # hidden states, the block's tensors -> output
 Masks = dict[Matrix, torch.Tensor]  # [R, C] bool, True = kept
 Remask = Callable[[Mapping[str, torch.Tensor]], Masks]  # the block's tensors, zeros filled in -> masks with as many kept
@@ -210,7 +210,7 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
 
     Gradients are taken in ``compute_dtype`` (mixed precision); what moves, and everything that judges it, is float32. With ``weights``
     there are in memory five copies of its matrices (as they move, Adam's two moments, the best so far, and the gradient or, going up,
-    what is masked), their masks, and a copy in ``compute_dtype``.
+    what is masked), their masks, and a copy in ``compute_dtype``. Lanes side by side have a gradient and masked weights each.
 
     Args:
         held_out: the rows that decide; without any, the fitting rows do.
@@ -250,7 +250,7 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
         del values, out  # what the graph does not need of them
         return torch.autograd.grad(loss, leaves, allow_unused=True)
 
-    small = free.device.type == "cpu" and sum(map(torch.Tensor.numel, leaves)) <= SMALL
+    small = free.device.type == "cpu" and sum(map(torch.Tensor.numel, masks.values())) <= SIDE_BY_SIDE
     with side_by_side(small) as each_lane:
         for epoch in range(1, params.epochs + 1):
             free.refreshing = epoch <= refreshed

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pipeline_lib.fit.fit import SMALL, Masks, Remask, Sparse, fit
+from pipeline_lib.fit.fit import SIDE_BY_SIDE, Masks, Remask, Sparse, fit
 from pipeline_lib.fit.scales import Scales
 from pipeline_lib.fit.settings import FitParams
 from pipeline_lib.models.architecture import Matrix
@@ -77,9 +77,9 @@ class Finetune:
 
     def memory(self, shapes: Shapes) -> float:
         """Bytes: 23 a weight where weights move (as they move, Adam's moments, gradient, the best so far, masks and bfloat16 copies), 22 for
-        scales, else 16; where lanes are fitted side by side, their gradients; and one batch's graph."""
+        scales, else 16; 10 for each more lane side by side (its gradient, and what is masked, in float32 and bfloat16); one batch's graph."""
         each = 23 if "weights" in self.params.parts else 22 if "scales" in self.params.parts else 16
-        each += 4 * (LANES - 1) * (shapes.window * shapes.block <= SMALL)
+        each += 10 * (LANES - 1) * (shapes.window * shapes.block <= SIDE_BY_SIDE)
         return shapes.window * each * shapes.block + 3 * shapes.inner(self.params.batch_rows)
 
     def flops(self, shapes: Shapes) -> float:
