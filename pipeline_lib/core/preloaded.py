@@ -128,6 +128,7 @@ def serve(command: list[str]) -> NoReturn:
         started.append(subprocess.Popen(command, env=environ | {PLACE: listener.getsockname()}))
         for early in came:  # while the command was being started
             started[0].send_signal(early)
+        end()  # if it has ended already
         for module in MODULES:
             import_module(module)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
