@@ -157,7 +157,7 @@ class Straight(Curve):
         return np.interp(density, self.density, self.loss)
 
 
-@PROPERTY
+@settings(PROPERTY, max_examples=40)
 @given(st.lists(st.integers(50, 5000), min_size=2, max_size=12), st.integers(5, 95), st.floats(0, 0.3), st.integers(0, 999))
 def test_never_dearer_than_uniform_or_algorithm_1(sizes: list[int], percent: int, alpha: float, seed: int) -> None:
     """On the same convex curves: other counts with the same sum have no less predicted loss (to the knots' spacing)."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
-from project import ROOT, WANDA, build, commit, environment, make_project, read_params, run, tree
+from project import ROOT, WANDA, build, commit, environment, make_project, preloaded, read_params, run, tree
 from ruamel.yaml import YAML
 
 from pipeline_lib.core import params
@@ -70,7 +70,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
     commit(project)
     run(project, "dvc", "exp", "run", "--queue", *SWEEP)
     with (project.parent / "log").open("w", encoding="utf-8") as log:  # a pipe would stay open as long as the worker
-        subprocess.run(("dvc", "queue", "start"), cwd=project, env=environment(project), stdout=log, stderr=log, timeout=60, check=True)
+        subprocess.run(("dvc", "queue", "start"), cwd=project, env=environment(project) | preloaded(), stdout=log, stderr=log, timeout=60, check=True)
     try:
         deadline = time.monotonic() + 900  # a busy machine takes minutes; a failed run is told at once
         while len(names := experiments(project)) < 2:
@@ -152,10 +152,10 @@ def test_two_clones_and_two_workers_at_once(tmp_path: Path, monkeypatch: pytest.
     run(project, "dvc", "exp", "run", "--queue", "-S", "evaluate.batch_rows=2,3", *stages)
     command = ("dvc", "queue", "start", "--jobs", "2")
     with (tmp_path / "log").open("w", encoding="utf-8") as log:
-        subprocess.run(command, cwd=project, env=environment(project), stdout=log, stderr=log, timeout=60, check=True)
+        subprocess.run(command, cwd=project, env=environment(project) | preloaded(), stdout=log, stderr=log, timeout=60, check=True)
     try:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        running = [subprocess.Popen(("dvc", "repro", *stages), cwd=one, env=environment(one), text=True, **pipes) for one in clones]
+        running = [subprocess.Popen(("dvc", "repro", *stages), cwd=one, env=environment(one) | preloaded(), text=True, **pipes) for one in clones]
         said = [process.communicate()[0] for process in running]
         assert [process.returncode for process in running] == [0, 0], said
         deadline = time.monotonic() + 600

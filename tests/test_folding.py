@@ -18,12 +18,12 @@ from pipeline_lib.models.stream import BlockModel, tapped
 ROWS = token_rows(2, 12)
 TABLES = {family: architecture(make_config(family)) for family in ALL_FAMILIES}
 COUPLINGS = [(family, coupling.name) for family, table in TABLES.items() for coupling in table.couplings]
-MISTAKES = [
+MISTAKES = [  # every tie left out; the others once in each coupling
     (family, coupling.name, number, mistake)
     for family, table in TABLES.items()
     for coupling in table.couplings
     for number, tie in enumerate(coupling.ties)
-    for mistake in ("power", "index", "dropped", *(["positions"] if tie.positions else []))
+    for mistake in ("dropped", *(["power", "index"] if number == 0 else []), *(["positions"] if tie.positions else []))
 ]
 UNROTATED = ("opt", "opt-post", "gpt2", "gpt2-relu", "bloom")
 

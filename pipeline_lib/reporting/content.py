@@ -90,7 +90,7 @@ def _comparison(results: Results) -> Blocks:
 
 def _tasks(results: Results) -> str:
     if not results.tasks:
-        return "No tasks were run."
+        return "No tasks were run: no variant names a preset in its key `tasks`."
     said = []
     for name, (task, *_) in results.tasks.items():
         guess = "an unknown share" if task["chance"] is None else f"{100 * task['chance']:.0f}%"
