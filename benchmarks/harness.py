@@ -22,7 +22,8 @@ import click
 
 from benchmarks.lab import Changes, Lab, Run, recipe, section
 from benchmarks.testbed import MIXTURE, Testbed, inputs
-from pipeline_lib.core.artifacts import sha256, write_json
+from pipeline_lib.core.artifacts import write_json
+from pipeline_lib.core.files import sha256
 from pipeline_lib.recipe.settings import Recipe
 
 RESULTS = Path(__file__).parent / "results"

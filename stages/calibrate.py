@@ -15,7 +15,7 @@ def main() -> None:
     with runtime.stage("calibrate", artifacts.block_file(workspace.statistics, 0)) as tell:
         settings = keys.calibrate(read_all())
         if settings is None:
-            artifacts.write_json(workspace.statistics / "unused.json", None)
+            workspace.leave_empty(workspace.statistics)
             tell("calibrate: no recipe reads statistics of the dense model")
             return
         from pipeline_lib.jobs.calibrate import calibrate

@@ -2,7 +2,7 @@
 
 import click
 
-from pipeline_lib.core import artifacts, runtime
+from pipeline_lib.core import runtime
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.evaluation.choice import choose
 from pipeline_lib.jobs import keys
@@ -14,9 +14,9 @@ def main() -> None:
     workspace = Workspace()
     with runtime.stage() as tell:
         part = keys.choose(read_all())
-        found = {name: artifacts.read_json(workspace.evaluation(name))["perplexity"][part.text] for name in part.candidates}
+        found = {name: workspace.load(workspace.evaluation(name))["perplexity"][part.text] for name in part.candidates}
         chosen = choose(found)
-        artifacts.write_json(workspace.choice, {"text": part.text, "chosen": chosen, "perplexity": found})
+        workspace.save(workspace.choice, {"text": part.text, "chosen": chosen, "perplexity": found})
         listed = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
         tell(f"choose: {chosen} on {part.text} ({listed})" if chosen else "choose: no candidates")
 

@@ -2,7 +2,7 @@
 
 import click
 
-from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core import params, runtime
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.recipe.variants import read
@@ -16,7 +16,7 @@ def main(variant: str) -> None:
     with runtime.stage(f"curves-{variant}", workspace.curves(variant)) as tell:
         part = read(variant).curves
         if part is None:
-            artifacts.write_json(workspace.curves(variant), {})
+            workspace.save(workspace.curves(variant), {})
             tell(f"curves {variant}: its allocation reads none")
             return
         from pipeline_lib.jobs.curves import curves

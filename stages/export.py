@@ -2,7 +2,7 @@
 
 import click
 
-from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core import params, runtime
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.jobs import keys
 from pipeline_lib.models.settings import ModelParams
@@ -16,8 +16,8 @@ def main(variant: str) -> None:
     with runtime.stage(f"export-{variant}", workspace.sizes(variant)) as tell:
         settings = keys.export(read(variant))
         if settings is None:
-            artifacts.write_json(workspace.sizes(variant), None)
-            artifacts.write_json(workspace.export(variant) / "unused.json", None)  # DVC warns of an empty directory
+            workspace.save(workspace.sizes(variant), {})
+            workspace.leave_empty(workspace.export(variant))
             tell(f"export {variant}: no format is asked for")
             return
         from pipeline_lib.jobs.export import export_variant

@@ -16,7 +16,8 @@ def main(variant: str) -> None:
     with runtime.stage(f"induce-{variant}", workspace.induced(variant) / "curve.json") as tell:
         part = read(variant).induce
         if part is None:
-            artifacts.write_json(workspace.induced(variant) / "curve.json", [])
+            with workspace.directory(workspace.induced(variant)) as made:
+                artifacts.write_json(made / "curve.json", [])
             tell(f"induce {variant}: nothing is learned")
             return
         from pipeline_lib.jobs.induce import induce

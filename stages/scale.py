@@ -2,7 +2,7 @@
 
 import click
 
-from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core import params, runtime
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.jobs import keys
 from pipeline_lib.models.settings import ModelParams
@@ -15,7 +15,7 @@ def main() -> None:
     with runtime.stage("scale", workspace.start) as tell:
         settings = keys.scale(read_all())
         if settings is None:
-            artifacts.write_json(workspace.start.with_name("unused.json"), None)
+            workspace.leave_empty(workspace.start.parent)
             tell("scale: no recipe learns factors")
             return
         from pipeline_lib.jobs.scale import scale

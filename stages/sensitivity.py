@@ -15,10 +15,10 @@ def main() -> None:
     with runtime.stage("sensitivity", workspace.sensitivity / "sensitivity.json") as tell:
         settings = keys.sensitivity(read_all())
         if settings is None:
-            artifacts.write_json(workspace.sensitivity / "sensitivity.json", {})
+            workspace.save(workspace.sensitivity / "sensitivity.json", {})
             artifacts.write_json(workspace.sensitivity / "by_depth.json", [])
-            artifacts.write_json(workspace.sensitivity / "estimate.json", None)
-            (workspace.sensitivity / "moments").mkdir(exist_ok=True)
+            workspace.save(workspace.sensitivity / "estimate.json", {})
+            workspace.leave_empty(workspace.sensitivity / "moments")
             tell("sensitivity: no allocation reads sensitivities")
             return
         from pipeline_lib.jobs.sensitivity import sensitivity

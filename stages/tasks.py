@@ -2,7 +2,7 @@
 
 import click
 
-from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core import params, runtime
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.jobs import keys
 from pipeline_lib.models.settings import ModelParams
@@ -16,7 +16,7 @@ def main(variant: str) -> None:
     with runtime.stage(f"tasks-{variant}", workspace.tasks(variant)) as tell:
         part = keys.tasks(variant, read_all())
         if part is None:
-            artifacts.write_json(workspace.tasks(variant), {})
+            workspace.save(workspace.tasks(variant), {})
             tell(f"tasks {variant}: none")
             return
         from pipeline_lib.jobs.tasks import tasks

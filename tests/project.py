@@ -19,8 +19,10 @@ from click.testing import CliRunner, Result
 from ruamel.yaml import YAML
 from tiny import make_model
 
+from pipeline_lib.core import seals
 from pipeline_lib.core.params import merge
 from pipeline_lib.core.preloaded import PLACE
+from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.recipe.settings import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -276,6 +278,35 @@ def change_params(project: Path, key: str, value: Any) -> None:
 def change_json(path: Path, change: Callable[[Any], Any]) -> None:
     value = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(change(value) or value), encoding="utf-8")
+
+
+def change_artifact(path: Path, change: Callable[[Any], Any]) -> None:
+    """Change a JSON artifact below ``build/``, and seal it again, as if its stage had written that."""
+    workspace = _owner(path)
+    value = workspace.load(path)
+    workspace.save(path, change(value) or value)
+
+
+def load_artifact(path: Path) -> dict[str, Any]:
+    """A JSON artifact below ``build/``, without its seal."""
+    return _owner(path).load(path)
+
+
+def adopt(project: Path) -> None:
+    """Seal all that is in ``build/`` again, as if it had been made for the model that `prepare` saw last."""
+    build = project / "build"
+    model = seals.parse_json((build / "prepare/model.json").read_bytes(), "build/prepare/model.json")[1].model
+    for path in build.rglob("*"):
+        old, new = Workspace(project), Workspace(project)
+        new.made_for(model, path)
+        if path.suffix == ".safetensors" and path.parent.parent.name == "texts":
+            new.save_tensors(path, *old.load_tensors(path))
+        elif path.suffix == ".json" and path.parent.name not in ("checkpoint", "costs") and '"seal":' in path.read_text(encoding="utf-8"):
+            new.save(path, old.load(path))
+
+
+def _owner(path: Path) -> Workspace:
+    return Workspace(path.parents[path.parts[::-1].index("build")])
 
 
 def tree(directory: Path) -> dict[str, str]:

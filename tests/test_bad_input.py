@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from click.testing import Result
-from project import REMOVED, build, change_json, change_params, invoke, make_workspace, read_params, run, tree, write_params
+from project import REMOVED, adopt, build, change_json, change_params, invoke, make_workspace, read_params, run, tree, write_params
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 from transformers import AutoTokenizer
@@ -642,7 +642,7 @@ DATA = [
         "a baseline that is no variant", "keys", params(report__baseline="old"), ("report.baseline = 'old'", "variants: wanda, sparseline")
     ),
     Mistake("missing candidate", "choose", remove("build/evaluate/wanda.json"), ("build/evaluate/wanda.json", "dvc repro")),
-    Mistake("missing facts", "report", remove("build/facts/wanda.json"), ("build/facts/wanda.json", "dvc repro prune@wanda")),
+    Mistake("missing facts", "report", remove("build/facts/wanda.json"), ("build/facts/wanda.json", "dvc repro")),
     Mistake("missing evaluation", "report", remove("build/evaluate/dense.json"), ("build/evaluate/dense.json", "dvc repro")),
     Mistake("params.yaml that is no YAML", "calibrate", written("params.yaml", "model: [1, 2"), ("params.yaml", "YAML")),
     Mistake("no params.yaml", "calibrate", remove("params.yaml"), ("params.yaml", "No such file")),
@@ -666,6 +666,7 @@ def test_bad_models(workspace: Path, mistake: Mistake) -> None:
     """Oracle: the damaged file, tensor or block, and the mend."""
     mistake.change(workspace)
     build(*mistake.before)
+    adopt(workspace)
     check(workspace, mistake.stage, mistake.words)
 
 
@@ -748,7 +749,7 @@ def test_an_empty_section_induce_learns_and_null_does_not(workspace: Path) -> No
     change_params(workspace, "variants.sparseline.induce", None)
     shutil.rmtree(workspace / "build" / "induce" / "sparseline")
     build("induce sparseline")
-    assert tree(workspace / "build" / "induce" / "sparseline").keys() == {"curve.json"}
+    assert tree(workspace / "build" / "induce" / "sparseline").keys() == {"curve.json", "seal.json"}
     change_params(workspace, "variants.wanda.induce", {})
     build("keys", "induce wanda")
     assert "transform.safetensors" in tree(workspace / "build" / "induce" / "wanda")
@@ -808,6 +809,7 @@ def test_a_second_moment_of_nan_is_told(workspace: Path) -> None:
     """Oracle: the site. Finite weights whose activations overflow inside a block must not become a mask."""
     weights("model.layers.0.mlp.up_proj.weight", lambda tensor: tensor.sign() * 3e38)(workspace)
     build("prepare")
+    adopt(workspace)
     check(workspace, "prune wanda", ("layers.0", "NaN or infinity"))
     check(workspace, "calibrate", ("layers.0", "NaN or infinity"))
 

@@ -1,6 +1,5 @@
 """Error curves. Oracles: explicit Kronecker products, raw activations of a whole model in transformers, sorted lists; checkpoints, counted."""
 
-import shutil
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -9,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from project import build, make_workspace
+from project import build, change_artifact, load_artifact, make_workspace
 from safetensors.torch import load_file
 from tiny import block_statistics, curved_gram
 
 from pipeline_lib.core import artifacts
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.masks.rule import Rule
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.measure.curves import counts, errors, measure
@@ -154,11 +154,11 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_n_of_m_is_mixed_under_the_budget(workspace: Path) -> None:
     """Oracle: the checkpoint's non-zeros. One N in all groups of a matrix, several N in the model, half of all weights kept."""
     path = workspace / "build" / "curves" / "mixed.json"
-    curves = artifacts.read_json(path)
+    curves = load_artifact(path)
     dense, first = sorted(curves)[3], sorted(curves)[0]
     curves[dense]["sensitivity"] = 1e9  # one that must stay whole, one that costs nothing
     curves[first]["sensitivity"] = 0.0
-    artifacts.write_json(path, curves)
+    change_artifact(path, lambda _: curves)
     build("prune mixed")
     facts = artifacts.read_json(workspace / "build" / "facts" / "mixed.json")
     shares: dict[str, Fraction] = {}
@@ -190,18 +190,22 @@ def test_grams_over_budget_give_the_same_curves(workspace: Path, monkeypatch: py
 def test_stored_moments_are_used(workspace: Path, diagonal: bool) -> None:
     """Moments c·1 make the Kronecker error c times the layer error, as a matrix or as its diagonal. Oracle: that."""
     path = workspace / "build" / "curves" / "mixed.json"
-    shutil.rmtree(workspace / "build" / "sensitivity" / "moments")
+    directory = workspace / "build" / "sensitivity" / "moments"
+    Workspace(workspace).leave_empty(directory)
     build("curves mixed")
-    plain = artifacts.read_json(path)
+    plain = load_artifact(path)
+    matrices, tensors = artifacts.read_json(workspace / "build" / "prepare" / "matrices.json"), {}
     for block in range(2):
-        moments = {}
-        for listed in artifacts.read_json(workspace / "build" / "prepare" / "matrices.json"):
+        moments = tensors[block] = {}
+        for listed in matrices:
             if listed["block"] == block:
                 unit = torch.ones(listed["shape"][0])
                 moments[listed["label"]] = 3 * (unit if diagonal else unit.diag())
-        artifacts.write_tensors(workspace / "build" / "sensitivity" / "moments" / f"block-{block:03d}.safetensors", moments)
+    with Workspace(workspace).directory(directory) as made:
+        for block, moments in tensors.items():
+            artifacts.write_tensors(artifacts.block_file(made, block), moments)
     build("curves mixed")
-    for name, entry in artifacts.read_json(path).items():
+    for name, entry in load_artifact(path).items():
         assert plain[name]["curve"]["kronecker"] is None
         assert entry["curve"]["layer"] == plain[name]["curve"]["layer"]
         assert np.allclose(entry["curve"]["kronecker"], 3 * np.array(entry["curve"]["layer"]), rtol=1e-5)

@@ -70,7 +70,9 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
     commit(project)
     run(project, "dvc", "exp", "run", "--queue", *SWEEP)
     with (project.parent / "log").open("w", encoding="utf-8") as log:  # a pipe would stay open as long as the worker
-        subprocess.run(("dvc", "queue", "start"), cwd=project, env=environment(project) | preloaded(), stdout=log, stderr=log, timeout=60, check=True)
+        subprocess.run(
+            ("dvc", "queue", "start"), cwd=project, env=environment(project) | preloaded(), stdout=log, stderr=log, timeout=60, check=True
+        )
     try:
         deadline = time.monotonic() + 900  # a busy machine takes minutes; a failed run is told at once
         while len(names := experiments(project)) < 2:
@@ -155,7 +157,9 @@ def test_two_clones_and_two_workers_at_once(tmp_path: Path, monkeypatch: pytest.
         subprocess.run(command, cwd=project, env=environment(project) | preloaded(), stdout=log, stderr=log, timeout=60, check=True)
     try:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        running = [subprocess.Popen(("dvc", "repro", *stages), cwd=one, env=environment(one) | preloaded(), text=True, **pipes) for one in clones]
+        running = [
+            subprocess.Popen(("dvc", "repro", *stages), cwd=one, env=environment(one) | preloaded(), text=True, **pipes) for one in clones
+        ]
         said = [process.communicate()[0] for process in running]
         assert [process.returncode for process in running] == [0, 0], said
         deadline = time.monotonic() + 600

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from project import WANDA, build, change_params, make_workspace, run
 
-from pipeline_lib.core.artifacts import write_json
+from pipeline_lib.core.workspace import Workspace
 
 MIB = 2**20
 WIDTH, INNER = 384, 1024
@@ -80,7 +80,7 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, int]]
             patch.chdir(workspace)
             build("prepare", "text calibration", *(f"allocate {name}" for name in VARIANTS))
         for name in ("dense", "sparsegpt"):  # for the card that export writes
-            write_json(workspace / "build" / "evaluate" / f"{name}.json", {"perplexity": {"test": 1.0}})
+            Workspace(workspace).save(workspace / "build" / "evaluate" / f"{name}.json", {"perplexity": {"test": 1.0}})
 
         def measure(*steps: str, workspace: Path = workspace) -> dict[str, int]:
             output = run(workspace, "env", *MALLOC, "python", "-c", MEASURE, *steps)

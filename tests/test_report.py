@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,11 +15,13 @@ from typing import Any
 
 import pytest
 from dvc_render.vega import VegaRenderer
-from project import ROOT, read_params, recipe
+from project import ROOT, change_artifact, read_params, recipe
 from ruamel.yaml import YAML
 
-from pipeline_lib.core.artifacts import write_tensors
+from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.files import sha256
+from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.reporting import content, costs, table
 from pipeline_lib.reporting.render import costs as render_costs
 from pipeline_lib.reporting.render import render
@@ -112,18 +113,14 @@ def sizes(name: str) -> dict[str, Any]:
     }
 
 
-def edit(path: Path, change: Callable[[Any], None]) -> None:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    change(found)
-    path.write_text(json.dumps(found), encoding="utf-8")
-
-
 def make(build: Path, depth: int = 3) -> Path:
     """A build folder as the stages leave it."""
 
+    workspace = Workspace(build.parent)
+    workspace.made_for("of the model", build)
+
     def write(name: str, value: Any) -> None:
-        (build / name).parent.mkdir(parents=True, exist_ok=True)
-        (build / name).write_text(json.dumps(value), encoding="utf-8")
+        workspace.save(build / name, value)
 
     hashes = {"config.json": "0" * 64}
     source = {
@@ -144,14 +141,15 @@ def make(build: Path, depth: int = 3) -> Path:
         }
         write(f"evaluate/{name}.json", {"perplexity": {"test": math.exp(test), "validation": math.exp(validation)}})
         write(f"tasks/{name}.json", {"zero": tasks})
-        write(f"completions/{name}.json", [{"prompt": f"\nof {EVIL}", "completion": f"same then {name} {EVIL}"}])
+        samples = [{"prompt": f"\nof {EVIL}", "completion": f"same then {name} {EVIL}"}]
+        write(f"completions/{name}.json", {"completions": samples})
         if name != "dense":
             write(f"facts/{name}.json", facts(name, depth))
-        write(f"sizes/{name}.json", None if name == "plain" else sizes(name))
+        write(f"sizes/{name}.json", {} if name == "plain" else sizes(name))
     for name, use in (("calibration", "calibrate"), ("validation", "evaluate"), ("test", "evaluate")):
         rows = {"rows": 8, "length": 32, "documents": 1, "tokens": 1234, "seed": 0 if use == "calibrate" else None, "kind": "files"}
         rows |= {"start": "document"}
-        write_tensors(build / "texts" / use / f"{name}.safetensors", {}, rows | {"sha256": {f"{name}.txt": f"{len(name):064d}"}})
+        workspace.save_tensors(build / "texts" / use / f"{name}.safetensors", {}, rows | {"sha256": {f"{name}.txt": f"{len(name):064d}"}})
     write("choice.json", {"text": "validation", "chosen": "full", "perplexity": {"base": math.exp(2.5), "full": math.exp(2.125)}})
     write("sensitivity/sensitivity.json", sensitivities(depth))
     probed = {"estimator": "fisher", "probes": 24, "rows_per_probe": 2, "output_moments": "diagonal", "wanted_moments": "full"}
@@ -169,7 +167,7 @@ def make(build: Path, depth: int = 3) -> Path:
     for number, (stage, wall) in enumerate(stages.items()):
         record = {"wall_s": wall, "cpu_s": wall / 2, "peak_rss_bytes": (number + 1) * 10**9}
         made = build / "choice.json"
-        write(f"costs/{stage}.json", record | {"output": {"path": str(made), "sha256": hashlib.sha256(made.read_bytes()).hexdigest()}})
+        write_json(build / f"costs/{stage}.json", record | {"output": {"path": str(made), "sha256": sha256(made)}})
     return build
 
 
@@ -185,11 +183,11 @@ def collect(build: Path, names: tuple[str, ...] = ("plain", "base", "full"), bas
     return table.collect(build.parent)
 
 
-def forget(build: Path, folder: str, value: Any) -> None:
+def forget(build: Path, folder: str) -> None:
     """What the stages write where no variant asks for files, or for tasks."""
     for path in (build / folder).glob("*.json"):
         if folder == "tasks" or path.stem != "dense":
-            path.write_text(json.dumps(value), encoding="utf-8")
+            Workspace(build.parent).save(path, {})
 
 
 @pytest.fixture
@@ -241,10 +239,8 @@ def test_no_gap_without_a_baseline(build: Path) -> None:
 def test_no_gap_where_the_baseline_is_no_worse(build: Path) -> None:
     """Equal perplexities would divide by zero; a baseline better than the dense model would turn the sign."""
     for text, value in (("test", 2.0), ("validation", 1.9)):
-        path = build / "evaluate" / "base.json"
-        changed = json.loads(path.read_text(encoding="utf-8"))
-        changed["perplexity"][text] = math.exp(value)
-        path.write_text(json.dumps(changed), encoding="utf-8")
+        worse = {text: math.exp(value)}
+        change_artifact(build / "evaluate" / "base.json", lambda found, worse=worse: found["perplexity"].update(worse))
     results = collect(build)
     assert table.gap_closed(results, results.pruned[2], "test") is None
     assert table.gap_closed(results, results.pruned[2], "validation") is None
@@ -297,16 +293,16 @@ def test_the_script_completes_the_page(build: Path) -> None:
 )
 def test_stages_that_a_recipe_needs(build: Path, method: str, induced: bool, expected: list[str]) -> None:
     """Oracle: what each allocation reads, and where learned factors come from, in the graph's order."""
-    edit(build / "facts" / "full.json", lambda found: found["settings"]["allocation"].update(method=method))
+    change_artifact(build / "facts" / "full.json", lambda found: found["settings"]["allocation"].update(method=method))
     if not induced:
-        edit(build / "facts" / "full.json", lambda found: found["settings"].update(induce=None))
+        change_artifact(build / "facts" / "full.json", lambda found: found["settings"].update(induce=None))
     assert table.stages(collect(build).pruned[2]) == [*expected, "prune-full"]
 
 
 def test_a_task_of_several_presets_is_told_apart(build: Path) -> None:
     """A column per preset and task where a model was measured on more than one preset. Oracle: the names."""
     for name in LOG_PERPLEXITY:
-        edit(build / "tasks" / f"{name}.json", lambda found: found.update(few=found["zero"]))
+        change_artifact(build / "tasks" / f"{name}.json", lambda found: found.update(few=found["zero"]))
     expected = [f"{preset} {task}" for preset in ("few", "zero") for task in ("free", "next_line")]
     assert list(collect(build).tasks) == expected
     assert [column.head for column in table.comparison(collect(build)) if column.group == "accuracy, %"] == expected
@@ -348,7 +344,7 @@ def test_what_the_table_leaves_out_is_told(build: Path) -> None:
     assert cut in told and moments in told
     assert "`free`: all of 50 items, guessing gives an unknown share; `next_line`: 100 of 200 items, guessing gives 25%." in told
     assert "Not exported, so not weighed: `plain`." in told
-    forget(build, "tasks", {})
+    forget(build, "tasks")
     assert table.notes(collect(build, ("plain",), baseline="gone")) == [
         "No gap is given: the baseline `gone` is not among the variants (see `report.baseline`)."
     ]
@@ -394,7 +390,7 @@ def test_the_plot_names_fields_of_the_points(build: Path) -> None:
 def test_the_gate_is_told(build: Path) -> None:
     """e^2.125 against e^2.5."""
     assert "names `full`: perplexity 8.37 on `validation`, against `base` 12.18." in said(render(collect(build)))
-    (build / "choice.json").write_text(json.dumps({"text": "validation", "chosen": None, "perplexity": {}}), encoding="utf-8")
+    change_artifact(build / "choice.json", lambda _: {"text": "validation", "chosen": None, "perplexity": {}})
     assert "The gate (" not in said(render(collect(build)))
 
 
@@ -413,29 +409,27 @@ def test_only_the_named_variants_are_reported(build: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "mend"),
+    "name",
     [
-        ("facts/full.json", "dvc repro prune@full"),
-        ("evaluate/dense.json", "dvc repro evaluate-dense"),
-        ("completions/base.json", "dvc repro evaluate@base"),
-        ("sensitivity/estimate.json", "dvc repro sensitivity"),
-        ("sensitivity/sensitivity.json", "dvc repro sensitivity"),
-        ("tasks/dense.json", "dvc repro tasks-dense"),
-        ("tasks/base.json", "dvc repro tasks@base"),
-        ("prepare/model.json", "dvc repro prepare"),
-        ("sizes/dense.json", "dvc repro prepare"),
-        ("sizes/full.json", "dvc repro export@full"),
+        "facts/full",
+        "evaluate/dense",
+        "completions/base",
+        "sensitivity/estimate",
+        "sensitivity/sensitivity",
+        "tasks/dense",
+        "prepare/model",
+        "sizes/full",
     ],
 )
-def test_a_missing_file_is_told(build: Path, name: str, mend: str) -> None:
-    (build / name).unlink()
-    with pytest.raises(SparselineError, match=f"{re.escape(name)} is missing; run `{mend}`"):
+def test_a_missing_file_is_told(build: Path, name: str) -> None:
+    (build / f"{name}.json").unlink()
+    with pytest.raises(SparselineError, match=f"{re.escape(name)}.json is missing; run `dvc repro`"):
         collect(build)
 
 
 def test_a_damaged_file_is_told(build: Path) -> None:
     (build / "facts" / "full.json").write_text("{", encoding="utf-8")
-    with pytest.raises(SparselineError, match=r"full\.json cannot be read .* run `dvc repro -f prune@full`"):
+    with pytest.raises(SparselineError, match=r"full\.json is damaged .* run `dvc repro`"):
         collect(build)
 
 
@@ -459,9 +453,9 @@ def test_sizes_are_on_the_page(build: Path) -> None:
     html = render(collect(build))
     assert ">bits per weight<" in html and "no smaller than the same" not in html
     compressed = {"matrix_bytes": 2062, "file_bytes": 4200, "bits": 4.125}
-    edit(build / "sizes" / "full.json", lambda found: found["formats"].update({"compressed-tensors": compressed}))
+    change_artifact(build / "sizes" / "full.json", lambda found: found["formats"].update({"compressed-tensors": compressed}))
     assert "no smaller than the same quantisation without pruning" in render(collect(build))
-    forget(build, "sizes", None)
+    forget(build, "sizes")
     nothing = render(collect(build))
     assert "No variant is exported" in nothing and ">bits per weight<" not in nothing
 
@@ -559,19 +553,19 @@ def test_errors_that_were_not_measured_stay_empty(build: Path) -> None:
         for matrix in found["matrices"].values():
             del matrix["layer_error"], matrix["damping"]
 
-    edit(build / "facts" / "plain.json", unmeasured)
+    change_artifact(build / "facts" / "plain.json", unmeasured)
     html = render(collect(build))
     shown = re.findall(r"<text[^>]*>([^<]*)</text>", drawn(html)["layer-error"])
     assert {"base", "full"} <= set(shown) and "plain" not in shown
     assert "Not measured: plain." in html
     for name in ("base", "full"):
-        edit(build / "facts" / f"{name}.json", unmeasured)
+        change_artifact(build / "facts" / f"{name}.json", unmeasured)
     assert "layer-error" not in drawn(render(collect(build)))
 
 
 def test_without_induction_sensitivity_and_fit(build: Path) -> None:
     """Each section says in a sentence why it has no figure."""
-    forget(build, "sizes", None)
+    forget(build, "sizes")
     html = render(collect(build, ("plain", "base")))
     assert list(drawn(html)) == ["perplexity", "layer-error"]
     for sentence in (
@@ -592,8 +586,8 @@ def test_the_dense_model_alone(build: Path) -> None:
 
 def test_without_tasks_and_completions(build: Path) -> None:
     for name in LOG_PERPLEXITY:
-        (build / "completions" / f"{name}.json").write_text("[]", encoding="utf-8")
-    forget(build, "tasks", {})
+        change_artifact(build / "completions" / f"{name}.json", lambda _: {"completions": []})
+    forget(build, "tasks")
     html = render(collect(build))
     for sentence in ("No tasks were run", "None were asked for"):
         assert sentence in html
@@ -667,7 +661,7 @@ def test_provenance_is_complete(build: Path, rendered: str) -> None:
 
 def test_a_damaged_text_is_told(build: Path) -> None:
     (build / "texts" / "evaluate" / "test.safetensors").write_bytes(b"")
-    with pytest.raises(SparselineError, match=r"test\.safetensors cannot be read .* run `dvc repro -f text@test`"):
+    with pytest.raises(SparselineError, match=r"test\.safetensors is damaged .* run `dvc repro`"):
         collect(build)
 
 

@@ -24,6 +24,7 @@ from project import build, change_params, environment, holder, invoke, make_work
 from pipeline_lib.core import artifacts, process, runtime
 from pipeline_lib.core.artifacts import block_file, read_tensors
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.prune.window import Block
 
@@ -63,8 +64,8 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(workspace)
         build("keys", "prepare", "text calibration", "calibrate", "scale", *(f"allocate {name}" for name in variants))
         for name in variants:
-            (workspace / "build" / "induce" / name).mkdir(parents=True)
-            shutil.copyfile("build/scale/transform.safetensors", f"build/induce/{name}/transform.safetensors")
+            with Workspace().directory(Path("build/induce") / name) as made:
+                shutil.copyfile("build/scale/transform.safetensors", made / "transform.safetensors")
     return workspace
 
 
@@ -99,8 +100,8 @@ def undisturbed(alone: Callable[[str], dict[str, str]]) -> dict[str, str]:
 
 
 def finished(workspace: Path) -> int:
-    """Blocks whose facts, the last of their files, are in the scratch directory."""
-    return len(list(scratch(workspace).glob("prune/*/facts/block-*.json")))
+    """Blocks whose checksums, the last of their files, are in the scratch directory."""
+    return len(list(scratch(workspace).glob("prune/*/finished-*.json")))
 
 
 def kill_after(workspace: Path, blocks: int) -> int:
@@ -121,8 +122,8 @@ def kill_after(workspace: Path, blocks: int) -> int:
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(workspace: Path, undisturbed: dict[str, str]) -> None:
-    """Killed after the first block and again after the third. A kill can also come between a block's files: without its facts a block is
-    done again, whatever else of it lies there.
+    """Killed after the first block and again after the third. A kill can also come between a block's files: without its checksums a block
+    is done again, whatever else of it lies there.
     """
     before = tree(workspace / "build")
     for blocks in (1, 3):
@@ -130,7 +131,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(workspace: Path, undistur
         assert blocks <= done < BLOCKS
         assert tree(workspace / "build") == before  # no output, whole or partial
     (directory,) = scratch(workspace).glob("prune/*/")
-    (directory / "facts" / f"block-{done - 1:03d}.json").unlink()
+    (directory / f"finished-{done - 1:03d}.json").unlink()
     for path in (*directory.glob(f"checkpoint/model-{done:05d}-*"), *directory.glob(f"masks/block-{done - 1:03d}.*")):
         path.write_bytes(path.read_bytes()[:100])
     (directory / "checkpoint" / f".model-{done + 1:05d}-of-{BLOCKS + 1:05d}.safetensors.partial").write_bytes(b"half")
@@ -324,7 +325,7 @@ def test_two_runs_at_once(
     assert re.fullmatch(rf"{stage}: {owner} has these blocks; waiting until it ends\n", said)
     os.kill(first.pid, signal.SIGCONT)
     if killed:
-        while not list(scratch(one).glob(f"{name}/*/facts/*.json")):
+        while not list(scratch(one).glob(f"{name}/*/finished-*.json")):
             time.sleep(0.01)
         first.kill()
     first.communicate()

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from project import build, change_params, make_workspace, tree
+from project import build, change_params, load_artifact, make_workspace, tree
 from scipy.stats import kendalltau
 from tiny import ALL_FAMILIES, load_full, make_model, token_rows
 from torch.nn.functional import cross_entropy
@@ -383,7 +383,7 @@ def test_the_stage_writes_what_it_estimated(workspace: Path, estimator: str) -> 
         gradients = fisher.samples(subject(checkpoint, rows), settings, probes, moments)
         samples += gradients if estimator == "fisher" else hutchinson.samples(subject(checkpoint, rows), settings, probes)
     moments.finish(checkpoint.architecture.depth)
-    written = read_json(out / "sensitivity.json")
+    written = load_artifact(out / "sensitivity.json")
     expected = Estimate(samples, 0, False).summary()
     assert {name: {key: one[key] for key in ("trace", "stderr", "sensitivity")} for name, one in written.items()} == expected
     assert written["layers.1.mlp.down_proj"]["kind"] == "down"
@@ -397,7 +397,7 @@ def test_the_stage_writes_what_it_estimated(workspace: Path, estimator: str) -> 
     }
     assert facts["agreement"] == split_half(samples)
     assert facts["reached"] == (split_half(samples) >= 1)
-    assert tree(out / "moments") == tree(workspace / "moments")
+    assert {name: digest for name, digest in tree(out / "moments").items() if name != "seal.json"} == tree(workspace / "moments")
     assert read_tensors(out / "moments" / "block-001.safetensors")[1] == {"full": True, "tokens": 8 * 31}
 
 
@@ -416,4 +416,4 @@ def test_moments_beyond_the_budget_fall_back(workspace: Path) -> None:
 def test_without_moments_there_are_none(workspace: Path) -> None:
     change_params(workspace, "sensitivity.output_moments", "none")
     build("sensitivity")
-    assert not list((workspace / "build" / "sensitivity" / "moments").iterdir())
+    assert tree(workspace / "build" / "sensitivity" / "moments").keys() == {"seal.json"}

@@ -1,4 +1,4 @@
-"""Atomic, byte-deterministic artifacts: safetensors and JSON, each with a schema version."""
+"""Files and directories that appear in one step, under bytes that equal contents share: text, JSON, safetensors."""
 
 import errno
 import glob
@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from pipeline_lib.core import process
+from pipeline_lib.core import files, process
 from pipeline_lib.core.errors import SparselineError
 
 if TYPE_CHECKING:
     import torch
 
-SCHEMA = 1  # raised when a file's meaning changes; docs/artifacts.md describes each
 ABANDONED = 14 * 24 * 3600  # seconds after which what a process left on a shared disk counts as nobody's
 
 
@@ -81,6 +80,12 @@ def _here() -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
 
 
+def final_name(name: str) -> str:
+    """What a temporary name is to become."""
+    found = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}\.partial", name)
+    return found[1] if found else name
+
+
 def _abandoned(temporary: Path) -> bool:
     """Whether the process that wrote it is gone: by its number if it was a process here, else by the file's age."""
     found = re.search(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.partial$", temporary.name)
@@ -92,8 +97,8 @@ def _abandoned(temporary: Path) -> bool:
 def newest(path: Path) -> float:
     """When the newest file of a tree was written, in seconds since the epoch; 0 where there is nothing."""
     found = [str(path)]
-    for folder, folders, files in os.walk(path):  # unlike rglob, it passes over what another process removes meanwhile
-        found += [os.path.join(folder, name) for name in (*folders, *files)]  # noqa: PTH118
+    for folder, below, names in os.walk(path):  # unlike rglob, it passes over what another process removes meanwhile
+        found += [os.path.join(folder, name) for name in (*below, *names)]  # noqa: PTH118
     times = [0.0]
     for one in found:
         with suppress(OSError):
@@ -125,9 +130,13 @@ def save_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: di
         raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, raw: bytes) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(raw)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -137,14 +146,14 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(files.text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise SparselineError(f"{path} cannot be read ({error}); run `dvc repro` to make it again.") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], facts: Mapping[str, Any] | None = None) -> None:
     """One safetensors file. Facts go into a single metadata key, since several keys come out in random order."""
-    metadata = {"sparseline": json.dumps({"schema": SCHEMA, **(facts or {})}, sort_keys=True)}
+    metadata = {"sparseline": json.dumps(dict(facts or {}), sort_keys=True)}
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with replacing(path) as temporary:
         save_tensors(temporary, ordered, metadata)
@@ -154,26 +163,18 @@ def read_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]
     """Tensors and facts of one of our safetensors files.
 
     Raises:
-        SparselineError: the file is missing, damaged, or of another schema version.
+        SparselineError: the file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("sparseline", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
+        with files.opened(path), safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["sparseline"])
+            return {name: file.get_tensor(name) for name in file.keys()}, facts
+    except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise SparselineError(f"{path} cannot be read ({error}); run `dvc repro` to make it again.") from error
-    if facts.pop("schema", None) != SCHEMA:
-        raise SparselineError(f"{path} was written by another version of Sparseline; run `dvc repro` to make it again.")
-    return tensors, facts
 
 
 def block_file(directory: Path, block: int) -> Path:
     """Where an artifact of one file per block keeps a block's tensors."""
     return directory / f"block-{block:03d}.safetensors"
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline_lib.core import environment, process, settings
-from pipeline_lib.core.artifacts import sha256, write_json
+from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.files import sha256
 from pipeline_lib.core.progress import duration
 
 if TYPE_CHECKING:

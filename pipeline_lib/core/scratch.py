@@ -61,6 +61,8 @@ def hold(name: str, key: str, what: str) -> Iterator[Scratch]:
     lock = _acquire(place, key, what)
     kept = place / key
     try:
+        if kept.is_symlink() or not kept.is_dir():
+            kept.unlink(missing_ok=True)
         kept.mkdir(exist_ok=True)
         for left in kept.rglob(".*.partial"):  # of dead processes, since the lock is ours
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)

@@ -1,7 +1,16 @@
-"""Where the artifacts of a project are: every path of the pipeline, in one place."""
+"""Where the artifacts of a project are: every path of the pipeline, in one place, and how they are read and written."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline_lib.core import artifacts, files, seals
+from pipeline_lib.core.errors import SparselineError
+
+if TYPE_CHECKING:
+    import torch
 
 DENSE = "dense"  # the source model, where variants are named
 
@@ -11,6 +20,7 @@ class Workspace:
     """A project's directory; stages run in it. docs/artifacts.md says what the files hold."""
 
     root: Path = Path()
+    _models: list[str] = field(default_factory=list, init=False, compare=False, repr=False)  # at most one: see ``made_for``
 
     @property
     def build(self) -> Path:
@@ -100,3 +110,113 @@ class Workspace:
         places = (self.curves, self.allocation, self.induced, self.pruned, self.facts, self.evaluation, self.completions, self.tasks)
         folders = {place(DENSE).parent for place in (*places, self.export, self.sizes)}
         return [path for folder in sorted(folders) for path in folder.glob("[!.]*")]
+
+    # Reading and writing
+
+    def made_for(self, model: str | None, path: Path) -> None:
+        """Take note of the model that an artifact is of, by its digest. All that a stage reads must be of the same one; so is what it writes.
+
+        Raises:
+            SparselineError: an artifact of another model was read before.
+        """
+        if model is not None and not self._models:
+            self._models.append(model)
+        if model not in (None, *self._models):
+            raise SparselineError(
+                f"{path} was made for another model than the other artifacts in build/; run `dvc repro` to make it again."
+            )
+
+    def save(self, path: Path, value: Mapping[str, Any]) -> None:
+        """Write a JSON object with its seal; an empty one says that the stage had nothing to do."""
+        artifacts.write_bytes(path, seals.sealed_json(value, self._seal(path)))
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """A JSON object, without its seal.
+
+        Raises:
+            SparselineError: it is missing, damaged, another artifact, or of another model than what was read before.
+        """
+        return self._checked(path, seals.parse_json)[0]
+
+    def save_tensors(self, path: Path, tensors: Mapping[str, "torch.Tensor"], facts: Mapping[str, Any]) -> None:
+        """Write a safetensors file with its seal; it is made in memory."""
+        artifacts.write_bytes(path, seals.sealed_tensors(tensors, facts, self._seal(path)))
+
+    def load_tensors(self, path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
+        """Tensors and facts.
+
+        Raises:
+            SparselineError: as ``load``.
+        """
+        from safetensors.torch import load
+
+        facts, raw = self._checked(path, seals.parse_facts)
+        return load(raw), facts
+
+    def load_facts(self, path: Path) -> dict[str, Any]:
+        """The facts alone, without torch; the tensors are checked too.
+
+        Raises:
+            SparselineError: as ``load``.
+        """
+        return self._checked(path, seals.parse_facts)[0]
+
+    @contextmanager
+    def directory(self, path: Path, known: Mapping[str, str] | None = None) -> Iterator[Path]:
+        """A directory to write an artifact's files to; with its seal it takes the old one's place when the body ends well.
+
+        Args:
+            known: SHA-256 of files that need not be read again, by their paths in the directory.
+        """
+        with artifacts.replacing(path) as temporary:
+            temporary.mkdir()
+            yield temporary
+            self.save(temporary / seals.FILE, {"files": seals.digests(temporary, known or {})})
+
+    def leave_empty(self, path: Path) -> None:
+        """A directory of a stage that had nothing to do: its seal is all that it holds."""
+        with self.directory(path):
+            pass
+
+    def opened(self, path: Path) -> Path:
+        """A directory whose files are what its stage wrote.
+
+        Raises:
+            SparselineError: as ``load``; a file is missing, damaged, or not one of them.
+        """
+        recorded = self.load(path / seals.FILE)["files"]
+        try:
+            seals.compare(recorded, seals.digests(path))
+        except seals.BrokenSealError as error:
+            raise SparselineError(f"{path} {error}; run `dvc repro` to make it again.") from error
+        return path
+
+    def included(self) -> list[dict[str, Any]]:
+        """The logical matrices that are to be pruned, as prepare listed them: name, block, label, kind, shape.
+
+        Raises:
+            SparselineError: as ``opened``.
+        """
+        self.load(self.model)  # which says for which model they are
+        return [matrix for matrix in artifacts.read_json(self.opened(self.matrices.parent) / self.matrices.name) if matrix["included"]]
+
+    def _seal(self, path: Path) -> seals.Seal:
+        return seals.Seal(self._file(path), next(iter(self._models), None))
+
+    def _file(self, path: Path) -> str:
+        """Its path in the project, also of what is being written under a temporary name."""
+        parts = path.relative_to(self.root).parts
+        return "/".join(artifacts.final_name(part) for part in parts)
+
+    def _checked(self, path: Path, parse: Callable[[bytes, str], tuple[dict[str, Any], seals.Seal]]) -> tuple[dict[str, Any], bytes]:
+        try:
+            raw = files.read(path)
+            value, seal = parse(raw, self._file(path))
+        except FileNotFoundError as error:
+            raise SparselineError(f"{path} is missing; run `dvc repro` to make it.") from error
+        except OSError as error:
+            raise SparselineError(f"{path} cannot be read ({error.strerror}); run `dvc repro` to make it again.") from error
+        except seals.BrokenSealError as error:
+            raise SparselineError(f"{path} {error}; run `dvc repro` to make it again.") from error
+        self.made_for(seal.model, path)
+        return value, raw

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from pipeline_lib.core.artifacts import replacing, sha256
+from pipeline_lib.core.artifacts import replacing
+from pipeline_lib.core.files import sha256
 from pipeline_lib.export import load, manifest, tensorfile
 from pipeline_lib.export.bits import words
 from pipeline_lib.export.dense import Others

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from pipeline_lib.core.artifacts import sha256, write_text
+from pipeline_lib.core.artifacts import write_text
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.files import is_plain, sha256
 
 MANIFEST = "bitmask.json"
 FORMAT, VERSION = "sparseline-bitmask", 1
@@ -27,12 +28,6 @@ def add(directory: Path, name: str) -> None:
     """Vouch for one more file."""
     value = read(directory)
     write(directory, {key: value[key] for key in ("weights", "indexed")} | {"files": value["files"] | {name: sha256(directory / name)}})
-
-
-def _inside(name: str) -> bool:
-    """A plain relative path."""
-    path = PurePosixPath(name)
-    return path.as_posix() == name and name != "." and not path.is_absolute() and ".." not in path.parts
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -58,7 +53,7 @@ def read(directory: Path) -> dict[str, Any]:
     if found != (FORMAT, VERSION):
         raise SparselineError(f"{path} is of format {found[0]!r}, version {found[1]!r}; this reads {FORMAT!r}, version {VERSION}.")
     weights = [*value["weights"], *(entry["dense"] for entry in value["weights"].values())]
-    if any(Path(name).name != name for name in weights) or not all(map(_inside, value["files"])):
+    if any(Path(name).name != name for name in weights) or not all(map(is_plain, value["files"])):
         raise SparselineError(f"{path} names files outside its directory; take the checkpoint from another source.")
     for name, digest in value["files"].items():
         try:

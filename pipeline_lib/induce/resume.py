@@ -2,22 +2,26 @@
 
 from pathlib import Path
 
+from pipeline_lib.core.artifacts import block_file
+from pipeline_lib.core.kept import Kept
 from pipeline_lib.induce.induce import Outcome
 from pipeline_lib.models.transform import read_transforms, write_transforms
 
 
-def _file(directory: Path, index: int) -> Path:
-    return directory / f"block-{index:03d}.safetensors"
-
-
-def keep(directory: Path, index: int, outcome: Outcome) -> None:
+def keep(kept: Kept, index: int, outcome: Outcome) -> None:
     """Store one block's outcome."""
-    write_transforms(_file(directory, index), {0: outcome.transform}, outcome.facts() | {"curve": outcome.curve})
+    path = _file(kept, index)
+    write_transforms(path, {0: outcome.transform}, outcome.facts() | {"curve": outcome.curve})
+    kept.finish(index, [path])
 
 
-def kept(directory: Path, index: int) -> Outcome | None:
+def finished(kept: Kept, index: int) -> Outcome | None:
     """A finished block's outcome, equal to the last bit, or None."""
-    if not _file(directory, index).exists():
+    if not kept.finished(index):
         return None
-    (transform,), facts = read_transforms(_file(directory, index), 1)
+    (transform,), facts = read_transforms(_file(kept, index), 1)
     return Outcome(transform=transform, **facts)
+
+
+def _file(kept: Kept, index: int) -> Path:
+    return block_file(kept.directory, index)

@@ -3,7 +3,6 @@
 from pipeline_lib.allocate.budget import Unit
 from pipeline_lib.allocate.methods import Measured, counts
 from pipeline_lib.allocate.settings import CURVES, SENSITIVITIES
-from pipeline_lib.core import artifacts
 from pipeline_lib.core.counts import check, target
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.masks.settings import Pattern
@@ -16,19 +15,19 @@ def allocate(workspace: Workspace, variant: str, part: AllocatePart) -> str:
     Raises:
         SparselineError: an N:M pattern does not divide a matrix, or no allocation meets the budget.
     """
-    listed = [matrix for matrix in artifacts.read_json(workspace.matrices) if matrix["included"]]
+    listed = workspace.included()
     pattern = Pattern.parse(part.pattern)
     units = [Unit(m["name"], m["block"], m["shape"][0] * m["shape"][1], pattern.quantum(m["name"], tuple(m["shape"]))) for m in listed]
     total = sum(unit.size for unit in units)
     measured: Measured = {}
     if part.allocation.method in CURVES:
-        measured = artifacts.read_json(workspace.curves(variant))
+        measured = workspace.load(workspace.curves(variant))
     elif part.allocation.method in SENSITIVITIES:
-        measured = artifacts.read_json(workspace.sensitivity / "sensitivity.json")
+        measured = workspace.load(workspace.sensitivity / "sensitivity.json")
     kept = counts(units, part.sparsity, part.allocation, measured)
     check(sum(kept), target(part.sparsity, total), max(unit.quantum for unit in units))
     densities = [count / unit.size for count, unit in zip(kept, units, strict=True)]
-    artifacts.write_json(
+    workspace.save(
         workspace.allocation(variant),
         {
             "kept": {unit.name: count for unit, count in zip(units, kept, strict=True)},

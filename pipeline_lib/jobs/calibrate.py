@@ -17,8 +17,7 @@ def calibrate(workspace: Workspace, source: ModelParams, params: CalibrateParams
     rows = calibration_rows(workspace)
     depth = model.checkpoint.architecture.depth
     grams = gram_bytes(model.checkpoint.architecture) <= settings.gram_bytes()
-    with artifacts.replacing(workspace.statistics) as directory:
-        directory.mkdir()
+    with workspace.directory(workspace.statistics) as directory:
         walked = walk(model, rows["fit"], rows["held_out"], params, grams)
         for index, sites in track(walked, "calibrate", "blocks", depth):
             tensors: dict[str, torch.Tensor] = {}

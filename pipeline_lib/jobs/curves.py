@@ -9,7 +9,7 @@ from pipeline_lib.measure.curves import measure
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.recipe.variants import CurvesPart
 from pipeline_lib.stats.dense import DenseBlock
-from pipeline_lib.stats.inputs import calibration_rows, included, open_model
+from pipeline_lib.stats.inputs import calibration_rows, open_model
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import stored_or_walked
 
@@ -22,17 +22,18 @@ def curves(workspace: Workspace, source: ModelParams, variant: str, part: Curves
     """
     model = open_model(workspace, source)
     entry, checkpoint = model.checkpoint.architecture, model.checkpoint
-    listed = {matrix["name"]: matrix for matrix in included(workspace)}
+    listed = {matrix["name"]: matrix for matrix in workspace.included()}
     for name, matrix in listed.items():
         part.selection.shape.quantum(name, tuple(matrix["shape"]))
-    sensitivities = artifacts.read_json(workspace.sensitivity / "sensitivity.json")
+    sensitivities = workspace.load(workspace.sensitivity / "sensitivity.json")
+    directory = workspace.opened(workspace.sensitivity / "moments")
     fit = calibration_rows(workspace)["fit"]
     found: dict[str, dict[str, Any]] = {}
     weighted = False
-    statistics = stored_or_walked(workspace.statistics, model, fit, fit[:0], calibrate)
+    statistics = stored_or_walked(workspace.opened(workspace.statistics), model, fit, fit[:0], calibrate)
     for index, sites in track(statistics, f"curves {variant}", "blocks", entry.depth):
         own = [matrix for matrix in entry.matrices if entry.matrix_name(index, matrix) in listed]
-        path = artifacts.block_file(workspace.sensitivity / "moments", index)
+        path = artifacts.block_file(directory, index)
         moments = artifacts.read_tensors(path)[0] if path.exists() else {}
         weighted = weighted or bool(moments)
         where = f"{entry.blocks}.{index}"
@@ -40,6 +41,6 @@ def curves(workspace: Workspace, source: ModelParams, variant: str, part: Curves
         measured = measure(block, own, moments, part.selection, part.compensate, part.curves)
         for label, facts in measured.items():
             found[f"{where}.{label}"] = sensitivities.get(f"{where}.{label}", {}) | facts
-    artifacts.write_json(workspace.curves(variant), found)
+    workspace.save(workspace.curves(variant), found)
     points = len(next(iter(found.values()))["curve"]["density"])
     return f"{len(found)} matrices at {points} densities, moments in {'use' if weighted else 'none'}"

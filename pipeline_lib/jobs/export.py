@@ -2,7 +2,6 @@
 
 from functools import partial
 
-from pipeline_lib.core import artifacts
 from pipeline_lib.core.workspace import DENSE, Workspace
 from pipeline_lib.export.card import Measured, Pruned, card
 from pipeline_lib.export.export import Variant, export
@@ -13,12 +12,12 @@ from pipeline_lib.models.source import open_source
 
 def export_variant(workspace: Workspace, source: ModelParams, variant: str, params: ExportParams) -> str:
     """Each format with a model card; a sentence on their sizes."""
-    facts = artifacts.read_json(workspace.facts(variant))
-    pruned = Pruned(variant, artifacts.read_json(workspace.model), facts)
-    own, dense = (artifacts.read_json(workspace.evaluation(name))["perplexity"] for name in (variant, DENSE))
+    facts = workspace.load(workspace.facts(variant))
+    pruned = Pruned(variant, workspace.load(workspace.model), facts)
+    own, dense = (workspace.load(workspace.evaluation(name))["perplexity"] for name in (variant, DENSE))
     written = partial(card, pruned, Measured(own, dense))
-    left = Variant(variant, facts["settings"]["selection"]["pattern"], workspace.pruned(variant))
+    left = Variant(variant, facts["settings"]["selection"]["pattern"], workspace.opened(workspace.pruned(variant)))
     sizes = export(open_source(workspace, source), left, workspace.export(variant), params.formats, written)
-    artifacts.write_json(workspace.sizes(variant), sizes)
+    workspace.save(workspace.sizes(variant), sizes)
     told = ", ".join(f"{name} {one['bits']:.2f} bits per weight" for name, one in sizes["formats"].items())
     return f"{told}; in theory {sizes['theoretical_bits']:.2f}"

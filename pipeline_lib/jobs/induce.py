@@ -6,11 +6,12 @@ import click
 import torch
 
 from pipeline_lib.core import artifacts, runtime, scratch
+from pipeline_lib.core.kept import Kept
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.induce.gate import Gate
 from pipeline_lib.induce.induce import induce_block
-from pipeline_lib.induce.resume import keep, kept
+from pipeline_lib.induce.resume import finished, keep
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.transform import read_transforms, write_transforms
 from pipeline_lib.recipe.variants import InducePart
@@ -25,8 +26,8 @@ def induce(workspace: Workspace, source: ModelParams, variant: str, part: Induce
     what = f"induce {variant}"
     model = open_model(workspace, source)
     entry, checkpoint = model.checkpoint.architecture, model.checkpoint
-    allocated = artifacts.read_json(workspace.allocation(variant))["kept"]
-    starts, _ = read_transforms(workspace.start, entry.depth)
+    allocated = workspace.load(workspace.allocation(variant))["kept"]
+    starts, _ = read_transforms(workspace.opened(workspace.start.parent) / workspace.start.name, entry.depth)
     rows = calibration_rows(workspace)
     judging = rows["held_out"]
     if not len(judging):
@@ -37,10 +38,11 @@ def induce(workspace: Workspace, source: ModelParams, variant: str, part: Induce
     described = " ".join(one.model_dump_json() for one in (part, source, calibrate))
     inputs = [Path(__file__), workspace.model, workspace.allocation(variant), workspace.start, calibration_file(workspace)]
     with scratch.hold("induce", runtime.resume_key(described, inputs), what) as held:
-        if done := sum(kept(held.kept, index) is not None for index in range(entry.depth)):
+        kept = Kept(held.kept, what)
+        if done := sum(map(kept.finished, range(entry.depth))):
             click.echo(f"{what}: resuming after {done} of {entry.depth} blocks")
         outcomes = {}
-        statistics = stored_or_walked(workspace.statistics, model, rows["fit"], rows["held_out"], calibrate)
+        statistics = stored_or_walked(workspace.opened(workspace.statistics), model, rows["fit"], rows["held_out"], calibrate)
         for index, sites in track(statistics, what, "blocks", entry.depth):
             tensors = {name: tensor.to(torch.float32) for name, tensor in checkpoint.block(index).items()}
             names = {matrix: entry.matrix_name(index, matrix) for matrix in entry.matrices}
@@ -49,20 +51,20 @@ def induce(workspace: Workspace, source: ModelParams, variant: str, part: Induce
             judge = gate.enter(index, dense, counts)
             if not counts:
                 continue
-            outcome = kept(held.kept, index)
+            outcome = finished(kept, index)
             if outcome is None:
                 outcome = induce_block(dense, counts, starts[index], part.selection, part.induce, judge)
-                keep(held.kept, index, outcome)
+                keep(kept, index, outcome)
             outcomes[index] = outcome
-        out = workspace.induced(variant)
         curve = [{"block": index, **point} for index, outcome in outcomes.items() for point in outcome.curve]
         facts = {
             "settings": part.induce.model_dump(mode="json"),
             "induction": {str(index): outcome.facts() for index, outcome in outcomes.items()},
             "curve": curve,
         }
-        write_transforms(out / "transform.safetensors", {index: outcome.transform for index, outcome in outcomes.items()}, facts)
-        artifacts.write_json(out / "curve.json", curve)
+        with workspace.directory(workspace.induced(variant)) as directory:
+            write_transforms(directory / "transform.safetensors", {index: outcome.transform for index, outcome in outcomes.items()}, facts)
+            artifacts.write_json(directory / "curve.json", curve)
     choices = [outcome.choice for outcome in outcomes.values()]
     tally = ", ".join(f"{choice} in {choices.count(choice)}" for choice in ("learned", "start", "none"))
     changed = sum(outcome.mask_changed for outcome in outcomes.values()) / max(1, len(outcomes))

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from pipeline_lib.core import artifacts, environment
+from pipeline_lib.core import artifacts, environment, files
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import DENSE, Workspace
 from pipeline_lib.export.sizes import Bytes, Weights, summary
@@ -13,7 +13,7 @@ from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint, remote_c
 from pipeline_lib.models.files import grouped
 from pipeline_lib.models.names import Selection, select
 from pipeline_lib.models.settings import ModelParams
-from pipeline_lib.models.source import fetch, not_fetched, recorded_files
+from pipeline_lib.models.source import fetch, identity, not_fetched, recorded_files
 from pipeline_lib.models.tokenizer import ids_beyond, load_tokenizer
 
 
@@ -37,14 +37,16 @@ def prepare(workspace: Workspace, source: ModelParams) -> str:
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "parameters": checkpoint.parameters,
         "versions": artifacts.read_json(environment.FILE),
-        "sha256": {name: artifacts.sha256(directory / name) for name in track(recorded_files(checkpoint), "prepare, hashes", "files")},
+        "sha256": {name: files.sha256(directory / name) for name in track(recorded_files(checkpoint), "prepare, hashes", "files")},
     }
-    artifacts.write_json(workspace.model, facts)
-    artifacts.write_json(workspace.matrices, matrices)
+    workspace.made_for(identity(facts["sha256"]), workspace.model)
+    with workspace.directory(workspace.model.parent) as made:
+        workspace.save(made / workspace.model.name, facts)
+        artifacts.write_json(made / workspace.matrices.name, matrices)
     bits = 8 * checkpoint.dtype.itemsize
     size = Bytes(sum(parameters.values()) * bits // 8, sum((directory / name).stat().st_size for name in set(checkpoint.files.values())))
     weights = [Weights(total, total, bits) for total in parameters.values()]
-    artifacts.write_json(workspace.sizes(DENSE), summary(weights, {"dense": size}))
+    workspace.save(workspace.sizes(DENSE), summary(weights, {"dense": size}))
     prunable = sum(math.prod(matrix["shape"]) for matrix in matrices if matrix["included"])
     for line in grouped({**not_fetched(source), **checkpoint.left_out}):
         click.echo(f"prepare: not in any result: {line}")

@@ -5,19 +5,20 @@ from typing import Any
 
 import click
 
-from pipeline_lib.core import artifacts, runtime, scratch, settings
+from pipeline_lib.core import runtime, scratch, settings
 from pipeline_lib.core.counts import check
+from pipeline_lib.core.kept import Kept
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.transform import Transform, read_transforms
 from pipeline_lib.prune.plan import REFIT, plan
-from pipeline_lib.prune.resume import Progress
+from pipeline_lib.prune.resume import PARTS, Progress
 from pipeline_lib.prune.run import Rows, Source, prune, stream_bytes
 from pipeline_lib.recipe.settings import FITS, Recipe
 from pipeline_lib.solve.settings import QuantizationParams
 from pipeline_lib.solve.size import packed_bits
-from pipeline_lib.stats.inputs import calibration_facts, calibration_file, calibration_rows, included, open_model
+from pipeline_lib.stats.inputs import calibration_facts, calibration_file, calibration_rows, open_model
 
 
 def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recipe: Recipe) -> str:
@@ -26,15 +27,17 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
     model = open_model(workspace, source)
     entry = model.checkpoint.architecture
     steps = plan(recipe, model.checkpoint.dtype)
-    allocation = artifacts.read_json(workspace.allocation(variant))
-    factors = workspace.induced(variant) / "transform.safetensors"
-    learned = steps.needs.factors  # a run by hand may find factors of another recipe there
-    transforms, transform_facts = read_transforms(factors, entry.depth) if learned else ([Transform()] * entry.depth, {})
-    listed = included(workspace)
+    allocation = workspace.load(workspace.allocation(variant))
+    inputs = [Path(__file__), workspace.model, workspace.allocation(variant)]
+    transforms: list[Transform] = [Transform()] * entry.depth
+    transform_facts: dict[str, Any] = {}
+    if steps.needs.factors:  # a run by hand may find factors of another recipe there
+        inputs.append(workspace.opened(workspace.induced(variant)) / "transform.safetensors")
+        transforms, transform_facts = read_transforms(inputs[-1], entry.depth)
+    listed = workspace.included()
     by_label = {matrix.label: matrix for matrix in entry.matrices}
     kept = {(m["block"], by_label[m["label"]]): allocation["kept"][m["name"]] for m in listed}
-    rows, inputs = None, [Path(__file__), workspace.model, workspace.allocation(variant), *([factors] if learned else [])]
-    spills = False
+    rows, spills = None, False
     if steps.needs.text:
         found = calibration_rows(workspace)
         rows = Rows(found["fit"], found["held_out"], recipe.batch_rows)
@@ -45,13 +48,13 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
             click.echo(f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide which fits are kept")
     described = f"{recipe.model_dump_json()} {source.model_dump_json()}"
     with scratch.hold("prune", runtime.resume_key(described, inputs), what) as held:
-        progress = Progress(held.kept, model.checkpoint, recipe.quantization)
+        progress = Progress(Kept(held.kept, what, PARTS), model.checkpoint, recipe.quantization)
         if done := progress.done():
             click.echo(f"{what}: resuming after {done} of {entry.depth} blocks")
         blocks = prune(Source(model, transforms, kept), rows, steps, progress.finished, held.own if spills else None)
         for index, block in track(blocks, what, "blocks", entry.depth, done):
             progress.keep(index, block)
-        by_block = progress.publish(workspace.pruned(variant))
+        by_block = progress.publish(workspace, workspace.pruned(variant))
 
     matrices = {m["name"]: by_block[m["block"]]["matrices"][m["label"]] | {"block": m["block"]} for m in listed}
     total, size = (sum(facts[key] for facts in matrices.values()) for key in ("kept", "size"))
@@ -73,7 +76,7 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
         "quantization": quantised,
         "calibration": calibration_facts(workspace) if steps.needs.text else None,
     }
-    artifacts.write_json(workspace.facts(variant), summary)
+    workspace.save(workspace.facts(variant), summary)
     at = ""
     if quantised:
         bits = f"{quantised['bits']} bits, {quantised['bits_per_weight']:.2f} bits a weight with masks and scales"

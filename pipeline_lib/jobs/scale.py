@@ -16,11 +16,13 @@ def scale(workspace: Workspace, source: ModelParams, params: ScaleParams) -> str
     runtime.compute()
     checkpoint = open_source(workspace, source)
     entry = checkpoint.architecture
+    directory = workspace.opened(workspace.statistics)
     transforms = {}
     for index in track(range(entry.depth), "scale", "blocks"):
-        statistics = stored(workspace.statistics, entry, index)
+        statistics = stored(directory, entry, index)
         factors = starting_factors(entry, checkpoint.block(index), statistics, params)
         transforms[index] = Transform(factors, shifts(entry, statistics, params))
-    write_transforms(workspace.start, transforms)
+    with workspace.directory(workspace.start.parent) as made:
+        write_transforms(made / workspace.start.name, transforms)
     count = sum(factor.numel() for transform in transforms.values() for factor in transform.factors.values())
     return f"{count:,} factors at {len(entry.couplings)} couplings of {entry.depth} blocks, start {params.start}"

@@ -19,7 +19,7 @@ from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.source import open_source
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.stats.inputs import calibration_rows, included
+from pipeline_lib.stats.inputs import calibration_rows
 
 
 def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityParams) -> str:
@@ -31,7 +31,7 @@ def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityPa
     device = runtime.compute()
     checkpoint = open_source(workspace, source)
     entry = checkpoint.architecture
-    listed = {matrix["name"]: matrix for matrix in included(workspace)}
+    listed = {matrix["name"]: matrix for matrix in workspace.included()}
     matrices = {
         index: {name: matrix for matrix in entry.matrices if (name := entry.matrix_name(index, matrix)) in listed}
         for index in range(entry.depth)
@@ -45,15 +45,14 @@ def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityPa
         click.echo(f"sensitivity: full output moments take {size:,} bytes, more than moment_budget_bytes; diagonals instead")
         full = False
     wanted = params.output_moments != "none"
-    with artifacts.replacing(workspace.sensitivity / "moments") as directory:
-        directory.mkdir()
+    with workspace.directory(workspace.sensitivity / "moments") as directory:
         moments = OutputMoments(directory, full) if wanted else None
         found = _estimate(subject, params, moments)
         if moments is not None:
             moments.finish(entry.depth)
     summary = found.summary()
     described = {name: value | {key: listed[name][key] for key in ("block", "kind")} for name, value in summary.items()}
-    artifacts.write_json(workspace.sensitivity / "sensitivity.json", described)
+    workspace.save(workspace.sensitivity / "sensitivity.json", described)
     artifacts.write_json(workspace.sensitivity / "by_depth.json", list(described.values()))
     facts: dict[str, Any] = {
         "estimator": params.estimator,
@@ -66,7 +65,7 @@ def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityPa
         "output_moments": ("full" if full else "diagonal") if wanted else "none",
         "wanted_moments": params.output_moments,
     }
-    artifacts.write_json(workspace.sensitivity / "estimate.json", facts)
+    workspace.save(workspace.sensitivity / "estimate.json", facts)
     reached = f"{'reached' if found.reached else 'capped below'} {params.agreement:g}"
     return (
         f"{params.estimator}, {len(described)} matrices, {facts['probes']} probes; split-half Kendall τ {found.agreement:.2f}, {reached}; "

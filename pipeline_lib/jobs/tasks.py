@@ -5,7 +5,6 @@ from typing import Any
 
 import click
 
-from pipeline_lib.core import artifacts
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.evaluation.settings import Preset, TasksParams
 from pipeline_lib.evaluation.subject import open_subject
@@ -24,7 +23,7 @@ def tasks(workspace: Workspace, source: ModelParams, name: str, params: TasksPar
             click.echo(f"tasks {preset} {name}: warned {count} times: {warning}")
         measured[preset] = found.tasks
         told += [f"{task} {facts['acc']:.1%} of {_items(facts, asked.limit)}" for task, facts in found.tasks.items()]
-    artifacts.write_json(workspace.tasks(name), measured)
+    workspace.save(workspace.tasks(name), measured)
     return ", ".join(told)
 
 

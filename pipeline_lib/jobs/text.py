@@ -2,7 +2,6 @@
 
 from functools import partial
 
-from pipeline_lib.core import artifacts
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
@@ -23,6 +22,7 @@ def text(workspace: Workspace, source: ModelParams, name: str, params: TextParam
     Raises:
         SparselineError: rows are longer than the model's positions, or the text cannot be used.
     """
+    workspace.load(workspace.model)  # the rows are of its tokenizer
     directory = locate(source.path, source.id, source.revision)
     config = read_config(directory)
     window = getattr(config, "max_position_embeddings", None)
@@ -45,7 +45,7 @@ def text(workspace: Workspace, source: ModelParams, name: str, params: TextParam
         "start": begins.place,
         "distinct": len(rows.unique()),
     }
-    artifacts.write_tensors(workspace.texts(params.use) / f"{name}.safetensors", tensors, facts)
+    workspace.save_tensors(workspace.texts(params.use) / f"{name}.safetensors", tensors, facts)
     files = f" in {len(facts['sha256'])} file(s)" if params.kind == "files" else ""
     empty = f", {facts['empty']} empty ones left out" if facts["empty"] else ""
     return (

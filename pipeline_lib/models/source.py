@@ -1,13 +1,16 @@
 """The model that the parameters name, as the prepare stage recorded it."""
 
 import glob
+import hashlib
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError
 
-from pipeline_lib.core import artifacts
+from pipeline_lib.core import files
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.checkpoint import Checkpoint, locate, open_checkpoint
@@ -113,6 +116,11 @@ def _unreachable(hub_id: str, commit: str, reason: Exception | None) -> Sparseli
     return SparselineError(f"model.id = {hub_id!r} (revision {commit!r}) cannot be fetched from the hub: {told[0]}")
 
 
+def identity(sha256: Mapping[str, str]) -> str:
+    """A model's digest, from those of its files."""
+    return hashlib.sha256(json.dumps(dict(sha256), sort_keys=True).encode()).hexdigest()[:32]
+
+
 def recorded_files(checkpoint: Checkpoint) -> list[str]:
     """The files that the model is: weights, their index, and what is copied beside new ones."""
     return sorted({*checkpoint.files.values(), *checkpoint.others, *([INDEX] if checkpoint.indexed else [])})
@@ -125,11 +133,11 @@ def open_source(workspace: Workspace, params: ModelParams) -> Checkpoint:
         SparselineError: one of its files has changed since, has come or gone.
     """
     checkpoint = open_checkpoint(locate(params.path, params.id, params.revision))
-    recorded = artifacts.read_json(workspace.model)["sha256"]
+    recorded = workspace.load(workspace.model)["sha256"]
     here = set(recorded_files(checkpoint))
     for name in sorted(here | recorded.keys()):
         path = checkpoint.path / name
         same = name in here and name in recorded
-        if not same or (path.stat().st_size < SMALL and artifacts.sha256(path) != recorded[name]):
+        if not same or (path.stat().st_size < SMALL and files.sha256(path) != recorded[name]):
             raise SparselineError(f"{path} has changed since the prepare stage ran; run `dvc repro` again.")
     return checkpoint

@@ -35,8 +35,8 @@ def write_transforms(path: Path, transforms: Mapping[int, Transform], facts: Map
 
 
 def read_transforms(path: Path, depth: int) -> tuple[list[Transform], dict[str, Any]]:
-    """One transform per block; blocks that the file does not name get the identity, and all of them where there is no file."""
-    tensors, facts = read_tensors(path) if path.exists() else ({}, {})
+    """One transform per block; blocks that the file does not name get the identity."""
+    tensors, facts = read_tensors(path)
     parts: list[dict[str, dict[str, torch.Tensor]]] = [{"factor": {}, "shift": {}, "importance": {}} for _ in range(depth)]
     for key, tensor in tensors.items():
         block, part, name = key.split(".", 2)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from pipeline_lib.core import artifacts
+from pipeline_lib.core.kept import Kept
+from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter
 from pipeline_lib.prune.window import Block
 from pipeline_lib.solve.settings import QuantizationParams
@@ -21,37 +23,42 @@ def _place(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-class Progress:
-    """``directory`` holds ``checkpoint/`` (one shard per block), ``masks/``, ``quantization/`` if there is any, and ``facts/``; a block's facts are written last."""
+PARTS = ("checkpoint", "masks", "quantization", "facts")
 
-    def __init__(self, directory: Path, source: Checkpoint, quantization: QuantizationParams) -> None:
-        self.directory = directory
+
+class Progress:
+    """Blocks as files: ``checkpoint/`` (one shard per block), ``masks/``, ``quantization/`` if there is any, and ``facts/``."""
+
+    def __init__(self, kept: Kept, source: Checkpoint, quantization: QuantizationParams) -> None:
+        self.kept, self.directory = kept, kept.directory
         self.source = source
         self.quantization = quantization
-        self.writer = ShardWriter(source, directory / "checkpoint")
+        self.writer = ShardWriter(source, self.directory / "checkpoint")
 
     def _facts(self, index: int) -> Path:
         return self.directory / "facts" / f"block-{index:03d}.json"
 
     def finished(self, index: int) -> dict[str, torch.Tensor] | None:
         """A finished block's stored tensors, or None."""
-        return self.writer.read(index) if self._facts(index).exists() else None
+        return self.writer.read(index) if self.kept.finished(index) else None
 
     def done(self) -> int:
         """Blocks that are finished."""
-        return sum(self._facts(index).exists() for index in range(self.source.architecture.depth))
+        return sum(map(self.kept.finished, range(self.source.architecture.depth)))
 
     def keep(self, index: int, result: Block) -> None:
         self.writer.write(index, result.tensors)
         prefix = self.source.block_prefix(index)
         shapes = {prefix + name: list(shape) for name, (_, shape) in result.masks.bits.items()}
         masks = {prefix + name: bits for name, (bits, _) in result.masks.bits.items()}
-        artifacts.write_tensors(artifacts.block_file(self.directory / "masks", index), masks, {"shapes": shapes})
+        written = [self.writer.shard(index), artifacts.block_file(self.directory / "masks", index), self._facts(index)]
+        artifacts.write_tensors(written[1], masks, {"shapes": shapes})
         if self.quantization.bits is not None:
             grids = {name: tensor for matrix, grid in result.grids.items() for name, tensor in grid.tensors(matrix.label).items()}
             told = {"shapes": {matrix.label: list(grid.shape) for matrix, grid in result.grids.items()}}
             how = self.quantization.model_dump(include={"bits", "group", "symmetric"})
-            artifacts.write_tensors(artifacts.block_file(self.directory / "quantization", index), grids, how | told)
+            written.append(artifacts.block_file(self.directory / "quantization", index))
+            artifacts.write_tensors(written[-1], grids, how | told)
         by_label = {matrix.label: matrix for matrix in self.source.architecture.matrices}
         for label, facts in result.facts["matrices"].items():  # more than were pruned, where quantisation rounds to zero
             matrix = by_label[label]
@@ -59,13 +66,13 @@ class Progress:
             facts["zeros"] = weights.numel() - int(weights.count_nonzero())
             facts["kept"] = int(matrix.view(result.masks[matrix.parameter]).count_nonzero())  # of the mask that is stored
         artifacts.write_json(self._facts(index), result.facts)
+        self.kept.finish(index, written)
 
-    def publish(self, out: Path) -> dict[int, Any]:
+    def publish(self, workspace: Workspace, out: Path) -> dict[int, Any]:
         """Complete the checkpoint, place it with its masks and grids at ``out``; every block's facts."""
         facts = {index: artifacts.read_json(self._facts(index)) for index in range(self.source.architecture.depth)}
         self.writer.finish()
-        with artifacts.replacing(out) as temporary:
-            temporary.mkdir()
+        with workspace.directory(out, self.kept.digests()) as temporary:
             for part in ("checkpoint", "masks", *(["quantization"] if self.quantization.bits is not None else [])):
                 (temporary / part).mkdir()
                 for path in sorted((self.directory / part).rglob("*")):  # side files may lie in a subdirectory

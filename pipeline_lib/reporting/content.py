@@ -4,11 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any
+from typing import Any, get_args
 
 from pipeline_lib.core.workspace import DENSE
 from pipeline_lib.export import wording
 from pipeline_lib.recipe import words as recipes
+from pipeline_lib.recipe.settings import Format
 from pipeline_lib.reporting import costs, plots, table
 from pipeline_lib.reporting.table import ABSENT, PERPLEXITY, Column, Facts, Results, words
 
@@ -134,7 +135,13 @@ def _sizes(results: Results) -> Blocks:
 
 def sizes(results: Results) -> list[Column]:
     """A row for the dense model, then one per variant and format."""
-    rows = [(variant, name, found) for variant in results.variants if variant.sizes for name, found in variant.sizes["formats"].items()]
+    rows = [
+        (variant, name, found)
+        for variant in results.variants
+        if variant.sizes
+        for name in get_args(Format)
+        if (found := variant.sizes["formats"].get(name))
+    ]
     source, text = results.dense.sizes["formats"]["dense"], results.main_text
     columns = [words("variant", [variant.name for variant, _, _ in rows]), words("format", [name for _, name, _ in rows])]
     for group, key in (("pruned matrices", "matrix_bytes"), ("all weights", "file_bytes")):

@@ -1,7 +1,5 @@
 """What was measured of every variant, and the figures that follow from it. Reads JSON, imports nothing heavy."""
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +8,9 @@ from statistics import mean
 from typing import Any
 
 from pipeline_lib.core import params
-from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.files import sha256
 from pipeline_lib.core.params import Params
-from pipeline_lib.core.workspace import DENSE
+from pipeline_lib.core.workspace import DENSE, Workspace
 from pipeline_lib.export import wording
 from pipeline_lib.recipe.needs import needs
 from pipeline_lib.recipe.settings import Recipe
@@ -154,58 +152,40 @@ def collect(root: Path = Path()) -> Results:
     Raises:
         SparselineError: a file is missing or damaged, or params.yaml cannot be used.
     """
-    path, build = root / params.FILE, root / "build"
+    path, workspace = root / params.FILE, Workspace(root)
     settings = params.load(ReportParams, "report", path)
-    variants = tuple(_variant(build, name) for name in (DENSE, *(params.section("variants", path) or ())))
+    model = workspace.load(workspace.model)
+    variants = tuple(_variant(workspace, name) for name in (DENSE, *(params.section("variants", path) or ())))
     measured = any("sensitivity" in stages(variant) for variant in variants)
     return Results(
         settings,
-        _read(build, "prepare/model.json", "prepare"),
+        model,
         tuple(name for name, text in params.section("texts", path).items() if text["use"] == "evaluate"),
         variants,
-        _read(build, "choice.json", "choose"),
-        (_read(build, "sensitivity/estimate.json", "sensitivity") or {}) if measured else {},
-        tuple(_source(path) for path in sorted(build.glob("texts/*/*.safetensors"))),
+        workspace.load(workspace.choice),
+        workspace.load(workspace.sensitivity / "estimate.json") if measured else {},
+        tuple(_source(workspace, path) for path in sorted(workspace.texts("").glob("*/*.safetensors"))),
         path.read_text(encoding="utf-8"),
     )
 
 
-def _variant(build: Path, name: str) -> Variant:
-    own = name if name == DENSE else None
-    evaluate, tasks, export = (
-        ("evaluate-dense", "tasks-dense", "prepare") if own else (f"evaluate@{name}", f"tasks@{name}", f"export@{name}")
-    )
-    perplexity = _read(build, f"evaluate/{name}.json", evaluate)["perplexity"]
-    completions = _read(build, f"completions/{name}.json", evaluate)
-    facts = {} if own else _read(build, f"facts/{name}.json", f"prune@{name}")
+def _variant(workspace: Workspace, name: str) -> Variant:
+    perplexity = workspace.load(workspace.evaluation(name))["perplexity"]
+    completions = workspace.load(workspace.completions(name))["completions"]
+    facts = {} if name == DENSE else workspace.load(workspace.facts(name))
     recipe = Recipe.model_validate(facts["settings"]) if facts else None
     if recipe is not None and needs(recipe).sensitivities:
-        for matrix, entry in _read(build, "sensitivity/sensitivity.json", "sensitivity").items():
+        for matrix, entry in workspace.load(workspace.sensitivity / "sensitivity.json").items():
             facts["matrices"][matrix]["sensitivity"] = entry
-    presets = _read(build, f"tasks/{name}.json", tasks)
+    presets = workspace.load(workspace.tasks(name))
     found = {f"{preset} {task}" if len(presets) > 1 else task: one for preset, tasks in presets.items() for task, one in tasks.items()}
-    return Variant(name, perplexity, found, completions, facts, _read(build, f"sizes/{name}.json", export) or {}, recipe)
+    return Variant(name, perplexity, found, completions, facts, workspace.load(workspace.sizes(name)), recipe)
 
 
-def _source(path: Path) -> Facts:
+def _source(workspace: Workspace, path: Path) -> Facts:
     """What a file of rows is and where it came from."""
-    try:
-        raw = path.read_bytes()
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        facts = json.loads(header["__metadata__"]["sparseline"])
-    except (OSError, ValueError, KeyError) as error:
-        raise SparselineError(f"{path} cannot be read ({error}); run `dvc repro -f text@{path.stem}` to make it again.") from error
-    return {**facts, "name": path.stem, "use": path.parent.name, "rows_sha256": hashlib.sha256(raw).hexdigest()}
-
-
-def _read(build: Path, name: str, stage: str) -> Any:
-    path = build / name
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SparselineError(f"{path} is missing; run `dvc repro {stage}` to make it.") from error
-    except (OSError, ValueError) as error:
-        raise SparselineError(f"{path} cannot be read ({error}); run `dvc repro -f {stage}` to make it again.") from error
+    facts = workspace.load_facts(path)
+    return {**facts, "name": path.stem, "use": path.parent.name, "rows_sha256": sha256(path)}
 
 
 # What follows from the measurements

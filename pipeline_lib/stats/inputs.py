@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pipeline_lib.core import artifacts, runtime
+from pipeline_lib.core import files, runtime
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.settings import ModelParams
@@ -19,18 +19,13 @@ def open_model(workspace: Workspace, params: ModelParams) -> BlockModel:
     return BlockModel(open_source(workspace, params), getattr(torch, params.compute_dtype), device)
 
 
-def included(workspace: Workspace) -> list[dict[str, Any]]:
-    """The logical matrices that are to be pruned, as prepare listed them: name, block, label, kind, shape."""
-    return [matrix for matrix in artifacts.read_json(workspace.matrices) if matrix["included"]]
-
-
 def calibration_rows(workspace: Workspace) -> dict[str, torch.Tensor]:
     """``fit`` and ``held_out`` rows [N, T] of the one calibration text.
 
     Raises:
         SparselineError: there is none, or more than one.
     """
-    return artifacts.read_tensors(calibration_file(workspace))[0]
+    return workspace.load_tensors(calibration_file(workspace))[0]
 
 
 def calibration_facts(workspace: Workspace) -> dict[str, Any]:
@@ -40,7 +35,7 @@ def calibration_facts(workspace: Workspace) -> dict[str, Any]:
         SparselineError: as ``calibration_rows``.
     """
     path = calibration_file(workspace)
-    return artifacts.read_tensors(path)[1] | {"text": path.stem, "file_sha256": artifacts.sha256(path)}
+    return workspace.load_facts(path) | {"text": path.stem, "file_sha256": files.sha256(path)}
 
 
 def calibration_file(workspace: Workspace) -> Path:

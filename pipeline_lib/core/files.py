@@ -1,0 +1,122 @@
+"""Files are read here: regular ones only, so that no pipe and no device is waited for; a stranger's only where they lie in its directory."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+
+from pipeline_lib.core.errors import SparselineError
+
+LARGE = 2**29  # bytes that a file of settings, an index or a tokenizer has at most
+KINDS = {
+    stat.S_ISDIR: "a directory",
+    stat.S_ISFIFO: "a named pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """A file to read.
+
+    Raises:
+        OSError: it cannot be opened.
+        SparselineError: it is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
+    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor
+        _check_kind(path, os.fstat(descriptor).st_mode)
+        yield file
+
+
+def _check_kind(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        found = next((kind for test, kind in KINDS.items() if test(mode)), "something else")
+        raise SparselineError(f"{path} is no regular file ({found}); put a file there, or take it away.")
+
+
+def read(path: Path, most: int | None = None) -> bytes:
+    """A file's bytes.
+
+    Args:
+        most: how many they may be; None: any number.
+
+    Raises:
+        OSError: it cannot be read.
+        SparselineError: it is no regular file, or too large for what it is.
+    """
+    with opened(path) as file:
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise SparselineError(
+                f"{path} has more than {most:,} bytes, which is too much for such a file; take it away or fetch it again."
+            )
+        return file.read()
+
+
+def text(path: Path, encoding: str = "utf-8") -> str:
+    """A short file's text.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is in another encoding.
+        SparselineError: as ``read``.
+    """
+    return read(path, LARGE).decode(encoding)
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256 as hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+        SparselineError: it is no regular file.
+    """
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name from a file stays below the directory that it is taken in."""
+    path = PurePosixPath(name)
+    return path.as_posix() == name and name != "." and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def check_inside(directory: Path, path: Path) -> None:
+    """Refuse what is no regular file, and links that leave the directory. The hub's and DVC's caches are made of links; those are followed.
+
+    Raises:
+        SparselineError: as above, or a link to nothing.
+    """
+    try:
+        real = path.resolve(strict=True)
+        mode = real.stat().st_mode
+    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links
+        raise SparselineError(f"{path} is a link to a file that is not there; fetch that file, or remove the link.") from error
+    _check_kind(path, mode)
+    home = directory.resolve()
+    if real.is_relative_to(home):
+        return
+    stores = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
+    if not any(real.is_relative_to(store) for store in (*stores, *_dvc_cache(Path.cwd()))):
+        raise SparselineError(f"{path} is a link to {real}, which is outside {directory}; put the file itself there.")
+
+
+@cache
+def _dvc_cache(here: Path) -> list[Path]:
+    """Where DVC keeps files, if a directory lies in a project of it."""
+    root = next((directory for directory in (here, *here.parents) if (directory / ".dvc").is_dir()), None)
+    if root is None:
+        return []
+    from dvc.config import Config, ConfigError  # imported here: seconds that directories without links need not pay
+
+    try:
+        place = Config(str(root / ".dvc"), validate=False)["cache"].get("dir")
+    except ConfigError:
+        return []
+    return [(root / ".dvc" / (place or "cache")).resolve() / "files" / "md5"]

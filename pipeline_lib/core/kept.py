@@ -1,0 +1,82 @@
+"""Finished blocks of an interrupted stage: files in its scratch, each with a checksum, since nothing else vouches for them."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline_lib.core import artifacts, files
+from pipeline_lib.core.errors import SparselineError
+
+
+class Kept:
+    """Blocks below a directory that a stage holds (``scratch.hold``). A block is finished when its list of checksums is there, and right."""
+
+    def __init__(self, directory: Path, what: str, folders: Sequence[str] = ()) -> None:
+        """
+        Args:
+            what: how messages begin, "prune wanda".
+            folders: that the stage writes to; what else has such a name is removed.
+        """
+        self.directory, self._what = directory, what
+        self._right: dict[int, dict[str, str]] = {}  # block -> its files' SHA-256
+        for name in (*folders, "."):
+            place = directory / name
+            if place.is_symlink() or (place.exists() and not place.is_dir()):
+                place.unlink()
+            place.mkdir(parents=True, exist_ok=True)
+
+    def _list(self, block: int) -> Path:
+        return self.directory / f"finished-{block:03d}.json"
+
+    def finish(self, block: int, written: Sequence[Path]) -> None:
+        """Last of all: the block's files are there."""
+        found = {path.relative_to(self.directory).as_posix(): files.sha256(path) for path in written}
+        artifacts.write_json(self._list(block), {"files": found, "sha256": _digest(found)})
+        self._right[block] = found
+
+    def finished(self, block: int) -> bool:
+        """Whether the block is there, whole. Of a damaged one nothing stays, and the log says so."""
+        if block in self._right:
+            return True
+        if not _exists(self._list(block)):
+            return False
+        try:
+            self._right[block] = self._checked(block)
+        except (OSError, SparselineError, ValueError, TypeError, KeyError, AttributeError):
+            _remove(self._list(block))
+            click.echo(f"{self._what}: what was kept of block {block} is damaged; it is computed again")
+            return False
+        return True
+
+    def _checked(self, block: int) -> dict[str, str]:
+        told: Any = json.loads(files.text(self._list(block)))
+        found: dict[str, str] = told["files"]
+        if told["sha256"] != _digest(found):
+            raise ValueError(f"block {block}")
+        for name, digest in found.items():
+            if files.sha256(self.directory / name) != digest:
+                raise ValueError(name)
+        return found
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of all files of finished blocks, by their paths in the directory."""
+        return {name: digest for found in self._right.values() for name, digest in found.items()}
+
+
+def _digest(found: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _exists(path: Path) -> bool:
+    return path.is_symlink() or path.exists()
+
+
+def _remove(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
