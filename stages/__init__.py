@@ -1,5 +1,6 @@
 """What must be so before any module of a stage, torch above all, is imported."""
 
+import io
 import os
 import sys
 from types import TracebackType
@@ -9,14 +10,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """The imports take seconds: Ctrl-C in the midst of them is no bug."""
+    """What the imports raise, which take seconds. Ctrl-C in the midst of them is no bug."""
     if kind is KeyboardInterrupt:
         print("error: SIGINT came; run the same command again.", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+        return
+    from pipeline_lib.core import bugs
+
+    print(f"error: {bugs.tell(error)}", file=sys.stderr, flush=True)
+    os._exit(bugs.CODE)  # Python would end with 1
 
 
 sys.excepthook = _uncaught
+for _stream in (sys.stdout, sys.stderr):  # a terminal may know few characters
+    if isinstance(_stream, io.TextIOWrapper):
+        _stream.reconfigure(errors="backslashreplace")
 
 
 def _hand_over() -> None:

@@ -21,7 +21,7 @@ from click.testing import Result
 from project import REMOVED, ROOT, build, change_params, invoke, make_project, make_workspace, read_params, run, tree, write_params
 from ruamel.yaml import YAML
 
-from pipeline_lib.core import artifacts, code, params
+from pipeline_lib.core import artifacts, code, files, params
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.jobs import keys as jobs
 from pipeline_lib.jobs.keys import STAGES
@@ -243,12 +243,12 @@ def test_only_code_and_templates() -> None:
 
 def test_packages_are_empty() -> None:
     """An ``__init__`` with content would tie every module of its package together. That of the stages runs before any module of theirs,
-    and imports nothing of ours.
+    and imports nothing of ours but what tells of a failure.
     """
     packages = {path.parent for path in CODE} - {ROOT / "stages"}
     assert all((package / "__init__.py").read_bytes() == b"" for package in packages)
     nodes = ast.walk(parsed(ROOT / "stages" / "__init__.py"))
-    assert [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names] == ["os", "sys"]
+    assert [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names] == ["io", "os", "sys"]
 
 
 # Tells the policy at the moment when torch is first asked for, or after the import where it is not, and stops there.
@@ -751,7 +751,7 @@ def test_a_stage_reads_nothing_but_its_key(
 
 
 def digests(path: Path) -> Any:
-    return tree(path) if path.is_dir() else artifacts.sha256(path)
+    return tree(path) if path.is_dir() else files.sha256(path)
 
 
 # What a stage that is not needed may load: what reads the command line, params.yaml and the process table.

@@ -5,6 +5,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipeline_lib.core import files
 from pipeline_lib.core.errors import SparselineError
 
 FILE = Path("env.lock.json")
@@ -33,8 +34,8 @@ def check(path: Path = FILE) -> None:
         SparselineError: the file cannot be read, or a version differs.
     """
     try:
-        locked = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        locked = json.loads(files.text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise SparselineError(f"{path} cannot be read as JSON ({error}); run `make environment`, which writes it.") from error
     here = running()
     if locked == here:

@@ -96,8 +96,13 @@ def check_inside(directory: Path, path: Path) -> None:
     try:
         real = path.resolve(strict=True)
         mode = real.stat().st_mode
-    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links
-        raise SparselineError(f"{path} is a link to a file that is not there; fetch that file, or remove the link.") from error
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a circle of links; ValueError: a NUL
+        mend = (
+            "is a link to a file that is not there; fetch that file, or remove the link"
+            if path.is_symlink()
+            else "is missing; copy it again"
+        )
+        raise SparselineError(f"{path} {mend}.") from error
     _check_kind(path, mode)
     home = directory.resolve()
     if real.is_relative_to(home):

@@ -1,5 +1,6 @@
 """Read ``params.yaml`` into the frozen pydantic model that lives beside each algorithm."""
 
+import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline_lib.core import files
 from pipeline_lib.core.errors import SparselineError
 
 FILE = Path("params.yaml")
@@ -18,11 +20,12 @@ FILE = Path("params.yaml")
 class Params(BaseModel):
     """A section of params.yaml: frozen, complete (no defaults in code), no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 P = TypeVar("P", bound=Params)
 Location = tuple[int | str, ...]  # keys from a section down to a value
+MOST = 100_000  # values in a file
 SHOWN = 60  # characters of a value in an error
 
 
@@ -75,7 +78,24 @@ def check_name(kind: str, name: object) -> None:
 
 @lru_cache(maxsize=4)
 def _loaded(text: str) -> Any:
-    return YAML(typ="safe", pure=True).load(text)
+    found = YAML(typ="safe", pure=True).load(text)
+    _check_size(found)
+    return found
+
+
+def _check_size(value: Any) -> None:
+    """Refuse what a few aliases of aliases make: a text of a line that is a million values, or one that holds itself.
+
+    Raises:
+        ValueError: there are too many values.
+    """
+    count, left = 0, [value]
+    while left:
+        one = left.pop()
+        count += 1
+        if count > MOST:
+            raise ValueError(f"it holds more than {MOST:,} values")
+        left += one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else []
 
 
 def section(name: str, path: Path = FILE) -> Any:
@@ -85,8 +105,8 @@ def section(name: str, path: Path = FILE) -> Any:
         SparselineError: the file cannot be read, or has no such section.
     """
     try:
-        value = _loaded(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        value = _loaded(files.text(path))
+    except (OSError, ValueError, RecursionError, YAMLError) as error:
         raise SparselineError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     for key in name.split("."):
         if not isinstance(value, Mapping) or key not in value:
@@ -131,7 +151,9 @@ def parse(model: type[P], value: Any, name: str) -> P:
         return ".".join([start, *map(str, location)])
 
     try:
-        return model.model_validate(value)
+        return model.model_validate_json(
+            json.dumps(value, default=str), strict=True
+        )  # of JSON strict mode takes lists as tuples, texts as paths
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         location = _keys(value, first["loc"])
@@ -143,6 +165,7 @@ def parse(model: type[P], value: Any, name: str) -> P:
             above = ".".join([value.overrides, *map(str, location)]) if isinstance(value, Merged) else key
             raise SparselineError(f"{FILE}: {above} is missing; add it.") from error
         message, given = first["msg"].removeprefix("Value error, "), first["input"]
+        message = message.replace("valid array", "valid list")  # YAML's word
         if first["type"] == "model_type":
             message = "it must be a mapping of keys to values"
         conflict = first.get("ctx", {}).get("error")

@@ -5,7 +5,6 @@ with the environment of the process that asked for it (the client): it computes 
 """
 
 import atexit
-import io
 import json
 import os
 import runpy
@@ -19,11 +18,11 @@ import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from pipeline_lib.core import settings
 from pipeline_lib.core.code import OWN
 
 PLACE = "SPARSELINE_PRELOADED"  # environment variable: the socket of the process that forks
@@ -142,7 +141,7 @@ def serve(command: list[str]) -> NoReturn:
 
 def _listener() -> socket.socket | None:
     """Where clients are awaited; None where nobody should fork, or cannot."""
-    if settings.device_name() != "cpu":  # CUDA does not survive a fork
+    if os.environ.get("SPARSELINE_DEVICE", "cpu") != "cpu":  # CUDA does not survive a fork
         return None
     try:
         place = Path(tempfile.mkdtemp(prefix="sparseline-"))
@@ -204,8 +203,10 @@ def _become(client: _Client) -> None:
     os.environ.update(client.environ | {CLIENT: str(client.pid)})
     del os.environ[PLACE]
     sys.orig_argv, sys.argv, sys.path[0] = client.command, client.command[2:], client.directory
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):  # the server's may have been files, where these are pipes
+        shown = open(descriptor, "w", encoding=getattr(sys, name).encoding, closefd=False)  # noqa: SIM115 - a descriptor, for good
+        shown.reconfigure(line_buffering=descriptor == 2 or shown.isatty())
+        setattr(sys, name, shown)
     for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
         del sys.modules[name]
     for number in SIGNALS:
@@ -218,6 +219,8 @@ def _run(module: str) -> NoReturn:
     """The module as `python -m` runs it; the process ends. What Python does as it ends takes a second with torch: only what matters is done."""
     status: Any = None
     try:
+        if find_spec(module) is None:
+            sys.exit(f"{sys.executable}: No module named {module}")
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         status = ended.code

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline_lib.core import environment, process, settings
+from pipeline_lib.core import bugs, environment, process, settings
 from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.files import sha256
@@ -48,7 +48,11 @@ def compute() -> "torch.device":
 
 @contextmanager
 def told() -> Iterator[None]:
-    """What ends the body early is told in one sentence: a SparselineError or the system's refusal of a file (code 2), a signal (128 + its number)."""
+    """What ends the body early is told in one sentence.
+
+    Exit codes: 2 for a SparselineError, the system's refusal of a file and too little memory; 128 + its number for a signal; 3 for anything
+    else, which is a bug.
+    """
     code = 2
     try:
         with process.stoppable():
@@ -59,15 +63,33 @@ def told() -> Iterator[None]:
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, process.Stopped) else process.Stopped(signal.SIGINT)
         message, code = str(stopped), stopped.code
+    except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):  # click's matter
+        raise
     except OSError as error:
-        if error.errno in (None, errno.EPIPE):  # none: a library's own; a closed pipe is click's matter
-            raise
-        mend = "make room, `make plan` says what a run takes" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that place"
-        where = error.filename2 or error.filename or "A file of this run"  # the second: where something was to go
-        message = f"{where}: {os.strerror(error.errno)}; {mend}, then run the same command again: what is finished is kept."
-    with suppress(OSError):  # as above where nobody reads on
+        if error.errno is None:  # a library's own
+            message, code = bugs.tell(error), bugs.CODE
+        else:
+            message = _refused(error)
+    except Exception as error:
+        if _is_memory(error):
+            message = "The memory ran out; `make plan` says what each stage takes, and docs/cluster.md what makes that less."
+        else:
+            message, code = bugs.tell(error), bugs.CODE
+    with suppress(OSError):  # nobody may read on
         print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _refused(error: OSError) -> str:
+    """What the system did not do."""
+    mend = "make room, `make plan` says what a run takes" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that place"
+    where = error.filename2 or error.filename or "A file of this run"  # the second: where something was to go
+    return f"{where}: {os.strerror(error.errno or 0)}; {mend}, then run the same command again: what is finished is kept."
+
+
+def _is_memory(error: Exception) -> bool:
+    """Python's own error, CUDA's, or what torch raises on a CPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Settings that change no result, so that they are part of no stage's key: environment variables, see README."""
 
 import os
+import re
 
 from pipeline_lib.core.errors import SparselineError
 
@@ -8,17 +9,29 @@ BYTES = 4_000_000_000
 
 
 def device_name() -> str:
-    """SPARSELINE_DEVICE: ``cpu``, ``cuda``, ``cuda:1``."""
-    return os.environ.get("SPARSELINE_DEVICE", "cpu")
+    """SPARSELINE_DEVICE: ``cpu``, ``cuda``, ``cuda:1``.
+
+    Raises:
+        SparselineError: it is another word.
+    """
+    name = os.environ.get("SPARSELINE_DEVICE", "cpu")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+        raise SparselineError(f"SPARSELINE_DEVICE={name} is no device that can be used; use cpu, cuda, or cuda:1 and so on.")
+    return name
 
 
 def threads() -> int | None:
     """SPARSELINE_THREADS; None: as many as torch takes.
 
     Raises:
-        SparselineError: it is no positive whole number.
+        SparselineError: it is no positive whole number, or far more than there are processors.
     """
-    return _whole("SPARSELINE_THREADS", 1)
+    found, most = _whole("SPARSELINE_THREADS", 1), 4 * (os.cpu_count() or 1)
+    if found is not None and found > most:
+        raise SparselineError(
+            f"SPARSELINE_THREADS={found} is more than this machine can use; give at most {most}, four for each processor."
+        )
+    return found
 
 
 def activation_bytes() -> int:
@@ -45,7 +58,7 @@ def _whole(name: str, least: int) -> int | None:
     text = os.environ.get(name, "")
     if not text:
         return None
-    if not text.isascii() or not text.isdigit() or int(text) < least:
+    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < least:
         kind = "a positive whole number" if least else "a whole number of bytes"
         raise SparselineError(f"{name}={text} is not {kind}.")
     return int(text)

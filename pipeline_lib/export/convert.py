@@ -11,6 +11,7 @@ from zipfile import is_zipfile
 import torch
 
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.files import check_inside, text
 from pipeline_lib.export import dense, tensorfile
 from pipeline_lib.export.tensorfile import Blob, blob
 from pipeline_lib.models.checkpoint import BUFFER, is_buffer, read_config
@@ -68,17 +69,20 @@ def convert(source: Path, out: Path) -> dict[str, str]:
 def _files(source: Path) -> list[str]:
     """The pickled files, in order: one, or those that the index names."""
     if (source / PICKLED).is_file():
+        check_inside(source, source / PICKLED)
         return [PICKLED]
     path = source / PICKLED_INDEX
     if not path.is_file():
         raise SparselineError(f"{source} holds no {PICKLED} and no {PICKLED_INDEX}; give a directory with one of them.")
     try:
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(text(path))["weight_map"].values()))
         safe = all(PurePosixPath(name).name == name and name.endswith(".bin") for name in names)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise SparselineError(f"{path} is damaged ({error}); fetch the checkpoint again.") from error
     if not names or not safe:
         raise SparselineError(f"{path} does not name .bin files of its own directory; fetch the checkpoint again.")
+    for name in names:
+        check_inside(source, source / name)
     return names
 
 
@@ -102,6 +106,9 @@ def _tensors(path: Path, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
         raise SparselineError(f"{path} holds sparse tensors; give a dense checkpoint.")
     if not isinstance(found, Mapping) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()):
         raise SparselineError(f"{path} is no mapping of names to tensors; give a model's weights, not a training state.")
+    size = path.stat().st_size
+    if large := next((name for name, tensor in found.items() if tensor.nbytes > size), None):
+        raise SparselineError(f"{path}: {large} has more bytes than the file; fetch the checkpoint again, or another one.")
     first: dict[tuple[object, ...], str] = {}
     heads = {name for name in found if name in ("lm_head.weight", "embed_out.weight")}
     for name in sorted(found, key=lambda name: (name in heads, name)):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.export.bits import pack, packed_bytes, stored, unpack
@@ -64,15 +65,78 @@ def encode(tensor: torch.Tensor, chosen: Plan, groups: Groups | None = None) -> 
     return made | {CODES: pack(codes[kept.reshape(-1)] if MASK in made else codes, groups.bits)}
 
 
-def decode(parts: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> torch.Tensor:
+class Facts(BaseModel):
+    """What a reader has to know of one tensor besides its parts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sha256: str  # of the parts, in the order of ``PARTS``
+    dtype: str | None = None  # nothing more is said of a tensor that lies there as it is
+    shape: list[NonNegativeInt] = []
+    bits: int | None = Field(default=None, ge=2, le=8)
+    group: int | None = Field(default=None, ge=1)
+    transposed: bool = False
+
+    @property
+    def verbatim(self) -> bool:
+        return self.dtype is None
+
+    @property
+    def blob(self) -> Blob:
+        """The decoded tensor."""
+        return Blob(DTYPES[self.dtype or ""], tuple(self.shape))
+
+    def check(self, parts: Mapping[str, Blob]) -> None:
+        """That the parts are as large as these facts say: what is decoded is at most some hundred times as large as the file.
+
+        Raises:
+            ValueError: they do not fit each other.
+        """
+        if self.verbatim:
+            _fits(parts.keys() == {VERBATIM})
+            return
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not known")
+        total = math.prod(self.shape)
+        packed = {part: blob for part, blob in parts.items() if part in (MASK, CODES, ZERO_POINT)}
+        _fits(MASK in parts or CODES in parts)
+        _fits(all(blob.dtype == torch.uint8 and len(blob.shape) == 1 for blob in packed.values()))
+        _fits(MASK not in parts or parts[MASK].bytes == packed_bytes(total, 1))
+        if CODES not in parts:
+            _fits(parts.keys() == {MASK, VALUES} and parts[VALUES].dtype == DTYPES[self.dtype] and len(parts[VALUES].shape) == 1)
+            return
+        if self.bits is None or self.group is None or len(self.shape) != 2:
+            raise ValueError("bits, group and two dimensions belong to codes")
+        rows, columns = reversed(self.shape) if self.transposed else self.shape
+        _fits({CODES, SCALE} <= parts.keys() <= {CODES, SCALE, MASK, ZERO_POINT})
+        _fits(parts[SCALE].shape == (rows, -(-columns // self.group)) and parts[SCALE].dtype == DTYPES[self.dtype])
+        _fits(parts[SCALE].dtype.is_floating_point)
+        _fits(ZERO_POINT not in parts or parts[ZERO_POINT].bytes == packed_bytes(math.prod(parts[SCALE].shape), self.bits))
+        _fits(MASK in parts or parts[CODES].bytes == packed_bytes(total, self.bits))
+
+
+class Described(BaseModel):
+    """What the header of a bitmask file says of its tensors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: str
+    version: int
+    tensors: dict[str, Facts]
+
+
+def decode(parts: Mapping[str, torch.Tensor], facts: Facts) -> torch.Tensor:
     """The tensor, bit for bit.
 
+    Args:
+        facts: those that ``Facts.check`` found to fit.
+
     Raises:
-        SparselineError: the parts do not fit each other.
+        SparselineError: the mask's ones are not as many as the values.
     """
-    if VERBATIM in parts:
+    if facts.verbatim:
         return parts[VERBATIM]
-    shape, dtype = tuple(facts["shape"]), DTYPES[facts["dtype"]]
+    shape, dtype = facts.blob.shape, facts.blob.dtype
     total = math.prod(shape)
     kept = unpack(parts[MASK], 1, total).view(torch.bool) if MASK in parts else torch.ones(total, dtype=torch.bool)
     count = int(kept.sum())
@@ -81,10 +145,11 @@ def decode(parts: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> torch
         tensor = torch.zeros(total, dtype=dtype)
         tensor.masked_scatter_(kept, parts[VALUES])
         return tensor.reshape(shape)
-    bits, scale = facts["bits"], parts[SCALE]
+    assert facts.bits is not None and facts.group is not None  # checked
+    bits, scale = facts.bits, parts[SCALE]
     _check(parts[CODES].numel() == packed_bytes(count, bits))
     zero_point = unpack(parts[ZERO_POINT], bits, scale.numel()).reshape(scale.shape) if ZERO_POINT in parts else None
-    groups = Groups(bits, facts["group"], scale, zero_point, facts["transposed"])
+    groups = Groups(bits, facts.group, scale, zero_point, facts.transposed)
     codes = torch.zeros(total, dtype=torch.uint8)
     codes.masked_scatter_(kept, unpack(parts[CODES], bits, count))
     tensor = groups.weights(codes.reshape(shape))
@@ -93,6 +158,11 @@ def decode(parts: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> torch
         tensor[groups.at_zero(codes.reshape(shape)) & kept] = -0.0  # 0.0 is not stored
         tensor[~kept] = 0.0
     return tensor
+
+
+def _fits(fits: bool) -> None:
+    if not fits:
+        raise ValueError("parts and facts do not fit each other")
 
 
 def _check(fits: bool) -> None:

@@ -1,19 +1,20 @@
 """Read a bitmask checkpoint: tensor by tensor, as a transformers model, or turned back into an ordinary checkpoint."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.files import opened
 from pipeline_lib.export import dense, manifest
-from pipeline_lib.export.encoding import PARTS, decode
-from pipeline_lib.export.tensorfile import DTYPES, Blob, Reader, digest
-from pipeline_lib.models.checkpoint import read_config, skeleton
+from pipeline_lib.export.encoding import PARTS, Described, Facts, decode
+from pipeline_lib.export.manifest import Manifest
+from pipeline_lib.export.tensorfile import Blob, Reader, digest
+from pipeline_lib.models.checkpoint import GENERATION, check_sizes, generation, read_config, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         SparselineError: a file is missing, truncated, damaged, or of another version; tensors yielded before are right.
     """
     checked = manifest.read(path)
-    for name in checked["weights"]:
+    for name in checked.weights:
         yield from _File(path, checked, name).tensors()
 
 
@@ -36,14 +37,18 @@ def load_model(path: Path) -> "PreTrainedModel":
     Raises:
         SparselineError: as ``tensors``, or the config asks for other tensors than there are.
     """
-    found = dict(tensors(path))  # the model takes these over, it does not copy them
-    family = type(skeleton(read_config(path), torch.float32))
+    config, found = read_config(path), dict(tensors(path))  # the model takes these over, it does not copy them
+    check_sizes(path, config, [tuple(tensor.shape) for tensor in found.values()])
     dtype = Counter(tensor.dtype for tensor in found.values()).most_common(1)[0][0]
-    model, report = family.from_pretrained(None, config=read_config(path), state_dict=found, dtype=dtype, output_loading_info=True)
+    try:
+        family = type(skeleton(config, torch.float32))
+        model, report = family.from_pretrained(None, config=config, state_dict=found, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # transformers checks little, and raises whatever it meets
+        raise SparselineError(f"{path}: its config.json describes no model that its tensors fit ({error}).") from error
     if wrong := {key: sorted(map(str, names)) for key, names in report.items() if names}:
         raise SparselineError(f"{path}: its tensors are not those that its config.json calls for ({wrong}).")
-    if model.can_generate() and (path / "generation_config.json").exists():
-        model.generation_config = type(model.generation_config).from_pretrained(path)
+    if model.can_generate() and (path / GENERATION).exists():
+        model.generation_config = generation(path)
     return model.eval()
 
 
@@ -55,41 +60,47 @@ def unpack(path: Path, out: Path) -> None:
     """
     dense.check_unused(out)
     checked = manifest.read(path)
-    files = {entry["dense"]: _File(path, checked, name) for name, entry in checked["weights"].items()}
+    files = {entry.dense: _File(path, checked, name) for name, entry in checked.weights.items()}
     shards = {name: file.blobs() for name, file in files.items()}
-    dense.write(out, shards, lambda name: files[name].tensors(), (path, sorted(checked["files"])), checked["indexed"])
+    dense.write(out, shards, lambda name: files[name].tensors(), (path, sorted(checked.files)), checked.indexed)
 
 
 class _File:
     """One file of weights."""
 
-    def __init__(self, directory: Path, checked: dict[str, Any], name: str) -> None:
+    def __init__(self, directory: Path, checked: Manifest, name: str) -> None:
         self._path = directory / name
-        self._entry = checked["weights"][name]
+        self._entry = checked.weights[name]
 
     @contextmanager
-    def _open(self) -> Iterator[tuple[Reader, dict[str, Any]]]:
+    def _open(self) -> Iterator[tuple[Reader, dict[str, Facts]]]:
         """The file behind its header, and what it says of each tensor."""
         try:
-            file = self._path.open("rb")
+            with opened(self._path) as file:
+                reader = Reader(file, self._path, self._entry.bytes, self._entry.header_sha256)
+                yield reader, self._described(reader)
         except OSError as error:
             raise SparselineError(f"{self._path} cannot be read ({error.strerror}); copy it again.") from error
-        with file:
-            reader = Reader(file, self._path, self._entry["bytes"], self._entry["header_sha256"])
-            yield reader, json.loads(reader.metadata["sparseline"])["tensors"]
+
+    def _described(self, reader: Reader) -> dict[str, Facts]:
+        try:
+            found = Described.model_validate_json(reader.metadata.get("sparseline", ""), strict=True).tensors
+            for name, facts in found.items():
+                facts.check({part: reader.blobs[name + part] for part in PARTS if name + part in reader.blobs})
+        except ValueError as error:  # a ValidationError too
+            reason = " ".join(str(error).split())[:200]
+            raise SparselineError(f"{self._path} does not keep to docs/artifacts.md ({reason}); take it from another source.") from error
+        return found
 
     def blobs(self) -> dict[str, Blob]:
         """What the dense file holds."""
         with self._open() as (reader, tensors):
-            return {
-                name: Blob(DTYPES[facts["dtype"]], tuple(facts["shape"])) if facts.keys() - {"sha256"} else reader.blobs[name]
-                for name, facts in tensors.items()
-            }
+            return {name: reader.blobs[name] if facts.verbatim else facts.blob for name, facts in tensors.items()}
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         with self._open() as (reader, tensors):
             for name, facts in tensors.items():
                 parts = {part: reader.read(name + part) for part in PARTS if name + part in reader.blobs}
-                if digest(parts.values()) != facts["sha256"]:
+                if digest(parts.values()) != facts.sha256:
                     raise SparselineError(f"{self._path} is damaged (the checksum of {name} differs); copy it again.")
                 yield name, decode(parts, facts)

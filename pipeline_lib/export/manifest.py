@@ -5,13 +5,40 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline_lib.core import files
 from pipeline_lib.core.artifacts import write_text
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.core.files import is_plain, sha256
+from pipeline_lib.core.files import check_inside, is_plain
+from pipeline_lib.models.files import INDEX
 
 MANIFEST = "bitmask.json"
 FORMAT, VERSION = "sparseline-bitmask", 1
 SUFFIX = ".bitmask.safetensors"  # no name under which transformers would look for weights
+
+
+class Weights(BaseModel):
+    """What is said of one file of weights."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bytes: int = Field(ge=0)
+    dense: str  # the file that it becomes
+    header_sha256: str
+
+
+class Manifest(BaseModel):
+    """What bitmask.json says."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: str
+    version: int
+    weights: dict[str, Weights]  # by the names of their files
+    files: dict[str, str]  # name -> SHA-256 of every other file
+    indexed: bool  # the dense weights have an index
+    sha256: str
 
 
 def _text(value: dict[str, Any]) -> str:
@@ -26,11 +53,12 @@ def write(directory: Path, value: dict[str, Any]) -> None:
 
 def add(directory: Path, name: str) -> None:
     """Vouch for one more file."""
-    value = read(directory)
-    write(directory, {key: value[key] for key in ("weights", "indexed")} | {"files": value["files"] | {name: sha256(directory / name)}})
+    value = read(directory).model_dump(include={"weights", "files", "indexed"})
+    value["files"][name] = files.sha256(directory / name)
+    write(directory, value)
 
 
-def read(directory: Path) -> dict[str, Any]:
+def read(directory: Path) -> Manifest:
     """The manifest, after a look at it and at every file that is not weights.
 
     Raises:
@@ -38,7 +66,7 @@ def read(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     try:
-        text = path.read_bytes()
+        text = files.read(path, files.LARGE)
     except OSError as error:
         raise SparselineError(f"{directory} is no bitmask checkpoint: {MANIFEST} cannot be read ({error.strerror}).") from error
     try:
@@ -52,14 +80,25 @@ def read(directory: Path) -> dict[str, Any]:
     found = value.get("format"), value.get("version")
     if found != (FORMAT, VERSION):
         raise SparselineError(f"{path} is of format {found[0]!r}, version {found[1]!r}; this reads {FORMAT!r}, version {VERSION}.")
-    weights = [*value["weights"], *(entry["dense"] for entry in value["weights"].values())]
-    if any(Path(name).name != name for name in weights) or not all(map(is_plain, value["files"])):
+    try:
+        checked = Manifest.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise SparselineError(f"{path}: {place}: {first['msg']}; take the checkpoint from another source.") from error
+    names = [*checked.weights, *(entry.dense for entry in checked.weights.values())]
+    if any("/" in name or not is_plain(name) for name in names) or not all(map(is_plain, checked.files)):
         raise SparselineError(f"{path} names files outside its directory; take the checkpoint from another source.")
-    for name, digest in value["files"].items():
+    written = [*names, *checked.files, INDEX, MANIFEST]
+    if len(set(written)) < len(written):
+        raise SparselineError(f"{path} names a file twice; take the checkpoint from another source.")
+    for name in (*checked.weights, *checked.files):
+        check_inside(directory, directory / name)
+    for name, digest in checked.files.items():
         try:
-            same = sha256(directory / name) == digest
+            same = files.sha256(directory / name) == digest
         except OSError as error:
             raise SparselineError(f"{directory / name} cannot be read ({error.strerror}); copy it again.") from error
         if not same:
             raise SparselineError(f"{directory / name} is damaged or was changed (its checksum differs); copy it again.")
-    return value
+    return checked

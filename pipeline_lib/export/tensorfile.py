@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, RootModel
 
 from pipeline_lib.core.artifacts import replacing
 from pipeline_lib.core.errors import SparselineError
@@ -28,6 +29,7 @@ DTYPES = {
     "I32": torch.int32,
     "U8": torch.uint8,
 }
+HEADER = 100_000_000  # bytes, as the official package has it
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -115,6 +117,20 @@ def write(path: Path, blobs: Mapping[str, Blob], metadata: Mapping[str, str], te
             writer.write(name, tensor)
 
 
+class Described(BaseModel):
+    """A tensor as a header describes it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dtype: str
+    shape: list[NonNegativeInt]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+class Header(RootModel[dict[str, Described | dict[str, str]]]):
+    """A header; ``__metadata__`` is the one entry that is no tensor."""
+
+
 class Reader:
     """An open file whose header has been checked; ``metadata`` and ``blobs`` are what it says."""
 
@@ -125,18 +141,35 @@ class Reader:
         if found != length:
             raise SparselineError(f"{path} has {found:,} bytes instead of {length:,}: it is truncated or damaged; copy it again.")
         prefix = file.read(8)
-        text = file.read(min(int.from_bytes(prefix, "little"), length))
+        text = file.read(min(int.from_bytes(prefix, "little"), length, HEADER))
         if hashlib.sha256(prefix + text).hexdigest() != sha256:
             raise SparselineError(f"{path} is damaged (its header's checksum differs); copy it again.")
-        described = json.loads(text)
-        self.metadata: dict[str, str] = described.pop("__metadata__", {})
-        self.blobs = {name: Blob(DTYPES[one["dtype"]], tuple(one["shape"])) for name, one in described.items()}
-        self._offsets = {name: len(prefix) + len(text) + one["data_offsets"][0] for name, one in described.items()}
+        self._data = len(prefix) + len(text)
+        try:
+            header = Header.model_validate_json(text, strict=True).root
+            metadata = header.pop("__metadata__", {})
+            described = {name: one for name, one in header.items() if isinstance(one, Described)}
+            if not isinstance(metadata, dict) or len(described) < len(header):
+                raise ValueError("metadata must be texts, and tensors described")
+            self.metadata = metadata
+            self.blobs = {name: Blob(DTYPES[one.dtype], tuple(one.shape)) for name, one in described.items()}
+            self._offsets = {name: one.data_offsets[0] for name, one in described.items()}
+            end = 0
+            for name in sorted(described, key=lambda name: tuple(described[name].data_offsets)):
+                begin, (start, stop) = end, described[name].data_offsets
+                end = begin + self.blobs[name].bytes
+                if (start, stop) != (begin, end):
+                    raise ValueError(f"{name} does not lie where its shape says")
+            if self._data + end != length:
+                raise ValueError("the file is longer or shorter than its tensors")
+        except (ValueError, KeyError) as error:  # a ValidationError too
+            reason = " ".join(str(error).split())[:200]
+            raise SparselineError(f"{path} is no safetensors file ({reason}); take it from another source.") from error
 
     def read(self, name: str) -> torch.Tensor:
         one = self.blobs[name]
         data = np.empty(one.bytes, np.uint8)
-        self._file.seek(self._offsets[name])
+        self._file.seek(self._data + self._offsets[name])
         if self._file.readinto(data.data) != one.bytes:
             raise SparselineError(f"{self._path} ended while it was read; copy it again.")
         return torch.from_numpy(data).view(one.dtype).reshape(one.shape)

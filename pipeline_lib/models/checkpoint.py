@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,19 +16,24 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
+from pipeline_lib.core import files
 from pipeline_lib.core.artifacts import replacing, save_tensors, write_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models import attention
 from pipeline_lib.models.architecture import Architecture, Matrix
 from pipeline_lib.models.families import FAMILIES, architecture
-from pipeline_lib.models.files import INDEX, Files, find_files
+from pipeline_lib.models.files import INDEX, Files, find_files, list_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+BLOCKS, POSITIONS = "num_hidden_layers", "max_position_embeddings"
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+MOST_POSITIONS = 2**24
 BUFFER = "a buffer that transformers computes"
 # What older conversions stored beside the parameters, with its number of dimensions: causal masks, their fill value, rotary tables
 BUFFERS = {r"(attn|attention)\.bias": 4, r"(attn|attention)\.masked_bias": 0, r"rotary_emb\.inv_freq": 1}
@@ -142,6 +148,7 @@ def read_config(path: Path) -> PreTrainedConfig:
             f"{path} holds an adapter ({ADAPTER}), which is loaded on top of other weights; "
             f"merge it into them (peft's merge_and_unload), and give the merged model without {ADAPTER}."
         )
+    list_files(path)  # refuses links to elsewhere, pipes and devices
     if not (path / CONFIG).is_file():
         raise SparselineError(f"{path} holds no {CONFIG}; give the directory that holds config.json and *.safetensors.")
     if (remote := remote_code(path)) and remote[0] not in FAMILIES:
@@ -164,7 +171,7 @@ def read_config(path: Path) -> PreTrainedConfig:
 def remote_code(path: Path) -> tuple[str, str] | None:
     """The model type and the module of a config that names code of the model's own (``auto_map``), or None."""
     try:
-        value = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        value = json.loads(files.text(path / CONFIG))
         named = value.get("auto_map")
         return (str(value.get("model_type")), str(next(iter(named.values())))) if named else None
     except (OSError, ValueError, AttributeError, RecursionError, StopIteration):
@@ -184,16 +191,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
             or truncated shard, a tensor missing, of another shape, or without a place in the model.
     """
     config = read_config(path)
-    try:
+    with _describing(path):
         entry = architecture(config)
-        model = skeleton(config, torch.float32)
-    except SparselineError:
-        raise
-    except Exception as error:  # a negative width, no heads: what transformers' own code makes of numbers that make no model
-        raise SparselineError(f"{path / CONFIG} describes no model ({_first_line(error)}); fetch it again.") from error
-    _check_head(path, config, model)
     found = find_files(path)
     parts, extra = _stored(path, found)
+    check_sizes(path, config, [shape for _, shape, _ in parts.values()])
+    if (path / GENERATION).exists():
+        generation(path)  # whoever loads the model reads it
+    with _describing(path):
+        model = skeleton(config, torch.float32)
+    _check_head(path, config, model)
     base = f"{model.base_model_prefix}."
     prefix = base if any(name.startswith(f"{base}{entry.blocks}.") for name in parts) else ""
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -229,6 +236,47 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(
         path, config, entry, files, shapes, prefix, DTYPES[parts[first][2]], names, found.index is not None, found.others, left_out
     )
+
+
+@contextmanager
+def _describing(path: Path) -> Iterator[None]:
+    """A negative width, no heads: what transformers' own code makes of numbers that make no model is told in a sentence."""
+    try:
+        yield
+    except SparselineError:
+        raise
+    except Exception as error:
+        raise SparselineError(f"{path / CONFIG} describes no model ({_first_line(error)}); fetch it again.") from error
+
+
+def check_sizes(path: Path, config: PreTrainedConfig, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Refuse a config that calls for far more than the weights hold, before a model is made of it.
+
+    Raises:
+        SparselineError: a number is none, or too large.
+    """
+    with _describing(path):
+        described = config.get_text_config()
+        values = {name: getattr(described, name, None) for name in (BLOCKS, *SIZES, POSITIONS)}
+    largest = max((size for shape in shapes for size in shape), default=0)
+    most = {BLOCKS: len(shapes), POSITIONS: MOST_POSITIONS} | dict.fromkeys(SIZES, largest)
+    for name, value in values.items():
+        if value is not None and (type(value) is not int or not 0 < value <= most[name]):
+            raise SparselineError(f"{path / CONFIG}: {name} = {value!r} does not fit the weights beside it; fetch the checkpoint again.")
+
+
+def generation(path: Path) -> "GenerationConfig":
+    """How the model of a directory generates.
+
+    Raises:
+        SparselineError: the file cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except Exception as error:  # transformers checks little, and raises whatever it meets
+        raise SparselineError(f"{path / GENERATION} cannot be read ({_first_line(error)}); fetch it again, or take it away.") from error
 
 
 def _architectures(config: PreTrainedConfig) -> list[str]:
@@ -293,7 +341,7 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> "PreTrainedModel":
 
     attention.register()
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)  # without the word it asks
 
 
 def copy_files(names: Sequence[str], source: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.files import check_inside, is_plain, opened, text
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -75,8 +76,6 @@ def find_files(path: Path) -> Files:
         if name not in names:
             raise SparselineError(f"{path / name} is missing or truncated ({INDEX} names it); fetch the checkpoint again.")
     others = tuple(name for name in names if name != INDEX and name not in weights)
-    for name in (*weights, *others, *([INDEX] if index is not None else [])):
-        _check_readable(path / name)
     return Files(weights, index, others, left_out)
 
 
@@ -84,7 +83,7 @@ def list_files(path: Path) -> tuple[list[str], dict[str, str]]:
     """Files to take along, and what is left out with the reason; a subdirectory that is left out is one entry.
 
     Raises:
-        SparselineError: the directory cannot be read.
+        SparselineError: the directory or a file cannot be read, or what is to be taken along is no regular file of this directory.
     """
     found: list[str] = []
     left_out: dict[str, str] = {}
@@ -100,20 +99,13 @@ def list_files(path: Path) -> tuple[list[str], dict[str, str]]:
         elif reason := reason_left_out(name):
             left_out[name] = reason
         else:
-            found.append(name)
+            check_inside(path, entry)
+            try:
+                with opened(entry):
+                    found.append(name)
+            except OSError as error:
+                raise SparselineError(f"{entry} cannot be read ({error.strerror}); give this user the right to read it.") from error
     return found, left_out
-
-
-def _check_readable(path: Path) -> None:
-    """Say which file is in the way before a stage has worked for hours."""
-    if not path.exists():
-        raise SparselineError(f"{path} is a link to a file that is not there; fetch that file, or remove the link.")
-    if not path.is_file():
-        raise SparselineError(f"{path} is no ordinary file; remove it.")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise SparselineError(f"{path} cannot be read ({error.strerror}); give this user the right to read it.") from error
 
 
 def _names_one_file(index: Path) -> bool:
@@ -126,7 +118,7 @@ def _names_one_file(index: Path) -> bool:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text(path))
         named: dict[str, str] = dict(value["weight_map"])
         if not named or not isinstance(value["metadata"], dict) or not all(isinstance(name, str) for name in named.values()):
             raise ValueError("weight_map and metadata must be mappings")
@@ -135,7 +127,7 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise SparselineError(f"{path} is damaged ({error}); fetch the checkpoint again.") from error
     for name in named.values():
-        if PurePosixPath(name).name != name or not name.endswith(".safetensors"):
+        if not is_plain(name) or "/" in name or not name.endswith(".safetensors"):
             raise SparselineError(f"{path} names {name}, which is no .safetensors file beside it; put all shards into one directory.")
     return named
 

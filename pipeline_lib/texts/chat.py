@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pipeline_lib.core import bounded
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.texts.records import kind
 
@@ -52,28 +53,47 @@ def is_blank(messages: list[Message]) -> bool:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], places: Sequence[str]) -> list[str]:
-    """Each chat as the model's chat template writes it; ``places`` tell where each was read.
+    """Each chat as the model's chat template writes it, which is a program; ``places`` tell where each was read.
 
     Raises:
-        SparselineError: there is no template; it fails on a chat; or it leaves out what messages of some role say.
+        SparselineError: there is no template; it fails on a chat, or comes to no end; or it leaves out what messages of some role say.
     """
     if tokenizer.chat_template is None:
         raise SparselineError("texts: chat_template is true, but this model's tokenizer has none; set it to false.")
-    rendered = []
     tried: set[tuple[str, bool, str]] = set()
-    for messages, where in zip(chats, places, strict=True):
-        text = _render(tokenizer, messages, where)
-        for which, changed in _changes(messages):
-            if which not in tried:  # once for every kind of message, since each costs a rendering
-                tried.add(which)
-                if _same(tokenizer, changed, text, where):
-                    role, _, part = which
-                    raise SparselineError(
-                        f"{where}: the model's chat template leaves out the {part} of messages with the role {role!r}; "
-                        "use the template's own roles, or take those messages out."
-                    )
-        rendered.append(text)
+
+    def one(item: tuple[list[Message], str]) -> str | SparselineError:
+        try:
+            return _rendered(tokenizer, *item, tried)
+        except SparselineError as error:
+            return error
+
+    rendered: list[str] = []
+    try:
+        for found in bounded.each(one, list(zip(chats, places, strict=True))):
+            if isinstance(found, SparselineError):
+                raise found
+            rendered.append(found)
+    except bounded.BoundError as error:
+        raise SparselineError(
+            f"{places[len(rendered)]}: the model's chat template comes to no end on this record ({error}); take another template."
+        ) from error
     return rendered
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, tried: set[tuple[str, bool, str]]) -> str:
+    """One chat; each kind of message that was not ``tried`` yet is tried, since each costs a rendering."""
+    text = _render(tokenizer, messages, where)
+    for which, changed in _changes(messages):
+        if which not in tried:
+            tried.add(which)
+            if _same(tokenizer, changed, text, where):
+                role, _, part = which
+                raise SparselineError(
+                    f"{where}: the model's chat template leaves out the {part} of messages with the role {role!r}; "
+                    "use the template's own roles, or take those messages out."
+                )
+    return text
 
 
 def _changes(messages: list[Message]) -> Iterator[tuple[tuple[str, bool, str], list[Message]]]:

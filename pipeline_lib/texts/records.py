@@ -6,7 +6,6 @@ keys of all other messages, as nulls, which a chat template sees), names no line
 
 import bz2
 import codecs
-import gzip
 import json
 import lzma
 import re
@@ -22,25 +21,20 @@ KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or fals
 SPACE = re.compile(r"[ \t\r\n]*")  # what JSON counts as white space
 
 
-def _zstd(raw: bytes) -> bytes:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise SparselineError("zstd is read by the package zstandard, which is not installed: pip install zstandard") from error
-    parts = []
-    while raw:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            parts.append(frame.decompress(raw))
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from error
-        if not frame.eof:  # the package itself says nothing of a file that was cut off
-            raise EOFError("the file ends too early")
-        raw = frame.unused_data
-    return b"".join(parts)
+def _zstd() -> Any:
+    import zstandard
+
+    return zstandard.ZstdDecompressor().decompressobj()
 
 
-COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress, ".zst": _zstd}
+COMPRESSIONS: dict[str, Callable[[], Any]] = {  # each reads one frame: what is behind it is its ``unused_data``
+    ".gz": lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS),
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lzma.LZMADecompressor,
+    ".zst": _zstd,
+}
+PIECE = 2**16  # compressed bytes that are read at a time
+RATIO, SMALL = 200, 2**28  # text takes a tenth of its bytes or so: a file that grows more than this, beyond 256 MB, is made to fill memory
 
 
 def _suffix(path: Path) -> str:
@@ -58,17 +52,47 @@ def unpack(path: Path, raw: bytes) -> bytes:
     """A file's bytes, decompressed where its last suffix names a compression.
 
     Raises:
-        SparselineError: the bytes are damaged, or a package is missing.
+        SparselineError: the bytes are damaged or far more than text gives, or a package is missing.
     """
-    decompress = COMPRESSIONS.get(path.suffix.lower())
-    if decompress is None:
+    decompressor = COMPRESSIONS.get(path.suffix.lower())
+    if decompressor is None:
         return raw
+    found = bytearray()
     try:
-        return decompress(raw)
-    except SparselineError as error:
-        raise SparselineError(f"{path}: {error}; or decompress the file.") from error
+        for piece in _decompressed(decompressor, raw):
+            found += piece
+            if len(found) > max(SMALL, RATIO * len(raw)):
+                raise SparselineError(f"{path} holds more than {len(found):,} bytes in {len(raw):,}, which is no text; take it away.")
+    except ImportError as error:
+        raise SparselineError(
+            f"{path}: zstd is read by the package zstandard, which is not installed: pip install zstandard; or decompress the file."
+        ) from error
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise SparselineError(f"{path} cannot be decompressed ({error}); its name says {path.suffix}.") from error
+    return bytes(found)
+
+
+def _decompressed(decompressor: Callable[[], Any], raw: bytes) -> Iterator[bytes]:
+    """Piece by piece, frame after frame; zeros behind a frame are padding."""
+    place, frame = 0, None
+    while place < len(raw):
+        if frame is None:
+            if raw[place] == 0 and place:
+                place += 1
+                continue
+            frame = decompressor()
+        piece = raw[place : place + PIECE]
+        try:
+            yield frame.decompress(piece)
+        except Exception as error:
+            if type(error).__name__ == "ZstdError":  # of a package that may not be there
+                raise OSError(str(error)) from error
+            raise
+        place += len(piece) - len(frame.unused_data)
+        if frame.eof:
+            frame = None
+    if frame is not None:
+        raise EOFError("the file ends too early")
 
 
 def decode(path: Path, raw: bytes) -> str:

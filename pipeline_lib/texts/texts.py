@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from pipeline_lib.core import files
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.files import check_inside
 from pipeline_lib.core.params import Params
 from pipeline_lib.models.start import Place
 from pipeline_lib.texts.chat import Message, check_messages, is_blank
@@ -96,8 +98,8 @@ def read_texts(params: TextParams) -> Texts:
 
 def _entries(path: Path, name: str | None) -> Any:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        entries = json.loads(files.text(path, "utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise SparselineError(f"{path} cannot be read as JSON ({error}).") from error
     if not isinstance(entries, dict) or name not in entries:
         has = ", ".join(sorted(entries)) if isinstance(entries, dict) else "no entries at all"
@@ -117,7 +119,7 @@ def _stdlib(params: TextParams) -> tuple[Iterable[Placed], dict[str, Any]]:
         if Path(module).is_absolute() or {"..", "site-packages", "dist-packages"} & set(parts):
             raise SparselineError(f"{params.path}: {module!r} is outside the standard library; name files below {root}, such as csv.py.")
         try:
-            raw = (root / module).read_bytes()
+            raw = files.read(root / module)
         except OSError as error:
             raise SparselineError(f"Python {platform.python_version()} here lacks the standard library's {module} ({error}).") from error
         documents.append((module, decode(root / module, raw)))
@@ -138,7 +140,7 @@ def _files(params: TextParams) -> tuple[Iterable[Placed], dict[str, Any]]:
     documents: list[Placed] = []
     for path in paths:
         try:
-            raw = path.read_bytes()
+            raw = files.read(path)
         except OSError as error:
             raise SparselineError(f"{path} cannot be read ({error.strerror}).") from error
         hashes[str(path.relative_to(params.path)) if path != params.path else path.name] = hashlib.sha256(raw).hexdigest()
@@ -160,7 +162,7 @@ def _listed(root: Path, glob: str | None) -> list[Path]:
             raise SparselineError(f"{root} is a file, but the text has glob: {glob}; set it to null, or give the directory as path.")
         if not root.exists():
             raise SparselineError(f"No file matches {root}; correct the text's path or glob.")
-        return [_readable(root)]
+        return [_named(root)]
     if glob is not None and (Path(glob).is_absolute() or ".." in Path(glob).parts):
         raise SparselineError(f"The text's glob {glob!r} reaches outside its path {root}, where DVC watches nothing; correct the two.")
     try:
@@ -173,7 +175,8 @@ def _listed(root: Path, glob: str | None) -> list[Path]:
             if part.is_dir() and part.is_symlink():
                 raise SparselineError(f"{part} is a link to a directory, which DVC does not follow; copy it, or give its target as path.")
         if not path.is_dir():
-            paths.append(_readable(path))
+            check_inside(root, path)
+            paths.append(_named(path))
         elif not os.access(path, os.R_OK | os.X_OK):
             raise SparselineError(f"The directory {path} cannot be read; give yourself the right to, or leave it out with the text's glob.")
     if not paths:
@@ -187,9 +190,7 @@ def _visible(root: Path, paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts))
 
 
-def _readable(path: Path) -> Path:
-    if not path.is_file():
-        raise SparselineError(f"{path} is no regular file, or a link to nothing; take it away, or choose others with the text's glob.")
+def _named(path: Path) -> Path:
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError as error:
