@@ -20,7 +20,8 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
     os._exit(bugs.CODE)  # Python would end with 1
 
 
-sys.excepthook = _uncaught
+if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].startswith("stages."):  # else another program's
+    sys.excepthook = _uncaught
 for _stream in (sys.stdout, sys.stderr):  # a terminal may know few characters
     if isinstance(_stream, io.TextIOWrapper):
         _stream.reconfigure(errors="backslashreplace")

@@ -388,8 +388,7 @@ def test_a_stage_tells_its_error_and_exits_with_2(
     told = capsys.readouterr().err
     (file,) = tmp_path.glob("sparseline-bug-*.txt")
     assert told == (
-        "error: This is a fault of Sparseline, not of your input (ZeroDivisionError: division by zero). "
-        f"Attach {file} to a report of it.\n"
+        f"error: This is a fault of Sparseline, not of your input (ZeroDivisionError: division by zero). Attach {file} to a report of it.\n"
     )
     assert "_ = 1 / 0" in file.read_text(encoding="utf-8")
     record = tmp_path / "build" / "costs" / "trial.json"

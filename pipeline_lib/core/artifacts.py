@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*partial"):
         if _abandoned(left):
-            _remove(left)
+            remove(left)
     temporary, old = temporary_name(path), temporary_name(path)
     try:
         yield temporary
@@ -52,7 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
             except OSError as error:  # a file is replaced in one step; a directory cannot be
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR):
                     raise
-            _remove(old)
+            remove(old)
             with suppress(FileNotFoundError):  # another process was faster
                 path.replace(old)
     except OSError as error:
@@ -62,8 +62,8 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if old.exists() and not path.exists():  # stopped between the two steps
             old.replace(path)
-        _remove(old)
-        _remove(temporary)
+        remove(old)
+        remove(temporary)
 
 
 def temporary_name(path: Path) -> Path:
@@ -106,7 +106,8 @@ def newest(path: Path) -> float:
     return max(times)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file, a link (not what it leads to), or a directory with all that it holds; nothing where there is nothing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

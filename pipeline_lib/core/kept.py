@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,8 @@ class Kept:
         self._right: dict[int, dict[str, str]] = {}  # block -> its files' SHA-256
         for name in (*folders, "."):
             place = directory / name
-            if place.is_symlink() or (place.exists() and not place.is_dir()):
-                place.unlink()
+            if place.is_symlink() or not place.is_dir():
+                artifacts.remove(place)
             place.mkdir(parents=True, exist_ok=True)
 
     def _list(self, block: int) -> Path:
@@ -49,7 +47,7 @@ class Kept:
         try:
             self._right[block] = self._checked(block)
         except (OSError, SparselineError, ValueError, TypeError, KeyError, AttributeError):
-            _remove(self._list(block))
+            artifacts.remove(self._list(block))
             click.echo(f"{self._what}: what was kept of block {block} is damaged; it is computed again")
             return False
         return True
@@ -75,8 +73,3 @@ def _digest(found: dict[str, str]) -> str:
 
 def _exists(path: Path) -> bool:
     return path.is_symlink() or path.exists()
-
-
-def _remove(path: Path) -> None:
-    with suppress(FileNotFoundError):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import click
 
-from pipeline_lib.core.artifacts import ABANDONED, newest, temporary_name
+from pipeline_lib.core.artifacts import ABANDONED, newest, remove, temporary_name
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import duration
 
@@ -62,10 +62,10 @@ def hold(name: str, key: str, what: str) -> Iterator[Scratch]:
     kept = place / key
     try:
         if kept.is_symlink() or not kept.is_dir():
-            kept.unlink(missing_ok=True)
+            remove(kept)
         kept.mkdir(exist_ok=True)
         for left in kept.rglob(".*.partial"):  # of dead processes, since the lock is ours
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            remove(left)
         try:
             with tempfile.TemporaryDirectory(prefix=".own.", suffix=".partial", dir=kept, ignore_cleanup_errors=True) as own:
                 yield Scratch(kept, Path(own))
@@ -111,6 +111,8 @@ def _acquire(place: Path, key: str, what: str) -> IO[str]:
 
 def _try(path: Path) -> IO[str] | None:
     """The locked file, or None where another process has it. It must still be the one of this name: the owner before removed its own."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        remove(path)
     file = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -172,6 +172,8 @@ class Reader:
         self._file.seek(self._data + self._offsets[name])
         if self._file.readinto(data.data) != one.bytes:
             raise SparselineError(f"{self._path} ended while it was read; copy it again.")
+        if not one.bytes:  # which no view of bytes gives
+            return torch.empty(one.shape, dtype=one.dtype)
         return torch.from_numpy(data).view(one.dtype).reshape(one.shape)
 
 

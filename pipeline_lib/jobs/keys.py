@@ -3,7 +3,6 @@
 DVC runs a stage again when its own file changes, and not when another's does.
 """
 
-import shutil
 from collections.abc import Mapping
 
 from pydantic import BaseModel
@@ -79,10 +78,10 @@ def _tidy(workspace: Workspace, variants: Mapping[str, Variant]) -> None:
     texts = {name: text.get("use") if isinstance(text, Mapping) else None for name, text in params.section("texts").items()}
     for left in workspace.texts("").glob("*/*.safetensors"):
         if texts.get(left.stem) != left.parent.name:
-            left.unlink()
+            artifacts.remove(left)
     for left in workspace.of_models():
         if left.name.removesuffix(".json") not in (*variants, DENSE):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            artifacts.remove(left)
 
 
 class ChoosePart(params.Params):

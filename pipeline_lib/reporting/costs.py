@@ -1,10 +1,11 @@
 """What the stages cost that ran on this machine: records that DVC does not track, since they differ from run to run."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline_lib.core import files
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.reporting import table
 from pipeline_lib.reporting.table import Column, Facts, Results
 
@@ -20,12 +21,10 @@ def collect(folder: Path = FOLDER) -> dict[str, Facts]:
     found: dict[str, Facts] = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            with Path(record["output"]["path"]).open("rb") as output:
-                made = hashlib.file_digest(output, "sha256").hexdigest()
-            if made == record["output"]["sha256"]:
+            record = json.loads(files.text(path))
+            if files.sha256(Path(record["output"]["path"])) == record["output"]["sha256"]:
                 found[path.stem] = {key: float(record[key]) for key in ("wall_s", "cpu_s", "peak_rss_bytes")}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, SparselineError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return found
 

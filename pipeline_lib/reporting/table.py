@@ -7,8 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pipeline_lib.core import params
-from pipeline_lib.core.files import sha256
+from pipeline_lib.core import files, params
 from pipeline_lib.core.params import Params
 from pipeline_lib.core.workspace import DENSE, Workspace
 from pipeline_lib.export import wording
@@ -165,7 +164,7 @@ def collect(root: Path = Path()) -> Results:
         workspace.load(workspace.choice),
         workspace.load(workspace.sensitivity / "estimate.json") if measured else {},
         tuple(_source(workspace, path) for path in sorted(workspace.texts("").glob("*/*.safetensors"))),
-        path.read_text(encoding="utf-8"),
+        files.text(path),
     )
 
 
@@ -185,7 +184,7 @@ def _variant(workspace: Workspace, name: str) -> Variant:
 def _source(workspace: Workspace, path: Path) -> Facts:
     """What a file of rows is and where it came from."""
     facts = workspace.load_facts(path)
-    return {**facts, "name": path.stem, "use": path.parent.name, "rows_sha256": sha256(path)}
+    return {**facts, "name": path.stem, "use": path.parent.name, "rows_sha256": files.sha256(path)}
 
 
 # What follows from the measurements

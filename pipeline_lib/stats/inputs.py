@@ -44,7 +44,10 @@ def calibration_file(workspace: Workspace) -> Path:
     Raises:
         SparselineError: as ``calibration_rows``.
     """
-    files = sorted(workspace.texts("calibrate").glob("*.safetensors"))
+    folder = workspace.texts("calibrate")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SparselineError(f"{folder}/<calibration text>.safetensors is missing; run `dvc repro` to make it.")
     if len(files) != 1:
         raise SparselineError(f"params.yaml: texts must hold exactly one text with use: calibrate, not {len(files)}; change one's `use`.")
     return files[0]
