@@ -10,6 +10,8 @@ from project import recipe
 from tiny import ALL_FAMILIES, load_full, make_config, random_factors, token_rows
 
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.kept import Kept
+from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.architecture import Architecture, Coupling, Matrix, Tie
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.families import FAMILIES, architecture
@@ -17,7 +19,7 @@ from pipeline_lib.models.folding import MatrixScales, fold
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.prune.plan import plan
-from pipeline_lib.prune.resume import Progress
+from pipeline_lib.prune.resume import PARTS, Progress
 from pipeline_lib.prune.run import Rows, Source, prune
 from pipeline_lib.recipe.settings import Recipe
 
@@ -235,7 +237,7 @@ def test_pruning_end_to_end(
     kept = {(index, matrix): rows * columns // 2 for index in range(depth) for matrix, (rows, columns) in shapes.items()}
     factors = {name: factor.float() for name, factor in random_factors({c.name: c.size for c in table.couplings}, 3, decades=1).items()}
     how = settings(score, pattern, steps)
-    progress = Progress(tmp_path / "scratch", model.checkpoint, how.quantization)
+    progress = Progress(Kept(tmp_path / "scratch", "prune", PARTS), model.checkpoint, how.quantization)
     rows = Rows(*token_rows(6, 12).split((4, 2)), how.batch_rows)
     source = Source(model, [Transform(factors)] * depth, kept)
     for index, block in prune(source, rows, plan(how, model.checkpoint.dtype), lambda _: None):
@@ -244,7 +246,7 @@ def test_pruning_end_to_end(
             assert torch.equal(block.tensors[name] != 0, mask)
         for step in {"channel", "block"} & set(steps):
             assert block.facts[step]["held_out_after"] <= block.facts[step]["held_out_before"]
-    progress.publish(tmp_path / "out")
+    progress.publish(Workspace(tmp_path), tmp_path / "out")
 
     written = open_checkpoint(tmp_path / "out" / "checkpoint")
     for index in range(depth):

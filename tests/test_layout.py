@@ -175,3 +175,40 @@ def test_a_function_with_seven_parameters_is_found(tmp_path: Path, text: str, to
 def test_a_stage_of_61_lines_is_found(tmp_path: Path) -> None:
     root = house(tmp_path, stages__good="pass\n" * 60, stages__bad="pass\n" * 61, pipeline_lib__core__long="pass\n" * 500)
     assert long_stages(root) == ["bad.py has 61 lines"]
+
+
+# Reading
+
+READS = {"read_text", "read_bytes", "open", "safe_open", "load_file", "fdopen"}
+# Modules that open files without `core/files.py`, which opens regular ones only -> what they open
+OPENED = {
+    "core/artifacts.py": "files under temporary names, /proc, and safetensors behind `files.opened`",
+    "core/bounded.py": "pipes and /proc",
+    "core/code.py": "this code",
+    "core/environment.py": "env.lock.json, when it is written",
+    "core/files.py": "",
+    "core/preloaded.py": "standard output",
+    "core/process.py": "DVC's lock",
+    "core/runtime.py": "this code, and inputs that were checked",
+    "core/scratch.py": "locks",
+    "export/tensorfile.py": "the file that is written",
+    "models/checkpoint.py": "files that `list_files` or `Kept` has checked",
+    "models/stream.py": "a stage's own streams",
+}
+
+
+def test_files_are_opened_in_one_place() -> None:
+    """A pipe or a device would be waited for otherwise. Oracle: the calls in the syntax trees."""
+    found = set()
+    for path in (ROOT / "pipeline_lib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                method = (
+                    isinstance(node.func, ast.Attribute)
+                    and isinstance(node.func.value, ast.Attribute)
+                    and node.func.value.attr == "moments"
+                )
+                if name in READS and not method:  # OutputMoments.open opens no file
+                    found.add(path.relative_to(ROOT / "pipeline_lib").as_posix())
+    assert found == OPENED.keys()
