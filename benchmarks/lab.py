@@ -130,9 +130,9 @@ class Lab:
         gate = Gate(self.bed.stream(), self.rows["held_out"], asked.batch_rows, selection, compensate)
         learned = []
         for index, dense in enumerate(self.dense()):
-            counts = {matrix: kept[index, matrix] for matrix in entry.matrices}
-            factors = starting_factors(entry, dense.tensors, dense.statistics, start)
-            given = Transform(factors, shifts(entry, dense.statistics, start))
+            counts = {matrix: kept[index, matrix] for matrix in dense.layout.matrices}
+            factors = starting_factors(dense.layout, dense.tensors, dense.statistics, start)
+            given = Transform(factors, shifts(dense.layout, dense.statistics, start))
             judge = gate.enter(index, dense, counts)
             learned.append(induce_block(dense, counts, given, selection, asked.induce, judge).transform)
         return learned
@@ -141,13 +141,13 @@ class Lab:
         """The dense model's blocks with their statistics."""
         entry = self.bed.checkpoint.architecture
         for index, sites in enumerate(self.statistics()[0]):
-            yield DenseBlock(entry, f"{entry.blocks}.{index}", self.bed.checkpoint.block(index), sites)
+            yield DenseBlock(entry.layouts[index], f"{entry.blocks}.{index}", self.bed.checkpoint.block(index), sites)
 
     def allocated(self, asked: Recipe) -> tuple[Kept, float]:
         """Kept counts, and the wall seconds of all that was measured for them."""
         entries, seconds = self.measured(asked)
         entry, pattern = self.bed.checkpoint.architecture, asked.selection.shape
-        places = [(index, matrix) for index in range(entry.depth) for matrix in entry.matrices]
+        places = list(entry.places())
         units = []
         for index, matrix in places:
             name, shape = entry.matrix_name(index, matrix), self.bed.checkpoint.matrix_shape(index, matrix)
@@ -188,7 +188,7 @@ class Lab:
     def sensitivities(self, moments: bool) -> tuple[tuple[Entries, list[dict[str, torch.Tensor]]], float]:
         """What stage sensitivity gives: per matrix name its entry; per block the output moments by label, if asked for. And the seconds."""
         entry, how = self.bed.checkpoint.architecture, settings("sensitivity")
-        matrices = {index: {entry.matrix_name(index, matrix): matrix for matrix in entry.matrices} for index in range(entry.depth)}
+        matrices = {index: {entry.matrix_name(index, matrix): matrix for matrix in entry.layouts[index].matrices} for index in range(entry.depth)}
 
         def compute() -> tuple[Entries, list[dict[str, torch.Tensor]]]:
             subject = Subject(self.bed.stream(), self.rows["fit"], matrices)
@@ -213,6 +213,6 @@ class Lab:
         (entries, moments), _ = self.sensitivities(moments=True)
         found: Entries = {}
         for index, dense in enumerate(self.dense()):
-            block = measure(dense, entry.matrices, moments[index], asked.selection, compensate, settings("curves"))
+            block = measure(dense, dense.layout.matrices, moments[index], asked.selection, compensate, settings("curves"))
             found |= {f"{dense.where}.{label}": entries[f"{dense.where}.{label}"] | facts for label, facts in block.items()}
         return found

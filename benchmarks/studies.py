@@ -172,7 +172,7 @@ def quantization() -> Iterator[Cell]:
 def size(lab: Lab, asked: Recipe | None, run: Run | None) -> Record:
     """Bytes of the prunable matrices: packed codes, scales and zero points, masks where something is pruned; and the rounding error."""
     entry = lab.bed.checkpoint.architecture
-    shapes = {(index, m): lab.bed.checkpoint.matrix_shape(index, m) for index in range(entry.depth) for m in entry.matrices}
+    shapes = {place: lab.bed.checkpoint.matrix_shape(*place) for place in entry.places()}
     sizes = [math.prod(shape) for shape in shapes.values()]
     bits, facts = DENSE_BITS * sum(sizes), {}
     if asked and run:

@@ -68,9 +68,9 @@ def make_pruned(directory: Path, source: Checkpoint, pattern: str = "unstructure
     writer = ShardWriter(source, directory / "checkpoint")
     for block in range(source.architecture.depth):
         tensors = {name: tensor.clone() for name, tensor in source.block(block).items()}
-        masks = {m.parameter: torch.empty(tensors[m.parameter].shape, dtype=torch.bool) for m in source.architecture.matrices}
+        masks = {m.parameter: torch.empty(tensors[m.parameter].shape, dtype=torch.bool) for m in source.architecture.layouts[0].matrices}
         groups: dict[str, torch.Tensor] = {}
-        for matrix in source.architecture.matrices:
+        for matrix in source.architecture.layouts[0].matrices:
             weight = matrix.view(tensors[matrix.parameter])
             mask = random_mask(*weight.shape, pattern, random)
             matrix.view(masks[matrix.parameter]).copy_(mask)

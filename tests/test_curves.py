@@ -75,7 +75,7 @@ def test_densities_are_checked(densities: list[float]) -> None:
 @pytest.mark.parametrize(("pattern", "compensate"), [("unstructured", True), ("unstructured", False), ("2:4", True)])
 def test_a_curve_is_what_pruning_does(checkpoint: Checkpoint, pattern: str, compensate: bool) -> None:
     """Oracle: the matrix pruned by hand to each density, and its errors by their definitions, on the fitting rows' Gram."""
-    entry, chosen = checkpoint.architecture, selection(pattern=pattern)
+    entry, chosen = checkpoint.architecture.layouts[0], selection(pattern=pattern)
     tensors, sites = checkpoint.block(1), block_statistics(checkpoint)[1]
     left_out = entry.matrices[0]
     moments = {m.label: torch.rand(len(m.view(tensors[m.parameter]))) for m in entry.matrices[2:]}
@@ -108,7 +108,7 @@ def test_a_curve_is_what_pruning_does(checkpoint: Checkpoint, pattern: str, comp
 
 def test_errors_that_are_no_numbers_are_told(llama: Checkpoint) -> None:
     """Moments that overflow. Oracle: the matrix is named."""
-    entry = llama.architecture
+    entry = llama.architecture.layouts[0]
     moments = {m.label: torch.full((len(m.view(llama.block(0)[m.parameter])),), float("inf")) for m in entry.matrices}
     block = DenseBlock(entry, "here", llama.block(0), block_statistics(llama)[0])
     with pytest.raises(SparselineError, match=r"error curve of here\.self_attn\.q_proj holds NaN or infinity"):
@@ -117,8 +117,8 @@ def test_errors_that_are_no_numbers_are_told(llama: Checkpoint) -> None:
 
 def test_outliers_and_median_are_of_the_block(llama: Checkpoint) -> None:
     """Oracle: |w|·‖X‖ of all included matrices in one sorted list (2310.05175, Sec. 3; 2505.23807)."""
-    entry, sites = llama.architecture, block_statistics(llama)[0]
-    tensors, some = llama.block(0), llama.architecture.matrices[:3]
+    entry, sites = llama.architecture.layouts[0], block_statistics(llama)[0]
+    tensors, some = llama.block(0), llama.architecture.layouts[0].matrices[:3]
     found = measure(DenseBlock(entry, "here", tensors, sites), some, {}, selection(), False, CURVES)
     products = sorted(
         abs(float(w)) * float(second) ** 0.5

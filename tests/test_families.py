@@ -12,7 +12,7 @@ from tiny import ALL_FAMILIES, load_full, make_config, random_factors, token_row
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.kept import Kept
 from pipeline_lib.core.workspace import Workspace
-from pipeline_lib.models.architecture import Architecture, Coupling, Matrix, Tie
+from pipeline_lib.models.architecture import Coupling, Layout, Matrix, Tie
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.families import FAMILIES, architecture
 from pipeline_lib.models.folding import MatrixScales, fold
@@ -35,7 +35,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def offered(family: str, **overrides: object) -> set[str]:
-    return {coupling.name for coupling in architecture(make_config(family, **overrides)).couplings}
+    return {coupling.name for coupling in architecture(make_config(family, **overrides)).layouts[0].couplings}
 
 
 NORMS, ATTENTION = {"attention_norm", "mlp_norm"}, {"v_o", "q_k"}
@@ -96,7 +96,7 @@ def test_options_of_a_config_change_the_table(family: str, overrides: dict[str, 
     ],
 )
 def test_biases_follow_the_config(family: str, overrides: dict[str, object], biased: str) -> None:
-    matrices = architecture(make_config(family, **overrides)).matrices
+    matrices = architecture(make_config(family, **overrides)).layouts[0].matrices
     assert " ".join(matrix.kind for matrix in matrices if matrix.bias) == biased
 
 
@@ -113,7 +113,7 @@ def test_what_cannot_be_right_is_refused() -> None:
 
 def test_rotated_pairs_and_grouped_queries_share_a_factor() -> None:
     """Oracle: the rotary layout i ↔ i + size/2 and the 2 query heads per key head of the tiny Llama (size 8)."""
-    q_k = next(c for c in architecture(make_config("llama")).couplings if c.name == "q_k")
+    q_k = next(c for c in architecture(make_config("llama")).layouts[0].couplings if c.name == "q_k")
     ties = {tie.parameter: tie for tie in q_k.ties}
     keys, queries = ties["self_attn.k_proj.weight"].index, ties["self_attn.q_proj.weight"].index
     assert q_k.size == 2 * 4
@@ -126,7 +126,7 @@ def test_rotated_pairs_and_grouped_queries_share_a_factor() -> None:
 @pytest.mark.parametrize(("family", "heads"), [("phi3", 2), ("gpt_neox", 4)])
 def test_channels_that_do_not_rotate_are_free(family: str, heads: int) -> None:
     """Oracle: by hand. Of 8 channels 0–3 rotate (0 with 2, 1 with 3) and 4–7 do not: 6 factors per key head."""
-    q_k = next(c for c in architecture(make_config(family)).couplings if c.name == "q_k")
+    q_k = next(c for c in architecture(make_config(family)).layouts[0].couplings if c.name == "q_k")
     assert q_k.size == heads * 6
     assert q_k.ties[0].index[:16] == (0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9, 10, 11)
 
@@ -136,7 +136,7 @@ def test_channels_that_do_not_rotate_are_free(family: str, heads: int) -> None:
 
 def test_bias_view_is_the_part_of_the_matrix_rows() -> None:
     """Oracle: slices by hand, and a write through the view."""
-    matrices = {matrix.kind: matrix for matrix in architecture(make_config("gpt2")).matrices}
+    matrices = {matrix.kind: matrix for matrix in architecture(make_config("gpt2")).layouts[0].matrices}
     bias = torch.arange(96.0)
     assert torch.equal(matrices["k"].bias_view(bias), torch.arange(32.0, 64.0))
     matrices["v"].bias_view(bias).zero_()
@@ -150,7 +150,7 @@ def test_fold_and_entries_touch_their_positions_only(axis: int) -> None:
     """Oracle: the product by hand, on rows and on columns of the stored parameter."""
     weight = torch.arange(1.0, 13.0).view(3, 4)
     tie = Tie("w", axis, (1, 0), -1, positions=(2, 0))
-    table = Architecture("x", "layers", 1, 2, (), (), (Coupling("c", 2, (tie,)),))
+    table = Layout((), (), (Coupling("c", 2, (tie,)),))
     folded = fold({"w": weight}, table, {"c": torch.tensor([2.0, 4.0])})["w"]
     expected = (weight if axis == 0 else weight.T).clone()
     expected[2] /= 4
@@ -163,7 +163,7 @@ def test_fold_and_entries_touch_their_positions_only(axis: int) -> None:
 def test_matrix_scales_are_what_fold_does(model_paths: dict[str, Path], family: str, given: str) -> None:
     """Oracle: ``fold`` on the stored tensors in float64, seen through ``Matrix.view``."""
     checkpoint = open_checkpoint(model_paths[family])
-    table = checkpoint.architecture
+    table = checkpoint.architecture.layouts[0]
     tensors = {name: tensor.double() for name, tensor in checkpoint.block(0).items()}
     sizes = {c.name: c.size for c in table.couplings[: {"all": None, "one": 1, "none": 0}[given]]}
     factors = random_factors(sizes, seed=1)
@@ -179,7 +179,7 @@ def test_matrix_scales_are_what_fold_does(model_paths: dict[str, Path], family: 
 def test_gradients_of_matrix_scales_are_those_of_fold(model_paths: dict[str, Path], family: str) -> None:
     """Oracle: autograd through ``fold``, of the sum of log |weight| over all logical matrices."""
     checkpoint = open_checkpoint(model_paths[family])
-    table, tensors = checkpoint.architecture, checkpoint.block(0)
+    table, tensors = checkpoint.architecture.layouts[0], checkpoint.block(0)
     theta = {c.name: torch.zeros(c.size, requires_grad=True) for c in table.couplings}
     folded = fold(tensors, table, {name: value.exp() for name, value in theta.items()})
     logs = [matrix.view(folded[matrix.parameter]).abs().log().sum() for matrix in table.matrices]
@@ -232,7 +232,7 @@ def test_pruning_end_to_end(
 ) -> None:
     """Oracles: counts of zeros in the written files; the whole model that transformers loads from them against the streamed one."""
     model = block_model(model_paths[family])
-    table, depth = model.checkpoint.architecture, model.checkpoint.architecture.depth
+    table, depth = model.checkpoint.architecture.layouts[0], model.checkpoint.architecture.depth
     shapes = {matrix: model.checkpoint.matrix_shape(0, matrix) for matrix in table.matrices}
     kept = {(index, matrix): rows * columns // 2 for index in range(depth) for matrix, (rows, columns) in shapes.items()}
     factors = {name: factor.float() for name, factor in random_factors({c.name: c.size for c in table.couplings}, 3, decades=1).items()}
@@ -257,7 +257,7 @@ def test_pruning_end_to_end(
             if pattern == "2:4":
                 assert torch.equal(zeros.reshape(-1, 4).sum(1), torch.full((zeros.numel() // 4,), 2))
     whole, states = load_full(written.path), []
-    last = whole.base_model.get_submodule(f"{table.blocks}.{depth - 1}")
+    last = whole.base_model.get_submodule(f"{model.checkpoint.architecture.blocks}.{depth - 1}")
     last.register_forward_hook(lambda _module, _inputs, out: states.append(out[0] if isinstance(out, tuple) else out))
     assert torch.isfinite(whole(token_rows(3, 9)).logits).all()
     assert torch.equal(states[0], last_hidden(written, token_rows(3, 9)))

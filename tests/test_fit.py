@@ -41,7 +41,7 @@ def setting(
     stream = model.embed(token_rows(4 * batches, 12, seed=1), 4)
     tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.block(0).items()}
     random = torch.Generator().manual_seed(2)
-    for parameter in dict.fromkeys(matrix.parameter for matrix in checkpoint.architecture.matrices):
+    for parameter in dict.fromkeys(matrix.parameter for matrix in checkpoint.architecture.layouts[0].matrices):
         weight = tensors[parameter]
         tensors[parameter] = weight * (torch.rand(weight.shape, generator=random) < 0.5)
     return functools.partial(model.call, model.block(0), 0), tensors, stream.hidden
@@ -82,7 +82,7 @@ def damaged(tensors: dict[str, torch.Tensor], matrices: tuple[Matrix, ...], spre
 def test_a_known_scaling_is_undone(checkpoint: Checkpoint) -> None:
     """Oracle: the undamaged block. On rows it was not fitted on, most of the damage goes; no zero stops being one."""
     run, tensors, inputs = setting(checkpoint)
-    matrices = checkpoint.architecture.matrices
+    matrices = checkpoint.architecture.layouts[0].matrices
     targets = targets_of(run, tensors, inputs)
     broken = damaged(tensors, matrices)
     held_out = Pairs(inputs[6:], targets[6:])
@@ -107,7 +107,7 @@ def test_nothing_to_improve_returns_the_input(checkpoint: Checkpoint, with_held_
     run, tensors, inputs = setting(checkpoint)
     targets = targets_of(run, tensors, inputs)
     held_out = Pairs(inputs[6:], targets[6:]) if with_held_out else Pairs([], [])
-    fitted, facts = fitting(run, tensors, checkpoint.architecture.matrices, Pairs(inputs[:2], targets[:2]), held_out, params(epochs=2), "x")
+    fitted, facts = fitting(run, tensors, checkpoint.architecture.layouts[0].matrices, Pairs(inputs[:2], targets[:2]), held_out, params(epochs=2), "x")
     assert all(torch.equal(fitted[name], tensors[name]) for name in tensors)
     assert facts["epochs"] == 0
     assert facts["held_out_after"] == facts["held_out_before"] == 0
@@ -124,7 +124,7 @@ def test_held_out_rows_decide(checkpoint: Checkpoint) -> None:
         calls[0] += 1
         return run(hidden, values)
 
-    matrices = checkpoint.architecture.matrices
+    matrices = checkpoint.architecture.layouts[0].matrices
     fitted, facts = fitting(counted, tensors, matrices, Pairs(inputs[:2], wrong), Pairs(inputs[6:], targets[6:]), params(patience=3), "x")  # type: ignore[arg-type]
     assert all(torch.equal(fitted[name], tensors[name]) for name in tensors)
     assert facts["fit_after"] == facts["fit_before"]
@@ -135,8 +135,8 @@ def test_held_out_rows_decide(checkpoint: Checkpoint) -> None:
 def test_only_the_given_matrices_change(llama: Checkpoint) -> None:
     run, tensors, inputs = setting(llama)
     targets = targets_of(run, tensors, inputs)
-    broken = damaged(tensors, llama.architecture.matrices)
-    chosen = [m for m in llama.architecture.matrices if m.kind in ("up", "down")]
+    broken = damaged(tensors, llama.architecture.layouts[0].matrices)
+    chosen = [m for m in llama.architecture.layouts[0].matrices if m.kind in ("up", "down")]
     fitted, _ = fitting(run, broken, chosen, Pairs(inputs[:6], targets[:6]), Pairs(inputs[6:], targets[6:]), params(epochs=2), "x")
     changed = {name for name in tensors if not torch.equal(fitted[name], broken[name])}
     assert changed == {m.parameter for m in chosen}
@@ -146,12 +146,12 @@ def test_factors_stay_inside_the_box(llama: Checkpoint) -> None:
     """|log a|, |log r| ≤ limit: no entry moves by more than exp(2·limit), whatever the rate."""
     run, tensors, inputs = setting(llama)
     targets = targets_of(run, tensors, inputs)
-    broken = damaged(tensors, llama.architecture.matrices)
+    broken = damaged(tensors, llama.architecture.layouts[0].matrices)
     fitted, facts = fitting(
-        run, broken, llama.architecture.matrices, Pairs(inputs[:6], targets[:6]), Pairs([], []), params(epochs=3, rate=0.3, limit=0.05), "x"
+        run, broken, llama.architecture.layouts[0].matrices, Pairs(inputs[:6], targets[:6]), Pairs([], []), params(epochs=3, rate=0.3, limit=0.05), "x"
     )
     assert facts["epochs"] > 0
-    for matrix in llama.architecture.matrices:
+    for matrix in llama.architecture.layouts[0].matrices:
         kept = broken[matrix.parameter] != 0
         ratio = (fitted[matrix.parameter][kept] / broken[matrix.parameter][kept]).log().abs().max()
         assert 0 < float(ratio) <= 0.1 + 1e-5
@@ -161,12 +161,12 @@ def test_the_same_seed_gives_the_same_bits_and_the_name_matters(llama: Checkpoin
     """Randomness is keyed by (seed, block): equal keys equal bits, other keys other orders of the rows."""
     run, tensors, inputs = setting(llama)
     targets = targets_of(run, tensors, inputs)
-    broken = damaged(tensors, llama.architecture.matrices)
+    broken = damaged(tensors, llama.architecture.layouts[0].matrices)
     name = "mlp.up_proj.weight"
 
     def run_once(where: str, seed: int) -> torch.Tensor:
         stages = Pairs(inputs[:4], targets[:4]), Pairs(inputs[6:], targets[6:])
-        return fitting(run, broken, llama.architecture.matrices, *stages, params(epochs=2, seed=seed), where)[0][name]
+        return fitting(run, broken, llama.architecture.layouts[0].matrices, *stages, params(epochs=2, seed=seed), where)[0][name]
 
     first = run_once("layers.0", 0)
     assert torch.equal(first, run_once("layers.0", 0))
@@ -178,12 +178,12 @@ def test_the_regulariser_pulls_norms_up(llama: Checkpoint) -> None:
     """Oracle: exp(−α‖W̃‖/‖W‖) falls as norms grow: with a large λ the fitted norms exceed those without it."""
     run, tensors, inputs = setting(llama)
     targets = targets_of(run, tensors, inputs)
-    broken = damaged(tensors, llama.architecture.matrices)
+    broken = damaged(tensors, llama.architecture.layouts[0].matrices)
     stages = Pairs(inputs[:4], targets[:4]), Pairs([], [])
     norms = []
     for weight in (0.0, 3.0):
-        fitted, _ = fitting(run, broken, llama.architecture.matrices, *stages, params(epochs=1, weight=weight), "x")
-        norms.append(sum(float(torch.linalg.matrix_norm(fitted[m.parameter], 2)) for m in llama.architecture.matrices))
+        fitted, _ = fitting(run, broken, llama.architecture.layouts[0].matrices, *stages, params(epochs=1, weight=weight), "x")
+        norms.append(sum(float(torch.linalg.matrix_norm(fitted[m.parameter], 2)) for m in llama.architecture.layouts[0].matrices))
     assert norms[1] > norms[0]
 
 
@@ -216,7 +216,7 @@ WITHOUT_BIASES = ("phi3", "gemma")
 def test_only_the_named_parts_move(checkpoint: Checkpoint, parts: list[str]) -> None:
     """Oracle: the stored names: matrices are 2-D, norms' weights 1-D, biases end in bias. All else stays to the bit, zeros stay zero."""
     run, tensors, inputs = setting(checkpoint)
-    matrices = checkpoint.architecture.matrices
+    matrices = checkpoint.architecture.layouts[0].matrices
     broken = damaged(tensors, matrices)
     for name in tensors:
         if "norm" in name or "ln_" in name:
@@ -238,7 +238,7 @@ def test_only_the_named_parts_move(checkpoint: Checkpoint, parts: list[str]) -> 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox-serial"])
 def test_a_block_without_the_named_parts_comes_back_unfitted(checkpoint: Checkpoint) -> None:
     """Nothing to move is no error. Oracle: the input, and ``epochs`` 0."""
-    table = checkpoint.architecture
+    table = checkpoint.architecture.layouts[0]
     run, tensors, inputs = setting(checkpoint)
     targets = targets_of(run, tensors, inputs)
     chosen = [matrix for matrix in table.matrices if matrix.bias is None]
@@ -255,7 +255,7 @@ def test_a_block_without_the_named_parts_comes_back_unfitted(checkpoint: Checkpo
 def test_mixed_precision_ends_where_single_precision_does(checkpoint: Checkpoint) -> None:
     """Oracle: the fit in float32, to a tenth of what it gains; and ``block_error`` in float32, which judges either."""
     run, tensors, inputs = setting(checkpoint)
-    matrices = checkpoint.architecture.matrices
+    matrices = checkpoint.architecture.layouts[0].matrices
     targets = targets_of(run, tensors, inputs)
     broken = damaged(tensors, matrices, 0.2)
     held_out = Pairs(inputs[6:], targets[6:])
@@ -274,7 +274,7 @@ def test_mixed_precision_ends_where_single_precision_does(checkpoint: Checkpoint
 @pytest.mark.parametrize("family", ["gpt2", "gpt2-relu"])
 def test_transposed_parameters(checkpoint: Checkpoint) -> None:
     """Conv1D keeps W as [inputs, outputs]. Oracle: the unfolded block, whose modules' inputs and outputs are multiplied by hooks instead."""
-    table = checkpoint.architecture
+    table = checkpoint.architecture.layouts[0]
     run, tensors, inputs = setting(checkpoint)
     assert all(matrix.transposed for matrix in table.matrices)
     assert {matrix.rows is None for matrix in table.matrices} == {True, False}
@@ -397,7 +397,7 @@ def noisy(tensors: Mapping[str, torch.Tensor], matrices: Sequence[Matrix], sprea
 def test_noise_on_kept_weights_is_undone(checkpoint: Checkpoint) -> None:
     """Oracle: the undamaged block, on rows that the fit did not see; and its zeros, which stay zero to the sign bit."""
     run, tensors, inputs = setting(checkpoint, batches=20)
-    matrices = checkpoint.architecture.matrices
+    matrices = checkpoint.architecture.layouts[0].matrices
     targets = targets_of(run, tensors, inputs)
     broken = noisy(tensors, matrices)
     held_out = Pairs(inputs[16:], targets[16:])
@@ -423,7 +423,7 @@ def test_noise_on_kept_weights_is_undone(checkpoint: Checkpoint) -> None:
 def test_rows_of_an_excluded_matrix_stay(checkpoint: Checkpoint, kinds: set[str], parts: list[str]) -> None:
     """A fused parameter of which only some matrices are pruned. Oracle: the bits of the other rows; no zero of theirs counts as pruned."""
     run, tensors, inputs = setting(checkpoint)
-    matrices = checkpoint.architecture.matrices
+    matrices = checkpoint.architecture.layouts[0].matrices
     chosen = [matrix for matrix in matrices if matrix.kind in kinds]
     assert {matrix.kind for matrix in chosen} == kinds
     targets = targets_of(run, tensors, inputs)
@@ -500,7 +500,7 @@ def test_gradients_at_pruned_weights(refreshing: bool) -> None:
 def test_gradients_of_a_block_s_loss(checkpoint: Checkpoint) -> None:
     """Oracle: central differences of the loss in float64, at a few kept weights of every matrix (RMSNorm computes in float32)."""
     run, tensors, inputs = setting(checkpoint, torch.float64, batches=2)
-    matrices = checkpoint.architecture.matrices
+    matrices = checkpoint.architecture.layouts[0].matrices
     target = targets_of(run, tensors, inputs)[0]
     broken = {name: tensor * 1.1 for name, tensor in tensors.items()}
     free = _Free(masks_of(broken, matrices), broken, ["weights"])
@@ -545,11 +545,11 @@ def test_steps_do_not_depend_on_the_scale_of_a_matrix(llama: Checkpoint) -> None
     """Up eight times as large and down an eighth is the same block. Oracle: the fit of the unscaled one, scaled afterwards."""
     run, tensors, inputs = setting(llama)
     targets = targets_of(run, tensors, inputs)
-    broken = noisy(tensors, llama.architecture.matrices)
+    broken = noisy(tensors, llama.architecture.layouts[0].matrices)
     scales = {"mlp.up_proj.weight": 8.0, "mlp.down_proj.weight": 0.125}
     scaled = {name: tensor * scales.get(name, 1.0) for name, tensor in broken.items()}
     stages = Pairs(inputs[:6], targets[:6]), Pairs(inputs[6:], targets[6:])
-    masks = masks_of(broken, llama.architecture.matrices)
+    masks = masks_of(broken, llama.architecture.layouts[0].matrices)
     plain, other = (fit(Sparse(run, dict(start), masks, "x"), *stages, block_params(epochs=3)).tensors for start in (broken, scaled))
     for name, scale in scales.items():
         moved = float((plain[name] - broken[name]).square().mean().sqrt())
@@ -561,7 +561,7 @@ def test_a_kept_weight_that_is_zero_moves(llama: Checkpoint) -> None:
     """Oracle: the undamaged block. Two weights that are kept were set to zero; they come back, and what is pruned stays zero."""
     run, tensors, inputs = setting(llama)
     targets = targets_of(run, tensors, inputs)
-    matrix = next(m for m in llama.architecture.matrices if m.kind == "down")
+    matrix = next(m for m in llama.architecture.layouts[0].matrices if m.kind == "down")
     masks = masks_of(tensors, [matrix])
     broken = {name: tensor.clone() for name, tensor in tensors.items()}
     view = matrix.view(broken[matrix.parameter])
@@ -579,7 +579,7 @@ def test_a_kept_weight_that_is_zero_moves(llama: Checkpoint) -> None:
 def test_norms_move_in_the_form_that_they_are_stored_in(checkpoint: Checkpoint, spread: float) -> None:
     """Oracle: the block with the right norms. Gemma's are 1 + w, near w = 0 too; at the start nothing differs to the last bit."""
     run, tensors, inputs = setting(checkpoint)
-    offsets = checkpoint.architecture.offsets
+    offsets = checkpoint.architecture.layouts[0].offsets
     norms = [name for name, tensor in tensors.items() if tensor.ndim == 1 and name.endswith("weight")]
     assert offsets == (dict.fromkeys(norms, 1.0) if checkpoint.architecture.family == "gemma" else {})
     random = torch.Generator().manual_seed(4)
@@ -589,7 +589,7 @@ def test_norms_move_in_the_form_that_they_are_stored_in(checkpoint: Checkpoint, 
         name: (broken[name] + 1 - start) * (0.4 * torch.randn(tensors[name].shape, generator=random)).exp() + start - 1 for name in norms
     }
     targets = targets_of(run, tensors | right, inputs)
-    masks = masks_of(tensors, checkpoint.architecture.matrices)
+    masks = masks_of(tensors, checkpoint.architecture.layouts[0].matrices)
     plain = _Free(masks, broken, ["norms"], offsets=offsets).apply(broken)
     assert all(torch.equal(plain[name], broken[name]) for name in broken)
     held_out = Pairs(inputs[6:], targets[6:])
@@ -634,7 +634,7 @@ def poorly_masked(checkpoint: Checkpoint) -> tuple[Run, dict[str, torch.Tensor],
     run = functools.partial(model.call, model.block(0), 0)
     tensors = {name: tensor.clone() for name, tensor in checkpoint.block(0).items()}
     targets = targets_of(run, tensors, inputs)
-    matrices = [matrix for matrix in checkpoint.architecture.matrices if matrix.kind in ("down", "fc2")]
+    matrices = [matrix for matrix in checkpoint.architecture.layouts[0].matrices if matrix.kind in ("down", "fc2")]
     best = {}
     for matrix in matrices:
         view = matrix.view(tensors[matrix.parameter])

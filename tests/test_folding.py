@@ -9,14 +9,14 @@ import torch
 from tiny import ALL_FAMILIES, load_full, load_tensors, make_config, power_of_two_factors, random_factors, token_rows
 from transformers import PreTrainedModel
 
-from pipeline_lib.models.architecture import Architecture, Coupling, Tie
+from pipeline_lib.models.architecture import Coupling, Layout, Tie
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.families import architecture
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel, tapped
 
 ROWS = token_rows(2, 12)
-TABLES = {family: architecture(make_config(family)) for family in ALL_FAMILIES}
+TABLES = {family: architecture(make_config(family)).layouts[0] for family in ALL_FAMILIES}
 COUPLINGS = [(family, coupling.name) for family, table in TABLES.items() for coupling in table.couplings]
 MISTAKES = [  # every tie left out; the others once in each coupling
     (family, coupling.name, number, mistake)
@@ -52,18 +52,18 @@ def shared_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def folded_logits(
-    checkpoint: Checkpoint, factors: dict[str, torch.Tensor], dtype: torch.dtype, table: Architecture | None = None
+    checkpoint: Checkpoint, factors: dict[str, torch.Tensor], dtype: torch.dtype, table: Layout | None = None
 ) -> torch.Tensor:
     """Logits in ``dtype`` after folding every block in ``dtype``."""
     model = shared_model(checkpoint.path, dtype)
     for block in range(checkpoint.architecture.depth):
         tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.block(block).items()}
-        load_tensors(model, checkpoint, block, fold(tensors, table or checkpoint.architecture, factors))
+        load_tensors(model, checkpoint, block, fold(tensors, table or checkpoint.architecture.layouts[0], factors))
     return logits(model)
 
 
 def sizes(checkpoint: Checkpoint, only: str | None = None) -> dict[str, int]:
-    return {c.name: c.size for c in checkpoint.architecture.couplings if only in (None, c.name)}
+    return {c.name: c.size for c in checkpoint.architecture.layouts[0].couplings if only in (None, c.name)}
 
 
 def lost_precision(checkpoint: Checkpoint, factors: dict[str, torch.Tensor]) -> float:
@@ -73,7 +73,7 @@ def lost_precision(checkpoint: Checkpoint, factors: dict[str, torch.Tensor]) -> 
     """
     kept = [
         float((tie.offset + tensors[tie.parameter].double()).mul(factors[coupling.name][torch.tensor(tie.index)]).min())
-        for coupling in checkpoint.architecture.couplings
+        for coupling in checkpoint.architecture.layouts[0].couplings
         for tie in coupling.ties
         if tie.offset and coupling.name in factors
         for tensors in map(checkpoint.block, range(checkpoint.architecture.depth))
@@ -134,7 +134,7 @@ def test_random_factors_keep_the_logits(model_paths: dict[str, Path], family: st
 def test_a_wrong_tie_would_be_caught(model_paths: dict[str, Path], family: str, coupling: str, number: int, mistake: str) -> None:
     """The oracle above has power: one tie with the wrong power, a shifted index, on shifted entries or left out moves the logits."""
     checkpoint = open_checkpoint(model_paths[family])
-    table = checkpoint.architecture
+    table = checkpoint.architecture.layouts[0]
     right = next(c for c in table.couplings if c.name == coupling)
     tie = right.ties[number]
     entries = checkpoint.block(0)[tie.parameter].shape[tie.axis]
@@ -161,18 +161,18 @@ def test_a_wrong_tie_would_be_caught(model_paths: dict[str, Path], family: str, 
 def test_fold_checks_shapes_and_leaves_its_input_alone(checkpoint: Checkpoint) -> None:
     tensors = checkpoint.block(0)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    coupling = checkpoint.architecture.couplings[0]
+    coupling = checkpoint.architecture.layouts[0].couplings[0]
     with pytest.raises(ValueError, match="takes factors of shape"):
-        fold(tensors, checkpoint.architecture, {coupling.name: torch.ones(coupling.size + 1)})
-    fold(tensors, checkpoint.architecture, random_factors(sizes(checkpoint), seed=5))
+        fold(tensors, checkpoint.architecture.layouts[0], {coupling.name: torch.ones(coupling.size + 1)})
+    fold(tensors, checkpoint.architecture.layouts[0], random_factors(sizes(checkpoint), seed=5))
     assert all(torch.equal(tensors[name], before[name]) for name in before)
-    assert fold(tensors, checkpoint.architecture, {}).keys() == tensors.keys()
+    assert fold(tensors, checkpoint.architecture.layouts[0], {}).keys() == tensors.keys()
 
 
 def test_fold_rounds_once_and_honours_an_offset() -> None:
     """Oracle: the product by hand. Gemma keeps its norm weight as 1 + w, so 2·(1 + w) − 1 is stored; bfloat16 rounds only at the end."""
     weight = torch.tensor([0.25, -0.5], dtype=torch.bfloat16)
-    table = Architecture("x", "layers", 1, 2, (), (), (Coupling("c", 2, (Tie("w", 0, (1, 0), 1, offset=1.0),)),))
+    table = Layout((), (), (Coupling("c", 2, (Tie("w", 0, (1, 0), 1, offset=1.0),)),))
     folded = fold({"w": weight}, table, {"c": torch.tensor([3.0, 1.3])})["w"]
     exact = torch.tensor([1.25 * torch.tensor(1.3).item() - 1, 0.5 * 3 - 1], dtype=torch.float64)
     assert folded.dtype == torch.bfloat16
@@ -182,7 +182,7 @@ def test_fold_rounds_once_and_honours_an_offset() -> None:
 def test_factors_of_ties_cancel(checkpoint: Checkpoint) -> None:
     """Every coupling divides as well as multiplies, its indices stay in range and reach every factor, and its parameters exist."""
     shapes = {name: tensor.shape for name, tensor in checkpoint.block(0).items()}
-    for coupling in checkpoint.architecture.couplings:
+    for coupling in checkpoint.architecture.layouts[0].couplings:
         assert {tie.power for tie in coupling.ties} == {1, -1}
         for tie in coupling.ties:
             assert len(tie.entries(torch.empty(shapes[tie.parameter]))) == len(tie.index)
@@ -192,17 +192,17 @@ def test_factors_of_ties_cancel(checkpoint: Checkpoint) -> None:
 def test_table_names_exist_and_cover_every_linear(checkpoint: Checkpoint) -> None:
     """Oracle: the stored names. Each 2-D parameter of a block is one logical matrix, and its bias is named where there is one."""
     tensors = checkpoint.block(0)
-    matrices = checkpoint.architecture.matrices
+    matrices = checkpoint.architecture.layouts[0].matrices
     assert {m.parameter for m in matrices} == {name for name, tensor in tensors.items() if tensor.ndim == 2}
     assert len({m.label for m in matrices}) == len(matrices)
-    assert {tie.parameter for c in checkpoint.architecture.couplings for tie in c.ties} <= tensors.keys()
+    assert {tie.parameter for c in checkpoint.architecture.layouts[0].couplings for tie in c.ties} <= tensors.keys()
     stored = {name: tensor.numel() for name, tensor in tensors.items() if tensor.ndim == 2}
     for matrix in matrices:
         stored[matrix.parameter] -= matrix.view(tensors[matrix.parameter]).numel()
         assert (matrix.bias in tensors) == (matrix.bias is not None)
         assert matrix.bias is None or len(matrix.bias_view(tensors[matrix.bias])) == len(matrix.view(tensors[matrix.parameter]))
         assert (matrix.parameter.replace(".weight", ".bias") in tensors) == (matrix.bias is not None)
-        assert matrix.site in {site.name for site in checkpoint.architecture.sites}
+        assert matrix.site in {site.name for site in checkpoint.architecture.layouts[0].sites}
     assert set(stored.values()) == {0}, "every weight belongs to exactly one logical matrix"
 
 
@@ -211,7 +211,7 @@ def test_sites_capture_what_their_consumers_see(checkpoint: Checkpoint) -> None:
     model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
     stream = model.embed(ROWS, 2)
     block = model.block(0)
-    table = checkpoint.architecture
+    table = checkpoint.architecture.layouts[0]
     seen: dict[str, torch.Tensor] = {}
     modules = {matrix.parameter: matrix.parameter.removesuffix(".weight") for matrix in table.matrices}
     modules |= {f"site {site.name}": site.module for site in table.sites}
@@ -232,7 +232,7 @@ def test_site_factor_is_what_the_activations_are_multiplied_by(checkpoint: Check
     """
     model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
     factors = power_of_two_factors(sizes(checkpoint), seed=6)
-    table = checkpoint.architecture
+    table = checkpoint.architecture.layouts[0]
     captured: list[dict[str, torch.Tensor]] = []
     for chosen in ({}, factors):
         stream = model.embed(ROWS, 2)

@@ -45,19 +45,19 @@ def induction(**changes: Any) -> InduceParams:
 
 def counts(checkpoint: Checkpoint, block: int) -> dict[Matrix, int]:
     tensors = checkpoint.block(block)
-    return {m: target(0.5, m.view(tensors[m.parameter]).numel()) for m in checkpoint.architecture.matrices}
+    return {m: target(0.5, m.view(tensors[m.parameter]).numel()) for m in checkpoint.architecture.layouts[0].matrices}
 
 
 def judges(checkpoint: Checkpoint, statistics: list[dict[str, SiteStatistics]], chosen: SelectionParams, compensate: bool) -> list[Judge]:
     """One per block; the dense stream of ``ROWS`` goes in batches of 4 and 2."""
     model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
     gate = Gate(model, ROWS, 4, chosen, compensate)
-    blocks = [DenseBlock(checkpoint.architecture, f"block {i}", checkpoint.block(i), sites) for i, sites in enumerate(statistics)]
+    blocks = [DenseBlock(checkpoint.architecture.layouts[0], f"block {i}", checkpoint.block(i), sites) for i, sites in enumerate(statistics)]
     return [gate.enter(i, block, counts(checkpoint, i)) for i, block in enumerate(blocks)]
 
 
 def moderate(checkpoint: Checkpoint, seed: int, decades: float = 1.5) -> dict[str, torch.Tensor]:
-    sizes = {coupling.name: coupling.size for coupling in checkpoint.architecture.couplings}
+    sizes = {coupling.name: coupling.size for coupling in checkpoint.architecture.layouts[0].couplings}
     return {name: factor.float() for name, factor in random_factors(sizes, seed, decades).items()}
 
 
@@ -76,7 +76,7 @@ def block_outputs(checkpoint: Checkpoint, block: int, tensors: dict[str, torch.T
 @pytest.mark.parametrize(("score", "compensate", "pattern"), [("wanda", False, "unstructured"), ("obs", True, "2:4")])
 def test_a_judge_gives_the_block_error(checkpoint: Checkpoint, score: str, compensate: bool, pattern: str) -> None:
     """Oracle: E‖Y − Ŷ‖²/E‖Y − EY‖² of the block inside the whole model, pruned by hand, folded or not, for every block in turn."""
-    table, chosen = checkpoint.architecture, selection(score, "row", pattern)
+    table, chosen = checkpoint.architecture.layouts[0], selection(score, "row", pattern)
     statistics = block_statistics(checkpoint)
     for index, judge in enumerate(judges(checkpoint, statistics, chosen, compensate)):
         tensors = checkpoint.block(index)
@@ -97,7 +97,7 @@ def test_a_judge_gives_the_block_error(checkpoint: Checkpoint, score: str, compe
 def test_judges_do_not_see_factors_that_change_no_mask(checkpoint: Checkpoint, score: str, compensate: bool) -> None:
     """Oracle: the unfolded block's error. Within rows these scores rank alike whatever is folded; Magnitude, which does not, is seen."""
     statistics = block_statistics(checkpoint)
-    sizes = {coupling.name: coupling.size for coupling in checkpoint.architecture.couplings}
+    sizes = {coupling.name: coupling.size for coupling in checkpoint.architecture.layouts[0].couplings}
     judge = judges(checkpoint, statistics, selection(score), compensate)[0]
     plain = judge(Transform())
     assert judge(Transform(power_of_two_factors(sizes, 4, largest=3))) == pytest.approx(plain, rel=1e-3)
@@ -108,7 +108,7 @@ def test_judges_do_not_see_factors_that_change_no_mask(checkpoint: Checkpoint, s
 
 def run(checkpoint: Checkpoint, start: Transform, chosen: SelectionParams, judge: Callable[[Transform], float], **changes: Any) -> Outcome:
     statistics = block_statistics(checkpoint)[0]
-    block = DenseBlock(checkpoint.architecture, "block 0", checkpoint.block(0), statistics)
+    block = DenseBlock(checkpoint.architecture.layouts[0], "block 0", checkpoint.block(0), statistics)
     return induce_block(block, counts(checkpoint, 0), start, chosen, induction(**changes), judge)
 
 
@@ -162,7 +162,7 @@ def test_the_judge_decides_and_ties_go_to_less(llama: Checkpoint, errors: dict[s
 @pytest.mark.parametrize("family", ["opt", "llama-bias"])
 def test_only_shifts_that_help_are_kept(checkpoint: Checkpoint) -> None:
     """Oracle: an effect per site made up beforehand: one harms, one does nothing, the others help; the harm is undone for all candidates."""
-    sites = [site.name for site in checkpoint.architecture.sites]
+    sites = [site.name for site in checkpoint.architecture.layouts[0].sites]
     effects = dict.fromkeys(sites, -0.1) | {sites[1]: 0.2, sites[2]: 0.0}
     statistics = block_statistics(checkpoint)[0]
     start = Transform({}, {name: statistics[name].mean for name in sites}, {})
@@ -183,7 +183,7 @@ def test_only_shifts_that_help_are_kept(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize("family", ["opt", "llama-bias", "gpt2", "gpt_neox"])
 def test_kept_shifts_lower_the_real_error(checkpoint: Checkpoint) -> None:
     """Oracle: the gate on the plain block. Shifts by ten standard deviations as well as by the mean: what is kept is no worse."""
-    table, chosen = checkpoint.architecture, selection("wanda")
+    table, chosen = checkpoint.architecture.layouts[0], selection("wanda")
     statistics = block_statistics(checkpoint)
     judge = judges(checkpoint, statistics, chosen, compensate=False)[0]
     far = {name: site.mean + 10 * (site.second_moment - site.mean.square()).clamp_min(0).sqrt() for name, site in statistics[0].items()}

@@ -16,7 +16,7 @@ from pipeline_lib.induce.scale import ScaleParams, normalise, shifts, starting_f
 from pipeline_lib.masks.scores import Curvature, saliency
 from pipeline_lib.masks.select import bounds, select
 from pipeline_lib.masks.settings import Score, SelectionParams
-from pipeline_lib.models.architecture import Architecture, Matrix
+from pipeline_lib.models.architecture import Layout, Matrix
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel
@@ -71,16 +71,16 @@ def statistics(checkpoint: Checkpoint) -> Statistics:
     return found
 
 
-def refreshed(table: Architecture, statistics: Statistics, factors: dict[str, torch.Tensor]) -> Statistics:
+def refreshed(table: Layout, statistics: Statistics, factors: dict[str, torch.Tensor]) -> Statistics:
     return {site.name: refresh(statistics[site.name], site_factor(table, site.name, factors)) for site in table.sites}
 
 
-def moderate(table: Architecture, seed: int, decades: float = 1.5) -> dict[str, torch.Tensor]:
+def moderate(table: Layout, seed: int, decades: float = 1.5) -> dict[str, torch.Tensor]:
     factors = random_factors({coupling.name: coupling.size for coupling in table.couplings}, seed, decades)
     return {name: factor.float() for name, factor in factors.items()}
 
 
-def uniform(table: Architecture, tensors: dict[str, torch.Tensor], chosen: SelectionParams) -> dict[Matrix, int]:
+def uniform(table: Layout, tensors: dict[str, torch.Tensor], chosen: SelectionParams) -> dict[Matrix, int]:
     """Every matrix at the overall density."""
     return {matrix: target(chosen.sparsity, matrix.view(tensors[matrix.parameter]).numel()) for matrix in table.matrices}
 
@@ -93,8 +93,8 @@ def run(
     chosen: SelectionParams,
     params: InduceParams,
 ) -> Outcome:
-    kept = uniform(checkpoint.architecture, tensors, chosen)
-    return induce_block(DenseBlock(checkpoint.architecture, "block 0", tensors, statistics), kept, start, chosen, params)
+    kept = uniform(checkpoint.architecture.layouts[0], tensors, chosen)
+    return induce_block(DenseBlock(checkpoint.architecture.layouts[0], "block 0", tensors, statistics), kept, start, chosen, params)
 
 
 def masks_of_pruning(
@@ -106,7 +106,7 @@ def masks_of_pruning(
     kept: dict[Matrix, int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The masks that ``prune`` takes for the folded block: the real thing that induction foretells. Counts are uniform unless given."""
-    table, factors = checkpoint.architecture, dict(transform.factors)
+    table, factors = checkpoint.architecture.layouts[0], dict(transform.factors)
     kept = uniform(table, tensors, chosen) if kept is None else kept
     block = Block(table, "block 0", transform, kept, fold(tensors, table, factors))
     moments = {name: site.moments for name, site in refreshed(table, statistics, factors).items()}
@@ -123,7 +123,7 @@ def held_out_error(
 ) -> float:
     """Mean over matrices (all, unless they are given) of tr(ΔW G ΔWᵀ)/tr(W G Wᵀ) on the held-out rows, in float64 and original coordinates (Eq. 4)."""
     errors = []
-    for matrix in matrices or checkpoint.architecture.matrices:
+    for matrix in matrices or checkpoint.architecture.layouts[0].matrices:
         gram = statistics[matrix.site].held_out_gram
         assert gram is not None
         weight, g = tensors[matrix.parameter].double(), gram.double()
@@ -134,7 +134,7 @@ def held_out_error(
 
 def test_random_signs_are_keyed_by_the_block(llama: Checkpoint, statistics: Statistics) -> None:
     """Oracle: the same name, the same bits; another block's name or another seed, other signs and another loss."""
-    table, tensors = llama.architecture, llama.block(0)
+    table, tensors = llama.architecture.layouts[0], llama.block(0)
 
     def losses(where: str, seed: int) -> list[float]:
         how = induction(probes=2, seed=seed)
@@ -156,7 +156,7 @@ def test_refreshed_scores_are_those_of_the_folded_block(
     checkpoint: Checkpoint, statistics: Statistics, score: Score, with_importance: bool
 ) -> None:
     """Oracle: scores of really folded weights under refreshed and newly factorised statistics (fast Hessian update, Eqs. 9–11)."""
-    table, tensors, chosen = checkpoint.architecture, checkpoint.block(0), selection(score)
+    table, tensors, chosen = checkpoint.architecture.layouts[0], checkpoint.block(0), selection(score)
     factors = moderate(table, 3)
     curvatures = {}
     for name, found in statistics.items():
@@ -290,7 +290,7 @@ def test_the_choice_is_never_worse_than_nothing(
     The factors are positive, inside the box, with geometric mean 1; what induction reports is what pruning will do.
     """
     chosen, tensors = selection(score, group, pattern), checkpoint.block(0)
-    start = Transform(starting_factors(checkpoint.architecture, tensors, statistics, scaling("eq5", limit=1.0)))
+    start = Transform(starting_factors(checkpoint.architecture.layouts[0], tensors, statistics, scaling("eq5", limit=1.0)))
     outcome = run(checkpoint, tensors, statistics, start, chosen, induction(limit=1.0))
     assert outcome.held_out.keys() == {"none", "start", "learned"}
     assert outcome.held_out[outcome.choice] == min(outcome.held_out.values())
@@ -311,7 +311,7 @@ def test_the_choice_is_never_worse_than_nothing(
 @pytest.mark.parametrize("group", ["row", "matrix", "block"])
 def test_masks_are_learned_at_the_counts_that_are_given(checkpoint: Checkpoint, statistics: Statistics, group: str, pattern: str) -> None:
     """Counts of its own for every matrix, none and all among them, one matrix left out. Oracles: the masks that pruning takes at these counts."""
-    table, tensors, chosen = checkpoint.architecture, checkpoint.block(0), selection("wanda", group, pattern)
+    table, tensors, chosen = checkpoint.architecture.layouts[0], checkpoint.block(0), selection("wanda", group, pattern)
     sizes = {matrix: matrix.view(tensors[matrix.parameter]).numel() for matrix in table.matrices[1:]}
     kept = {matrix: size // 4 * (number % 5) for number, (matrix, size) in enumerate(sizes.items())}
     assert {kept[matrix] / size for matrix, size in sizes.items()} >= {0, 0.25, 0.5, 0.75, 1}
@@ -331,8 +331,8 @@ def test_masks_are_learned_at_the_counts_that_are_given(checkpoint: Checkpoint, 
 
 def test_importance_helps_somewhere(checkpoint: Checkpoint, statistics: Statistics) -> None:
     """Not vacuous: on a scrambled block selection weights tell Magnitude what it cannot see: learned, positive, not all 1; no factors."""
-    scramble = moderate(checkpoint.architecture, 8)
-    scrambled, new = fold(checkpoint.block(0), checkpoint.architecture, scramble), refreshed(checkpoint.architecture, statistics, scramble)
+    scramble = moderate(checkpoint.architecture.layouts[0], 8)
+    scrambled, new = fold(checkpoint.block(0), checkpoint.architecture.layouts[0], scramble), refreshed(checkpoint.architecture.layouts[0], statistics, scramble)
     learning = induction(factors=False, steps=60, rate=0.05, patience=60)
     outcome = run(checkpoint, scrambled, new, Transform(), selection("magnitude", "row"), learning)
     assert outcome.choice == "learned"
@@ -352,7 +352,7 @@ def test_a_scrambled_block_is_set_right_for_magnitude(checkpoint: Checkpoint, st
 
     Oracle: the unscrambled block's own error, from which Wanda's closed form (s = sqrt G_jj) must not be far.
     """
-    table, tensors = checkpoint.architecture, checkpoint.block(0)
+    table, tensors = checkpoint.architecture.layouts[0], checkpoint.block(0)
     scramble = moderate(table, 8, decades=3.0)
     scrambled, new = fold(tensors, table, scramble), refreshed(table, statistics, scramble)
     start = Transform(starting_factors(table, scrambled, new, scaling()))
@@ -376,7 +376,7 @@ def test_learning_moves_on_from_a_bad_start(llama: Checkpoint) -> None:
     model = BlockModel(llama, torch.float32, torch.device("cpu"))
     params = CalibrateParams(batch_rows=8, median_tokens=1000)
     _, found = next(walk(model, token_rows(16, 12, seed=1), token_rows(8, 12, seed=2), params, grams=True))
-    table = llama.architecture
+    table = llama.architecture.layouts[0]
     scramble = moderate(table, 9)
     identity = Transform({coupling.name: torch.ones(coupling.size) for coupling in table.couplings})
     outcome = run(
@@ -395,7 +395,7 @@ def test_learning_moves_on_from_a_bad_start(llama: Checkpoint) -> None:
 
 def test_the_start_comes_back_as_it_went_in(checkpoint: Checkpoint, statistics: Statistics) -> None:
     """Oracle: the start's own factors. When learning only makes it worse, ``start`` is chosen and must not have been learned upon."""
-    table, tensors = checkpoint.architecture, checkpoint.block(0)
+    table, tensors = checkpoint.architecture.layouts[0], checkpoint.block(0)
     scramble = moderate(table, 8)
     scrambled, new = fold(tensors, table, scramble), refreshed(table, statistics, scramble)
     factors = starting_factors(table, scrambled, new, scaling())
@@ -429,7 +429,7 @@ def test_with_nothing_to_learn_the_better_of_none_and_start_is_taken(checkpoint:
 def test_shifts_pass_through_and_count(statistics: Statistics, checkpoint: Checkpoint) -> None:
     """A shift centres the moments that pruning scores with; induction must foretell those masks, not the uncentred ones."""
     tensors, chosen = checkpoint.block(0), selection("wanda", "row")
-    start = Transform({}, shifts(checkpoint.architecture, statistics, scaling(shift="mean")))
+    start = Transform({}, shifts(checkpoint.architecture.layouts[0], statistics, scaling(shift="mean")))
     outcome = run(checkpoint, tensors, statistics, start, chosen, induction(factors=False, steps=10))
     assert outcome.transform.shifts.keys() == start.shifts.keys()
     masks = masks_of_pruning(checkpoint, tensors, statistics, start, chosen)
@@ -443,7 +443,7 @@ def test_shifts_pass_through_and_count(statistics: Statistics, checkpoint: Check
 def test_induction_foretells_pruning_under_mean_damping(checkpoint: Checkpoint, statistics: Statistics, score: str) -> None:
     """Oracle: the masks that pruning takes. Damping by the mean diagonal is not invariant under factors: both must mean the same one."""
     tensors, chosen = checkpoint.block(0), selection(score, of="mean")
-    start = Transform(moderate(checkpoint.architecture, 3, decades=3.0))
+    start = Transform(moderate(checkpoint.architecture.layouts[0], 3, decades=3.0))
     outcome = run(checkpoint, tensors, statistics, start, chosen, induction(factors=False, importance=False))
     masks = masks_of_pruning(checkpoint, tensors, statistics, start, chosen)
     assert held_out_error(checkpoint, tensors, statistics, masks) == pytest.approx(outcome.held_out["start"], rel=0.01)
@@ -456,7 +456,7 @@ def test_the_regulariser_makes_norms_grow(llama: Checkpoint, order: str) -> None
     params = CalibrateParams(batch_rows=8, median_tokens=1000)
     _, found = next(walk(model, token_rows(8, 12, seed=1), token_rows(4, 12, seed=2), params, grams=True))
     spectral = SpectralParams.model_validate({"weight": 1.0, "alpha": 1.0, "order": order, "iterations": 3})
-    identity = Transform({coupling.name: torch.ones(coupling.size) for coupling in llama.architecture.couplings})
+    identity = Transform({coupling.name: torch.ones(coupling.size) for coupling in llama.architecture.layouts[0].couplings})
     outcome = run(
         llama,
         llama.block(0),
@@ -487,7 +487,7 @@ def test_normalise(values: list[float], limit: float) -> None:
 
 def test_eq_5_start(checkpoint: Checkpoint, statistics: Statistics) -> None:
     """Oracle: Eq. 5 by hand, d = 1/s: d_j ∝ (median_j − mean_j)⁻²; with tanh as g too."""
-    table = checkpoint.architecture
+    table = checkpoint.architecture.layouts[0]
     for monotone in ("identity", "tanh"):
         factors = starting_factors(table, checkpoint.block(0), statistics, scaling("eq5", monotone=monotone))
         site = next(s for s in table.sites if s.name == "mlp_inner")
@@ -501,7 +501,7 @@ def test_eq_5_start(checkpoint: Checkpoint, statistics: Statistics) -> None:
 
 def test_maximum_start(checkpoint: Checkpoint, statistics: Statistics) -> None:
     """Oracle: s_j = sqrt(max |X_j|) by hand, where the largest magnitude may be a negative value."""
-    table = checkpoint.architecture
+    table = checkpoint.architecture.layouts[0]
     site = next(s for s in table.sites if s.name == "mlp_inner")
     found = statistics[site.name]
     s = torch.stack([found.maximum.abs(), found.minimum.abs()]).amax(0).sqrt()
@@ -512,7 +512,7 @@ def test_maximum_start(checkpoint: Checkpoint, statistics: Statistics) -> None:
 
 def test_second_moment_start_turns_magnitude_into_wanda(checkpoint: Checkpoint, statistics: Statistics) -> None:
     """Oracle: Wanda's masks on the unfolded block, row by row (digest, 1a), at every site with one factor per channel."""
-    table, tensors = checkpoint.architecture, checkpoint.block(0)
+    table, tensors = checkpoint.architecture.layouts[0], checkpoint.block(0)
     folded = fold(tensors, table, starting_factors(table, tensors, statistics, scaling()))
     compared = 0
     for matrix in table.matrices:
@@ -530,23 +530,23 @@ def test_second_moment_start_turns_magnitude_into_wanda(checkpoint: Checkpoint, 
 def test_identity_start_is_ones(checkpoint: Checkpoint, statistics: Statistics) -> None:
     """Every coupling, pairs and Q/K included, whatever ``pairs`` says."""
     for pairs in ("inputs", "balance"):
-        factors = starting_factors(checkpoint.architecture, checkpoint.block(0), statistics, scaling("identity", pairs=pairs))
-        assert factors.keys() == {coupling.name for coupling in checkpoint.architecture.couplings}
+        factors = starting_factors(checkpoint.architecture.layouts[0], checkpoint.block(0), statistics, scaling("identity", pairs=pairs))
+        assert factors.keys() == {coupling.name for coupling in checkpoint.architecture.layouts[0].couplings}
         assert all(torch.equal(factor, torch.ones_like(factor)) for factor in factors.values())
 
 
 def test_grouped_queries_share_the_mean_log(llama: Checkpoint) -> None:
     """Oracle: by hand: a value row that feeds two heads takes the geometric mean of their channels' s."""
-    site = llama.architecture.site("attention_output")
+    site = llama.architecture.layouts[0].site("attention_output")
     ones, width = torch.ones(32), 32
     s = torch.linspace(1, 3, width)
     found = {
         name: SiteStatistics(
-            s.square() if name == site.name else torch.ones(len(llama.architecture.site(name).index)), ones, ones, ones, ones
+            s.square() if name == site.name else torch.ones(len(llama.architecture.layouts[0].site(name).index)), ones, ones, ones, ones
         )
-        for name in (x.name for x in llama.architecture.sites)
+        for name in (x.name for x in llama.architecture.layouts[0].sites)
     }
-    factor = starting_factors(llama.architecture, llama.block(0), found, scaling())["v_o"]
+    factor = starting_factors(llama.architecture.layouts[0], llama.block(0), found, scaling())["v_o"]
     groups = [[i for i, row in enumerate(site.index) if row == r] for r in range(16)]
     means = torch.stack([s[group].log().mean() for group in groups])
     assert all(len(group) == 2 for group in groups)
@@ -556,7 +556,7 @@ def test_grouped_queries_share_the_mean_log(llama: Checkpoint) -> None:
 @pytest.mark.parametrize("shift", ["none", "mean", "median"])
 def test_shifts_only_where_a_bias_can_take_them(checkpoint: Checkpoint, statistics: Statistics, shift: str) -> None:
     """Oracle: the sites all of whose consumers have a bias: none in a plain Llama, all in OPT."""
-    found = shifts(checkpoint.architecture, statistics, scaling(shift=shift))
-    biased = checkpoint.architecture.matrices[0].bias is not None
+    found = shifts(checkpoint.architecture.layouts[0], statistics, scaling(shift=shift))
+    biased = checkpoint.architecture.layouts[0].matrices[0].bias is not None
     assert found.keys() == (set() if shift == "none" or not biased else statistics.keys())
     assert all(torch.equal(value, getattr(statistics[name], shift)) for name, value in found.items())

@@ -189,7 +189,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> BlockModel:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_what_pruning_collects_from_processes_of_their_own(model: BlockModel, processes: int) -> None:
     """Oracle: one process. Each of the others embeds its lanes' rows alone, and hands over its sums before they are means."""
-    rows, sites = token_rows(11, 9), [site.name for site in model.checkpoint.architecture.sites]
+    rows, sites = token_rows(11, 9), [site.name for site in model.checkpoint.architecture.layouts[0].sites]
     dealt, block = deal(11, 2), model.block(0)
     expected = collect(model, (0, block), model.embed(rows, dealt.sizes).hidden, dealt.lanes, sites)
     lanes: dict[int, Sums[MomentSums]] = {}
@@ -221,7 +221,7 @@ def test_a_walk_over_fewer_rows_than_lanes(model: BlockModel, count: int) -> Non
     rows = token_rows(count, 9)
     params = CalibrateParams(batch_rows=2, median_tokens=1000)
     (_, found), *_ = walk(model, rows, rows[:1], params, grams=True)
-    stream, name = model.embed(rows, 1), model.checkpoint.architecture.sites[0].name
+    stream, name = model.embed(rows, 1), model.checkpoint.architecture.layouts[0].sites[0].name
     (moments,) = collect(model, (0, model.block(0)), stream.hidden, [range(count)], [name]).values()
     gram = found[name].gram
     assert gram is not None
@@ -320,7 +320,7 @@ def lane_by_lane(
 def test_gradients_of_lanes_by_themselves(checkpoint: Checkpoint, processes: int) -> None:
     """Oracle: the loop written out, in which lanes know nothing of each other until their gradients are folded; to the bit."""
     run, tensors, inputs = setting(checkpoint)
-    matrices = checkpoint.architecture.matrices
+    matrices = checkpoint.architecture.layouts[0].matrices
     rows = Pairs(inputs[:6], targets_of(run, tensors, inputs[:6]))
     broken = noisy(tensors, matrices)
     expected = lane_by_lane(run, broken, matrices, rows, processes)
@@ -337,7 +337,7 @@ def test_gradients_of_lanes_by_themselves(checkpoint: Checkpoint, processes: int
 def test_a_fit_does_not_see_how_its_rows_are_stored(checkpoint: Checkpoint, batch_rows: int) -> None:
     """Oracle: the fit of the same rows in batches of four, to the bit: steps are made of rows, wherever these lie."""
     run, tensors, inputs = setting(checkpoint)
-    matrices = checkpoint.architecture.matrices
+    matrices = checkpoint.architecture.layouts[0].matrices
     targets, broken = targets_of(run, tensors, inputs), noisy(tensors, matrices)
     held_out = Pairs(inputs[6:], targets[6:])
     found = []
@@ -353,7 +353,7 @@ def test_a_fit_does_not_see_how_its_rows_are_stored(checkpoint: Checkpoint, batc
 def test_a_fit_of_fewer_rows_than_lanes(checkpoint: Checkpoint) -> None:
     """Lanes without rows take no part. Oracle: the error of the undamaged block, towards which it goes."""
     run, tensors, inputs = setting(checkpoint)
-    matrices = checkpoint.architecture.matrices
+    matrices = checkpoint.architecture.layouts[0].matrices
     rows = Pairs([inputs[0][:3]], targets_of(run, tensors, [inputs[0][:3]]))
     broken = noisy(tensors, matrices)
     found = fit(Sparse(run, dict(broken), masks_of(broken, matrices), "x"), rows, Pairs([], []), block_params(epochs=8, batch_rows=4))
@@ -367,7 +367,7 @@ def test_a_fit_of_fewer_rows_than_lanes(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize("at_once", [1, 3, 5, 11])
 def test_output_moments_do_not_see_how_many_probes_share_a_pass(model: BlockModel, tmp_path: Path, full: bool, at_once: int) -> None:
     """Eleven probes. Oracles: all of them in one pass, to the bit; and float64."""
-    matrix = model.checkpoint.architecture.matrices[0]
+    matrix = model.checkpoint.architecture.layouts[0].matrices[0]
     gradients = activations(22, 5, 9).split(2)
     found = []
     for name, size in (("one", 11), ("other", at_once)):

@@ -344,7 +344,7 @@ def test_patterns_match_what_they_name(model_paths: dict[str, Path], family: str
     """Names as the project, the checkpoint, transformers and llm-compressor have them. Oracle: parts of the matrices' own names."""
     checkpoint = open_checkpoint(model_paths[family])
     entry = checkpoint.architecture
-    names = [checkpoint.aliases(block, matrix) for block in range(entry.depth) for matrix in entry.matrices]
+    names = [checkpoint.aliases(block, matrix) for block in range(entry.depth) for matrix in entry.layouts[0].matrices]
     wanted = [any(part in own[0] for part in meant) for own in names]
     assert select(names, [pattern], [], []).included == wanted
     if not all(wanted):

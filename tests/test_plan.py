@@ -69,7 +69,7 @@ def test_grams_over_budget_are_not_counted(tmp_path: Path, monkeypatch: pytest.M
     stored = estimate(work(path))["calibrate"].disk_bytes
     monkeypatch.setenv("SPARSELINE_GRAM_BYTES", "0")
     left_out = estimate(work(path))["calibrate"].disk_bytes
-    grams = 2 * 2 * 4 * sum(len(site.index) ** 2 for site in open_checkpoint(path).architecture.sites)
+    grams = 2 * 2 * 4 * sum(len(site.index) ** 2 for site in open_checkpoint(path).architecture.layouts[0].sites)
     assert stored - left_out == grams
 
 

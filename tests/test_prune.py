@@ -48,7 +48,7 @@ def model_of(path: Path) -> BlockModel:
 def half(model: BlockModel, *whole: int) -> Kept:
     """Half of every matrix, and all of those in the blocks ``whole``."""
     checkpoint = model.checkpoint
-    sizes = {matrix: checkpoint.matrix_shape(0, matrix) for matrix in checkpoint.architecture.matrices}
+    sizes = {matrix: checkpoint.matrix_shape(0, matrix) for matrix in checkpoint.architecture.layouts[0].matrices}
     depth = checkpoint.architecture.depth
     return {(i, m): rows * columns // (1 if i in whole else 2) for i in range(depth) for m, (rows, columns) in sizes.items()}
 
@@ -114,8 +114,8 @@ def test_every_block_once_with_exact_counts(path: Path, window: int, refresh_epo
     block = {"window": window, "refresh_epochs": refresh_epochs, "parts": ["weights", "norms"]}
     found = pruned(path, params(("obs", "block"), block=block))
     for index, result in found.items():
-        assert result.masks.keys() == {matrix.parameter for matrix in model.checkpoint.architecture.matrices}
-        for matrix in model.checkpoint.architecture.matrices:
+        assert result.masks.keys() == {matrix.parameter for matrix in model.checkpoint.architecture.layouts[0].matrices}
+        for matrix in model.checkpoint.architecture.layouts[0].matrices:
             mask, left = matrix.view(result.masks[matrix.parameter]), matrix.view(result.tensors[matrix.parameter])
             assert int(mask.sum()) == kept[index, matrix]
             assert torch.equal(left != 0, mask)
@@ -131,7 +131,7 @@ def test_one_block_at_a_time_as_written_out(path: Path) -> None:
     """Oracle: collect, prune, fit and advance in a loop, to the last bit."""
     settings = params(("obs", "channel", "block"))
     model = model_of(path)
-    table, kept = model.checkpoint.architecture, half(model)
+    table, kept = model.checkpoint.architecture.layouts[0], half(model)
     dealt = deal(48, 8)
     sparse, judging = model.embed(FITTING, dealt.sizes), model.embed(HELD_OUT, 2)
     dense, wanted = sparse.copy(), judging.copy()
@@ -225,7 +225,7 @@ def test_a_fit_gets_the_masks_that_were_chosen(path: Path, refresh_epochs: int, 
     """A matrix with three quarters of zeros, half of whose weights are kept. Oracle: its mask: those move, the others stay zero."""
     model = model_of(path)
     dense = model.checkpoint.block(0)
-    parameter = next(m.parameter for m in model.checkpoint.architecture.matrices if m.kind == "down")
+    parameter = next(m.parameter for m in model.checkpoint.architecture.layouts[0].matrices if m.kind == "down")
     dense[parameter][:, dense[parameter].shape[1] // 4 :] = 0
     monkeypatch.setattr(model.checkpoint.__class__, "block", lambda *_: dict(dense))
     settings = params(("block",), block={"epochs": 1, "refresh_epochs": refresh_epochs, "parts": ["weights", "norms"]})
@@ -243,7 +243,7 @@ def test_a_fit_gets_the_masks_that_were_chosen(path: Path, refresh_epochs: int, 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_layer_errors_are_told_without_the_damping(path: Path, steps: tuple[str, ...], shifted: bool) -> None:
     """Half of the mean diagonal added, one input always zero. Oracle: E‖(W − Ŵ) X‖² / E‖W X‖² from the activations themselves, in float64."""
-    table, tensors = open_checkpoint(path).architecture, open_checkpoint(path).block(0)
+    table, tensors = open_checkpoint(path).architecture.layouts[0], open_checkpoint(path).block(0)
     site = table.sites[-1].name
     (matrix,) = table.consumers(site)
     weight = matrix.view(tensors[matrix.parameter]).clone()
@@ -375,14 +375,14 @@ def test_magnitude_reads_no_text_and_runs_no_forward_pass(path: Path, monkeypatc
     assert list(found) == list(range(DEPTH))
     for index, result in found.items():
         dense = model.checkpoint.block(index)
-        for matrix in model.checkpoint.architecture.matrices:
+        for matrix in model.checkpoint.architecture.layouts[0].matrices:
             weight, mask = matrix.view(dense[matrix.parameter]), matrix.view(result.masks[matrix.parameter])
             order = weight.abs().flatten().argsort(descending=True)[: weight.numel() // 2]
             assert mask.flatten().nonzero().flatten().tolist() == sorted(order.tolist())
             assert torch.equal(matrix.view(result.tensors[matrix.parameter]), weight * mask)
             facts = {"kind": matrix.kind, "size": weight.numel(), "kept": weight.numel() // 2}
             assert result.facts["matrices"][matrix.label] == facts
-        others = dense.keys() - {matrix.parameter for matrix in model.checkpoint.architecture.matrices}
+        others = dense.keys() - {matrix.parameter for matrix in model.checkpoint.architecture.layouts[0].matrices}
         assert others
         assert all(torch.equal(result.tensors[name], dense[name]) for name in others)
 
@@ -403,7 +403,7 @@ def test_sparsegpt_runs_two_passes_a_block_and_one_factorisation_a_site(path: Pa
     """Oracle: batches and sites, counted. To collect and to pass on; after the last block one batch shows that all is finite."""
     counts = Counts(monkeypatch)
     pruned(path, params(("obs",)))
-    sites = [site.name for site in open_checkpoint(path).architecture.sites]
+    sites = [site.name for site in open_checkpoint(path).architecture.layouts[0].sites]
     assert len(sites) == 4
     assert counts.sites == [f"layers.{index} {site}" for index in range(DEPTH) for site in sites]
     assert counts.calls == [0] * 24 + [1] * 24 + [2] * 13
@@ -451,7 +451,7 @@ def test_what_is_chosen_can_be_fitted(path: Path, score: str, steps: tuple[str, 
 def test_a_matrix_without_a_count_stays_dense(path: Path, score: str) -> None:
     """Oracle: the checkpoint's bits; and masks for the others alone."""
     model = model_of(path)
-    table, whole = model.checkpoint.architecture, source(model)
+    table, whole = model.checkpoint.architecture.layouts[0], source(model)
     left_out = [matrix for matrix in table.matrices if matrix.kind in ("q", "down")]
     kept = {place: count for place, count in whole.kept.items() if place[1] not in left_out}
     rows = Rows(FITTING, HELD_OUT, 8)
@@ -484,7 +484,7 @@ def test_scores_that_are_no_numbers_are_told(path: Path, monkeypatch: pytest.Mon
 
 def test_streams_that_do_not_differ_yet_change_nothing(path: Path) -> None:
     """Block 0 keeps all: until block 1's first site is pruned both streams are one. Oracle: the run that does not look at the dense one."""
-    table = open_checkpoint(path).architecture
+    table = open_checkpoint(path).architecture.layouts[0]
     own, towards = (pruned(path, params(("obs",), collect="site", towards_dense=share), 0) for share in (0.0, 1.0))
     first = {matrix.parameter for matrix in table.consumers(table.sites[0].name)}
     dense = open_checkpoint(path).block(0)
@@ -513,7 +513,7 @@ def test_aiming_at_the_dense_stream_comes_nearer_to_it(path: Path, steps: tuple[
 
 def test_statistics_site_by_site_see_what_was_pruned_before(path: Path) -> None:
     """Oracle: both ways of collecting agree at a block's first site, to the bit, and nowhere after it."""
-    table = open_checkpoint(path).architecture
+    table = open_checkpoint(path).architecture.layouts[0]
     at_once, by_site = (pruned(path, params(("obs",), collect=way), 0) for way in ("block", "site"))
     first = {matrix.parameter for matrix in table.consumers(table.sites[0].name)}
     for parameter in {matrix.parameter for matrix in table.matrices}:
@@ -522,7 +522,7 @@ def test_statistics_site_by_site_see_what_was_pruned_before(path: Path) -> None:
 
 def inputs_of(model: BlockModel, block: torch.nn.Module, index: int, stream: Stream) -> dict[str, list[torch.Tensor]]:
     """Every site's inputs [tokens, d], batch by batch."""
-    sites = model.checkpoint.architecture.sites
+    sites = model.checkpoint.architecture.layouts[0].sites
     taken: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
     with torch.no_grad(), tapped(block, {site.name: site.module for site in sites}, lambda site, x: taken[site].append(x)):
         for hidden in stream.hidden:
@@ -534,7 +534,7 @@ def test_towards_the_dense_stream_as_written_out(path: Path) -> None:
     """Oracle: each site's inputs in both streams by hooks: the dense block's in the dense one, the half-pruned block's in the pruned one."""
     settings = params(("obs",), collect="site", towards_dense=0.7)
     model = model_of(path)
-    table, kept = model.checkpoint.architecture, half(model)
+    table, kept = model.checkpoint.architecture.layouts[0], half(model)
     sparse = model.embed(torch.cat([FITTING, HELD_OUT]), 4 * [8, 4] + 4 * [2])
     dense = sparse.copy()
     for index, result in pruned(path, settings).items():

@@ -353,7 +353,7 @@ def params(steps: tuple[str, ...], sparsity: float = 0.5, pattern: str = "unstru
 
 def pruned(path: Path, how: Recipe, transforms: list[Transform] | None = None) -> tuple[BlockModel, dict[int, Block]]:
     model = BlockModel(open_checkpoint(path), torch.float32, CPU)
-    shapes = {matrix: model.checkpoint.matrix_shape(0, matrix) for matrix in model.checkpoint.architecture.matrices}
+    shapes = {matrix: model.checkpoint.matrix_shape(0, matrix) for matrix in model.checkpoint.architecture.layouts[0].matrices}
     kept = {(i, m): round(rows * columns * (1 - how.selection.sparsity)) for i in range(DEPTH) for m, (rows, columns) in shapes.items()}
     given, rows = Source(model, transforms or [Transform()] * DEPTH, kept), Rows(FITTING, HELD_OUT, how.batch_rows)
     found = dict(prune(given, rows, plan(how, model.checkpoint.dtype), lambda _: None))
@@ -365,7 +365,7 @@ def assert_on_grids(model: BlockModel, found: Mapping[int, Block], how: Recipe) 
     chosen = scheme(how.quantization, model.checkpoint.dtype)
     assert chosen is not None
     for result in found.values():
-        assert result.grids.keys() == set(model.checkpoint.architecture.matrices)
+        assert result.grids.keys() == set(model.checkpoint.architecture.layouts[0].matrices)
         for matrix, grid in result.grids.items():
             stored, mask = matrix.view(result.tensors[matrix.parameter]), matrix.view(result.masks[matrix.parameter])
             assert stored.dtype == model.checkpoint.dtype
@@ -447,7 +447,7 @@ def test_rounding_to_nearest_is_just_that(model_paths: dict[str, Path]) -> None:
     model, found = pruned(model_paths["opt"], params((), 0.0))
     for index, result in found.items():
         source = model.checkpoint.block(index)
-        for matrix in model.checkpoint.architecture.matrices:
+        for matrix in model.checkpoint.architecture.layouts[0].matrices:
             weight, stored = (matrix.view(tensors[matrix.parameter]) for tensors in (source, result.tensors))
             for part, own in zip(weight.split(20, dim=1), stored.split(20, dim=1), strict=True):
                 scale = 2 * part.abs().amax(1, keepdim=True) / 15
@@ -489,7 +489,7 @@ def test_after_least_squares_the_sweep_starts_from_its_weights(model_paths: dict
     steps = ("obs", "lsq")
     model, found = pruned(model_paths["llama"], params(steps, **AIMED))
     _, plain = pruned(model_paths["llama"], params(steps, quantization={"bits": None}, **AIMED))
-    table = model.checkpoint.architecture
+    table = model.checkpoint.architecture.layouts[0]
     first = table.consumers(table.sites[0].name)
     gram = torch.zeros(0)
     for matrix in first:
@@ -508,7 +508,7 @@ def second_moment(model: BlockModel, site: str) -> torch.Tensor:
     """G of a site of block 0, by hooks."""
     rows = torch.cat([FITTING, HELD_OUT])
     stream, block, taken = model.embed(rows, len(rows)), model.block(0), []
-    module = block.get_submodule(next(one.module for one in model.checkpoint.architecture.sites if one.name == site))
+    module = block.get_submodule(next(one.module for one in model.checkpoint.architecture.layouts[0].sites if one.name == site))
     module.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0].flatten(0, 1)))
     model.call(block, 0, stream.hidden[0])
     return taken[0].T @ taken[0] / len(taken[0])
@@ -528,7 +528,7 @@ def test_what_is_fitted_again_after_quantising(model_paths: dict[str, Path], fam
     assert found[0].facts["refit"]["epochs"] > 0
     assert found[0].facts["refit"]["held_out_after"] < found[0].facts["refit"]["held_out_before"]
     assert found[0].facts["block"] == plain[0].facts["block"]
-    matrices = model.checkpoint.architecture.matrices
+    matrices = model.checkpoint.architecture.layouts[0].matrices
     parameters = {matrix.parameter for matrix in matrices}
     for matrix in matrices:
         before, after = plain[0].grids[matrix], found[0].grids[matrix]
@@ -558,7 +558,7 @@ def test_a_fitted_block_is_quantised_towards_its_own_outputs(model_paths: dict[s
 def test_shifts_go_into_the_biases(model_paths: dict[str, Path]) -> None:
     """Every linear of OPT has a bias, so that inputs can be centred. Oracle: with the shift, the mean of what quantisation changes vanishes at the first site."""
     model = BlockModel(open_checkpoint(model_paths["opt"]), torch.float32, CPU)
-    table = model.checkpoint.architecture
+    table = model.checkpoint.architecture.layouts[0]
     site = table.sites[0].name
     rows = torch.cat([FITTING, HELD_OUT])
     stream, block, taken = model.embed(rows, len(rows)), model.block(0), []
@@ -588,7 +588,7 @@ def test_scales_alone_give_the_weights_back(model_paths: dict[str, Path]) -> Non
     free = scales.free()
     same, twice = (scales.joined({**tensors, **{name: by * scale for name, scale in free.items()}}) for by in (1, 2))
     assert same.keys() == twice.keys() == tensors.keys()
-    parameters: set[Matrix] = set(model.checkpoint.architecture.matrices)
+    parameters: set[Matrix] = set(model.checkpoint.architecture.layouts[0].matrices)
     for name, tensor in tensors.items():
         assert torch.equal(same[name], tensor)
         assert torch.equal(twice[name], 2 * tensor if name in {matrix.parameter for matrix in parameters} else tensor)

@@ -43,14 +43,14 @@ def norms(coupling: Coupling, tensors: Tensors) -> tuple[torch.Tensor, torch.Ten
 
 
 def balanced_names(checkpoint: Checkpoint, pairs: str) -> set[str]:
-    names = {coupling.name for coupling in checkpoint.architecture.couplings} - set(NORMS)
+    names = {coupling.name for coupling in checkpoint.architecture.layouts[0].couplings} - set(NORMS)
     return names if pairs == "balance" else names & {"q_k"}
 
 
 @pytest.mark.parametrize("pairs", ["balance", "inputs"])
 def test_pairs_start_with_equal_norms(checkpoint: Checkpoint, statistics: dict[str, SiteStatistics], pairs: str) -> None:
     """Once everything is folded both sides' norms have one ratio over all of a pair's channels (its geometric mean is 1, not the ratio's)."""
-    table, tensors = checkpoint.architecture, checkpoint.block(0)
+    table, tensors = checkpoint.architecture.layouts[0], checkpoint.block(0)
     factors = starting_factors(table, tensors, statistics, scaling(pairs))
     assert factors.keys() == {coupling.name for coupling in table.couplings}
     wanted = balanced_names(checkpoint, pairs)
@@ -63,7 +63,7 @@ def test_pairs_start_with_equal_norms(checkpoint: Checkpoint, statistics: dict[s
             torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=0)
             before, after = norms(coupling, fold(tensors, table, norm_factors))
             assert float((before / after).log().std()) > 0.01  # not balanced as it was
-    assert wanted or (table.family, pairs) == ("qwen3", "inputs")  # per-head norms: no Q/K pair
+    assert wanted or (checkpoint.architecture.family, pairs) == ("qwen3", "inputs")  # per-head norms: no Q/K pair
 
 
 def test_a_dead_unit_takes_no_factor(checkpoint: Checkpoint, statistics: dict[str, SiteStatistics]) -> None:
@@ -71,7 +71,7 @@ def test_a_dead_unit_takes_no_factor(checkpoint: Checkpoint, statistics: dict[st
 
     Oracle: log of the factor is minus the mean of what the other channels need, as geometric mean 1 leaves it.
     """
-    table, tensors = checkpoint.architecture, checkpoint.block(0)
+    table, tensors = checkpoint.architecture.layouts[0], checkpoint.block(0)
     for coupling in table.couplings:
         if coupling.name in NORMS:
             continue
@@ -95,7 +95,7 @@ def test_a_dead_unit_takes_no_factor(checkpoint: Checkpoint, statistics: dict[st
 
 def test_all_zero_matrices_start_at_one(checkpoint: Checkpoint, statistics: dict[str, SiteStatistics]) -> None:
     """Oracle: 1 everywhere: nothing to balance."""
-    table = checkpoint.architecture
+    table = checkpoint.architecture.layouts[0]
     tensors = {name: tensor * (tensor.ndim == 1) for name, tensor in checkpoint.block(0).items()}
     factors = starting_factors(table, tensors, statistics, scaling())
     for name in balanced_names(checkpoint, "balance"):

@@ -48,21 +48,21 @@ def params(**values: Any) -> SensitivityParams:
 
 def subject(checkpoint: Checkpoint, rows: torch.Tensor, dtype: torch.dtype = torch.float32, leave_out: Sequence[str] = ()) -> Subject:
     entry = checkpoint.architecture
-    matrices = {i: {entry.matrix_name(i, m): m for m in entry.matrices if m.kind not in leave_out} for i in range(entry.depth)}
+    matrices = {i: {entry.matrix_name(i, m): m for m in entry.layouts[0].matrices if m.kind not in leave_out} for i in range(entry.depth)}
     return Subject(BlockModel(checkpoint, dtype, CPU), rows, matrices)
 
 
 def parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Every parameter of the whole model that holds a matrix, by its name in the base model, ready to differentiate."""
     entry = checkpoint.architecture
-    names = sorted({f"{entry.blocks}.{i}.{m.parameter}" for i in range(entry.depth) for m in entry.matrices})
+    names = sorted({f"{entry.blocks}.{i}.{m.parameter}" for i in range(entry.depth) for m in entry.layouts[0].matrices})
     return {name: model.base_model.get_parameter(name).requires_grad_(True) for name in names}
 
 
 def by_matrix(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Parts of whole parameters (or of anything shaped like them), by logical matrix."""
     entry = checkpoint.architecture
-    places = ((i, m) for i in range(entry.depth) for m in entry.matrices)
+    places = ((i, m) for i in range(entry.depth) for m in entry.layouts[0].matrices)
     return {entry.matrix_name(i, m): m.view(tensors[f"{entry.blocks}.{i}.{m.parameter}"]) for i, m in places}
 
 
@@ -269,7 +269,7 @@ def test_output_moments(model_paths: dict[str, Path], tmp_path: Path, family: st
         tensors, facts = read_tensors(block_file(full.directory, index))
         assert facts == {"full": True, "tokens": 6 * 8}
         diagonals, _ = read_tensors(block_file(diagonal.directory, index))
-        for matrix in entry.matrices:
+        for matrix in entry.layouts[0].matrices:
             module = f"{entry.blocks}.{index}.{matrix.parameter.removesuffix('.weight')}"
             g = torch.cat(taken[module])[:, slice(*(matrix.rows or (None,)))]
             expected = g.T @ g / (6 * 8)

@@ -201,9 +201,9 @@ def test_walk_equals_direct_formulas_on_the_captured_inputs(checkpoint: Checkpoi
         inputs: list[dict[str, torch.Tensor]] = [{}, {}]
         for stream, taken in zip(streams, inputs, strict=True):
             block = model.block(index)
-            with tapped(block, {site.name: site.module for site in checkpoint.architecture.sites}, taken.__setitem__):
+            with tapped(block, {site.name: site.module for site in checkpoint.architecture.layouts[0].sites}, taken.__setitem__):
                 model.advance(block, index, stream)
-        for site in checkpoint.architecture.sites:
+        for site in checkpoint.architecture.layouts[0].sites:
             assert_close(found[index][site.name], direct(inputs[0][site.name], inputs[1][site.name]), rtol=1e-4, atol=1e-4)
 
 
@@ -226,15 +226,15 @@ def test_refresh_equals_walking_the_folded_model(checkpoint: Checkpoint, tmp_pat
 
     Powers of two: to the last bit. Other factors: to float32's rounding in the original coordinates.
     """
-    table = checkpoint.architecture
+    table = checkpoint.architecture.layouts[0]
     sizes = {coupling.name: coupling.size for coupling in table.couplings}
-    factors = [power_of_two_factors(sizes, seed) if powers else random_factors(sizes, seed) for seed in range(table.depth)]
+    factors = [power_of_two_factors(sizes, seed) if powers else random_factors(sizes, seed) for seed in range(checkpoint.architecture.depth)]
     writer = ShardWriter(checkpoint, tmp_path / "folded")
-    for block in range(table.depth):
+    for block in range(checkpoint.architecture.depth):
         writer.write(block, fold(checkpoint.block(block), table, factors[block]))
     writer.finish()
     plain, folded = collect(checkpoint.path), collect(tmp_path / "folded")
-    for block in range(table.depth):
+    for block in range(checkpoint.architecture.depth):
         for site in table.sites:
             d = site_factor(table, site.name, factors[block])
             d = None if d is None else d.float()
@@ -253,7 +253,7 @@ def test_refresh_equals_recollecting_in_every_family(checkpoint: Checkpoint, wit
 
     Both Grams are of the same rows here: with a shift the held-out one is exact only where the two means agree.
     """
-    table = checkpoint.architecture
+    table = checkpoint.architecture.layouts[0]
     model = BlockModel(checkpoint, torch.float64, CPU)
     tensors = {name: tensor.double() for name, tensor in checkpoint.block(0).items()}
     factors = random_factors({coupling.name: coupling.size for coupling in table.couplings}, seed=7, decades=2.0)
@@ -318,7 +318,7 @@ LANES = [[0], [1, 2]]  # five rows in batches of two, not dealt as they are else
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_site_by_site_equals_all_at_once(checkpoint: Checkpoint) -> None:
     """Oracle: one pass through the whole block, to the bit. Site by site nothing of the block runs beyond the site, and the stream stays."""
-    table = checkpoint.architecture
+    table = checkpoint.architecture.layouts[0]
     model = BlockModel(checkpoint, torch.float32, CPU)
     stream = model.embed(FIT, 2)
     before = list(stream.hidden)
@@ -344,8 +344,8 @@ def test_site_by_site_equals_all_at_once(checkpoint: Checkpoint) -> None:
 
 def inputs_of(model: BlockModel, block: torch.nn.Module, stream: Stream) -> dict[str, torch.Tensor]:
     """Every site's inputs [tokens, d], of all batches."""
-    taken: dict[str, list[torch.Tensor]] = {site.name: [] for site in model.checkpoint.architecture.sites}
-    with torch.no_grad(), tapped(block, {s.name: s.module for s in model.checkpoint.architecture.sites}, lambda s, x: taken[s].append(x)):
+    taken: dict[str, list[torch.Tensor]] = {site.name: [] for site in model.checkpoint.architecture.layouts[0].sites}
+    with torch.no_grad(), tapped(block, {s.name: s.module for s in model.checkpoint.architecture.layouts[0].sites}, lambda s, x: taken[s].append(x)):
         for hidden in stream.hidden:
             model.call(block, 0, hidden)
     return {name: torch.cat(parts) for name, parts in taken.items()}
@@ -356,13 +356,13 @@ def test_diagonals_are_those_of_the_moments(checkpoint: Checkpoint) -> None:
     """Oracle: hooks on the block, in float64; one site at a time gives the same bits, and no more of the block is run than it needs."""
     model = BlockModel(checkpoint, torch.float32, CPU)
     stream, block = model.embed(FIT, 2), model.block(0)
-    names, own = [site.name for site in checkpoint.architecture.sites], inputs_of(model, block, stream)
+    names, own = [site.name for site in checkpoint.architecture.layouts[0].sites], inputs_of(model, block, stream)
     found = collect_diagonals(model, (0, block), stream.hidden, LANES, names)
     assert list(found) == names
     for name, diagonal in found.items():
         torch.testing.assert_close(diagonal.double(), own[name].double().square().mean(0), rtol=1e-6, atol=0)
     ran: list[str] = []
-    block.get_submodule(checkpoint.architecture.sites[-1].module).register_forward_hook(lambda *_: ran.append("beyond the last site"))
+    block.get_submodule(checkpoint.architecture.layouts[0].sites[-1].module).register_forward_hook(lambda *_: ran.append("beyond the last site"))
     for name in names:
         (alone,) = collect_diagonals(model, (0, block), stream.hidden, LANES, [name]).values()
         assert torch.equal(alone, found[name])
@@ -373,7 +373,7 @@ def test_diagonals_are_those_of_the_moments(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize("family", ["llama", "opt", "phi3", "gpt_neox"])
 def test_cross_moments_are_of_both_streams_inputs(checkpoint: Checkpoint, one_site: bool) -> None:
     """Oracle: hooks on the dense block in the dense stream and on a damaged one in another stream; E[X_dense Xᵀ], not its transpose."""
-    table = checkpoint.architecture
+    table = checkpoint.architecture.layouts[0]
     model = BlockModel(checkpoint, torch.float32, CPU)
     dense_stream, stream = model.embed(FIT, 2), model.embed(FIT, 2)
     random = torch.Generator().manual_seed(1)

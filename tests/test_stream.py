@@ -184,7 +184,7 @@ def test_call_with_tensors_equals_a_block_that_holds_them(checkpoint: Checkpoint
     changed = {name: tensor * 1.1 for name, tensor in checkpoint.block(0).items()}
     with torch.no_grad():
         expected = model.call(model.block(0, changed), 0, stream.hidden[0])
-    name = checkpoint.architecture.matrices[0].parameter
+    name = checkpoint.architecture.layouts[0].matrices[0].parameter
     changed[name].requires_grad_(True)
     out = model.call(model.block(0), 0, stream.hidden[0], changed)
     assert torch.equal(out.detach(), expected)
@@ -292,7 +292,7 @@ def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bad_weights_are_named(copy_of: Callable[[str], Path], family: str, value: float) -> None:
     path = copy_of(family)
-    table = open_checkpoint(path).architecture
+    table = open_checkpoint(path).architecture.layouts[0]
     stored = {m.kind: m for m in table.matrices}["v"].parameter
 
     def damage(tensors: dict[str, torch.Tensor]) -> None:

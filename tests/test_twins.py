@@ -42,10 +42,10 @@ class Pair(NamedTuple):
 @pytest.fixture(params=FAMILIES, scope="module")
 def pair(request: pytest.FixtureRequest, model_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pair:
     source = open_checkpoint(model_paths[str(request.param)])
-    table, random = source.architecture, torch.Generator().manual_seed(11)
+    table, random = source.architecture.layouts[0], torch.Generator().manual_seed(11)
     path = tmp_path_factory.mktemp("twin") / "model"
     writer = ShardWriter(source, path)
-    for block in range(table.depth):
+    for block in range(source.architecture.depth):
         factors = {c.name: torch.randn(c.size, generator=random).exp() for c in table.couplings}
         writer.write(block, fold(source.block(block), table, factors))
     writer.finish()
@@ -64,7 +64,7 @@ def masks(
     model: Model, chosen: SelectionParams, compensate: bool, start: Callable[..., dict[str, torch.Tensor]] | None = None
 ) -> torch.Tensor:
     """Of all blocks on the dense stream, one flat tensor; with ``start``, of the blocks folded by what it gives."""
-    table, found = model.checkpoint.architecture, []
+    table, found = model.checkpoint.architecture.layouts[0], []
     for block, statistics in enumerate(model.statistics):
         tensors = model.checkpoint.block(block)
         factors = start(table, tensors, statistics, START) if start else {}
@@ -89,9 +89,9 @@ def test_a_twin_computes_the_same(pair: Pair) -> None:
     with torch.no_grad():
         logits, other = (load_full(model.checkpoint.path)(rows).logits for model in pair)
     torch.testing.assert_close(other, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
-    for matrix in pair.original.checkpoint.architecture.matrices:
+    for matrix in pair.original.checkpoint.architecture.layouts[0].matrices:
         a, b = (matrix.view(model.checkpoint.block(0)[matrix.parameter]) for model in pair)
-        uncoupled = matrix.site == "mlp_inner" and pair.original.checkpoint.architecture.site(matrix.site).coupling is None
+        uncoupled = matrix.site == "mlp_inner" and pair.original.checkpoint.architecture.layouts[0].site(matrix.site).coupling is None
         assert float((a - b).norm() / a.norm()) > 0.5 or uncoupled
 
 
@@ -124,14 +124,14 @@ def test_the_start_undoes_the_scrambling(pair: Pair, pattern: str) -> None:
 
     ``qkv`` in one matrix: its parts keep a scale of their own, since each factor has geometric mean 1, so only rows can be compared.
     """
-    fused = any(matrix.kind == "qkv" for matrix in pair.original.checkpoint.architecture.matrices)
+    fused = any(matrix.kind == "qkv" for matrix in pair.original.checkpoint.architecture.layouts[0].matrices)
     for group in ("row",) if fused else ("row", "matrix"):
         assert differing(pair, selection("magnitude", group, pattern), False, starting_factors).double().mean() < 0.005
 
 
 def test_the_start_is_canonical_weight_by_weight(pair: Pair) -> None:
     """Oracle: the original's folded weights: the twin's are these times one number per matrix (part of a fused one excepted)."""
-    table = pair.original.checkpoint.architecture
+    table = pair.original.checkpoint.architecture.layouts[0]
     folded = []
     for model in pair:
         tensors = model.checkpoint.block(0)

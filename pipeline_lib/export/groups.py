@@ -93,7 +93,7 @@ class Quantisation:
             return {}
         tensors, facts = artifacts.read_tensors(path)
         by_parameter: dict[str, list[Matrix]] = {}
-        for matrix in sorted(self._checkpoint.architecture.matrices, key=lambda matrix: matrix.rows or (0, 0)):
+        for matrix in sorted(self._checkpoint.architecture.layouts[block].matrices, key=lambda matrix: matrix.rows or (0, 0)):
             by_parameter.setdefault(matrix.parameter, []).append(matrix)
         found = {}
         for parameter, matrices in by_parameter.items():

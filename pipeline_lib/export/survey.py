@@ -32,13 +32,13 @@ def survey(pruned: Checkpoint, masks: Masks, quantisation: Quantisation, pattern
     Raises:
         SparselineError: a 2:4 variant is not exactly 2:4, or a quantised one not exactly its codes.
     """
-    transposed = {matrix.parameter for matrix in pruned.architecture.matrices if matrix.transposed}
+    transposed = {pruned.block_prefix(block) + matrix.parameter for block, matrix in pruned.architecture.places() if matrix.transposed}
     found = {}
     for name, tensor in one_by_one(pruned, sorted(pruned.files)):
         mask, groups = masks.of(name), quantisation.of(name)
         judged = None
         if mask is not None and pattern == "2:4":
-            judged = verdict(name, tensor, mask, any(name.endswith(f".{parameter}") for parameter in transposed))
+            judged = verdict(name, tensor, mask, name in transposed)
         bits = tensor.element_size() * 8 if groups is None else groups.bits
         if groups is not None:
             try:

@@ -33,17 +33,17 @@ class Gate:
         A judge folds a transform in, refreshes the statistics for it (no forward pass), prunes as the variant's selection says, and returns
         E‖Y_dense − Y_sparse‖² / E‖Y_dense − E Y_dense‖².
         """
-        model, architecture = self.model, dense.architecture
+        model, layout = self.model, dense.layout
         block = model.block(index, dense.tensors)
         inputs = list(self.stream.hidden)
         model.advance(block, index, self.stream)
         rows = Pairs(inputs, list(self.stream.hidden))
 
         def judge(transform: Transform) -> float:
-            folded = fold(dense.tensors, architecture, transform.factors)
-            factors = {name: site_factor(architecture, name, transform.factors) for name in dense.statistics}
+            folded = fold(dense.tensors, layout, transform.factors)
+            factors = {name: site_factor(layout, name, transform.factors) for name in dense.statistics}
             moved = {name: refresh(site, factors[name]).moments for name, site in dense.statistics.items()}
-            pruned = Block(architecture, dense.where, transform, kept, folded)
+            pruned = Block(layout, dense.where, transform, kept, folded)
             Layerwise(self.selection, self.compensate).prune_block(pruned, moved)
             there = {name: tensor.to(model.device) for name, tensor in pruned.tensors.items()}
             return block_error(functools.partial(model.call, block, index), there, rows)

@@ -18,7 +18,7 @@ from pipeline_lib.induce.scale import normalise
 from pipeline_lib.masks.scores import Curvature, saliency
 from pipeline_lib.masks.select import bounds, select, select_n_of_m
 from pipeline_lib.masks.settings import SelectionParams
-from pipeline_lib.models.architecture import Architecture, Matrix
+from pipeline_lib.models.architecture import Layout, Matrix
 from pipeline_lib.models.folding import MatrixScales
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.recipe.settings import InduceParams
@@ -139,9 +139,9 @@ class _Layer:
 class _Block:
     """The layers of a block under shared log factors θ per coupling and log selection weights per site."""
 
-    def __init__(self, architecture: Architecture, layers: list[_Layer]) -> None:
+    def __init__(self, layout: Layout, layers: list[_Layer]) -> None:
         self.layers = layers
-        self.matrix_scales = [MatrixScales(architecture, layer.matrix, (layer.weight.shape[0], layer.weight.shape[1])) for layer in layers]
+        self.matrix_scales = [MatrixScales(layout, layer.matrix, (layer.weight.shape[0], layer.weight.shape[1])) for layer in layers]
 
     def scales(self, number: int, theta: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log scales of the layer's rows [R] and columns [C]."""
@@ -196,20 +196,20 @@ def induce_block(
         kept: how many weights each included matrix keeps; its mask is learned at that count.
         judge: gives a candidate's error, the least of which wins (``gate.Gate``); without it, the held-out layer error is taken.
     """
-    architecture, where, given = dense.architecture, dense.where, dense.statistics
+    layout, where, given = dense.layout, dense.where, dense.statistics
     if judge:
         start = Transform(start.factors, _worthy(start.shifts, judge), {})
-    statistics = {site.name: refresh(given[site.name], None, start.shifts.get(site.name)) for site in architecture.sites}
+    statistics = {site.name: refresh(given[site.name], None, start.shifts.get(site.name)) for site in layout.sites}
     curvatures = {
         name: factorise(site.second_moment_matrix, selection.damping, selection.damping_of, f"{where} {name}").whole()
         for name, site in statistics.items()
     }
     layers = [
         _Layer(m, m.view(dense.tensors[m.parameter]).float(), kept[m], statistics[m.site], curvatures[m.site], selection)
-        for m in architecture.matrices
+        for m in layout.matrices
         if m in kept
     ]
-    block = _Block(architecture, layers)
+    block = _Block(layout, layers)
     started = {name: factor.log() for name, factor in start.factors.items()}
     nothing: dict[str, torch.Tensor] = {}
     plain = Transform({}, start.shifts, {})
@@ -217,8 +217,8 @@ def induce_block(
     judged = {"none": judge(plain), "start": judge(start)} if judge else dict(held_out)
     # Learning sets out from the better of the two: what serves Magnitude can misguide scores that already know the inputs.
     ahead = judged["start"] < judged["none"]
-    theta = {c.name: started[c.name].clone() if ahead and c.name in started else torch.zeros(c.size) for c in architecture.couplings}
-    log_u = {site.name: torch.zeros(len(site.index)) for site in architecture.sites} if params.importance else {}
+    theta = {c.name: started[c.name].clone() if ahead and c.name in started else torch.zeros(c.size) for c in layout.couplings}
+    log_u = {site.name: torch.zeros(len(site.index)) for site in layout.sites} if params.importance else {}
     candidates = {"none": (nothing, nothing), "start": (started, nothing), "learned": (dict(theta), nothing)}
     origin = "start" if ahead else "none"
     held_out["learned"], judged["learned"] = held_out[origin], judged[origin]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from pipeline_lib.induce.settings import ScaleParams
-from pipeline_lib.models.architecture import Architecture, Coupling
+from pipeline_lib.models.architecture import Coupling, Layout
 from pipeline_lib.models.folding import fold
 from pipeline_lib.stats.moments import SiteStatistics
 
@@ -53,7 +53,7 @@ def _balanced(coupling: Coupling, tensors: Mapping[str, torch.Tensor]) -> torch.
 
 
 def starting_factors(
-    architecture: Architecture, tensors: Mapping[str, torch.Tensor], statistics: Mapping[str, SiteStatistics], params: ScaleParams
+    layout: Layout, tensors: Mapping[str, torch.Tensor], statistics: Mapping[str, SiteStatistics], params: ScaleParams
 ) -> dict[str, torch.Tensor]:
     """For every coupling of a block, factors d [size] in float32 with geometric mean 1.
 
@@ -62,10 +62,10 @@ def starting_factors(
     in. A coupling whose factor reaches several channels of its site (grouped queries) starts from the mean of their logs.
     """
     if params.start == "identity":
-        return {coupling.name: torch.ones(coupling.size) for coupling in architecture.couplings}
-    sites = {site.coupling: site for site in architecture.sites}
+        return {coupling.name: torch.ones(coupling.size) for coupling in layout.couplings}
+    sites = {site.coupling: site for site in layout.sites}
     factors, norms = {}, {}
-    for coupling in architecture.couplings:
+    for coupling in layout.couplings:
         if coupling.name not in sites or (_is_pair(coupling, tensors) and params.pairs == "balance"):
             continue
         site = sites[coupling.name]
@@ -76,8 +76,8 @@ def starting_factors(
         factors[coupling.name] = torch.exp(-normalise(log_s, params.limit))
         if not _is_pair(coupling, tensors):
             norms[coupling.name] = factors[coupling.name]
-    folded = fold(tensors, architecture, norms)
-    for coupling in architecture.couplings:
+    folded = fold(tensors, layout, norms)
+    for coupling in layout.couplings:
         if coupling.name not in factors:
             factors[coupling.name] = torch.exp(normalise(_balanced(coupling, folded), params.limit))
     return factors
@@ -88,12 +88,12 @@ def _is_pair(coupling: Coupling, tensors: Mapping[str, torch.Tensor]) -> bool:
     return all(any(tensors[t.parameter].ndim == 2 for t in coupling.ties if t.power == power) for power in (1, -1))
 
 
-def shifts(architecture: Architecture, statistics: Mapping[str, SiteStatistics], params: ScaleParams) -> dict[str, torch.Tensor]:
+def shifts(layout: Layout, statistics: Mapping[str, SiteStatistics], params: ScaleParams) -> dict[str, torch.Tensor]:
     """δ [d] for the sites all of whose consumers have a bias to take b̃ = b + W δ (Eq. 3), in the original coordinates."""
     if params.shift == "none":
         return {}
     return {
         site.name: getattr(statistics[site.name], params.shift)
-        for site in architecture.sites
-        if all(matrix.bias is not None for matrix in architecture.consumers(site.name))
+        for site in layout.sites
+        if all(matrix.bias is not None for matrix in layout.consumers(site.name))
     }

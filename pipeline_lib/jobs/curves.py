@@ -32,12 +32,12 @@ def curves(workspace: Workspace, source: ModelParams, variant: str, part: Curves
     weighted = False
     statistics = stored_or_walked(workspace.opened(workspace.statistics), model, fit, fit[:0], calibrate)
     for index, sites in track(statistics, f"curves {variant}", "blocks", entry.depth):
-        own = [matrix for matrix in entry.matrices if entry.matrix_name(index, matrix) in listed]
+        own = [matrix for matrix in entry.layouts[index].matrices if entry.matrix_name(index, matrix) in listed]
         path = artifacts.block_file(directory, index)
         moments = artifacts.read_tensors(path)[0] if path.exists() else {}
         weighted = weighted or bool(moments)
         where = f"{entry.blocks}.{index}"
-        block = DenseBlock(entry, where, checkpoint.block(index), sites)
+        block = DenseBlock(entry.layouts[index], where, checkpoint.block(index), sites)
         measured = measure(block, own, moments, part.selection, part.compensate, part.curves)
         for label, facts in measured.items():
             found[f"{where}.{label}"] = sensitivities.get(f"{where}.{label}", {}) | facts

@@ -45,9 +45,9 @@ def induce(workspace: Workspace, source: ModelParams, variant: str, part: Induce
         statistics = stored_or_walked(workspace.opened(workspace.statistics), model, rows["fit"], rows["held_out"], calibrate)
         for index, sites in track(statistics, what, "blocks", entry.depth):
             tensors = {name: tensor.to(torch.float32) for name, tensor in checkpoint.block(index).items()}
-            names = {matrix: entry.matrix_name(index, matrix) for matrix in entry.matrices}
+            names = {matrix: entry.matrix_name(index, matrix) for matrix in entry.layouts[index].matrices}
             counts = {matrix: allocated[name] for matrix, name in names.items() if name in allocated}
-            dense = DenseBlock(entry, f"{entry.blocks}.{index}", tensors, sites)
+            dense = DenseBlock(entry.layouts[index], f"{entry.blocks}.{index}", tensors, sites)
             judge = gate.enter(index, dense, counts)
             if not counts:
                 continue

@@ -61,7 +61,7 @@ def prepare(workspace: Workspace, source: ModelParams) -> str:
 def _matrices(checkpoint: Checkpoint, source: ModelParams) -> tuple[list[dict[str, Any]], Selection]:
     """Every logical matrix, with the parameter that holds it, and whether ``model.include`` and ``.exclude`` take it."""
     entry = checkpoint.architecture
-    places = [(block, matrix) for block in range(entry.depth) for matrix in entry.matrices]
+    places = list(entry.places())
     pruned = {checkpoint.block_prefix(block) + matrix.parameter for block, matrix in places}
     never = [full for full, name in checkpoint.names.items() if name not in pruned]
     selection = select([checkpoint.aliases(*place) for place in places], source.include, source.exclude, never)

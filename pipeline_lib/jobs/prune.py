@@ -35,8 +35,8 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
         inputs.append(workspace.opened(workspace.induced(variant)) / "transform.safetensors")
         transforms, transform_facts = read_transforms(inputs[-1], entry.depth)
     listed = workspace.included()
-    by_label = {matrix.label: matrix for matrix in entry.matrices}
-    kept = {(m["block"], by_label[m["label"]]): allocation["kept"][m["name"]] for m in listed}
+    allocated = {(m["block"], m["label"]): allocation["kept"][m["name"]] for m in listed}
+    kept = {(block, matrix): allocated[block, matrix.label] for block, matrix in entry.places() if (block, matrix.label) in allocated}
     rows, spills = None, False
     if steps.needs.text:
         found = calibration_rows(workspace)

@@ -19,10 +19,10 @@ def scale(workspace: Workspace, source: ModelParams, params: ScaleParams) -> str
     directory = workspace.opened(workspace.statistics)
     transforms = {}
     for index in track(range(entry.depth), "scale", "blocks"):
-        statistics = stored(directory, entry, index)
-        factors = starting_factors(entry, checkpoint.block(index), statistics, params)
-        transforms[index] = Transform(factors, shifts(entry, statistics, params))
+        statistics = stored(directory, entry.layouts[index], index)
+        factors = starting_factors(entry.layouts[index], checkpoint.block(index), statistics, params)
+        transforms[index] = Transform(factors, shifts(entry.layouts[index], statistics, params))
     with workspace.directory(workspace.start.parent) as made:
         write_transforms(made / workspace.start.name, transforms)
     count = sum(factor.numel() for transform in transforms.values() for factor in transform.factors.values())
-    return f"{count:,} factors at {len(entry.couplings)} couplings of {entry.depth} blocks, start {params.start}"
+    return f"{count:,} factors at {sum(len(layout.couplings) for layout in entry.layouts)} couplings of {entry.depth} blocks, start {params.start}"

@@ -33,7 +33,7 @@ def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityPa
     entry = checkpoint.architecture
     listed = {matrix["name"]: matrix for matrix in workspace.included()}
     matrices = {
-        index: {name: matrix for matrix in entry.matrices if (name := entry.matrix_name(index, matrix)) in listed}
+        index: {name: matrix for matrix in entry.layouts[index].matrices if (name := entry.matrix_name(index, matrix)) in listed}
         for index in range(entry.depth)
     }
     # In float32 whatever the checkpoint's dtype: second derivatives are differences of small numbers.

@@ -69,8 +69,8 @@ def measure(
     """
     tensors, statistics, where = block.tensors, block.statistics, block.where
     found: dict[str, dict[str, Any]] = {}
-    for site in block.architecture.sites:
-        consumers = [matrix for matrix in block.architecture.consumers(site.name) if matrix in included]
+    for site in block.layout.sites:
+        consumers = [matrix for matrix in block.layout.consumers(site.name) if matrix in included]
         if not consumers:
             continue
         gram = statistics[site.name].second_moment_matrix

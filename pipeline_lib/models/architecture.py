@@ -3,6 +3,7 @@
 Shape letters: ``R`` outputs (rows), ``C`` inputs (columns) of a logical matrix, ``d`` channels of a site.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -89,17 +90,12 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """What the pipeline needs to know of one family under one config. Names are relative to the base model and to a block."""
+class Layout:
+    """What one block is made of. Names are relative to the block. Blocks that are alike share theirs."""
 
-    family: str
-    blocks: str  # path of the module list inside the base model
-    depth: int
-    width: int  # channels of the residual stream
     matrices: tuple[Matrix, ...]
     sites: tuple[Site, ...]
     couplings: tuple[Coupling, ...]
-    stored_head: str = "lm_head.weight"  # what checkpoint files call the head, where it is not tied
 
     @property
     def offsets(self) -> dict[str, float]:
@@ -112,6 +108,25 @@ class Architecture:
     def consumers(self, site: str) -> tuple[Matrix, ...]:
         return tuple(matrix for matrix in self.matrices if matrix.site == site)
 
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the pipeline needs to know of a model. Names are relative to the base model."""
+
+    family: str
+    blocks: str  # path of the module list inside the base model
+    width: int  # channels of the residual stream
+    layouts: tuple[Layout, ...]  # of every block
+    stored_head: str = "lm_head.weight"  # what checkpoint files call the head, where it is not tied
+
+    @property
+    def depth(self) -> int:
+        return len(self.layouts)
+
     def matrix_name(self, block: int, matrix: Matrix) -> str:
         """The logical matrix's name in allocations, sensitivities and patterns."""
         return f"{self.blocks}.{block}.{matrix.label}"
+
+    def places(self) -> Iterator[tuple[int, Matrix]]:
+        """Every logical matrix with its block, in order."""
+        return ((block, matrix) for block, layout in enumerate(self.layouts) for matrix in layout.matrices)

@@ -231,7 +231,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path} holds {homeless[0]}{more}, for which {type(model).__name__} has no place under its config.json; "
             "pruning would lose it: give a checkpoint of the language model alone (adapters merged, other heads removed)."
         )
-    first = f"{prefix}{entry.blocks}.0.{entry.matrices[0].parameter}"
+    block, matrix = next(entry.places())
+    first = f"{prefix}{entry.blocks}.{block}.{matrix.parameter}"
     left_out = {**found.left_out, **dict.fromkeys(sorted(buffers), BUFFER), **extra}
     return Checkpoint(
         path, config, entry, files, shapes, prefix, DTYPES[parts[first][2]], names, found.index is not None, found.others, left_out

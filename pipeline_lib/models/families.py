@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 from transformers import PreTrainedConfig
 
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.models.architecture import Architecture, Coupling, Matrix, Site, Tie
+from pipeline_lib.models.architecture import Architecture, Coupling, Layout, Matrix, Site, Tie
 
 # f(c x) = c f(x) for c > 0, so that a positive factor passes through; GELU and SiLU are not of the kind.
 HOMOGENEOUS = {"relu", "leaky_relu"}
@@ -154,7 +154,8 @@ def _assemble(
     )
     consumers = ([q, k, v], [o], into, [out])
     matrices = dict.fromkeys(linear.matrix(site.name) for site, linears in zip(sites, consumers, strict=True) for linear in linears)
-    return Architecture(config.model_type, blocks, config.num_hidden_layers, width, tuple(matrices), sites, tuple(couplings))
+    layout = Layout(tuple(matrices), sites, tuple(couplings))
+    return Architecture(config.model_type, blocks, width, (layout,) * config.num_hidden_layers)
 
 
 def _even(rotary: float) -> int:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import torch
 
-from pipeline_lib.models.architecture import Architecture, Matrix
+from pipeline_lib.models.architecture import Layout, Matrix
 
 
-def fold(tensors: Mapping[str, torch.Tensor], architecture: Architecture, factors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def fold(tensors: Mapping[str, torch.Tensor], layout: Layout, factors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A block's tensors with every coupling's ties multiplied by its factors.
 
     Args:
@@ -17,7 +17,7 @@ def fold(tensors: Mapping[str, torch.Tensor], architecture: Architecture, factor
     Each product is taken in the wider of the two dtypes and rounded once to the parameter's own; with powers of two it is exact.
     """
     folded = dict(tensors)
-    for coupling in architecture.couplings:
+    for coupling in layout.couplings:
         if coupling.name not in factors:
             continue
         factor = factors[coupling.name]
@@ -38,9 +38,9 @@ def fold(tensors: Mapping[str, torch.Tensor], architecture: Architecture, factor
     return folded
 
 
-def site_factor(architecture: Architecture, site: str, factors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+def site_factor(layout: Layout, site: str, factors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """D's diagonal [d] for a site's inputs, or None where nothing scales them."""
-    entry = architecture.site(site)
+    entry = layout.site(site)
     if entry.coupling is None or entry.coupling not in factors:
         return None
     return factors[entry.coupling][torch.tensor(entry.index)]
@@ -49,11 +49,11 @@ def site_factor(architecture: Architecture, site: str, factors: Mapping[str, tor
 class MatrixScales:
     """By what the couplings multiply the rows and columns of one logical matrix [R, C]: indices built once, evaluated often."""
 
-    def __init__(self, architecture: Architecture, matrix: Matrix, shape: tuple[int, int]) -> None:
+    def __init__(self, layout: Layout, matrix: Matrix, shape: tuple[int, int]) -> None:
         self.shape = shape
         # Per tie: coupling, 0 for rows or 1 for columns, which of them, the factor that each takes, power.
         self.ties: list[tuple[str, int, torch.Tensor, torch.Tensor, int]] = []
-        for coupling in architecture.couplings:
+        for coupling in layout.couplings:
             for tie in coupling.ties:
                 if tie.parameter != matrix.parameter:
                     continue

@@ -68,7 +68,7 @@ def estimate(work: Work) -> dict[str, Estimate]:
     held-out rows, and a lane's), the samples that medians are taken over (the widest site's four times: joined, sorted, and with places), and
     what summing a row of the widest site takes, 15 bytes a value (itself in float32 and in float64, its square): measured. Sensitivity: see ``_probing``.
     """
-    shapes, depth = work.shapes, work.shapes.checkpoint.architecture.depth
+    shapes, depth = work.shapes, work.shapes.blocks
     base = LIBRARIES + outside(shapes.checkpoint)
     return {
         "prepare": Estimate("prepare", LIBRARIES, 1e5, 0),
@@ -85,7 +85,7 @@ def estimate(work: Work) -> dict[str, Estimate]:
 
 def inducing(work: Work, name: str, params: InduceParams) -> Estimate:
     """Needs of one variant's `induce`: each block is pruned up to three times for its gate, whose rows are there before and after the block."""
-    shapes, depth = work.shapes, work.shapes.checkpoint.architecture.depth
+    shapes, depth = work.shapes, work.shapes.blocks
     again, repeated = _walked_again(work)
     judged = 2 * shapes.stream(work.compute_dtype) * (work.held_out or 1)
     memory = LIBRARIES + outside(shapes.checkpoint) + judged + again + 20 * shapes.block + 4 * shapes.grams
@@ -95,7 +95,7 @@ def inducing(work: Work, name: str, params: InduceParams) -> Estimate:
 
 def measuring(work: Work, name: str, params: CurvesParams) -> Estimate:
     """Needs of one variant's `curves`: each matrix of a block pruned at every density, and two products with its errors."""
-    shapes, depth = work.shapes, work.shapes.checkpoint.architecture.depth
+    shapes, depth = work.shapes, work.shapes.blocks
     again, repeated = _walked_again(work)
     memory = LIBRARIES + again + 24 * shapes.block + 2 * shapes.grams + 16 * max(shapes.sites) ** 2 + _moments(work) / depth
     flops = repeated + shapes.factor_flops + len(params.densities) * 4 * shapes.sweep
@@ -113,7 +113,7 @@ def _walk(work: Work) -> float:
 
 def _stored(work: Work) -> float:
     """Bytes of the Gram matrices on disk; none beyond their budget."""
-    size = 2 * work.shapes.grams * work.shapes.checkpoint.architecture.depth
+    size = 2 * work.shapes.grams * work.shapes.blocks
     return size if size <= settings.gram_bytes() else 0
 
 
@@ -124,7 +124,7 @@ def _walked_again(work: Work) -> tuple[float, float]:
 
 def _moments(work: Work) -> float:
     """Bytes of full output moments; none beyond their budget."""
-    depth = work.shapes.checkpoint.architecture.depth
+    depth = work.shapes.blocks
     size = 4 * depth * sum(rows * rows for rows, _ in work.shapes.matrices) if work.sensitivity.output_moments == "full" else 0
     return size if size <= work.sensitivity.moment_budget_bytes else 0
 
@@ -148,7 +148,7 @@ def _probing(work: Work) -> Estimate:
     moments = _moments(work)
     memory = boundaries + (20 if second else 8) * shapes.block + max(graph, top) + 2 * moments / entry.depth
     forwards = 14 if second else 4  # matrix products, in units of a forward pass
-    flops = forwards * 2 * params.probes * tokens * (shapes.block * entry.depth + entry.width * config.vocab_size)
+    flops = forwards * 2 * params.probes * tokens * (shapes.block * shapes.blocks + entry.width * config.vocab_size)
     first = min(params.probes, max(2, params.probes_per_pass)) if params.agreement < 1 else params.probes
     return Estimate("sensitivity", LIBRARIES + outside(shapes.checkpoint) + memory, 1e4 + 4 * moments, flops, first / params.probes)
 
@@ -218,7 +218,7 @@ def pruning(name: str, plan: Plan, shapes: Shapes, dtype: torch.dtype) -> Estima
     flops = passes * shapes.forward + sum(step.flops(shapes) for step in plan.steps)
     memory = LIBRARIES + outside(checkpoint) + kept + max(step.memory(shapes) for step in plan.steps)
     disk = checkpoint.parameters * checkpoint.dtype.itemsize + checkpoint.parameters / 8 + spilt * streams
-    return Estimate(name, memory, disk, checkpoint.architecture.depth * flops)
+    return Estimate(name, memory, disk, shapes.blocks * flops)
 
 
 def exporting(checkpoint: Checkpoint, name: str, formats: Sequence[str], sparsity: float) -> Estimate:
@@ -227,7 +227,7 @@ def exporting(checkpoint: Checkpoint, name: str, formats: Sequence[str], sparsit
     Quantised variants need less for `bitmask` than what is said here.
     """
     entry, item = checkpoint.architecture, checkpoint.dtype.itemsize
-    inside = entry.depth * sum(rows * columns for rows, columns in (checkpoint.matrix_shape(0, matrix) for matrix in entry.matrices))
+    inside = sum(math.prod(checkpoint.matrix_shape(*place)) for place in entry.places())
     outside = (checkpoint.parameters - inside) * item
     bytes_each = {"dense": item, "bitmask": (1 - sparsity) * item + 1 / 8, "compressed-tensors": (4 + 16 / 128) / 8}
     largest = max(math.prod(shape) for shape in checkpoint.shapes.values())

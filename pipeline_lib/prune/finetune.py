@@ -51,7 +51,7 @@ class Finetune:
         del given
         masks = {matrix: own.view(blocks[index].masks[own.parameter]) for matrix, (index, own) in places.items()}
         first = blocks[min(blocks)]
-        offsets = {f"{index}/{name}": offset for index in blocks for name, offset in first.architecture.offsets.items()}
+        offsets = {f"{index}/{name}": offset for index in blocks for name, offset in blocks[index].layout.offsets.items()}
         sparse = Sparse(run, tensors, masks, first.where, self._remask(window, places), model.dtype, offsets)
         fitted = fit(sparse, *window.rows.pairs(), self.params)
         for index, block in blocks.items():

@@ -252,7 +252,7 @@ class Quantise:
 def _centred(block: Block, site: str, moments: Moments) -> tuple[Moments, torch.Tensor | None, torch.Tensor | None]:
     """A site's moments without what the biases take over, that shift in folded coordinates, and the factor that is folded in; each [C] or None."""
     shift = block.transform.shifts.get(site)
-    factor = site_factor(block.architecture, site, block.transform.factors)
+    factor = site_factor(block.layout, site, block.transform.factors)
     if shift is not None and factor is not None:
         shift = shift * factor.to(shift.device)
     return moments if shift is None else moments.shifted(shift), shift, factor

@@ -59,7 +59,7 @@ class Progress:
             how = self.quantization.model_dump(include={"bits", "group", "symmetric"})
             written.append(artifacts.block_file(self.directory / "quantization", index))
             artifacts.write_tensors(written[-1], grids, how | told)
-        by_label = {matrix.label: matrix for matrix in self.source.architecture.matrices}
+        by_label = {matrix.label: matrix for matrix in self.source.architecture.layouts[index].matrices}
         for label, facts in result.facts["matrices"].items():  # more than were pruned, where quantisation rounds to zero
             matrix = by_label[label]
             weights = matrix.view(result.tensors[matrix.parameter])

@@ -115,14 +115,15 @@ def _pruned(source: Source, streams: Streams | None, plan: Plan, window: range, 
 def _opened(source: Source, index: int) -> Block:
     """A block with its factors folded in, on the model's device."""
     model, architecture = source.model, source.model.checkpoint.architecture
+    layout = architecture.layouts[index]
     transform = source.transforms[index].to(model.device)
     wide = torch.float32 if transform.factors else None  # products with factors are not rounded
     stored = model.checkpoint.block(index)  # maps the file: as long as one tensor lives, all do
     dtypes = {name: tensor.dtype for name, tensor in stored.items()}
     tensors = {name: stored.pop(name).to(model.device, wide, copy=True) for name in dtypes}
-    kept = {matrix: source.kept[index, matrix] for matrix in architecture.matrices if (index, matrix) in source.kept}
-    folded = fold(tensors, architecture, transform.factors)
-    return Block(architecture, f"{architecture.blocks}.{index}", transform, kept, folded, dtypes)
+    kept = {matrix: source.kept[index, matrix] for matrix in layout.matrices if (index, matrix) in source.kept}
+    folded = fold(tensors, layout, transform.factors)
+    return Block(layout, f"{architecture.blocks}.{index}", transform, kept, folded, dtypes)
 
 
 def _advance(model: BlockModel, stream: Stream, window: range, stored: Mapping[int, Mapping[str, torch.Tensor]]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -10,7 +11,7 @@ from pipeline_lib.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of one block, and of the calibration rows. Bytes; floats are 4 bytes while computing."""
+    """Of the largest block, and of the calibration rows. Bytes; floats are 4 bytes while computing."""
 
     checkpoint: Checkpoint
     rows: int
@@ -20,12 +21,26 @@ class Shapes:
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
-        return [self.checkpoint.matrix_shape(0, matrix) for matrix in self.checkpoint.architecture.matrices]
+        return self._of(self._largest)
 
     @property
     def sites(self) -> list[int]:
         """Channels of each."""
-        return [len(site.index) for site in self.checkpoint.architecture.sites]
+        return [len(site.index) for site in self.checkpoint.architecture.layouts[self._largest].sites]
+
+    @property
+    def blocks(self) -> float:
+        """How many of the largest block would have all prunable weights of the model."""
+        depth = self.checkpoint.architecture.depth
+        return sum(rows * columns for block in range(depth) for rows, columns in self._of(block)) / self.block
+
+    def _of(self, block: int) -> list[tuple[int, int]]:
+        return [self.checkpoint.matrix_shape(block, matrix) for matrix in self.checkpoint.architecture.layouts[block].matrices]
+
+    @cached_property
+    def _largest(self) -> int:
+        sizes = [sum(rows * columns for rows, columns in self._of(block)) for block in range(self.checkpoint.architecture.depth)]
+        return sizes.index(max(sizes))
 
     @property
     def tokens(self) -> int:

@@ -12,7 +12,7 @@ from pipeline_lib.fit.fit import Pairs
 from pipeline_lib.masks.bits import BitMasks
 from pipeline_lib.masks.rule import Rule
 from pipeline_lib.masks.scores import Curvature
-from pipeline_lib.models.architecture import Architecture, Matrix
+from pipeline_lib.models.architecture import Layout, Matrix
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.solve.grid import Grid
@@ -24,7 +24,7 @@ from pipeline_lib.stats.moments import DiagonalSums, Moments, MomentSums
 class Block:
     """One block as it is pruned. The transform's factors are folded into ``tensors``; its other parts go into masks and biases."""
 
-    architecture: Architecture
+    layout: Layout
     where: str  # its name in the model
     transform: Transform
     kept: Mapping[Matrix, int]  # how many weights each included matrix keeps
@@ -41,11 +41,11 @@ class Block:
     def sites(self) -> list[str]:
         """The sites of its included matrices, in order."""
         wanted = {matrix.site for matrix in self.kept}
-        return [site.name for site in self.architecture.sites if site.name in wanted]
+        return [site.name for site in self.layout.sites if site.name in wanted]
 
     def consumers(self, site: str) -> list[Matrix]:
         """The included matrices that share a site."""
-        return [matrix for matrix in self.architecture.consumers(site) if matrix in self.kept]
+        return [matrix for matrix in self.layout.consumers(site) if matrix in self.kept]
 
     def take(self, matrix: Matrix, mask: torch.Tensor, dtype: torch.dtype | None = None) -> None:
         """A matrix's mask [R, C]; the parameter that holds the matrix becomes a copy, in this dtype, whose weights may be changed."""
@@ -155,7 +155,7 @@ def _tap(
     model: BlockModel, block: tuple[int, nn.Module], hidden: torch.Tensor, sites: Sequence[str], take: Callable[[str, torch.Tensor], None]
 ) -> None:
     """Run a block on a batch [B, T, D] until ``take(site, X)`` has got the inputs X [B, T, d] of every site."""
-    modules = {one.name: one.module for one in model.checkpoint.architecture.sites if one.name in sites}
+    modules = {one.name: one.module for one in model.checkpoint.architecture.layouts[block[0]].sites if one.name in sites}
     ahead = set(modules)
 
     def reach(name: str, x: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline_lib.models.architecture import Architecture
+from pipeline_lib.models.architecture import Layout
 from pipeline_lib.stats.moments import SiteStatistics
 
 
@@ -13,7 +13,7 @@ from pipeline_lib.stats.moments import SiteStatistics
 class DenseBlock:
     """One block before anything is done to it: what error curves and induction start from."""
 
-    architecture: Architecture
+    layout: Layout
     where: str  # its name in the model
     tensors: Mapping[str, torch.Tensor]  # every parameter
     statistics: Mapping[str, SiteStatistics]  # of the inputs of every site, in the dense stream

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline_lib.core.artifacts import block_file, read_tensors
-from pipeline_lib.models.architecture import Architecture
+from pipeline_lib.models.architecture import Architecture, Layout
 from pipeline_lib.models.stream import BlockModel, tapped
 from pipeline_lib.stats.lanes import LANES, Sums, deal, fold, parts
 from pipeline_lib.stats.moments import Accumulator, SiteStatistics
@@ -17,7 +17,7 @@ from pipeline_lib.stats.settings import CalibrateParams
 
 def gram_bytes(architecture: Architecture) -> int:
     """Bytes of all float32 Gram matrices of the model, fitting and held-out."""
-    return 2 * architecture.depth * sum(4 * len(site.index) ** 2 for site in architecture.sites)
+    return 2 * sum(4 * len(site.index) ** 2 for layout in architecture.layouts for site in layout.sites)
 
 
 def walk(
@@ -44,17 +44,17 @@ class _Rows:
         """Pass a lane through a block; what its sites' inputs add to the statistics."""
         count, length = self.rows.shape
         first = parts(count)[lane].start * length
-        sites = {site.name: site.module for site in self.model.checkpoint.architecture.sites}
+        sites = {site.name: site.module for site in self.model.checkpoint.architecture.layouts[index].sites}
         found = Sums({site: Accumulator(count * length, self.params.median_tokens, self.grams, first) for site in sites})
         with tapped(block, sites, lambda site, x: found[site].add(x.unflatten(0, (-1, length)))):
             self.model.advance(block, index, self.stream, self.dealt.lanes[lane])
         return found
 
 
-def stored(directory: Path, architecture: Architecture, block: int) -> dict[str, SiteStatistics]:
+def stored(directory: Path, layout: Layout, block: int) -> dict[str, SiteStatistics]:
     """One block's statistics as calibrate wrote them, Gram matrices only if they were within budget."""
     tensors, _ = read_tensors(block_file(directory, block))
-    return {site.name: SiteStatistics.from_tensors(site.name, tensors) for site in architecture.sites}
+    return {site.name: SiteStatistics.from_tensors(site.name, tensors) for site in layout.sites}
 
 
 def stored_or_walked(
@@ -66,4 +66,4 @@ def stored_or_walked(
         yield from walk(model, fit, held_out, params, grams=True)
         return
     for index in range(model.checkpoint.architecture.depth):
-        yield index, stored(directory, model.checkpoint.architecture, index)
+        yield index, stored(directory, model.checkpoint.architecture.layouts[index], index)
