@@ -188,7 +188,9 @@ class Lab:
     def sensitivities(self, moments: bool) -> tuple[tuple[Entries, list[dict[str, torch.Tensor]]], float]:
         """What stage sensitivity gives: per matrix name its entry; per block the output moments by label, if asked for. And the seconds."""
         entry, how = self.bed.checkpoint.architecture, settings("sensitivity")
-        matrices = {index: {entry.matrix_name(index, matrix): matrix for matrix in entry.layouts[index].matrices} for index in range(entry.depth)}
+        matrices = {
+            index: {entry.matrix_name(index, matrix): matrix for matrix in entry.layouts[index].matrices} for index in range(entry.depth)
+        }
 
         def compute() -> tuple[Entries, list[dict[str, torch.Tensor]]]:
             subject = Subject(self.bed.stream(), self.rows["fit"], matrices)
@@ -209,7 +211,6 @@ class Lab:
 
     def curves(self, asked: Recipe, compensate: bool) -> Entries:
         """What stage curves gives."""
-        entry = self.bed.checkpoint.architecture
         (entries, moments), _ = self.sensitivities(moments=True)
         found: Entries = {}
         for index, dense in enumerate(self.dense()):

@@ -122,7 +122,9 @@ def dsnot(here: Lab, kept: Kept) -> Iterator[tuple[int, Mapping[str, torch.Tenso
     stream = model.embed(rows, dealt.sizes)
     for index in range(entry.depth):
         tensors = {name: tensor.float() for name, tensor in here.bed.checkpoint.block(index).items()}
-        moments = collect(model, (index, model.block(index)), stream.hidden, dealt.lanes, [site.name for site in entry.layouts[index].sites])
+        moments = collect(
+            model, (index, model.block(index)), stream.hidden, dealt.lanes, [site.name for site in entry.layouts[index].sites]
+        )
         for matrix in entry.layouts[index].matrices:
             weight, found = matrix.view(tensors[matrix.parameter]), moments[matrix.site]
             mask = select(weight.abs() * found.gram.diagonal().sqrt(), kept[index, matrix], "row", 0)

@@ -107,7 +107,9 @@ def test_nothing_to_improve_returns_the_input(checkpoint: Checkpoint, with_held_
     run, tensors, inputs = setting(checkpoint)
     targets = targets_of(run, tensors, inputs)
     held_out = Pairs(inputs[6:], targets[6:]) if with_held_out else Pairs([], [])
-    fitted, facts = fitting(run, tensors, checkpoint.architecture.layouts[0].matrices, Pairs(inputs[:2], targets[:2]), held_out, params(epochs=2), "x")
+    fitted, facts = fitting(
+        run, tensors, checkpoint.architecture.layouts[0].matrices, Pairs(inputs[:2], targets[:2]), held_out, params(epochs=2), "x"
+    )
     assert all(torch.equal(fitted[name], tensors[name]) for name in tensors)
     assert facts["epochs"] == 0
     assert facts["held_out_after"] == facts["held_out_before"] == 0
@@ -148,7 +150,13 @@ def test_factors_stay_inside_the_box(llama: Checkpoint) -> None:
     targets = targets_of(run, tensors, inputs)
     broken = damaged(tensors, llama.architecture.layouts[0].matrices)
     fitted, facts = fitting(
-        run, broken, llama.architecture.layouts[0].matrices, Pairs(inputs[:6], targets[:6]), Pairs([], []), params(epochs=3, rate=0.3, limit=0.05), "x"
+        run,
+        broken,
+        llama.architecture.layouts[0].matrices,
+        Pairs(inputs[:6], targets[:6]),
+        Pairs([], []),
+        params(epochs=3, rate=0.3, limit=0.05),
+        "x",
     )
     assert facts["epochs"] > 0
     for matrix in llama.architecture.layouts[0].matrices:

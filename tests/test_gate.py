@@ -52,7 +52,9 @@ def judges(checkpoint: Checkpoint, statistics: list[dict[str, SiteStatistics]], 
     """One per block; the dense stream of ``ROWS`` goes in batches of 4 and 2."""
     model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
     gate = Gate(model, ROWS, 4, chosen, compensate)
-    blocks = [DenseBlock(checkpoint.architecture.layouts[0], f"block {i}", checkpoint.block(i), sites) for i, sites in enumerate(statistics)]
+    blocks = [
+        DenseBlock(checkpoint.architecture.layouts[0], f"block {i}", checkpoint.block(i), sites) for i, sites in enumerate(statistics)
+    ]
     return [gate.enter(i, block, counts(checkpoint, i)) for i, block in enumerate(blocks)]
 
 

@@ -332,7 +332,10 @@ def test_masks_are_learned_at_the_counts_that_are_given(checkpoint: Checkpoint, 
 def test_importance_helps_somewhere(checkpoint: Checkpoint, statistics: Statistics) -> None:
     """Not vacuous: on a scrambled block selection weights tell Magnitude what it cannot see: learned, positive, not all 1; no factors."""
     scramble = moderate(checkpoint.architecture.layouts[0], 8)
-    scrambled, new = fold(checkpoint.block(0), checkpoint.architecture.layouts[0], scramble), refreshed(checkpoint.architecture.layouts[0], statistics, scramble)
+    scrambled, new = (
+        fold(checkpoint.block(0), checkpoint.architecture.layouts[0], scramble),
+        refreshed(checkpoint.architecture.layouts[0], statistics, scramble),
+    )
     learning = induction(factors=False, steps=60, rate=0.05, patience=60)
     outcome = run(checkpoint, scrambled, new, Transform(), selection("magnitude", "row"), learning)
     assert outcome.choice == "learned"

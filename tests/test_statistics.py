@@ -228,7 +228,9 @@ def test_refresh_equals_walking_the_folded_model(checkpoint: Checkpoint, tmp_pat
     """
     table = checkpoint.architecture.layouts[0]
     sizes = {coupling.name: coupling.size for coupling in table.couplings}
-    factors = [power_of_two_factors(sizes, seed) if powers else random_factors(sizes, seed) for seed in range(checkpoint.architecture.depth)]
+    factors = [
+        power_of_two_factors(sizes, seed) if powers else random_factors(sizes, seed) for seed in range(checkpoint.architecture.depth)
+    ]
     writer = ShardWriter(checkpoint, tmp_path / "folded")
     for block in range(checkpoint.architecture.depth):
         writer.write(block, fold(checkpoint.block(block), table, factors[block]))
@@ -345,7 +347,10 @@ def test_site_by_site_equals_all_at_once(checkpoint: Checkpoint) -> None:
 def inputs_of(model: BlockModel, block: torch.nn.Module, stream: Stream) -> dict[str, torch.Tensor]:
     """Every site's inputs [tokens, d], of all batches."""
     taken: dict[str, list[torch.Tensor]] = {site.name: [] for site in model.checkpoint.architecture.layouts[0].sites}
-    with torch.no_grad(), tapped(block, {s.name: s.module for s in model.checkpoint.architecture.layouts[0].sites}, lambda s, x: taken[s].append(x)):
+    with (
+        torch.no_grad(),
+        tapped(block, {s.name: s.module for s in model.checkpoint.architecture.layouts[0].sites}, lambda s, x: taken[s].append(x)),
+    ):
         for hidden in stream.hidden:
             model.call(block, 0, hidden)
     return {name: torch.cat(parts) for name, parts in taken.items()}
@@ -362,7 +367,9 @@ def test_diagonals_are_those_of_the_moments(checkpoint: Checkpoint) -> None:
     for name, diagonal in found.items():
         torch.testing.assert_close(diagonal.double(), own[name].double().square().mean(0), rtol=1e-6, atol=0)
     ran: list[str] = []
-    block.get_submodule(checkpoint.architecture.layouts[0].sites[-1].module).register_forward_hook(lambda *_: ran.append("beyond the last site"))
+    block.get_submodule(checkpoint.architecture.layouts[0].sites[-1].module).register_forward_hook(
+        lambda *_: ran.append("beyond the last site")
+    )
     for name in names:
         (alone,) = collect_diagonals(model, (0, block), stream.hidden, LANES, [name]).values()
         assert torch.equal(alone, found[name])
