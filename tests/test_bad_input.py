@@ -623,7 +623,7 @@ DATA = [
         )
         for stage in ("calibrate", "sensitivity", "induce sparseline", "prune wanda")
     ),
-    Mistake("no calibration text", "calibrate", remove("build/texts/calibrate"), ("texts", "exactly one", "not 0")),
+    Mistake("no calibration text", "calibrate", remove("build/texts/calibrate"), ("build/texts/calibrate", "is missing", "dvc repro")),
     Mistake(
         "other packages",
         "calibrate",

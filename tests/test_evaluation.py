@@ -17,8 +17,9 @@ from tiny import ALL_FAMILIES, VOCABULARY, load_full, make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline_lib.core.artifacts import read_json, write_json
+from pipeline_lib.core.artifacts import read_json
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.evaluation.choice import choose
 from pipeline_lib.evaluation.completions import CompletionsParams, complete
 from pipeline_lib.evaluation.perplexity import perplexity, row_logits
@@ -431,7 +432,7 @@ def test_the_gate_reads_the_text_that_choose_names(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(make_workspace(tmp_path / "project", variants={"wanda": wanda, "mixed": wanda, "other": WANDA}))
     perplexities = {"wanda": (20.0, 9.0), "mixed": (18.0, 10.0), "other": (1.0, 1.0)}
     for name, (validation, test) in perplexities.items():
-        write_json(Path(f"build/evaluate/{name}.json"), {"perplexity": {"validation": validation, "test": test}})
+        Workspace().save(Path(f"build/evaluate/{name}.json"), {"perplexity": {"validation": validation, "test": test}})
     build("choose")
     expected = {"text": "validation", "chosen": "mixed", "perplexity": {"wanda": 20.0, "mixed": 18.0}}
     assert read_json(Path("build/choice.json")) == expected

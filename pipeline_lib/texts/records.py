@@ -34,7 +34,7 @@ COMPRESSIONS: dict[str, Callable[[], Any]] = {  # each reads one frame: what is 
     ".zst": _zstd,
 }
 PIECE = 2**16  # compressed bytes that are read at a time
-RATIO, SMALL = 200, 2**28  # text takes a tenth of its bytes or so: a file that grows more than this, beyond 256 MB, is made to fill memory
+RATIO, SMALL = 100, 2**25  # text takes a tenth of its bytes or so: a file that grows more than this, beyond 32 MB, is made to fill memory
 
 
 def _suffix(path: Path) -> str:

@@ -23,6 +23,7 @@ from pipeline_lib.texts.records import READERS, Placed, check_characters, decode
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+MOST = 200_000  # files and directories of a text
 HUB_KEYS = {"id", "split", "field"}, {"config", "files", "join", "revision"}  # needed, and possible
 
 
@@ -187,7 +188,13 @@ def _listed(root: Path, glob: str | None) -> list[Path]:
 
 
 def _visible(root: Path, paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts))
+    found = []
+    for number, path in enumerate(paths):
+        if number == MOST:
+            raise SparselineError(f"{root} holds more than {MOST:,} files; give a directory of texts as path, or fewer and larger files.")
+        if not any(part.startswith(".") for part in path.relative_to(root).parts):
+            found.append(path)
+    return sorted(found)
 
 
 def _named(path: Path) -> Path:
