@@ -17,7 +17,6 @@ from tiny import ALL_FAMILIES, VOCABULARY, load_full, make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline_lib.core.artifacts import read_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.evaluation.choice import choose
@@ -435,4 +434,4 @@ def test_the_gate_reads_the_text_that_choose_names(tmp_path: Path, monkeypatch: 
         Workspace().save(Path(f"build/evaluate/{name}.json"), {"perplexity": {"validation": validation, "test": test}})
     build("choose")
     expected = {"text": "validation", "chosen": "mixed", "perplexity": {"wanda": 20.0, "mixed": 18.0}}
-    assert read_json(Path("build/choice.json")) == expected
+    assert Workspace().load(Path("build/choice.json")) == expected
