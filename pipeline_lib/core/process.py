@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -101,8 +102,8 @@ def _chain() -> list[int] | None:
     DVC_STAGE alone does not tell: a shell may have it from elsewhere. The `dvc` that runs a stage is named in DVC's own lock file, and
     it is our parent, or above the shells that it called us by (some shells stay beside their last command, and some are scripts).
     """
-    client = os.environ.get(CLIENT)
-    chain = [int(client)] if client else []
+    client = os.environ.get(CLIENT, "")
+    chain = [int(client)] if re.fullmatch("[0-9]{1,9}", client) else []  # else it is nobody's: a fork's is a number
     by_hand = chain or None
     with suppress(psutil.Error):
         chain = [*chain, psutil.Process(chain[0]).ppid() if chain else os.getppid()]

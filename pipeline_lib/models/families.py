@@ -300,7 +300,7 @@ def architecture(config: PreTrainedConfig) -> Architecture:
     Raises:
         SparselineError: a family that is not in the table, or a checkpoint that is already quantised.
     """
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) is not None:
         raise SparselineError(
             "The model is already quantised; give the original checkpoint, since pruning needs its full-precision weights."
         )
