@@ -163,7 +163,7 @@ def clear(path: Path) -> None:
 
 def replaced(path: Path, by: str | bytes | Path | Literal[0, 1] | None) -> None:
     """In a path's place: bytes or text, a link to a path, nothing (None), a directory (0) or a named pipe (1)."""
-    if not path.parent.is_dir():  # it is damaged itself by now
+    if any(parent.exists() and not parent.is_dir() for parent in path.parents):  # it is damaged itself by now
         return
     clear(path)
     if isinstance(by, Path):
