@@ -50,7 +50,7 @@ def test_a_failed_write_keeps_the_old_content(tmp_path: Path) -> None:
 
 def test_a_failed_first_write_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(SparselineError, match=r"a\.json would hold NaN or infinity"):
         write_json(tmp_path / "deep" / "a.json", {"x": float("nan")})
     with pytest.raises(Exception):  # noqa: B017 - whatever the serialiser raises
         write_tensors(tmp_path / "deep" / "a.safetensors", {"x": torch.empty(2, device="meta")})

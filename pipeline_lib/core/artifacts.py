@@ -141,8 +141,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Sorted keys, so that equal values are equal bytes; NaN and infinity are refused."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+    """Sorted keys, so that equal values are equal bytes.
+
+    Raises:
+        SparselineError: NaN or infinity among the values.
+    """
+    write_text(path, dumps(value, path))
+
+
+def dumps(value: Any, path: Path) -> str:
+    """The text of a JSON file, see ``write_json``."""
+    try:
+        return json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+    except ValueError as error:
+        raise SparselineError(
+            f"{path} would hold NaN or infinity: what was computed overflows; check the model, the stage's parameters (such as rates), or compute in float32."
+        ) from error
 
 
 def read_json(path: Path) -> Any:

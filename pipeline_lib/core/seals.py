@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline_lib.core import files
+from pipeline_lib.core.artifacts import dumps
 
 if TYPE_CHECKING:
     import torch
@@ -65,9 +66,12 @@ def check(raw: bytes, told: Any, file: str) -> Seal:
 
 
 def sealed_json(value: Mapping[str, Any], seal: Seal) -> bytes:
-    """Sorted keys, so that equal values are equal bytes; NaN and infinity are refused."""
-    text = json.dumps({**value, KEY: asdict(seal)}, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
-    return close(f"{text}\n".encode())
+    """A JSON file.
+
+    Raises:
+        SparselineError: NaN or infinity among the values.
+    """
+    return close(dumps({**value, KEY: asdict(seal)}, Path(seal.file)).encode())
 
 
 def parse_json(raw: bytes, file: str) -> tuple[dict[str, Any], Seal]:

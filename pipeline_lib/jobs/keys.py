@@ -50,7 +50,7 @@ def parts(variants: Mapping[str, Variant]) -> dict[str, BaseModel | None]:
         SparselineError: a value cannot be used.
     """
     baseline = params.section("report.baseline")
-    if baseline not in variants:
+    if not isinstance(baseline, str) or baseline not in variants:
         raise SparselineError(f"{params.FILE}: report.baseline = {baseline!r} is no variant; variants: {', '.join(variants) or 'none'}.")
     found: dict[str, BaseModel | None] = {
         "calibrate": calibrate(variants),
