@@ -465,6 +465,7 @@ def test_an_interrupt_while_importing(workspace: Path, module: str, status: int)
     code = f"""
 import os, runpy, signal, sys
 sys.addaudithook(lambda event, given: event == "import" and given[0] == "{module}" and os.kill(os.getpid(), signal.SIGINT))
+sys.orig_argv = ["python", "-m", "stages.prune", "sparseline"]
 runpy.run_module("stages.prune", run_name="__main__", alter_sys=True)
 """
     process = start(workspace, "python", "-c", code, "sparseline")
