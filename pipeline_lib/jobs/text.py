@@ -22,7 +22,8 @@ def text(workspace: Workspace, source: ModelParams, name: str, params: TextParam
     Raises:
         SparselineError: rows are longer than the model's positions, or the text cannot be used.
     """
-    workspace.load(workspace.model)  # the rows are of its tokenizer
+    if workspace.model.exists():  # by hand, a text may be made first
+        workspace.load(workspace.model)  # the rows are of its tokenizer
     directory = locate(source.path, source.id, source.revision)
     config = read_config(directory)
     window = getattr(config, "max_position_embeddings", None)
