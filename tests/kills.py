@@ -135,7 +135,17 @@ def signalled(
         if code is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        _wait_for_group(process.pid)
     return Ended(code, (place / "log").read_text(encoding="utf-8", errors="replace"))
+
+
+def _wait_for_group(number: int, seconds: float = 15) -> None:
+    """Until the system has forgotten a killed group: DVC takes a process that has ended, but is still listed, for one that runs."""
+    deadline = time.monotonic() + seconds
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(number, 0)
+            time.sleep(0.02)
 
 
 class KillRepro:

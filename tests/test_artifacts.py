@@ -687,3 +687,22 @@ def test_a_key_has_one_holder_at_a_time(nowhere: Path) -> None:
     assert any(said) and all(
         one == "" or re.fullmatch(rf"prune it: {owner} has these blocks; waiting until it ends\n", one) for one in said
     )
+
+
+def test_a_lock_that_cannot_be_written_does_not_stay(tmp_path: Path) -> None:
+    """A limit on the size of files, which the owner's name meets. Oracle: the directory, which a lock would stay in."""
+    code = """
+import os, resource, sys
+from pathlib import Path
+from pipeline_lib.core.scratch import hold
+os.environ["SPARSELINE_SCRATCH"] = sys.argv[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+try:
+    with hold("prune", "0" * 32, "prune x"):
+        print("held")
+except OSError as error:
+    print(error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "File too large\n", done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

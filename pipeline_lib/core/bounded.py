@@ -22,7 +22,7 @@ In = TypeVar("In")
 
 
 class BoundError(Exception):
-    """The program took too long or too much memory, or ended."""
+    """Why the program has no result, as a few words."""
 
 
 def each(function: Callable[[In], Any], items: Iterable[In], seconds: float = SECONDS) -> Iterator[Any]:
@@ -32,7 +32,7 @@ def each(function: Callable[[In], Any], items: Iterable[In], seconds: float = SE
         seconds: that one item may take.
 
     Raises:
-        BoundError: it took longer, or more than 4 GB of memory.
+        BoundError: it took longer, or ended, as it does beyond 4 GB of memory.
     """
     reading, writing = os.pipe()
     with warnings.catch_warnings(action="ignore"):  # of threads, which the fork does without
@@ -77,6 +77,6 @@ def _exactly(descriptor: int, size: int, deadline: float) -> bytes:
             raise BoundError("it took too long")
         part = os.read(descriptor, min(2**20, size - len(data)))
         if not part:
-            raise BoundError("it took too much memory")
+            raise BoundError("it ended, as it does where it takes too much memory")
         data += part
     return bytes(data)

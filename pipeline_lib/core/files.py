@@ -118,7 +118,7 @@ def _dvc_cache(here: Path) -> list[Path]:
     root = next((directory for directory in (here, *here.parents) if (directory / ".dvc").is_dir()), None)
     if root is None:
         return []
-    from dvc.config import Config, ConfigError  # imported here: seconds that directories without links need not pay
+    from dvc.config import Config, ConfigError  # imported here: only links that lead out need it
 
     try:
         place = Config(str(root / ".dvc"), validate=False)["cache"].get("dir")

@@ -39,7 +39,7 @@ class Kept:
         self._right[block] = found
 
     def finished(self, block: int) -> bool:
-        """Whether the block is there, whole. Of a damaged one nothing stays, and the log says so."""
+        """Whether the block is there, whole. A damaged one counts as never finished, and the log says so."""
         if block in self._right:
             return True
         if not _exists(self._list(block)):

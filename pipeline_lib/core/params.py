@@ -151,9 +151,8 @@ def parse(model: type[P], value: Any, name: str) -> P:
         return ".".join([start, *map(str, location)])
 
     try:
-        return model.model_validate_json(
-            json.dumps(value, default=str), strict=True
-        )  # of JSON strict mode takes lists as tuples, texts as paths
+        # As JSON, of which the strict mode takes lists as tuples and texts as paths, but no "0.5" for 0.5 and no true for 1.
+        return model.model_validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         location = _keys(value, first["loc"])

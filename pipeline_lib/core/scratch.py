@@ -61,6 +61,7 @@ def hold(name: str, key: str, what: str) -> Iterator[Scratch]:
     lock = _acquire(place, key, what)
     kept = place / key
     try:
+        _sign(lock)
         if kept.is_symlink() or not kept.is_dir():
             remove(kept)
         kept.mkdir(exist_ok=True)
@@ -101,12 +102,16 @@ def _acquire(place: Path, key: str, what: str) -> IO[str]:
     finally:
         if waiting is not None:
             waiting.close()
+    return lock
+
+
+def _sign(lock: IO[str]) -> None:
+    """For those who wait."""
     command = " ".join(shlex.join(sys.orig_argv).split())[:200]
     owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "directory": str(Path.cwd())}
     lock.truncate(0)
     lock.write(json.dumps(owner | {"since": time.time()}))
     lock.flush()
-    return lock
 
 
 def _try(path: Path) -> IO[str] | None:

@@ -60,9 +60,9 @@ def check(raw: bytes, told: Any, file: str) -> Seal:
     digest = told.get("sha256")
     if not isinstance(digest, str) or close(raw.replace(digest.encode(), _OPEN.encode(), 1)) != raw:
         raise BrokenSealError("is damaged or was changed (its checksum differs)")
-    if told["file"] != file:
-        raise BrokenSealError(f"was written as {told['file']}")
-    return Seal(told["file"], told["model"])
+    if told.get("file") != file:
+        raise BrokenSealError(f"was written as {told.get('file')}")
+    return Seal(file, told.get("model"))
 
 
 def sealed_json(value: Mapping[str, Any], seal: Seal) -> bytes:
