@@ -2,26 +2,33 @@
 
 import io
 import os
+import signal
 import sys
-from types import TracebackType
+from types import FrameType, TracebackType
 
 # OpenMP's threads sleep while they wait, unless told otherwise: spinning, they take the cores from whatever else runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What the imports raise, which take seconds. Ctrl-C in the midst of them is no bug."""
-    if kind is KeyboardInterrupt:
-        print("error: SIGINT came; run the same command again.", file=sys.stderr)
-        return
+    """What the imports raise."""
     from pipeline_lib.core import bugs
 
     print(f"error: {bugs.tell(error)}", file=sys.stderr, flush=True)
     os._exit(bugs.CODE)  # Python would end with 1
 
 
+def _interrupted(number: int, _frame: FrameType | None) -> None:
+    """Ctrl-C before a stage's body, or after it: the imports take seconds. An exception might be swallowed where it is raised."""
+    os.write(2, b"error: SIGINT came; run the same command again.\n")
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].startswith("stages."):  # else another program's
     sys.excepthook = _uncaught
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
 for _stream in (sys.stdout, sys.stderr):  # a terminal may know few characters
     if isinstance(_stream, io.TextIOWrapper):
         _stream.reconfigure(errors="backslashreplace")

@@ -459,6 +459,45 @@ def test_a_signal_in_a_library_call(tmp_path: Path, capsys: pytest.CaptureFixtur
     artifacts.write_json(tmp_path / "result.json", 1)
 
 
+class _Removed:
+    """Its removal takes time, in which a signal comes."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.number)
+        time.sleep(0)
+
+
+@pytest.mark.parametrize("number", process.SIGNALS)
+def test_a_signal_while_an_object_is_removed(capsys: pytest.CaptureFixture[str], number: signal.Signals) -> None:
+    """Python drops what is raised there. Oracles: the body ends all the same, at once, and nothing but the line is told."""
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as ended, runtime.told():
+        thing = _Removed(number)
+        del thing
+        time.sleep(20)
+    assert ended.value.code == 128 + number
+    assert time.monotonic() - began < 10
+    assert capsys.readouterr().err == f"error: {number.name} came; run the same command again: what is finished is kept.\n"
+
+
+def test_an_interrupt_before_a_stage_begins(workspace: Path) -> None:
+    """Click reads the command line then, and would say no more than that it was aborted."""
+    code = """
+import os, runpy, signal, sys
+import click
+make = click.Command.make_context
+click.Command.make_context = lambda *given, **named: (os.kill(os.getpid(), signal.SIGINT), make(*given, **named))[1]
+sys.orig_argv = ["python", "-m", "stages.prune", "sparseline"]
+runpy.run_module("stages.prune", run_name="__main__", alter_sys=True)
+"""
+    process = start(workspace, "python", "-c", code, "sparseline")
+    said, _ = process.communicate()
+    assert process.returncode == -signal.SIGINT and said == "error: SIGINT came; run the same command again.\n"
+
+
 @pytest.mark.parametrize(("module", "status"), [("pydantic", -signal.SIGINT), ("torch", 128 + signal.SIGINT)])
 def test_an_interrupt_while_importing(workspace: Path, module: str, status: int) -> None:
     """Ctrl-C in the seconds before a stage begins, or before it has torch. Oracle: one line, and a status that a shell calls 130."""

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
 from pipeline_lib.core.preloaded import CLIENT, SIGNALS
 
 LOOK = 0.5  # seconds between two looks at the parent
+AGAIN = 0.02  # seconds until a signal's exception that was dropped is raised once more
 GRACE = 1.0  # seconds for a clean end once `dvc` is gone
 _orphaned = threading.Event()
 _came: list["Stopped"] = []  # the signal that came, if one did
@@ -36,7 +39,8 @@ def stoppable() -> Iterator[None]:
     """In the body SIGTERM, SIGHUP and SIGINT raise ``Stopped``, once; the next one kills. What is ignored (nohup) or has a handler stays so.
 
     The signal may come in the midst of a library's call. Some turn what is raised there into an error of their own: what leaves this body
-    after a signal is ``Stopped``, whatever the error was. Some go on as if nothing had been: see ``heed``.
+    after a signal is ``Stopped``, whatever the error was. Some go on as if nothing had been: see ``heed``. Where Python itself cannot let
+    an exception pass (while an object is removed), it is raised again a moment later.
     """
 
     def stop(number: int, _frame: FrameType | None) -> None:
@@ -44,11 +48,22 @@ def stoppable() -> Iterator[None]:
         _came.append(Stopped(number, "The `dvc` that started this stage is gone" if _orphaned.is_set() else None))
         raise _came[0]
 
+    def again(_number: int, _frame: FrameType | None) -> None:
+        raise _came[0]
+
+    def dropped(what: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(what.exc_value, Stopped):
+            hook(what)
+        elif _came:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+
     main = threading.current_thread() is threading.main_thread()  # Python lets no other thread choose
     before = {number: signal.getsignal(number) for number in SIGNALS if main}
-    taken = {number: handler for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)}
+    taken = {number: handler for number, handler in before.items() if _is_usual(handler)}
     for number in taken:
         signal.signal(number, stop)
+    hook, alarm = sys.unraisablehook, signal.signal(signal.SIGALRM, again) if main else None
+    sys.unraisablehook = dropped
     try:
         yield
     except BaseException as error:
@@ -56,9 +71,19 @@ def stoppable() -> Iterator[None]:
             raise _came[0] from error
         raise
     finally:
+        if main:
+            if _came:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, alarm)
+        sys.unraisablehook = hook
         for number, handler in taken.items():
             signal.signal(number, handler)
         _came.clear()
+
+
+def _is_usual(handler: Any) -> bool:
+    """Whether it is Python's own, or that of the `stages` package before a stage's body."""
+    return handler in (signal.SIG_DFL, signal.default_int_handler) or getattr(handler, "__module__", None) == "stages"
 
 
 def heed() -> None:
