@@ -27,7 +27,7 @@ def _interrupted(number: int, _frame: FrameType | None) -> None:
 
 if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].startswith("stages."):  # else another program's
     sys.excepthook = _uncaught
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
         signal.signal(signal.SIGINT, _interrupted)
 for _stream in (sys.stdout, sys.stderr):  # a terminal may know few characters
     if isinstance(_stream, io.TextIOWrapper):

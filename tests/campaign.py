@@ -189,7 +189,7 @@ def _run(work: Callable[[], object], writing: int) -> None:
             os.dup2(source, descriptor)
         os.close(writing)
         for number in ASKED:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL)  # as a stage has it before its body
         sys.stdout, sys.stderr = (open(at, "w", encoding="utf-8", errors="backslashreplace", closefd=False) for at in (1, 2))  # noqa: SIM115
         most = psutil.Process().memory_info().vms + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -517,16 +517,19 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         compute()
 
 
-def test_resume_keys(tmp_path: Path) -> None:
-    """The key follows the facts and the inputs' bytes, not their paths."""
+def test_resume_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key follows the stage, the facts and the inputs' bytes, not their paths, nor which modules happen to be loaded."""
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_bytes(b"1")
     b.write_bytes(b"1")
-    key = resume_key("facts", [a])
-    assert key == resume_key("facts", [b])
-    assert key != resume_key("other", [a])
+    key = resume_key("prune", "facts", [a])
+    assert key == resume_key("prune", "facts", [b])
+    assert key not in (resume_key("prune", "other", [a]), resume_key("induce", "facts", [a]))
     b.write_bytes(b"2")
-    assert key != resume_key("facts", [b])
+    assert key != resume_key("prune", "facts", [b])
+    for name in [name for name in sys.modules if name.startswith("pipeline_lib.export")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert key == resume_key("prune", "facts", [a])
 
 
 # Scratch

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline_lib.core import bugs, environment, process, settings
+from pipeline_lib.core import bugs, code, environment, process, settings
 from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.files import sha256
@@ -53,7 +53,7 @@ def told() -> Iterator[None]:
     Exit codes: 2 for a SparselineError, the system's refusal of a file and too little memory; 128 + its number for a signal; 3 for anything
     else, which is a bug.
     """
-    code = 2
+    status = 2
     try:
         with process.stoppable():
             yield
@@ -62,22 +62,22 @@ def told() -> Iterator[None]:
         message = str(error)
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, process.Stopped) else process.Stopped(signal.SIGINT)
-        message, code = str(stopped), stopped.code
+        message, status = str(stopped), stopped.code
     except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):  # click's matter
         raise
     except OSError as error:
         if error.errno is None:  # a library's own
-            message, code = bugs.tell(error), bugs.CODE
+            message, status = bugs.tell(error), bugs.CODE
         else:
             message = _refused(error)
     except Exception as error:
         if _is_memory(error):
             message = "The memory ran out; `make plan` says what each stage takes, and docs/cluster.md what makes that less."
         else:
-            message, code = bugs.tell(error), bugs.CODE
+            message, status = bugs.tell(error), bugs.CODE
     with suppress(OSError):  # nobody may read on
         print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+    sys.exit(status)
 
 
 def _refused(error: OSError) -> str:
@@ -121,15 +121,15 @@ def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str]
             write_json(COSTS / f"{name}.json", figures | {"peak_rss_bytes": peak, "output": made})
 
 
-def resume_key(facts: str, inputs: list[Path]) -> str:
-    """A key over parameters, the inputs' bytes, the library's code that is loaded, and torch's version."""
+def resume_key(name: str, facts: str, inputs: list[Path]) -> str:
+    """A key over parameters, the inputs' bytes, the code of the stage of this name, and torch's version."""
     import torch
 
     from pipeline_lib.core import products
 
     digest = hashlib.sha256(facts.encode())
-    code = sorted(module.__file__ for name, module in sys.modules.items() if name.startswith("pipeline_lib") and module.__file__)
-    for path in [*inputs, *map(Path, code)]:
+    for path in inputs:
         digest.update(path.read_bytes())
+    digest.update(code.digest(name, Path(__file__).parents[2]).encode())
     digest.update(f"{torch.__version__} {compute().type} {torch.get_num_threads()} {products.choose()}".encode())
     return digest.hexdigest()[:32]

@@ -1,7 +1,5 @@
 """Learn one variant's factors and selection weights."""
 
-from pathlib import Path
-
 import click
 import torch
 
@@ -36,8 +34,8 @@ def induce(workspace: Workspace, source: ModelParams, variant: str, part: Induce
     gate = Gate(model, judging, calibrate.batch_rows, part.selection, part.compensate)
     # The statistics follow from the model, the rows and `calibrate`; their own files may be too large to hash.
     described = " ".join(one.model_dump_json() for one in (part, source, calibrate))
-    inputs = [Path(__file__), workspace.model, workspace.allocation(variant), workspace.start, calibration_file(workspace)]
-    with scratch.hold("induce", runtime.resume_key(described, inputs), what) as held:
+    inputs = [workspace.model, workspace.allocation(variant), workspace.start, calibration_file(workspace)]
+    with scratch.hold("induce", runtime.resume_key("induce", described, inputs), what) as held:
         kept = Kept(held.kept, what)
         if done := sum(map(kept.finished, range(entry.depth))):
             click.echo(f"{what}: resuming after {done} of {entry.depth} blocks")

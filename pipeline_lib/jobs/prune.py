@@ -1,6 +1,5 @@
 """Prune one variant and write it as a Hugging Face checkpoint with its masks."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -28,7 +27,7 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
     entry = model.checkpoint.architecture
     steps = plan(recipe, model.checkpoint.dtype)
     allocation = workspace.load(workspace.allocation(variant))
-    inputs = [Path(__file__), workspace.model, workspace.allocation(variant)]
+    inputs = [workspace.model, workspace.allocation(variant)]
     transforms: list[Transform] = [Transform()] * entry.depth
     transform_facts: dict[str, Any] = {}
     if steps.needs.factors:  # a run by hand may find factors of another recipe there
@@ -47,7 +46,7 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
         if steps.judged and not len(found["held_out"]):
             click.echo(f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide which fits are kept")
     described = f"{recipe.model_dump_json()} {source.model_dump_json()}"
-    with scratch.hold("prune", runtime.resume_key(described, inputs), what) as held:
+    with scratch.hold("prune", runtime.resume_key("prune", described, inputs), what) as held:
         progress = Progress(Kept(held.kept, what, PARTS), model.checkpoint, recipe.quantization)
         if done := progress.done():
             click.echo(f"{what}: resuming after {done} of {entry.depth} blocks")
