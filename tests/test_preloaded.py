@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from project import WANDA, change_params, holder, make_workspace, preloaded, run, scratch, start, tree
+from project import ROOT, WANDA, change_params, environment, holder, make_workspace, preloaded, run, scratch, start, tree
 
 LONG = {"channel": {"epochs": 40, "patience": 40}, "steps": ["obs", "channel"]}  # a block takes most of a second
 PRUNE = ("python", "-m", "stages.prune", "slow")
@@ -131,6 +131,17 @@ def test_one_of_the_two_is_killed(workspace: Path, who: str) -> None:
     assert run(workspace, *PRUNE)
 
 
+def test_the_server_is_killed(tmp_path: Path) -> None:
+    """Its command must not go on by itself: the next run would meet it. Oracle: the command's process, which would sleep for minutes."""
+    command = ["python", "-m", "stages.preload", "sh", "-c", "echo $$; exec sleep 300"]
+    server = subprocess.Popen(command, cwd=ROOT, env=environment(ROOT), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert server.stdout
+    sleeping = psutil.Process(int(server.stdout.readline()))
+    server.kill()
+    server.wait()
+    assert sleeping.wait(20) in (None, -signal.SIGTERM)
+
+
 def test_the_keeper_is_killed(workspace: Path) -> None:
     """The process that waits for the fork: the client cannot know how it ends."""
     process = start(workspace, *PRUNE, **preloaded())
@@ -196,17 +207,3 @@ def test_a_server_hands_signals_on(served: Callable[..., subprocess.Popen[str]],
     process.send_signal(number)
     assert process.wait() == -number
     assert not list(tmp_path.rglob("sparseline-*"))
-
-
-def test_a_stage_outlives_no_server(workspace: Path, served: Callable[..., subprocess.Popen[str]]) -> None:
-    """The server is killed: its command goes on, and what it starts then has a process of its own."""
-    process = served("sh", "-c", f"while ! test -e go; do sleep 0.05; done; {' '.join(PRUNE)}")
-    while not (commands := psutil.Process(process.pid).children()):
-        time.sleep(0.01)
-    process.kill()
-    (workspace / "go").touch()
-    while not list(scratch(workspace).glob("prune/*.lock")):
-        time.sleep(0.01)
-    for command in commands:
-        psutil.wait_procs([command])
-    assert (workspace / "build" / "prune" / "slow").exists()

@@ -5,6 +5,7 @@ with the environment of the process that asked for it (the client): it computes 
 """
 
 import atexit
+import ctypes
 import json
 import os
 import runpy
@@ -15,6 +16,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -28,6 +30,7 @@ from pipeline_lib.core.code import OWN
 PLACE = "SPARSELINE_PRELOADED"  # environment variable: the socket of the process that forks
 CLIENT = "SPARSELINE_CLIENT"  # environment variable of a fork: the client's number; the fork ends with it
 MODULES = ("click", "numpy", "psutil", "pydantic", "torch", "safetensors.torch", "transformers.modeling_utils", "transformers.models.auto")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # that ask a process to end
 LOOK = 0.1  # seconds between two looks whether the command has ended
 _NUMBER = struct.Struct("!q")
@@ -124,7 +127,7 @@ def serve(command: list[str]) -> NoReturn:
         signal.signal(number, forward)
     signal.signal(signal.SIGCHLD, end)
     with listener:
-        started.append(subprocess.Popen(command, env=environ | {PLACE: listener.getsockname()}))
+        started.append(subprocess.Popen(command, env=environ | {PLACE: listener.getsockname()}, preexec_fn=_ending_with(os.getpid())))
         for early in came:  # while the command was being started
             started[0].send_signal(early)
         end()  # if it has ended already
@@ -137,6 +140,19 @@ def serve(command: list[str]) -> NoReturn:
             client = _next(listener, environ, keepers)
     _become(client)
     _run(client.command[2])
+
+
+def _ending_with(parent: int) -> Callable[[], None]:
+    """For a child, before it runs a command: SIGTERM comes to it when its parent is killed, where the system can do that (Linux)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+
+    def ask() -> None:
+        if prctl is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGTERM.value)
+            if os.getppid() != parent:
+                os._exit(128 + signal.SIGTERM)
+
+    return ask
 
 
 def _listener() -> socket.socket | None:
