@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
-.PHONY: run test campaign campaign-short sshd check format plan sweep screenshots environment clean
+.PHONY: run test campaign campaign-short architectures sshd check format plan sweep screenshots environment clean
 .PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-latency bench-busy bench-verify
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
@@ -30,6 +30,9 @@ campaign: environment  ## kills and hostile inputs at random for MINUTES, with a
 
 campaign-short: environment  ## a few of them with a fixed seed, as CI does
 	python -m pytest -n 2 -m short_campaign tests/test_campaign.py
+
+architectures: environment  ## every causal-LM model type of the installed transformers, tiny, through the pipeline: those without a record
+	python tests/architectures.py
 
 sshd:  ## for the tests over SSH: installed in a container only, since elsewhere the Debian package would open port 22
 	@test -x /usr/sbin/sshd || { test ! -d /run/systemd/system && apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server; } \

@@ -19,6 +19,8 @@ from tiny import make_model
 from transformers import AutoTokenizer
 
 from pipeline_lib.core import artifacts
+from pipeline_lib.models.architecture import Layout
+from pipeline_lib.models.stream import BlockModel
 
 Change = Callable[[Path], None]
 STEPS = (
@@ -559,10 +561,10 @@ MODELS = [
         "no tokenizer", "prepare", remove("data/model/tokenizer.json", "data/model/tokenizer_config.json"), ("data/model", "tokenizer")
     ),
     Mistake(
-        "mixture of experts",
+        "weights of another type",
         "prepare",
         config(model_type="mixtral", architectures=["MixtralForCausalLM"]),
-        ("'mixtral'", "not supported", "llama, mistral, opt"),
+        ("no tensor", "block_sparse_moe", "fetch the checkpoint again"),
     ),
     Mistake(
         "quantised",
@@ -583,6 +585,8 @@ MODELS = [
         for value in (float("nan"), float("inf"))
         for stage in ("calibrate", "prune wanda")
     ),
+    Mistake("nan in the weights, prepare", "prepare", weights(KEY, with_entry(float("nan"))), (str(WEIGHTS), KEY, "NaN or infinity")),
+    Mistake("overflow, prepare", "prepare", HUGE, ("layers.1", "NaN or infinity", "float32")),
     Mistake("nan in the weights, sensitivity", "sensitivity", weights(KEY, with_entry(float("nan"))), ("NaN or infin",), ("prepare",)),
     Mistake("nan in the head, sensitivity", "sensitivity", weights(HEAD, with_entry(float("nan"))), ("NaN or infin",), ("prepare",)),
     Mistake("nan in the head, prune", "prune wanda", weights(HEAD, with_entry(float("nan"))), (HEAD, "NaN or infinity"), ("prepare",)),
@@ -662,12 +666,18 @@ def test_bad_parameters(shared: Path, mistake: Mistake) -> None:
 
 
 @pytest.mark.parametrize("mistake", MODELS, ids=ids(MODELS))
-def test_bad_models(workspace: Path, mistake: Mistake) -> None:
-    """Oracle: the damaged file, tensor or block, and the mend."""
+def test_bad_models(workspace: Path, monkeypatch: pytest.MonkeyPatch, mistake: Mistake) -> None:
+    """Oracle: the damaged file, tensor or block, and the mend. Where another stage is to find it, `prepare` tries no coupling, and sees nothing."""
+    if mistake.stage != "prepare":
+        monkeypatch.setattr("pipeline_lib.jobs.prepare.verified", untried)
     mistake.change(workspace)
     build(*mistake.before)
     adopt(workspace)
     check(workspace, mistake.stage, mistake.words)
+
+
+def untried(model: BlockModel) -> Iterator[tuple[Layout, tuple[str, ...]]]:
+    return ((layout, ()) for layout in model.checkpoint.architecture.layouts)
 
 
 @pytest.mark.parametrize("mistake", DATA, ids=ids(DATA))
@@ -696,8 +706,9 @@ def test_bad_settings(workspace: Path, monkeypatch: pytest.MonkeyPatch, name: st
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "prune wanda"])
-def test_nothing_is_written_where_nothing_was(workspace: Path, stage: str) -> None:
+def test_nothing_is_written_where_nothing_was(workspace: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     """A stage that fails half-way (block 1 overflows, block 0 is done) leaves no output behind. Oracle: the files that are there."""
+    monkeypatch.setattr("pipeline_lib.jobs.prepare.verified", untried)
     HUGE(workspace)
     build("prepare")
     for path in ("build/calibrate", "build/prune", "build/facts", "build/costs", "build/keys"):
@@ -805,8 +816,9 @@ def test_a_singular_second_moment_raises_the_damping(workspace: Path) -> None:
     assert set(line.split("damping raised for ")[1].split(", ")) == raised
 
 
-def test_a_second_moment_of_nan_is_told(workspace: Path) -> None:
+def test_a_second_moment_of_nan_is_told(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the site. Finite weights whose activations overflow inside a block must not become a mask."""
+    monkeypatch.setattr("pipeline_lib.jobs.prepare.verified", untried)
     weights("model.layers.0.mlp.up_proj.weight", lambda tensor: tensor.sign() * 3e38)(workspace)
     build("prepare")
     adopt(workspace)

@@ -6,17 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, load_full, load_tensors, make_config, power_of_two_factors, random_factors, token_rows
+from tiny import ALL_FAMILIES, discovered, load_full, load_tensors, make_config, noting, power_of_two_factors, random_factors, token_rows
 from transformers import PreTrainedModel
 
 from pipeline_lib.models.architecture import Coupling, Layout, Tie
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline_lib.models.families import architecture
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel, tapped
 
 ROWS = token_rows(2, 12)
-TABLES = {family: architecture(make_config(family)).layouts[0] for family in ALL_FAMILIES}
+TABLES = {family: discovered(make_config(family)) for family in ALL_FAMILIES}
 COUPLINGS = [(family, coupling.name) for family, table in TABLES.items() for coupling in table.couplings]
 MISTAKES = [  # every tie left out; the others once in each coupling
     (family, coupling.name, number, mistake)
@@ -214,11 +213,17 @@ def test_sites_capture_what_their_consumers_see(checkpoint: Checkpoint) -> None:
     table = checkpoint.architecture.layouts[0]
     seen: dict[str, torch.Tensor] = {}
     modules = {matrix.parameter: matrix.parameter.removesuffix(".weight") for matrix in table.matrices}
-    modules |= {f"site {site.name}": site.module for site in table.sites}
-    with tapped(block, modules, seen.__setitem__):
+    sites: dict[str, torch.Tensor] = {}
+    for name, path in modules.items():
+
+        def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
+            seen[name] = inputs[0].reshape(-1, inputs[0].shape[-1])
+
+        block.get_submodule(path).register_forward_pre_hook(hook)
+    with tapped(block, table.sites, noting(sites)):
         model.advance(block, 0, stream)
     for site in table.sites:
-        captured = seen[f"site {site.name}"]
+        captured = sites[site.name]
         assert captured.shape == (ROWS.numel(), len(site.index))
         for matrix in table.consumers(site.name):
             assert torch.equal(seen[matrix.parameter], captured)
@@ -238,7 +243,7 @@ def test_site_factor_is_what_the_activations_are_multiplied_by(checkpoint: Check
         stream = model.embed(ROWS, 2)
         block = model.block(0, fold(checkpoint.block(0), table, chosen))
         captured.append({})
-        with tapped(block, {site.name: site.module for site in table.sites}, captured[-1].__setitem__):
+        with tapped(block, table.sites, noting(captured[-1])):
             model.advance(block, 0, stream)
     scaled, lost = 0, lost_precision(checkpoint, factors)
     for site in table.sites:

@@ -524,7 +524,7 @@ def inputs_of(model: BlockModel, block: torch.nn.Module, index: int, stream: Str
     """Every site's inputs [tokens, d], batch by batch."""
     sites = model.checkpoint.architecture.layouts[0].sites
     taken: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
-    with torch.no_grad(), tapped(block, {site.name: site.module for site in sites}, lambda site, x: taken[site].append(x)):
+    with torch.no_grad(), tapped(block, sites, lambda site, x, _: taken[site.name].append(x.reshape(-1, x.shape[-1]))):
         for hidden in stream.hidden:
             model.call(block, index, hidden)
     return taken

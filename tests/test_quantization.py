@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import WANDA, build, change_params, make_workspace, recipe
 from rules import PLAIN, rule
-from tiny import all_tensors, curved_gram, make_model, token_rows
+from tiny import all_tensors, curved_gram, make_model, module_of, token_rows
 
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.fit.scales import Scales
@@ -508,7 +508,7 @@ def second_moment(model: BlockModel, site: str) -> torch.Tensor:
     """G of a site of block 0, by hooks."""
     rows = torch.cat([FITTING, HELD_OUT])
     stream, block, taken = model.embed(rows, len(rows)), model.block(0), []
-    module = block.get_submodule(next(one.module for one in model.checkpoint.architecture.layouts[0].sites if one.name == site))
+    module = block.get_submodule(module_of(model.checkpoint.architecture.layouts[0].site(site)))
     module.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0].flatten(0, 1)))
     model.call(block, 0, stream.hidden[0])
     return taken[0].T @ taken[0] / len(taken[0])
@@ -562,7 +562,7 @@ def test_shifts_go_into_the_biases(model_paths: dict[str, Path]) -> None:
     site = table.sites[0].name
     rows = torch.cat([FITTING, HELD_OUT])
     stream, block, taken = model.embed(rows, len(rows)), model.block(0), []
-    module = block.get_submodule(table.site(site).module)
+    module = block.get_submodule(module_of(table.site(site)))
     module.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0].flatten(0, 1)))
     model.call(block, 0, stream.hidden[0])
     mean = taken[0].mean(0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ALL_FAMILIES, curved_gram, make_model, power_of_two_factors, random_factors, token_rows
+from tiny import ALL_FAMILIES, curved_gram, make_model, module_of, noting, power_of_two_factors, random_factors, token_rows
 
 from pipeline_lib.core.artifacts import block_file, write_tensors
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
@@ -201,7 +201,7 @@ def test_walk_equals_direct_formulas_on_the_captured_inputs(checkpoint: Checkpoi
         inputs: list[dict[str, torch.Tensor]] = [{}, {}]
         for stream, taken in zip(streams, inputs, strict=True):
             block = model.block(index)
-            with tapped(block, {site.name: site.module for site in checkpoint.architecture.layouts[0].sites}, taken.__setitem__):
+            with tapped(block, checkpoint.architecture.layouts[0].sites, noting(taken)):
                 model.advance(block, index, stream)
         for site in checkpoint.architecture.layouts[0].sites:
             assert_close(found[index][site.name], direct(inputs[0][site.name], inputs[1][site.name]), rtol=1e-4, atol=1e-4)
@@ -262,7 +262,7 @@ def test_refresh_equals_recollecting_in_every_family(checkpoint: Checkpoint, wit
     taken: list[dict[str, torch.Tensor]] = [{}, {}]
     for chosen, into in zip(({}, factors), taken, strict=True):
         stream, block = model.embed(FIT, len(FIT)), model.block(0, fold(tensors, table, chosen))
-        with tapped(block, {site.name: site.module for site in table.sites}, into.__setitem__):
+        with tapped(block, table.sites, noting(into)):
             model.advance(block, 0, stream)
     random = torch.Generator().manual_seed(8)
     for site in table.sites:
@@ -326,7 +326,7 @@ def test_site_by_site_equals_all_at_once(checkpoint: Checkpoint) -> None:
     before = list(stream.hidden)
     block = model.block(0)
     ran: list[str] = []
-    handle = block.get_submodule(table.sites[-1].module).register_forward_hook(lambda *_: ran.append("beyond the last site"))
+    handle = block.get_submodule(module_of(table.sites[-1])).register_forward_hook(lambda *_: ran.append("beyond the last site"))
     names = [site.name for site in table.sites]
     at_once = collect_moments(model, (0, block), stream.hidden, LANES, names)
     handle.remove()
@@ -334,7 +334,7 @@ def test_site_by_site_equals_all_at_once(checkpoint: Checkpoint) -> None:
     assert list(at_once) == names
     reached: Counter[str] = Counter()
     for site in table.sites:
-        block.get_submodule(site.module).register_forward_pre_hook(lambda _module, _inputs, name=site.name: reached.update([name]))
+        block.get_submodule(module_of(site)).register_forward_pre_hook(lambda _module, _inputs, name=site.name: reached.update([name]))
     for number, site in enumerate(table.sites):
         reached.clear()
         found = collect_moments(model, (0, block), stream.hidden, LANES, [site.name])
@@ -349,7 +349,7 @@ def inputs_of(model: BlockModel, block: torch.nn.Module, stream: Stream) -> dict
     taken: dict[str, list[torch.Tensor]] = {site.name: [] for site in model.checkpoint.architecture.layouts[0].sites}
     with (
         torch.no_grad(),
-        tapped(block, {s.name: s.module for s in model.checkpoint.architecture.layouts[0].sites}, lambda s, x: taken[s].append(x)),
+        tapped(block, model.checkpoint.architecture.layouts[0].sites, lambda s, x, _: taken[s.name].append(x.reshape(-1, x.shape[-1]))),
     ):
         for hidden in stream.hidden:
             model.call(block, 0, hidden)
@@ -367,7 +367,7 @@ def test_diagonals_are_those_of_the_moments(checkpoint: Checkpoint) -> None:
     for name, diagonal in found.items():
         torch.testing.assert_close(diagonal.double(), own[name].double().square().mean(0), rtol=1e-6, atol=0)
     ran: list[str] = []
-    block.get_submodule(checkpoint.architecture.layouts[0].sites[-1].module).register_forward_hook(
+    block.get_submodule(module_of(checkpoint.architecture.layouts[0].sites[-1])).register_forward_hook(
         lambda *_: ran.append("beyond the last site")
     )
     for name in names:

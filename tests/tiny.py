@@ -7,8 +7,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.models.architecture import Layout, Site
+from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint, skeleton
+from pipeline_lib.models.discover import discover
+from pipeline_lib.models.stream import BlockModel, Take
 from pipeline_lib.stats.moments import SiteStatistics
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import walk
@@ -59,6 +61,25 @@ def make_config(family: str, layers: int = 2, **overrides: Any) -> PreTrainedCon
     model_type, values = _CONFIGS[family]
     common = {"vocab_size": VOCABULARY, "num_hidden_layers": layers, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0}
     return AutoConfig.for_model(model_type, **{**common, **values, **overrides})
+
+
+def discovered(config: PreTrainedConfig) -> Layout:
+    """The first block's layout, in the names of its modules."""
+    return discover(skeleton(config, torch.float32).eval()).layouts[0]
+
+
+def noting(into: dict[str, torch.Tensor]) -> Take:
+    """For ``tapped``: keep each site's inputs [tokens, d]."""
+
+    def take(site: Site, x: torch.Tensor, _weights: torch.Tensor | None) -> None:
+        into[site.name] = x.reshape(-1, x.shape[-1])
+
+    return take
+
+
+def module_of(site: Site) -> str:
+    """The module that gets a site's inputs."""
+    return site.parameter.rpartition(".")[0]
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:

@@ -55,6 +55,7 @@ def stoppable() -> Iterator[None]:
         if not isinstance(what.exc_value, Stopped):
             hook(what)
         elif _came:
+            alarms.append(signal.signal(signal.SIGALRM, again))
             signal.setitimer(signal.ITIMER_REAL, AGAIN)
 
     main = threading.current_thread() is threading.main_thread()  # Python lets no other thread choose
@@ -62,7 +63,8 @@ def stoppable() -> Iterator[None]:
     taken = {number: handler for number, handler in before.items() if _is_usual(handler)}
     for number in taken:
         signal.signal(number, stop)
-    hook, alarm = sys.unraisablehook, signal.signal(signal.SIGALRM, again) if main else None
+    hook = sys.unraisablehook
+    alarms: list[Any] = []  # handlers that stood in the way
     sys.unraisablehook = dropped
     try:
         yield
@@ -71,10 +73,9 @@ def stoppable() -> Iterator[None]:
             raise _came[0] from error
         raise
     finally:
-        if main:
-            if _came:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, alarm)
+        if alarms:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, alarms[0])
         sys.unraisablehook = hook
         for number, handler in taken.items():
             signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """What a model writes: greedy completions of the evaluation text's first rows, to look at."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -35,14 +36,35 @@ def complete(
             "lower prompt_tokens or new_tokens."
         )
     prompts = rows[: params.count, : params.prompt_tokens]
-    token, cache, written = prompts.to(model.device), None, []
+    sequence = prompts.to(model.device)
+    following = _Following(model)
     with torch.inference_mode():
         for _ in watched(range(params.new_tokens)):
-            output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
-            written.append(token)
-    pairs = zip(prompts.tolist(), torch.cat(written, dim=1).tolist(), strict=True)
+            sequence = torch.cat([sequence, following(sequence)], dim=1)
+    pairs = zip(prompts.tolist(), sequence[:, params.prompt_tokens :].tolist(), strict=True)
     return [{"prompt": _text(tokenizer, p), "completion": _text(tokenizer, _until_end(tokenizer, c))} for p, c in pairs]
+
+
+class _Following:
+    """The most likely token after a sequence [B, T] that grows by a token each time."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.cache = model, None
+        known = inspect.signature(model.forward).parameters
+        self.cached = "past_key_values" in known
+        self.keep = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+    def __call__(self, sequence: torch.Tensor) -> torch.Tensor:
+        """[B, 1]. Models without the usual cache, and those whose cache fails, read the whole sequence again."""
+        if self.cached:
+            try:
+                new = sequence if self.cache is None else sequence[:, -1:]
+                output = self.model(input_ids=new, past_key_values=self.cache, use_cache=True, **self.keep)
+                self.cache = output.past_key_values
+                return output.logits[:, -1:].argmax(-1)
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # of transformers: not every model's is whole
+                self.cached = False
+        return self.model(input_ids=sequence, use_cache=False, **self.keep).logits[:, -1:].argmax(-1)
 
 
 def _until_end(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:

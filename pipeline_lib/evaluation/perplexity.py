@@ -48,7 +48,13 @@ def row_logits(model: PreTrainedModel, batch: torch.Tensor) -> Iterator[torch.Te
     with the decoder standing in that returns the row's hidden states.
     """
     decoder = model.get_decoder()
-    states = decoder(input_ids=batch, use_cache=False)
+    if not isinstance(decoder, PreTrainedModel):  # some call their head so
+        decoder = model.base_model
+    states = None if decoder is model else decoder(input_ids=batch, use_cache=False)
+    if states is None or getattr(states, "last_hidden_state", None) is None:  # no module of its own stands before the head
+        for row in batch.split(1):
+            yield model(input_ids=row, use_cache=False).logits[0]
+        return
     rows = states.last_hidden_state.split(1)
     decoder.forward = lambda *_args, **_kwargs: states
     try:

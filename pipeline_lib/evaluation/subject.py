@@ -15,4 +15,4 @@ def open_subject(workspace: Workspace, source: ModelParams, name: str, dtype: st
     device = runtime.compute()
     directory = open_source(workspace, source).path if name == DENSE else workspace.opened(workspace.pruned(name)) / "checkpoint"
     model = load_model(directory, dtype, device)
-    return model, load_tokenizer(directory, model.config.vocab_size)
+    return model, load_tokenizer(directory, model.config.get_text_config().vocab_size)

@@ -81,11 +81,8 @@ class Quantisation:
 
     def of(self, name: str) -> Groups | None:
         """The groups of a stored parameter, if all of it is quantised."""
-        inside = f"{self._checkpoint.prefix}{self._checkpoint.architecture.blocks}."
-        if not self or not name.startswith(inside):
-            return None
-        block, _, parameter = name.removeprefix(inside).partition(".")
-        return self._block(int(block)).get(parameter)
+        place = self._checkpoint.place(name) if self else None
+        return None if place is None else self._block(place[0]).get(place[1])
 
     def _read(self, block: int) -> dict[str, Groups]:
         path = artifacts.block_file(self._directory, block)

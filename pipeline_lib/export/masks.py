@@ -15,15 +15,13 @@ class Masks:
 
     def __init__(self, directory: Path, checkpoint: Checkpoint) -> None:
         self._directory = directory
-        self._inside = f"{checkpoint.prefix}{checkpoint.architecture.blocks}."
+        self._place = checkpoint.place
         self._block = lru_cache(maxsize=1)(self._read)
 
     def of(self, name: str) -> torch.Tensor | None:
         """The mask of a stored parameter (bool, True = kept), if it was pruned."""
-        if not name.startswith(self._inside):
-            return None
-        block, _, _ = name.removeprefix(self._inside).partition(".")
-        return self._block(int(block)).get(name)
+        place = self._place(name)
+        return None if place is None else self._block(place[0]).get(name)
 
     def _read(self, block: int) -> dict[str, torch.Tensor]:
         tensors, facts = artifacts.read_tensors(artifacts.block_file(self._directory, block))

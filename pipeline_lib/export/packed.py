@@ -76,13 +76,14 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
         raise refusal("its package is not installed (pip install compressed-tensors)") from error
     model = skeleton(pruned.config, pruned.dtype)
     ignored, found, ragged = [], set(), ""
-    for full, name in sorted(pruned.names.items()):
+    for full, pieces in sorted(pruned.pieces.items()):
         linear = full.endswith(WEIGHT) and isinstance(model.get_submodule(full.removesuffix(WEIGHT)), nn.Linear)
+        name = pieces[0].stored
         groups = quantisation.of(name)
         if groups is None:
             ignored += [full.removesuffix(WEIGHT)] if linear else []
             continue
-        if not linear:
+        if not linear or not pieces[0].whole:
             raise refusal(f"{name} is no linear's weight{' but a transposed one (Conv1D)' if groups.transposed else ''}")
         columns = pruned.shapes[name][1]
         found.add((groups.bits, groups.size if groups.size != columns else None, groups.zero_point is None))

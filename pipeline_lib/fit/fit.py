@@ -17,7 +17,7 @@ import torch
 from pipeline_lib.core.random import generator
 from pipeline_lib.fit.settings import BlockParams, FitParams
 from pipeline_lib.fit.spectral import Norm, regulariser
-from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.models.architecture import Matrix, laid
 from pipeline_lib.models.stream import OnDisk
 from pipeline_lib.stats.lanes import LANES, Map, parts, side_by_side, total
 
@@ -154,15 +154,7 @@ class _Free:
 
     def _laid(self, tensors: Mapping[str, torch.Tensor], values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The block's tensors with these logical matrices [R, C] in their places; differentiable."""
-        changed: dict[str, torch.Tensor] = {}
-        for matrix, value in zip(self.matrices, values, strict=True):
-            if matrix.whole:
-                changed[matrix.parameter] = value.T if matrix.transposed else value
-            else:
-                whole = changed.get(matrix.parameter, tensors[matrix.parameter]).clone()
-                matrix.view(whole).copy_(value)
-                changed[matrix.parameter] = whole
-        return {**tensors, **changed}
+        return {**tensors, **laid(self.matrices, values, tensors)}
 
     def apply(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The block's tensors with all that moved; differentiable."""

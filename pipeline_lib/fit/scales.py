@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.models.architecture import Matrix, laid
 from pipeline_lib.solve.grid import Grid
 
 
@@ -27,14 +27,8 @@ class Scales:
     def joined(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The block's parameters from theirs and the scales beside them; differentiable in the scales."""
         found = dict(tensors)
-        for matrix, grid in self.grids.items():
-            weight = grid.spread(found.pop(f"{matrix.label}.scale")) * self.steps[matrix]
-            if matrix.whole:
-                found[matrix.parameter] = weight.T if matrix.transposed else weight
-            else:
-                found[matrix.parameter] = found[matrix.parameter].clone()
-                matrix.view(found[matrix.parameter]).copy_(weight)
-        return found
+        weights = [grid.spread(found.pop(f"{matrix.label}.scale")) * self.steps[matrix] for matrix, grid in self.grids.items()]
+        return found | laid(list(self.grids), weights, found)
 
     @torch.no_grad()
     def settle(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from pipeline_lib.induce.settings import ScaleParams
 from pipeline_lib.models.architecture import Coupling, Layout
-from pipeline_lib.models.folding import fold
+from pipeline_lib.models.folding import fold, numbers
 from pipeline_lib.stats.moments import SiteStatistics
 
 
@@ -45,9 +45,9 @@ def _balanced(coupling: Coupling, tensors: Mapping[str, torch.Tensor]) -> torch.
     """log of the factor that gives the two matrices' entries behind each of its channels equal norms; 0 where one side is zero."""
     squares = torch.zeros(2, coupling.size)
     for tie in coupling.ties:
-        if tensors[tie.parameter].ndim == 2:
+        if tensors[tie.parameter].ndim > (tie.expert is not None) + 1:
             entries = tie.entries(tensors[tie.parameter].float()).square().sum(1)
-            squares[0 if tie.power > 0 else 1].index_add_(0, torch.tensor(tie.index), entries)
+            squares[0 if tie.power > 0 else 1].index_add_(0, numbers(tie.index), entries)
     up, down = squares
     return torch.where((up > 0) & (down > 0), (down.clamp_min(1e-30).log() - up.clamp_min(1e-30).log()) / 4, 0.0)
 
@@ -70,7 +70,7 @@ def starting_factors(
             continue
         site = sites[coupling.name]
         logs = _floored_log(start_of_site(statistics[site.name], params))
-        index = torch.tensor(site.index)
+        index = numbers(site.index)
         total = torch.zeros(coupling.size).index_add_(0, index, logs)
         log_s = total / torch.zeros(coupling.size).index_add_(0, index, torch.ones(len(index)))
         factors[coupling.name] = torch.exp(-normalise(log_s, params.limit))
@@ -85,7 +85,7 @@ def starting_factors(
 
 def _is_pair(coupling: Coupling, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether the factor runs between matrices, not from a norm to matrices."""
-    return all(any(tensors[t.parameter].ndim == 2 for t in coupling.ties if t.power == power) for power in (1, -1))
+    return all(any(tensors[t.parameter].ndim >= 2 for t in coupling.ties if t.power == power) for power in (1, -1))
 
 
 def shifts(layout: Layout, statistics: Mapping[str, SiteStatistics], params: ScaleParams) -> dict[str, torch.Tensor]:

@@ -97,7 +97,7 @@ def _add_tasks(found: _Planned, checkpoint: Checkpoint, variants: dict[str, Vari
     for name, preset in part.presets.items():
         runs = 1 + sum(name in variant.tasks for variant in variants.values())
         try:
-            lengths = request_lengths(load_tokenizer(checkpoint.path, checkpoint.config.vocab_size), part.tasks.path, preset)
+            lengths = request_lengths(load_tokenizer(checkpoint.path, checkpoint.vocabulary), part.tasks.path, preset)
         except Unread as error:
             found.unknown.append(f"tasks {name} are not counted. {error}")
             continue

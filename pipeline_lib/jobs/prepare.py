@@ -1,11 +1,14 @@
 """Find the model, check it, and record what it is."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import click
+import torch
 
-from pipeline_lib.core import artifacts, environment, files
+from pipeline_lib.core import artifacts, environment, files, runtime
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import DENSE, Workspace
 from pipeline_lib.export.sizes import Bytes, Weights, summary
@@ -14,14 +17,18 @@ from pipeline_lib.models.files import grouped
 from pipeline_lib.models.names import Selection, select
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.source import fetch, identity, not_fetched, recorded_files
+from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.tokenizer import ids_beyond, load_tokenizer
+from pipeline_lib.models.verify import verified, with_layouts
+from pipeline_lib.models.written import to_json
 
 
 def prepare(workspace: Workspace, source: ModelParams) -> str:
     """Facts about the model, its logical matrices, and what it takes; a sentence on it."""
     directory = fetch(source)
     checkpoint = open_checkpoint(directory)
-    tokenizer = load_tokenizer(directory, checkpoint.config.vocab_size)
+    tokenizer = load_tokenizer(directory, checkpoint.config.get_text_config().vocab_size)
+    checkpoint = _verified(checkpoint)
     entry = checkpoint.architecture
     matrices, selection = _matrices(checkpoint, source)
     parameters = {  # that hold an included matrix -> weights
@@ -34,6 +41,7 @@ def prepare(workspace: Workspace, source: ModelParams) -> str:
         "id": source.id,
         "revision": source.revision,
         "family": entry.family,
+        "architecture": to_json(entry),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "parameters": checkpoint.parameters,
         "versions": artifacts.read_json(environment.FILE),
@@ -52,10 +60,39 @@ def prepare(workspace: Workspace, source: ModelParams) -> str:
         click.echo(f"prepare: not in any result: {line}")
     if remote := remote_code(directory):
         click.echo(f"prepare: code of the model's own ({remote[1]}) is never run; transformers' {remote[0]} takes its place")
-    if beyond := ids_beyond(tokenizer, checkpoint.config.vocab_size):
+    for line in _absorbed(checkpoint):
+        click.echo(f"prepare: {line}")
+    if beyond := ids_beyond(tokenizer, checkpoint.config.get_text_config().vocab_size):
         click.echo(f"prepare: the tokenizer has tokens that the model has no embedding for ({beyond}); a text that holds one is refused")
     told = f"{checkpoint.parameters:,} parameters, {prunable:,} of them prunable in {entry.depth} blocks"
     return f"{entry.family}, {told}; {selection}"
+
+
+def _verified(checkpoint: Checkpoint) -> Checkpoint:
+    """With those couplings that hold on the model's own weights."""
+    model, layouts = BlockModel(checkpoint, torch.float32, runtime.compute()), []
+    for index, (layout, failed) in enumerate(track(verified(model), "prepare, couplings", "blocks", checkpoint.architecture.depth)):
+        layouts.append(layout)
+        if failed:
+            click.echo(f"prepare: block {index}: {', '.join(failed)} would change what the block computes, and is left out")
+    return replace(checkpoint, architecture=with_layouts(checkpoint.architecture, layouts))
+
+
+def _absorbed(checkpoint: Checkpoint) -> Iterator[str]:
+    """What factors can be folded into, and what no matrix covers."""
+    layouts = checkpoint.architecture.layouts
+    for kind in dict.fromkeys(layouts):
+        names = [coupling.name for coupling in kind.couplings if not coupling.name.startswith("expert_")]
+        experts = len({site.name for site in kind.sites if site.pool is not None and site.pool.endswith("input")})
+        fixed = [site.name for site in kind.sites if site.coupling is None and site.pool is None]
+        told = [f"{layouts.count(kind)} of {len(layouts)} blocks: factors fold into {', '.join(names) or 'nothing'}"]
+        told += [f"inputs of {', '.join(fixed)} cannot be scaled"] if fixed else []
+        told += [f"{experts} experts, each with matrices of its own; never pruned: {', '.join(sorted(kind.routers))}"] if experts else []
+        yield "; ".join(told)
+    if left := checkpoint.uncovered():
+        yield f"{checkpoint.coverage:.1%} of the blocks' weights are in matrices; not in any: {', '.join(left)}"
+    if checkpoint.unread:
+        yield f"{len(checkpoint.unread)} tensors that no text meets are copied unchanged, {min(checkpoint.unread)} for example"
 
 
 def _matrices(checkpoint: Checkpoint, source: ModelParams) -> tuple[list[dict[str, Any]], Selection]:
@@ -63,11 +100,12 @@ def _matrices(checkpoint: Checkpoint, source: ModelParams) -> tuple[list[dict[st
     entry = checkpoint.architecture
     places = list(entry.places())
     pruned = {checkpoint.block_prefix(block) + matrix.parameter for block, matrix in places}
-    never = [full for full, name in checkpoint.names.items() if name not in pruned]
+    never = [full for full, pieces in checkpoint.pieces.items() if not pruned.intersection(piece.stored for piece in pieces)]
     selection = select([checkpoint.aliases(*place) for place in places], source.include, source.exclude, never)
     matrices = []
     for (block, matrix), kept in zip(places, selection.included, strict=True):
         parameter, shape = checkpoint.block_prefix(block) + matrix.parameter, list(checkpoint.matrix_shape(block, matrix))
         facts = {"name": entry.matrix_name(block, matrix), "block": block, "label": matrix.label, "kind": matrix.kind}
-        matrices.append(facts | {"shape": shape, "included": kept, "parameter": parameter})
+        scaled = entry.layouts[block].site(matrix.site).coupling
+        matrices.append(facts | {"shape": shape, "included": kept, "inputs_scaled_by": scaled, "parameter": parameter})
     return matrices, selection

@@ -29,14 +29,14 @@ def text(workspace: Workspace, source: ModelParams, name: str, params: TextParam
     window = getattr(config, "max_position_embeddings", None)
     if window is not None and params.length > window:
         raise SparselineError(f"params.yaml: texts.{name}.length = {params.length} is more than the model's {window} positions; lower it.")
-    tokenizer = load_tokenizer(directory, config.vocab_size)
+    tokenizer = load_tokenizer(directory, config.get_text_config().vocab_size)
     begins = start(params.start, config.model_type, tokenizer)
     texts = read_texts(params)
     written = render(tokenizer, texts.chats, texts.places) if params.chat_template else texts.documents
     watched = partial(track, what=f"text {name}, tokens", units="thousands of documents")
     documents = encode(tokenizer, written, watched)
     rows = rows_of(documents, params, begins)
-    check_ids(rows, config.vocab_size, tokenizer)
+    check_ids(rows, config.get_text_config().vocab_size, tokenizer)
     tensors = split(rows, params.held_out) if params.use == "calibrate" else {"rows": rows}
     facts = texts.provenance | {
         "tokens": sum(map(len, documents)),

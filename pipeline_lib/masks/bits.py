@@ -12,23 +12,36 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
 
 
 class BitMasks(MutableMapping[str, torch.Tensor]):
-    """Masks by name, an eighth of their size in memory: what is looked up is a copy, to be put back where it has changed."""
+    """Masks by name, an eighth of their size in memory: what is looked up is a copy, to be put back where it has changed.
+
+    Those of three dimensions, which are changed expert by expert, stay as they are.
+    """
 
     def __init__(self) -> None:
-        self.bits: dict[str, tuple[torch.Tensor, torch.Size]] = {}  # packed, and shape
+        self._bits: dict[str, tuple[torch.Tensor, torch.Size]] = {}  # packed, and shape
+        self._whole: dict[str, torch.Tensor] = {}
+
+    def packed(self) -> dict[str, tuple[torch.Tensor, torch.Size]]:
+        """Bits and shape of every mask."""
+        return self._bits | {name: (pack(mask), mask.shape) for name, mask in self._whole.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        bits, shape = self.bits[name]
+        if name in self._whole:
+            return self._whole[name]
+        bits, shape = self._bits[name]
         return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()).view(bool)).reshape(shape)
 
     def __setitem__(self, name: str, mask: torch.Tensor) -> None:
-        self.bits[name] = pack(mask), mask.shape
+        if mask.ndim == 3:
+            self._whole[name] = mask
+        else:
+            self._bits[name] = pack(mask), mask.shape
 
     def __delitem__(self, name: str) -> None:
-        del self.bits[name]
+        del (self._whole if name in self._whole else self._bits)[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.bits)
+        return iter([*self._bits, *self._whole])
 
     def __len__(self) -> int:
-        return len(self.bits)
+        return len(self._bits) + len(self._whole)

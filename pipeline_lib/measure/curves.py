@@ -73,7 +73,7 @@ def measure(
         consumers = [matrix for matrix in block.layout.consumers(site.name) if matrix in included]
         if not consumers:
             continue
-        gram = statistics[site.name].second_moment_matrix
+        gram, share = statistics[site.name].second_moment_matrix, statistics[site.name].share
         factorisation = factorise(gram, selection.damping, selection.damping_of, f"{where} {site.name}")
         for matrix in consumers:
             weight = matrix.view(tensors[matrix.parameter]).float()
@@ -90,6 +90,8 @@ def measure(
                     f"The error curve of {where}.{matrix.label} holds NaN or infinity; check the model, or compute in float32."
                 )
             frobenius, layer, kronecker = zip(*taken, strict=True)
+            if share is not None:  # of an expert: over all tokens
+                layer = tuple(error * float(share) for error in layer)
             curve = {"density": [0.0, *(kept / size for kept in inner), 1.0], "frobenius": list(frobenius), "layer": list(layer)}
             found[matrix.label] = {
                 "curve": curve | {"kronecker": None if moment is None else list(kronecker)},

@@ -5,7 +5,8 @@ x [T, C] inputs and g = ∂ℓ/∂(outputs) [T, R] of a linear, so that ∂ℓ/�
 information is the Hessian of the mean cross-entropy (its Gauss-Newton part, the other part having mean zero).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from pipeline_lib.core.random import generator
 from pipeline_lib.measure.backward import Logits, Subject, walk
 from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.models.conversion import place
+from pipeline_lib.models.products import Parameters, Product, Watched
 from pipeline_lib.stats.lanes import LANES, Sums, fold
 
 
@@ -78,21 +81,19 @@ def moment_bytes(shapes: Sequence[tuple[int, int]]) -> int:
 
 
 @contextmanager
-def _recorded(block: nn.Module, modules: Sequence[str]) -> Iterator[Mapping[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """While open, the inputs and outputs of the named linears are noted whenever the block runs."""
-    noted: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    handles = []
-    for name in modules:
+def _recorded(
+    block: nn.Module, places: Iterable[tuple[str, int | None, range | None]]
+) -> Iterator[Mapping[tuple[str, int | None], tuple[Product, torch.Tensor]]]:
+    """While open, products with these parameters, or experts of them, and what they give are noted whenever the block runs."""
+    noted: dict[tuple[str, int | None], tuple[Product, torch.Tensor]] = {}
+    wanted, named = {(parameter, expert) for parameter, expert, _ in places}, dict(block.named_parameters())
 
-        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, name: str = name) -> None:
-            noted[name] = inputs[0], output
+    def after(product: Product, result: torch.Tensor) -> None:
+        if (part := (product.part.parameter, product.part.expert)) in wanted:
+            noted[part] = product, result
 
-        handles.append(block.get_submodule(name).register_forward_hook(hook))
-    try:
+    with Watched(Parameters({parameter: named[parameter] for parameter, _ in wanted}), lambda _: None, after):
         yield noted
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Gradient:
@@ -131,19 +132,28 @@ class _Gradient:
             self.moments.open(index, lane)
         x = state.detach().requires_grad_(True)
         matrices = self.subject.matrices[index]
-        linear = {name: matrix.parameter.removesuffix(".weight") for name, matrix in matrices.items()}
-        modules = sorted(set(linear.values()))
-        with _recorded(block, modules) as noted:
-            output = self.subject.model.call(block, index, x)
-        below, *gradients = torch.autograd.grad(output, [x, *(noted[module][1] for module in modules)], gradient)
-        # Some models fold rows and tokens into one axis before their linears.
-        inputs = {module: noted[module][0].detach().reshape(len(x), -1, noted[module][0].shape[-1]) for module in modules}
-        outputs = {module: g.reshape(len(x), -1, g.shape[-1]) for module, g in zip(modules, gradients, strict=True)}
+        model = self.subject.model
+        pieces, layout = model.checkpoint.block_pieces(index), model.checkpoint.architecture.layouts[index]
+        places = {name: place(matrix, pieces) for name, matrix in matrices.items()}
+        with _recorded(block, places.values()) as noted:
+            output = model.call(block, index, x)
+        results = {id(result): result for _, result in noted.values() if result.requires_grad}  # some choose tokens without a gradient
+        below, *gradients = torch.autograd.grad(output, [x, *results.values()], gradient)
+        of_result = dict(zip(results, gradients, strict=True))
+        outputs = {part: product.outputs_in(of_result[id(result)]) for part, (product, result) in noted.items() if id(result) in of_result}
         for name, matrix in matrices.items():
-            inner, g = inputs[linear[name]], outputs[linear[name]][..., slice(*(matrix.rows or (None,)))]
+            parameter, expert, rows = places[name]
+            # Of an expert without tokens there is none.
+            inner, g = x.new_zeros(0, 1), x.new_zeros(0, model.checkpoint.matrix_shape(index, matrix)[0])
+            if (part := (parameter, expert)) in outputs:
+                inner, g = noted[part][0].inputs.detach(), outputs[part]
+                g = g if rows is None else g[..., rows.start : rows.stop : rows.step]
+            # Some models fold rows and tokens into one axis before their linears; an expert's tokens come from all rows.
+            batch = len(x) if layout.site(matrix.site).pool is None else 1
+            inner, g = inner.reshape(batch, -1, inner.shape[-1]), g.reshape(batch, -1, g.shape[-1])
             # Row by row: between rows the cross terms have mean zero, and leaving them out leaves their noise out.
-            squares = sum(_square(g[row], inner[row]) for row in range(len(x)))
-            self.samples[number][name] = squares / (self.predicted * g.shape[-1] * inner.shape[-1])
+            squares = sum(_square(g[row], inner[row]) for row in range(batch))
+            self.samples[number][name] = squares / (self.predicted * math.prod(model.checkpoint.matrix_shape(index, matrix)))
             if self.moments is not None:
                 self.moments.add(matrix, g)
         if self.moments is not None and number == own[-1]:

@@ -4,7 +4,7 @@ Symbols: z probe over all included parameters θ, L mean cross-entropy [nats/tok
 ẋ = dx/dt and so on along θ + t z, x̄ = ∂L/∂x and so on. Hz is the tangent of θ̄.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -69,23 +69,24 @@ class _Product:
     def enter(self, hidden: torch.Tensor) -> State:
         return hidden, torch.zeros_like(hidden)  # embeddings do not move
 
-    def directions(self, block: nn.Module, index: int, number: int) -> dict[str, torch.Tensor]:
-        """z for every parameter of the block that holds an included matrix."""
+    def directions(self, tensors: Mapping[str, torch.Tensor], index: int, number: int) -> dict[str, torch.Tensor]:
+        """z for every tensor of the block that holds an included matrix."""
         names = sorted({matrix.parameter for matrix in self.subject.matrices[index].values()})
         path = f"{self.subject.model.checkpoint.architecture.blocks}.{index}"
         distribution, seed = self.params.distribution, self.params.seed
-        return {n: probe_vector(f"{path}.{n}", block.get_parameter(n), distribution, seed, self.probes[number]) for n in names}
+        return {n: probe_vector(f"{path}.{n}", tensors[n], distribution, seed, self.probes[number]) for n in names}
 
     def moving(
         self, block: nn.Module, index: int, number: int, state: State
     ) -> tuple[Callable[..., torch.Tensor], Tensors, Tensors, dict[str, torch.Tensor]]:
         """The block as a function of its inputs and of the parameters that move; all of these, their tangents, and z by name."""
-        z = self.directions(block, index, number)
+        tensors = self.subject.model.stored(block, index)
+        z = self.directions(tensors, index, number)
 
         def function(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
             return self.subject.model.call(block, index, x, dict(zip(z, parameters, strict=True)))
 
-        return function, [state[0], *(block.get_parameter(name) for name in z)], [state[1], *z.values()], z
+        return function, [state[0], *(tensors[name] for name in z)], [state[1], *z.values()], z
 
     def up(self, block: nn.Module, index: int, number: int, state: State) -> State:
         """ẏ = (∂f/∂x) ẋ + (∂f/∂θ) z, with y in the same pass."""

@@ -1,9 +1,9 @@
-"""Architectures as data: where blocks, matrices and sites are, and which tensors absorb a factor. ``families.py`` is the table.
+"""Architectures as data: where blocks, matrices and sites are, and which tensors absorb a factor. ``discover.py`` finds them.
 
 Shape letters: ``R`` outputs (rows), ``C`` inputs (columns) of a logical matrix, ``d`` channels of a site.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,20 +50,62 @@ class Matrix:
         return self.parameter.removesuffix(".weight") + part + ("" if self.expert is None else f".{self.expert}")
 
 
+def laid(matrices: Sequence[Matrix], values: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The stored parameters of ``tensors`` with these logical matrices [R, C] in their places; differentiable in the values."""
+    by_parameter: dict[str, list[tuple[Matrix, torch.Tensor]]] = {}
+    for matrix, value in zip(matrices, values, strict=True):
+        by_parameter.setdefault(matrix.parameter, []).append((matrix, value))
+    return {parameter: _whole(parts, tensors.get(parameter)) for parameter, parts in by_parameter.items()}
+
+
+def _whole(parts: list[tuple[Matrix, torch.Tensor]], stored: torch.Tensor | None) -> torch.Tensor:
+    """One parameter. Its parts are joined, not put in one by one: each would cost a pass over all of it, forwards and backwards."""
+    if parts[0][0].whole:
+        return _turned(*parts[0])
+    if stored is None:
+        raise ValueError(f"a part of {parts[0][0].parameter} needs the rest of it")
+    by_expert: dict[int | None, list[tuple[Matrix, torch.Tensor]]] = {}
+    for part in parts:
+        by_expert.setdefault(part[0].expert, []).append(part)
+    if None in by_expert:
+        return _rows(by_expert[None], stored)
+    return torch.stack([_rows(by_expert[e], stored[e]) if e in by_expert else stored[e] for e in range(len(stored))])
+
+
+def _rows(parts: list[tuple[Matrix, torch.Tensor]], stored: torch.Tensor) -> torch.Tensor:
+    """A matrix as it is stored, of some of its rows."""
+    first = parts[0][0]
+    if first.rows is None:
+        return _turned(*parts[0])
+    whole = stored.T if first.transposed else stored
+    pieces, at = [], 0
+    for matrix, value in sorted(parts, key=lambda part: part[0].rows or (0, 0)):
+        start, stop = matrix.rows or (0, 0)
+        pieces += [whole[at:start], value.to(whole.dtype)]
+        at = stop
+    joined = torch.cat([*pieces, whole[at:]])
+    return joined.T if first.transposed else joined
+
+
+def _turned(matrix: Matrix, value: torch.Tensor) -> torch.Tensor:
+    return value.T if matrix.transposed else value
+
+
 @dataclass(frozen=True)
 class Tie:
     """One tensor that a coupling multiplies: entry ``positions[i]`` along ``axis`` takes ``factor[index[i]] ** power``."""
 
     parameter: str
-    axis: int  # of the stored parameter
-    index: tuple[int, ...]
+    axis: int  # of the stored parameter, or of one expert's part of it
+    index: Sequence[int]
     power: int
     offset: float = 0.0  # Gemma keeps its norm weight as 1 + w
     positions: tuple[int, ...] | None = None  # None: every entry in order; else the entries of a fused parameter, as Q's rows
+    expert: int | None = None  # of a parameter that holds several
 
     def entries(self, tensor: torch.Tensor) -> torch.Tensor:
         """The touched entries of the stored parameter (or of anything shaped like it), ``axis`` first: [len(index), ...]."""
-        tensor = tensor.movedim(self.axis, 0)
+        tensor = (tensor if self.expert is None else tensor[self.expert]).movedim(self.axis, 0)
         return tensor if self.positions is None else tensor[torch.tensor(self.positions, device=tensor.device)]
 
 
@@ -80,13 +122,15 @@ class Coupling:
 class Site:
     """A place whose activations X [tokens, d] are the input of one or more matrices.
 
-    ``module`` is a module that receives X; ``coupling`` scales X by ``factor[index]`` (X' = D X).
+    ``parameter`` is one that X is multiplied by, as the block's modules name it; ``coupling`` scales X by ``factor[index]`` (X' = D X).
     """
 
     name: str
-    module: str
+    parameter: str
+    expert: int | None  # of the parameter, if it holds several
     coupling: str | None
-    index: tuple[int, ...]
+    index: Sequence[int]
+    pool: str | None = None  # the experts' sites that stand for one another where few tokens are seen
 
 
 @dataclass(frozen=True)
@@ -96,6 +140,7 @@ class Layout:
     matrices: tuple[Matrix, ...]
     sites: tuple[Site, ...]
     couplings: tuple[Coupling, ...]
+    routers: frozenset[str] = frozenset()  # parameters, as the block's modules name them, that choose experts and weigh them: never pruned
 
     @property
     def offsets(self) -> dict[str, float]:
@@ -117,7 +162,8 @@ class Architecture:
     blocks: str  # path of the module list inside the base model
     width: int  # channels of the residual stream
     layouts: tuple[Layout, ...]  # of every block
-    stored_head: str = "lm_head.weight"  # what checkpoint files call the head, where it is not tied
+    outside: frozenset[str]  # parameters of the base model that a text meets before or behind the blocks
+    returns: int = 0  # parts that a block returns, hidden states first; 0: these alone
 
     @property
     def depth(self) -> int:

@@ -6,22 +6,26 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from pipeline_lib.core import files
 from pipeline_lib.core.artifacts import replacing, save_tensors, write_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models import attention
-from pipeline_lib.models.architecture import Architecture, Matrix
-from pipeline_lib.models.families import FAMILIES, architecture
+from pipeline_lib.models.architecture import Architecture, Layout, Matrix
+from pipeline_lib.models.conversion import Piece, Pieces, assembled, pieces_of, stored_layout, usual_name
+from pipeline_lib.models.discover import discover
+from pipeline_lib.models.facts import heads_of
 from pipeline_lib.models.files import INDEX, Files, find_files, list_files
 
 if TYPE_CHECKING:
@@ -66,8 +70,8 @@ def locate(path: Path, hub_id: str | None, revision: str | None) -> Path:
 class Checkpoint:
     """A model directory whose tensors are read lazily; nothing is in memory but their names.
 
-    ``files`` and ``shapes`` hold what the model has as parameters, not the buffers (causal masks, rotary frequencies) that older
-    conversions stored beside them: transformers computes those, so that they are neither read, counted nor written. ``left_out``
+    ``files`` and ``shapes`` hold what the model has a place for, not the buffers (causal masks, rotary frequencies) that older
+    conversions stored beside that: transformers computes those, so that they are neither read, counted nor written. ``left_out``
     names them, with all other files and tensors of the source that are not in the result.
     """
 
@@ -76,15 +80,42 @@ class Checkpoint:
     architecture: Architecture
     files: Mapping[str, str]  # tensor name -> file name
     shapes: Mapping[str, tuple[int, ...]]
-    prefix: str  # what precedes the base model's names ("model.", "transformer.", "gpt_neox." or nothing)
+    prefixes: tuple[str, ...]  # of each block's tensor names
+    base: str  # what transformers' names of the base model's parameters begin with
     dtype: torch.dtype
-    names: Mapping[str, str]  # transformers' name of every parameter -> tensor name; tied parameters share theirs
+    pieces: Pieces  # transformers' name of every parameter -> the tensors that make it up; tied parameters share theirs
+    unread: frozenset[str]  # tensors that no text meets: other towers, whose values are kept
+    buffers: frozenset[str]  # tensors that are no parameters, by their names in a block
     indexed: bool  # the weights have an index
     others: tuple[str, ...]  # config, tokenizer and the like, relative to path: copied verbatim beside new weights
     left_out: Mapping[str, str]  # file or tensor -> why it is in no result
 
     def block_prefix(self, block: int) -> str:
-        return f"{self.prefix}{self.architecture.blocks}.{block}."
+        return self.prefixes[block]
+
+    def place(self, name: str) -> tuple[int, str] | None:
+        """The block that a tensor belongs to, and its name relative to the block; None outside the blocks."""
+        return _split(self.prefixes, name)
+
+    @cached_property
+    def _module_names(self) -> dict[str, str]:
+        """Tensor name -> the first of transformers' names that it is part of."""
+        found: dict[str, str] = {}
+        for full, pieces in self.pieces.items():
+            for piece in pieces:
+                found.setdefault(piece.stored, full)
+        return found
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model has embeddings for."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def heads(self) -> int:
+        """Heads of attention, at most; 1 where a config names none."""
+        found = heads_of(self.config.get_text_config())
+        return 1 if found is None else found.q
 
     @property
     def parameters(self) -> int:
@@ -99,12 +130,13 @@ class Checkpoint:
     def aliases(self, block: int, matrix: Matrix) -> list[str]:
         """Every name that a pattern may use for a logical matrix: its own first, then its parameter's in files and in transformers."""
         own = self.architecture.matrix_name(block, matrix)
-        whole = f"{self.architecture.blocks}.{block}.{matrix.parameter}"
         stored = self.block_prefix(block) + matrix.parameter
-        full = next(full for full, name in self.names.items() if name == stored)
-        bases = {"": None, self.prefix: None, full.removesuffix(whole): None}
-        short = [own, whole.removesuffix(".weight")]
-        return list(dict.fromkeys(base + name + end for base in bases for name in short for end in ("", ".weight")))
+        full = self._module_names[stored]
+        blocks = f"{self.architecture.blocks}.{block}."
+        bases = {"": None, self.prefixes[block].removesuffix(blocks): None, full.partition(blocks)[0]: None}
+        short = [own, f"{blocks}{matrix.parameter}".removesuffix(".weight")]
+        names = [base + name + end for base in bases for name in short for end in ("", ".weight")]
+        return list(dict.fromkeys([*names, stored, stored.removesuffix(".weight"), full, full.removesuffix(".weight")]))
 
     def read(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """The named tensors as stored, file by file.
@@ -131,10 +163,38 @@ class Checkpoint:
         names = [name for name in self.files if name.startswith(prefix)]
         return {name.removeprefix(prefix): tensor for name, tensor in self.read(names)}
 
+    def block_pieces(self, block: int) -> dict[str, tuple[Piece, ...]]:
+        """What makes up the parameters of a block, all names relative to the block."""
+        return _relative(self.pieces, f"{self.base}{self.architecture.blocks}.{block}.", self.block_prefix(block))
+
+    def uncovered(self) -> dict[str, int]:
+        """Elements of the blocks' parameters of two or more dimensions that no logical matrix covers, by the tensors' names in a block."""
+        found: dict[str, int] = {}
+        for block, layout in enumerate(self.architecture.layouts):
+            covered: dict[str, int] = {}
+            for matrix in layout.matrices:
+                covered[matrix.parameter] = covered.get(matrix.parameter, 0) + math.prod(self.matrix_shape(block, matrix))
+            for name, size in self._block_sizes(block).items():
+                if left := size - covered.get(name, 0):
+                    found[name] = found.get(name, 0) + left
+        return found
+
+    @property
+    def coverage(self) -> float:
+        """The share of all elements of the blocks' parameters of two or more dimensions, routers left out, that logical matrices cover."""
+        total = sum(sum(self._block_sizes(block).values()) for block in range(self.architecture.depth))
+        return 1 - sum(self.uncovered().values()) / total
+
+    def _block_sizes(self, block: int) -> dict[str, int]:
+        """Elements of a block's parameters of two or more dimensions, but of routers."""
+        prefix, routers = self.block_prefix(block), self.architecture.layouts[block].routers
+        names = {piece.stored for name, own in self.block_pieces(block).items() if name not in routers for piece in own}
+        shapes = {name: self.shapes[prefix + name] for name in names - self.buffers}
+        return {name: math.prod(shape) for name, shape in sorted(shapes.items()) if len(shape) > 1}
+
     def outside_blocks(self) -> list[str]:
-        """Names of embeddings, final norm, head: everything that no block holds."""
-        prefix = f"{self.prefix}{self.architecture.blocks}."
-        return [name for name in self.files if not name.startswith(prefix)]
+        """Names of embeddings, final norm, head, other towers: everything that no block holds."""
+        return [name for name in self.files if self.place(name) is None]
 
 
 def read_config(path: Path) -> PreTrainedConfig:
@@ -151,10 +211,9 @@ def read_config(path: Path) -> PreTrainedConfig:
     list_files(path)  # refuses links to elsewhere, pipes and devices
     if not (path / CONFIG).is_file():
         raise SparselineError(f"{path} holds no {CONFIG}; give the directory that holds config.json and *.safetensors.")
-    if (remote := remote_code(path)) and remote[0] not in FAMILIES:
+    if (remote := remote_code(path)) and remote[0] not in CONFIG_MAPPING_NAMES:
         raise SparselineError(
-            f"{path / CONFIG} asks for code of the model's own ({remote[1]}), which is never run; "
-            f"supported without it: {', '.join(sorted(FAMILIES))}."
+            f"{path / CONFIG} asks for code of the model's own ({remote[1]}), which is never run, and transformers has no {remote[0]!r}."
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -183,16 +242,18 @@ def _first_line(error: Exception) -> str:
     return " ".join(lines[:2]) if lines else type(error).__name__
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, architecture: Architecture | None = None) -> Checkpoint:
     """Open a Hugging Face model directory of safetensors.
+
+    Args:
+        architecture: what is known of it already; else it is discovered.
 
     Raises:
         SparselineError: no or an unsupported config, another head than a language model's, no weights or two sets of them, a missing
-            or truncated shard, a tensor missing, of another shape, or without a place in the model.
+            or truncated shard, a tensor missing, of another shape, or without a place in the model; a model that cannot be pruned.
     """
     config = read_config(path)
-    with _describing(path):
-        entry = architecture(config)
+    _refuse(path, config)
     found = find_files(path)
     parts, extra = _stored(path, found)
     check_sizes(path, config, [shape for _, shape, _ in parts.values()])
@@ -201,42 +262,159 @@ def open_checkpoint(path: Path) -> Checkpoint:
     with _describing(path):
         model = skeleton(config, torch.float32)
     _check_head(path, config, model)
-    base = f"{model.base_model_prefix}."
-    prefix = base if any(name.startswith(f"{base}{entry.blocks}.") for name in parts) else ""
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-
-    def stored_name(full: str) -> str:
-        name = full if prefix else full.removeprefix(base)
-        return entry.stored_head if name not in parts and name == "lm_head.weight" else name
-
-    either = tied | {source: target for target, source in tied.items()}  # a tie goes both ways: files may hold either tensor
-    files, shapes, names = {}, {}, {}
-    for full, parameter in model.named_parameters(remove_duplicate=False):
-        name = stored_name(full)
-        if name not in parts and full in either:
-            name = stored_name(either[full])
-        if name not in parts:
-            raise SparselineError(_missing(path, name, config, model))
-        files[name], shapes[name], stored = parts[name]
-        names[full] = name
-        if stored not in DTYPES:
-            raise SparselineError(f"{path} holds tensors of type {stored} ({name}); give an unquantised floating-point checkpoint.")
-        if shapes[name] != tuple(parameter.shape):
-            wanted = f"{list(parameter.shape)}, not {list(shapes[name])}"
-            raise SparselineError(f"{path}: config.json calls for {name} of shape {wanted}; fetch the checkpoint again.")
-    buffers = {name for name, (_, shape, _) in parts.items() if name not in files and is_buffer(name, shape)}
-    if homeless := sorted(parts.keys() - files.keys() - buffers):
+    shapes = {name: shape for name, (_, shape, _) in parts.items()}
+    pieces = _placed(path, model, parts, pieces_of(model, shapes))
+    placed = {piece.stored for own in pieces.values() for piece in own}
+    buffers = {name for name, shape in shapes.items() if name not in placed and is_buffer(name, shape)}
+    unread = {name for name in shapes.keys() - placed - buffers if _of_another_tower(model, name)}
+    if homeless := sorted(shapes.keys() - placed - buffers - unread):
         more = f" and {len(homeless) - 1} more" if len(homeless) > 1 else ""
         raise SparselineError(
             f"{path} holds {homeless[0]}{more}, for which {type(model).__name__} has no place under its config.json; "
             "pruning would lose it: give a checkpoint of the language model alone (adapters merged, other heads removed)."
         )
+    entry = architecture or _discovered(path, config, model, pieces, shapes)
+    base = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    prefixes = tuple(_prefix(pieces, f"{base}{entry.blocks}.{block}.") for block in range(entry.depth))
     block, matrix = next(entry.places())
-    first = f"{prefix}{entry.blocks}.{block}.{matrix.parameter}"
-    left_out = {**found.left_out, **dict.fromkeys(sorted(buffers), BUFFER), **extra}
+    met = {full for full in pieces if _meets(entry, full, base)}
+    unread |= {piece.stored for full in pieces.keys() - met for piece in pieces[full]} - {
+        piece.stored for full in met for piece in pieces[full]
+    }
     return Checkpoint(
-        path, config, entry, files, shapes, prefix, DTYPES[parts[first][2]], names, found.index is not None, found.others, left_out
+        path=path,
+        config=config,
+        architecture=entry,
+        files={name: parts[name][0] for name in shapes if name not in buffers},
+        shapes={name: shape for name, shape in shapes.items() if name not in buffers},
+        prefixes=prefixes,
+        base=base,
+        dtype=DTYPES[parts[prefixes[block] + matrix.parameter][2]],
+        pieces=pieces,
+        unread=frozenset(unread),
+        buffers=frozenset(
+            place[1]
+            for full, _ in model.named_buffers()
+            for piece in pieces.get(full, ())
+            if (place := _split(prefixes, piece.stored)) is not None
+        ),
+        indexed=found.index is not None,
+        others=found.others,
+        left_out={**found.left_out, **dict.fromkeys(sorted(buffers), BUFFER), **extra},
     )
+
+
+def _split(prefixes: tuple[str, ...], name: str) -> tuple[int, str] | None:
+    """See ``Checkpoint.place``."""
+    numbers = _numbers(prefixes)
+    for end in (end for end, letter in enumerate(name, 1) if letter == "."):
+        if (block := numbers.get(name[:end])) is not None:
+            return block, name[end:]
+    return None
+
+
+@lru_cache(maxsize=8)
+def _numbers(prefixes: tuple[str, ...]) -> dict[str, int]:
+    return {prefix: block for block, prefix in enumerate(prefixes)}
+
+
+def _meets(entry: Architecture, full: str, base: str) -> bool:
+    """Whether a text meets a parameter: of the head, of a block, or of what stands before and behind the blocks."""
+    name = full.removeprefix(base)
+    return not full.startswith(base) or name in entry.outside or name.startswith(f"{entry.blocks}.")
+
+
+def _refuse(path: Path, config: PreTrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise SparselineError(f"{path / CONFIG} describes an encoder-decoder ({config.model_type}); only decoders can be pruned.")
+    if getattr(config, "quantization_config", None) is not None:
+        raise SparselineError(
+            "The model is already quantised; give the original checkpoint, since pruning needs its full-precision weights."
+        )
+
+
+def _placed(path: Path, model: "PreTrainedModel", parts: "Parts", pieces: Pieces) -> dict[str, tuple[Piece, ...]]:
+    """By every name that transformers has for a parameter, what makes it up: ties looked up, shapes and types checked."""
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    either = tied | {source: target for target, source in tied.items()}  # a tie goes both ways: files may hold either tensor
+    required = dict(model.named_parameters(remove_duplicate=False))
+    found = {}
+    for full, tensor in model.state_dict(keep_vars=True).items() | required.items():
+        own = pieces.get(full) or pieces.get(either.get(full, ""))
+        if own is None and full not in required:
+            continue  # a buffer that transformers computes
+        if own is None:
+            raise SparselineError(_missing(path, full, model, parts))
+        found[full] = own
+        for piece in own:
+            if (stored := parts[piece.stored][2]) not in DTYPES and full in required:
+                raise SparselineError(
+                    f"{path} holds tensors of type {stored} ({piece.stored}); give an unquantised floating-point checkpoint."
+                )
+        shape = tuple(assembled(own, {piece.stored: torch.empty(parts[piece.stored][1], device="meta") for piece in own}).shape)
+        if shape != tuple(tensor.shape):
+            wanted = f"{list(tensor.shape)}, not {list(shape)}"
+            raise SparselineError(f"{path}: config.json calls for {own[0].stored} of shape {wanted}; fetch the checkpoint again.")
+    return dict(sorted(found.items()))
+
+
+def _of_another_tower(model: "PreTrainedModel", name: str) -> bool:
+    """Whether transformers passes over a tensor when it loads the language model of a composite one."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
+
+
+def _prefix(pieces: Pieces, inside: str) -> str:
+    """What the names of a block's tensors begin with."""
+    stored = [piece.stored for full, own in pieces.items() if full.startswith(inside) for piece in own]
+    number = inside.rstrip(".").rpartition(".")[2]
+    found = stored[0][: stored[0].find(f".{number}.") + len(number) + 2]
+    if f".{number}." not in found or not all(name.startswith(found) for name in stored):
+        raise SparselineError(f"the files' names of {inside.rstrip('.')} ({stored[0]}, …) have no block's number in common.")
+    return found
+
+
+def _relative(pieces: Pieces, inside: str, prefix: str) -> dict[str, tuple[Piece, ...]]:
+    return {
+        full.removeprefix(inside): tuple(replace(piece, stored=piece.stored.removeprefix(prefix)) for piece in own)
+        for full, own in pieces.items()
+        if full.startswith(inside)
+    }
+
+
+def _discovered(
+    path: Path, config: PreTrainedConfig, model: "PreTrainedModel", pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]
+) -> Architecture:
+    """The model's architecture, in the files' names. It depends on the config and on the files' names alone."""
+    key = config.to_json_string(), tuple(sorted(shapes.items()))
+    if key not in _KNOWN:
+        try:
+            found = discover(model)
+        except SparselineError as error:
+            raise SparselineError(f"{path}: {error}") from error
+        except Exception as error:  # of transformers' own code
+            raise SparselineError(
+                f"{path}: {type(model).__name__} does not run on a text as transformers runs it ({_first_line(error)}); it cannot be pruned."
+            ) from error
+        base = f"{model.base_model_prefix}." if model.base_model is not model else ""
+        made: dict[tuple[Layout, tuple[tuple[str, tuple[Piece, ...]], ...]], Layout] = {}
+        layouts = []
+        for block, layout in enumerate(found.layouts):
+            inside = f"{base}{found.blocks}.{block}."
+            prefix = _prefix(pieces, inside)
+            own = _relative(pieces, inside, prefix)
+            same = layout, tuple(own.items())
+            if same not in made:
+                sizes = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+                made[same] = stored_layout(layout, own, sizes)
+            layouts.append(made[same])
+        _KNOWN[key] = Architecture(config.model_type, found.blocks, found.width, tuple(layouts), found.outside, found.returns)
+        while len(_KNOWN) > MOST_KNOWN:
+            _KNOWN.pop(next(iter(_KNOWN)))
+    return _KNOWN[key]
+
+
+_KNOWN: dict[Any, Architecture] = {}  # of models that this process has opened
+MOST_KNOWN = 32
 
 
 @contextmanager
@@ -258,12 +436,22 @@ def check_sizes(path: Path, config: PreTrainedConfig, shapes: Sequence[tuple[int
     """
     with _describing(path):
         described = config.get_text_config()
-        values = {name: getattr(described, name, None) for name in (BLOCKS, *SIZES, POSITIONS)}
+        values = {name: _named(described, name) for name in (BLOCKS, *SIZES, POSITIONS)}
     largest = max((size for shape in shapes for size in shape), default=0)
     most = {BLOCKS: len(shapes), POSITIONS: MOST_POSITIONS} | dict.fromkeys(SIZES, largest)
     for name, value in values.items():
+        if name == POSITIONS and value == -1:
+            continue  # XLNet has no limit
         if value is not None and (type(value) is not int or not 0 < value <= most[name]):
             raise SparselineError(f"{path / CONFIG}: {name} = {value!r} does not fit the weights beside it; fetch the checkpoint again.")
+
+
+def _named(config: PreTrainedConfig, name: str) -> Any:
+    """A number of the config, or None, also where it differs from block to block."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
 
 
 def generation(path: Path) -> "GenerationConfig":
@@ -288,11 +476,19 @@ def _architectures(config: PreTrainedConfig) -> list[str]:
 def _check_head(path: Path, config: PreTrainedConfig, model: "PreTrainedModel") -> None:
     """Refuse other heads by name: their weights would be lost, or left without the code that uses them."""
     for name in _architectures(config):
-        if not name.lower().endswith(("forcausallm", "lmheadmodel")) and name != type(model.base_model).__name__:
+        if not name.lower().endswith(("forcausallm", "lmheadmodel")) and name not in _names_of(model):
             raise SparselineError(
                 f"{path / CONFIG} describes a {name}; only language models can be pruned ({type(model).__name__} here), "
                 "since any other head would be lost."
             )
+
+
+def _names_of(model: "PreTrainedModel") -> set[str]:
+    """What a config may call the model: its class, its base model, or the composite one that it is the language model of."""
+    names = {type(model).__name__, type(model.base_model).__name__}
+    if model.config.get_text_config() is not model.config or model._keys_to_ignore_on_load_unexpected:
+        names.add(type(model).__name__.replace("ForCausalLM", "ForConditionalGeneration"))
+    return names
 
 
 Parts = dict[str, tuple[str, tuple[int, ...], str]]  # tensor name -> file name, shape, safetensors' name of the dtype
@@ -320,9 +516,14 @@ def _stored(path: Path, found: Files) -> tuple[Parts, dict[str, str]]:
     return parts, extra
 
 
-def _missing(path: Path, name: str, config: PreTrainedConfig, model: "PreTrainedModel") -> str:
+def _missing(path: Path, name: str, model: "PreTrainedModel", parts: "Parts") -> str:
     base, whole = type(model.base_model).__name__, type(model).__name__
-    if base in _architectures(config) and name in ("lm_head.weight", "embed_out.weight"):
+    head = model.get_output_embeddings()
+    is_head = head is not None and model.get_submodule(name.rpartition(".")[0]) is head
+    name = usual_name(model, name)
+    if not any(part.startswith(f"{model.base_model_prefix}.") for part in parts):
+        name = name.removeprefix(f"{model.base_model_prefix}.")
+    if base in _architectures(model.config) and is_head:
         return f"{path} is a {base}, saved without the head of a language model ({name}); save the model as {whole}."
     return f"{path} has no tensor {name}, which its config.json calls for; fetch the checkpoint again."
 
@@ -342,7 +543,12 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> "PreTrainedModel":
 
     attention.register()
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)  # without the word it asks
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)  # without the word it asks
+    for module in model.modules():  # fused kernels for experts show no products
+        own: Any = getattr(module, "config", None)
+        if hasattr(own, "_experts_implementation"):
+            own._experts_implementation = "eager"
+    return model
 
 
 def copy_files(names: Sequence[str], source: Path, target: Path) -> None:

@@ -1,6 +1,6 @@
 """Fold per-channel factors into a block's tensors: the function stays, only its coordinates change (2602.21652, Eq. 3)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ def fold(tensors: Mapping[str, torch.Tensor], layout: Layout, factors: Mapping[s
     Each product is taken in the wider of the two dtypes and rounded once to the parameter's own; with powers of two it is exact.
     """
     folded = dict(tensors)
+    own: set[str] = set()  # what may be overwritten
     for coupling in layout.couplings:
         if coupling.name not in factors:
             continue
@@ -24,8 +25,11 @@ def fold(tensors: Mapping[str, torch.Tensor], layout: Layout, factors: Mapping[s
         if factor.shape != (coupling.size,):
             raise ValueError(f"{coupling.name} takes factors of shape ({coupling.size},), not {tuple(factor.shape)}")
         for tie in coupling.ties:
-            old = folded[tie.parameter]
-            scale = factor[torch.tensor(tie.index, device=factor.device)].to(old.device)
+            if tie.expert is not None and tie.parameter not in own:
+                folded[tie.parameter] = folded[tie.parameter].clone()
+                own.add(tie.parameter)
+            old = folded[tie.parameter] if tie.expert is None else folded[tie.parameter][tie.expert]
+            scale = factor[numbers(tie.index, factor.device)].to(old.device)
             if tie.positions is not None:
                 whole = scale.new_ones(old.shape[tie.axis])
                 scale = whole.index_copy(0, torch.tensor(tie.positions, device=old.device), scale)
@@ -34,8 +38,19 @@ def fold(tensors: Mapping[str, torch.Tensor], layout: Layout, factors: Mapping[s
             scale = scale.to(wide).view(shape)
             new = old.to(wide) + tie.offset
             new = new * scale if tie.power > 0 else new / scale
-            folded[tie.parameter] = (new - tie.offset).to(old.dtype)
+            new = (new - tie.offset).to(old.dtype)
+            if tie.expert is None:
+                folded[tie.parameter] = new
+            else:
+                old.copy_(new)
     return folded
+
+
+def numbers(index: Sequence[int], device: torch.device | None = None) -> torch.Tensor:
+    """An index as a tensor."""
+    if isinstance(index, range):
+        return torch.arange(index.start, index.stop, index.step, device=device)
+    return torch.tensor(index, device=device)
 
 
 def site_factor(layout: Layout, site: str, factors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -43,7 +58,7 @@ def site_factor(layout: Layout, site: str, factors: Mapping[str, torch.Tensor]) 
     entry = layout.site(site)
     if entry.coupling is None or entry.coupling not in factors:
         return None
-    return factors[entry.coupling][torch.tensor(entry.index)]
+    return factors[entry.coupling][numbers(entry.index)]
 
 
 class MatrixScales:
@@ -55,10 +70,13 @@ class MatrixScales:
         self.ties: list[tuple[str, int, torch.Tensor, torch.Tensor, int]] = []
         for coupling in layout.couplings:
             for tie in coupling.ties:
-                if tie.parameter != matrix.parameter:
+                if (tie.parameter, tie.expert) != (matrix.parameter, matrix.expert):
                     continue
                 axis = 1 - tie.axis if matrix.transposed else tie.axis
                 start = matrix.rows[0] if matrix.rows is not None and axis == 0 else 0
+                if tie.positions is None and start == 0 and len(tie.index) == shape[axis]:
+                    self.ties.append((coupling.name, axis, torch.arange(shape[axis]), numbers(tie.index), tie.power))
+                    continue
                 taken = dict(zip(tie.positions or range(len(tie.index)), tie.index, strict=True))
                 where = [i for i in range(shape[axis]) if start + i in taken]
                 if where:

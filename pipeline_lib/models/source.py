@@ -16,6 +16,7 @@ from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.checkpoint import Checkpoint, locate, open_checkpoint
 from pipeline_lib.models.files import CONVERT, INDEX, reason_left_out
 from pipeline_lib.models.settings import ModelParams
+from pipeline_lib.models.written import from_json
 
 HUB = Path("data/hub.json")  # what DVC watches in the place of a directory
 SMALL = 2**26  # bytes; larger files are compared by DVC, not hashed again by every stage
@@ -132,8 +133,12 @@ def open_source(workspace: Workspace, params: ModelParams) -> Checkpoint:
     Raises:
         SparselineError: one of its files has changed since, has come or gone.
     """
-    checkpoint = open_checkpoint(locate(params.path, params.id, params.revision))
-    recorded = workspace.load(workspace.model)["sha256"]
+    facts = workspace.load(workspace.model)
+    try:
+        architecture, recorded = from_json(facts["architecture"]), facts["sha256"]
+    except (KeyError, TypeError, IndexError) as error:
+        raise SparselineError(f"{workspace.model} does not say what the model is made of; run `dvc repro` to make it again.") from error
+    checkpoint = open_checkpoint(locate(params.path, params.id, params.revision), architecture)
     here = set(recorded_files(checkpoint))
     for name in sorted(here | recorded.keys()):
         path = checkpoint.path / name

@@ -7,6 +7,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,20 +19,32 @@ from torch.func import functional_call
 
 from pipeline_lib.core.artifacts import save_tensors
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.models.architecture import Site
 from pipeline_lib.models.checkpoint import Checkpoint, skeleton
+from pipeline_lib.models.conversion import Piece, assembled, disassembled
+from pipeline_lib.models.products import Parameters, Product, Watched
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional (after the hidden states) and named
 
 
 class _Recorder(nn.Module):
-    """Stands where a block stood: notes what it is called with and hands on what it is told to."""
+    """Stands where a block stood: notes what it is called with and hands on what it is told to, as many parts as the block returns."""
 
-    def __init__(self, note: Callable[[torch.Tensor, Arguments], torch.Tensor]) -> None:
+    def __init__(self, note: Callable[[torch.Tensor, Arguments], torch.Tensor], block: nn.Module, returns: int) -> None:
         super().__init__()
-        self.note = note
+        self.note, self.returns = note, returns
+        self._block = [block]  # in a list it is no submodule
 
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.note(hidden, (args, kwargs))
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = self.note(hidden, (args, kwargs))
+        return (given, *[None] * (self.returns - 1)) if self.returns else given
+
+    def __getattr__(self, name: str) -> Any:
+        """Some models ask their blocks what kind they are."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
 
 
 class OnDisk(Sequence[torch.Tensor]):
@@ -108,7 +121,7 @@ class BlockModel:
         self._own = threading.local()
         self._length = 0  # tokens in a row, which the arguments below depend on
         self._arguments: dict[int, list[Arguments]] = {}  # rows in a batch -> per block
-        self._first_parts = False  # of what a block returns, the model takes the first part
+        self._made_of: dict[int, dict[str, tuple[Piece, ...]]] = {}  # a block's parameters
 
     def embed(self, rows: torch.Tensor, batch_rows: int | list[int], directory: Path | None = None, name: str = "") -> Stream:
         """The stream before the first block, for token rows [N, T]; notes each block's other arguments on the way.
@@ -134,8 +147,7 @@ class BlockModel:
         """
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
-            states = hidden[None] if self._first_parts else hidden
-            with self._standing_in(lambda _hidden, _arguments: states):
+            with self._standing_in(lambda _hidden, _arguments: hidden):
                 any_tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
                 return self.whole(input_ids=any_tokens, use_cache=False).logits
 
@@ -145,24 +157,32 @@ class BlockModel:
     @contextmanager
     def _outside_blocks(self, head: bool) -> Iterator[None]:
         """While open, what no block holds is in memory: the embeddings, the last norm and, if asked for, the head."""
-        base = f"{self.whole.base_model_prefix}."
-        blocks = f"{base}{self.checkpoint.architecture.blocks}."
-        names = {full: name for full, name in self.checkpoint.names.items() if full.startswith("" if head else base)}
-        names = {full: name for full, name in names.items() if not full.startswith(blocks)}
-        tensors = {name: tensor.to(self.device, self.dtype) for name, tensor in self.checkpoint.read(sorted(set(names.values())))}
+        base = "" if self.base is self.whole else f"{self.whole.base_model_prefix}."
+        blocks, unread = f"{base}{self.checkpoint.architecture.blocks}.", self.checkpoint.unread
+        pieces = {full: own for full, own in self.checkpoint.pieces.items() if full.startswith("" if head else base)}
+        pieces = {full: own for full, own in pieces.items() if not full.startswith(blocks) and own[0].stored not in unread}
+        names = sorted({piece.stored for own in pieces.values() for piece in own})
+        tensors = {name: self._computing(tensor) for name, tensor in self.checkpoint.read(names)}
+        whole = {full: assembled(own, tensors) for full, own in pieces.items()}
+        del tensors
         try:
-            self.whole.load_state_dict({full: tensors[name] for full, name in names.items()}, strict=False, assign=True)
+            self.whole.load_state_dict(whole, strict=False, assign=True)
             self._buffers_to_device()
             yield
         finally:
-            self.whole.load_state_dict({full: tensors[name].to("meta") for full, name in names.items()}, strict=False, assign=True)
+            self.whole.load_state_dict({full: tensor.to("meta") for full, tensor in whole.items()}, strict=False, assign=True)
+
+    def _computing(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the device, and in the computing dtype unless it holds whole numbers."""
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
     @contextmanager
     def _standing_in(self, note: Callable[[torch.Tensor, Arguments], torch.Tensor]) -> Iterator[None]:
         """While open, recorders stand where the blocks stood."""
         path, _, last = self.checkpoint.architecture.blocks.rpartition(".")
         holder = self.base.get_submodule(path)
-        setattr(holder, last, nn.ModuleList(_Recorder(note) for _ in self.templates))
+        returns = self.checkpoint.architecture.returns
+        setattr(holder, last, nn.ModuleList(_Recorder(note, block, returns) for block in self.templates))
         try:
             yield
         finally:
@@ -177,11 +197,10 @@ class BlockModel:
         def note(hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
             inputs.append(hidden)
             noted.append(arguments)
-            return inputs[0]  # not ``hidden``: a model whose blocks return tuples takes the first part, here of a tensor
+            return hidden
 
         with self._standing_in(note):
-            out = self.base(input_ids=batch.to(self.device), use_cache=False)[0]
-        self._first_parts = out.ndim < inputs[0].ndim
+            self.base(input_ids=batch.to(self.device), use_cache=False)
         self._arguments[len(batch)] = noted
         return inputs[0].detach()
 
@@ -194,9 +213,22 @@ class BlockModel:
         """A block with weights in the computing dtype: the checkpoint's, or the given ones (names relative to the block)."""
         tensors = self.checkpoint.block(index) if tensors is None else tensors
         block = copy.deepcopy(self.templates[index])
-        block.load_state_dict({name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}, assign=True)
+        given = {name: self._computing(tensor) for name, tensor in tensors.items()}
+        block.load_state_dict({name: assembled(own, given) for name, own in self._pieces(index).items()}, assign=True)
+        for module in block.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
         block.eval()
         return block.requires_grad_(False)
+
+    def stored(self, block: nn.Module, index: int) -> dict[str, torch.Tensor]:
+        """A block's tensors as the files have them, in the computing dtype."""
+        return disassembled(self._pieces(index), dict(block.named_parameters()))
+
+    def _pieces(self, index: int) -> dict[str, tuple[Piece, ...]]:
+        if index not in self._made_of:
+            self._made_of[index] = self.checkpoint.block_pieces(index)
+        return self._made_of[index]
 
     def arguments(self, index: int, rows: int) -> Arguments:
         """What block ``index`` gets besides a batch of so many rows (it depends on positions, not on tokens)."""
@@ -211,10 +243,14 @@ class BlockModel:
         if tensors is None:
             out = block(hidden, *args, **kwargs)
         else:
-            out = functional_call(
-                self._own_copy(block), {name: tensor.to(self.dtype) for name, tensor in tensors.items()}, (hidden, *args), kwargs
-            )
-        return out[0] if isinstance(out, tuple) else out
+            own, given = dict(block.named_parameters()), {name: self._computing(tensor) for name, tensor in tensors.items()}
+            moved = {
+                name: assembled(pieces, given, own.get(name))
+                for name, pieces in self._pieces(index).items()
+                if any(piece.stored in given for piece in pieces)
+            }
+            out = functional_call(self._own_copy(block), moved, (hidden, *args), kwargs)
+        return out[0] if isinstance(out, tuple | list) else out
 
     def _own_copy(self, block: nn.Module) -> nn.Module:
         """The block, or for any but the main thread one of the same tensors: ``functional_call`` changes the module while it runs."""
@@ -263,18 +299,57 @@ def _narrow(value: Any, single: Any, rows: int) -> Any:
     return value
 
 
+Take = Callable[
+    [Site, torch.Tensor, torch.Tensor | None], None
+]  # X [..., d]; of an expert's tokens [n, d], and what weighs its outputs [n]
+
+
 @contextmanager
-def tapped(block: nn.Module, modules: Mapping[str, str], take: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """While open, ``take(site, X)`` gets the inputs X [tokens, d] of each site's module whenever the block runs."""
+def tapped(block: nn.Module, sites: Iterable[Site], take: Take) -> Iterator[None]:
+    """While open, ``take`` gets the inputs X of each site whenever the block runs. Inputs of tokens that an expert is not meant for are left out."""
+    wanted = {(site.parameter, site.expert): site for site in sites}
+    named = dict(block.named_parameters())
+    routed: dict[str, Routes] = {}
+
+    def see(product: Product) -> None:
+        site = wanted.get((product.part.parameter, product.part.expert))
+        if site is None:
+            return
+        x, weights = product.inputs, None
+        if site.pool is not None:
+            x = x.reshape(-1, x.shape[-1])
+            routes = routed.get(site.parameter.rpartition(".")[0])
+            weights = None if routes is None else routes.weights(site.expert or 0, len(x))
+            if weights is None:  # every expert is given every token, those that are not its own as zeros
+                x = x[x.ne(0).any(1)]
+        take(site, x, weights)
+
     handles = []
-    for site, path in modules.items():
+    for path in {site.parameter.rpartition(".")[0] for site in wanted.values() if site.expert is not None}:
 
-        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], site: str = site) -> None:
-            take(site, inputs[0].reshape(-1, inputs[0].shape[-1]))
+        def note(_module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+            if len(args) == 3 and all(isinstance(arg, torch.Tensor) for arg in args):  # hidden states, experts' numbers, weights
+                routed[path] = Routes(args[1], args[2])
 
-        handles.append(block.get_submodule(path).register_forward_pre_hook(hook))
+        handles.append(block.get_submodule(path).register_forward_pre_hook(note))
     try:
-        yield
+        with Watched(Parameters({name: named[name] for name, _ in wanted}), see):
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which experts a router chose for each token, and how it weighs them: [tokens, chosen] both, as transformers' experts get them."""
+
+    chosen: torch.Tensor
+    weight: torch.Tensor
+
+    def weights(self, expert: int, count: int) -> torch.Tensor | None:
+        """Those of an expert's tokens, in the order in which the experts' loop takes them; None if it takes another number of tokens."""
+        if self.chosen.shape != self.weight.shape:
+            return None
+        found = self.weight.T[expert == self.chosen.T]
+        return found if len(found) == count else None

@@ -138,17 +138,17 @@ def _probing(work: Work) -> Estimate:
     all probes; unless an agreement of 1 is asked for, those of the first pass (two at least) may be enough.
     """
     shapes, params = work.shapes, work.sensitivity
-    entry, config = shapes.checkpoint.architecture, shapes.checkpoint.config
+    checkpoint, entry = shapes.checkpoint, shapes.checkpoint.architecture
     second = params.estimator == "hutchinson"
     tokens = params.rows_per_probe * shapes.length
     boundaries = (1 + second) * 4 * params.probes_per_pass * tokens * entry.width * (entry.depth + 1)  # values, or with their tangents
     inputs, attention, logits = (24, 6, 10) if second else (8, 1, 6)
-    graph = 4 * tokens * (inputs * sum(shapes.sites) + attention * config.num_attention_heads * shapes.length)
-    top = 4 * shapes.length * logits * config.vocab_size
+    graph = 4 * tokens * (inputs * sum(shapes.sites) + attention * checkpoint.heads * shapes.length)
+    top = 4 * shapes.length * logits * checkpoint.vocabulary
     moments = _moments(work)
     memory = boundaries + (20 if second else 8) * shapes.block + max(graph, top) + 2 * moments / entry.depth
     forwards = 14 if second else 4  # matrix products, in units of a forward pass
-    flops = forwards * 2 * params.probes * tokens * (shapes.block * shapes.blocks + entry.width * config.vocab_size)
+    flops = forwards * 2 * params.probes * tokens * (shapes.block * shapes.blocks + entry.width * checkpoint.vocabulary)
     first = min(params.probes, max(2, params.probes_per_pass)) if params.agreement < 1 else params.probes
     return Estimate("sensitivity", LIBRARIES + outside(shapes.checkpoint) + memory, 1e4 + 4 * moments, flops, first / params.probes)
 
@@ -165,12 +165,12 @@ def evaluating(checkpoint: Checkpoint, params: EvaluateParams, texts: Sequence[t
     Memory: the whole model, a batch's activations, and of one row the logits: as the model gives them, their log-softmax, and a float32 copy where
     they are of another dtype. Completions take the logits of their last tokens, and keys and values.
     """
-    dtype, entry, config = getattr(torch, params.compute_dtype), checkpoint.architecture, checkpoint.config
+    dtype, entry = getattr(torch, params.compute_dtype), checkpoint.architecture
     rows = min(params.batch_rows, max((rows for rows, _ in texts), default=0))
     length = max((length for _, length in texts), default=0)
     asked = params.completions
     cache = 2 * dtype.itemsize * asked.count * (asked.prompt_tokens + asked.new_tokens) * entry.width * entry.depth
-    tops = max(length * _logits(dtype) * config.vocab_size, 4 * asked.count * config.vocab_size)
+    tops = max(length * _logits(dtype) * checkpoint.vocabulary, 4 * asked.count * checkpoint.vocabulary)
     tokens = sum(rows * length for rows, length in texts) + asked.count * (asked.prompt_tokens + asked.new_tokens)
     hidden = dtype.itemsize * rows * length * entry.width
     memory = (
@@ -193,7 +193,7 @@ def answering(checkpoint: Checkpoint, name: str, params: TasksParams, lengths: S
     first, second = (
         len(batch) * max(batch, default=0) for batch in (cut[: params.batch_rows], cut[params.batch_rows : 2 * params.batch_rows])
     )
-    tops = max(first * _logits(dtype), first * 4 + second * _logits(dtype)) * checkpoint.config.vocab_size
+    tops = max(first * _logits(dtype), first * 4 + second * _logits(dtype)) * checkpoint.vocabulary
     memory = (
         LIBRARIES
         + TASK_LIBRARIES

@@ -30,7 +30,7 @@ class Choose:
         found: dict[str, torch.Tensor] = {}
         for site in block.sites:
             if site not in found and self.moments != "none":
-                sites = [site] if self.by_site else block.sites
+                sites = block.ahead(site, self.by_site)
                 hidden, lanes = window.rows.pruned.hidden, window.rows.seen
                 found = collect_diagonals(model, (index, model.block(index, block.tensors)), hidden, lanes, sites)
             self.prune_site(block, site, found.get(site))

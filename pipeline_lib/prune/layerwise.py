@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pipeline_lib.core import settings
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.masks.rule import Rule
 from pipeline_lib.masks.scores import Curvature
@@ -45,10 +46,14 @@ class Layerwise:
         if self.towards_dense and window.dense is not None and streams.dense is not None:
             beside = (window.dense, streams.dense.hidden)
         found: dict[str, Moments] = {}
+        before = None  # the block as it was, where its statistics do not fit into memory at once
         for site in block.sites:
             if site not in found:
-                sites = [site] if self.by_site else block.sites
-                found = collect(model, (index, model.block(index, block.tensors)), hidden, streams.seen, sites, beside)
+                module = before or model.block(index, block.tensors)
+                sites = block.ahead(site, self.by_site, settings.gram_bytes())
+                found = collect(model, (index, module), hidden, streams.seen, sites, beside)
+                before = module if not self.by_site and len(sites) < len(block.sites) else None
+                del module
             self.prune_site(block, site, found)
 
     def prune_block(self, block: Block, moments: dict[str, Moments]) -> None:
@@ -70,17 +75,19 @@ class Layerwise:
         """
         matrices = block.consumers(site)
         weights = {m: m.view(block.tensors[m.parameter]) for m in matrices}
+        routed = moments[site].tokens if block.layout.site(site).pool is not None else None
         centred, shift, factor = _centred(block, site, moments.pop(site))
         rule = Rule.of(self.selection, block.transform.importance.get(site))
         order = None if self.reorder is None else self._ordering(weights, block, rule)
         where = f"{block.where} {site}"
         factorisation = factorise(centred.gram, self.selection.damping, self.selection.damping_of, where, factor, order)
         targets: dict[Matrix, torch.Tensor] = dict(weights)
-        if self.towards_dense:
+        aimed = self.towards_dense if block.layout.site(site).pool is None else 0.0  # an expert gets other tokens in the dense stream
+        if aimed:
             if centred.cross is None:
                 raise ValueError("what aims towards the dense stream wants the cross moment with its inputs")
             away = centred.cross.sub_(centred.gram)
-            targets = {m: aim(w.float(), away, factorisation, self.towards_dense) for m, w in weights.items()}
+            targets = {m: aim(w.float(), away, factorisation, aimed) for m, w in weights.items()}
             del away
         errors = _Errors(targets, centred.gram, factorisation)
         del centred
@@ -98,6 +105,8 @@ class Layerwise:
                 block.grids[matrix] = grid
                 task.facts["rounding_error"] = grid.error
             size = {"kind": matrix.kind, "size": weight.numel(), "kept": block.kept[matrix]}
+            if routed is not None:
+                size |= {"tokens": routed, "site": site}
             block.facts["matrices"][matrix.label] = {**size, **task.facts, "damping": factorisation.damping}
             del weight, target, task  # before the next
 
@@ -207,10 +216,13 @@ class Quantise:
         stream = streams.pruned if len(window.blocks) == 1 else streams.pruned.copy("ahead")
         for index, block in window.blocks.items():
             fitted = model.block(index, block.tensors)
+            found: dict[str, Moments] = {}
             for site in block.sites:
-                beside = (fitted, stream.hidden) if self.compensate else None
-                found = collect(model, (index, model.block(index, block.tensors)), stream.hidden, streams.seen, [site], beside)
-                self.quantise_site(block, site, found[site])
+                if site not in found:
+                    beside = (fitted, stream.hidden) if self.compensate else None
+                    sites = block.ahead(site, True, settings.gram_bytes())
+                    found = collect(model, (index, model.block(index, block.tensors)), stream.hidden, streams.seen, sites, beside)
+                self.quantise_site(block, site, found.pop(site))
             if index != max(window.blocks):
                 model.advance(model.block(index, block.tensors), index, stream)
 

@@ -49,8 +49,9 @@ class Progress:
     def keep(self, index: int, result: Block) -> None:
         self.writer.write(index, result.tensors)
         prefix = self.source.block_prefix(index)
-        shapes = {prefix + name: list(shape) for name, (_, shape) in result.masks.bits.items()}
-        masks = {prefix + name: bits for name, (bits, _) in result.masks.bits.items()}
+        packed = result.masks.packed()
+        shapes = {prefix + name: list(shape) for name, (_, shape) in packed.items()}
+        masks = {prefix + name: bits for name, (bits, _) in packed.items()}
         written = [self.writer.shard(index), artifacts.block_file(self.directory / "masks", index), self._facts(index)]
         artifacts.write_tensors(written[1], masks, {"shapes": shapes})
         if self.quantization.bits is not None:

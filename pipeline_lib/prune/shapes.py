@@ -86,7 +86,7 @@ class Shapes:
 
     def inner(self, rows: int) -> float:
         """Bytes of a batch's activations within the block: every site's inputs, four of the stream's width, rows of the attention."""
-        heads, width = self.checkpoint.config.num_attention_heads, self.checkpoint.architecture.width
+        heads, width = self.checkpoint.heads, self.checkpoint.architecture.width
         return 4 * rows * self.length * (sum(self.sites) + 4 * width + heads * self.length / 4)
 
     def stream(self, dtype: torch.dtype) -> int:

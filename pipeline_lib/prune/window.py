@@ -1,5 +1,6 @@
 """What pruning works on: blocks as they are pruned, the streams before them, and a window of consecutive blocks."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,12 +13,12 @@ from pipeline_lib.fit.fit import Pairs
 from pipeline_lib.masks.bits import BitMasks
 from pipeline_lib.masks.rule import Rule
 from pipeline_lib.masks.scores import Curvature
-from pipeline_lib.models.architecture import Layout, Matrix
+from pipeline_lib.models.architecture import Layout, Matrix, Site
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.solve.grid import Grid
 from pipeline_lib.stats.lanes import Sums, fold
-from pipeline_lib.stats.moments import DiagonalSums, Moments, MomentSums
+from pipeline_lib.stats.moments import DiagonalSums, Moments, MomentSums, drawn_together
 
 
 @dataclass
@@ -42,6 +43,26 @@ class Block:
         """The sites of its included matrices, in order."""
         wanted = {matrix.site for matrix in self.kept}
         return [site.name for site in self.layout.sites if site.name in wanted]
+
+    def ahead(self, site: str, alone: bool, budget: float = math.inf) -> list[str]:
+        """The sites whose statistics are collected in one pass: this one and those behind it.
+
+        Args:
+            alone: only this one, and with an expert's those of the other experts of its layer.
+            budget: bytes of Gram matrices of experts, of which at least one is collected.
+        """
+        pool, used = self.layout.site(site).pool, 0.0
+        names: list[str] = []
+        for name in self.sites[self.sites.index(site) :]:
+            entry = self.layout.site(name)
+            if alone and name != site and (pool is None or entry.pool != pool):
+                continue
+            if entry.pool is not None:
+                used += 2 * 4 * len(entry.index) ** 2  # the sum and one lane's
+                if used > budget and names:
+                    continue
+            names.append(name)
+        return names
 
     def consumers(self, site: str) -> list[Matrix]:
         """The included matrices that share a site."""
@@ -110,7 +131,7 @@ def collect(
 ) -> dict[str, Moments]:
     """Moments of the sites' inputs for batches of a stream before a block. No more of the block is run than they need.
 
-    Memory: two matrices [d, d] per site, the sum and one lane's; twice that with ``beside``.
+    Memory: two matrices [d, d] per site, the sum and one lane's; twice that with ``beside``. Two more for a layer of experts.
 
     Args:
         block: its number, and the block.
@@ -120,17 +141,42 @@ def collect(
         beside: the dense block and the dense stream's batches before it: the cross moments with its inputs are collected too.
     """
 
+    pools = _pools(model, block[0], sites)
+    others = {
+        site.name: f"others of {site.pool}" for site in _sites(model, block[0]) if site.pool in pools.values() and site.pool is not None
+    }
+    others = {name: rest for name, rest in others.items() if name not in pools}  # they count for the pool alone
+    pools |= {rest: rest.removeprefix("others of ") for rest in others.values()}
+
     def summed(lane: Sequence[int]) -> Sums[MomentSums]:
-        sums = Sums({name: MomentSums() for name in sites})
+        sums = Sums({name: MomentSums() for name in pools})
         for number in lane:
             dense: dict[str, torch.Tensor] = {}
-            if beside is not None:
-                _tap(model, (block[0], beside[0]), beside[1][number], sites, dense.__setitem__)
-            _tap(model, block, hidden[number], sites, lambda name, x, dense=dense: sums[name].add(x, dense.get(name)))  # type: ignore[misc]
+
+            def keep(name: str, x: torch.Tensor, _weights: torch.Tensor | None, dense: dict[str, torch.Tensor] = dense) -> None:
+                dense[name] = x
+
+            def add(name: str, x: torch.Tensor, weights: torch.Tensor | None, dense: dict[str, torch.Tensor] = dense) -> None:
+                sums[others.get(name, name)].add(x, dense.get(name), weights)
+
+            if beside is not None and apart:
+                _tap(model, (block[0], beside[0]), beside[1][number], apart, keep)
+            _tap(model, block, hidden[number], [*sites, *others], add)
         return sums
 
-    sums = fold(map(summed, lanes))
-    return {name: sums.pop(name).finish(beside is not None) for name in list(sums)}
+    apart = [name for name in sites if pools[name] is None]  # the other stream's tokens may be routed to other experts
+    sums = drawn_together(fold(map(summed, lanes)), pools)
+    return {name: sums.pop(name).finish(beside is not None) for name in sites}
+
+
+def _sites(model: BlockModel, index: int) -> tuple[Site, ...]:
+    return model.checkpoint.architecture.layouts[index].sites
+
+
+def _pools(model: BlockModel, index: int, sites: Sequence[str]) -> dict[str, str | None]:
+    """Site -> what it is pooled with."""
+    known = {site.name: site.pool for site in _sites(model, index)}
+    return {name: known[name] for name in sites}
 
 
 def collect_diagonals(
@@ -145,24 +191,27 @@ def collect_diagonals(
     def summed(lane: Sequence[int]) -> Sums[DiagonalSums]:
         sums = Sums({name: DiagonalSums() for name in sites})
         for number in lane:
-            _tap(model, block, hidden[number], sites, lambda name, x: sums[name].add(x))
+            _tap(model, block, hidden[number], sites, lambda name, x, weights: sums[name].add(x, weights))
         return sums
 
-    return {name: one.finish() for name, one in fold(map(summed, lanes)).items()}
+    found = drawn_together(fold(map(summed, lanes)), _pools(model, block[0], sites))
+    return {name: one.finish() for name, one in found.items()}
 
 
-def _tap(
-    model: BlockModel, block: tuple[int, nn.Module], hidden: torch.Tensor, sites: Sequence[str], take: Callable[[str, torch.Tensor], None]
-) -> None:
-    """Run a block on a batch [B, T, D] until ``take(site, X)`` has got the inputs X [B, T, d] of every site."""
-    modules = {one.name: one.module for one in model.checkpoint.architecture.layouts[block[0]].sites if one.name in sites}
-    ahead = set(modules)
+Named = Callable[[str, torch.Tensor, torch.Tensor | None], None]
 
-    def reach(name: str, x: torch.Tensor) -> None:
-        take(name, x.unflatten(0, (len(hidden), -1)))
-        ahead.discard(name)
+
+def _tap(model: BlockModel, block: tuple[int, nn.Module], hidden: torch.Tensor, sites: Sequence[str], take: Named) -> None:
+    """Run a block on a batch [B, T, D] until ``take(site, X, weights)`` has got the inputs of every site: X [B, T, d], or of an expert [n, d]."""
+    names = set(sites)
+    wanted = [one for one in _sites(model, block[0]) if one.name in names]
+    ahead = {site.name for site in wanted}
+
+    def reach(site: Site, x: torch.Tensor, weights: torch.Tensor | None) -> None:
+        take(site.name, x if site.pool is not None else x.reshape(len(hidden), -1, x.shape[-1]), weights)
+        ahead.discard(site.name)
         if not ahead:
             raise _Reached
 
-    with torch.no_grad(), suppress(_Reached), tapped(block[1], modules, reach):
+    with torch.no_grad(), suppress(_Reached), tapped(block[1], wanted, reach):
         model.call(block[1], block[0], hidden)

@@ -329,10 +329,85 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
+# Model
+
+RARE = 4  # a Gram matrix of d channels is drawn half way to all experts' by fewer than d / RARE tokens, see ``stats.moments.prior``
+
+
+def _model(results: Results) -> Blocks:
+    """What factors fold into, block by block, and how many tokens each expert saw."""
+    found = results.model["architecture"]
+    kinds, numbers = found["kinds"], found["kind_of_block"]
+    folded = [[one["name"] for one in kind["couplings"] if not one["name"].startswith("expert_")] for kind in kinds]
+    fixed = [[site["name"] for site in kind["sites"] if "coupling" not in site or site["coupling"] is None] for kind in kinds]
+    experts = [len({site["name"] for site in kind["sites"] if site.get("pool", "").endswith("input")}) for kind in kinds]
+    columns = [
+        words("blocks", [_ranges([block for block, own in enumerate(numbers) if own == number]) for number in range(len(kinds))]),
+        Column("", "matrices", tuple(str(len(kind["matrices"])) for kind in kinds)),
+        words("factors fold into", [", ".join(names) or ABSENT for names in folded]),
+        words(
+            "inputs that cannot be scaled",
+            [", ".join(name for name in names if not name.startswith("expert_")) or ABSENT for names in fixed],
+        ),
+    ]
+    if any(experts):
+        columns.append(Column("", "experts", tuple(str(count or ABSENT) for count in experts)))
+        columns.append(words("never pruned", [", ".join(kind["routers"]) or ABSENT for kind in kinds]))
+    return [
+        "Discovered from the model, and tried on its own weights before use: random powers of two on each coupling leave what a block computes as it is.",
+        Block("table", columns),
+        *_experts(results),
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """1, 2, 3, 7 as 1–3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def _experts(results: Results) -> Blocks:
+    """The tokens that came to each expert while the first variant that reads any was pruned."""
+    for variant in results.pruned:
+        seen: dict[int, dict[str, int]] = {}
+        for one in variant.facts["matrices"].values():
+            if one.get("site", "").endswith("_input"):
+                seen.setdefault(one["block"], {})[one["site"].removesuffix("_input")] = one["tokens"]
+        if not seen:
+            continue
+        rare = results.model["architecture"]["width"] / RARE
+        rows = {block: sorted(tokens.values()) for block, tokens in sorted(seen.items())}
+        none = {block: [name for name, count in seen[block].items() if not count] for block in rows}
+        columns = [
+            Column("", "block", tuple(map(str, rows))),
+            Column("", "experts", tuple(str(len(counts)) for counts in rows.values())),
+            Column("tokens of an expert", "minimum", tuple(f"{counts[0]:,}" for counts in rows.values())),
+            Column("tokens of an expert", "median", tuple(f"{counts[len(counts) // 2]:,}" for counts in rows.values())),
+            Column(
+                "tokens of an expert",
+                f"below {rare:.0f}",
+                tuple(_percent(mean(count < rare for count in counts)) for counts in rows.values()),
+            ),
+            words("without any", [", ".join(names) or ABSENT for names in none.values()]),
+        ]
+        said = (
+            f"Tokens that the router sent to each expert while `{variant.name}` was pruned. Statistics of n tokens are drawn to those of all experts of "
+            "the layer by n / (n + d/4), d the channels; an expert without any uses those."
+        )
+        return [said, Block("table", columns, f"All {len(rows)} blocks with experts" if len(rows) > MOST_ROWS else "")]
+    return []
+
+
 SECTIONS = {
     "Comparison": _comparison,
     "Costs": _costs,
     "Sizes": _sizes,
+    "Model": _model,
     "Share pruned per matrix": _sparsity,
     "Sensitivity": _sensitivity,
     "Induction": _induction,

@@ -3,8 +3,10 @@
 Symbols: G = E[X Xᵀ] second moment (Gram) [d, d], μ = E[X] mean [d], n tokens.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +22,7 @@ class SiteStatistics:
     maximum: torch.Tensor
     gram: torch.Tensor | None = None
     held_out_gram: torch.Tensor | None = None
+    share: torch.Tensor | None = None  # [] of an expert's: its weights' squares over all tokens; None: 1
 
     @property
     def second_moment_matrix(self) -> torch.Tensor:
@@ -50,8 +53,63 @@ class SiteStatistics:
         return cls(**{f.name: tensors[key] for f in fields(cls) if (key := f"{prefix}.{f.name}") in tensors})
 
 
-class Accumulator:
+S = TypeVar("S", bound="WeightedSums")
+
+
+class WeightedSums:
+    """Sums over tokens, each weighed by the square of what its outputs are weighed by: E‖w ΔW X‖² is what an expert's error comes to.
+
+    Experts that see few tokens are drawn towards all experts of their layer.
+    """
+
+    MEANS: tuple[str, ...] = ()  # attributes that are sums, and become means by ``count``
+    _seen: float | None = None
+
+    def __init__(self) -> None:
+        self.count: float = 0  # the sum of weights; of tokens, where none is weighed
+        self.tokens = 0
+
+    @property
+    def seen(self) -> float:
+        """The sum of weights before anything was drawn to a pool."""
+        return self._seen if self._seen is not None else self.count
+
+    def shrunk(self: S, pool: S) -> S:
+        """Means drawn towards the pool's: n tokens count for n, the pool for ``prior`` of them. The sole contributor to a pool stays as it is."""
+        if self.tokens == pool.tokens:
+            return self
+        made = copy.copy(self if self.tokens else pool)
+        made.count, made.tokens, made._seen = 1, self.tokens, self.count
+        for name in self.MEANS:
+            if getattr(pool, name) is None:
+                continue
+            common = getattr(pool, name) / pool.count
+            own = self.tokens / (self.tokens + prior(common.shape[-1]))
+            setattr(made, name, common if not self.tokens else own * getattr(self, name) / self.count + (1 - own) * common)
+        return made
+
+
+def prior(channels: int) -> float:
+    """As how many tokens the pool counts: with fewer than there are channels a Gram matrix is singular."""
+    return channels / 4
+
+
+def drawn_together(found: Mapping[str, S], pools: Mapping[str, str | None]) -> dict[str, S]:
+    """Every site's sums; those of a pool (site -> pool) drawn towards the sum of all of it."""
+    wholes: dict[str, S] = {}
+    for site, sums in found.items():
+        if (pool := pools[site]) is not None and sums.tokens:
+            if pool in wholes:
+                wholes[pool] += sums  # type: ignore[operator]
+            else:
+                wholes[pool] = copy.deepcopy(sums)
+    return {site: sums if (pool := pools[site]) not in wholes else sums.shrunk(wholes[pool]) for site, sums in found.items()}
+
+
+class Accumulator(WeightedSums):
     """Collects a site's statistics row by row, in float32 (count and sums in float64). One is added to another: that of the rows before it."""
+
+    MEANS = ("sum", "squares", "gram")
 
     def __init__(self, total_tokens: int, median_tokens: int, gram: bool, first: int = 0) -> None:
         """
@@ -60,37 +118,40 @@ class Accumulator:
             median_tokens: medians are taken over at most so many.
             first: the number of the first token that is collected here.
         """
+        super().__init__()
         self.stride = max(1, -(-total_tokens // median_tokens))
         self.want_gram = gram
         self.first = first
-        self.count = 0
         self.sample: list[torch.Tensor] = []
         self.sum = self.squares = torch.zeros((), dtype=torch.float64)
         self.minimum = self.maximum = torch.empty(0)
         self.gram: torch.Tensor | None = None
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Take the activations of one row [T, d] or of several [B, T, d]."""
+    def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Take the activations of one row [T, d] or of several [B, T, d]; or of an expert's tokens [n, d], with what weighs its outputs [n]."""
         for row in _rows(inputs):
-            self._add(row.float())
+            if len(row):
+                self._add(row.float(), None if weights is None else weights.float().square())
 
-    def _add(self, x: torch.Tensor) -> None:
-        self.sum = self.sum.to(x.device) + x.double().sum(0)
-        self.squares = self.squares.to(x.device) + x.double().square().sum(0)
+    def _add(self, x: torch.Tensor, weights: torch.Tensor | None) -> None:
+        weighed = x if weights is None else x * weights[:, None]
+        self.sum = self.sum.to(x.device) + weighed.double().sum(0)
+        self.squares = self.squares.to(x.device) + (x.double().square() if weights is None else weighed.double() * x.double()).sum(0)
         low, high = x.amin(0), x.amax(0)
-        self.minimum = low if self.count == 0 else torch.minimum(self.minimum, low)
-        self.maximum = high if self.count == 0 else torch.maximum(self.maximum, high)
-        first = -(self.first + self.count) % self.stride
+        self.minimum = low if self.tokens == 0 else torch.minimum(self.minimum, low)
+        self.maximum = high if self.tokens == 0 else torch.maximum(self.maximum, high)
+        first = -(self.first + self.tokens) % self.stride
         self.sample.append(x[first :: self.stride].clone())
         if self.want_gram:
             if self.gram is None:
                 self.gram = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            self.gram.addmm_(x.T, x)
-        self.count += len(x)
+            self.gram.addmm_(weighed.T, x)
+        self.count += len(x) if weights is None else float(weights.sum(dtype=torch.float64))
+        self.tokens += len(x)
 
     def __iadd__(self, other: "Accumulator") -> "Accumulator":
-        if not self.count or not other.count:
-            return self if self.count else other
+        if not self.tokens or not other.tokens:
+            return self if self.tokens else other
         self.sum += other.sum
         self.squares += other.squares
         self.minimum, self.maximum = torch.minimum(self.minimum, other.minimum), torch.maximum(self.maximum, other.maximum)
@@ -98,6 +159,7 @@ class Accumulator:
         if self.gram is not None and other.gram is not None:
             self.gram += other.gram
         self.count += other.count
+        self.tokens += other.tokens
         return self
 
     def second_moment_matrix(self) -> torch.Tensor:
@@ -106,15 +168,16 @@ class Accumulator:
             raise ValueError("this accumulator was not asked for the Gram matrix")
         return self.gram / self.count
 
-    def finish(self, held_out: "Accumulator | None" = None) -> SiteStatistics:
+    def finish(self, held_out: "Accumulator | None" = None, share: float | None = None) -> SiteStatistics:
         return SiteStatistics(
+            share=None if share is None else torch.tensor(share),
             second_moment=(self.squares / self.count).float(),
             mean=(self.sum / self.count).float(),
             median=torch.cat(self.sample).median(0).values,
             minimum=self.minimum,
             maximum=self.maximum,
             gram=self.second_moment_matrix() if self.want_gram else None,
-            held_out_gram=held_out.second_moment_matrix() if held_out is not None and held_out.want_gram else None,
+            held_out_gram=held_out.second_moment_matrix() if held_out is not None and held_out.gram is not None else None,
         )
 
 
@@ -126,72 +189,93 @@ class Moments:
     mean: torch.Tensor  # E[X] [d]
     cross: torch.Tensor | None = None  # C = E[X_dense Xᵀ] [d, d]
     dense_mean: torch.Tensor | None = None  # E[X_dense] [d]
+    tokens: int | None = None  # that these come from, before they were drawn to other experts'
 
     def shifted(self, shift: torch.Tensor) -> "Moments":
         """Those of X − δ and X_dense − δ (2602.21652, Eqs. 9–11; C' = C − δμᵀ − μ_dense δᵀ + δδᵀ)."""
         cross = None if self.cross is None or self.dense_mean is None else _shifted(self.cross, self.dense_mean, self.mean, shift)
         dense_mean = None if self.dense_mean is None else self.dense_mean - shift
-        return Moments(_shifted(self.gram, self.mean, self.mean, shift), self.mean - shift, cross, dense_mean)
+        return Moments(_shifted(self.gram, self.mean, self.mean, shift), self.mean - shift, cross, dense_mean, self.tokens)
 
 
-class MomentSums:
+class MomentSums(WeightedSums):
     """Collects ``Moments`` row by row, in float32; means over rows in float64. One is added to another: that of the rows before it."""
 
+    MEANS = ("gram", "mean")
+
     def __init__(self) -> None:
-        self.count = 0
+        super().__init__()
         self.gram = self.cross = self.mean = self.dense_mean = torch.zeros(())
 
-    def add(self, inputs: torch.Tensor, dense: torch.Tensor | None = None) -> None:
-        """Take the activations of one row [T, d] or of several [B, T, d], and what the dense stream has in their places: always or never."""
-        for number, row in enumerate(_rows(inputs)):
-            self._add(row.float(), None if dense is None else _rows(dense)[number].float())
+    def add(self, inputs: torch.Tensor, dense: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> None:
+        """Take the activations of one row [T, d] or of several [B, T, d], and what the dense stream has in their places: always or never.
 
-    def _add(self, x: torch.Tensor, dense: torch.Tensor | None) -> None:
-        if not self.count:
+        Of an expert's tokens [n, d], also what weighs its outputs [n].
+        """
+        for number, row in enumerate(_rows(inputs)):
+            if len(row):
+                square = None if weights is None else weights.float().square()
+                self._add(row.float(), None if dense is None else _rows(dense)[number].float(), square)
+
+    def _add(self, x: torch.Tensor, dense: torch.Tensor | None, weights: torch.Tensor | None) -> None:
+        if not self.tokens:
             self.gram = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             self.mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-        if dense is not None and not self.count:
+        if dense is not None and not self.tokens:
             self.cross, self.dense_mean = torch.zeros_like(self.gram), torch.zeros_like(self.mean)
-        self.gram.addmm_(x.T, x)
-        self.mean += x.sum(0)
-        self.count += len(x)
+        weighed = x if weights is None else x * weights[:, None]
+        self.gram.addmm_(weighed.T, x)
+        self.mean += weighed.sum(0)
+        self.count += len(x) if weights is None else float(weights.sum(dtype=torch.float64))
+        self.tokens += len(x)
         if dense is not None:
             self.cross.addmm_(dense.T, x)
             self.dense_mean += dense.sum(0)
 
     def __iadd__(self, other: "MomentSums") -> "MomentSums":
-        if not self.count or not other.count:
-            return self if self.count else other
+        if not self.tokens or not other.tokens:
+            return self if self.tokens else other
         self.gram += other.gram
         self.mean += other.mean
         self.cross += other.cross
         self.dense_mean += other.dense_mean
         self.count += other.count
+        self.tokens += other.tokens
         return self
 
     def finish(self, beside: bool = False) -> Moments:
         """With the cross moment if asked for. The sums become means where they are: nothing can be added any more."""
         own = self.gram.div_(self.count), (self.mean / self.count).float()
-        return Moments(*own, self.cross.div_(self.count), (self.dense_mean / self.count).float()) if beside else Moments(*own)
+        beside = beside and self.dense_mean.ndim > 0  # of an expert's inputs there is none
+        if not beside:
+            return Moments(*own, tokens=self.tokens)
+        return Moments(*own, self.cross.div_(self.count), (self.dense_mean / self.count).float(), self.tokens)
 
 
-class DiagonalSums:
+class DiagonalSums(WeightedSums):
     """The diagonal of a second moment, row by row, in float64. One is added to another: that of the rows before it."""
 
-    def __init__(self) -> None:
-        self.count, self.squares = 0, torch.zeros((), dtype=torch.float64)
+    MEANS = ("squares",)
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Take the activations of one row [T, d] or of several [B, T, d]."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Take the activations of one row [T, d] or of several [B, T, d]; or of an expert's tokens [n, d], with what weighs its outputs [n]."""
         for row in _rows(inputs):
-            self.squares = self.squares.to(row.device) + row.float().square().sum(0, dtype=torch.float64)
-            self.count += len(row)
+            if len(row):
+                squares = row.float().square() if weights is None else row.float().square() * weights.float().square()[:, None]
+                self.squares = self.squares.to(row.device) + squares.sum(0, dtype=torch.float64)
+                self.count += len(row) if weights is None else float(weights.double().square().sum())
+                self.tokens += len(row)
 
     def __iadd__(self, other: "DiagonalSums") -> "DiagonalSums":
-        if not self.count or not other.count:
-            return self if self.count else other
+        if not self.tokens or not other.tokens:
+            return self if self.tokens else other
         self.squares += other.squares
         self.count += other.count
+        self.tokens += other.tokens
         return self
 
     def finish(self) -> torch.Tensor:
@@ -239,4 +323,5 @@ def refresh(statistics: SiteStatistics, factor: torch.Tensor | None, shift: torc
         maximum=d * (statistics.maximum - delta),
         gram=matrix(statistics.gram),
         held_out_gram=matrix(statistics.held_out_gram),
+        share=statistics.share,
     )

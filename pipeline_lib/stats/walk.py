@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from pipeline_lib.core.artifacts import block_file, read_tensors
-from pipeline_lib.models.architecture import Architecture, Layout
+from pipeline_lib.models.architecture import Architecture, Layout, Site
 from pipeline_lib.models.stream import BlockModel, tapped
 from pipeline_lib.stats.lanes import LANES, Sums, deal, fold, parts
-from pipeline_lib.stats.moments import Accumulator, SiteStatistics
+from pipeline_lib.stats.moments import Accumulator, SiteStatistics, drawn_together
 from pipeline_lib.stats.settings import CalibrateParams
 
 
@@ -27,9 +27,12 @@ def walk(
     streams = [_Rows(model, rows, params, grams) for rows in (fit, held_out) if len(rows)]
     for index in range(model.checkpoint.architecture.depth):
         block = model.block(index)
-        taken = [fold(map(partial(stream.collect, block, index), range(LANES))) for stream in streams]
+        sites = {site.name: site for site in model.checkpoint.architecture.layouts[index].sites}
+        pools = {name: site.pool for name, site in sites.items()}
+        taken = [drawn_together(fold(map(partial(stream.collect, block, index), range(LANES))), pools) for stream in streams]
         held = taken[1] if len(taken) > 1 else {}
-        yield index, {site: found.finish(held.get(site)).cpu() for site, found in taken[0].items()}
+        shares = {name: None if pool is None else taken[0][name].seen / fit.numel() for name, pool in pools.items()}
+        yield index, {name: found.finish(held.get(name), shares[name]).cpu() for name, found in taken[0].items()}
 
 
 class _Rows:
@@ -44,9 +47,14 @@ class _Rows:
         """Pass a lane through a block; what its sites' inputs add to the statistics."""
         count, length = self.rows.shape
         first = parts(count)[lane].start * length
-        sites = {site.name: site.module for site in self.model.checkpoint.architecture.layouts[index].sites}
-        found = Sums({site: Accumulator(count * length, self.params.median_tokens, self.grams, first) for site in sites})
-        with tapped(block, sites, lambda site, x: found[site].add(x.unflatten(0, (-1, length)))):
+        sites = self.model.checkpoint.architecture.layouts[index].sites
+        starts = {site.name: first if site.pool is None else 0 for site in sites}  # which tokens come to an expert is not known before
+        found = Sums({name: Accumulator(count * length, self.params.median_tokens, self.grams, own) for name, own in starts.items()})
+
+        def take(site: Site, x: torch.Tensor, weights: torch.Tensor | None) -> None:
+            found[site.name].add(x if site.pool is not None else x.reshape(-1, length, x.shape[-1]), weights)
+
+        with tapped(block, sites, take):
             self.model.advance(block, index, self.stream, self.dealt.lanes[lane])
         return found
 

@@ -1,0 +1,303 @@
+"""What is discovered of a model: against the table of version 1, under other names, and with experts; couplings are tried before use."""
+
+import hashlib
+import inspect
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from architectures import attempt, make_checkpoint, tiny_config
+from project import recipe
+from tiny import ALL_FAMILIES, discovered, make_config, make_model, power_of_two_factors, token_rows
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama import modeling_llama
+
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.models.architecture import Architecture, Layout
+from pipeline_lib.models.checkpoint import open_checkpoint, skeleton
+from pipeline_lib.models.discover import discover
+from pipeline_lib.models.folding import fold
+from pipeline_lib.models.stream import BlockModel, tapped
+from pipeline_lib.models.transform import Transform
+from pipeline_lib.models.verify import verified, with_layouts
+from pipeline_lib.models.written import from_json, to_json
+from pipeline_lib.prune.plan import plan
+from pipeline_lib.prune.run import Rows, Source, prune
+from pipeline_lib.stats.moments import MomentSums, drawn_together, prior
+
+CPU = torch.device("cpu")
+ROWS = token_rows(3, 12)
+# One of every structure: fused and split, parallel, norms behind, hybrids, one latent, dense blocks before experts, experts in one parameter
+# (also transposed), in files one by one, given all tokens; a composite model.
+KINDS = ("phi3", "cohere", "olmo2", "bamba", "qwen3_next", "deepseek_v3", "granitemoe", "gpt_oss", "mixtral", "llama4_text", "gemma3")
+MIXTURES = ("mixtral", "gpt_oss", "granitemoe", "deepseek_v3")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Path of a tiny random checkpoint of a model type; made once."""
+    made: dict[str, Path] = {}
+
+    def path(model_type: str) -> Path:
+        if model_type not in made:
+            made[model_type] = make_checkpoint(tmp_path_factory.mktemp("tiny") / model_type, model_type)
+        return made[model_type]
+
+    return path
+
+
+# Against the table that version 1 had
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def facts(layout: Layout) -> dict[str, Any]:
+    return {
+        "matrices": [[m.kind, m.parameter, m.site, m.bias, list(m.rows) if m.rows else None, m.transposed] for m in layout.matrices],
+        "sites": [[site.name, site.coupling, len(site.index), digest(tuple(site.index))] for site in layout.sites],
+        "couplings": [
+            [one.name, one.size, [[t.parameter, t.axis, t.power, t.offset, digest(tuple(t.index)), digest(t.positions)] for t in one.ties]]
+            for one in layout.couplings
+        ],
+    }
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_what_was_a_table_is_discovered(family: str) -> None:
+    """Oracle: matrices, sites and couplings of version 1's hand-written entries, indices by their digests."""
+    known = json.loads((Path(__file__).parent / "data" / "layouts.json").read_text(encoding="utf-8"))
+    assert facts(discovered(make_config(family))) == known[family]
+
+
+# Under other names
+
+RENAMED = {"q_proj": "first", "k_proj": "second", "v_proj": "third", "o_proj": "last", "self_attn": "mixer", "input_layernorm": "before"}
+RENAMED |= {"gate_proj": "a", "up_proj": "b", "down_proj": "c", "post_attention_layernorm": "between", "mlp": "inner", "layers": "stack"}
+
+
+def test_other_names_change_names_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: Llama's own code with its attributes renamed, and a linear that nothing uses."""
+    text = inspect.getsource(modeling_llama).replace("from ...", "from transformers.").replace("from .", "from transformers.models.llama.")
+    for old, new in RENAMED.items():
+        text = re.sub(rf"\b{old}\b", new, text)
+    text = text.replace(
+        "        self.inner = LlamaMLP(config)\n", "        self.inner = LlamaMLP(config)\n        self.spare = nn.Linear(8, 8)\n"
+    )
+    text = re.sub(r"^ *@auto_docstring.*\n", "", text, flags=re.MULTILINE)
+    module = ModuleType("renamed_llama")
+    monkeypatch.setitem(sys.modules, "renamed_llama", module)
+    exec(compile(text, "renamed_llama", "exec"), module.__dict__)
+    config = make_config("llama")
+    with torch.device("meta"):
+        other: PreTrainedModel = module.LlamaForCausalLM(config)
+    other = other.eval()
+    other.model.rotary_emb = skeleton(config, torch.float32).base_model.rotary_emb
+    found, plain = discover(other), discover(skeleton(config, torch.float32).eval())
+    assert found.blocks == "stack"
+
+    def renamed(name: str | None) -> str | None:
+        return name and ".".join(RENAMED.get(part, part) for part in name.split("."))
+
+    for mine, theirs in zip(found.layouts[0].matrices, plain.layouts[0].matrices, strict=True):
+        assert replace(mine, kind="") == replace(theirs, kind="", parameter=renamed(theirs.parameter), bias=renamed(theirs.bias))
+    for one, other_one in zip(found.layouts[0].couplings, plain.layouts[0].couplings, strict=True):
+        ties = tuple(replace(tie, parameter=renamed(tie.parameter)) for tie in other_one.ties)
+        assert one == replace(other_one, ties=ties)
+
+
+# Couplings are tried
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_every_coupling_of_every_kind_holds(tiny: Any, model_type: str) -> None:
+    """Oracle: the block as transformers runs it, to the bit where no norm's weight is kept as 1 + w."""
+    model = BlockModel(open_checkpoint(tiny(model_type)), torch.float32, CPU)
+    entry = model.checkpoint.architecture
+    assert [failed for _, failed in verified(model)] == [()] * entry.depth
+    stream = model.embed(ROWS, len(ROWS))
+    for index, layout in enumerate(entry.layouts):
+        tensors = model.checkpoint.block(index)
+        factors = power_of_two_factors({coupling.name: coupling.size for coupling in layout.couplings}, seed=index)
+        outputs = [model.call(model.block(index, own), index, stream.hidden[0]) for own in (tensors, fold(tensors, layout, factors))]
+        offset = any(tie.offset for coupling in layout.couplings for tie in coupling.ties)
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3 * offset, atol=1e-3 * offset)
+        stream.hidden[0] = outputs[0]
+
+
+def test_a_coupling_that_does_not_hold_is_left_out(tmp_path: Path) -> None:
+    """Oracle: Q's factors pair other channels than rotate together. Neither its site nor the others are touched."""
+    checkpoint = open_checkpoint(make_model(tmp_path, "llama"))
+    layout = checkpoint.architecture.layouts[0]
+    wrong = [replace(c, ties=(*c.ties[:-1], replace(c.ties[-1], index=tuple(reversed(c.ties[-1].index))))) for c in layout.couplings]
+    broken = replace(
+        layout, couplings=tuple(w if w.name in ("q_k", "up_down") else c for w, c in zip(wrong, layout.couplings, strict=True))
+    )
+    tried = replace(checkpoint, architecture=with_layouts(checkpoint.architecture, [broken, layout]))
+    (first, failed), (second, none) = verified(BlockModel(tried, torch.float32, CPU))
+    assert (failed, none) == (("q_k", "up_down"), ())
+    assert second == layout
+    assert [c.name for c in first.couplings] == ["attention_norm", "v_o", "mlp_norm"]
+    assert [site.coupling for site in first.sites] == ["attention_norm", "v_o", "mlp_norm", None]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "gpt_oss"])
+def test_an_architecture_is_written_and_read(tiny: Any, model_type: str) -> None:
+    entry = open_checkpoint(tiny(model_type)).architecture
+    written = json.loads(json.dumps(to_json(entry)))
+    assert from_json(written) == entry
+    assert isinstance(from_json(written), Architecture)
+
+
+# Experts
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_experts_see_what_transformers_routes_to_them(tiny: Any, model_type: str) -> None:
+    """Oracle: a hook on plain transformers' experts. All tokens that are routed are counted, with the weights of the router."""
+    checkpoint = open_checkpoint(tiny(model_type))
+    block = next(number for number, layout in enumerate(checkpoint.architecture.layouts) if layout.routers)
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
+    home = plain.base_model.get_submodule(f"{checkpoint.architecture.blocks}.{block}")
+    (experts,) = (module for module in home.modules() if hasattr(module, "down_proj") and isinstance(module.down_proj, torch.nn.Parameter))
+    routed: list[Any] = []
+    experts.register_forward_pre_hook(lambda _module, args: routed.append(args))
+    with torch.no_grad():
+        plain(input_ids=ROWS, use_cache=False)
+    hidden, chosen, weights = routed[0]
+
+    model = BlockModel(checkpoint, torch.float32, CPU)
+    stream, found = model.embed(ROWS, len(ROWS)), {}
+    for number in range(block):
+        model.advance(model.block(number), number, stream)
+    layout = checkpoint.architecture.layouts[block]
+    with tapped(model.block(block), layout.sites, lambda *_: None):
+        pass
+    module = model.block(block)
+    with torch.no_grad(), tapped(module, layout.sites, lambda site, x, w: found.__setitem__(site.name, (x, w))):
+        model.call(module, block, stream.hidden[0])
+    names = sorted({site.name for site in layout.sites if site.pool is not None and site.pool.endswith("input")})
+    assert len(names) == len(experts.down_proj)
+    assert sum(len(found[name][0]) for name in names if name in found) == chosen.numel()
+    for name in names:
+        number = int(name.split("_")[1])
+        place, token = torch.where(number == chosen.T)
+        if name in found:
+            x, own = found[name]
+            torch.testing.assert_close(x, hidden[token], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(own, weights[token, place], rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_few_tokens_are_drawn_to_all_experts() -> None:
+    """Oracles: the formula by hand; the pool itself where an expert has no tokens; to the bit its own where it has all."""
+    random = torch.Generator().manual_seed(0)
+    own, others = torch.randn(5, 8, generator=random), torch.randn(40, 8, generator=random)
+    weights = torch.rand(5, generator=random)
+    found = {name: MomentSums() for name in ("few", "many", "none", "alone")}
+    found["few"].add(own, weights=weights)
+    found["many"].add(others)
+    found["alone"].add(own, weights=weights)
+    pools = {"few": "a", "many": "a", "none": "a", "alone": "b"}
+    drawn = {name: sums.finish() for name, sums in drawn_together(found, pools).items()}
+    square = weights.square()
+    single = (own * square[:, None]).T @ own
+    pool = (single + others.T @ others) / (square.sum() + 40)
+    share = 5 / (5 + prior(8))
+    torch.testing.assert_close(drawn["few"].gram, share * single / square.sum() + (1 - share) * pool)
+    torch.testing.assert_close(drawn["none"].gram, pool)
+    assert [drawn[name].tokens for name in found] == [5, 40, 0, 5]
+    plain = MomentSums()
+    plain.add(own, weights=weights)
+    assert torch.equal(drawn["alone"].gram, plain.finish().gram)
+
+
+def test_an_expert_with_all_tokens_is_a_dense_mlp(tmp_path: Path) -> None:
+    """Oracle: Mistral with the expert's weights in its MLP, pruned with the same settings."""
+    config = tiny_config("mixtral")
+    config.num_local_experts = config.num_experts_per_tok = 1
+    config.sliding_window = None
+    torch.manual_seed(0)
+    mixture = AutoModelForCausalLM.from_config(config)
+    mixture.save_pretrained(tmp_path / "mixture")
+    dense_config = make_config("mistral", layers=config.num_hidden_layers, sliding_window=None, **_sizes(config))
+    dense = AutoModelForCausalLM.from_config(dense_config)
+    with torch.no_grad():
+        taken = mixture.state_dict()
+        for name, parameter in dense.named_parameters():
+            parameter.copy_(_of_expert(taken, name))
+    dense.save_pretrained(tmp_path / "dense")
+    one, other = pruned_tensors(tmp_path / "mixture"), pruned_tensors(tmp_path / "dense")
+    pairs = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    compared = 0
+    for name, tensor in one.items():
+        for old, new in pairs.items():
+            name = name.replace(f"block_sparse_moe.experts.0.{old}.", f"mlp.{new}.")
+        if name in other:
+            compared += 1
+            assert torch.equal(tensor == 0, other[name] == 0), name
+            torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-4)
+    assert compared == len(other)
+
+
+def pruned_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's blocks, half of every matrix pruned by the OBS sweep."""
+    model = BlockModel(open_checkpoint(path), torch.float32, CPU)
+    entry = model.checkpoint.architecture
+    kept = {(block, matrix): math.prod(model.checkpoint.matrix_shape(block, matrix)) // 2 for block, matrix in entry.places()}
+    rows = Rows(token_rows(8, 24), token_rows(0, 24), 4)
+    source = Source(model, [Transform()] * entry.depth, kept)
+    blocks = prune(source, rows, plan(recipe(["obs"]), torch.float32), lambda _: None)
+    return {model.checkpoint.block_prefix(index) + name: tensor for index, block in blocks for name, tensor in block.tensors.items()}
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
+    return {name: getattr(config, name) for name in (*names, "tie_word_embeddings", "rope_parameters", "max_position_embeddings")}
+
+
+def _of_expert(taken: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A dense parameter, from the mixture with one expert."""
+    if ".mlp." not in name:
+        return taken[name]
+    block, _, part = name.partition(".mlp.")
+    if part.startswith("down"):
+        return taken[f"{block}.mlp.experts.down_proj"][0]
+    gate, up = taken[f"{block}.mlp.experts.gate_up_proj"][0].chunk(2)
+    return gate if part.startswith("gate") else up
+
+
+# Through the pipeline
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_every_kind_is_pruned(tmp_path: Path, model_type: str) -> None:
+    """Oracles: plain transformers' perplexity of the files, exact counts, names and shapes of the source."""
+    record = attempt(model_type, tmp_path)
+    assert record["prunes"], record["reason"]
+    assert record["covered"] > 0.9
+
+
+@pytest.mark.parametrize(("model_type", "reason"), [("whisper", ""), ("deepseek_v4", "do not run once each")])
+def test_what_cannot_be_pruned_is_told(tmp_path: Path, model_type: str, reason: str) -> None:
+    """By one sentence; a decoder cut out of an encoder-decoder prunes what a text reaches."""
+    record = attempt(model_type, tmp_path)
+    if reason:
+        assert not record["prunes"] and reason in record["reason"]
+    else:
+        assert record["covered"] < 0.9
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    path = make_model(tmp_path, "llama")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"is_encoder_decoder": True}))
+    with pytest.raises(SparselineError, match="encoder-decoder"):
+        open_checkpoint(path)
