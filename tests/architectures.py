@@ -153,7 +153,7 @@ def attempt(model_type: str, directory: Path) -> dict[str, Any]:
         return record | {"reason": f"no tiny model can be made: {lines[0][:200]}"}
     project = make_workspace(directory / "project", variants={"fast": _fast()})
     change_params(project, "model.path", str(source))
-    with _inside(project):
+    with inside(project):
         prepared = invoke("prepare")
         if prepared.exit_code == 2:
             return record | {"reason": prepared.output.strip().splitlines()[-1].removeprefix("error: ").replace(str(source), "the model")}
@@ -165,7 +165,7 @@ def attempt(model_type: str, directory: Path) -> dict[str, Any]:
     assert facts["kept"] == round(facts["prunable"] / 2), facts["kept"]
     _check_names(checkpoint, project / "build/prune/fast/checkpoint")
     found = measured["perplexity"]["test"]
-    plain = _perplexity(project, "test")
+    plain = perplexity(project, project / "build/prune/fast/checkpoint", "test")
     assert abs(plain / found - 1) < 1e-3, f"perplexity {plain} with plain transformers, {found} here"
     couplings = sorted(
         {coupling.name.split(".")[-1] for layout in layouts for coupling in layout.couplings if not coupling.name.startswith("expert_")}
@@ -190,17 +190,17 @@ def _check_names(source: Checkpoint, pruned: Path) -> None:
     assert written.dtype == source.dtype
 
 
-def _perplexity(project: Path, text: str) -> float:
-    """Of the written checkpoint, by transformers alone."""
+def perplexity(project: Path, checkpoint: Path, text: str, **settings: Any) -> float:
+    """Of a written checkpoint on a project's text, by transformers alone."""
     rows = load_file(Workspace(project).texts("evaluate") / f"{text}.safetensors")["rows"]
-    model = AutoModelForCausalLM.from_pretrained(project / "build/prune/fast/checkpoint", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **settings).eval()
     with torch.no_grad():
         losses = [torch.nn.functional.cross_entropy(model(row[None], use_cache=False).logits[0, :-1].float(), row[1:]) for row in rows]
     return math.exp(float(torch.stack(losses).mean()))
 
 
 @contextmanager
-def _inside(project: Path) -> Iterator[None]:
+def inside(project: Path) -> Iterator[None]:
     here, before = Path.cwd(), dict(os.environ)
     os.chdir(project)
     os.environ |= environment(project)

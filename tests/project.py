@@ -84,13 +84,13 @@ def texts(shipped: Mapping[str, Any], rows: int = 8, length: int = 32) -> dict[s
 
 
 @cache
-def _shipped() -> Any:
+def shipped_params() -> Any:
     return YAML(typ="safe").load(ROOT / "params.yaml")
 
 
 def recipe(steps: Sequence[str] = (), **changes: Any) -> Recipe:
     """What section ``prune`` says with these steps, and with ``changes`` laid over it; nothing is induced."""
-    values = merge(merge(_shipped()["prune"], {"reconstruction": {"steps": list(steps)}}), {"induce": None} | changes)
+    values = merge(merge(shipped_params()["prune"], {"reconstruction": {"steps": list(steps)}}), {"induce": None} | changes)
     return Recipe.model_validate({name: values[name] for name in Recipe.model_fields})
 
 
@@ -109,7 +109,7 @@ def make_workspace(directory: Path, *, model: Mapping[str, Any] | None = None, *
         else:
             shutil.copyfile(source, copy)
     make_model(directory / "data" / "model", **{"family": "llama", "layers": 2, "max_position_embeddings": 4096, **(model or {})})
-    shipped = _shipped()
+    shipped = shipped_params()
     (directory / "data" / "texts").mkdir()
     for seed, name in enumerate(shipped["texts"]):
         (directory / "data" / "texts" / f"{name}.txt").write_text(text(seed), encoding="utf-8")

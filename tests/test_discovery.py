@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +14,29 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import attempt, make_checkpoint, tiny_config
-from project import recipe
-from tiny import ALL_FAMILIES, discovered, make_config, make_model, power_of_two_factors, token_rows
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from architectures import attempt, inside, make_checkpoint, perplexity, tiny_config
+from project import WANDA, build, change_params, load_artifact, make_workspace, recipe, shipped_params
+from safetensors.torch import load_file, save_file
+from tiny import (
+    ALL_FAMILIES,
+    VOCABULARY,
+    all_tensors,
+    discovered,
+    make_config,
+    make_model,
+    make_tokenizer,
+    power_of_two_factors,
+    randomise,
+    token_rows,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.export.load import unpack
 from pipeline_lib.models.architecture import Architecture, Layout
 from pipeline_lib.models.checkpoint import open_checkpoint, skeleton
+from pipeline_lib.models.conversion import assembled
 from pipeline_lib.models.discover import discover
 from pipeline_lib.models.folding import fold
 from pipeline_lib.models.stream import BlockModel, tapped
@@ -301,3 +316,150 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config | {"is_encoder_decoder": True}))
     with pytest.raises(SparselineError, match="encoder-decoder"):
         open_checkpoint(path)
+
+
+# A model with code of its own
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint whose architecture transformers does not have, with its code beside it."""
+    path = tmp_path_factory.mktemp("fused")
+    shutil.copy(Path(__file__).parent / "data" / "fused" / "modeling_fused.py", path)
+    own = {"AutoConfig": "modeling_fused.FusedConfig", "AutoModelForCausalLM": "modeling_fused.FusedForCausalLM"}
+    described = {"model_type": "fused_decoder", "architectures": ["FusedForCausalLM"], "auto_map": own, "vocab_size": VOCABULARY}
+    (path / "config.json").write_text(json.dumps(described))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=True), trust_remote_code=True)
+    randomise(model, 0)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    make_tokenizer(path)
+    return path
+
+
+def test_code_of_a_model_s_own_is_run_by_name_only(fused: Path) -> None:
+    with pytest.raises(SparselineError, match=r"set model\.remote_code to true if you trust that code"):
+        open_checkpoint(fused)
+    layout = open_checkpoint(fused, remote_code=True).architecture.layouts[0]
+    assert [matrix.kind for matrix in layout.matrices] == ["q", "k", "v", "o", "gate", "up", "down"]
+    assert {matrix.rows for matrix in layout.matrices[:3]} == {(0, 32), (32, 64), (64, 96)}
+    assert [coupling.name for coupling in layout.couplings] == ["attention_norm", "v_o", "q_k", "mlp_norm", "up_down"]
+
+
+def test_a_model_with_code_of_its_own_is_pruned(fused: Path, tmp_path: Path) -> None:
+    """Oracle: transformers with that code, which has come along."""
+    project = make_workspace(tmp_path / "project", variants={"wanda": WANDA | {"export": ["dense", "bitmask"]}})
+    change_params(project, "model.path", str(fused))
+    change_params(project, "model.remote_code", True)
+    with inside(project):
+        build("prepare", "text calibration", "text validation", "text test", "calibrate", "allocate wanda", "prune wanda")
+        build("evaluate dense", "evaluate wanda", "export wanda")
+        written = project / "build/prune/wanda/checkpoint"
+        found = load_artifact(project / "build/evaluate/wanda.json")["perplexity"]["test"]
+    assert (written / "modeling_fused.py").read_bytes() == (fused / "modeling_fused.py").read_bytes()
+    assert perplexity(project, written, "test", trust_remote_code=True) == pytest.approx(found, rel=1e-4)
+    exported = AutoModelForCausalLM.from_pretrained(project / "build/export/wanda/dense", trust_remote_code=True)
+    zeros = sum(int((p == 0).sum()) for name, p in exported.named_parameters() if "layers" in name and p.ndim == 2)
+    assert zeros == load_artifact(project / "build/facts/wanda.json")["zeros"]
+
+
+# Checkpoints in FP8 and MXFP4
+
+
+def in_fp8(path: Path) -> Path:
+    """A tiny Llama whose linears are stored as DeepSeek-V3 stores its own."""
+    make_model(path, "llama", hidden_size=64, intermediate_size=96, dtype=torch.bfloat16)
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if "_proj.weight" in name]:
+        weight = tensors[name].float()
+        blocks = weight.unflatten(0, (-1, 32)).unflatten(2, (-1, 32))
+        scale = blocks.abs().amax((1, 3)) / 448
+        tensors[name] = (blocks / scale[:, None, :, None]).flatten(2, 3).flatten(0, 1).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return quantised(path, {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"})
+
+
+def in_mxfp4(path: Path) -> Path:
+    """A tiny gpt-oss whose experts are stored as the shipped ones are."""
+    config = tiny_config("gpt_oss")
+    config.hidden_size = config.intermediate_size = 64
+    model = AutoModelForCausalLM.from_config(config)
+    randomise(model, 0)
+    model.to(torch.bfloat16).save_pretrained(path)
+    make_tokenizer(path)
+    tensors = load_file(path / "model.safetensors")
+    random = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=random, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 124, (experts, outputs, inputs // 32), generator=random, dtype=torch.uint8)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return quantised(path, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens", "lm_head"]})
+
+
+def quantised(path: Path, how: dict[str, Any]) -> Path:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    return path
+
+
+@pytest.mark.parametrize("make", [in_fp8, in_mxfp4])
+def test_packed_weights_are_read_as_transformers_unpacks_them(tmp_path: Path, make: Any) -> None:
+    """Oracle: transformers' dequantised model. The result is an ordinary bfloat16 checkpoint."""
+    path = make(tmp_path / "source")
+    with pytest.raises(SparselineError, match=r"set model\.dequantize to true"):
+        open_checkpoint(path)
+    how = json.loads((path / "config.json").read_text())["quantization_config"]["quant_method"]
+    settings = FineGrainedFP8Config(dequantize=True) if how == "fp8" else Mxfp4Config(dequantize=True)
+    plain = AutoModelForCausalLM.from_pretrained(path, quantization_config=settings, dtype=torch.bfloat16)
+    checkpoint = open_checkpoint(path, dequantize=True)
+    assert checkpoint.dtype == torch.bfloat16
+    for name, parameter in plain.named_parameters():
+        found = assembled(checkpoint.pieces[name], dict(checkpoint.read([piece.stored for piece in checkpoint.pieces[name]])))
+        assert torch.equal(found, parameter.data.to(torch.bfloat16)), name
+
+    project = make_workspace(tmp_path / "project", variants={"wanda": WANDA})
+    change_params(project, "model.path", str(path))
+    change_params(project, "model.dequantize", True)
+    with inside(project):
+        build("prepare", "text calibration", "text validation", "text test", "calibrate", "allocate wanda", "prune wanda")
+        build("evaluate dense", "evaluate wanda")
+        found_perplexity = load_artifact(project / "build/evaluate/wanda.json")["perplexity"]["test"]
+    written = project / "build/prune/wanda/checkpoint"
+    assert "quantization_config" not in json.loads((written / "config.json").read_text())
+    assert perplexity(project, written, "test") == pytest.approx(found_perplexity, rel=1e-3)
+
+
+# A mixture through the whole pipeline
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_a_mixture_goes_through_every_variant(tmp_path: Path, model_type: str) -> None:
+    """All variants of params.yaml and a quantised one; files, report. Oracles: exact counts, plain transformers, the codes unpacked again."""
+    shipped = {name: dict(value) for name, value in shipped_params()["variants"].items()}
+    packed = {"quantization": {"bits": 4, "group": 16}, "allocation": {"method": "weight"}, "export": ["dense", "bitmask"]}
+    project = make_workspace(tmp_path / "project", variants=shipped | {"packed": packed})
+    change_params(project, "model.path", str(make_checkpoint(tmp_path / "source", model_type)))
+    with inside(project):
+        build("keys", "prepare", "text calibration", "text validation", "text test", "calibrate", "scale", "sensitivity")
+        build("evaluate dense", "tasks dense")
+        for name in (*shipped, "packed"):
+            build(*(f"{stage} {name}" for stage in ("curves", "allocate", "induce", "prune", "evaluate", "tasks", "export")))
+        build("choose", "report")
+        for name in (*shipped, "packed"):
+            facts = load_artifact(project / f"build/facts/{name}.json")
+            assert facts["kept"] == round(facts["prunable"] / 2)
+        best = load_artifact(project / "build/evaluate/best.json")["perplexity"]["test"]
+        assert perplexity(project, project / "build/export/best/dense", "test") == pytest.approx(best, rel=1e-3)
+        unpack(project / "build/export/packed/bitmask", tmp_path / "unpacked")
+        for one, other in zip(
+            sorted(all_tensors(tmp_path / "unpacked").items()),
+            sorted(all_tensors(project / "build/export/packed/dense").items()),
+            strict=True,
+        ):
+            assert one[0] == other[0] and torch.equal(one[1], other[1])
+        size = load_artifact(project / "build/sizes/packed.json")["formats"]["bitmask"]["bits"]
+        assert size < 6, "every expert's codes are stored in four bits"
+    report = (project / "report/index.html").read_text(encoding="utf-8")
+    assert "Tokens that the router sent to each expert" in report

@@ -149,7 +149,7 @@ def summed(kind: type[MomentSums] | type[DiagonalSums]) -> Callable[[list[torch.
 
 def finished(sums: Any) -> list[torch.Tensor]:
     found = sums.finish(True) if isinstance(sums, MomentSums) else sums.finish()
-    return [found] if isinstance(found, torch.Tensor) else [value for value in vars(found).values() if value is not None]
+    return [found] if isinstance(found, torch.Tensor) else [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
 
 
 WAYS = {"accumulator": accumulated, "moments": summed(MomentSums), "diagonal": summed(DiagonalSums)}

@@ -17,11 +17,14 @@ import pytest
 from dvc_render.vega import VegaRenderer
 from project import ROOT, change_artifact, read_params, recipe
 from ruamel.yaml import YAML
+from tiny import discovered, make_config
 
 from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.files import sha256
 from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.models.architecture import Architecture
+from pipeline_lib.models.written import to_json
 from pipeline_lib.reporting import content, costs, table
 from pipeline_lib.reporting.render import costs as render_costs
 from pipeline_lib.reporting.render import render
@@ -131,6 +134,7 @@ def make(build: Path, depth: int = 3) -> Path:
         "dtype": "float32",
         "parameters": 12345,
         "versions": {"torch": "2.13"},
+        "architecture": to_json(Architecture("llama", "layers", 32, (discovered(make_config("llama")),) * depth, frozenset())),
     }
     write("prepare/model.json", source | {"sha256": hashes})
     for name, (test, validation) in LOG_PERPLEXITY.items():

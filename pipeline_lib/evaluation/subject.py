@@ -14,5 +14,5 @@ def open_subject(workspace: Workspace, source: ModelParams, name: str, dtype: st
     """The model, on the device that the settings name, and its tokenizer."""
     device = runtime.compute()
     directory = open_source(workspace, source).path if name == DENSE else workspace.opened(workspace.pruned(name)) / "checkpoint"
-    model = load_model(directory, dtype, device)
-    return model, load_tokenizer(directory, model.config.get_text_config().vocab_size)
+    model = load_model(directory, dtype, device, source.remote_code, source.dequantize)
+    return model, load_tokenizer(directory, model.config.get_text_config().vocab_size, source.remote_code)

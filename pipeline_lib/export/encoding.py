@@ -105,11 +105,12 @@ class Facts(BaseModel):
         if CODES not in parts:
             _fits(parts.keys() == {MASK, VALUES} and parts[VALUES].dtype == DTYPES[self.dtype] and len(parts[VALUES].shape) == 1)
             return
-        if self.bits is None or self.group is None or len(self.shape) != 2:
-            raise ValueError("bits, group and two dimensions belong to codes")
-        rows, columns = reversed(self.shape) if self.transposed else self.shape
+        if self.bits is None or self.group is None or len(self.shape) not in (2, 3):
+            raise ValueError("bits, group and two or three dimensions belong to codes")
+        *experts, rows, columns = self.shape
+        rows, columns = (columns, rows) if self.transposed else (rows, columns)
         _fits({CODES, SCALE} <= parts.keys() <= {CODES, SCALE, MASK, ZERO_POINT})
-        _fits(parts[SCALE].shape == (rows, -(-columns // self.group)) and parts[SCALE].dtype == DTYPES[self.dtype])
+        _fits(parts[SCALE].shape == (*experts, rows, -(-columns // self.group)) and parts[SCALE].dtype == DTYPES[self.dtype])
         _fits(parts[SCALE].dtype.is_floating_point)
         _fits(ZERO_POINT not in parts or parts[ZERO_POINT].bytes == packed_bytes(math.prod(parts[SCALE].shape), self.bits))
         _fits(MASK in parts or parts[CODES].bytes == packed_bytes(total, self.bits))

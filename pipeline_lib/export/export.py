@@ -57,7 +57,7 @@ def export(source: Checkpoint, variant: Variant, out: Path, formats: Sequence[Fo
     Raises:
         SparselineError: a format cannot express the variant; it is not what its masks and codes say.
     """
-    pruned = open_checkpoint(variant.directory / "checkpoint", source.architecture)
+    pruned = open_checkpoint(variant.directory / "checkpoint", source.architecture, source.remote_code)
     quantisation = Quantisation(variant.directory / "quantization", pruned)
     # Refuses before anything is written.
     scheme = packed.scheme(pruned, quantisation, variant.name) if "compressed-tensors" in formats else None

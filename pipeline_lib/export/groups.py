@@ -1,8 +1,9 @@
 """Quantised weights: w = scale · (code − zero point), one scale per group of consecutive inputs of a row."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -15,25 +16,28 @@ from pipeline_lib.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Groups:
-    """How the [R, C] weights of one stored parameter are quantised; codes are 0 … 2^bits − 1, symmetric ones have 2^(bits − 1) as zero point."""
+    """How the [R, C] weights of one stored parameter are quantised; codes are 0 … 2^bits − 1, symmetric ones have 2^(bits − 1) as zero point.
+
+    A parameter that holds several experts has one more dimension in front, and so have its scales.
+    """
 
     bits: int
     size: int  # inputs with one scale; the last group of a row may be shorter
-    scale: torch.Tensor  # [R, groups] in the parameter's dtype
-    zero_point: torch.Tensor | None  # [R, groups] uint8; None: symmetric
+    scale: torch.Tensor  # [..., R, groups] in the parameter's dtype
+    zero_point: torch.Tensor | None  # [..., R, groups] uint8; None: symmetric
     transposed: bool  # the parameter is stored [C, R]
 
     def logical(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[R, C] as a view of a tensor in the parameter's orientation."""
-        return tensor.T if self.transposed else tensor
+        """[..., R, C] as a view of a tensor in the parameter's orientation."""
+        return tensor.mT if self.transposed else tensor
 
     def spans(self, columns: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Group by group: its inputs, its scales [R, 1] in float32 (in which codes are made), its zero points [R, 1]."""
         scale = self.scale.float()
         middle = torch.full(scale.shape, 2 ** (self.bits - 1)) if self.zero_point is None else self.zero_point
-        for group in range(scale.shape[1]):
+        for group in range(scale.shape[-1]):
             inputs = slice(group * self.size, min((group + 1) * self.size, columns))
-            yield inputs, scale[:, group : group + 1], middle[:, group : group + 1].to(scale.dtype)
+            yield inputs, scale[..., group : group + 1], middle[..., group : group + 1].to(scale.dtype)
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
         """The codes (uint8) of weights, both in the parameter's orientation.
@@ -43,9 +47,9 @@ class Groups:
         """
         codes = torch.empty(weight.shape, dtype=torch.uint8)
         target, source = self.logical(codes), self.logical(weight)
-        for inputs, scale, zero in self.spans(source.shape[1]):
-            steps = torch.where(scale == 0, 0, source[:, inputs].to(scale.dtype) / scale)
-            target[:, inputs] = (steps.round() + zero).clamp(0, 2**self.bits - 1).to(torch.uint8)
+        for inputs, scale, zero in self.spans(source.shape[-1]):
+            steps = torch.where(scale == 0, 0, source[..., inputs].to(scale.dtype) / scale)
+            target[..., inputs] = (steps.round() + zero).clamp(0, 2**self.bits - 1).to(torch.uint8)
         if not torch.equal(self.weights(codes), weight):
             raise ValueError("weights are not their scales times whole codes")
         return codes
@@ -54,17 +58,17 @@ class Groups:
         """The product in float32, rounded once to the parameter's dtype; codes that are the zero point give 0.0."""
         weight = torch.empty(codes.shape, dtype=self.scale.dtype)
         target, source = self.logical(weight), self.logical(codes)
-        for inputs, scale, zero in self.spans(source.shape[1]):
-            steps = source[:, inputs].to(scale.dtype) - zero
-            target[:, inputs] = torch.where(steps == 0, 0, scale * steps).to(weight.dtype)
+        for inputs, scale, zero in self.spans(source.shape[-1]):
+            steps = source[..., inputs].to(scale.dtype) - zero
+            target[..., inputs] = torch.where(steps == 0, 0, scale * steps).to(weight.dtype)
         return weight
 
     def at_zero(self, codes: torch.Tensor) -> torch.Tensor:
         """Where a code is its zero point."""
         found = torch.empty(codes.shape, dtype=torch.bool)
         target, source = self.logical(found), self.logical(codes)
-        for inputs, _, zero in self.spans(source.shape[1]):
-            target[:, inputs] = source[:, inputs] == zero
+        for inputs, _, zero in self.spans(source.shape[-1]):
+            target[..., inputs] = source[..., inputs] == zero
         return found
 
 
@@ -90,16 +94,17 @@ class Quantisation:
             return {}
         tensors, facts = artifacts.read_tensors(path)
         by_parameter: dict[str, list[Matrix]] = {}
-        for matrix in sorted(self._checkpoint.architecture.layouts[block].matrices, key=lambda matrix: matrix.rows or (0, 0)):
+        every = self._checkpoint.architecture.layouts[block].matrices
+        for matrix in sorted(every, key=lambda matrix: (matrix.expert or 0, matrix.rows or (0, 0))):
             by_parameter.setdefault(matrix.parameter, []).append(matrix)
         found = {}
         for parameter, matrices in by_parameter.items():
-            if any(f"{matrix.label}.scale" not in tensors or matrix.expert is not None for matrix in matrices):
+            if any(f"{matrix.label}.scale" not in tensors for matrix in matrices):
                 continue
             columns = self._checkpoint.matrix_shape(block, matrices[0])[1]
             size = columns if facts["group"] in (None, "row") else int(facts["group"])
-            scale = torch.cat([tensors[f"{matrix.label}.scale"] for matrix in matrices])
-            zero = None if facts["symmetric"] else torch.cat([tensors[f"{matrix.label}.zero_point"] for matrix in matrices])
+            scale = _joined(matrices, tensors, "scale")
+            zero = None if facts["symmetric"] else _joined(matrices, tensors, "zero_point")
             kept = scale.to(self._checkpoint.dtype)
             if not torch.equal(kept.to(scale.dtype), scale) or (
                 zero is not None and not torch.equal(zero.to(torch.uint8).to(zero.dtype), zero)
@@ -111,3 +116,10 @@ class Quantisation:
                 int(facts["bits"]), size, kept, None if zero is None else zero.to(torch.uint8), transposed=matrices[0].transposed
             )
         return found
+
+
+def _joined(matrices: Sequence[Matrix], tensors: Mapping[str, torch.Tensor], part: str) -> torch.Tensor:
+    """Of all rows of a parameter [R, groups], or of all its experts [E, R, groups]; the matrices are in order."""
+    by_expert = groupby(matrices, key=lambda matrix: matrix.expert)
+    found = [(expert, torch.cat([tensors[f"{matrix.label}.{part}"] for matrix in own])) for expert, own in by_expert]
+    return found[0][1] if found[0][0] is None else torch.stack([own for _, own in found])

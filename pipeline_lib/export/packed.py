@@ -74,7 +74,7 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
         import compressed_tensors  # noqa: F401
     except ImportError as error:
         raise refusal("its package is not installed (pip install compressed-tensors)") from error
-    model = skeleton(pruned.config, pruned.dtype)
+    model = skeleton(pruned.config, pruned.dtype, pruned.remote_code)
     ignored, found, ragged = [], set(), ""
     for full, pieces in sorted(pruned.pieces.items()):
         linear = full.endswith(WEIGHT) and isinstance(model.get_submodule(full.removesuffix(WEIGHT)), nn.Linear)

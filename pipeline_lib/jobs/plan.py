@@ -43,7 +43,7 @@ def foreseen() -> Iterator[str]:
     """
     names.check()
     source = params.load(ModelParams, "model")
-    checkpoint = open_checkpoint(fetch(source))
+    checkpoint = open_checkpoint(fetch(source), None, source.remote_code, source.dequantize)
     texts = {name: params.load(TextParams, f"texts.{name}") for name in params.section("texts")}
     found = _planned(checkpoint, getattr(torch, source.compute_dtype), texts, read_all())
     speed = measure_speed(runtime.compute())
@@ -97,7 +97,9 @@ def _add_tasks(found: _Planned, checkpoint: Checkpoint, variants: dict[str, Vari
     for name, preset in part.presets.items():
         runs = 1 + sum(name in variant.tasks for variant in variants.values())
         try:
-            lengths = request_lengths(load_tokenizer(checkpoint.path, checkpoint.vocabulary), part.tasks.path, preset)
+            lengths = request_lengths(
+                load_tokenizer(checkpoint.path, checkpoint.vocabulary, checkpoint.remote_code), part.tasks.path, preset
+            )
         except Unread as error:
             found.unknown.append(f"tasks {name} are not counted. {error}")
             continue

@@ -12,7 +12,7 @@ from pipeline_lib.core import artifacts, environment, files, runtime
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import DENSE, Workspace
 from pipeline_lib.export.sizes import Bytes, Weights, summary
-from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint, remote_code
+from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint, own_code
 from pipeline_lib.models.files import grouped
 from pipeline_lib.models.names import Selection, select
 from pipeline_lib.models.settings import ModelParams
@@ -26,8 +26,8 @@ from pipeline_lib.models.written import to_json
 def prepare(workspace: Workspace, source: ModelParams) -> str:
     """Facts about the model, its logical matrices, and what it takes; a sentence on it."""
     directory = fetch(source)
-    checkpoint = open_checkpoint(directory)
-    tokenizer = load_tokenizer(directory, checkpoint.config.get_text_config().vocab_size)
+    checkpoint = open_checkpoint(directory, None, source.remote_code, source.dequantize)
+    tokenizer = load_tokenizer(directory, checkpoint.vocabulary, source.remote_code)
     checkpoint = _verified(checkpoint)
     entry = checkpoint.architecture
     matrices, selection = _matrices(checkpoint, source)
@@ -40,6 +40,8 @@ def prepare(workspace: Workspace, source: ModelParams) -> str:
         "path": str(source.path),
         "id": source.id,
         "revision": source.revision,
+        "remote_code": source.remote_code,
+        "dequantize": source.dequantize,
         "family": entry.family,
         "architecture": to_json(entry),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
@@ -58,11 +60,12 @@ def prepare(workspace: Workspace, source: ModelParams) -> str:
     prunable = sum(math.prod(matrix["shape"]) for matrix in matrices if matrix["included"])
     for line in grouped({**not_fetched(source), **checkpoint.left_out}):
         click.echo(f"prepare: not in any result: {line}")
-    if remote := remote_code(directory):
-        click.echo(f"prepare: code of the model's own ({remote[1]}) is never run; transformers' {remote[0]} takes its place")
+    if named := own_code(directory):
+        instead = "runs (model.remote_code)" if source.remote_code else f"does not run; transformers' {named[0]} takes its place"
+        click.echo(f"prepare: code of the model's own ({named[1]}) {instead}")
     for line in _absorbed(checkpoint):
         click.echo(f"prepare: {line}")
-    if beyond := ids_beyond(tokenizer, checkpoint.config.get_text_config().vocab_size):
+    if beyond := ids_beyond(tokenizer, checkpoint.vocabulary):
         click.echo(f"prepare: the tokenizer has tokens that the model has no embedding for ({beyond}); a text that holds one is refused")
     told = f"{checkpoint.parameters:,} parameters, {prunable:,} of them prunable in {entry.depth} blocks"
     return f"{entry.family}, {told}; {selection}"

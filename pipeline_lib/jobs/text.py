@@ -25,11 +25,11 @@ def text(workspace: Workspace, source: ModelParams, name: str, params: TextParam
     if workspace.model.exists():  # by hand, a text may be made first
         workspace.load(workspace.model)  # the rows are of its tokenizer
     directory = locate(source.path, source.id, source.revision)
-    config = read_config(directory)
+    config = read_config(directory, source.remote_code)
     window = getattr(config, "max_position_embeddings", None)
     if window is not None and params.length > window:
         raise SparselineError(f"params.yaml: texts.{name}.length = {params.length} is more than the model's {window} positions; lower it.")
-    tokenizer = load_tokenizer(directory, config.get_text_config().vocab_size)
+    tokenizer = load_tokenizer(directory, config.get_text_config().vocab_size, source.remote_code)
     begins = start(params.start, config.model_type, tokenizer)
     texts = read_texts(params)
     written = render(tokenizer, texts.chats, texts.places) if params.chat_template else texts.documents

@@ -24,6 +24,7 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models import attention
 from pipeline_lib.models.architecture import Architecture, Layout, Matrix
 from pipeline_lib.models.conversion import Piece, Pieces, assembled, pieces_of, stored_layout, usual_name
+from pipeline_lib.models.dequantize import METHODS, Packed, Parts, packed, without_quantisation
 from pipeline_lib.models.discover import discover
 from pipeline_lib.models.facts import heads_of
 from pipeline_lib.models.files import INDEX, Files, find_files, list_files
@@ -87,6 +88,8 @@ class Checkpoint:
     unread: frozenset[str]  # tensors that no text meets: other towers, whose values are kept
     buffers: frozenset[str]  # tensors that are no parameters, by their names in a block
     indexed: bool  # the weights have an index
+    packed: Mapping[str, Packed]  # tensors that are stored in FP8 or MXFP4, with their scales
+    remote_code: bool  # the model's own code runs, if it has any
     others: tuple[str, ...]  # config, tokenizer and the like, relative to path: copied verbatim beside new weights
     left_out: Mapping[str, str]  # file or tensor -> why it is in no result
 
@@ -150,12 +153,20 @@ class Checkpoint:
         for file_name, wanted in by_file.items():
             with safe_open(self.path / file_name, framework="pt") as file:
                 for name in wanted:
-                    tensor = file.get_tensor(name)
+                    tensor = self._unpacked(name) if name in self.packed else file.get_tensor(name)
                     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                         raise SparselineError(
                             f"{self.path / file_name}: weights of {name} hold NaN or infinity; the checkpoint is damaged."
                         )
                     yield name, tensor
+
+    def _unpacked(self, name: str) -> torch.Tensor:
+        """A tensor that is stored as two."""
+        pair, stored = self.packed[name], []
+        for source, file_name in zip((pair.values, pair.scales), pair.files, strict=True):
+            with safe_open(self.path / file_name, framework="pt") as file:
+                stored.append(file.get_tensor(source))
+        return pair.unpack(stored[0], stored[1])
 
     def block(self, block: int) -> dict[str, torch.Tensor]:
         """One block's tensors, named relative to the block, in the stored dtype."""
@@ -197,8 +208,12 @@ class Checkpoint:
         return [name for name in self.files if self.place(name) is None]
 
 
-def read_config(path: Path) -> PreTrainedConfig:
+def read_config(path: Path, remote_code: bool = False, dequantize: bool = False) -> PreTrainedConfig:
     """The model directory's config, the choice of attention kernel left to transformers: sdpa, or eager where the model has no sdpa.
+
+    Args:
+        remote_code: run code of the model's own, if it has any.
+        dequantize: read weights in FP8 or MXFP4 as bfloat16.
 
     Raises:
         SparselineError: there is none that transformers can read without code of the model's own.
@@ -211,23 +226,26 @@ def read_config(path: Path) -> PreTrainedConfig:
     list_files(path)  # refuses links to elsewhere, pipes and devices
     if not (path / CONFIG).is_file():
         raise SparselineError(f"{path} holds no {CONFIG}; give the directory that holds config.json and *.safetensors.")
-    if (remote := remote_code(path)) and remote[0] not in CONFIG_MAPPING_NAMES:
+    if not remote_code and (named := own_code(path)) and named[0] not in CONFIG_MAPPING_NAMES:
         raise SparselineError(
-            f"{path / CONFIG} asks for code of the model's own ({remote[1]}), which is never run, and transformers has no {remote[0]!r}."
+            f"{path / CONFIG} asks for code of the model's own ({named[1]}), and transformers has no {named[0]!r}; "
+            "set model.remote_code to true if you trust that code: it can do anything that you can."
         )
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=remote_code)
     except Exception as error:  # transformers checks little, and raises whatever it meets
         raise SparselineError(f"{path} holds no {CONFIG} that transformers can read: {_first_line(error)}") from error
     if getattr(config, "transformers_weights", None):
         raise SparselineError(
             f"{path / CONFIG} names its weights by transformers_weights; remove that key and name them model.safetensors."
         )
+    if dequantize and isinstance(quantised := getattr(config, "quantization_config", None), dict):
+        config.quantization_config = quantised | {"dequantize": True}
     config._attn_implementation = None  # not what the machine had that wrote it, as flash_attention_2
     return config
 
 
-def remote_code(path: Path) -> tuple[str, str] | None:
+def own_code(path: Path) -> tuple[str, str] | None:
     """The model type and the module of a config that names code of the model's own (``auto_map``), or None."""
     try:
         value = json.loads(files.text(path / CONFIG))
@@ -242,25 +260,33 @@ def _first_line(error: Exception) -> str:
     return " ".join(lines[:2]) if lines else type(error).__name__
 
 
-def open_checkpoint(path: Path, architecture: Architecture | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, architecture: Architecture | None = None, remote_code: bool = False, dequantize: bool = False
+) -> Checkpoint:
     """Open a Hugging Face model directory of safetensors.
 
     Args:
         architecture: what is known of it already; else it is discovered.
+        remote_code: run code of the model's own, if it has any.
+        dequantize: read weights in FP8 or MXFP4 as bfloat16.
 
     Raises:
         SparselineError: no or an unsupported config, another head than a language model's, no weights or two sets of them, a missing
             or truncated shard, a tensor missing, of another shape, or without a place in the model; a model that cannot be pruned.
     """
-    config = read_config(path)
-    _refuse(path, config)
+    config = read_config(path, remote_code)
+    _refuse(path, config, dequantize)
     found = find_files(path)
     parts, extra = _stored(path, found)
+    pairs = {}
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+        pairs = packed(parts)
     check_sizes(path, config, [shape for _, shape, _ in parts.values()])
     if (path / GENERATION).exists():
         generation(path)  # whoever loads the model reads it
     with _describing(path):
-        model = skeleton(config, torch.float32)
+        model = skeleton(config, torch.float32, remote_code)
     _check_head(path, config, model)
     shapes = {name: shape for name, (_, shape, _) in parts.items()}
     pieces = _placed(path, model, parts, pieces_of(model, shapes))
@@ -299,6 +325,8 @@ def open_checkpoint(path: Path, architecture: Architecture | None = None) -> Che
             if (place := _split(prefixes, piece.stored)) is not None
         ),
         indexed=found.index is not None,
+        packed=pairs,
+        remote_code=remote_code,
         others=found.others,
         left_out={**found.left_out, **dict.fromkeys(sorted(buffers), BUFFER), **extra},
     )
@@ -324,22 +352,27 @@ def _meets(entry: Architecture, full: str, base: str) -> bool:
     return not full.startswith(base) or name in entry.outside or name.startswith(f"{entry.blocks}.")
 
 
-def _refuse(path: Path, config: PreTrainedConfig) -> None:
+def _refuse(path: Path, config: PreTrainedConfig, dequantize: bool) -> None:
     if config.is_encoder_decoder:
         raise SparselineError(f"{path / CONFIG} describes an encoder-decoder ({config.model_type}); only decoders can be pruned.")
-    if getattr(config, "quantization_config", None) is not None:
+    if (quantised := getattr(config, "quantization_config", None)) is None:
+        return
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    if method not in METHODS:
         raise SparselineError(
             "The model is already quantised; give the original checkpoint, since pruning needs its full-precision weights."
         )
+    if not dequantize:
+        raise SparselineError(f"{path} is stored in {method}; set model.dequantize to true to read it as bfloat16.")
 
 
-def _placed(path: Path, model: "PreTrainedModel", parts: "Parts", pieces: Pieces) -> dict[str, tuple[Piece, ...]]:
+def _placed(path: Path, model: "PreTrainedModel", parts: Parts, pieces: Pieces) -> dict[str, tuple[Piece, ...]]:
     """By every name that transformers has for a parameter, what makes it up: ties looked up, shapes and types checked."""
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     either = tied | {source: target for target, source in tied.items()}  # a tie goes both ways: files may hold either tensor
     required = dict(model.named_parameters(remove_duplicate=False))
     found = {}
-    for full, tensor in model.state_dict(keep_vars=True).items() | required.items():
+    for full, tensor in {**required, **model.state_dict(keep_vars=True)}.items():
         own = pieces.get(full) or pieces.get(either.get(full, ""))
         if own is None and full not in required:
             continue  # a buffer that transformers computes
@@ -491,9 +524,6 @@ def _names_of(model: "PreTrainedModel") -> set[str]:
     return names
 
 
-Parts = dict[str, tuple[str, tuple[int, ...], str]]  # tensor name -> file name, shape, safetensors' name of the dtype
-
-
 def _stored(path: Path, found: Files) -> tuple[Parts, dict[str, str]]:
     """Every tensor of the files, and the files' metadata that is not written again."""
     parts: Parts = {}
@@ -516,7 +546,7 @@ def _stored(path: Path, found: Files) -> tuple[Parts, dict[str, str]]:
     return parts, extra
 
 
-def _missing(path: Path, name: str, model: "PreTrainedModel", parts: "Parts") -> str:
+def _missing(path: Path, name: str, model: "PreTrainedModel", parts: Parts) -> str:
     base, whole = type(model.base_model).__name__, type(model).__name__
     head = model.get_output_embeddings()
     is_head = head is not None and model.get_submodule(name.rpartition(".")[0]) is head
@@ -536,14 +566,14 @@ def is_buffer(name: str, shape: tuple[int, ...] | None) -> bool:
     )
 
 
-def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> "PreTrainedModel":
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype, remote_code: bool = False) -> "PreTrainedModel":
     """The model without its weights: parameters on the meta device, buffers real."""
     from accelerate import init_empty_weights  # imported here, like the modelling code below: seconds that not every stage needs
     from transformers import AutoModelForCausalLM
 
     attention.register()
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)  # without the word it asks
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code)  # without the word it asks
     for module in model.modules():  # fused kernels for experts show no products
         own: Any = getattr(module, "config", None)
         if hasattr(own, "_experts_implementation"):
@@ -598,6 +628,9 @@ class ShardWriter:
                     total += math.prod(part.get_shape()) * DTYPES[part.get_dtype()].itemsize
         write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         copy_files(self.source.others, self.source.path, self.directory)
+        if self.source.packed:
+            config = json.loads(files.text(self.source.path / CONFIG))
+            write_json(self.directory / CONFIG, without_quantisation(config))
 
     @staticmethod
     def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

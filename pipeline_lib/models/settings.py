@@ -14,4 +14,6 @@ class ModelParams(Params):
     revision: str | None
     include: list[str]
     exclude: list[str]
+    remote_code: bool
+    dequantize: bool
     compute_dtype: Literal["float32", "bfloat16", "float16"]

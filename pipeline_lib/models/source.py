@@ -138,7 +138,7 @@ def open_source(workspace: Workspace, params: ModelParams) -> Checkpoint:
         architecture, recorded = from_json(facts["architecture"]), facts["sha256"]
     except (KeyError, TypeError, IndexError) as error:
         raise SparselineError(f"{workspace.model} does not say what the model is made of; run `dvc repro` to make it again.") from error
-    checkpoint = open_checkpoint(locate(params.path, params.id, params.revision), architecture)
+    checkpoint = open_checkpoint(locate(params.path, params.id, params.revision), architecture, params.remote_code, params.dequantize)
     here = set(recorded_files(checkpoint))
     for name in sorted(here | recorded.keys()):
         path = checkpoint.path / name

@@ -115,7 +115,7 @@ class BlockModel:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
-        self.whole = skeleton(checkpoint.config, dtype).eval().requires_grad_(False)
+        self.whole = skeleton(checkpoint.config, dtype, checkpoint.remote_code).eval().requires_grad_(False)
         self.base: nn.Module = self.whole.base_model
         self.templates = list(self.base.get_submodule(checkpoint.architecture.blocks))
         self._own = threading.local()

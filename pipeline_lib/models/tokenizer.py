@@ -12,7 +12,7 @@ from pipeline_lib.core.errors import SparselineError
 SENTENCEPIECE = ("sentencepiece", "protobuf")  # packages that read tokenizer.model
 
 
-def load_tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path, vocabulary: int, remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model directory's tokenizer.
 
     Tokens beyond the model's ``vocabulary`` are no mistake by themselves: a padding token is often added without an embedding.
@@ -29,7 +29,7 @@ def load_tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerBase:
                     f"{path / 'tokenizer.model'} needs the package {package}, which is not installed; run `make environment`."
                 ) from error
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=remote_code)
         probe = tokenizer(string.printable)["input_ids"]
     except Exception as error:  # transformers checks little, and raises whatever it meets
         if "trust_remote_code" in str(error):

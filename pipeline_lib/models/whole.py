@@ -13,7 +13,7 @@ from pipeline_lib.models.files import find_files
 from pipeline_lib.models.tokenizer import check_ids
 
 
-def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
+def load_model(path: Path, dtype: str, device: torch.device, remote_code: bool = False, dequantize: bool = False) -> PreTrainedModel:
     """The model in one copy, in evaluation mode, without gradients.
 
     Raises:
@@ -22,7 +22,11 @@ def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
     find_files(path)  # refuses what is ambiguous
     attention.register()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, config=read_config(path), dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
+        path,
+        config=read_config(path, remote_code, dequantize),
+        dtype=getattr(torch, dtype),
+        trust_remote_code=remote_code,
+        use_safetensors=True,
     )
 
     embedding = model.get_input_embeddings()
@@ -32,4 +36,5 @@ def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
         check_ids(inputs[0], vocabulary)
 
     embedding.register_forward_pre_hook(check)
-    return model.to(device).eval().requires_grad_(False)
+    # What transformers unpacks keeps the dtype of its scales.
+    return model.to(device, getattr(torch, dtype) if dequantize else None).eval().requires_grad_(False)
