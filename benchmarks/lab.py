@@ -176,10 +176,10 @@ class Lab:
             self.shared[key] = value, time.perf_counter() - started
         return self.shared[key]
 
-    def statistics(self) -> tuple[list[dict[str, SiteStatistics]], float]:
+    def statistics(self) -> tuple[list[Mapping[str, SiteStatistics]], float]:
         """What stage calibrate gives, per block, and the seconds that it took."""
 
-        def compute() -> list[dict[str, SiteStatistics]]:
+        def compute() -> list[Mapping[str, SiteStatistics]]:
             blocks = walk(self.bed.stream(), self.rows["fit"], self.rows["held_out"], settings("calibrate"), grams=True)
             return [sites for _, sites in blocks]
 

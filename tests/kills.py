@@ -34,7 +34,7 @@ from project import SPARSELINE, environment, make_project, preloaded, run
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MARGIN = 1.1  # kills come within so many times an undisturbed run's duration
 ALL = SPARSELINE | {"quantization": QUANTISED["quantization"], "reconstruction": QUANTISED["reconstruction"]}  # each kind of step
-WAIT = 120.0  # seconds for what nobody kills
+WAIT = 300.0  # seconds for what nobody kills
 
 
 def spoken(ended: Ended, number: signal.Signals, early: bool) -> list[Fault]:
@@ -89,7 +89,7 @@ class KillStage:
         faults = spoken(ended, sent, early) + orphans(place)
         faults += between(before, outcome(project), self._ground.undisturbed)
         again = fork(stage(place, command), WAIT)
-        faults += [Fault("wrong", f"the second run ended with {again.code}\n{tail(again.output)}")] if again.code else []
+        faults += [Fault("wrong", f"the second run ended with {again.code}\n{tail(again.output)}")] if again.code != 0 else []
         faults += compared(outcome(project), self._ground.undisturbed) + remains(place)
         how = f"{command}, {'a process' if real else 'a fork'}, {sent.name} after {after:.2f} s{', nothing there' if cleared else ''}"
         return Tried(how, faults)
@@ -171,7 +171,7 @@ class KillRepro:
             faults.append(Fault("tracebacks", f"a traceback\n{ended.output[-1500:]}"))
         faults += between(before, outcome(project), self._undisturbed)
         again = signalled(place, ["dvc", "repro"], None, settings=preloaded())
-        faults += [Fault("wrong", f"the second run ended with {again.code}\n{tail(again.output)}")] if again.code else []
+        faults += [Fault("wrong", f"the second run ended with {again.code}\n{tail(again.output)}")] if again.code != 0 else []
         faults += compared(outcome(project), self._undisturbed) + remains(place)
         lock = project / ".dvc/tmp/rwlock"
         held = (

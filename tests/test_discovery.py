@@ -45,7 +45,10 @@ from pipeline_lib.models.verify import verified, with_layouts
 from pipeline_lib.models.written import from_json, to_json
 from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.run import Rows, Source, prune
+from pipeline_lib.prune.window import collect
 from pipeline_lib.stats.moments import MomentSums, drawn_together, prior
+from pipeline_lib.stats.settings import CalibrateParams
+from pipeline_lib.stats.walk import walk
 
 CPU = torch.device("cpu")
 ROWS = token_rows(3, 12)
@@ -216,11 +219,11 @@ def test_statistics_of_few_tokens_are_drawn_to_all_experts() -> None:
     random = torch.Generator().manual_seed(0)
     own, others = torch.randn(5, 8, generator=random), torch.randn(40, 8, generator=random)
     weights = torch.rand(5, generator=random)
-    found = {name: MomentSums() for name in ("few", "many", "none", "alone")}
-    found["few"].add(own, weights=weights)
-    found["many"].add(others)
-    found["alone"].add(own, weights=weights)
     pools = {"few": "a", "many": "a", "none": "a", "alone": "b"}
+    found = {name: MomentSums() for name in (*pools, *pools.values())}
+    for names, x, w in ((("few", "a"), own, weights), (("many", "a"), others, None), (("alone", "b"), own, weights)):
+        for name in names:
+            found[name].add(x, weights=w)
     drawn = {name: sums.finish() for name, sums in drawn_together(found, pools).items()}
     square = weights.square()
     single = (own * square[:, None]).T @ own
@@ -228,10 +231,35 @@ def test_statistics_of_few_tokens_are_drawn_to_all_experts() -> None:
     share = 5 / (5 + prior(8))
     torch.testing.assert_close(drawn["few"].gram, share * single / square.sum() + (1 - share) * pool)
     torch.testing.assert_close(drawn["none"].gram, pool)
-    assert [drawn[name].tokens for name in found] == [5, 40, 0, 5]
+    assert [drawn[name].tokens for name in pools] == [5, 40, 0, 5]
     plain = MomentSums()
     plain.add(own, weights=weights)
     assert torch.equal(drawn["alone"].gram, plain.finish().gram)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_statistics_of_experts_in_groups(tiny: Any, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
+    """SPARSELINE_GRAM_BYTES decides how many experts' Gram matrices are in memory. Oracle: all at once, to the last bit."""
+    checkpoint = open_checkpoint(tiny(model_type))
+    settings = CalibrateParams(batch_rows=2, median_tokens=64)
+    found, sites = [], [site.name for site in checkpoint.architecture.layouts[0].sites]
+    for budget in (10**9, 40_000, 1):
+        monkeypatch.setenv("SPARSELINE_GRAM_BYTES", str(budget))
+        model = BlockModel(checkpoint, torch.float32, CPU)
+        walked = [
+            {name: of_site.tensors("") for name, of_site in statistics.items()}
+            for _, statistics in walk(model, token_rows(8, 12), token_rows(4, 12), settings, grams=True)
+        ]
+        stream = model.embed(token_rows(4, 12), 2)
+        block = model.block(0)
+        each = [[name] for name in sites] if budget == 1 else [sites]
+        moments = {name: one for names in each for name, one in collect(model, (0, block), stream.hidden, [[0], [1]], names).items()}
+        found.append((walked, moments))
+    for walked, moments in found[1:]:
+        for block_found, expected in zip(walked, found[0][0], strict=True):
+            assert block_found.keys() == expected.keys()
+            assert all(torch.equal(block_found[site][name], expected[site][name]) for site in expected for name in expected[site])
+        assert all(torch.equal(moments[name].gram, found[0][1][name].gram) for name in sites)
 
 
 def test_an_expert_with_all_tokens_is_a_dense_mlp(tmp_path: Path) -> None:

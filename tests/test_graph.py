@@ -466,6 +466,8 @@ FOR = {
     "model.id": LOADS,
     "model.revision": LOADS,
     "model.include": "prepare",
+    "model.remote_code": "prepare",
+    "model.dequantize": "prepare",
     "model.exclude": "prepare",
     "model.compute_dtype": "prepare calibrate curves@* induce@* prune@*",
     "texts.calibration.*": "text@calibration",

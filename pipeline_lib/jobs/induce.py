@@ -4,6 +4,7 @@ import click
 import torch
 
 from pipeline_lib.core import artifacts, runtime, scratch
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.kept import Kept
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
@@ -16,7 +17,7 @@ from pipeline_lib.recipe.variants import InducePart
 from pipeline_lib.stats.dense import DenseBlock
 from pipeline_lib.stats.inputs import calibration_file, calibration_rows, open_model
 from pipeline_lib.stats.settings import CalibrateParams
-from pipeline_lib.stats.walk import stored_or_walked
+from pipeline_lib.stats.walk import InTurn, stored_or_walked
 
 
 def induce(workspace: Workspace, source: ModelParams, variant: str, part: InducePart, calibrate: CalibrateParams) -> str:
@@ -42,6 +43,11 @@ def induce(workspace: Workspace, source: ModelParams, variant: str, part: Induce
         outcomes = {}
         statistics = stored_or_walked(workspace.opened(workspace.statistics), model, rows["fit"], rows["held_out"], calibrate)
         for index, sites in track(statistics, what, "blocks", entry.depth):
+            if isinstance(sites, InTurn):  # every step wants all of them
+                raise SparselineError(
+                    f"{what}: the Gram matrices of the experts of block {index} are larger than SPARSELINE_GRAM_BYTES; "
+                    f"raise it, or set variants.{variant}.induce to null."
+                )
             tensors = {name: tensor.to(torch.float32) for name, tensor in checkpoint.block(index).items()}
             names = {matrix: entry.matrix_name(index, matrix) for matrix in entry.layouts[index].matrices}
             counts = {matrix: allocated[name] for matrix, name in names.items() if name in allocated}

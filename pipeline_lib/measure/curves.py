@@ -69,11 +69,13 @@ def measure(
     """
     tensors, statistics, where = block.tensors, block.statistics, block.where
     found: dict[str, dict[str, Any]] = {}
+    scales: dict[str, torch.Tensor] = {}
     for site in block.layout.sites:
         consumers = [matrix for matrix in block.layout.consumers(site.name) if matrix in included]
         if not consumers:
             continue
         gram, share = statistics[site.name].second_moment_matrix, statistics[site.name].share
+        scales[site.name] = statistics[site.name].second_moment.sqrt()
         factorisation = factorise(gram, selection.damping, selection.damping_of, f"{where} {site.name}")
         for matrix in consumers:
             weight = matrix.view(tensors[matrix.parameter]).float()
@@ -102,7 +104,7 @@ def measure(
         metric = np.empty(sum(matrix.view(tensors[matrix.parameter]).numel() for matrix in included), np.float32)
         filled = 0
         for matrix in included:
-            scaled = matrix.view(tensors[matrix.parameter]).float().abs() * statistics[matrix.site].second_moment.sqrt()
+            scaled = matrix.view(tensors[matrix.parameter]).float().abs() * scales[matrix.site]
             metric[filled : filled + scaled.numel()] = scaled.flatten().numpy()
             filled += scaled.numel()
         outliers = float(np.count_nonzero(metric > params.outlier_factor * metric.mean(dtype=np.float64)) / metric.size)

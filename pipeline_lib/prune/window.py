@@ -141,15 +141,11 @@ def collect(
         beside: the dense block and the dense stream's batches before it: the cross moments with its inputs are collected too.
     """
 
-    pools = _pools(model, block[0], sites)
-    others = {
-        site.name: f"others of {site.pool}" for site in _sites(model, block[0]) if site.pool in pools.values() and site.pool is not None
-    }
-    others = {name: rest for name, rest in others.items() if name not in pools}  # they count for the pool alone
-    pools |= {rest: rest.removeprefix("others of ") for rest in others.values()}
+    known = {site.name: site.pool for site in _sites(model, block[0])}
+    pools, tapped_sites = _pooled(known, sites)
 
     def summed(lane: Sequence[int]) -> Sums[MomentSums]:
-        sums = Sums({name: MomentSums() for name in pools})
+        sums = Sums({name: MomentSums() for name in [*sites, *pools]})
         for number in lane:
             dense: dict[str, torch.Tensor] = {}
 
@@ -157,26 +153,29 @@ def collect(
                 dense[name] = x
 
             def add(name: str, x: torch.Tensor, weights: torch.Tensor | None, dense: dict[str, torch.Tensor] = dense) -> None:
-                sums[others.get(name, name)].add(x, dense.get(name), weights)
+                if name in sums:
+                    sums[name].add(x, dense.get(name), weights)
+                if (pool := known[name]) is not None:
+                    sums[pool].add(x, None, weights)
 
             if beside is not None and apart:
                 _tap(model, (block[0], beside[0]), beside[1][number], apart, keep)
-            _tap(model, block, hidden[number], [*sites, *others], add)
+            _tap(model, block, hidden[number], tapped_sites, add)
         return sums
 
-    apart = [name for name in sites if pools[name] is None]  # the other stream's tokens may be routed to other experts
-    sums = drawn_together(fold(map(summed, lanes)), pools)
-    return {name: sums.pop(name).finish(beside is not None) for name in sites}
+    apart = [name for name in sites if known[name] is None]  # the other stream's tokens may be routed to other experts
+    drawn = drawn_together(fold(map(summed, lanes)), {name: known[name] for name in sites})
+    return {name: drawn.pop(name).finish(beside is not None) for name in sites}
 
 
 def _sites(model: BlockModel, index: int) -> tuple[Site, ...]:
     return model.checkpoint.architecture.layouts[index].sites
 
 
-def _pools(model: BlockModel, index: int, sites: Sequence[str]) -> dict[str, str | None]:
-    """Site -> what it is pooled with."""
-    known = {site.name: site.pool for site in _sites(model, index)}
-    return {name: known[name] for name in sites}
+def _pooled(known: Mapping[str, str | None], sites: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The pools of some sites (``known``: site -> pool), and these with all sites of their pools."""
+    pools = list(dict.fromkeys(pool for name in sites if (pool := known[name]) is not None))
+    return pools, [*sites, *(name for name, pool in known.items() if pool in pools and name not in sites)]
 
 
 def collect_diagonals(
@@ -188,14 +187,23 @@ def collect_diagonals(
 ) -> dict[str, torch.Tensor]:
     """The diagonals [d] of the second moments of the sites' inputs, see ``collect``."""
 
+    known = {site.name: site.pool for site in _sites(model, block[0])}
+    pools, tapped_sites = _pooled(known, sites)
+
     def summed(lane: Sequence[int]) -> Sums[DiagonalSums]:
-        sums = Sums({name: DiagonalSums() for name in sites})
+        sums = Sums({name: DiagonalSums() for name in [*sites, *pools]})
+
+        def add(name: str, x: torch.Tensor, weights: torch.Tensor | None) -> None:
+            for own in (name, known[name]):
+                if own is not None and own in sums:
+                    sums[own].add(x, weights)
+
         for number in lane:
-            _tap(model, block, hidden[number], sites, lambda name, x, weights: sums[name].add(x, weights))
+            _tap(model, block, hidden[number], tapped_sites, add)
         return sums
 
-    found = drawn_together(fold(map(summed, lanes)), _pools(model, block[0], sites))
-    return {name: one.finish() for name, one in found.items()}
+    drawn = drawn_together(fold(map(summed, lanes)), {name: known[name] for name in sites})
+    return {name: one.finish() for name, one in drawn.items()}
 
 
 Named = Callable[[str, torch.Tensor, torch.Tensor | None], None]

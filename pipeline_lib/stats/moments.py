@@ -95,15 +95,12 @@ def prior(channels: int) -> float:
 
 
 def drawn_together(found: Mapping[str, S], pools: Mapping[str, str | None]) -> dict[str, S]:
-    """Every site's sums; those of a pool (site -> pool) drawn towards the sum of all of it."""
-    wholes: dict[str, S] = {}
-    for site, sums in found.items():
-        if (pool := pools[site]) is not None and sums.tokens:
-            if pool in wholes:
-                wholes[pool] += sums  # type: ignore[operator]
-            else:
-                wholes[pool] = copy.deepcopy(sums)
-    return {site: sums if (pool := pools[site]) not in wholes else sums.shrunk(wholes[pool]) for site, sums in found.items()}
+    """The sums of each site of ``pools`` (site -> pool or None), drawn to those of its pool, which are among ``found``, too."""
+    drawn = {}
+    for site, pool in pools.items():
+        whole = None if pool is None else found[pool]
+        drawn[site] = found[site] if whole is None or not whole.tokens else found[site].shrunk(whole)
+    return drawn
 
 
 class Accumulator(WeightedSums):

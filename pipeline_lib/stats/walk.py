@@ -1,12 +1,14 @@
 """One dense pass over the calibration rows, block by block, that yields every site's statistics."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from pipeline_lib.core import settings
 from pipeline_lib.core.artifacts import block_file, read_tensors
 from pipeline_lib.models.architecture import Architecture, Layout, Site
 from pipeline_lib.models.stream import BlockModel, tapped
@@ -22,17 +24,70 @@ def gram_bytes(architecture: Architecture) -> int:
 
 def walk(
     model: BlockModel, fit: torch.Tensor, held_out: torch.Tensor, params: CalibrateParams, grams: bool
-) -> Iterator[tuple[int, dict[str, SiteStatistics]]]:
-    """Pass token rows [N, T] through the dense model; yield (block, statistics per site) as each block is done."""
+) -> Iterator[tuple[int, Mapping[str, SiteStatistics]]]:
+    """Pass token rows [N, T] through the dense model; yield (block, statistics per site) as each block is done.
+
+    Where the Gram matrices of a block's experts are larger than SPARSELINE_GRAM_BYTES, they are in memory by groups, see ``InTurn``.
+    """
     streams = [_Rows(model, rows, params, grams) for rows in (fit, held_out) if len(rows)]
     for index in range(model.checkpoint.architecture.depth):
         block = model.block(index)
         sites = {site.name: site for site in model.checkpoint.architecture.layouts[index].sites}
-        pools = {name: site.pool for name, site in sites.items()}
-        taken = [drawn_together(fold(map(partial(stream.collect, block, index), range(LANES))), pools) for stream in streams]
-        held = taken[1] if len(taken) > 1 else {}
-        shares = {name: None if pool is None else taken[0][name].seen / fit.numel() for name, pool in pools.items()}
-        yield index, {name: found.finish(held.get(name), shares[name]).cpu() for name, found in taken[0].items()}
+
+        def collected(
+            names: Sequence[str], advance: bool = False, block: nn.Module = block, index: int = index
+        ) -> dict[str, SiteStatistics]:
+            pools = {name: site.pool for name, site in sites.items() if name in names}  # noqa: B023 - called before the next block
+            own = [
+                drawn_together(fold(map(partial(stream.collect, block, index, names, advance), range(LANES))), pools) for stream in streams
+            ]
+            held = own[1] if len(own) > 1 else {}
+            shares = {name: None if pool is None else own[0][name].seen / fit.numel() for name, pool in pools.items()}
+            return {name: found.finish(held.get(name), shares[name]).cpu() for name, found in own[0].items()}
+
+        groups = _groups(list(sites.values()), settings.gram_bytes() if grams else math.inf)
+        if len(groups) == 1:
+            yield index, collected(groups[0], advance=True)
+        else:
+            yield index, InTurn(groups, collected)
+            for stream in streams:
+                stream.advance(block, index)
+
+
+class InTurn(Mapping[str, SiteStatistics]):
+    """Statistics of a block's sites, of which one group is in memory: what is asked for brings its group, by another pass."""
+
+    def __init__(self, groups: Sequence[Sequence[str]], collect: Callable[[Sequence[str]], dict[str, SiteStatistics]]) -> None:
+        self._groups, self._collect = groups, collect
+        self._here: dict[str, SiteStatistics] = {}
+
+    def __getitem__(self, site: str) -> SiteStatistics:
+        if site not in self._here:
+            self._here = {}  # before the next
+            self._here = self._collect(next(group for group in self._groups if site in group))
+        return self._here[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return (site for group in self._groups for site in group)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._groups))
+
+
+def _groups(sites: Sequence[Site], budget: float) -> list[list[str]]:
+    """All sites at once; or those of experts apart, in groups whose Gram matrices (fitting, held-out, and a lane's of each) are within the budget."""
+    experts = {site.name: 16 * len(site.index) ** 2 for site in sites if site.pool is not None}
+    if sum(experts.values()) <= budget:
+        return [[site.name for site in sites]]
+    groups: list[list[str]] = [[site.name for site in sites if site.pool is None]]
+    used = math.inf
+    for name, size in experts.items():
+        if used + size > budget:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return [group for group in groups if group]
 
 
 class _Rows:
@@ -43,20 +98,41 @@ class _Rows:
         self.dealt = deal(len(rows), params.batch_rows)
         self.stream = model.embed(rows, self.dealt.sizes)
 
-    def collect(self, block: nn.Module, index: int, lane: int) -> Sums[Accumulator]:
-        """Pass a lane through a block; what its sites' inputs add to the statistics."""
+    def collect(self, block: nn.Module, index: int, names: Sequence[str], advance: bool, lane: int) -> Sums[Accumulator]:
+        """Pass a lane through a block; what the inputs of some of its sites, and of their pools, add to the statistics."""
         count, length = self.rows.shape
         first = parts(count)[lane].start * length
         sites = self.model.checkpoint.architecture.layouts[index].sites
-        starts = {site.name: first if site.pool is None else 0 for site in sites}  # which tokens come to an expert is not known before
-        found = Sums({name: Accumulator(count * length, self.params.median_tokens, self.grams, own) for name, own in starts.items()})
+        pools = {site.pool for site in sites if site.name in names and site.pool is not None}
+        wanted = [site for site in sites if site.name in names or site.pool in pools]
+        starts = {site.name: first if site.pool is None else 0 for site in wanted if site.name in names}  # an expert's tokens are not known
+        found = Sums(
+            {
+                name: Accumulator(count * length, self.params.median_tokens, self.grams, own)
+                for name, own in (starts | dict.fromkeys(sorted(pools), 0)).items()
+            }
+        )
 
         def take(site: Site, x: torch.Tensor, weights: torch.Tensor | None) -> None:
-            found[site.name].add(x if site.pool is not None else x.reshape(-1, length, x.shape[-1]), weights)
+            if site.pool is None:
+                found[site.name].add(x.reshape(-1, length, x.shape[-1]))
+                return
+            for name in (site.name, site.pool):
+                if name in found:
+                    found[name].add(x, weights)
 
-        with tapped(block, sites, take):
-            self.model.advance(block, index, self.stream, self.dealt.lanes[lane])
+        with tapped(block, wanted, take):
+            if advance:
+                self.advance(block, index, lane)
+            else:
+                for number in self.dealt.lanes[lane]:
+                    with torch.no_grad():
+                        self.model.call(block, index, self.stream.hidden[number])
         return found
+
+    def advance(self, block: nn.Module, index: int, lane: int | None = None) -> None:
+        """Pass a lane of the stream, or all of it, through a block."""
+        self.model.advance(block, index, self.stream, None if lane is None else self.dealt.lanes[lane])
 
 
 def stored(directory: Path, layout: Layout, block: int) -> dict[str, SiteStatistics]:
@@ -67,7 +143,7 @@ def stored(directory: Path, layout: Layout, block: int) -> dict[str, SiteStatist
 
 def stored_or_walked(
     directory: Path, model: BlockModel, fit: torch.Tensor, held_out: torch.Tensor, params: CalibrateParams
-) -> Iterator[tuple[int, dict[str, SiteStatistics]]]:
+) -> Iterator[tuple[int, Mapping[str, SiteStatistics]]]:
     """Statistics with Gram matrices: from calibrate's files, or, where those were over budget, by walking the model again."""
     _, facts = read_tensors(block_file(directory, 0))
     if not facts["grams"]:
