@@ -214,6 +214,15 @@ def test_experts_see_what_transformers_routes_to_them(tiny: Any, model_type: str
             torch.testing.assert_close(own, weights[token, place], rtol=1e-4, atol=1e-5)
 
 
+def test_a_projection_as_wide_as_there_are_experts_is_no_router() -> None:
+    """Oracle: K and V have four outputs here, as the router has for its four experts."""
+    config = tiny_config("mixtral")
+    config.num_key_value_heads, config.head_dim = 1, 4
+    layout = discovered(config)
+    assert {"k", "v"} <= {matrix.kind for matrix in layout.matrices}
+    assert layout.routers == {"mlp.gate.weight"}
+
+
 def test_statistics_of_few_tokens_are_drawn_to_all_experts() -> None:
     """Oracles: the formula by hand; the pool itself where an expert has no tokens; to the bit its own where it has all."""
     random = torch.Generator().manual_seed(0)

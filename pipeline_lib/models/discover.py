@@ -284,6 +284,8 @@ class _Block:
     def influenced(self, parts: Sequence[Part]) -> dict[int, bool]:
         """The sites that change with the parts' outputs for one token; whether other tokens change there, too."""
         run = self._again(Changes(one=frozenset(parts)))
+        if run.parts != self.run.parts:  # other experts were chosen
+            return {}
         found = {}
         for number, (before, after) in enumerate(zip(self.run.seen, run.seen, strict=True)):
             if number == self._site_numbers[number] and before.inputs.shape == after.inputs.shape:
@@ -370,9 +372,15 @@ class _Assembly:
         return home is None or any((path, number) == (home, self.experts[home].seen) for path, number in _members(part))
 
     def _routers(self) -> set[Part]:
-        """Products with an output for each expert, or with a single one: they choose and weigh, and are never pruned."""
+        """Products with an output for each expert, or with a single one, that no other product's inputs depend on: they choose and weigh,
+        and are never pruned."""
         counts = {experts.count for experts in self.experts.values()} | {1}
-        return {part for part, outputs in self.block.outputs.items() if outputs in counts and self._home(part) is None}
+        homes = {number: self._home(parts[0]) for number, parts in self.block.sites.items()}
+        return {
+            part
+            for part, outputs in self.block.outputs.items()
+            if outputs in counts and self._home(part) is None and all(homes.get(number, "") for number in self.block.influenced([part]))
+        }
 
     # Couplings
 
