@@ -13,8 +13,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # as a program
 import click
 import torch
 import transformers
-from project import build, change_params, environment, invoke, load_artifact, make_workspace
+from project import build, change_params, environment, invoke, load_artifact, make_workspace, moved
 from safetensors.torch import load_file
 from tiny import VOCABULARY, make_tokenizer, randomise
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -115,12 +115,10 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 def _small(values: Mapping[str, Any]) -> dict[str, Any]:
     small: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in SIZES or isinstance(value, bool) or not (isinstance(value, int | float) or value is None):
+        size = SIZES.get(name)
+        if name not in SIZES or isinstance(value, bool) or not (isinstance(value, int | float) or (value is None and name in UNSET)):
             continue
-        if value is not None:
-            small[name] = None if SIZES[name] is None else type(value)(SIZES[name])  # type: ignore[arg-type]
-        elif name in UNSET:
-            small[name] = SIZES[name]
+        small[name] = size if size is None or value is None else type(value)(size)
     return small
 
 
@@ -153,7 +151,7 @@ def attempt(model_type: str, directory: Path) -> dict[str, Any]:
         return record | {"reason": f"no tiny model can be made: {lines[0][:200]}"}
     project = make_workspace(directory / "project", variants={"fast": _fast()})
     change_params(project, "model.path", str(source))
-    with inside(project):
+    with moved(project, environment(project)):
         prepared = invoke("prepare")
         if prepared.exit_code == 2:
             return record | {"reason": prepared.output.strip().splitlines()[-1].removeprefix("error: ").replace(str(source), "the model")}
@@ -199,19 +197,6 @@ def perplexity(project: Path, checkpoint: Path, text: str, **settings: Any) -> f
     return math.exp(float(torch.stack(losses).mean()))
 
 
-@contextmanager
-def inside(project: Path) -> Iterator[None]:
-    here, before = Path.cwd(), dict(os.environ)
-    os.chdir(project)
-    os.environ |= environment(project)
-    try:
-        yield
-    finally:
-        os.chdir(here)
-        os.environ.clear()
-        os.environ |= before
-
-
 def in_a_fork(model_type: str) -> dict[str, Any]:
     """A trial that may crash or hang."""
     reading, writing = os.pipe()
@@ -243,8 +228,8 @@ def page(records: list[dict[str, Any]]) -> str:
     lines = [
         "# Which model types can be pruned",
         "",
-        f"`make architectures` wrote this page with transformers {transformers.__version__}: each of its {len(TYPES)} causal-LM model types, tiny and random, went through `prepare`, "
-        "`calibrate`, `sensitivity`, `allocate`, `prune` (`fast`) and `evaluate`, and plain transformers gave the written files the same perplexity.",
+        f"`make architectures` wrote this page with transformers {transformers.__version__}. Each of its {len(TYPES)} causal-LM model types, tiny and random, went through `prepare`, "
+        "`calibrate`, `sensitivity`, `allocate`, `prune` (`fast`) and `evaluate`. Plain transformers gave the written files the same perplexity.",
         f"**{most} prune with at least 90% of a block's weights covered**, {len(good) - most} with less, {len(records) - len(good)} are refused. Covered is the share of all elements of the blocks' "
         "parameters of two or more dimensions, as files store them, routers left out, that is in prunable matrices.",
         "No checkpoint of these sizes exists, so this says that a type works, not how good the result is.",

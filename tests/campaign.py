@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, lru_cache
@@ -35,7 +35,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 import click  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
-from project import SPARSELINE, WANDA, build, environment, make_workspace  # noqa: E402
+from project import SPARSELINE, WANDA, build, environment, make_workspace, moved  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
@@ -120,20 +120,6 @@ def new_home() -> Path:
     """A directory, in memory if there is room: most of the time would go into copies otherwise."""
     memory = Path("/dev/shm")
     return Path(tempfile.mkdtemp(prefix="campaign-", dir=memory if memory.is_dir() and shutil.disk_usage(memory).free > 2**31 else None))
-
-
-@contextmanager
-def moved(directory: Path, environ: Mapping[str, str]) -> Iterator[None]:
-    """Another current directory and environment."""
-    here, before = Path.cwd(), dict(os.environ)
-    os.chdir(directory)
-    os.environ |= environ
-    try:
-        yield
-    finally:
-        os.chdir(here)
-        os.environ.clear()
-        os.environ |= before
 
 
 # Commands

@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -185,6 +185,20 @@ def environment(project: Path) -> dict[str, str]:
         "HF_XET_HIGH_PERFORMANCE",
     }  # which pytest, torch and lm-eval set on the way
     return {key: value for key, value in os.environ.items() if key not in dropped} | own
+
+
+@contextmanager
+def moved(directory: Path, environ: Mapping[str, str]) -> Iterator[None]:
+    """Another current directory and environment."""
+    here, before = Path.cwd(), dict(os.environ)
+    os.chdir(directory)
+    os.environ |= environ
+    try:
+        yield
+    finally:
+        os.chdir(here)
+        os.environ.clear()
+        os.environ |= before
 
 
 _servers: list[subprocess.Popen[str]] = []  # as long as it is here, its standard input is open

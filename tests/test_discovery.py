@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import attempt, inside, make_checkpoint, perplexity, tiny_config
-from project import WANDA, build, change_params, load_artifact, make_workspace, recipe, shipped_params
+from architectures import attempt, make_checkpoint, perplexity, tiny_config
+from project import WANDA, build, change_params, environment, load_artifact, make_workspace, moved, recipe, shipped_params
 from safetensors.torch import load_file, save_file
 from tiny import (
     ALL_FAMILIES,
@@ -388,7 +388,7 @@ def test_a_model_with_code_of_its_own_is_pruned(fused: Path, tmp_path: Path) -> 
     project = make_workspace(tmp_path / "project", variants={"wanda": WANDA | {"export": ["dense", "bitmask"]}})
     change_params(project, "model.path", str(fused))
     change_params(project, "model.remote_code", True)
-    with inside(project):
+    with moved(project, environment(project)):
         build("prepare", "text calibration", "text validation", "text test", "calibrate", "allocate wanda", "prune wanda")
         build("evaluate dense", "evaluate wanda", "export wanda")
         written = project / "build/prune/wanda/checkpoint"
@@ -459,7 +459,7 @@ def test_packed_weights_are_read_as_transformers_unpacks_them(tmp_path: Path, ma
     project = make_workspace(tmp_path / "project", variants={"wanda": WANDA})
     change_params(project, "model.path", str(path))
     change_params(project, "model.dequantize", True)
-    with inside(project):
+    with moved(project, environment(project)):
         build("prepare", "text calibration", "text validation", "text test", "calibrate", "allocate wanda", "prune wanda")
         build("evaluate dense", "evaluate wanda")
         found_perplexity = load_artifact(project / "build/evaluate/wanda.json")["perplexity"]["test"]
@@ -478,7 +478,7 @@ def test_a_mixture_goes_through_every_variant(tmp_path: Path, model_type: str) -
     packed = {"quantization": {"bits": 4, "group": 16}, "allocation": {"method": "weight"}, "export": ["dense", "bitmask"]}
     project = make_workspace(tmp_path / "project", variants=shipped | {"packed": packed})
     change_params(project, "model.path", str(make_checkpoint(tmp_path / "source", model_type)))
-    with inside(project):
+    with moved(project, environment(project)):
         build("keys", "prepare", "text calibration", "text validation", "text test", "calibrate", "scale", "sensitivity")
         build("evaluate dense", "tasks dense")
         for name in (*shipped, "packed"):

@@ -91,6 +91,11 @@ def _turned(matrix: Matrix, value: torch.Tensor) -> torch.Tensor:
     return value.T if matrix.transposed else value
 
 
+def compact(index: Sequence[int]) -> Sequence[int]:
+    """An index in the one form that it is kept in: the numbers from 0 on as a range, which takes no memory, others as a tuple."""
+    return range(len(index)) if tuple(index) == tuple(range(len(index))) else tuple(index)
+
+
 @dataclass(frozen=True)
 class Tie:
     """One tensor that a coupling multiplies: entry ``positions[i]`` along ``axis`` takes ``factor[index[i]] ** power``."""

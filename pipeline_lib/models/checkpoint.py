@@ -26,7 +26,7 @@ from pipeline_lib.models.architecture import Architecture, Layout, Matrix
 from pipeline_lib.models.conversion import Piece, Pieces, assembled, pieces_of, stored_layout, usual_name
 from pipeline_lib.models.dequantize import METHODS, Packed, Parts, packed, without_quantisation
 from pipeline_lib.models.discover import discover
-from pipeline_lib.models.facts import heads_of
+from pipeline_lib.models.facts import heads_of, named
 from pipeline_lib.models.files import INDEX, Files, find_files, list_files
 
 if TYPE_CHECKING:
@@ -469,7 +469,7 @@ def check_sizes(path: Path, config: PreTrainedConfig, shapes: Sequence[tuple[int
     """
     with _describing(path):
         described = config.get_text_config()
-        values = {name: _named(described, name) for name in (BLOCKS, *SIZES, POSITIONS)}
+        values = {name: named(described, name) for name in (BLOCKS, *SIZES, POSITIONS)}
     largest = max((size for shape in shapes for size in shape), default=0)
     most = {BLOCKS: len(shapes), POSITIONS: MOST_POSITIONS} | dict.fromkeys(SIZES, largest)
     for name, value in values.items():
@@ -477,14 +477,6 @@ def check_sizes(path: Path, config: PreTrainedConfig, shapes: Sequence[tuple[int
             continue  # XLNet has no limit
         if value is not None and (type(value) is not int or not 0 < value <= most[name]):
             raise SparselineError(f"{path / CONFIG}: {name} = {value!r} does not fit the weights beside it; fetch the checkpoint again.")
-
-
-def _named(config: PreTrainedConfig, name: str) -> Any:
-    """A number of the config, or None, also where it differs from block to block."""
-    try:
-        return getattr(config, name, None)
-    except Exception:
-        return None
 
 
 def generation(path: Path) -> "GenerationConfig":

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.models.architecture import Coupling, Layout, Matrix, Tie
+from pipeline_lib.models.architecture import Coupling, Layout, Matrix, Tie, compact
+from pipeline_lib.models.facts import kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -225,8 +226,6 @@ def _all_rows(piece: Piece, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _matrices(matrix: Matrix, pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Matrix]:
-    from pipeline_lib.models.facts import kind_of
-
     own = _of(pieces, matrix.parameter, matrix.expert)
     bias = None if matrix.bias is None else pieces[matrix.bias][0].stored
     for piece in own:
@@ -254,10 +253,8 @@ def _ties(tie: Tie, pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> It
         if taken:
             source = piece.from_rows or range(len(piece.rows))
             positions = tuple(source[piece.rows.index(row)] for _, row in taken)
-            index = tuple(tie.index[i] for i, _ in taken)
             everything = _all_rows(piece, shapes) and positions == tuple(range(shapes[piece.stored][-2]))
-            index = range(len(index)) if index == tuple(range(len(index))) else index  # type: ignore[assignment]
-            yield replace(stored, index=index, positions=None if everything else positions)
+            yield replace(stored, index=compact([tie.index[i] for i, _ in taken]), positions=None if everything else positions)
 
 
 def place(matrix: Matrix, pieces: Pieces) -> tuple[str, int | None, range | None]:

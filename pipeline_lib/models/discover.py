@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.models.architecture import Coupling, Layout, Matrix, Site, Tie
+from pipeline_lib.models.architecture import Coupling, Layout, Matrix, Site, Tie, compact
 from pipeline_lib.models.facts import Heads, Partition, heads_of, kind_of, partitions, rotations
 from pipeline_lib.models.hollow import Changes, Hollow
 from pipeline_lib.models.products import Part, Product
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 TOKENS = 32  # of the run: enough that no channel behind a ReLU is zero for all of them
-BASE, DIGITS = 8, 3  # channels are told apart by factors 2 … 2^8, one octal digit at a time
+BASE = 8  # channels are told apart by factors 2 … 2^8, one octal digit at a time
 
 
 @dataclass(frozen=True)
@@ -306,11 +306,8 @@ class _Experts:
     """The experts of one layer: for each, what stands in the place of the one that was looked at."""
 
     count: int
-    place: Callable[[Part, int], Part]
+    of: Callable[[Part, int], Part]
     seen: int  # the number of the expert that was looked at
-
-    def of(self, part: Part, number: int) -> Part:
-        return self.place(part, number)
 
 
 @dataclass
@@ -319,7 +316,6 @@ class _Scaled:
 
     source: _Source
     maps: dict[int, tuple[int, ...]]
-    kind: str | None = None  # of the rows, if they are some of a fused projection's
 
 
 class _Assembly:
@@ -392,9 +388,9 @@ class _Assembly:
             pairs += [one] if one is not None else self._fused(part)
         return self._one_each(found + pairs)
 
-    def _scaled(self, source: _Source, kind: str | None = None) -> _Scaled | None:
+    def _scaled(self, source: _Source) -> _Scaled | None:
         maps = self.block.response(source)
-        return None if maps is None else _Scaled(source, maps, kind)
+        return None if maps is None else _Scaled(source, maps)
 
     def _norms(self) -> Iterator[_Source]:
         """Modules that hold vectors of one length and nothing else, as they are and as 1 + w."""
@@ -410,7 +406,7 @@ class _Assembly:
     def _fused(self, part: Part) -> list[_Scaled]:
         """Couplings of some of a part's rows, by the first guess of how they are made up that holds."""
         for partition in partitions(self.block.outputs[part], self.block.heads):
-            tried = [self._scaled(_Source(len(rows), part, rows), kind) for kind, rows in zip(partition.kinds, partition.rows, strict=True)]
+            tried = [self._scaled(_Source(len(rows), part, rows)) for rows in partition.rows]
             if found := [one for one in tried if one is not None]:
                 self.partitions[part] = partition
                 return found
@@ -534,7 +530,7 @@ class _Assembly:
                 continue
             channels = self.block.run.seen[number].inputs.shape[-1]
             coupling, index = of_site.get(number, (None, range(channels)))
-            site = Site(self.names[number], own[0].parameter, own[0].expert, coupling, _index(index), self._pool(number))
+            site = Site(self.names[number], own[0].parameter, own[0].expert, coupling, compact(index), self._pool(number))
             sites.append(site)
             matrices += [matrix for part in own for matrix in self._matrices(part, site.name)]
         routers = frozenset(part.parameter for part in self.routers)
@@ -598,7 +594,7 @@ class _Assembly:
                 source, site = one.source, self.names[number]
                 ties = [*self._outputs(source, range(source.size), 1)]
                 ties += [
-                    Tie(part.parameter, int(not part.transposed), _index(one.maps[reached]), -1, expert=part.expert)
+                    Tie(part.parameter, int(not part.transposed), compact(one.maps[reached]), -1, expert=part.expert)
                     for reached in self.sites
                     if reached in one.maps
                     for part in self.sites[reached]
@@ -624,14 +620,14 @@ class _Assembly:
         part = source.part
         if part is None:
             for name in source.vectors:
-                yield Tie(name, 0, _index(index), power, source.offset)
+                yield Tie(name, 0, compact(index), power, source.offset)
             return
         positions = source.positions
         if part.rows is not None:
             positions = tuple(part.rows[0] + row for row in positions or range(source.size))
-        yield Tie(part.parameter, int(part.transposed), _index(index), power, positions=positions, expert=part.expert)
+        yield Tie(part.parameter, int(part.transposed), compact(index), power, positions=positions, expert=part.expert)
         if (bias := self.block.biases[part]) is not None:
-            yield Tie(bias, 0, _index(index), power, positions=positions, expert=part.expert)
+            yield Tie(bias, 0, compact(index), power, positions=positions, expert=part.expert)
 
     # Every expert
 
@@ -681,11 +677,6 @@ class _Assembly:
 
     def _renumbered(self, name: str, home: str | None, number: int) -> str:
         return name.replace(f"expert_{self.experts[str(home)].seen}_", f"expert_{number}_")
-
-
-def _index(index: Sequence[int]) -> Sequence[int]:
-    """The numbers from 0 on as a range, which takes no memory."""
-    return range(len(index)) if tuple(index) == tuple(range(len(index))) else tuple(index)
 
 
 def _members(part: Part) -> Iterator[tuple[str, int]]:

@@ -39,28 +39,30 @@ class Heads:
     latent: tuple[int, int] | None = None  # channels of a head's keys and values that come from one latent (DeepSeek)
 
 
+def named(config: Any, name: str) -> Any:
+    """What a config says under a name; None also where that differs from block to block, for which transformers raises an error of its own."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
+
+
 def heads_of(config: Any) -> Heads | None:
     """Heads as a config names them, or None."""
 
-    def value(name: str) -> Any:
-        try:
-            return getattr(config, name, None)
-        except Exception:  # it differs from block to block
-            return None
-
     def number(*names: str) -> int | None:
-        return next((found for name in names if isinstance(found := value(name), int) and found > 0), None)
+        return next((found for name in names if isinstance(found := named(config, name), int) and found > 0), None)
 
     q = number("num_attention_heads", "n_head", "n_heads", "num_heads")
     width = number("hidden_size", "n_embd", "d_model")
     if q is None or width is None:
         return None
     kv = number("num_key_value_heads", "num_kv_heads") or q
-    if value("multi_query") and not value("new_decoder_architecture"):
+    if named(config, "multi_query") and not named(config, "new_decoder_architecture"):
         kv = 1
-    named = (value(name) for name in ("head_dim", "v_head_dim", "global_head_dim", "attention_head_dim"))
-    sizes = dict.fromkeys([size for size in named if isinstance(size, int) and size > 0] + [width // q])
-    rope = value("rope_parameters") or {}
+    told = (named(config, name) for name in ("head_dim", "v_head_dim", "global_head_dim", "attention_head_dim"))
+    sizes = dict.fromkeys([size for size in told if isinstance(size, int) and size > 0] + [width // q])
+    rope = named(config, "rope_parameters") or {}
     nested = [each for each in rope.values() if isinstance(each, dict)] or [rope]
     shares = {1.0, *(float(each.get("partial_rotary_factor") or 1.0) for each in nested)}
     some = [int(size * share) for size in sizes for share in sorted(shares)] + [number("rotary_dim", "qk_rope_head_dim") or 0]

@@ -1,6 +1,6 @@
 """Try every coupling on the model's own weights before it is used: random powers of two must leave each block's function as it is."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,35 +18,44 @@ LOST = 64  # how many times float32's spacing the outputs may differ where a fac
 def verified(model: BlockModel, seed: int = 0) -> Iterator[tuple[Layout, tuple[str, ...]]]:
     """For each block its layout with the couplings that hold, and the names of those that do not.
 
-    A row of random tokens is passed through the model. Memory: a block twice. The blocks of a kind share their layouts.
+    A row of random tokens is passed through the model. Memory: a block twice.
     """
     random = generator(seed, "couplings")
-    vocabulary = model.checkpoint.config.get_text_config().vocab_size
-    stream = model.embed(torch.randint(0, vocabulary, (1, TOKENS), generator=random), 1)
+    stream = model.embed(torch.randint(0, model.checkpoint.vocabulary, (1, TOKENS), generator=random), 1)
     for index, layout in enumerate(model.checkpoint.architecture.layouts):
-        tensors = {name: tensor.to(model.device, torch.float32) for name, tensor in model.checkpoint.block(index).items()}
-        hidden = stream.hidden[0]
-        output = model.call(model.block(index, tensors), index, hidden)
-
-        def holds(couplings: Sequence[Coupling], random: torch.Generator = random) -> bool:
-            factors = {c.name: torch.exp2(torch.randint(-3, 4, (c.size,), generator=random).float()) for c in couplings}
-            folded = model.block(index, fold(tensors, layout, factors))  # noqa: B023 - called before the next block
-            difference = model.call(folded, index, hidden) - output  # noqa: B023
-            rounded = any(tie.offset for coupling in couplings for tie in coupling.ties)
-            return float(difference.abs().max()) <= rounded * LOST * torch.finfo(output.dtype).eps * float(output.abs().max())  # noqa: B023
-
+        trial = _Trial(model, index, stream.hidden[0], random)
         failed: tuple[str, ...] = ()
-        if layout.couplings and not holds(layout.couplings):
-            kept = [coupling for coupling in layout.couplings if holds([coupling])]
-            failed = tuple(coupling.name for coupling in layout.couplings if coupling not in kept)
-            layout = without(layout, failed)
-        yield layout, failed
-        model.check_finite(index, output)
-        stream.hidden[0] = output
+        if layout.couplings and not trial.holds(layout.couplings):
+            failed = tuple(coupling.name for coupling in layout.couplings if not trial.holds([coupling]))
+        yield without(layout, failed), failed
+        model.check_finite(index, trial.output)
+        stream.hidden[0] = trial.output
+
+
+class _Trial:
+    """One block on its inputs [B, T, D]."""
+
+    def __init__(self, model: BlockModel, index: int, hidden: torch.Tensor, random: torch.Generator) -> None:
+        self.model, self.index, self.hidden, self.random = model, index, hidden, random
+        self.tensors = {name: tensor.to(model.device, torch.float32) for name, tensor in model.checkpoint.block(index).items()}
+        self.output = self._of(self.tensors)
+
+    def _of(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self.model.call(self.model.block(self.index, tensors), self.index, self.hidden)
+
+    def holds(self, couplings: Sequence[Coupling]) -> bool:
+        """Whether random factors on these leave the outputs as they are."""
+        factors = {c.name: torch.exp2(torch.randint(-3, 4, (c.size,), generator=self.random).float()) for c in couplings}
+        folded = self._of(fold(self.tensors, self.model.checkpoint.architecture.layouts[self.index], factors))
+        rounded = any(tie.offset for coupling in couplings for tie in coupling.ties)
+        allowed = rounded * LOST * torch.finfo(folded.dtype).eps * float(self.output.abs().max())
+        return float((folded - self.output).abs().max()) <= allowed
 
 
 def without(layout: Layout, names: Sequence[str]) -> Layout:
-    """A layout that lacks some couplings."""
+    """A layout that lacks some couplings; the same one where it lacks none."""
+    if not names:
+        return layout
     sites = tuple(replace(site, coupling=None, index=range(len(site.index))) if site.coupling in names else site for site in layout.sites)
     return replace(layout, sites=sites, couplings=tuple(coupling for coupling in layout.couplings if coupling.name not in names))
 

@@ -1,6 +1,6 @@
 """An architecture as JSON: what `prepare` discovered and verified, for all other stages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -42,7 +42,7 @@ def from_json(value: Mapping[str, Any]) -> Architecture:
 
 
 def _record(part: Any) -> dict[str, Any]:
-    """Defaults are left out; an index is a list, or how many numbers there are from 0 on."""
+    """Defaults are left out; an index is a list, or how many numbers there are from 0 on (see ``compact``)."""
     found = {}
     for field in fields(part):
         value = getattr(part, field.name)
@@ -51,7 +51,7 @@ def _record(part: Any) -> dict[str, Any]:
         if field.name == "ties":
             value = [_record(tie) for tie in value]
         elif field.name == "index":
-            value = len(value) if _is_everything(value) else list(value)
+            value = len(value) if isinstance(value, range) else list(value)
         found[field.name] = value
     return found
 
@@ -61,7 +61,3 @@ def _given(record: Mapping[str, Any]) -> dict[str, Any]:
     index = {"index": range(record["index"]) if isinstance(record["index"], int) else tuple(record["index"])} if "index" in record else {}
     tuples = {name: tuple(record[name]) for name in ("rows", "positions") if record.get(name) is not None}
     return {**record, **index, **tuples}
-
-
-def _is_everything(index: Sequence[int]) -> bool:
-    return index == range(len(index)) if isinstance(index, range) else False

@@ -30,28 +30,28 @@ def walk(
     Where the Gram matrices of a block's experts are larger than SPARSELINE_GRAM_BYTES, they are in memory by groups, see ``InTurn``.
     """
     streams = [_Rows(model, rows, params, grams) for rows in (fit, held_out) if len(rows)]
-    for index in range(model.checkpoint.architecture.depth):
+    for index, layout in enumerate(model.checkpoint.architecture.layouts):
         block = model.block(index)
-        sites = {site.name: site for site in model.checkpoint.architecture.layouts[index].sites}
-
-        def collected(
-            names: Sequence[str], advance: bool = False, block: nn.Module = block, index: int = index
-        ) -> dict[str, SiteStatistics]:
-            pools = {name: site.pool for name, site in sites.items() if name in names}  # noqa: B023 - called before the next block
-            own = [
-                drawn_together(fold(map(partial(stream.collect, block, index, names, advance), range(LANES))), pools) for stream in streams
-            ]
-            held = own[1] if len(own) > 1 else {}
-            shares = {name: None if pool is None else own[0][name].seen / fit.numel() for name, pool in pools.items()}
-            return {name: found.finish(held.get(name), shares[name]).cpu() for name, found in own[0].items()}
-
-        groups = _groups(list(sites.values()), settings.gram_bytes() if grams else math.inf)
+        groups = _groups(layout.sites, settings.gram_bytes() if grams else math.inf)
+        collected = partial(_collected, streams, block, index)
         if len(groups) == 1:
             yield index, collected(groups[0], advance=True)
         else:
             yield index, InTurn(groups, collected)
             for stream in streams:
                 stream.advance(block, index)
+
+
+def _collected(
+    streams: "Sequence[_Rows]", block: nn.Module, index: int, names: Sequence[str], advance: bool = False
+) -> dict[str, SiteStatistics]:
+    """The statistics of some sites of a block, from the fitting rows and, if there are any, the held-out ones."""
+    sites = streams[0].model.checkpoint.architecture.layouts[index].sites
+    pools = {site.name: site.pool for site in sites if site.name in names}
+    own = [drawn_together(fold(map(partial(stream.collect, block, index, names, advance), range(LANES))), pools) for stream in streams]
+    held = own[1] if len(own) > 1 else {}
+    shares = {name: None if pool is None else own[0][name].seen / streams[0].rows.numel() for name, pool in pools.items()}
+    return {name: found.finish(held.get(name), shares[name]).cpu() for name, found in own[0].items()}
 
 
 class InTurn(Mapping[str, SiteStatistics]):
