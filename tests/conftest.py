@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, as in ``stages``
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels run on the CPU
 # Before transformers and datasets are imported: no network, no writes to the user's caches.
 _CACHE = tempfile.mkdtemp(prefix="sparseline-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"

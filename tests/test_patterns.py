@@ -1,5 +1,6 @@
 """Masks have exactly the counts asked for, and keep the larger scores. Oracles: counting, sorting by hand, properties over all shapes."""
 
+from collections.abc import Callable
 from typing import get_args
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline_lib.core.counts import shares
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.masks.select import _best, _thresholds, bounds, select, select_n_of_m
+from pipeline_lib.masks.select import SAMPLED, _best, _first, _thresholds, best_of_few, bounds, select, select_n_of_m
 from pipeline_lib.masks.settings import Group, Pattern
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
@@ -105,10 +106,42 @@ def sorted_select(scores: torch.Tensor, kept: int, group: Group, block: int) -> 
 @PROPERTY
 @given(ROWS, COLUMNS, st.integers(0, 99), st.sampled_from([1, 2, 5, 1000]), st.data())
 def test_best_is_a_stable_sort(rows: int, columns: int, seed: int, levels: int, data: st.DataObject) -> None:
-    """Oracle: ``sorted_best``; a count of its own per row, 0 and all among them, and many ties."""
+    """Oracle: ``sorted_best``; any count, 0 and all among them, and many ties. Of a few, all pairs are compared."""
     scores = scores_of(rows, columns, seed, levels)
-    kept = data.draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows))
-    assert torch.equal(_best(scores, torch.tensor(kept)), sorted_best(scores, kept))
+    kept = data.draw(st.integers(0, columns))
+    assert torch.equal(_best(scores, kept), sorted_best(scores, [kept] * rows))
+    assert torch.equal(best_of_few(scores.T, kept).T, sorted_best(scores, [kept] * rows))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 50, 10**9])
+@pytest.mark.parametrize("sorted_already", [False, True])
+def test_the_kth_of_many(levels: int, sorted_already: bool) -> None:
+    """Oracle: sorting. A sample misleads where the values are sorted or tied, and must not make it wrong."""
+    scores = scores_of(1, 2 * SAMPLED + 1, levels % 7, levels)
+    scores = scores.sort(1).values if sorted_already else scores
+    for kept in (1, 5, SAMPLED, 2 * SAMPLED, 2 * SAMPLED + 1):
+        (found,) = _thresholds(scores, [kept])
+        assert float(found) == float(scores[0].sort(descending=True).values[kept - 1])
+        assert int(_best(scores, kept).count_nonzero()) == kept
+    scores[0, ::3] = torch.nan
+    assert not _best(scores, SAMPLED)[scores.isnan()].any()
+
+
+def test_gpus_break_ties_without_asking_for_them() -> None:
+    """The path of other devices, on this one."""
+    scores = scores_of(5, 12, 0, 3)
+    (threshold,) = _thresholds(scores, [7])
+    assert torch.equal(_first(scores, threshold[:, None], 7), sorted_best(scores, [7] * 5))
+
+
+@pytest.mark.parametrize("best", [_best, lambda scores, n: best_of_few(scores.T, n).T])
+def test_nan_is_never_kept(best: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+    """So that the count of a mask tells."""
+    scores = torch.tensor([[1.0, torch.nan, 3.0, 2.0], [torch.nan] * 4, [4.0, 3.0, 2.0, 1.0]])
+    mask = best(scores, 2)
+    assert not mask[scores.isnan()].any()
+    assert int(mask.count_nonzero()) < 2 * 3
+    assert mask[2].tolist() == [True, True, False, False]
 
 
 @PROPERTY

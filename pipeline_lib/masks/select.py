@@ -1,4 +1,9 @@
-"""From scores to masks: which weights stay, exactly as many as asked, ties broken by position. Masks are bool, True = kept."""
+"""From scores to masks: which weights stay, exactly as many as asked, ties broken by position. Masks are bool, True = kept.
+
+NaN is never kept, so that a mask of scores that hold NaN has too few True.
+"""
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -6,45 +11,85 @@ import torch
 from pipeline_lib.core.counts import shares
 from pipeline_lib.masks.settings import Group
 
+SAMPLED = 4096  # values above which a sample of them makes it faster to find the one at a place
+FEW = 8  # in groups of at most so many scores, comparing every pair is faster than a partition
+
 
 def _thresholds(scores: torch.Tensor, ranks: list[int]) -> list[torch.Tensor]:
     """For each rank k ≥ 1, every row's k-th largest score [g]. A partition finds them without sorting."""
     columns = scores.shape[1]
     if scores.device.type == "cpu":
         places = [columns - rank for rank in ranks]
+        if len(scores) == len(places) == 1 and columns > SAMPLED:
+            return [torch.from_numpy(_smallest(scores[0].detach().numpy(), places[0]))]
         parted = np.partition(scores.detach().numpy(), places, axis=1)
         return [torch.from_numpy(parted[:, place].copy()) for place in places]
     return [scores.kthvalue(columns - rank + 1, dim=1).values for rank in ranks]
 
 
-def _best(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """In each row of scores [g, c], keep the ``kept`` [g] (or [1], for all) largest; among equal ones the first."""
-    kept = kept.to(scores.device)
-    ranks = sorted({rank for rank in kept.tolist() if rank > 0})
-    threshold = torch.full((len(scores),), float("inf"), device=scores.device)
-    for rank, values in zip(ranks, _thresholds(scores, ranks) if ranks else [], strict=True):
-        threshold = torch.where(kept == rank, values, threshold)
-    mask = scores >= threshold[:, None]
-    crowded = (mask.count_nonzero(1) > kept).nonzero().flatten()  # ties at the threshold: the first ones stay
-    if len(crowded):
-        part, limit = scores[crowded], threshold[crowded, None]
-        above, level = part > limit, part == limit
-        mask[crowded] = above | (level & (level.cumsum(1) <= (kept.expand(len(scores))[crowded] - above.sum(1))[:, None]))
-    return mask
+def _smallest(values: np.ndarray, place: int) -> np.ndarray:
+    """The value [1] at this place of the sorted values [n]. A sample says between which two it lies, most probably: only these are partitioned."""
+    sample = np.sort(values[:: SAMPLED // 256])
+    middle, margin = place * len(sample) // len(values), 2 * int(len(sample) ** 0.5)
+    low, high = sample[max(middle - margin, 0)], sample[min(middle + margin, len(sample) - 1)]
+    near = values[(values >= low) & (values <= high)]
+    rank = place - np.count_nonzero(values < low)
+    if not 0 <= rank < len(near):  # also where the sample holds NaN
+        return np.partition(values, place)[place : place + 1].copy()
+    return np.partition(near, rank)[rank : rank + 1].copy()
+
+
+def _above(scores: torch.Tensor, threshold: torch.Tensor, kept: int) -> torch.Tensor:
+    """The mask of the ``kept`` scores [g, c] of each row that are at its threshold [g, 1] or above; of those at the threshold, the first."""
+    if scores.device.type == "cpu":
+        mask = scores >= threshold
+        crowded = np.flatnonzero(np.count_nonzero(mask.numpy(), axis=1) > kept)
+        if len(crowded):
+            mask[crowded] = _first(scores[crowded], threshold[crowded], kept)
+        return mask
+    return _first(scores, threshold, kept)  # asking a GPU whether there are ties takes longer than breaking them
+
+
+def _first(scores: torch.Tensor, threshold: torch.Tensor, kept: int) -> torch.Tensor:
+    above, level = scores > threshold, scores == threshold
+    return above | (level & (level.cumsum(1, dtype=torch.int32) <= kept - above.sum(1, keepdim=True)))
+
+
+def _best(scores: torch.Tensor, kept: int) -> torch.Tensor:
+    """In each row of scores [g, c], keep the ``kept`` largest; among equal ones the first."""
+    if not kept:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    (threshold,) = _thresholds(scores, [kept])
+    return _above(scores, threshold[:, None], kept)
 
 
 def bounds(scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``_best`` with the same count 0 < kept < c in every row of scores [g, c]; and midway between kept and pruned [g, 1], all from one partition."""
+    """``_best`` for 0 < kept < c in every row of scores [g, c]; and midway between kept and pruned [g, 1], both from one partition."""
     low, high = _thresholds(scores, [kept, kept + 1])
-    tied = bool((low == high).any())
-    mask = _best(scores, torch.tensor([kept])) if tied else scores >= low[:, None]
-    return mask, ((low + high) / 2)[:, None]
+    return _above(scores, low[:, None], kept), ((low + high) / 2)[:, None]
+
+
+def best_of_few(scores: torch.Tensor, n: int) -> torch.Tensor:
+    """The mask of the n best of M scores along the first axis [M, g]; among equal ones the first. Every pair is compared: nothing is sorted."""
+    few, library = _fast(scores)
+    better = library.zeros(few.shape, dtype=library.int8, device=few.device)  # how many go before each
+    for i in range(len(few) - 1):
+        ahead = few[i] >= few[i + 1 :]
+        better[i + 1 :] += ahead
+        better[i] += len(ahead) - ahead.sum(0, dtype=library.int8)
+    return torch.as_tensor((better < n) & (few == few))
+
+
+def _fast(tensor: torch.Tensor) -> tuple[Any, Any]:
+    """On a CPU, numpy's view of it and numpy, whose calls cost a third of torch's; else itself and torch. Both libraries keep to one standard."""
+    return (tensor.detach().numpy(), np) if tensor.device.type == "cpu" else (tensor, torch)
 
 
 def select_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """Keep the n best of every m consecutive columns of scores [R, C]."""
     groups = scores.reshape(-1, m)
-    return _best(groups, torch.tensor([n])).reshape(scores.shape)
+    mask = best_of_few(groups.T.contiguous(), n).T if m <= FEW else _best(groups, n)
+    return mask.reshape(scores.shape)
 
 
 def select(scores: torch.Tensor, kept: int, group: Group, block: int) -> torch.Tensor:
@@ -54,10 +99,10 @@ def select(scores: torch.Tensor, kept: int, group: Group, block: int) -> torch.T
     make the mask depend on how each output happens to be scaled.
     """
     if group == "matrix":
-        return _best(scores.reshape(1, -1), torch.tensor([kept])).reshape(scores.shape)
+        return _best(scores.reshape(1, -1), kept).reshape(scores.shape)
     if group == "block":
         parts = scores.split(block, dim=1)
         quotas = shares(kept, [part.numel() for part in parts])
         return torch.cat([select(part, quota, "matrix", block) for part, quota in zip(parts, quotas, strict=True)], dim=1)
     share, spare = divmod(kept, len(scores))
-    return _best(scores, share + (torch.arange(len(scores)) < spare).long())
+    return torch.cat([_best(part, count) for part, count in ((scores[:spare], share + 1), (scores[spare:], share)) if len(part)])

@@ -193,10 +193,10 @@ class _Errors:
         """H goes: from here on errors must be given."""
         del self.hessian
 
-    def of(self, task: _Task, swept: float | None = None) -> float:
+    def of(self, task: _Task, swept: torch.Tensor | None = None) -> float:
         """From tr((W − Ŵ) H (W − Ŵ)ᵀ), which the sweep tells (without always-zero inputs) or is taken here, less what the damping adds."""
         target, new = task.target, task.new
-        lost = squared_error(target, new, self.hessian) if swept is None else swept
+        lost = squared_error(target, new, self.hessian) if swept is None else float(swept)
         damping = self.damping if swept is None else self.damping.masked_fill(self.dead, 0)
         damped = sum(float((a - b).float().square().sum(0) @ damping) for a, b in zip(target.split(256), new.split(256), strict=True))
         return max(lost - damped, 0.0) / self.scales[task.matrix]

@@ -84,10 +84,12 @@ class Grid:
 
     def round(self, weights: torch.Tensor, group: int) -> torch.Tensor:
         """Weights [R, n] of a group, the nearest that are on its grid."""
-        rounded = self.scheme.rounded(weights, self.scale[:, group, None], self.zero[:, group, None])
-        self.lost += (weights - rounded).double().square().sum()
+        return self.scheme.rounded(weights, self.scale[:, group, None], self.zero[:, group, None])
+
+    def count(self, weights: torch.Tensor, lost: torch.Tensor) -> None:
+        """Add weights that were rounded, and what they lost by it, to ``error``."""
+        self.lost += lost.double().square().sum()
         self.size += weights.double().square().sum()
-        return rounded
 
     def nearest(self, weight: torch.Tensor) -> torch.Tensor:
         """Fit every group and round to nearest: weights [R, C] on their grid, without compensation."""
@@ -95,6 +97,7 @@ class Grid:
         for group, part in enumerate(weight.split(self.width, dim=1)):
             self.fit(group, part)
             parts.append(self.round(part, group))
+            self.count(part, part - parts[-1])
         return torch.cat(parts, dim=1)
 
     @property

@@ -10,7 +10,7 @@ from pipeline_lib.solve.sweep import quantise, sweep
 
 def prune_matrix(
     weight: torch.Tensor, factorisation: Factorisation, kept: int, rule: Rule, compensate: bool, grid: Grid | None = None
-) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The pruned weight [R, C] in float32, zero outside the mask; the mask [R, C]; and what ``sweep`` tells of its error, if it swept.
 
     Args:

@@ -4,15 +4,14 @@ What stays can be quantised on the way (GPTQ, 2210.17323), so that one compensat
 ``aim`` moves what the sweep starts from to where the dense stream's outputs are best met.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
 from pipeline_lib.core.counts import shares
 from pipeline_lib.masks.rule import Rule
-from pipeline_lib.masks.select import select, select_n_of_m
+from pipeline_lib.masks.select import select
+from pipeline_lib.solve.eliminate import Columns, Groups, Rounding
 from pipeline_lib.solve.factor import Factorisation
 from pipeline_lib.solve.grid import Grid
 from pipeline_lib.solve.order import restored, runs
@@ -46,7 +45,7 @@ def sweep(
     kept: int,
     rule: Rule,
     grid: Grid | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, float]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prune columns in order and let the columns still to come make up for each error (2310.09499, Eq. 3).
 
     With group ``block`` (and for N:M) the mask of each column block (group of M) is chosen from the weights as compensated so
@@ -59,43 +58,38 @@ def sweep(
         grid: filled on the way: what stays of a column is rounded to it, and the columns still to come make up for that, too.
 
     Returns:
-        The compensated weight [R, C], exactly zero outside the mask; the mask [R, C]; and its error tr((W − Ŵ) H (W − Ŵ)ᵀ), which is what
-        the single steps add up to (W without its columns of always-zero inputs).
+        The compensated weight [R, C], exactly zero outside the mask; the mask [R, C]; and its error tr((W − Ŵ) H (W − Ŵ)ᵀ) [] float64, which
+        is what the single steps add up to (W without its columns of always-zero inputs). It is NaN if a score was.
 
     Raises:
         ValueError: the order does not keep the column blocks together.
     """
     order = factorisation.order
-    weight = weight.to(factorisation.upper.dtype, copy=True)
-    weight[:, factorisation.dead] = 0
+    weight = weight.to(factorisation.upper.dtype, copy=True).mul_(~factorisation.dead)
     curvature = factorisation.trailing()
     mask = torch.ones_like(weight, dtype=torch.bool)  # what is not chosen yet counts as kept
-    m, block = rule.pattern.m, rule.block
-    kept_of_m = kept * m // weight.numel() if m else 0
-    if m:
-        block = -(-block // m) * m  # groups of M lie within one column block
-    elif rule.group != "block":
+    m, block, groups = rule.pattern.m, rule.block, None
+    if not m and rule.group != "block":
         mask = rule.mask(rule.scores(weight, factorisation.whole()), kept)
     if order is not None:
         weight, mask, rule = weight[:, order], mask[:, order], rule.at(order)
         runs(order, m or 1)
-
-    def scores(start: int, stop: int) -> torch.Tensor:
-        """Of columns as compensated so far."""
-        return rule.at(slice(start, stop)).scores(weight[:, start:stop], curvature.columns(start, stop))
-
-    def reach(column: int) -> None:
-        """Choose the mask of the group of M that starts here."""
-        if m and column % m == 0:
-            mask[:, column : column + m] = select_n_of_m(scores(column, column + m), kept_of_m, m)
-
-    columns = _Columns(weight, mask, factorisation.upper, None if grid is None else _Rounding(grid, order))
-    lost = 0.0
+    if m:
+        block = -(-block // m) * m  # groups of M lie within one column block
+        factor = rule.scores(weight.new_ones(1, weight.shape[1]), curvature)[0]  # scores are w² times it
+        groups = Groups(kept * m // weight.numel(), m, factor)
+    columns = Columns(weight, mask, factorisation.upper, groups, None if grid is None else Rounding(grid, order))
     for start, stop, quota in _blocks(kept, weight.shape, block, order):
-        if not m and rule.group == "block":
-            mask[:, start:stop] = select(scores(start, stop), quota, "matrix", block)
-        lost += columns.eliminate(start, stop, reach)
-    return (weight, mask, lost) if order is None else (restored(weight, order), restored(mask, order), lost)
+        place = slice(start, stop)
+
+        def choose(part: torch.Tensor, place: slice = place, quota: int = quota) -> torch.Tensor:
+            """From columns as compensated so far."""
+            return select(rule.at(place).scores(part, curvature.columns(place.start, place.stop)), quota, "matrix", block)
+
+        columns.eliminate(start, stop, choose if not m and rule.group == "block" else None)
+    if order is not None:
+        weight, mask = restored(weight, order), restored(mask, order)
+    return weight, mask, columns.lost
 
 
 def quantise(weight: torch.Tensor, mask: torch.Tensor, factorisation: Factorisation, grid: Grid, block: int) -> torch.Tensor:
@@ -115,69 +109,10 @@ def quantise(weight: torch.Tensor, mask: torch.Tensor, factorisation: Factorisat
     order, weight, columns = factorisation.order, weight.masked_fill(factorisation.dead, 0), weight.shape[1]
     if order is not None:
         weight, mask = weight[:, order], mask[:, order]
-    swept = _Columns(weight, mask, factorisation.upper, _Rounding(grid, order))
+    swept = Columns(weight, mask, factorisation.upper, rounding=Rounding(grid, order))
     for start in range(0, columns, block):
         swept.eliminate(start, min(start + block, columns))
     return weight if order is None else restored(weight, order)
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Weight and mask [R, C], both in the sweep's order, as the sweep changes them."""
-
-    weight: torch.Tensor
-    mask: torch.Tensor
-    upper: torch.Tensor
-    rounding: "_Rounding | None"
-
-    def eliminate(self, start: int, stop: int, reach: Callable[[int], None] = lambda _: None) -> float:
-        """Columns ``start`` … ``stop`` in place; all columns to the right are updated. What that costs: Σ (w − ŵ)²/U_mm².
-
-        Args:
-            reach: called before each column.
-        """
-        weight, rounding = self.weight, self.rounding
-        part, chosen, upper = weight[:, start:stop], self.mask[:, start:stop], self.upper[start:stop, start:stop]
-        errors = torch.zeros_like(part)
-        for j in range(stop - start):
-            reach(start + j)
-            error = part[:, j].masked_fill(chosen[:, j], 0)
-            if rounding is not None:
-                grid, group = rounding.grid, rounding.groups[start + j]
-                if (ahead := rounding.starts.get(start + j)) is not None:
-                    current = self._compensated(errors[:, :j], start, stop, ahead)
-                    grid.fit(group, current.masked_fill_(~self.mask[:, ahead], 0))
-                rounded = grid.round(part[:, j : j + 1].masked_fill(~chosen[:, j : j + 1], 0), group)[:, 0]
-                error = part[:, j] - rounded
-                part[:, j] = rounded
-            error = error / upper[j, j]
-            part[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1)
-            errors[:, j] = error
-        part.masked_fill_(~chosen, 0)
-        if stop < weight.shape[1]:
-            weight[:, stop:].addmm_(errors, self.upper[start:stop, stop:], alpha=-1)
-        return float(errors.square().sum(dtype=torch.float64))
-
-    def _compensated(self, errors: torch.Tensor, start: int, stop: int, columns: torch.Tensor) -> torch.Tensor:
-        """Columns [R, n] still to come with all compensation so far: those from ``stop`` on have not got that of ``errors`` [R, j] yet."""
-        found = self.weight[:, columns]
-        late = columns >= stop
-        if late.any():
-            found[:, late] -= errors @ self.upper[start : start + errors.shape[1], columns[late]]
-        return found
-
-
-class _Rounding:
-    """A grid as the sweep meets it: the group of every column, and where a group starts, all of its columns."""
-
-    def __init__(self, grid: Grid, order: torch.Tensor | None) -> None:
-        columns = torch.arange(grid.shape[1]) if order is None else order.cpu()
-        self.grid = grid
-        self.groups: list[int] = (columns // grid.width).tolist()
-        members: dict[int, list[int]] = {}
-        for column, group in enumerate(self.groups):
-            members.setdefault(group, []).append(column)
-        self.starts = {found[0]: torch.tensor(found, device=grid.scale.device) for found in members.values()}
 
 
 def _blocks(kept: int, shape: torch.Size, block: int, order: torch.Tensor | None) -> list[tuple[int, int, int]]:

@@ -1,0 +1,198 @@
+"""Elimination of columns, the inner loop of the OBS sweep: what a weight loses, the columns still to come make up for.
+
+A column block is copied with its columns as rows, so that each is contiguous. It is eliminated by halves: first the left one; then one product
+passes its errors on to the right one. Python loops over the columns of a leaf only. On a GPU a leaf is one launch of a kernel.
+Shape letters: ``R`` outputs, ``C`` inputs, ``B`` columns of a block.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pipeline_lib.masks.select import FEW, best_of_few, select_n_of_m
+from pipeline_lib.solve.grid import Grid
+
+LEAF, WIDEST = 16, 128  # columns of a leaf, without the kernel and with it
+
+
+def fused(device: torch.device) -> bool:
+    """Whether a leaf is one launch of the kernel. Triton comes with torch for CUDA."""
+    if device.type != "cuda":
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Of every M columns, the N of an output with the largest w² times their factor stay. They are chosen when the first is reached."""
+
+    n: int
+    m: int
+    factor: torch.Tensor  # [C]
+
+
+class Rounding:
+    """A grid as the sweep meets it: the group of every column, and where a group starts, all of its columns."""
+
+    def __init__(self, grid: Grid, order: torch.Tensor | None) -> None:
+        columns = torch.arange(grid.shape[1]) if order is None else order.cpu()
+        self.grid = grid
+        self.groups: list[int] = (columns // grid.width).tolist()
+        members: dict[int, list[int]] = {}
+        for column, group in enumerate(self.groups):
+            members.setdefault(group, []).append(column)
+        self.starts = {found[0]: found for found in members.values()}
+
+
+@dataclass
+class Columns:
+    """Weight and mask [R, C], both in the sweep's order, as the sweep changes them."""
+
+    weight: torch.Tensor
+    mask: torch.Tensor  # True where nothing is chosen yet
+    upper: torch.Tensor  # U [C, C] of the factorisation
+    groups: Groups | None = None
+    rounding: Rounding | None = None
+    lost: torch.Tensor = field(init=False)  # [] float64: Σ (w − ŵ)²/U_mm² so far
+
+    def __post_init__(self) -> None:
+        self.lost = torch.zeros((), dtype=torch.float64, device=self.weight.device)
+
+    def eliminate(self, start: int, stop: int, choose: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        """Columns ``start`` … ``stop`` in place; all columns to the right are updated.
+
+        Args:
+            choose: from these columns [R, B] as compensated so far to their mask.
+        """
+        part, mask = self.weight[:, start:stop], self.mask[:, start:stop]
+        if choose is not None:
+            mask.copy_(choose(part))
+        block = _Block(self, start, stop)
+        block.eliminate(0, stop - start)
+        if self.rounding is not None:
+            lost = block.errors * block.upper.diagonal()[:, None] * block.kept
+            self.rounding.grid.count(block.columns + lost, lost)
+        part.copy_(_turned(block.columns.mul_(block.kept).add_(0.0)))  # −0 becomes 0
+        if self.groups is not None:
+            mask.copy_(_turned(block.kept))
+        if stop < self.weight.shape[1]:
+            self.weight[:, stop:].addmm_(block.errors.T, self.upper[start:stop, stop:], alpha=-1)
+        self.lost += block.errors.square_().sum()
+
+
+def _turned(matrix: torch.Tensor) -> torch.Tensor:
+    """Transposed and contiguous. The copy in between makes it several times faster where a row is a part of a longer one."""
+    return matrix.contiguous().T.contiguous()
+
+
+class _Block:
+    """Columns ``start`` … ``stop``, as rows."""
+
+    def __init__(self, whole: Columns, start: int, stop: int) -> None:
+        self.whole, self.start = whole, start
+        self.columns = _turned(whole.weight[:, start:stop])  # [B, R]
+        self.kept = _turned(whole.mask[:, start:stop])
+        self.errors = torch.empty_like(self.columns)  # [B, R] (w − ŵ)/U_mm of the columns that are done
+        self.upper = whole.upper[start:stop, start:stop].contiguous()
+        self.fresh = [0] * (stop - start)  # the errors of how many columns each has got
+        self.inverse = 1 / self.upper.diagonal()[:, None]
+        self.onward = -self.upper.triu(1)
+        self.fused = fused(self.columns.device) and self.columns.dtype == torch.float32
+
+    def eliminate(self, first: int, last: int) -> None:
+        """Columns ``first`` … ``last`` of the block; the errors of those before them have reached them."""
+        middle = self._middle(first, last)
+        if middle is None:
+            self._leaf(first, last)
+            return
+        self.eliminate(first, middle)
+        self.columns[middle:last].addmm_(self.upper[first:middle, middle:last].T, self.errors[first:middle], alpha=-1)
+        self.fresh[middle:last] = [middle] * (last - middle)
+        self.eliminate(middle, last)
+
+    def _middle(self, first: int, last: int) -> int | None:
+        """Where to split: at the start of a grid's group, since that is fitted to columns that have got everything; else at half. None: nowhere."""
+        rounding, unit = self.whole.rounding, self.whole.groups.m if self.whole.groups else 1
+        half = (first + last) // 2
+        if rounding is not None:
+            inside = [place for place in range(first + 1, last) if self.start + place in rounding.starts]
+            if inside:
+                return min(inside, key=lambda place: abs(place - half))
+        if last - first <= max(WIDEST if self.fused else LEAF, unit):
+            return None
+        return first + max(unit, (half - first) // unit * unit)  # whole groups of M
+
+    def _leaf(self, first: int, last: int) -> None:
+        groups, rounding = self.whole.groups, self.whole.rounding
+        self.fresh[first:last] = [last] * (last - first)  # within a leaf all are updated at once
+        if rounding is not None and (members := rounding.starts.get(self.start + first)) is not None:
+            if groups is not None and (self.start + first) % groups.m == 0:
+                self._choose(groups, first)  # what is pruned does not count for the grid
+            found, mask = self._compensated(first, members)
+            rounding.grid.fit(rounding.groups[self.start + first], found.mul_(mask).T)
+        torn = groups is not None and ((self.start + first) % groups.m or (self.start + last) % groups.m)
+        if self.fused and not torn:
+            self._launch(first, last)
+        else:
+            self._loop(first, last)
+
+    def _loop(self, first: int, last: int) -> None:
+        """A leaf, column by column. This is also what the kernel is tested against."""
+        groups, rounding, place = self.whole.groups, self.whole.rounding, slice(first, last)
+        leaf, share = self.columns[place], self.inverse[place] * ~self.kept[place]  # share of a column that is its error, without a grid
+        onward = self.onward[place, place]  # whole rows: adding zeros to columns that are done is faster than to leave them out
+        parts = zip(leaf.unbind(), self.errors[place].unbind(), share.unbind(), onward.unbind(), strict=True)
+        for j, (column, error, own, factors) in enumerate(parts, first):
+            if groups is not None and (self.start + j) % groups.m == 0:
+                self._choose(groups, j)
+                group = slice(j, min(j + groups.m, last))
+                torch.mul(self.inverse[group], ~self.kept[group], out=share[group.start - first : group.stop - first])
+            if rounding is None:
+                torch.mul(column, own, out=error)
+            else:
+                rounded = rounding.grid.round((column * self.kept[j])[:, None], rounding.groups[self.start + j])[:, 0]
+                torch.sub(column, rounded, out=error).mul_(self.inverse[j])
+                column.copy_(rounded)
+            leaf.addr_(factors, error)
+
+    def _choose(self, groups: Groups, first: int) -> None:
+        """The mask of the group of M that starts at column ``first``, all columns before which are done."""
+        place = slice(first, first + groups.m)
+        found = self.columns[place]
+        if min(self.fresh[place]) < first:
+            found, _ = self._compensated(first, range(self.start + first, self.start + first + groups.m))
+        scores = found.square() * groups.factor[self.start + first :][: groups.m, None]
+        self.kept[place] = best_of_few(scores, groups.n) if groups.m <= FEW else select_n_of_m(scores.T, groups.n, groups.m).T
+
+    def _launch(self, first: int, last: int) -> None:
+        from pipeline_lib.solve import kernel
+
+        groups, rounding, place = self.whole.groups, self.whole.rounding, slice(self.start + first, self.start + last)
+        chosen = None if groups is None else (groups.n, groups.m, groups.factor[place])
+        onto = None
+        if rounding is not None:
+            grid = rounding.grid
+            of = torch.tensor(rounding.groups[place], dtype=torch.int32, device=self.columns.device)
+            onto = (grid.scale, grid.zero, of, grid.scheme.levels)
+        part = slice(first, last)
+        kernel.eliminate(self.columns[part], self.kept[part], self.errors[part], self.upper[part, part], chosen, onto)
+
+    def _compensated(self, done: int, members: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns of the whole [n, R] as those before column ``done`` of the block leave them, and their masks [n, R]."""
+        whole, inside = self.whole, {member: member - self.start for member in members if 0 <= member - self.start < len(self.fresh)}
+        chosen = list(members)
+        found, mask = whole.weight[:, chosen].T.contiguous(), whole.mask[:, chosen].T.contiguous()
+        for place, member in enumerate(chosen):
+            if member in inside:
+                found[place], mask[place] = self.columns[inside[member]], self.kept[inside[member]]
+        fresh = [self.fresh[inside[member]] if member in inside else 0 for member in chosen]
+        for since in {own for own in fresh if own < done}:
+            late = [place for place, own in enumerate(fresh) if own == since]
+            factors = whole.upper[self.start + since : self.start + done, [chosen[place] for place in late]]
+            found[late] -= factors.T @ self.errors[since:done]
+        return found, mask
