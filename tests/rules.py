@@ -17,8 +17,9 @@ def rule(
 
 
 def lsq(iterations: int, tolerance: float, mask_iterations: int = 0, mask_penalty: float = 0.1) -> LsqParams:
-    """Unchecked: tests ask for no iterations and no tolerance, too."""
-    return LsqParams.model_construct(iterations=iterations, tolerance=tolerance, mask_iterations=mask_iterations, mask_penalty=mask_penalty)
+    """Unchecked: tests ask for no iterations and no tolerance, too. Masks are searched in float32, or in float64 where matrices are."""
+    masks = {"mask_iterations": mask_iterations, "mask_penalty": mask_penalty, "mask_dtype": "float32"}
+    return LsqParams.model_construct(iterations=iterations, tolerance=tolerance, **masks)
 
 
 def hessian_of(factorisation: Factorisation, gram: torch.Tensor) -> torch.Tensor:

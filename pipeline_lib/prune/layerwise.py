@@ -152,17 +152,16 @@ class Layerwise:
         if refit is None:
             return
         alive = target.float().masked_fill(factorisation.dead, 0)
-        task.new, steps = lsq.solve(alive, task.mask, errors.hessian, task.new, refit)
-        task.facts |= {"selected_error": task.facts["layer_error"], "lsq_iterations": steps}
+        task.facts["selected_error"] = task.facts["layer_error"]
         if refit.mask_iterations:
-
-            def choose(scores: torch.Tensor) -> torch.Tensor:
-                return rule.mask(rule.weighted(scores), task.kept)
-
-            task.new, task.mask, found = lsq.admm(alive, task.mask, errors.hessian, task.new, choose, refit)
-            task.facts["mask_swapped"] = found["swapped"]
+            search = lsq.Search(lambda scores: rule.mask(rule.weighted(scores), task.kept), factorisation.independence)
+            task.new, task.mask, found = lsq.admm(alive, task.mask, errors.hessian, task.new, search, refit)
+            task.facts |= {"mask_swapped": found["swapped"], "lsq_iterations": found["refit_iterations"]}
+            swept = found["error"]
+        else:
+            task.new, task.facts["lsq_iterations"], swept = lsq.solve(alive, task.mask, errors.hessian, task.new, refit)
         del alive
-        task.facts["layer_error"] = errors.of(task)
+        task.facts["layer_error"] = errors.of(task, swept)
         if task.grid is not None:
             task.new = quantise_matrix(task.new, task.mask, factorisation, task.grid, rule.block, self.compensate)
             task.facts |= {"layer_error": errors.of(task), "unquantised_error": task.facts["layer_error"]}

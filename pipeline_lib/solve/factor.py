@@ -31,6 +31,12 @@ class Factorisation:
     damping: float  # the one that was needed
     order: torch.Tensor | None = None  # [C] the columns as the sweep takes them; None: from left to right
 
+    @property
+    def independence(self) -> float:
+        """0 … 1: the mean of 1/(H_mm [H⁻¹]_mm) over inputs that are not always zero, the share of an input that the others do not tell."""
+        share = (self.diagonal * self.inverse_diagonal).reciprocal().mul_(~self.dead)
+        return float(share.sum() / (~self.dead).sum().clamp_min(1))
+
     def whole(self) -> Curvature:
         """For scores of the whole matrix at once: columns in their own order."""
         return Curvature(self.second_moment, self.diagonal, self.inverse_diagonal)

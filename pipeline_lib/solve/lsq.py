@@ -6,27 +6,29 @@ on its own mask its weights are not the best. Shape letters: ``R`` outputs, ``C`
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from pipeline_lib.solve.factor import cholesky_in_place, squared_error
+from pipeline_lib.solve.factor import cholesky_in_place
 from pipeline_lib.solve.settings import LsqParams
 
-EVERY = 3  # iterations of ADMM between two changes of ρ, each an inverse [C, C] (3 in the authors' code)
+EVERY = 3  # iterations of ADMM with the same ρ, each an inverse [C, C] (3 in the authors' code)
+LAST = 1.0  # ρ at the end, in units of H's scaled diagonal: supports hardly move any more
 ROWS = 1024  # solved at a time: bounds the memory, and is enough for a matrix product to run at full speed
-LEAST_RHO = 1e-6  # a ρ at which nothing is held back any more: if the support does not move now, it never will
 SPECTRAL = 512  # columns up to which one eigendecomposition and a product per ρ are faster than a Cholesky factorisation and an inverse
 STILL = 1e-3  # share of the kept weights: a support of which no more is exchanged stands still
 
 
 def solve(
     target: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, start: torch.Tensor, params: LsqParams
-) -> tuple[torch.Tensor, int]:
+) -> tuple[torch.Tensor, int, torch.Tensor]:
     """The weights that are zero off the mask and minimise E, by preconditioned conjugate gradients (2406.07831, Section 3.3).
 
-    All rows share the product with H but have steps of their own; the preconditioner is H's diagonal, so that scales of inputs do not
-    matter. A row is done when its residual (W₀ − Ŵ) H on the mask is at most ``tolerance`` times the right-hand side W₀ H on the mask,
-    both in the norm of 1/H_mm. No row ends with a larger E than it starts with. Where H_mm = 0 weights stay as in ``start``.
+    All rows share the product with H but have steps of their own; the preconditioner is M = diag(H), so that scales of inputs do not
+    matter. With r the residual (W₀ − Ŵ) H on the mask, rᵀM⁻¹r is what E would fall by if inputs were uncorrelated: a row is done when that is at
+    most ``tolerance`` times the E that it started with. No row ends with a larger E than it starts with. Where H_mm = 0 weights stay as in ``start``.
 
     Rows are taken ``ROWS`` at a time, which changes nothing but rounding: besides inputs and output, this needs five matrices [ROWS, C].
 
@@ -35,19 +37,20 @@ def solve(
         mask: [R, C] bool, True = kept.
         hessian: H [C, C], positive semidefinite.
         start: [R, C]; what it holds off the mask does not count.
-        params: at most ``iterations``, each one product [R, C] × [C, C]; three more go before and after.
+        params: at most ``iterations``, each one product [R, C] × [C, C]; two more go before and after.
 
     Returns:
-        Ŵ [R, C], and how many iterations the slowest row took.
+        Ŵ [R, C]; how many iterations the slowest row took; and E(Ŵ) [] float64.
     """
     weight = start.masked_fill(~mask, 0)
     diagonal = hessian.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
-    slowest = 0
+    slowest, error = 0, torch.zeros((), dtype=torch.float64, device=weight.device)
     for first in range(0, len(target), ROWS):
         part = slice(first, first + ROWS)
-        slowest = max(slowest, _descend(weight[part], target[part], mask[part].to(weight), hessian, inverse, params))
-    return weight, slowest
+        steps, errors = _descend(weight[part], target[part], mask[part].to(weight), hessian, inverse, params)
+        slowest, error = max(slowest, steps), error + errors.sum(dtype=torch.float64)
+    return weight, slowest, error
 
 
 def _descend(
@@ -57,122 +60,141 @@ def _descend(
     hessian: torch.Tensor,
     inverse: torch.Tensor,
     params: LsqParams,
-) -> int:
-    """Conjugate gradients for some rows, in place; ``on`` is 1 on the mask and 0 elsewhere, ``inverse`` holds 1/H_mm.
+) -> tuple[int, torch.Tensor]:
+    """Conjugate gradients for some rows, in place; ``on`` is 1 on the mask and 0 elsewhere, ``inverse`` holds 1/H_mm. The steps, and E of each row.
 
     Products with ``on`` are several times faster on the CPU than filling where a mask says so; ``weight`` itself stays +0 off the mask.
     """
-    limit = (target @ hessian).mul_(on).square_() @ inverse * params.tolerance**2
     found = weight.clone()
     product = target - weight
     residual = product @ hessian
     before = torch.linalg.vecdot(residual, product)
+    limit = before.abs() * params.tolerance
     residual.mul_(on)
     direction = residual * inverse
     size = torch.linalg.vecdot(residual, direction)
     steps = 0
     while steps < params.iterations:
-        torch.mm(direction, hessian, out=product)
-        curvature = torch.linalg.vecdot(direction, product)
-        going = (size > limit) & (curvature > 0)
+        going = size > limit
         if not going.any():
             break
         steps += 1
+        torch.mm(direction, hessian, out=product)
+        curvature = torch.linalg.vecdot(direction, product)
+        going &= curvature > 0
         length = torch.where(going, size / curvature, 0)  # rows that are done stand still
         found.addcmul_(direction, length[:, None])
         residual.addcmul_(product.mul_(on), length[:, None], value=-1)
         torch.mul(residual, inverse, out=product)
         smaller = torch.linalg.vecdot(residual, product)
         direction.mul_(torch.where(going, smaller / size, 0)[:, None]).add_(product)
-        size = torch.where(going, smaller, size)
+        size = torch.where(going, smaller, 0)
+    if not steps:
+        return 0, before
     torch.sub(target, found, out=product)
     after = torch.linalg.vecdot(torch.mm(product, hessian, out=residual), product)
     worse = ~(after.abs() <= before)  # only by rounding: in exact arithmetic every step lowers E, and E is never negative
-    found[worse] = weight[worse]
+    torch.where(worse[:, None], weight, found, out=found)
     weight.copy_(found)
-    return steps
+    return steps, torch.where(worse, before, after)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a better mask is looked for."""
+
+    choose: Callable[[torch.Tensor], torch.Tensor]  # from scores [R, C] to the mask of the best, as many and compared as the variant says
+    independence: float  # 0 … 1: the mean of 1/(H_mm [H⁻¹]_mm), the share of an input that the others do not tell
 
 
 def admm(
-    target: torch.Tensor,
-    mask: torch.Tensor,
-    hessian: torch.Tensor,
-    start: torch.Tensor,
-    choose: Callable[[torch.Tensor], torch.Tensor],
-    params: LsqParams,
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    target: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, start: torch.Tensor, search: Search, params: LsqParams
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Look for a better mask by ADMM (2406.07831, Algorithm 1), refit it by ``solve``, and take it if its E is not larger than ``start``'s.
 
-    Inputs are scaled so that H_mm = 1: what is compared is w²·H_mm. Memory: four matrices [R, C], their masks, and one [C, C].
+    Inputs are scaled so that H_mm = 1: what is compared is w²·H_mm. Where the new mask is refused, the old one is refitted. Memory: four matrices
+    [R, C], their masks, and one and a half [C, C].
 
     Args:
         target: W₀ [R, C].
         mask: the mask to improve [R, C] bool.
         hessian: H [C, C].
-        start: the weights to beat [R, C], zero off the mask: ``solve``'s own on that mask, if the better of two masks is to be taken.
-        choose: from scores [R, C] to the mask of the best, as many and compared as the variant says.
-        params: at most ``mask_iterations`` of ADMM, each one product [R, C] × [C, C]; ``mask_penalty`` is ρ to begin with, in units of H's
-            scaled diagonal (0.1 in the authors' code). The others are of ``solve`` on the new mask.
+        start: the weights to beat [R, C], zero off the mask.
+        params: at most ``mask_iterations`` of ADMM, each one product [R, C] × [C, C] of numbers in ``mask_dtype``; the first ρ is ``mask_penalty`` times
+            the search's ``independence``, in units of H's scaled diagonal. The others are of ``solve``.
 
     Returns:
         The weights [R, C], their mask [R, C], and facts: ADMM's ``iterations``; ``swapped``, the share of weights whose place in the mask
-        changed (0 if the old mask stays); ``gain``, by which share E fell.
+        changed (0 if the old mask stays); ``gain``, by which share E fell; ``refit_iterations`` of ``solve``; and ``error``, E itself [] float64.
     """
-    sparse, support, steps = _alternate(target, mask, hessian, start, choose, params)
-    refitted, _ = solve(target, support, hessian, sparse, params)
-    old, new = (squared_error(target, weight, hessian) for weight in (start, refitted))
-    if not new <= old:
-        return start, mask, {"iterations": steps, "swapped": 0.0, "gain": 0.0}
-    swapped = float((support != mask).count_nonzero()) / mask.numel()
-    return refitted, support, {"iterations": steps, "swapped": swapped, "gain": 1 - new / old if old else 0.0}
+    sparse, support, facts = _alternate(target, mask, hessian, start, search, params)
+    before = facts.pop("before")
+    refitted, steps, error = solve(target, support, hessian, sparse, params)
+    if not error <= before:
+        support = mask
+        refitted, steps, error = solve(target, mask, hessian, start, params)
+    facts["swapped"] = float((support != mask).count_nonzero()) / mask.numel()
+    return refitted, support, facts | {"refit_iterations": steps, "error": error, "gain": float(1 - error / before) if before else 0.0}
 
 
 def _alternate(
-    target: torch.Tensor,
-    mask: torch.Tensor,
-    hessian: torch.Tensor,
-    start: torch.Tensor,
-    choose: Callable[[torch.Tensor], torch.Tensor],
-    params: LsqParams,
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """ADMM from ``start``: the last sparse iterate, its support, and the iterations.
+    target: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, start: torch.Tensor, search: Search, params: LsqParams
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """ADMM from ``start``: the last sparse iterate, its support, and facts: ``iterations``, and ``before``, E of the start.
 
-    The dense iterate plus dual/ρ is all that is kept: on the support it is the sparse iterate, off it dual/ρ.
+    One matrix holds the sparse iterate on its support, and off it dual/ρ. The dual starts as the gradient of E off the mask, which is what it is
+    where ADMM stands still: a start that is good is not left for nothing (with a dual of 0, as in Algorithm 1, twice the iterations are needed).
 
-    ρ draws the dense iterate to the sparse one. It grows as long as the support moves, faster the more it moves, until it stands still;
-    if at first it hardly moves, ρ was too large, and all begins again with a fifth of it. (The thresholds and factors are those of the
-    authors' code, which restarts only where the support moved at all.)
+    ρ draws the dense iterate to the sparse one. It grows in equal ratios to ``LAST``. As long as it is small the support changes all the time;
+    where inputs are correlated it must start lower, since the others can make up for a weight that goes. (The authors' code starts from 0.1 and lets ρ
+    grow by what the support does.)
     """
     diagonal = hessian.diagonal()
     scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
+    difference = target - start
+    point = difference @ hessian
+    before = torch.linalg.vecdot(point, difference).sum(dtype=torch.float64)
+    del difference
     pull = (target @ hessian).div_(scale)
-    point, support = start * scale, mask
-    last, kept, steps, grown = mask, int(mask.count_nonzero()), 0, False
+    count = -(-params.mask_iterations // EVERY)
+    first = min(params.mask_penalty * search.independence, LAST)
+    penalties = [first * (LAST / first) ** (step / max(count - 1, 1)) for step in range(count)]
+    point.div_(scale * first)
+    torch.where(mask, start * scale, point, out=point)
+    last = support = mask
+    kept, steps, rho = int(mask.count_nonzero()), 0, first
     inverses = _inverses(hessian, scale)
-    rho = params.mask_penalty
-    inverse = inverses(rho)
-    while steps < params.mask_iterations and rho > LEAST_RHO and inverse is not None:
-        for first in range(0, len(point), ROWS):
-            part = slice(first, first + ROWS)
-            own, off = point[part], point[part] * ~support[part]
-            torch.addmm(off, torch.add(pull[part], own.sub_(off, alpha=2), alpha=rho), inverse, out=own)
-        support = choose(point.square())
-        steps += 1
-        if steps % EVERY:
-            continue
-        changed, last, before = int((support != last).count_nonzero()) / max(kept, 1), support, rho
-        if changed > 0.005:
-            rho, grown = rho * (1.3 if changed > 0.1 else 1.2), True
-        elif not grown:
-            rho, last, support = rho / 5, mask, mask
-            torch.mul(start, scale, out=point)
-        elif changed > STILL:
-            rho *= 1.1
-        else:
+    for penalty in penalties:
+        point.mul_(torch.where(support, point.new_tensor(1.0), point.new_tensor(rho / penalty)))  # the dual stays what it is
+        rho = penalty
+        if (inverse := inverses(rho)) is None:
             break
-        point.mul_(torch.where(support, point.new_tensor(1.0), point.new_tensor(before / rho)))  # the dual stays what it is
-        inverse = inverses(rho)
-    return point.mul_(support).div_(scale), support, steps
+        inverse = inverse.to(_search_dtype(inverse, params))
+        for _ in range(min(EVERY, params.mask_iterations - steps)):
+            for begin in range(0, len(point), ROWS):
+                part = slice(begin, begin + ROWS)
+                own, off = point[part], point[part] * ~support[part]
+                own.sub_(off, alpha=2).mul_(rho).add_(pull[part])
+                torch.add(off, _product(own, inverse), out=own)
+            support = search.choose(point.square())
+            steps += 1
+        if int((support != last).count_nonzero()) <= STILL * kept:
+            break
+        last = support
+    return point.mul_(support).div_(scale), support, {"iterations": steps, "before": before}
+
+
+def _search_dtype(tensor: torch.Tensor, params: LsqParams) -> torch.dtype:
+    return torch.bfloat16 if params.mask_dtype == "bfloat16" and tensor.dtype == torch.float32 else tensor.dtype
+
+
+def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """rows [n, C] times a matrix [C, C], of numbers rounded to the matrix's dtype. On a GPU the sums stay float32."""
+    if matrix.dtype == rows.dtype:
+        return rows @ matrix
+    if rows.device.type == "cuda":
+        return torch.mm(rows.to(matrix.dtype), matrix, out_dtype=rows.dtype)
+    return rows.to(matrix.dtype) @ matrix
 
 
 def _inverses(hessian: torch.Tensor, scale: torch.Tensor) -> Callable[[float], torch.Tensor | None]:

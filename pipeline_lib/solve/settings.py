@@ -25,3 +25,4 @@ class LsqParams(Params):
     tolerance: float = Field(gt=0, lt=1)
     mask_iterations: int = Field(ge=0)
     mask_penalty: float = Field(gt=0)
+    mask_dtype: Literal["bfloat16", "float32"]
