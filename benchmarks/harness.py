@@ -134,12 +134,13 @@ class Study:
     def compute(self, cell: Cell) -> list[Record]:
         return [record | {"commit": commit()} for record in self.measure(cell)]
 
-    def run(self, only: Mapping[str, str] | None = None, missing: bool = False) -> list[Record]:
+    def run(self, only: Mapping[str, str] | None = None, missing: bool = False, names: Sequence[str] = ()) -> list[Record]:
         """Compute every cell that has no file yet, keep each as soon as it is done, and gather the record.
 
         Args:
             only: values of the key, as text, that cells must have.
             missing: leave out what the record has already.
+            names: of cells that are computed whatever there is of them, and no other.
 
         Raises:
             click.ClickException: no cell has these values.
@@ -147,14 +148,16 @@ class Study:
         asked = [cell for cell in self.every.values() if all(str(cell.key[one]) == value for one, value in (only or {}).items())]
         if not asked:
             raise click.ClickException(f"{self.name} has no such cell; its first is {next(iter(self.every))}.")
+        if names:
+            asked = [self.every[name] for name in names]
         known = {self._name(record) for record in self.recorded()} if missing else set()
         for cell in asked:
             path = self.file(cell)
-            if cell.name not in known and not path.exists():
+            if names or (cell.name not in known and not path.exists()):
                 started = time.perf_counter()
                 found = self.compute(cell)
                 write_json(path, found)
-                shown = "; ".join(f"{record['text'] or ''} {self._values(record)}" for record in found)
+                shown = "; ".join(f"{record.get('text') or ''} {self._values(record)}" for record in found)
                 click.echo(f"{cell.name}: {shown}; {time.perf_counter() - started:.0f} s")
         return self.gather()
 
@@ -237,7 +240,7 @@ class Study:
         return ",".join(str(record[name]) for name in next(iter(self.every.values())).key)
 
     def _values(self, record: Record) -> str:
-        return ", ".join(f"{value} {record[value]:.5g}" for value in self.values)
+        return ", ".join(f"{value} {record[value]:.5g}" for value in self.values if record[value] is not None)
 
 
 def gap(base: float, new: float, dense: float) -> float:

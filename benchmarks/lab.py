@@ -1,4 +1,4 @@
-"""A testbed pruned as a recipe says, through the library's own functions, in memory; what the recipes of one seed share is measured once."""
+"""A model pruned as a recipe says, through the library's own functions, in memory; what the recipes of one seed share is measured once."""
 
 import functools
 import tempfile
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.testbed import Tensors, Testbed
+from benchmarks.testbed import Bed, Tensors
 from pipeline_lib.allocate.budget import Unit
 from pipeline_lib.allocate.methods import counts as allocate
 from pipeline_lib.allocate.settings import CURVES, SENSITIVITIES
@@ -77,7 +77,7 @@ def recipe(changes: Changes, variant: str | None = None) -> Recipe:
 
 @dataclass
 class Run:
-    """A pruned testbed."""
+    """A pruned model."""
 
     blocks: dict[int, Block]
     wall_s: float  # of pruning, and of all that its allocation and induction read but the statistics of the dense model
@@ -88,9 +88,9 @@ class Run:
 
 
 class Lab:
-    """A testbed with calibration rows, and what was measured on them."""
+    """A model with calibration rows, and what was measured on them."""
 
-    def __init__(self, bed: Testbed) -> None:
+    def __init__(self, bed: Bed) -> None:
         self.bed = bed
         self.text: tuple[str, int, int] | None = None
         self.shared: dict[Any, tuple[Any, float]] = {}

@@ -20,9 +20,11 @@ import click
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.alone import resident
 from benchmarks.harness import PATTERNS, TEXTS, UNIFORM, Cell, Record, Study, lab, selection
 from benchmarks.lab import Changes, Kept, Lab
 from benchmarks.testbed import CODE, MIXTURE, NAMES, RANDOM, Tensors, Testbed
+from pipeline_lib.core import settings
 from pipeline_lib.core.params import merge
 from pipeline_lib.masks.select import select
 from pipeline_lib.prune.window import collect
@@ -108,12 +110,6 @@ def cells_of_cost() -> Iterator[Cell]:
             yield from (cell(testbed, pattern, method, repeat) for pattern in ("60%", "2:4") for method in MAIN | THEIRS)
 
 
-def resident(name: str) -> int:
-    """VmRSS or VmHWM, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
 def dsnot(here: Lab, kept: Kept) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
     """A reference like DSnoT (2310.08915), from the paper's formulas: Wanda's mask, then weights swapped within rows; block by block."""
     model, entry = here.bed.stream(), here.bed.checkpoint.architecture
@@ -175,11 +171,21 @@ def one(asked: Cell, seed: int, out: Path) -> Record:
     return cost | {"threads": torch.get_num_threads()}
 
 
-def called(*command: str | Path) -> Record:
-    """What another process tells in the last line of JSON that it prints. It has as many threads as this one."""
+def called(*command: str | Path, limit: float | None = None) -> Record:
+    """What another process tells in the last line of JSON that it prints. It has as many threads as this one, and no GPU where this one uses none.
+
+    Raises:
+        TimeoutError: it took longer than ``limit`` seconds, and was stopped.
+        click.ClickException: it told nothing.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+    if settings.device_name() == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"stopped after {limit:g} s") from error
     told = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not told:
         raise click.ClickException(f"{' '.join(words)} failed:\n{done.stderr[-3000:]}")

@@ -33,13 +33,11 @@ HELD_OUT = 0.25
 Tensors = Mapping[int, Mapping[str, torch.Tensor]]  # block -> parameter, named relative to the block -> tensor
 
 
-class Testbed:
-    """One of the models; weights are read when asked for. Device and threads are as the settings say."""
+class Bed:
+    """A checkpoint, and random rows for it; weights are read when asked for. Device and threads are as the settings say."""
 
-    def __init__(self, name: str) -> None:
-        if not ROOT.exists():
-            raise click.ClickException(f"no testbeds at {ROOT}; set SPARSELINE_TESTBED to a directory with llama, opt and texts.")
-        self.name, self.path, self.device = name, ROOT / name, runtime.compute()
+    def __init__(self, path: Path, length: int) -> None:
+        self.path, self.length, self.device = path, length, runtime.compute()
         self.known: dict[str, float] = {}  # the dense model's perplexities
 
     @functools.cached_property
@@ -55,18 +53,18 @@ class Testbed:
         return BlockModel(self.checkpoint, torch.float32, self.device)
 
     def rows(self, source: str, count: int, seed: int | None = None) -> torch.Tensor:
-        """Token rows [count, 256], drawn with the seed; the first ones without."""
-        vocabulary = self.checkpoint.config.vocab_size
-        if source == RANDOM:
-            return torch.randint(vocabulary, (count, LENGTH), generator=generator(seed or 0, RANDOM))
-        asked = {"packing": "concatenate", "rows": count, "length": LENGTH, "seed": seed, "chat_template": False, "distinct": 1}
-        cut = TextParams.model_construct(None, path=Path(source), **asked)
-        tokenizer = load_tokenizer(self.path, vocabulary)
-        return rows_of(encode(tokenizer, _documents(source)), cut, start("document", self.checkpoint.config.model_type, tokenizer))
+        """Token rows [count, length], drawn with the seed.
+
+        Raises:
+            ValueError: there are no rows of this source.
+        """
+        if source != RANDOM:
+            raise ValueError(f"{self.path} has no rows of {source}")
+        return torch.randint(self.checkpoint.config.vocab_size, (count, self.length), generator=generator(seed or 0, RANDOM))
 
     def calibration(self, source: str, count: int, seed: int) -> dict[str, torch.Tensor]:
-        """``fit`` and ``held_out`` rows."""
-        return split(self.rows(source, count, seed), HELD_OUT)
+        """``fit`` and ``held_out`` rows; of a single row none is held out."""
+        return split(self.rows(source, count, seed), HELD_OUT if count > 1 else 0)
 
     @torch.no_grad()
     def perplexity(self, blocks: Tensors, text: str) -> float:
@@ -81,6 +79,24 @@ class Testbed:
         if text not in self.known:
             self.known[text] = self.perplexity({}, text)
         return self.known[text]
+
+
+class Testbed(Bed):
+    """One of the trained models, and its texts."""
+
+    def __init__(self, name: str) -> None:
+        if not ROOT.exists():
+            raise click.ClickException(f"no testbeds at {ROOT}; set SPARSELINE_TESTBED to a directory with llama, opt and texts.")
+        super().__init__(ROOT / name, LENGTH)
+
+    def rows(self, source: str, count: int, seed: int | None = None) -> torch.Tensor:
+        """Token rows [count, 256], drawn with the seed; the first ones without."""
+        if source == RANDOM:
+            return super().rows(source, count, seed)
+        asked = {"packing": "concatenate", "rows": count, "length": LENGTH, "seed": seed, "chat_template": False, "distinct": 1}
+        cut = TextParams.model_construct(None, path=Path(source), **asked)
+        tokenizer = load_tokenizer(self.path, self.checkpoint.config.vocab_size)
+        return rows_of(encode(tokenizer, _documents(source)), cut, start("document", self.checkpoint.config.model_type, tokenizer))
 
 
 def inputs(name: str, texts: tuple[str, ...], source: str) -> list[Path]:

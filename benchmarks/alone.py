@@ -1,0 +1,92 @@
+"""Work in a process of its own: what it cost, and an end to what takes too long."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Record = dict[str, Any]
+FORKS = multiprocessing.get_context("forkserver")  # which has imported torch and has used neither threads nor a GPU
+FORKS.set_forkserver_preload(["benchmarks.lab", "transformers.models.llama.modeling_llama"])
+
+
+def resident(name: str) -> int:
+    """VmRSS or VmHWM, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def warm(device: torch.device) -> None:
+    """Load what the device's libraries load when they are first asked: that is no cost of what comes next."""
+    square = torch.eye(64, device=device)
+    torch.cholesky_inverse(torch.linalg.cholesky_ex(square @ square).L)
+    wait(device)
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cost(work: Callable[[], object], device: torch.device) -> Record:
+    """Wall and CPU seconds of work in this process, and its peaks of memory above what was there before; on a CPU there is no GPU memory."""
+    warm(device)
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    held, before = torch.cuda.memory_allocated(device) if gpu else 0, resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
+    cpu, started = time.process_time(), time.perf_counter()
+    work()
+    wait(device)
+    return {
+        "wall_s": round(time.perf_counter() - started, 3),
+        "cpu_s": round(time.process_time() - cpu, 3),
+        "peak_bytes": resident("VmHWM") - before,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) - held if gpu else None,
+    }
+
+
+def alone(work: Callable[..., Record], *given: Any, limit: float | None = None) -> Record:
+    """What ``work(*given)`` returns, from a new process.
+
+    Args:
+        work: a function of a module.
+        limit: seconds until the process is stopped.
+
+    Raises:
+        TimeoutError: it was stopped.
+        RuntimeError: the work failed, or its process was ended from outside.
+    """
+    reads, writes = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=_tell, args=(writes, work, given))
+    process.start()
+    writes.close()
+    try:
+        if not reads.poll(limit):
+            raise TimeoutError(f"stopped after {limit:g} s")
+        told = reads.recv()
+        process.join(10)
+    except EOFError as error:
+        raise RuntimeError("its process was ended from outside") from error
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(told, str):
+        raise RuntimeError(told)
+    found: Record = told
+    return found
+
+
+def _tell(writes: Connection, work: Callable[..., Record], given: tuple[Any, ...]) -> None:
+    """The work's record, or in a sentence why there is none."""
+    try:
+        writes.send(work(*given))
+    except BaseException as error:
+        writes.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        raise

@@ -1,0 +1,279 @@
+"""Pruning one decoder block of real shape, beside its floor and llm-compressor: ``python -m benchmarks.block [SHAPE,METHOD,TOKENS ...]``.
+
+The block has random weights; its rows are random tokens, whose embeddings have a few outlier channels. It is pruned to 60%, uniformly, by variants of
+params.yaml through the library's own functions. Everything is float32, in memory at the start, and in a process of its own.
+
+The *floor* is what SparseGPT cannot do without, as bare library calls: the forward passes that the library does for a model of one block (one that
+ends before the last product, and one batch through the pruned block), Gram matrices, two Cholesky factorisations and an inverse per site, and
+per matrix [R, C] one product with R·C²/2 multiply-adds. ``rival_s`` is llm-compressor's SparseGPT on the same files (``make rivals-environment``).
+Floor and rival are measured once per run for all methods of a shape and number of tokens.
+
+Without names every row runs that ``results/block.json`` has not got for this device (SPARSELINE_DEVICE); rows that are named are measured anew.
+"""
+
+import functools
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.alone import alone, cost, wait
+from benchmarks.harness import RESULTS, UNIFORM, Cell, Record, Study, selection
+from benchmarks.lab import Lab
+from benchmarks.rivals import PYTHON, ROOT, called
+from benchmarks.testbed import RANDOM, Bed
+from pipeline_lib.core import runtime
+from pipeline_lib.core.params import merge
+from pipeline_lib.core.random import generator
+from pipeline_lib.recipe.settings import Recipe
+from pipeline_lib.stats.lanes import deal
+
+VOCABULARY = 2048
+LENGTH = 2048  # tokens in a row
+OUTLIERS, LARGER = 8, 20.0  # channels of the embeddings, and how much larger these are
+METHODS = ("sparsegpt", "fast", "best")
+TOKENS = {"cpu": (8192,), "cuda": (8192, 262144)}
+KEY = ("shape", "method", "tokens", "device")
+PATTERN = "60%"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a Llama decoder block."""
+
+    width: int
+    inner: int
+    heads: int
+    kv_heads: int
+
+
+SHAPES = {"llama-7b": Shape(4096, 11008, 32, 32), "llama-70b": Shape(8192, 28672, 64, 8)}
+
+
+@dataclass(frozen=True)
+class Files:
+    """A model on disk, and which random rows of tokens it is pruned with."""
+
+    path: Path
+    rows: int
+    length: int
+
+    def lab(self) -> Lab:
+        return Lab(Bed(self.path, self.length)).at(RANDOM, self.rows, 0)
+
+
+def save(shape: Shape, folder: Path) -> None:
+    """A model of one such block with random weights of standard deviation 0.02."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": shape.width, "intermediate_size": shape.inner}
+    heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
+    config = LlamaConfig(**sizes, **heads, num_hidden_layers=1, vocab_size=VOCABULARY, tie_word_embeddings=True, initializer_range=0.02)
+    model = LlamaForCausalLM(config)
+    embeddings = model.model.embed_tokens.weight.data.normal_()
+    embeddings[:, torch.randperm(shape.width, generator=generator(0, "outliers"))[:OUTLIERS]] *= LARGER
+    model.save_pretrained(folder)
+    for file in (ROOT / "data" / "tiny-llama").glob("tokenizer*"):  # llm-compressor wants one, though it reads no text
+        shutil.copy(file, folder)
+
+
+def prune(files: Files, asked: Recipe) -> Record:
+    """The cost of pruning a model as a recipe says, in this process. Its allocation must need no measurement."""
+    here = files.lab()
+    here.bed.stream()  # what it imports is no cost
+    kept, _ = here.allocated(asked)
+
+    def work() -> None:
+        for _ in here.blocks(asked, kept):
+            pass
+
+    return cost(work, here.bed.device) | {"threads": torch.get_num_threads()}
+
+
+class _Enough(Exception):
+    """A forward pass has seen the inputs of the block's last product."""
+
+
+@torch.inference_mode()
+def floor(files: Files) -> Record:
+    """Seconds of SparseGPT's forward passes, Gram matrices, factorisations and products on a model of one block, in this process."""
+    device = runtime.compute()
+    batches = torch.cat(list(files.lab().rows.values())).split(deal(files.rows, 4).sizes)  # as the variant sparsegpt has them
+    model = LlamaForCausalLM.from_pretrained(files.path, dtype=torch.float32).to(device).eval()
+    layer = model.model.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    sites = ((attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
+    parts = dict.fromkeys(("forward", "gram", "factor", "products"), 0.0)
+    inputs: dict[torch.nn.Module, torch.Tensor] = {}
+
+    @contextmanager
+    def timed(part: str) -> Iterator[None]:
+        wait(device)
+        started = time.perf_counter()
+        yield
+        wait(device)
+        parts[part] += time.perf_counter() - started
+
+    def see(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        inputs[module] = args[0].flatten(0, 1)
+        if module is mlp.down_proj:
+            raise _Enough
+
+    def forward(batch: torch.Tensor) -> None:
+        with suppress(_Enough):
+            model.model(input_ids=batch.to(device), use_cache=False)
+
+    def work() -> None:
+        sizes = {first: first.weight.shape[1] for first, *_ in sites}
+        grams = {first: torch.zeros(size, size, device=device) for first, size in sizes.items()}
+        handles = [first.register_forward_pre_hook(see) for first in sizes]
+        for batch in batches:
+            with timed("forward"):
+                forward(batch)
+            with timed("gram"):
+                for first, x in inputs.items():
+                    grams[first].addmm_(x.T, x)
+        for handle in handles:
+            handle.remove()
+        inputs.clear()
+        for site in sites:
+            with timed("factor"):
+                gram = grams.pop(site[0])
+                gram.diagonal().add_(gram.diagonal().mean(), alpha=0.01)
+                upper = torch.linalg.cholesky_ex(torch.cholesky_inverse(torch.linalg.cholesky_ex(gram).L), upper=True).L
+                half = upper[:, : upper.shape[0] // 2]
+            with timed("products"):
+                for linear in site:
+                    torch.mm(linear.weight, half)
+        with timed("forward"):
+            forward(batches[0])
+
+    return cost(work, device) | {"parts": {part: round(seconds, 3) for part, seconds in parts.items()}}
+
+
+def rival(files: Files, sparsity: float, limit: float | None = None) -> Record | None:
+    """The cost of llm-compressor's SparseGPT on the same model and rows, ``s`` being wall seconds; None where it is not installed.
+
+    Raises:
+        TimeoutError: it took longer than ``limit`` seconds, its start included.
+        click.ClickException: it failed.
+    """
+    if not Path(PYTHON).exists():
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.safetensors"
+        save_file({"rows": torch.cat(list(files.lab().rows.values()))}, rows)
+        script, out = ROOT / "benchmarks" / "llm_compressor.py", Path(folder) / "pruned.safetensors"
+        told = called(PYTHON, script, files.path, rows, "sparsegpt", str(sparsity), "unstructured", out, limit=limit)
+    seconds = {"s": round(told["wall_s"], 3), "cpu_s": round(told["cpu_s"], 3)}
+    return seconds | {"peak_bytes": told["peak_rss_bytes"], "peak_gpu_bytes": told.get("peak_gpu_bytes")}
+
+
+def place(device: torch.device) -> str:
+    """What a record calls a device: ``cpu``, or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+@functools.cache
+def _saved(shape: str) -> tempfile.TemporaryDirectory[str]:
+    """Where a shape's model is; gone when this process ends."""
+    folder = tempfile.TemporaryDirectory()
+    save(SHAPES[shape], Path(folder.name))
+    return folder
+
+
+def _files(shape: str, tokens: int) -> Files:
+    length = min(LENGTH, tokens)
+    return Files(Path(_saved(shape).name), tokens // length, length)
+
+
+@functools.cache
+def beside(shape: str, tokens: int) -> Record:
+    """Floor and rival."""
+    files = _files(shape, tokens)
+    least, other = alone(floor, files), rival(files, selection(PATTERN)["selection"]["sparsity"])
+    if other is None:
+        click.echo(f"no llm-compressor at {PYTHON} (`make rivals-environment`): rival_s is null")
+    found = {"floor_s": least["wall_s"], "floor_cpu_s": least["cpu_s"], "floor_parts": least["parts"]}
+    return found | {f"rival_{key}": other and other[key] for key in ("s", "cpu_s", "peak_bytes", "peak_gpu_bytes")}
+
+
+def measure(asked: Cell) -> list[Record]:
+    """The record of a row."""
+    how = asked.recipe("wall_s")
+    assert how is not None
+    shape, tokens = asked.key["shape"], asked.key["tokens"]
+    own = alone(prune, _files(shape, tokens), how)
+    return [{**asked.key, **own, **beside(shape, tokens)}]
+
+
+def cell(shape: str, method: str, tokens: int, device: str) -> Cell:
+    changes = merge(selection(PATTERN), UNIFORM)
+    return Cell(dict(zip(KEY, (shape, method, tokens, device), strict=True)), {"wall_s": changes}, method, source=RANDOM)
+
+
+def study(named: Sequence[str], device: torch.device, home: Path = RESULTS) -> Study:
+    """Of the rows that are recorded, those that this device should have, and those that are named.
+
+    Raises:
+        click.ClickException: a name is none of a row.
+    """
+    here = place(device)
+
+    def cells() -> Iterator[Cell]:
+        yield from (cell(*(record[part] for part in KEY)) for record in found.recorded())
+        yield from (cell(s, m, tokens, here) for s in SHAPES for tokens in TOKENS[device.type] for m in METHODS)
+        for name in named:
+            shape, method, tokens = _parsed(name)
+            yield cell(shape, method, tokens, here)
+
+    found = Study(
+        "block", cells, measure, columns=("shape",), values=("wall_s", "cpu_s", "floor_s", "rival_s"), home=home, files=lambda _: []
+    )
+    return found
+
+
+def _parsed(name: str) -> tuple[str, str, int]:
+    parts = name.replace(" ", "").split(",")
+    if len(parts) != 3 or parts[0] not in SHAPES or parts[1] not in METHODS or not parts[2].isdigit() or int(parts[2]) < 1:
+        example = f"{next(iter(SHAPES))},{METHODS[0]},{TOKENS['cpu'][0]}"
+        raise click.ClickException(f"no row is called {name!r}; a name is shape,method,tokens, for example {example}.")
+    return parts[0], parts[1], int(parts[2])
+
+
+def table(records: Sequence[Record]) -> str:
+    """Markdown: seconds, and what they are of the floor's and of llm-compressor's."""
+    lines = [
+        "| shape, method, tokens | device | seconds | CPU s | over the floor | over llm-compressor | peak GB | on the GPU |",
+        "|---" * 8 + "|",
+    ]
+    for r in records:
+        over = [f"{r['wall_s'] / r[key]:.2f}" if r[key] else "" for key in ("floor_s", "rival_s")]
+        peaks = [f"{r[key] / 1e9:.2f}" if r[key] is not None else "" for key in ("peak_bytes", "peak_gpu_bytes")]
+        line = [f"{r['shape']}, {r['method']}, {r['tokens']:,}", r["device"], f"{r['wall_s']:.1f}", f"{r['cpu_s']:.1f}", *over, *peaks]
+        lines.append(f"| {' | '.join(line)} |")
+    return "\n".join(lines)
+
+
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1)
+def main(names: tuple[str, ...]) -> None:
+    device = runtime.compute()
+    rows = study(names, device)
+    known = {tuple(record[part] for part in KEY) for record in rows.recorded()}
+    here = [name for name, one in rows.every.items() if tuple(one.key.values()) not in known]
+    for name in [",".join((*map(str, _parsed(name)), place(device))) for name in names] or here:
+        rows.run(names=[name])  # each is in the record as soon as it is done
+    click.echo(table(rows.recorded()))
+
+
+if __name__ == "__main__":
+    main()
