@@ -14,6 +14,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
 .PHONY: run test campaign campaign-short architectures sshd check format plan sweep screenshots environment clean
 .PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-latency bench-busy bench-verify
+.PHONY: bench-sweep bench-block bench-gpu
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true  # an archive without .git
@@ -50,7 +51,7 @@ format: environment  ## correct formatting, and what lint can correct
 bench-induction bench-sparsity bench-reconstruction bench-quantization: bench-%: environment  ## testbeds: a study's cells that have no file yet, then its tables (docs/results.md)
 	python -m benchmarks.studies run $*
 
-rivals-environment:  ## llm-compressor in an environment of its own, for bench-rivals
+rivals-environment:  ## llm-compressor in an environment of its own, for bench-rivals, bench-block and bench-gpu
 	$(PYTHON) -m venv .rivals
 	.rivals/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	.rivals/bin/python -m pip install --quiet --disable-pip-version-check llmcompressor==0.14.0.1 compressed-tensors==0.19.0 "transformers>=5.15,<5.18"
@@ -64,6 +65,18 @@ bench-busy: environment  ## dvc repro beside a busy process, against an idle mac
 
 bench-latency: environment  ## what sparsity does to speed: dense against 2:4 on a GPU, or what zeros are worth on this CPU
 	python -m benchmarks.latency
+
+ROWS ?= 4096
+COLUMNS ?= 4096
+bench-sweep: environment  ## the OBS sweep of a matrix of ROWS x COLUMNS against its products alone, on one CPU thread
+	python -m benchmarks.sweep $(ROWS) $(COLUMNS)
+
+BLOCKS ?= llama-7b,sparsegpt,8192
+bench-block: environment  ## one real decoder block: time and memory beside the floor and llm-compressor; BLOCKS: rows (shape,method,tokens) that are measured anew
+	python -m benchmarks.block $(BLOCKS)
+
+bench-gpu: environment  ## the table of speeds of the device SPARSELINE_DEVICE, what it has not got yet; MODEL: a checkpoint in the place of random weights
+	python -m benchmarks.gpu $(if $(MODEL),--model '$(MODEL)')
 
 STUDIES := induction sparsity reconstruction quantization rivals rivals_rows
 bench-verify: environment  ## compute cells of the records anew: CELLS random ones per study, or one: make bench-verify STUDIES=sparsity CELL='llama,unstructured,0.5,predicted,obs,0'

@@ -37,7 +37,6 @@ from pipeline_lib.core.random import generator
 from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.stats.lanes import deal
 
-VOCABULARY = 2048
 LENGTH = 2048  # tokens in a row
 OUTLIERS, LARGER = 8, 20.0  # channels of the embeddings, and how much larger these are
 METHODS = ("sparsegpt", "fast", "best")
@@ -48,12 +47,14 @@ PATTERN = "60%"
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama decoder block."""
+    """Of a Llama."""
 
     width: int
     inner: int
     heads: int
     kv_heads: int
+    blocks: int = 1
+    vocabulary: int = 2048
 
 
 SHAPES = {"llama-7b": Shape(4096, 11008, 32, 32), "llama-70b": Shape(8192, 28672, 64, 8)}
@@ -72,12 +73,12 @@ class Files:
 
 
 def save(shape: Shape, folder: Path) -> None:
-    """A model of one such block with random weights of standard deviation 0.02."""
+    """A model with random weights of standard deviation 0.02, and larger embeddings."""
     torch.manual_seed(0)
     sizes = {"hidden_size": shape.width, "intermediate_size": shape.inner}
     heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
-    config = LlamaConfig(**sizes, **heads, num_hidden_layers=1, vocab_size=VOCABULARY, tie_word_embeddings=True, initializer_range=0.02)
-    model = LlamaForCausalLM(config)
+    counts = {"num_hidden_layers": shape.blocks, "vocab_size": shape.vocabulary}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **counts, tie_word_embeddings=True, initializer_range=0.02))
     embeddings = model.model.embed_tokens.weight.data.normal_()
     embeddings[:, torch.randperm(shape.width, generator=generator(0, "outliers"))[:OUTLIERS]] *= LARGER
     model.save_pretrained(folder)

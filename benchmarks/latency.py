@@ -1,7 +1,8 @@
 """What sparsity does to speed, as ratios within one run: ``python -m benchmarks.latency``.
 
 On a CUDA GPU, at LLaMA-7B layer shapes in float16: prefill of 2048 tokens and decoding of one, dense against 2:4 through
-``torch.sparse.to_sparse_semi_structured``, matrix by matrix and for a whole block. On a CPU: the same product with a dense matrix, with the
+``torch.sparse.to_sparse_semi_structured``, matrix by matrix and for a whole block: with cuSPARSELt's default algorithm, and with the one that its own
+search finds fastest for the shape (``2:4, searched``). On a CPU: the same product with a dense matrix, with the
 same matrix full of zeros, and through torch's CSR; and loading a bitmask checkpoint against loading a dense one.
 
 Arms take turns in every repetition, so that a slow moment hits all of them; times are medians, ratios are dense over sparse: above 1 is faster.
@@ -78,8 +79,24 @@ def two_of_four(weight: torch.Tensor) -> torch.Tensor:
     return fours.scatter(-1, fours.abs().topk(2, dim=-1, largest=False).indices, 0).reshape(weight.shape)
 
 
-def decoder_block(sparse: bool) -> LlamaModel:
-    """One random block with 2:4 matrices, as dense tensors or in the format for them."""
+def fastest(weight: torch.Tensor, tokens: int) -> int:
+    """The number of the algorithm that cuSPARSELt's search finds fastest for x Wᵀ, W [R, C] being 2:4 and x [tokens, C]."""
+    x = torch.randn(-(-tokens // 8) * 8, weight.shape[1], device=weight.device, dtype=weight.dtype)  # torch pads it so, too
+    return torch._cslt_sparse_mm_search(torch._cslt_compress(weight), x.T, transpose_result=True)
+
+
+def semi_structured(weight: torch.Tensor, tokens: int, searched: bool) -> torch.Tensor:
+    """A 2:4 matrix [R, C] in the format for it, for products with so many tokens."""
+    return torch.sparse.to_sparse_semi_structured(weight, alg_id=fastest(weight, tokens) if searched else 0)
+
+
+def kinds() -> dict[str, bool]:
+    """What stands beside dense matrices, and whether its algorithm is searched for; without cuSPARSELt there is no search."""
+    return {"2:4": False} | ({"2:4, searched": True} if torch.backends.cusparselt.is_available() else {})
+
+
+def decoder_block(tokens: int = PREFILL, searched: bool | None = None) -> LlamaModel:
+    """One random block with 2:4 matrices, as dense tensors (``searched`` is None) or in the format for them, see ``semi_structured``."""
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": HEADS}
     config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=8, dtype=torch.float16)
@@ -87,30 +104,40 @@ def decoder_block(sparse: bool) -> LlamaModel:
     for module in model.layers.modules():
         if isinstance(module, torch.nn.Linear):
             weight = two_of_four(module.weight)
-            chosen = torch.sparse.to_sparse_semi_structured(weight) if sparse else weight
+            chosen = weight if searched is None else semi_structured(weight, tokens, searched)
             module.weight = torch.nn.Parameter(chosen, requires_grad=False)
     return model
 
 
 @torch.inference_mode()
-def on_gpu(repetitions: int) -> list[Record]:
-    """2:4 against dense: single matrices, then a decoder block with its attention, norms and cache."""
+def matrices_on_gpu(repetitions: int) -> list[Record]:
+    """2:4 against dense: single matrices."""
     random = partial(torch.randn, device="cuda", dtype=torch.float16)
     records = []
     for name, shape in SHAPES.items():
         dense = two_of_four(random(shape))
-        sparse = torch.sparse.to_sparse_semi_structured(dense)
         for phase, tokens in (("prefill", PREFILL), ("decode", DECODE)):
             x = random((tokens, shape[1]))
-            arms = {"dense": partial(functional.linear, x, dense), "2:4": partial(functional.linear, x, sparse)}
+            weights = {"dense": dense} | {name: semi_structured(dense, tokens, searched) for name, searched in kinds().items()}
+            arms = {name: partial(functional.linear, x, weight) for name, weight in weights.items()}
             what = {"part": "matrix", "matrices": name, "phase": phase, "tokens": tokens, "dtype": "float16"}
             records += compared(arms, repetitions, 20, what)
-    blocks = {"dense": decoder_block(False), "2:4": decoder_block(True)}
-    x = random((1, PREFILL, WIDTH))
-    prefill = {name: partial(block, inputs_embeds=x, use_cache=False) for name, block in blocks.items()}
-    records += compared(prefill, repetitions, 5, {"part": "block", "phase": "prefill", "tokens": PREFILL, "dtype": "float16"})
+    return records
+
+
+@torch.inference_mode()
+def block_on_gpu(repetitions: int) -> list[Record]:
+    """2:4 against dense: a decoder block with its attention, norms and cache."""
+    x = torch.randn(1, PREFILL, WIDTH, device="cuda", dtype=torch.float16)
+
+    def blocks(tokens: int) -> dict[str, LlamaModel]:
+        return {"dense": decoder_block()} | {name: decoder_block(tokens, searched) for name, searched in kinds().items()}
+
+    prefill = {name: partial(block, inputs_embeds=x, use_cache=False) for name, block in blocks(PREFILL).items()}
+    records = compared(prefill, repetitions, 5, {"part": "block", "phase": "prefill", "tokens": PREFILL, "dtype": "float16"})
+    del prefill
     steps = {}
-    for name, block in blocks.items():
+    for name, block in blocks(DECODE).items():
         cache = DynamicCache(config=block.config)
         block(inputs_embeds=x, past_key_values=cache, use_cache=True)
 
@@ -193,7 +220,7 @@ def main(repetitions: int) -> None:
         "torch": torch.__version__,
         "repetitions": repetitions,
         "paper": PAPER,
-        "products": on_gpu(repetitions) if gpu else on_cpu(repetitions),
+        "products": matrices_on_gpu(repetitions) + block_on_gpu(repetitions) if gpu else on_cpu(repetitions),
         "loading": loading(repetitions),
     }
     write_json(RESULTS / "latency.json", result)

@@ -1,13 +1,23 @@
-"""The harness of the benchmarks, with a fake study of six cells that counts what it computes; and the committed records against the studies."""
+"""The harness of the benchmarks, with a fake study of six cells that counts what it computes; the committed records against the studies; and the
+benchmarks of speed, with small shapes."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import block, gpu, latency
+from benchmarks.alone import alone
 from benchmarks.harness import Cell, Record, Study
 from benchmarks.studies import STUDIES, main
 
@@ -64,6 +74,13 @@ def test_only_and_missing_choose_cells(make: Make, computed: list[str]) -> None:
         path.unlink()
     make().run(missing=True)  # the record has them, though their files are gone
     assert sorted(computed) == sorted(make().every)
+
+
+def test_a_cell_that_is_named_is_computed_anew(make: Make, computed: list[str]) -> None:
+    before = make().run()
+    computed.clear()
+    assert make().run(missing=True, names=["a,new,1"]) == before
+    assert computed == ["a,new,1"]
 
 
 def test_gathering_keeps_what_no_file_has(make: Make, computed: list[str]) -> None:
@@ -147,3 +164,132 @@ def test_the_command_refuses_cells_that_there_are_not(only: str, told: str, monk
     done = CliRunner().invoke(main, ["run", "sparsity", "--only", only])
     assert done.exit_code == 1
     assert told in done.output
+
+
+def test_work_alone_is_told_stopped_or_failed() -> None:
+    """Oracles: what ``dict`` and ``int`` do; a sleep that would take a minute; an exit without a word."""
+    assert alone(dict, [("wall_s", 1)]) == {"wall_s": 1}
+    with pytest.raises(RuntimeError, match="ValueError: invalid literal"):
+        alone(int, "x")
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"stopped after 0\.2 s"):
+        alone(time.sleep, 60, limit=0.2)
+    assert time.monotonic() - started < 30
+    with pytest.raises(RuntimeError, match="ended from outside"):
+        alone(os._exit, 1)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_the_sweep_is_told_in_one_line(pattern: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.sweep", "96", "256", "--pattern", pattern]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)
+    assert list(found) == ["rows", "columns", "sweep_s", "products_s", "ratio"]
+    assert (found["rows"], found["columns"]) == (96, 256)
+    assert found["ratio"] == pytest.approx(found["sweep_s"] / max(found["products_s"], 1e-9))
+
+
+SHAPE = block.Shape(64, 160, 4, 2, vocabulary=128)
+MATRICES = ((64, 64), (32, 64), (32, 64), (64, 64), (160, 64), (160, 64), (64, 160))  # q, k, v, o, gate, up, down: outputs, inputs
+
+
+def test_the_floor_does_what_sparsegpt_cannot_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: FLOPs by hand. All products but the last for all eight rows, and all of them for a batch of two; X Xᵀ per site; R·C²/2 multiply-adds per
+    matrix."""
+
+    def added(_sum: torch.Size, a: torch.Size, b: torch.Size, **_: Any) -> int:
+        return 2 * a.numel() * b[1]
+
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added})
+
+    def counted(work: Callable[[], None], device: torch.device) -> Record:
+        with counter:
+            work()
+        return {}
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(block, "cost", counted)
+    block.save(SHAPE, tmp_path)
+    found = block.floor(block.Files(tmp_path, 8, 32))
+    weights, last, tokens = sum(r * c for r, c in MATRICES), 64 * 160, 8 * 32
+    forward, gram = 2 * tokens * (weights - last) + 2 * 2 * 32 * weights, 2 * tokens * (3 * 64**2 + 160**2)
+    counts: dict[Any, int] = counter.get_flop_counts()["Global"]
+    assert counts[torch.ops.aten.addmm_] == gram
+    assert counts[torch.ops.aten.mm] == forward + sum(r * c * c for r, c in MATRICES)
+    assert found["parts"].keys() == {"forward", "gram", "factor", "products"}
+
+
+def test_a_block_has_its_row_beside_those_of_other_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(block, "SHAPES", {"tiny": SHAPE})
+    monkeypatch.setattr(block, "PYTHON", "/nowhere/python")
+    device = torch.device("cpu")
+    other = dict(zip(block.KEY, ("tiny", "sparsegpt", 8192, "GPU"), strict=True)) | {"wall_s": 1.0, "commit": "0000000"}
+    (tmp_path / "block.json").write_text(json.dumps([other]), encoding="utf-8")
+    rows = block.study(["tiny, fast, 64"], device, tmp_path)
+    rows.run(names=["tiny,fast,64,cpu"])
+    kept, new = block.study([], device, tmp_path).recorded()
+    assert kept == other
+    assert [new[part] for part in block.KEY] == ["tiny", "fast", 64, "cpu"]
+    assert {"commit", "cpu_s", "peak_bytes", "floor_parts"} <= new.keys()
+    assert new["wall_s"] > 0 and new["floor_s"] > 0
+    assert new["rival_s"] is None and new["peak_gpu_bytes"] is None
+    assert "| tiny, fast, 64 | cpu | " in block.table([new])
+
+
+@pytest.mark.parametrize("name", ["llama-7b", "llama-7b,wanda,8192", "llama-8b,fast,8192", "llama-7b,fast,0", "llama-7b,fast,8k"])
+def test_a_block_that_there_is_not_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    done = CliRunner().invoke(block.main, [name])
+    assert done.exit_code == 1
+    assert "a name is shape,method,tokens, for example llama-7b,sparsegpt,8192." in done.output
+
+
+def test_the_table_of_a_device_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows in small: each has its seconds, or the reason why not; none is run twice; one that takes too long is told, and the rest stays."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(block, "PYTHON", "/nowhere/python")
+    record = tmp_path / "gpu.json"
+
+    def run(*more: str) -> tuple[list[Record], str]:
+        done = CliRunner().invoke(gpu.main, ["--small", "--record", str(record), *more], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return json.loads(record.read_text(encoding="utf-8")), done.output
+
+    first, told = run("prune wanda", "2:4 block")
+    assert [r["row"] for r in first] == ["prune wanda", "2:4 block"]
+    every, told = run()
+    assert "prune wanda,random,cpu:" not in told  # it was there
+    assert {"prune best", "calibrate", "scale", "sensitivity", "block floor, 256 tokens", "block best, 256 tokens"} <= {
+        r["row"] for r in every
+    }
+    skipped = {r["row"]: r["note"] for r in every if r["wall_s"] is None}
+    assert skipped.keys() == {"llm-compressor sparsegpt", "2:4 matrices", "2:4 block"}
+    assert all(note.startswith("skipped: ") for note in skipped.values())
+    assert all(r["wall_s"] >= 0 and r["note"] is None and r["peak_bytes"] >= 0 for r in every if r["row"] not in skipped)
+    assert {(r["model"], r["device"]) for r in every} == {("random", "cpu")}
+    assert all(r["commit"] for r in every)
+    late, told = run("prune best", "--limit", "0.01")
+    assert "prune best: stopped after 0.01 s" in told
+    assert [r for r in late if r["row"] != "prune best"] == [r for r in every if r["row"] != "prune best"]
+    assert [(r["wall_s"], r["note"]) for r in late if r["row"] == "prune best"] == [(None, "stopped after 0.01 s")]
+    _, told = run("prune best", "--total", "1")
+    assert "1 rows are left, from 'prune best' on" in told
+
+
+def test_the_search_is_of_the_product_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: torch's own call, ``_cslt_sparse_mm(packed, x.T, transpose_result=True)``, in which x has a multiple of eight rows."""
+    asked: list[Any] = []
+
+    def search(packed: torch.Tensor, x: torch.Tensor, transpose_result: bool) -> int:
+        asked.append((packed.shape, x.shape, transpose_result))
+        return 7
+
+    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight, raising=False)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", search, raising=False)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight, alg_id: alg_id)
+    weight = torch.zeros(32, 64)
+    assert latency.semi_structured(weight, 1, searched=True) == 7
+    assert latency.semi_structured(weight, 2048, searched=False) == 0
+    assert asked == [((32, 64), (64, 8), True)]
