@@ -1,6 +1,7 @@
 """Work in a process of its own: what it cost, and an end to what takes too long."""
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 Record = dict[str, Any]
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether there is a GPU would otherwise keep forks from using it
 FORKS = multiprocessing.get_context("forkserver")  # which has imported torch and has used neither threads nor a GPU
 FORKS.set_forkserver_preload(["benchmarks.lab", "transformers.models.llama.modeling_llama"])
 

@@ -178,7 +178,7 @@ def main(rows: tuple[str, ...], model: Path | None, small: bool, limit: float, t
             if total - (time.monotonic() - started) < limit:
                 click.echo(f"{len(asked) - number} rows are left, from {row!r} on: run the same command again")
                 break
-            measured.run(names=[",".join((row, *here))])  # each is in the record as soon as it is done
+            measured.renew(",".join((row, *here)))  # each is in the record as soon as it is done
     records = measured.recorded()
     click.echo(table(records))
     failed = [

@@ -134,13 +134,12 @@ class Study:
     def compute(self, cell: Cell) -> list[Record]:
         return [record | {"commit": commit()} for record in self.measure(cell)]
 
-    def run(self, only: Mapping[str, str] | None = None, missing: bool = False, names: Sequence[str] = ()) -> list[Record]:
+    def run(self, only: Mapping[str, str] | None = None, missing: bool = False) -> list[Record]:
         """Compute every cell that has no file yet, keep each as soon as it is done, and gather the record.
 
         Args:
             only: values of the key, as text, that cells must have.
             missing: leave out what the record has already.
-            names: of cells that are computed whatever there is of them, and no other.
 
         Raises:
             click.ClickException: no cell has these values.
@@ -148,18 +147,27 @@ class Study:
         asked = [cell for cell in self.every.values() if all(str(cell.key[one]) == value for one, value in (only or {}).items())]
         if not asked:
             raise click.ClickException(f"{self.name} has no such cell; its first is {next(iter(self.every))}.")
-        if names:
-            asked = [self.every[name] for name in names]
         known = {self._name(record) for record in self.recorded()} if missing else set()
         for cell in asked:
-            path = self.file(cell)
-            if names or (cell.name not in known and not path.exists()):
-                started = time.perf_counter()
-                found = self.compute(cell)
-                write_json(path, found)
-                shown = "; ".join(f"{record.get('text') or ''} {self._values(record)}" for record in found)
-                click.echo(f"{cell.name}: {shown}; {time.perf_counter() - started:.0f} s")
+            if cell.name not in known and not self.file(cell).exists():
+                self._keep(cell)
         return self.gather()
+
+    def renew(self, name: str) -> list[Record]:
+        """Compute a cell whatever there is of it, and gather the record, which alone keeps it."""
+        cell = self.every[name]
+        self._keep(cell)
+        gathered = self.gather()
+        self.file(cell).unlink()
+        return gathered
+
+    def _keep(self, cell: Cell) -> None:
+        """Compute a cell into its file, and tell what came out."""
+        started = time.perf_counter()
+        found = self.compute(cell)
+        write_json(self.file(cell), found)
+        shown = "; ".join(f"{record.get('text') or ''} {self._values(record)}".strip() for record in found)
+        click.echo(f"{cell.name}: {shown}; {time.perf_counter() - started:.0f} s")
 
     def gather(self) -> list[Record]:
         """Write the record, in the cells' order: of a cell without a file it keeps what it had."""
