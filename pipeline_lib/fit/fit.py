@@ -131,7 +131,8 @@ class _Free:
 
     def groups(self, params: FitParams) -> list[dict[str, Any]]:
         """What Adam moves: log factors and, in units of their matrix's scale, weights at one rate; biases (which have the outputs' scale) at another."""
-        scales = [float((weight.detach().square().sum() / kept.count_nonzero().clamp_min(1)).sqrt()) for weight, kept in self._pairs()]
+        means = [weight.detach().square().sum() / kept.count_nonzero().clamp_min(1) for weight, kept in self._pairs()]
+        scales = torch.stack(means).sqrt().tolist() if means else []  # one transfer from the device
         groups = [{"params": [w], "lr": params.rate * scale} for w, scale in zip(self.weights, scales, strict=True) if scale]
         groups += [{"params": self.log_factors, "lr": params.rate}, {"params": list(self.biases.values()), "lr": params.bias_rate}]
         return [group for group in groups if group["params"]]

@@ -40,12 +40,12 @@ class Gate:
         rows = Pairs(inputs, list(self.stream.hidden))
 
         def judge(transform: Transform) -> float:
+            transform = transform.to(model.device)
             folded = fold(dense.tensors, layout, transform.factors)
             factors = {name: site_factor(layout, name, transform.factors) for name in dense.statistics}
             moved = {name: refresh(site, factors[name]).moments for name, site in dense.statistics.items()}
             pruned = Block(layout, dense.where, transform, kept, folded)
             Layerwise(self.selection, self.compensate).prune_block(pruned, moved)
-            there = {name: tensor.to(model.device) for name, tensor in pruned.tensors.items()}
-            return block_error(functools.partial(model.call, block, index), there, rows)
+            return block_error(functools.partial(model.call, block, index), pruned.tensors, rows)
 
         return judge

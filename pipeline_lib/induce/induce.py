@@ -22,7 +22,7 @@ from pipeline_lib.models.architecture import Layout, Matrix
 from pipeline_lib.models.folding import MatrixScales
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.recipe.settings import InduceParams
-from pipeline_lib.solve.factor import factorise
+from pipeline_lib.solve.factor import factorise, lost
 from pipeline_lib.stats.dense import DenseBlock
 from pipeline_lib.stats.moments import SiteStatistics, refresh
 
@@ -31,7 +31,7 @@ from pipeline_lib.stats.moments import SiteStatistics, refresh
 class Outcome:
     """What induction did to one block. Errors are relative layer errors, averaged over matrices."""
 
-    transform: Transform
+    transform: Transform  # on the CPU, as it is stored
     choice: str  # none, start, learned
     judged: dict[str, float]  # candidate -> what the gate made of it
     held_out: dict[str, float]  # candidate -> layer error on the held-out rows
@@ -54,8 +54,7 @@ class _Layer:
         self.gram = statistics.second_moment_matrix
         self.held_out_gram = self.gram if statistics.held_out_gram is None else statistics.held_out_gram
         self.base = (weight.square() + 1e-30).log_()
-        self.energy = ((weight @ self.gram) * weight).sum().clamp_min(1e-30)
-        self.held_out_energy = ((weight @ self.held_out_gram) * weight).sum().clamp_min(1e-30)
+        self.energy, self.held_out_energy = (lost(weight, None, gram).float().clamp_min(1e-30) for gram in (self.gram, self.held_out_gram))
 
     def shifts(self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """By what the refreshed score (fast Hessian update, Eqs. 9–11) times u² moves log W²: of rows [R] and columns [C].
@@ -133,7 +132,7 @@ class _Layer:
         """E‖(W − W⊙M) X‖² / E‖W X‖² (Eq. 4 in original coordinates)."""
         gone = self.weight * (1 - mask.to(self.weight.dtype))
         gram, energy = (self.held_out_gram, self.held_out_energy) if held_out else (self.gram, self.energy)
-        return ((gone @ gram) * gone).sum() / energy
+        return lost(gone, None, gram) / energy
 
 
 class _Block:
@@ -141,7 +140,9 @@ class _Block:
 
     def __init__(self, layout: Layout, layers: list[_Layer]) -> None:
         self.layers = layers
-        self.matrix_scales = [MatrixScales(layout, layer.matrix, (layer.weight.shape[0], layer.weight.shape[1])) for layer in layers]
+        self.matrix_scales = [
+            MatrixScales(layout, layer.matrix, (layer.weight.shape[0], layer.weight.shape[1]), layer.weight.device) for layer in layers
+        ]
 
     def scales(self, number: int, theta: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log scales of the layer's rows [R] and columns [C]."""
@@ -164,7 +165,8 @@ class _Block:
         """Every layer's differentiable error; exact with 0 probes."""
         errors = []
         for number, layer in enumerate(self.layers):
-            signs = 2.0 * torch.randint(2, (probes, len(layer.weight)), generator=random) - 1 if probes else None
+            drawn = torch.randint(2, (probes, len(layer.weight)), generator=random)  # on the CPU, as on any other device
+            signs = 2.0 * drawn.to(layer.weight.device) - 1 if probes else None
             u = log_u.get(layer.matrix.site, torch.zeros(()))
             errors.append(layer.removed(self.scales(number, theta), u, temperature, signs))
         return errors
@@ -197,6 +199,8 @@ def induce_block(
         judge: gives a candidate's error, the least of which wins (``gate.Gate``); without it, the held-out layer error is taken.
     """
     layout, where, given = dense.layout, dense.where, dense.statistics
+    device = given[layout.sites[0].name].mean.device
+    start = start.to(device)
     if judge:
         start = Transform(start.factors, _worthy(start.shifts, judge), {})
     statistics = {site.name: refresh(given[site.name], None, start.shifts.get(site.name)) for site in layout.sites}
@@ -217,8 +221,10 @@ def induce_block(
     judged = {"none": judge(plain), "start": judge(start)} if judge else dict(held_out)
     # Learning sets out from the better of the two: what serves Magnitude can misguide scores that already know the inputs.
     ahead = judged["start"] < judged["none"]
-    theta = {c.name: started[c.name].clone() if ahead and c.name in started else torch.zeros(c.size) for c in layout.couplings}
-    log_u = {site.name: torch.zeros(len(site.index)) for site in layout.sites} if params.importance else {}
+    theta = {
+        c.name: started[c.name].clone() if ahead and c.name in started else torch.zeros(c.size, device=device) for c in layout.couplings
+    }
+    log_u = {site.name: torch.zeros(len(site.index), device=device) for site in layout.sites} if params.importance else {}
     candidates = {"none": (nothing, nothing), "start": (started, nothing), "learned": (dict(theta), nothing)}
     origin = "start" if ahead else "none"
     held_out["learned"], judged["learned"] = held_out[origin], judged[origin]
@@ -260,8 +266,9 @@ def induce_block(
         choice = min(judged, key=lambda name: (judged[name], list(judged).index(name)))
         best_theta, best_u = candidates[choice]
         before, after = block.masks(nothing, nothing), block.masks(best_theta, best_u)
-        changed = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True)) / sum(m.numel() for m in before)
-        transform = _transform(best_theta, best_u, start)
+        swapped = torch.stack([(a != b).sum() for a, b in zip(before, after, strict=True)]).sum()
+        changed = int(swapped) / sum(m.numel() for m in before)
+        transform = _transform(best_theta, best_u, start).to(torch.device("cpu"))
     return Outcome(transform, choice, judged, held_out, curve, changed)
 
 

@@ -37,7 +37,8 @@ def curves(workspace: Workspace, source: ModelParams, variant: str, part: Curves
         moments = artifacts.read_tensors(path)[0] if path.exists() else {}
         weighted = weighted or bool(moments)
         where = f"{entry.blocks}.{index}"
-        block = DenseBlock(entry.layouts[index], where, checkpoint.block(index), sites)
+        tensors = {name: tensor.to(model.device) for name, tensor in checkpoint.block(index).items()}
+        block = DenseBlock(entry.layouts[index], where, tensors, sites)
         measured = measure(block, own, moments, part.selection, part.compensate, part.curves)
         for label, facts in measured.items():
             found[f"{where}.{label}"] = sensitivities.get(f"{where}.{label}", {}) | facts

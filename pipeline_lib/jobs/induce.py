@@ -48,7 +48,7 @@ def induce(workspace: Workspace, source: ModelParams, variant: str, part: Induce
                     f"{what}: the Gram matrices of the experts of block {index} are larger than SPARSELINE_GRAM_BYTES; "
                     f"raise it, or set variants.{variant}.induce to null."
                 )
-            tensors = {name: tensor.to(torch.float32) for name, tensor in checkpoint.block(index).items()}
+            tensors = {name: tensor.to(model.device, torch.float32) for name, tensor in checkpoint.block(index).items()}
             names = {matrix: entry.matrix_name(index, matrix) for matrix in entry.layouts[index].matrices}
             counts = {matrix: allocated[name] for matrix, name in names.items() if name in allocated}
             dense = DenseBlock(entry.layouts[index], f"{entry.blocks}.{index}", tensors, sites)

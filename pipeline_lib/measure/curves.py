@@ -16,11 +16,9 @@ from pipeline_lib.masks.rule import Rule
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.measure.settings import CurvesParams
 from pipeline_lib.models.architecture import Matrix
-from pipeline_lib.solve.factor import factorise
+from pipeline_lib.solve.factor import ROWS, factorise, quadratic
 from pipeline_lib.solve.matrix import prune_matrix
 from pipeline_lib.stats.dense import DenseBlock
-
-ROWS = 1024  # taken at a time: bounds the memory, and is enough for a matrix product to run at full speed
 
 
 def counts(size: int, quantum: int, densities: Collection[float]) -> list[int]:
@@ -30,21 +28,25 @@ def counts(size: int, quantum: int, densities: Collection[float]) -> list[int]:
     return sorted({target(1 - density, size) for density in densities} - {0, size})
 
 
-def errors(difference: torch.Tensor, gram: torch.Tensor, moment: torch.Tensor | None) -> tuple[float, float, float | None]:
-    """‖ΔW‖²_F, the layer error tr(ΔW G ΔWᵀ) (= E‖ΔW X‖²), and the Kronecker error tr(M ΔW G ΔWᵀ), for ΔW [R, C]. A few rows at a time."""
-    frobenius = layer = kronecker = 0.0
+def errors(difference: torch.Tensor, gram: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
+    """‖ΔW‖²_F, the layer error tr(ΔW G ΔWᵀ) (= E‖ΔW X‖²), and with M the Kronecker error tr(M ΔW G ΔWᵀ), for ΔW [R, C]. A few rows at a time.
+
+    Returns:
+        [3], or [2] without M; float64, on the device.
+    """
+    found = torch.zeros(2 if moment is None else 3, dtype=torch.float64, device=gram.device)
     for first in range(0, len(difference), ROWS):
         part = slice(first, first + ROWS)
         own = difference[part]
-        product = own @ gram
-        each = torch.linalg.vecdot(product, own)  # the diagonal of ΔW G ΔWᵀ
-        frobenius += float(own.square().sum(dtype=torch.float64))
-        layer += float(each.sum(dtype=torch.float64))
-        if moment is not None and moment.ndim == 1:
-            kronecker += float(moment[part].double() @ each.double())
+        product = own @ gram if moment is not None and moment.ndim == 2 else None
+        each = quadratic(own, gram) if product is None else torch.linalg.vecdot(product, own)  # the diagonal of ΔW G ΔWᵀ
+        found[0] += own.square().sum(dtype=torch.float64)
+        found[1] += each.sum(dtype=torch.float64)
+        if product is not None and moment is not None:
+            found[2] += torch.linalg.vecdot(moment[part] @ difference, product).sum(dtype=torch.float64)
         elif moment is not None:
-            kronecker += float(torch.linalg.vecdot(moment[part] @ difference, product).sum(dtype=torch.float64))
-    return frobenius, layer, None if moment is None else kronecker
+            found[2] += moment[part].double() @ each
+    return found
 
 
 def measure(
@@ -69,6 +71,7 @@ def measure(
     """
     tensors, statistics, where = block.tensors, block.statistics, block.where
     found: dict[str, dict[str, Any]] = {}
+    waiting: dict[str, tuple[list[int], torch.Tensor]] = {}  # label -> size and counts; errors at none and at these [n, 2 or 3]
     scales: dict[str, torch.Tensor] = {}
     for site in block.layout.sites:
         consumers = [matrix for matrix in block.layout.consumers(site.name) if matrix in included]
@@ -79,36 +82,56 @@ def measure(
         factorisation = factorise(gram, selection.damping, selection.damping_of, f"{where} {site.name}")
         for matrix in consumers:
             weight = matrix.view(tensors[matrix.parameter]).float()
-            moment, size = moments.get(matrix.label), weight.numel()
+            moment = moments.get(matrix.label)
+            moment = None if moment is None else moment.to(gram.device)
             quantum = selection.shape.quantum(f"{where}.{matrix.label}", (weight.shape[0], weight.shape[1]))
-            inner = counts(size, quantum, params.densities)
+            inner = counts(weight.numel(), quantum, params.densities)
             taken = [errors(weight, gram, moment)]  # of keeping none
             for kept in inner:
                 new, *_ = prune_matrix(weight, factorisation, kept, Rule.of(selection), compensate)
                 taken.append(errors(new.sub_(weight), gram, moment))
-            taken.append((0.0, 0.0, 0.0))
-            if not all(math.isfinite(value) for point in taken for value in point if value is not None):
-                raise SparselineError(
-                    f"The error curve of {where}.{matrix.label} holds NaN or infinity; check the model, or compute in float32."
-                )
-            frobenius, layer, kronecker = zip(*taken, strict=True)
+            points = torch.stack(taken)
             if share is not None:  # of an expert: over all tokens
-                layer = tuple(error * float(share) for error in layer)
-            curve = {"density": [0.0, *(kept / size for kept in inner), 1.0], "frobenius": list(frobenius), "layer": list(layer)}
-            found[matrix.label] = {
-                "curve": curve | {"kronecker": None if moment is None else list(kronecker)},
-                "damping": factorisation.damping,
-            }
+                points[:, 1] *= share
+            waiting[matrix.label] = [weight.numel(), *inner], points
+            found[matrix.label] = {"damping": factorisation.damping}
         del factorisation
     if found:
-        metric = np.empty(sum(matrix.view(tensors[matrix.parameter]).numel() for matrix in included), np.float32)
-        filled = 0
-        for matrix in included:
-            scaled = matrix.view(tensors[matrix.parameter]).float().abs() * scales[matrix.site]
-            metric[filled : filled + scaled.numel()] = scaled.flatten().numpy()
-            filled += scaled.numel()
-        outliers = float(np.count_nonzero(metric > params.outlier_factor * metric.mean(dtype=np.float64)) / metric.size)
-        middle = (metric.size - 1) // 2
-        metric.partition(middle)  # in its place: of a wide block one copy is enough
-        found = {label: facts | {"outliers": outliers, "median": float(metric[middle])} for label, facts in found.items()}
+        _read(waiting, found, where)
+        views = [(matrix.view(tensors[matrix.parameter]), scales[matrix.site]) for matrix in included]
+        metric = torch.empty(sum(view.numel() for view, _ in views), device=views[0][1].device)
+        for part, (view, scale) in zip(metric.split([view.numel() for view, _ in views]), views, strict=True):
+            torch.mul(view.float().abs(), scale, out=part.view(view.shape))
+        outliers, middle = _outliers_and_median(metric, params.outlier_factor)
+        found = {label: facts | {"outliers": outliers, "median": middle} for label, facts in found.items()}
     return found
+
+
+def _read(waiting: Mapping[str, tuple[list[int], torch.Tensor]], found: dict[str, dict[str, Any]], where: str) -> None:
+    """All errors of a block in one transfer from the device; put into ``found`` as curves, from density 0 to 1.
+
+    Raises:
+        SparselineError: one is NaN or infinite.
+    """
+    read = iter(torch.cat([points.flatten() for _, points in waiting.values()]).tolist())
+    for label, ((size, *inner), points) in waiting.items():
+        taken = [[next(read) for _ in range(points.shape[1])] for _ in range(len(points))]
+        if not all(math.isfinite(value) for point in taken for value in point):
+            raise SparselineError(f"The error curve of {where}.{label} holds NaN or infinity; check the model, or compute in float32.")
+        taken.append([0.0] * points.shape[1])
+        frobenius, layer, *kronecker = map(list, zip(*taken, strict=True))
+        curve = {"density": [0.0, *(kept / size for kept in inner), 1.0], "frobenius": frobenius, "layer": layer}
+        found[label] = {"curve": curve | {"kronecker": kronecker[0] if kronecker else None}, **found[label]}
+
+
+def _outliers_and_median(metric: torch.Tensor, factor: float) -> tuple[float, float]:
+    """The share of values [n] that are larger than so many times their mean, and their lower median. Overwrites them."""
+    middle = (len(metric) - 1) // 2
+    if metric.device.type != "cpu":
+        large = (metric.double() > factor * metric.mean(dtype=torch.float64)).count_nonzero() / len(metric)
+        outliers, median = torch.stack([large, metric.kthvalue(middle + 1).values.double()]).tolist()
+        return outliers, median
+    values = metric.numpy()
+    outliers = float(np.count_nonzero(values > factor * values.mean(dtype=np.float64)) / values.size)
+    values.partition(middle)  # in its place: of a wide block one copy is enough
+    return outliers, float(values[middle])

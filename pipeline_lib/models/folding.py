@@ -64,8 +64,8 @@ def site_factor(layout: Layout, site: str, factors: Mapping[str, torch.Tensor]) 
 class MatrixScales:
     """By what the couplings multiply the rows and columns of one logical matrix [R, C]: indices built once, evaluated often."""
 
-    def __init__(self, layout: Layout, matrix: Matrix, shape: tuple[int, int]) -> None:
-        self.shape = shape
+    def __init__(self, layout: Layout, matrix: Matrix, shape: tuple[int, int], device: torch.device | None = None) -> None:
+        self.shape, self.device = shape, device
         # Per tie: coupling, 0 for rows or 1 for columns, which of them, the factor that each takes, power.
         self.ties: list[tuple[str, int, torch.Tensor, torch.Tensor, int]] = []
         for coupling in layout.couplings:
@@ -75,20 +75,20 @@ class MatrixScales:
                 axis = 1 - tie.axis if matrix.transposed else tie.axis
                 start = matrix.rows[0] if matrix.rows is not None and axis == 0 else 0
                 if tie.positions is None and start == 0 and len(tie.index) == shape[axis]:
-                    self.ties.append((coupling.name, axis, torch.arange(shape[axis]), numbers(tie.index), tie.power))
+                    whole = torch.arange(shape[axis], device=device)
+                    self.ties.append((coupling.name, axis, whole, numbers(tie.index, device), tie.power))
                     continue
                 taken = dict(zip(tie.positions or range(len(tie.index)), tie.index, strict=True))
                 where = [i for i in range(shape[axis]) if start + i in taken]
                 if where:
-                    index = torch.tensor([taken[start + i] for i in where])
-                    self.ties.append((coupling.name, axis, torch.tensor(where), index, tie.power))
+                    index = torch.tensor([taken[start + i] for i in where], device=device)
+                    self.ties.append((coupling.name, axis, torch.tensor(where, device=device), index, tie.power))
 
     def __call__(self, log_factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log scales of rows [R] and columns [C], differentiable in the log factors; couplings that are not given count as 0."""
-        like = next(iter(log_factors.values()), torch.zeros(()))
+        like = next(iter(log_factors.values()), torch.zeros((), device=self.device))
         scales = [like.new_zeros(size) for size in self.shape]
         for name, axis, where, index, power in self.ties:
             if name in log_factors:
-                taken = log_factors[name][index.to(like.device)]
-                scales[axis] = scales[axis].index_add(0, where.to(like.device), taken, alpha=power)
+                scales[axis] = scales[axis].index_add(0, where, log_factors[name][index], alpha=power)
         return scales[0], scales[1]

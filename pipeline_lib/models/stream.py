@@ -261,20 +261,25 @@ class BlockModel:
             copies[block] = copy.deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})
         return copies[block]
 
-    @torch.no_grad()
     def advance(self, block: nn.Module, index: int, stream: Stream, numbers: Iterable[int] | None = None) -> None:
         """Pass the stream through a block: all of it, or the batches of these numbers.
 
         Raises:
-            SparselineError: the block's output holds NaN or infinity.
+            SparselineError: the block's output holds NaN or infinity. It is told when all batches have passed.
         """
+        self.check_finite(index, self.passed(block, index, stream, numbers))
+
+    @torch.no_grad()
+    def passed(self, block: nn.Module, index: int, stream: Stream, numbers: Iterable[int] | None = None) -> torch.Tensor:
+        """``advance`` that leaves ``check_finite`` to others: the least and the largest output of every batch, on the device, NaN if one is."""
+        bounds: list[torch.Tensor] = []
         for number in range(len(stream.hidden)) if numbers is None else numbers:
-            out = self.call(block, index, stream.hidden[number])
-            self.check_finite(index, out)
-            stream.hidden[number] = out
+            stream.hidden[number] = out = self.call(block, index, stream.hidden[number])
+            bounds += out.aminmax()
+        return torch.stack(bounds) if bounds else torch.zeros(0, device=self.device)
 
     def check_finite(self, index: int, hidden: torch.Tensor) -> None:
-        """Refuse a block's output that nothing can be made of.
+        """Refuse a block's output, or what bounds it, that nothing can be made of.
 
         Raises:
             SparselineError: it holds NaN or infinity.

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.masks.rule import Rule
 from pipeline_lib.masks.scores import Curvature
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.prune.shapes import Shapes
-from pipeline_lib.prune.window import Block, Window, collect_diagonals
+from pipeline_lib.prune.window import NO_SCORES, Block, Window, collect_diagonals
 from pipeline_lib.recipe.needs import Moments
-from pipeline_lib.solve.factor import damping_unit, finite
+from pipeline_lib.solve.factor import NOT_FINITE, damping_unit, finite
 
 
 @dataclass(frozen=True)
@@ -28,35 +27,30 @@ class Choose:
         ((index, block),) = window.blocks.items()
         model = window.model
         found: dict[str, torch.Tensor] = {}
-        for site in block.sites:
-            if site not in found and self.moments != "none":
-                sites = block.ahead(site, self.by_site)
-                hidden, lanes = window.rows.pruned.hidden, window.rows.seen
-                found = collect_diagonals(model, (index, model.block(index, block.tensors)), hidden, lanes, sites)
-            self.prune_site(block, site, found.get(site))
+        with block.settling():
+            for site in block.sites:
+                if site not in found and self.moments != "none":
+                    sites = block.ahead(site, self.by_site)
+                    hidden, lanes = window.rows.pruned.hidden, window.rows.seen
+                    found = collect_diagonals(model, (index, model.block(index, block.tensors)), hidden, lanes, sites)
+                self.prune_site(block, site, found.get(site))
 
     def prune_site(self, block: Block, site: str, second_moment: torch.Tensor | None) -> None:
-        """Choose the masks of the matrices that share a site, and put both into the block.
+        """Choose the masks of the matrices that share a site, and put both into the block, which is checked when it settles.
 
         Args:
             second_moment: the diagonal [C] of the site's inputs' second moment, or None where the score reads none.
-
-        Raises:
-            SparselineError: the scores hold NaN or infinity.
         """
         rule = Rule.of(self.selection)
+        if second_moment is not None:
+            block.checks.append((finite(second_moment), NOT_FINITE.format(f"{block.where} {site}")))
         for matrix in block.consumers(site):
             weight = matrix.view(block.tensors[matrix.parameter])
             known = torch.full((weight.shape[1],), torch.nan, device=weight.device) if second_moment is None else second_moment
-            if second_moment is not None:
-                finite(known, f"{block.where} {site}")
             diagonal = known + self.selection.damping * damping_unit(known, self.selection.damping_of)
             curvature = Curvature(known, diagonal, torch.full_like(known, torch.nan))  # what the scores do not read is not known
             mask = rule.mask(rule.scores(weight.float(), curvature), block.kept[matrix])
-            if int(mask.count_nonzero()) != block.kept[matrix]:
-                raise SparselineError(
-                    f"The scores of {block.where}.{matrix.label} hold NaN or infinity; check the model, or compute in float32."
-                )
+            block.checks.append((mask.count_nonzero() == block.kept[matrix], NO_SCORES.format(f"{block.where}.{matrix.label}")))
             block.take(matrix, mask, self.dtype)
             matrix.view(block.tensors[matrix.parameter]).masked_fill_(~mask, 0)
             block.curvatures[matrix], block.rules[matrix] = curvature, rule

@@ -7,16 +7,15 @@ from typing import Any
 import torch
 
 from pipeline_lib.core import settings
-from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.masks.rule import Rule
 from pipeline_lib.masks.scores import Curvature
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.folding import site_factor
 from pipeline_lib.prune.shapes import Shapes
-from pipeline_lib.prune.window import Block, Window, collect
+from pipeline_lib.prune.window import NO_SCORES, Block, Window, collect
 from pipeline_lib.solve import lsq
-from pipeline_lib.solve.factor import Factorisation, factorise, layer_error, squared_error
+from pipeline_lib.solve.factor import ROWS, Factorisation, factorise, layer_error, lost
 from pipeline_lib.solve.grid import Grid, Scheme
 from pipeline_lib.solve.matrix import prune_matrix, quantise_matrix
 from pipeline_lib.solve.order import column_losses, rose_order
@@ -47,23 +46,26 @@ class Layerwise:
             beside = (window.dense, streams.dense.hidden)
         found: dict[str, Moments] = {}
         before = None  # the block as it was, where its statistics do not fit into memory at once
-        for site in block.sites:
-            if site not in found:
-                module = before or model.block(index, block.tensors)
-                sites = block.ahead(site, self.by_site, settings.gram_bytes())
-                found = collect(model, (index, module), hidden, streams.seen, sites, beside)
-                before = module if not self.by_site and len(sites) < len(block.sites) else None
-                del module
-            self.prune_site(block, site, found)
+        with block.settling():
+            for site in block.sites:
+                if site not in found:
+                    module = before or model.block(index, block.tensors)
+                    sites = block.ahead(site, self.by_site, settings.gram_bytes())
+                    found = collect(model, (index, module), hidden, streams.seen, sites, beside)
+                    before = module if not self.by_site and len(sites) < len(block.sites) else None
+                    del module
+                self.prune_site(block, site, found)
 
     def prune_block(self, block: Block, moments: dict[str, Moments]) -> None:
         """Prune all matrices of a block by moments that were collected before any of them is pruned; used up (``prune_site``)."""
-        for site in block.sites:
-            self.prune_site(block, site, moments)
+        with block.settling():
+            for site in block.sites:
+                self.prune_site(block, site, moments)
 
     def prune_site(self, block: Block, site: str, moments: dict[str, Moments]) -> None:
-        """Choose the masks of the matrices that share a site, compensate as asked, and put both into the block. They share one factorisation.
+        """Choose the masks of the matrices that share a site, compensate as asked, and put both into the block, which is checked when it settles.
 
+        They share one factorisation, which alone is waited for.
         Memory: besides the block, two matrices [C, C] and one [R, C] for the sweep alone; a third [C, C] while it is aimed or a mask is improved.
 
         Args:
@@ -97,7 +99,7 @@ class Layerwise:
             weight, target = weights.pop(matrix), targets.pop(matrix)
             grid = None if self.scheme is None else Grid(target.shape, self.scheme, target.device)
             task = _Task(matrix, target, factorisation, block.kept[matrix], rule, grid)
-            self._prune(task, errors, f"{block.where}.{matrix.label}")
+            self._prune(task, errors, block)
             block.take(matrix, task.mask, self.dtype)
             _put(block, matrix, weight, task.new, shift)
             block.curvatures[matrix], block.rules[matrix] = factorisation.whole(), rule
@@ -140,14 +142,14 @@ class Layerwise:
 
         return ordering
 
-    def _prune(self, task: "_Task", errors: "_Errors", where: str) -> None:
+    def _prune(self, task: "_Task", errors: "_Errors", block: Block) -> None:
         """What the target becomes, its mask, and facts: the layer errors after the steps, and what these took."""
         refit, rule = self.lsq, task.rule
         factorisation, target = task.factorisation, task.target
         grid = None if refit else task.grid
         task.new, task.mask, swept = prune_matrix(target, factorisation, task.kept, rule, self.compensate, grid)
-        if int(task.mask.count_nonzero()) != task.kept:  # a sum would widen the mask to 64 bits first
-            raise SparselineError(f"The scores of {where} hold NaN or infinity; check the model, or compute in float32.")
+        right = task.mask.count_nonzero() == task.kept  # a sum would widen the mask to 64 bits first
+        block.checks.append((right, NO_SCORES.format(f"{block.where}.{task.matrix.label}")))
         task.facts["layer_error"] = errors.of(task, swept)
         if refit is None:
             return
@@ -183,7 +185,7 @@ class _Errors:
     """Layer errors E‖(W − Ŵ) X‖² / E‖W X‖² of the matrices that share a site. Takes G over, and puts the damping on it: what it holds is H."""
 
     def __init__(self, targets: Mapping[Matrix, torch.Tensor], gram: torch.Tensor, factorisation: Factorisation) -> None:
-        self.scales = {matrix: max(squared_error(target, None, gram), 1e-30) for matrix, target in targets.items()}
+        self.scales = {matrix: lost(target, None, gram).clamp_min(1e-30) for matrix, target in targets.items()}
         self.damping, self.dead = factorisation.diagonal - factorisation.second_moment, factorisation.dead
         gram.diagonal().copy_(factorisation.diagonal)
         self.hessian = gram
@@ -192,13 +194,16 @@ class _Errors:
         """H goes: from here on errors must be given."""
         del self.hessian
 
-    def of(self, task: _Task, swept: torch.Tensor | None = None) -> float:
-        """From tr((W − Ŵ) H (W − Ŵ)ᵀ), which the sweep tells (without always-zero inputs) or is taken here, less what the damping adds."""
+    def of(self, task: _Task, swept: torch.Tensor | None = None) -> torch.Tensor:
+        """[] in float64, on the device. From tr((W − Ŵ) H (W − Ŵ)ᵀ), which the sweep tells (without always-zero inputs) or is taken here, less
+        what the damping adds."""
         target, new = task.target, task.new
-        lost = squared_error(target, new, self.hessian) if swept is None else float(swept)
+        error = lost(target, new, self.hessian) if swept is None else swept
         damping = self.damping if swept is None else self.damping.masked_fill(self.dead, 0)
-        damped = sum(float((a - b).float().square().sum(0) @ damping) for a, b in zip(target.split(256), new.split(256), strict=True))
-        return max(lost - damped, 0.0) / self.scales[task.matrix]
+        moved = torch.zeros_like(damping, dtype=torch.float64)
+        for a, b in zip(target.split(ROWS), new.split(ROWS), strict=True):
+            moved += (a - b).float().square().sum(0)
+        return (error - moved @ damping.double()).clamp_min(0) / self.scales[task.matrix]
 
 
 @dataclass(frozen=True)
@@ -216,12 +221,13 @@ class Quantise:
         for index, block in window.blocks.items():
             fitted = model.block(index, block.tensors)
             found: dict[str, Moments] = {}
-            for site in block.sites:
-                if site not in found:
-                    beside = (fitted, stream.hidden) if self.compensate else None
-                    sites = block.ahead(site, True, settings.gram_bytes())
-                    found = collect(model, (index, model.block(index, block.tensors)), stream.hidden, streams.seen, sites, beside)
-                self.quantise_site(block, site, found.pop(site))
+            with block.settling():
+                for site in block.sites:
+                    if site not in found:
+                        beside = (fitted, stream.hidden) if self.compensate else None
+                        sites = block.ahead(site, True, settings.gram_bytes())
+                        found = collect(model, (index, model.block(index, block.tensors)), stream.hidden, streams.seen, sites, beside)
+                    self.quantise_site(block, site, found.pop(site))
             if index != max(window.blocks):
                 model.advance(model.block(index, block.tensors), index, stream)
 

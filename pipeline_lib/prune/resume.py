@@ -61,10 +61,11 @@ class Progress:
             written.append(artifacts.block_file(self.directory / "quantization", index))
             artifacts.write_tensors(written[-1], grids, how | told)
         by_label = {matrix.label: matrix for matrix in self.source.architecture.layouts[index].matrices}
-        for label, facts in result.facts["matrices"].items():  # more than were pruned, where quantisation rounds to zero
+        weights = [by_label[label].view(result.tensors[by_label[label].parameter]) for label in result.facts["matrices"]]
+        left = torch.stack([weight.count_nonzero() for weight in weights]).tolist() if weights else []
+        for (label, facts), weight, count in zip(result.facts["matrices"].items(), weights, left, strict=True):
             matrix = by_label[label]
-            weights = matrix.view(result.tensors[matrix.parameter])
-            facts["zeros"] = weights.numel() - int(weights.count_nonzero())
+            facts["zeros"] = weight.numel() - count  # more than were pruned, where quantisation rounds to zero
             facts["kept"] = int(matrix.view(result.masks[matrix.parameter]).count_nonzero())  # of the mask that is stored
         artifacts.write_json(self._facts(index), result.facts)
         self.kept.finish(index, written)

@@ -1,14 +1,15 @@
 """What pruning works on: blocks as they are pruned, the streams before them, and a window of consecutive blocks."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.fit.fit import Pairs
 from pipeline_lib.masks.bits import BitMasks
 from pipeline_lib.masks.rule import Rule
@@ -19,6 +20,8 @@ from pipeline_lib.models.transform import Transform
 from pipeline_lib.solve.grid import Grid
 from pipeline_lib.stats.lanes import Sums, fold
 from pipeline_lib.stats.moments import DiagonalSums, Moments, MomentSums, drawn_together
+
+NO_SCORES = "The scores of {} hold NaN or infinity; check the model, or compute in float32."  # their mask keeps another number of weights
 
 
 @dataclass
@@ -32,11 +35,12 @@ class Block:
     tensors: dict[str, torch.Tensor]  # every parameter
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # in which the checkpoint stores them
     masks: BitMasks = field(default_factory=BitMasks)  # parameter -> bool, True = kept, in the checkpoint's orientation
-    # Per matrix: kept, size, layer error, damping; per step that fitted the block: its errors.
+    # Per matrix: kept, size, layer error, damping (within ``settling`` tensors among them); per step that fitted the block: its errors.
     facts: dict[str, Any] = field(default_factory=lambda: {"matrices": {}})
     curvatures: dict[Matrix, Curvature] = field(default_factory=dict)  # what scores need, for masks chosen anew
     rules: dict[Matrix, Rule] = field(default_factory=dict)  # by which masks were chosen
     grids: dict[Matrix, Grid] = field(default_factory=dict)  # of the matrices that are quantised
+    checks: list[tuple[torch.Tensor, str]] = field(default_factory=list)  # what must be true [], and what is said where it is not
 
     @property
     def sites(self) -> list[str]:
@@ -73,9 +77,39 @@ class Block:
         name = matrix.parameter
         if name not in self.masks:
             self.tensors[name] = self.tensors[name].to(dtype, copy=True)
-        whole = self.masks.get(name, torch.ones(self.tensors[name].shape, dtype=torch.bool))
+        whole = self.masks.get(name)
+        if whole is None:
+            whole = torch.ones(self.tensors[name].shape, dtype=torch.bool, device=mask.device)
         matrix.view(whole).copy_(mask)
         self.masks[name] = whole
+
+    @contextmanager
+    def settling(self) -> Iterator[None]:
+        """While open, figures of the matrices stay on the device, and what must be true is not looked at: a step does not wait for a device.
+
+        At the end all are read, in one transfer. If something fails before, what went wrong first is told.
+
+        Raises:
+            SparselineError: one of the ``checks`` does not hold.
+        """
+        try:
+            yield
+        except SparselineError:
+            self._settle()
+            raise
+        self._settle()
+
+    def _settle(self) -> None:
+        checks, self.checks = self.checks, []
+        matrices = self.facts["matrices"].values()
+        places = [(facts, key) for facts in matrices for key, value in facts.items() if isinstance(value, torch.Tensor)]
+        waiting = [good for good, _ in checks] + [facts[key] for facts, key in places]
+        read = torch.stack([value.double() for value in waiting]).tolist() if waiting else []
+        for (_, message), good in zip(checks, read, strict=False):
+            if not good:
+                raise SparselineError(message)
+        for (facts, key), value in zip(places, read[len(checks) :], strict=True):
+            facts[key] = value
 
 
 @dataclass(frozen=True)

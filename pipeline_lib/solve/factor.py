@@ -13,6 +13,7 @@ from pipeline_lib.masks.scores import Curvature
 from pipeline_lib.masks.settings import DampingOf
 
 LARGEST_DAMPING = 1.0
+ROWS, COLUMNS = 1024, 512  # of a matrix that an error is taken of at a time: they bound the memory, and products run at full speed
 
 
 @dataclass(frozen=True)
@@ -71,62 +72,85 @@ def factorise(
     Raises:
         SparselineError: G holds NaN or infinity, or cannot be factorised even so.
     """
-    second_moment = finite(gram.diagonal(), where).clamp_min(0)  # of shifted inputs it can be negative by rounding
+    usable = finite(gram.diagonal())
+    second_moment = gram.diagonal().clamp_min(0)  # of shifted inputs it can be negative by rounding
     dead = second_moment == 0
     amount = damping_unit(second_moment, damping_of, factor)
     while damping <= LARGEST_DAMPING:
         work = gram.clone().mT  # H, its Cholesky factor, H⁻¹ and U in turn: symmetric, and in LAPACK's order
         diagonal = work.diagonal().copy_(second_moment + damping * amount).clone()
-        if cholesky_in_place(work):
+        possible, positive = torch.stack([usable, cholesky_in_place(work)]).tolist()  # one transfer from the device
+        if not possible:
+            raise SparselineError(NOT_FINITE.format(where))
+        if positive:
             torch.cholesky_inverse(work, out=work)
             inverse_diagonal = work.diagonal().clone()
             order = None if ordering is None else ordering(Curvature(second_moment, diagonal, inverse_diagonal))
             if order is not None:
                 work = work[order][:, order].mT
-            if cholesky_in_place(work, upper=True) and torch.isfinite(work.diagonal()).all():
+            if cholesky_in_place(work, upper=True) & torch.isfinite(work.diagonal()).all():
                 return Factorisation(second_moment, diagonal, inverse_diagonal, work, dead, damping, order)
         damping = max(10 * damping, 1e-4)
     raise SparselineError(f"The second moment of {where} cannot be factorised even with damping 1; give more calibration rows.")
 
 
-def finite(diagonal: torch.Tensor, where: str) -> torch.Tensor:
-    """A second moment's diagonal [C]: no entry of the matrix is larger than the largest on it.
+NOT_FINITE = "The second moment of {} holds NaN or infinity; check the model, or compute in float32."
 
-    Raises:
-        SparselineError: it holds NaN or infinity.
-    """
-    if not torch.isfinite(diagonal).all():
-        raise SparselineError(f"The second moment of {where} holds NaN or infinity; check the model, or compute in float32.")
-    return diagonal
+
+def finite(diagonal: torch.Tensor) -> torch.Tensor:
+    """Whether [] all of a second moment is finite, by its diagonal [C]: no entry of the matrix is larger than the largest on it."""
+    return torch.isfinite(diagonal).all()
 
 
 def damping_unit(second_moment: torch.Tensor, damping_of: DampingOf, factor: torch.Tensor | None = None) -> torch.Tensor:
     """What a damping of 1 adds to each entry of the diagonal [C], see ``factorise``."""
     dead = second_moment == 0
     unit = torch.ones_like(second_moment) if factor is None else factor.square()
-    mean = unit if dead.all() else (second_moment / unit)[~dead].mean() * unit
+    alive = dead.logical_not().sum()
+    mean = torch.where(alive > 0, (second_moment / unit).sum() / alive, 1) * unit  # what is always zero adds nothing to the sum
     return mean if damping_of == "mean" else torch.where(dead, mean, second_moment)
 
 
-def cholesky_in_place(matrix: torch.Tensor, upper: bool = False) -> bool:
-    """Put the factor of a positive definite matrix [C, C] into its place; False where there is none. Column by column in memory, nothing is copied."""
+def cholesky_in_place(matrix: torch.Tensor, upper: bool = False) -> torch.Tensor:
+    """Put the factor of a positive definite matrix [C, C] into its place; whether [] there is one. Column by column in memory, nothing is copied."""
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, info))
-    return int(info) == 0
+    return info == 0
 
 
-def squared_error(original: torch.Tensor, pruned: torch.Tensor | None, moment: torch.Tensor) -> float:
-    """tr((W − Ŵ) G (W − Ŵ)ᵀ) from the second moment G [C, C], or any other; without Ŵ of W itself. A few rows at a time bound the memory."""
-    total = 0.0
-    for first in range(0, len(original), 256):
-        difference = original[first : first + 256]
+def quadratic(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """The diagonal [R] of W G Wᵀ in float64, for W [R, C] and a symmetric G [C, C].
+
+    Half of the operations of W G: with the columns in blocks, what a block has to do with those before it counts twice. Products are taken
+    in G's dtype. Memory: two matrices [R, COLUMNS].
+    """
+    weight = weight.to(moment.dtype)
+    found = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    for start in range(0, weight.shape[1], COLUMNS):
+        own = weight[:, start : start + COLUMNS]
+        product = own @ moment[start : start + COLUMNS, start : start + COLUMNS]
+        if start:
+            product.addmm_(weight[:, :start], moment[:start, start : start + COLUMNS], alpha=2)
+        found += torch.linalg.vecdot(product, own)
+    return found
+
+
+def lost(original: torch.Tensor, pruned: torch.Tensor | None, moment: torch.Tensor) -> torch.Tensor:
+    """tr((W − Ŵ) G (W − Ŵ)ᵀ) [] in float64, from a symmetric second moment G [C, C]; without Ŵ of W itself. It stays on the device."""
+    total = torch.zeros((), dtype=torch.float64, device=moment.device)
+    for first in range(0, len(original), ROWS):
+        difference = original[first : first + ROWS]
         if pruned is not None:
-            difference = difference - pruned[first : first + 256]
-        difference = difference.to(moment.dtype)
-        total += float(torch.linalg.vecdot(difference @ moment, difference).sum(dtype=torch.float64))
+            difference = difference - pruned[first : first + ROWS]
+        total += quadratic(difference, moment).sum()
     return total
 
 
-def layer_error(original: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> float:
-    """E‖(W − Ŵ) X‖² / E‖W X‖² from the second moment G [C, C]; W is ``original``, or the target W₀ of ``aim``."""
-    return squared_error(original, pruned, gram) / max(squared_error(original, None, gram), 1e-30)
+def squared_error(original: torch.Tensor, pruned: torch.Tensor | None, moment: torch.Tensor) -> float:
+    """``lost``, read from the device."""
+    return float(lost(original, pruned, moment))
+
+
+def layer_error(original: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """E‖(W − Ŵ) X‖² / E‖W X‖² [] from the second moment G [C, C]; W is ``original``, or the target W₀ of ``aim``. It stays on the device."""
+    return lost(original, pruned, gram) / lost(original, None, gram).clamp_min(1e-30)

@@ -4,7 +4,7 @@ Symbols: G = E[X Xᵀ] second moment (Gram) [d, d], μ = E[X] mean [d], n tokens
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -40,8 +40,8 @@ class SiteStatistics:
         """What pruning needs of them. Pruning overwrites what it is given, so this is a copy."""
         return Moments(self.second_moment_matrix.clone(), self.mean)
 
-    def cpu(self) -> "SiteStatistics":
-        return SiteStatistics.from_tensors("", {name: tensor.cpu() for name, tensor in self.tensors("").items()})
+    def to(self, device: torch.device) -> "SiteStatistics":
+        return SiteStatistics.from_tensors("", {name: tensor.to(device) for name, tensor in self.tensors("").items()})
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """For storage: ``{prefix}.{field}``, absent Grams left out."""
@@ -54,6 +54,7 @@ class SiteStatistics:
 
 
 S = TypeVar("S", bound="WeightedSums")
+PIECE = 2**18  # values that a CPU widens to float64 at a time: they stay in its cache
 
 
 class WeightedSums:
@@ -63,14 +64,14 @@ class WeightedSums:
     """
 
     MEANS: tuple[str, ...] = ()  # attributes that are sums, and become means by ``count``
-    _seen: float | None = None
+    _seen: float | torch.Tensor | None = None
 
     def __init__(self) -> None:
-        self.count: float = 0  # the sum of weights; of tokens, where none is weighed
+        self.count: float | torch.Tensor = 0  # the sum of weights, [] on the device; of tokens, where none is weighed
         self.tokens = 0
 
     @property
-    def seen(self) -> float:
+    def seen(self) -> float | torch.Tensor:
         """The sum of weights before anything was drawn to a pool."""
         return self._seen if self._seen is not None else self.count
 
@@ -128,22 +129,27 @@ class Accumulator(WeightedSums):
         """Take the activations of one row [T, d] or of several [B, T, d]; or of an expert's tokens [n, d], with what weighs its outputs [n]."""
         for row in _rows(inputs):
             if len(row):
-                self._add(row.float(), None if weights is None else weights.float().square())
+                self._add(row, None if weights is None else weights.float().square())
 
-    def _add(self, x: torch.Tensor, weights: torch.Tensor | None) -> None:
+    def _add(self, row: torch.Tensor, weights: torch.Tensor | None) -> None:
+        if not self.tokens:
+            self.sum, self.squares = (torch.zeros(row.shape[1], dtype=torch.float64, device=row.device) for _ in range(2))
+            if self.want_gram:
+                self.gram = torch.zeros(row.shape[1], row.shape[1], device=row.device)
+        x = row.float()
         weighed = x if weights is None else x * weights[:, None]
-        self.sum = self.sum.to(x.device) + weighed.double().sum(0)
-        self.squares = self.squares.to(x.device) + (x.double().square() if weights is None else weighed.double() * x.double()).sum(0)
-        low, high = x.amin(0), x.amax(0)
+        for own, piece in zip(_pieces(weighed), _pieces(x), strict=True):
+            wide = own.double()
+            self.sum += wide.sum(0)
+            self.squares += (wide.square_() if weights is None else wide.mul_(piece)).sum(0)
+        low, high = torch.aminmax(x, dim=0)
         self.minimum = low if self.tokens == 0 else torch.minimum(self.minimum, low)
         self.maximum = high if self.tokens == 0 else torch.maximum(self.maximum, high)
         first = -(self.first + self.tokens) % self.stride
         self.sample.append(x[first :: self.stride].clone())
-        if self.want_gram:
-            if self.gram is None:
-                self.gram = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            self.gram.addmm_(weighed.T, x)
-        self.count += len(x) if weights is None else float(weights.sum(dtype=torch.float64))
+        if self.gram is not None:
+            add_product(self.gram, row if weights is None else weighed, row)
+        self.count += len(x) if weights is None else weights.sum(dtype=torch.float64)
         self.tokens += len(x)
 
     def __iadd__(self, other: "Accumulator") -> "Accumulator":
@@ -165,9 +171,9 @@ class Accumulator(WeightedSums):
             raise ValueError("this accumulator was not asked for the Gram matrix")
         return self.gram / self.count
 
-    def finish(self, held_out: "Accumulator | None" = None, share: float | None = None) -> SiteStatistics:
+    def finish(self, held_out: "Accumulator | None" = None, share: float | torch.Tensor | None = None) -> SiteStatistics:
         return SiteStatistics(
-            share=None if share is None else torch.tensor(share),
+            share=None if share is None else torch.as_tensor(share, dtype=torch.float32, device=self.sum.device),
             second_moment=(self.squares / self.count).float(),
             mean=(self.sum / self.count).float(),
             median=torch.cat(self.sample).median(0).values,
@@ -212,7 +218,7 @@ class MomentSums(WeightedSums):
         for number, row in enumerate(_rows(inputs)):
             if len(row):
                 square = None if weights is None else weights.float().square()
-                self._add(row.float(), None if dense is None else _rows(dense)[number].float(), square)
+                self._add(row, None if dense is None else _rows(dense)[number], square)
 
     def _add(self, x: torch.Tensor, dense: torch.Tensor | None, weights: torch.Tensor | None) -> None:
         if not self.tokens:
@@ -220,14 +226,14 @@ class MomentSums(WeightedSums):
             self.mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
         if dense is not None and not self.tokens:
             self.cross, self.dense_mean = torch.zeros_like(self.gram), torch.zeros_like(self.mean)
-        weighed = x if weights is None else x * weights[:, None]
-        self.gram.addmm_(weighed.T, x)
-        self.mean += weighed.sum(0)
-        self.count += len(x) if weights is None else float(weights.sum(dtype=torch.float64))
+        weighed = x if weights is None else x.float() * weights[:, None]
+        add_product(self.gram, weighed, x)
+        self.mean += weighed.sum(0, dtype=torch.float32)
+        self.count += len(x) if weights is None else weights.sum(dtype=torch.float64)
         self.tokens += len(x)
         if dense is not None:
-            self.cross.addmm_(dense.T, x)
-            self.dense_mean += dense.sum(0)
+            add_product(self.cross, dense, x)
+            self.dense_mean += dense.sum(0, dtype=torch.float32)
 
     def __iadd__(self, other: "MomentSums") -> "MomentSums":
         if not self.tokens or not other.tokens:
@@ -262,9 +268,12 @@ class DiagonalSums(WeightedSums):
         """Take the activations of one row [T, d] or of several [B, T, d]; or of an expert's tokens [n, d], with what weighs its outputs [n]."""
         for row in _rows(inputs):
             if len(row):
+                if not self.tokens:
+                    self.squares = torch.zeros(row.shape[1], dtype=torch.float64, device=row.device)
                 squares = row.float().square() if weights is None else row.float().square() * weights.float().square()[:, None]
-                self.squares = self.squares.to(row.device) + squares.sum(0, dtype=torch.float64)
-                self.count += len(row) if weights is None else float(weights.double().square().sum())
+                for piece in _pieces(squares):
+                    self.squares += piece.sum(0, dtype=torch.float64)
+                self.count += len(row) if weights is None else weights.double().square().sum()
                 self.tokens += len(row)
 
     def __iadd__(self, other: "DiagonalSums") -> "DiagonalSums":
@@ -278,6 +287,22 @@ class DiagonalSums(WeightedSums):
     def finish(self) -> torch.Tensor:
         """E[X_m²] [d]."""
         return (self.squares / self.count).float()
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add leftᵀ right to ``total`` [d, d] float32, for [n, d] both. What is multiplied is exact, and summed in float32.
+
+    A product of two bfloat16 values fits into float32: where a GPU's matrix units give their sums in float32, nothing is widened before.
+    """
+    if total.is_cuda and left.dtype == right.dtype == torch.bfloat16:
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        total.addmm_(left.float().T, right.float())
+
+
+def _pieces(values: torch.Tensor) -> Sequence[torch.Tensor]:
+    """[n, d] in consecutive rows: so many that what is made of them is small; all at once where it is memory that is fast."""
+    return values.split(max(1, PIECE // values.shape[1])) if values.device.type == "cpu" else (values,)
 
 
 def _rows(inputs: torch.Tensor) -> torch.Tensor:

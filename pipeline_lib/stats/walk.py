@@ -25,7 +25,7 @@ def gram_bytes(architecture: Architecture) -> int:
 def walk(
     model: BlockModel, fit: torch.Tensor, held_out: torch.Tensor, params: CalibrateParams, grams: bool
 ) -> Iterator[tuple[int, Mapping[str, SiteStatistics]]]:
-    """Pass token rows [N, T] through the dense model; yield (block, statistics per site) as each block is done.
+    """Pass token rows [N, T] through the dense model; yield (block, statistics per site, on the model's device) as each block is done.
 
     Where the Gram matrices of a block's experts are larger than SPARSELINE_GRAM_BYTES, they are in memory by groups, see ``InTurn``.
     """
@@ -49,9 +49,11 @@ def _collected(
     sites = streams[0].model.checkpoint.architecture.layouts[index].sites
     pools = {site.name: site.pool for site in sites if site.name in names}
     own = [drawn_together(fold(map(partial(stream.collect, block, index, names, advance), range(LANES))), pools) for stream in streams]
+    if advance:
+        streams[0].model.check_finite(index, torch.cat([bounds for stream in streams for bounds in stream.passed]))
     held = own[1] if len(own) > 1 else {}
     shares = {name: None if pool is None else own[0][name].seen / streams[0].rows.numel() for name, pool in pools.items()}
-    return {name: found.finish(held.get(name), shares[name]).cpu() for name, found in own[0].items()}
+    return {name: found.finish(held.get(name), shares[name]) for name, found in own[0].items()}
 
 
 class InTurn(Mapping[str, SiteStatistics]):
@@ -97,6 +99,7 @@ class _Rows:
         self.model, self.rows, self.params, self.grams = model, rows, params, grams
         self.dealt = deal(len(rows), params.batch_rows)
         self.stream = model.embed(rows, self.dealt.sizes)
+        self.passed: list[torch.Tensor] = []  # what bounds the last block's outputs, lane by lane
 
     def collect(self, block: nn.Module, index: int, names: Sequence[str], advance: bool, lane: int) -> Sums[Accumulator]:
         """Pass a lane through a block; what the inputs of some of its sites, and of their pools, add to the statistics."""
@@ -121,18 +124,20 @@ class _Rows:
                 if name in found:
                     found[name].add(x, weights)
 
+        if lane == 0:
+            self.passed = []
         with tapped(block, wanted, take):
             if advance:
-                self.advance(block, index, lane)
+                self.passed.append(self.model.passed(block, index, self.stream, self.dealt.lanes[lane]))
             else:
                 for number in self.dealt.lanes[lane]:
                     with torch.no_grad():
                         self.model.call(block, index, self.stream.hidden[number])
         return found
 
-    def advance(self, block: nn.Module, index: int, lane: int | None = None) -> None:
-        """Pass a lane of the stream, or all of it, through a block."""
-        self.model.advance(block, index, self.stream, None if lane is None else self.dealt.lanes[lane])
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Pass all of the stream through a block."""
+        self.model.advance(block, index, self.stream)
 
 
 def stored(directory: Path, layout: Layout, block: int) -> dict[str, SiteStatistics]:
@@ -144,10 +149,11 @@ def stored(directory: Path, layout: Layout, block: int) -> dict[str, SiteStatist
 def stored_or_walked(
     directory: Path, model: BlockModel, fit: torch.Tensor, held_out: torch.Tensor, params: CalibrateParams
 ) -> Iterator[tuple[int, Mapping[str, SiteStatistics]]]:
-    """Statistics with Gram matrices: from calibrate's files, or, where those were over budget, by walking the model again."""
+    """Statistics with Gram matrices, on the model's device: from calibrate's files, or, where those were over budget, by walking the model again."""
     _, facts = read_tensors(block_file(directory, 0))
     if not facts["grams"]:
         yield from walk(model, fit, held_out, params, grams=True)
         return
     for index in range(model.checkpoint.architecture.depth):
-        yield index, stored(directory, model.checkpoint.architecture.layouts[index], index)
+        found = stored(directory, model.checkpoint.architecture.layouts[index], index)
+        yield index, {name: statistics.to(model.device) for name, statistics in found.items()}
