@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from architectures import make_checkpoint
 from project import build, change_params, load_artifact, make_workspace, tree
 from scipy.stats import kendalltau
 from tiny import ALL_FAMILIES, load_full, make_model, token_rows
@@ -19,7 +20,7 @@ from pipeline_lib.core.random import generator
 from pipeline_lib.measure import fisher, hutchinson
 from pipeline_lib.measure.backward import Subject
 from pipeline_lib.measure.estimate import Estimate, estimates, kendall, relative_error, split_half
-from pipeline_lib.measure.fisher import OutputMoments, moment_bytes
+from pipeline_lib.measure.fisher import PANEL, OutputMoments, batches, moment_bytes
 from pipeline_lib.measure.hutchinson import probe_vector
 from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
@@ -129,6 +130,44 @@ def test_sharing_a_pass_changes_nothing(llama: Checkpoint, estimator: Any) -> No
     assert part.keys() == {name for name in alone[0] if "q_proj" not in name and "down" not in name}
     if estimator is fisher:
         assert all(part[name] == alone[0][name] for name in part)
+
+
+def test_which_probes_share_a_batch() -> None:
+    """By hand: of one lane, next to each other in it, whatever else shares the pass; in the lanes' order."""
+    assert batches([9, 0, 4, 1, 8, 12, 16, 20], 4) == [[0, 4, 8, 12], [16, 20], [1, 9]]
+    assert batches([4, 8], 1) == [[4], [8]]
+    assert batches([4, 8], 2) == [[4], [8]]  # 0 and 4 would be one batch
+    assert sorted(batches(range(32), 4)) == sorted(batches(range(16), 4) + batches(range(16, 32), 4))
+
+
+def test_probes_of_a_lane_share_a_batch(llama: Checkpoint, tmp_path: Path) -> None:
+    """Oracle: each probe by itself, within rounding of the activations; passes of 16 probes and of 32 to the bit, moments included."""
+    whole, settings = subject(llama, token_rows(40, 9)), params(rows_per_probe=1)
+    once = OutputMoments(tmp_path / "once", True)
+    together = fisher.samples(whole, settings, range(32), once)
+    twice = OutputMoments(tmp_path / "twice", True)
+    halves = [sample for probes in (range(16), range(16, 32)) for sample in fisher.samples(whole, settings, probes, twice)]
+    for moments in (once, twice):
+        moments.finish(llama.architecture.depth)
+    assert together == halves
+    assert tree(tmp_path / "once") == tree(tmp_path / "twice")
+    for probe, sample in enumerate(together):
+        assert fisher.samples(whole, settings, [probe])[0] == pytest.approx(sample, rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral"])
+def test_probes_of_a_mixture_go_alone(model_type: str, tmp_path: Path) -> None:
+    """An expert's tokens do not say whose they are. Oracle: each probe by itself, to the bit."""
+    whole, settings = subject(open_checkpoint(make_checkpoint(tmp_path, model_type)), token_rows(9, 9)), params(rows_per_probe=1)
+    assert fisher.samples(whole, settings, [0, 4, 8]) == [fisher.samples(whole, settings, [probe])[0] for probe in (0, 4, 8)]
+
+
+def test_the_head_takes_a_row_in_pieces(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: whole rows. Twelve predicted tokens in pieces of 5, 5 and 2."""
+    whole = subject(llama, token_rows(5, 13))
+    expected = fisher.samples(whole, params(), [0])[0]
+    monkeypatch.setattr(fisher, "HEAD_TOKENS", 5)
+    assert fisher.samples(whole, params(), [0])[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_each_probe_takes_the_next_rows(llama: Checkpoint) -> None:
@@ -276,6 +315,21 @@ def test_output_moments(model_paths: dict[str, Path], tmp_path: Path, family: st
             found = tensors[matrix.label]
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.diagonal().max()))
             torch.testing.assert_close(diagonals[matrix.label], found.diagonal(), rtol=1e-4, atol=0)
+
+
+def test_moments_in_panels(llama: Checkpoint, tmp_path: Path) -> None:
+    """Oracle: float64; symmetric to the bit. Outputs of two panels and a part of one."""
+    matrix = llama.architecture.layouts[0].matrices[0]
+    gradients = torch.randn(2, 5, 2 * PANEL + 33, generator=torch.Generator().manual_seed(0))
+    moments = OutputMoments(tmp_path / "moments", True)
+    moments.open(0, 0)
+    moments.add(matrix, gradients)
+    moments.close(0, 0, 8)
+    moments.finish(1)
+    found = read_tensors(block_file(moments.directory, 0))[0][matrix.label]
+    wide = gradients.flatten(0, 1).double()
+    torch.testing.assert_close(found.double(), wide.T @ wide / 8, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found, found.T)
 
 
 def test_bytes_of_moments() -> None:

@@ -50,9 +50,9 @@ class Walk(Protocol[S]):
 
 
 def walk(model: BlockModel, batches: Sequence[torch.Tensor], method: Walk[S]) -> None:
-    """Take batches of token rows [B, T], all of one size, through all blocks and back."""
+    """Take batches of token rows [B, T] through all blocks and back."""
     depth = model.checkpoint.architecture.depth
-    stream = model.embed(torch.cat(list(batches)), len(batches[0]))
+    stream = model.embed(torch.cat(list(batches)), [len(batch) for batch in batches])
     kept = [[method.enter(hidden)] for hidden in stream.hidden]
     for index in range(depth):
         block = model.block(index)

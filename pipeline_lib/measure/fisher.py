@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from pipeline_lib.core.artifacts import block_file, read_tensors, write_tensors
 from pipeline_lib.core.random import generator
@@ -23,40 +22,48 @@ from pipeline_lib.models.conversion import place
 from pipeline_lib.models.products import Parameters, Product, Watched
 from pipeline_lib.stats.lanes import LANES, Sums, fold
 
+BATCH_ROWS = 4  # rows of a lane's probes in one call: a row alone leaves much of a processor idle where blocks are small
+HEAD_TOKENS = 256  # whose logits are in memory at a time: enough for a product to run at full speed
+PANEL = 384  # outputs of a second moment that are summed at a time
+
 
 class OutputMoments:
     """E[g gᵀ] [R, R] of every included matrix, or its diagonal [R], mean over predicted tokens: one file per block, one block in memory.
 
     Probe p belongs to lane p mod 4. Until all probes are in, there is a file for each block and lane, since a lane's sum goes on where it
-    was left: how many probes share a pass changes no bit.
+    was left: how many probes share a pass changes no bit of the sums over given gradients.
     """
 
     def __init__(self, directory: Path, full: bool) -> None:
         self.directory = directory
         self.full = full
         self._sums: dict[str, torch.Tensor] = {}
+        self._tokens = 0
 
     def open(self, index: int, lane: int) -> None:
         """From here on gradients are those of a block and a lane."""
         path = self._file(index, lane)
-        self._sums = read_tensors(path)[0] if path.exists() else {}
+        self._sums, facts = read_tensors(path) if path.exists() else ({}, {"tokens": 0})
+        self._tokens = facts["tokens"]
 
     def add(self, matrix: Matrix, gradients: torch.Tensor) -> None:
-        """Take output gradients g [B, T, R] of a matrix of the block at hand, row by row."""
-        size = (gradients.shape[-1],) * (2 if self.full else 1)
-        sums = self._sums.pop(matrix.label, torch.zeros(size)).to(gradients.device, copy=True)
+        """Take output gradients g [B, T, R] of a matrix of the block at hand, row by row. The sums stay on their device."""
+        outputs = gradients.shape[-1]
+        sums = self._sums.get(matrix.label)
+        if sums is None:
+            sums = torch.zeros((outputs,) * (2 if self.full else 1), device=gradients.device)
+        self._sums[matrix.label] = sums = sums.to(gradients.device)
         for g in gradients.float():
-            if self.full:
-                sums.addmm_(g.T, g)
-            else:
+            if not self.full:
                 sums.add_(g.square().sum(0))
-        self._sums[matrix.label] = sums
+                continue
+            for start in range(0, outputs, PANEL):  # g gᵀ is symmetric: what is above the diagonal's panels is not computed
+                stop = min(start + PANEL, outputs)
+                sums[start:stop, :stop].addmm_(g[:, start:stop].T, g[:, :stop])
 
     def close(self, index: int, lane: int, tokens: int) -> None:
         """Done with the block and the lane for now: sums over so many more predicted tokens."""
-        path = self._file(index, lane)
-        before = read_tensors(path)[1]["tokens"] if path.exists() else 0
-        write_tensors(path, {label: sums.cpu() for label, sums in self._sums.items()}, {"tokens": before + tokens})
+        write_tensors(self._file(index, lane), self._sums, {"tokens": self._tokens + tokens})
         self._sums = {}
 
     def finish(self, depth: int) -> None:
@@ -64,10 +71,10 @@ class OutputMoments:
         for index in range(depth):
             files = [file for lane in range(LANES) if (file := self._file(index, lane)).exists()]
             tokens = sum(read_tensors(file)[1]["tokens"] for file in files)
-            sums = fold(Sums(read_tensors(file)[0]) for file in files)
-            write_tensors(
-                block_file(self.directory, index), {k: v.div_(tokens) for k, v in sums.items()}, {"full": self.full, "tokens": tokens}
-            )
+            means = {label: sums.div_(tokens) for label, sums in fold(Sums(read_tensors(file)[0]) for file in files).items()}
+            if self.full:
+                means = {label: mean.tril_() + mean.tril(-1).T for label, mean in means.items()}
+            write_tensors(block_file(self.directory, index), means, {"full": self.full, "tokens": tokens})
             for file in files:
                 file.unlink()
 
@@ -96,14 +103,29 @@ def _recorded(
         yield noted
 
 
+def batches(probes: Iterable[int], together: int) -> list[list[int]]:
+    """Probes that go through the blocks together, lane by lane: at most so many of one lane, whose places in it are next to each other.
+
+    The probes' numbers alone decide. So any multiple of ``together`` · 4 probes from number 0 on is made of the same batches, in one
+    pass or in several.
+    """
+    found: dict[tuple[int, int], list[int]] = {}
+    for probe in sorted(probes):
+        found.setdefault((probe % LANES, probe // LANES // together), []).append(probe)
+    return [found[place] for place in sorted(found)]
+
+
 class _Gradient:
     """The gradients of a group of probes, reduced to ‖∂ℓ/∂W‖² per token and weight as soon as a block's are known."""
 
     def __init__(self, subject: Subject, params: SensitivityParams, probes: Sequence[int], moments: OutputMoments | None) -> None:
-        self.subject, self.params, self.probes, self.moments = subject, params, probes, moments
-        self.batches = [subject.batch(probe, params.rows_per_probe) for probe in probes]
-        self.predicted = self.batches[0][:, 1:].numel()
-        self.samples: list[dict[str, float]] = [{} for _ in probes]
+        self.subject, self.params, self.moments = subject, params, moments
+        # A router sends tokens of all rows of a batch to an expert, and nothing tells which probe they are of.
+        routed = any(site.pool is not None for layout in subject.model.checkpoint.architecture.layouts for site in layout.sites)
+        self.probes = batches(probes, 1 if routed else max(1, BATCH_ROWS // params.rows_per_probe))
+        self.batches = [torch.cat([subject.batch(probe, params.rows_per_probe) for probe in own]) for own in self.probes]
+        self.predicted = params.rows_per_probe * (subject.rows.shape[1] - 1)  # tokens of a probe
+        self.squares: list[list[tuple[int, torch.Tensor]]] = [[] for _ in self.probes]  # per batch: of a block, [matrices, probes]
 
     def enter(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
@@ -115,20 +137,29 @@ class _Gradient:
         return output
 
     def turn(self, logits: Logits, number: int, state: torch.Tensor) -> torch.Tensor:
-        """∂ℓ/∂x for labels that the model draws itself, row by row, so that the logits of one row are in memory."""
-        random = generator(self.params.seed, f"labels:{self.probes[number]}")
+        """∂ℓ/∂x for labels that the model draws itself, a few tokens at a time, so that the logits of these are in memory."""
         rows = []
-        for row in state.split(1):
-            x = row.detach().requires_grad_(True)
-            scores = logits(x)[0, :-1]
-            labels = torch.multinomial(scores.detach().softmax(-1).cpu(), 1, generator=random)[:, 0].to(x.device)
-            rows += torch.autograd.grad(cross_entropy(scores, labels, reduction="sum"), x)
+        for probe, own in zip(self.probes[number], state.split(self.params.rows_per_probe), strict=True):
+            random = generator(self.params.seed, f"labels:{probe}")
+            for row in own.split(1):
+                pieces = [self._drawn(logits, piece, random) for piece in row[:, :-1].split(HEAD_TOKENS, 1)]
+                rows.append(torch.cat([*pieces, torch.zeros_like(row[:, -1:])], 1))  # nothing follows the last token
         return torch.cat(rows)
 
+    @staticmethod
+    def _drawn(logits: Logits, hidden: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+        """∂ℓ/∂x [1, n, D] of n tokens. That of the logits is p − y, p the probabilities and y one at the label."""
+        x = hidden.detach().requires_grad_(True)
+        scores = logits(x)
+        difference = scores.detach().softmax(-1)
+        labels = torch.multinomial(difference[0].cpu(), 1, generator=random).to(x.device)
+        difference[0].scatter_add_(1, labels, difference.new_full(labels.shape, -1.0))
+        return torch.autograd.grad(scores, x, difference)[0]
+
     def down(self, block: nn.Module, index: int, number: int, state: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        lane = self.probes[number] % LANES
-        own = [place for place, probe in enumerate(self.probes) if probe % LANES == lane]
-        if self.moments is not None and number == own[0]:
+        lane = self.probes[number][0] % LANES
+        of_lane = [place for place, own in enumerate(self.probes) if own[0] % LANES == lane]
+        if self.moments is not None and number == of_lane[0]:
             self.moments.open(index, lane)
         x = state.detach().requires_grad_(True)
         matrices = self.subject.matrices[index]
@@ -141,6 +172,7 @@ class _Gradient:
         below, *gradients = torch.autograd.grad(output, [x, *results.values()], gradient)
         of_result = dict(zip(results, gradients, strict=True))
         outputs = {part: product.outputs_in(of_result[id(result)]) for part, (product, result) in noted.items() if id(result) in of_result}
+        squares = []
         for name, matrix in matrices.items():
             parameter, expert, rows = places[name]
             # Of an expert without tokens there is none.
@@ -152,19 +184,33 @@ class _Gradient:
             batch = len(x) if layout.site(matrix.site).pool is None else 1
             inner, g = inner.reshape(batch, -1, inner.shape[-1]), g.reshape(batch, -1, g.shape[-1])
             # Row by row: between rows the cross terms have mean zero, and leaving them out leaves their noise out.
-            squares = sum(_square(g[row], inner[row]) for row in range(batch))
-            self.samples[number][name] = squares / (self.predicted * math.prod(model.checkpoint.matrix_shape(index, matrix)))
+            each = torch.stack([_square(g[row], inner[row]) for row in range(batch)])
+            squares.append(each.double().view(len(self.probes[number]), -1).sum(1))
             if self.moments is not None:
                 self.moments.add(matrix, g)
-        if self.moments is not None and number == own[-1]:
-            self.moments.close(index, lane, self.predicted * len(own))
+        if squares:
+            self.squares[number].append((index, torch.stack(squares)))  # on the device: whoever asks for numbers waits for it
+        if self.moments is not None and number == of_lane[-1]:
+            self.moments.close(index, lane, self.predicted * sum(len(self.probes[place]) for place in of_lane))
         return below
 
+    def samples(self) -> dict[int, dict[str, float]]:
+        """By probe, the reduced squares by logical matrix."""
+        found: dict[int, dict[str, float]] = {probe: {} for own in self.probes for probe in own}
+        checkpoint = self.subject.model.checkpoint
+        for own, blocks in zip(self.probes, self.squares, strict=True):
+            for index, squares in blocks:
+                for (name, matrix), values in zip(self.subject.matrices[index].items(), squares.tolist(), strict=True):
+                    weights = math.prod(checkpoint.matrix_shape(index, matrix))
+                    for probe, value in zip(own, values, strict=True):
+                        found[probe][name] = value / (self.predicted * weights)
+        return found
 
-def _square(g: torch.Tensor, x: torch.Tensor) -> float:
+
+def _square(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """‖gᵀx‖² of g [T, R] and x [T, C]; of a wide matrix by way of [T, T], since tr(gᵀx xᵀg) = tr(g gᵀ x xᵀ)."""
     tokens, wide = len(g), g.shape[1] * x.shape[1] / (g.shape[1] + x.shape[1])
-    return float(torch.sum((g @ g.T) * (x @ x.T)) if tokens < wide else (g.T @ x).square().sum())
+    return torch.sum((g @ g.T) * (x @ x.T)) if tokens < wide else (g.T @ x).square().sum()
 
 
 def samples(
@@ -176,8 +222,7 @@ def samples(
     squares remain in the mean. True labels (the "empirical Fisher") do not have that, nor does the gradient of the mean loss.
     ``moments`` takes the output gradients of the same pass.
     """
-    dealt = sorted(probes, key=lambda probe: (probe % LANES, probe))  # lane by lane
-    gradient = _Gradient(subject, params, dealt, moments)
+    gradient = _Gradient(subject, params, probes, moments)
     walk(subject.model, gradient.batches, gradient)
-    found = dict(zip(dealt, gradient.samples, strict=True))
+    found = gradient.samples()
     return [found[probe] for probe in probes]

@@ -12,6 +12,7 @@ import torch
 
 from pipeline_lib.core import settings
 from pipeline_lib.evaluation.settings import EvaluateParams, TasksParams
+from pipeline_lib.measure.fisher import BATCH_ROWS, HEAD_TOKENS
 from pipeline_lib.measure.settings import CurvesParams, SensitivityParams
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.prune.plan import Plan
@@ -131,8 +132,8 @@ def _moments(work: Work) -> float:
 
 def _probing(work: Work) -> Estimate:
     """Needs of `sensitivity`: every block's inputs for a pass of probes, one block (weights, probe vector, gradients, products: 20 bytes a
-    parameter; 8 without second derivatives), the graph of one probe in it, the logits of one row, and one block's full moments twice
-    (as they were left and as they grow). On disk, each lane has its moments.
+    parameter; 8 without second derivatives), the graph of one probe in it and the logits of one row (without second derivatives, of one
+    batch and of a few tokens), and one block's full moments twice (as they were left and as they grow). On disk, each lane has its moments.
 
     Copies per token of every site's inputs, of every head's attention row and of the logits are fitted to a measurement. Time is that of
     all probes; unless an agreement of 1 is asked for, those of the first pass (two at least) may be enough.
@@ -143,8 +144,9 @@ def _probing(work: Work) -> Estimate:
     tokens = params.rows_per_probe * shapes.length
     boundaries = (1 + second) * 4 * params.probes_per_pass * tokens * entry.width * (entry.depth + 1)  # values, or with their tangents
     inputs, attention, logits = (24, 6, 10) if second else (8, 1, 6)
-    graph = 4 * tokens * (inputs * sum(shapes.sites) + attention * checkpoint.heads * shapes.length)
-    top = 4 * shapes.length * logits * checkpoint.vocabulary
+    together = tokens if second else max(params.rows_per_probe, BATCH_ROWS) * shapes.length
+    graph = 4 * together * (inputs * sum(shapes.sites) + attention * checkpoint.heads * shapes.length)
+    top = 4 * (shapes.length if second else min(shapes.length, HEAD_TOKENS)) * logits * checkpoint.vocabulary
     moments = _moments(work)
     memory = boundaries + (20 if second else 8) * shapes.block + max(graph, top) + 2 * moments / entry.depth
     forwards = 14 if second else 4  # matrix products, in units of a forward pass
