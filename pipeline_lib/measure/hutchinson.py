@@ -64,7 +64,7 @@ class _Product:
     def __init__(self, subject: Subject, params: SensitivityParams, probes: Sequence[int]) -> None:
         self.subject, self.params, self.probes = subject, params, probes
         self.batches = [subject.batch(probe, params.rows_per_probe) for probe in probes]
-        self.samples: list[dict[str, float]] = [{} for _ in probes]
+        self.means: list[dict[str, torch.Tensor]] = [{} for _ in probes]  # on the device: whoever asks for numbers waits for it
 
     def enter(self, hidden: torch.Tensor) -> State:
         return hidden, torch.zeros_like(hidden)  # embeddings do not move
@@ -116,8 +116,12 @@ class _Product:
             gradients, products = pull_back(function, inputs, tangents, *gradient)
         quadratic = {name: z[name] * product for name, product in zip(z, products[1:], strict=True)}
         for name, matrix in self.subject.matrices[index].items():
-            self.samples[number][name] = float(matrix.view(quadratic[matrix.parameter]).double().mean())
+            self.means[number][name] = matrix.view(quadratic[matrix.parameter]).double().mean()
         return gradients[0], products[0]
+
+    def samples(self) -> list[dict[str, float]]:
+        """Per probe, the reduced products by logical matrix."""
+        return [dict(zip(means, torch.stack([*means.values()]).tolist(), strict=True)) if means else {} for means in self.means]
 
 
 def samples(subject: Subject, params: SensitivityParams, probes: Sequence[int]) -> list[dict[str, float]]:
@@ -127,4 +131,4 @@ def samples(subject: Subject, params: SensitivityParams, probes: Sequence[int]) 
     """
     product = _Product(subject, params, probes)
     walk(subject.model, product.batches, product)
-    return product.samples
+    return product.samples()
