@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +21,7 @@ from pipeline_lib.core.random import generator
 from pipeline_lib.measure import fisher, hutchinson
 from pipeline_lib.measure.backward import Subject
 from pipeline_lib.measure.estimate import Estimate, estimates, kendall, relative_error, split_half
-from pipeline_lib.measure.fisher import PANEL, OutputMoments, batches, moment_bytes
+from pipeline_lib.measure.fisher import PANEL, OutputMoments, batches, drawn, moment_bytes
 from pipeline_lib.measure.hutchinson import probe_vector
 from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
@@ -65,6 +66,16 @@ def by_matrix(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> dict[
     entry = checkpoint.architecture
     places = ((i, m) for i in range(entry.depth) for m in entry.layouts[0].matrices)
     return {entry.matrix_name(i, m): m.view(tensors[f"{entry.blocks}.{i}.{m.parameter}"]) for i, m in places}
+
+
+def labels_of(scores: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Labels for scores [T, V], one by one: the first whose probability and those before it come to more than a uniform number."""
+    uniform = torch.rand(len(scores), generator=random, dtype=torch.float64).tolist()
+    found = []
+    for number, probabilities in zip(uniform, scores.detach().softmax(-1).double().tolist(), strict=True):
+        whole = math.fsum(probabilities)
+        found.append(next(label for label, before in enumerate(accumulate(probabilities)) if before > number * whole))
+    return torch.tensor(found)
 
 
 # The chain rule, block by block
@@ -112,7 +123,7 @@ def test_gradients_are_those_of_the_whole_model(model_paths: dict[str, Path], fa
         squares = dict.fromkeys(sample, 0.0)
         for row in ids.split(1):
             scores = model(row, use_cache=False).logits[0, :-1]
-            labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=random)[:, 0]
+            labels = labels_of(scores, random)
             gradients = torch.autograd.grad(cross_entropy(scores, labels, reduction="sum"), list(tensors.values()))
             parts = by_matrix(checkpoint, dict(zip(tensors, gradients, strict=True)))
             squares = {name: squares[name] + float(part.square().mean()) for name, part in parts.items()}
@@ -178,6 +189,17 @@ def test_each_probe_takes_the_next_rows(llama: Checkpoint) -> None:
 
 
 # Expectations
+
+
+def test_labels_are_drawn_from_the_probabilities() -> None:
+    """Oracle: the multinomial's own spread; what has probability 0 is never drawn, first and last included."""
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    labels = drawn(probabilities.expand(40_000, -1), generator(0, "labels"))
+    assert labels.shape == (40_000, 1)
+    counts = labels.flatten().bincount(minlength=6)
+    assert counts[[0, 2, 5]].tolist() == [0, 0, 0]
+    spread = (probabilities * (1 - probabilities) * 40_000).sqrt()
+    assert bool(((counts - probabilities * 40_000).abs() <= 4 * spread).all())
 
 
 def small(directory: Path, family: str) -> Checkpoint:
@@ -301,7 +323,7 @@ def test_output_moments(model_paths: dict[str, Path], tmp_path: Path, family: st
         random = generator(0, f"labels:{probe}")
         for row in rows[2 * probe : 2 * probe + 2].split(1):
             scores = model(row, use_cache=False).logits[0, :-1]
-            labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=random)[:, 0]
+            labels = labels_of(scores, random)
             cross_entropy(scores, labels, reduction="sum").backward()
     entry = checkpoint.architecture
     for index in range(entry.depth):

@@ -142,17 +142,17 @@ class _Gradient:
         for probe, own in zip(self.probes[number], state.split(self.params.rows_per_probe), strict=True):
             random = generator(self.params.seed, f"labels:{probe}")
             for row in own.split(1):
-                pieces = [self._drawn(logits, piece, random) for piece in row[:, :-1].split(HEAD_TOKENS, 1)]
+                pieces = [self._at_loss(logits, piece, random) for piece in row[:, :-1].split(HEAD_TOKENS, 1)]
                 rows.append(torch.cat([*pieces, torch.zeros_like(row[:, -1:])], 1))  # nothing follows the last token
         return torch.cat(rows)
 
     @staticmethod
-    def _drawn(logits: Logits, hidden: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    def _at_loss(logits: Logits, hidden: torch.Tensor, random: torch.Generator) -> torch.Tensor:
         """∂ℓ/∂x [1, n, D] of n tokens. That of the logits is p − y, p the probabilities and y one at the label."""
         x = hidden.detach().requires_grad_(True)
         scores = logits(x)
         difference = scores.detach().softmax(-1)
-        labels = torch.multinomial(difference[0].cpu(), 1, generator=random).to(x.device)
+        labels = drawn(difference[0], random)
         difference[0].scatter_add_(1, labels, difference.new_full(labels.shape, -1.0))
         return torch.autograd.grad(scores, x, difference)[0]
 
@@ -205,6 +205,16 @@ class _Gradient:
                     for probe, value in zip(own, values, strict=True):
                         found[probe][name] = value / (self.predicted * weights)
         return found
+
+
+def drawn(probabilities: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """A label [n, 1] for each row of probabilities [n, V]: where the sum of those before it passes a uniform number.
+
+    One number a label is drawn on the CPU, where ``torch.multinomial`` draws V of them, which took longer than the head's products.
+    """
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    uniform = torch.rand(len(sums), 1, generator=random, dtype=torch.float64).to(sums.device)
+    return torch.searchsorted(sums, uniform * sums[:, -1:], right=True).clamp_(max=sums.shape[-1] - 1)
 
 
 def _square(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

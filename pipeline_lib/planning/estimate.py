@@ -143,7 +143,7 @@ def _probing(work: Work) -> Estimate:
     second = params.estimator == "hutchinson"
     tokens = params.rows_per_probe * shapes.length
     boundaries = (1 + second) * 4 * params.probes_per_pass * tokens * entry.width * (entry.depth + 1)  # values, or with their tangents
-    inputs, attention, logits = (24, 6, 10) if second else (8, 1, 6)
+    inputs, attention, logits = (24, 6, 10) if second else (8, 1, 5)
     together = tokens if second else max(params.rows_per_probe, BATCH_ROWS) * shapes.length
     graph = 4 * together * (inputs * sum(shapes.sites) + attention * checkpoint.heads * shapes.length)
     top = 4 * (shapes.length if second else min(shapes.length, HEAD_TOKENS)) * logits * checkpoint.vocabulary
