@@ -26,7 +26,7 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.files import sha256
 from pipeline_lib.core.params import Merged, Params, load, merge, parse, section
 from pipeline_lib.core.random import generator
-from pipeline_lib.core.runtime import compute, resume_key, stage
+from pipeline_lib.core.runtime import compute, resume_key, stage, told
 from pipeline_lib.core.scratch import hold
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.transform import Transform, read_transforms, write_transforms
@@ -396,8 +396,44 @@ def test_a_stage_tells_its_error_and_exits_with_2(
     with stage("trial", tmp_path / "out.json"):
         write_json(tmp_path / "out.json", {})
     told = read_json(record)
-    assert told.keys() == {"wall_s", "cpu_s", "peak_rss_bytes", "output"}
+    assert told.keys() == {"wall_s", "cpu_s", "peak_rss_bytes", "peak_gpu_bytes", "output"}
+    assert told["peak_gpu_bytes"] is None
     assert told["output"] == {"path": str(tmp_path / "out.json"), "sha256": hashlib.sha256(b"{}\n").hexdigest()}
+
+
+def test_a_stage_records_its_gpus_peak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Oracle: what torch says of the device that the settings name, once CUDA is in use."""
+    monkeypatch.chdir(tmp_path)
+    environment.write()
+    monkeypatch.setenv("SPARSELINE_DEVICE", "cuda:1")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {"cuda:1": 123_456_789}[device])
+    for used, expected in ((False, None), (True, 123_456_789)):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+        with stage("trial", tmp_path / "out.json"):
+            write_json(tmp_path / "out.json", {})
+        assert read_json(tmp_path / "build" / "costs" / "trial.json")["peak_gpu_bytes"] == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "gpu"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_memory_that_ran_out_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, gpu: bool
+) -> None:
+    """One sentence, exit code 2: where to look, and of a GPU the setting that makes it less."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught, told():
+        raise error
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.startswith("error: The ") and said.count("\n") == 1 and "`make plan`" in said
+    assert ("SPARSELINE_GPU_ACTIVATION_BYTES" in said) == ("The GPU's memory" in said) == gpu
 
 
 def refusals(tmp_path: Path) -> dict[str, Callable[[], None]]:
@@ -491,9 +527,9 @@ def test_other_packages_are_refused(tmp_path: Path) -> None:
         ([], "python not at all"),
         ({**here, "numpy": None}, "numpy None"),
     ]
-    for locked, told in wrong:
+    for locked, wanted in wrong:
         write_json(path, locked)
-        with pytest.raises(SparselineError, match=told + ".*make environment"):
+        with pytest.raises(SparselineError, match=wanted + ".*make environment"):
             environment.check(path)
 
 

@@ -262,6 +262,18 @@ def test_costs_are_of_what_a_variant_needs(build: Path) -> None:
     assert seconds.best == {1}
 
 
+def test_a_gpus_memory_is_shown_where_one_was_used(build: Path) -> None:
+    """Of ``full``: sensitivity took 5 GB of a GPU, prune 4; the stages of the others ran on a CPU, and older records name no GPU at all."""
+    for name, count in (("sensitivity", 5e9), ("prune-full", 4e9), ("prune-base", None)):
+        path = build / "costs" / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"peak_gpu_bytes": count}), encoding="utf-8")
+    results, measured = collect(build), costs.collect(build / "costs")
+    _, peak, gpu = costs.by_variant(results, measured)
+    assert (gpu.head, gpu.cells) == ("peak GPU GB", ("–", "–", "–", "5.00"))
+    assert peak.cells[3] == "10.00"
+    assert "tensors on its GPU" in render_costs(results, measured)
+
+
 def test_costs_of_another_run_are_not_shown(build: Path) -> None:
     """A record belongs to the output that its run wrote. Oracles: a changed output, a missing record, a missing output."""
     record = build / "costs" / "induce-full.json"

@@ -71,7 +71,12 @@ def told() -> Iterator[None]:
         else:
             message = _refused(error)
     except Exception as error:
-        if _is_memory(error):
+        if _is_gpu_memory(error):
+            message = (
+                "The GPU's memory ran out; `make plan` says what each stage takes there, SPARSELINE_GPU_ACTIVATION_BYTES=0 keeps hidden "
+                "states out of it, and docs/cluster.md says what else makes it less."
+            )
+        elif _is_memory(error):
             message = "The memory ran out; `make plan` says what each stage takes, and docs/cluster.md what makes that less."
         else:
             message, status = bugs.tell(error), bugs.CODE
@@ -88,8 +93,22 @@ def _refused(error: OSError) -> str:
 
 
 def _is_memory(error: Exception) -> bool:
-    """Python's own error, CUDA's, or what torch raises on a CPU."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    """Python's own error, or what torch raises on a CPU."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _is_gpu_memory(error: Exception) -> bool:
+    """The allocator's error, the driver's, or that of a library for which no memory was left."""
+    said = str(error)
+    return type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in said or "STATUS_ALLOC_FAILED" in said
+
+
+def _peak_gpu() -> int | None:
+    """The most bytes of tensors that were on the stage's GPU at once; None where it used none. torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return int(torch.cuda.max_memory_allocated(settings.device_name()))
 
 
 @contextmanager
@@ -100,8 +119,8 @@ def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str]
     A stage that `dvc` started ends with it.
 
     Args:
-        name: of the cost record ``build/costs/<name>.json``: wall seconds, CPU seconds and peak memory. DVC does not track it, since
-            equal runs must write equal outputs.
+        name: of the cost record ``build/costs/<name>.json``: wall seconds, CPU seconds, peak memory, and peak GPU memory (null on a CPU). DVC
+            does not track it, since equal runs must write equal outputs.
         output: one of the stage's outputs. The record holds its SHA-256, so that a reader can tell whether the output still is this run's.
     """
     started = time.monotonic()
@@ -118,7 +137,7 @@ def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str]
             peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             figures = {"wall_s": round(time.monotonic() - started, 2), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2)}
             made = {"path": str(output), "sha256": sha256(output)}
-            write_json(COSTS / f"{name}.json", figures | {"peak_rss_bytes": peak, "output": made})
+            write_json(COSTS / f"{name}.json", figures | {"peak_rss_bytes": peak, "peak_gpu_bytes": _peak_gpu(), "output": made})
 
 
 def resume_key(name: str, facts: str, inputs: list[Path]) -> str:

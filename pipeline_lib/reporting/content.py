@@ -111,8 +111,10 @@ def _costs(_results: Results) -> Blocks:
 def measured_costs(results: Results, measured: costs.Costs) -> Blocks:
     """What completes the section Costs on the machine where the stages ran."""
     names = words("variant", [variant.name for variant in results.variants])
-    said = "Wall time of all stages that a variant needs for itself, and the largest resident memory of any. A dash: the cache had a stage's result."
-    return [Block("table", [names, *costs.by_variant(results, measured)]), said]
+    columns = costs.by_variant(results, measured)
+    gpu = ", and of tensors on its GPU" if any(column.head == "peak GPU GB" for column in columns) else ""
+    said = f"Wall time of all stages that a variant needs for itself, and the largest resident memory of any{gpu}. A dash: the cache had a stage's result."
+    return [Block("table", [names, *columns]), said]
 
 
 # Sizes

@@ -10,7 +10,7 @@ from pipeline_lib.reporting import table
 from pipeline_lib.reporting.table import Column, Facts, Results
 
 FOLDER = Path("build/costs")
-Costs = Mapping[str, Facts]  # by stage: wall_s, cpu_s, peak_rss_bytes
+Costs = Mapping[str, Facts]  # by stage: wall_s, cpu_s, peak_rss_bytes; peak_gpu_bytes, None where no GPU was used
 
 
 def collect(folder: Path = FOLDER) -> dict[str, Facts]:
@@ -23,17 +23,28 @@ def collect(folder: Path = FOLDER) -> dict[str, Facts]:
         try:
             record = json.loads(files.text(path))
             if files.sha256(Path(record["output"]["path"])) == record["output"]["sha256"]:
-                found[path.stem] = {key: float(record[key]) for key in ("wall_s", "cpu_s", "peak_rss_bytes")}
+                gpu = record.get("peak_gpu_bytes")
+                own = {key: float(record[key]) for key in ("wall_s", "cpu_s", "peak_rss_bytes")}
+                found[path.stem] = own | {"peak_gpu_bytes": None if gpu is None else float(gpu)}
         except (OSError, SparselineError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return found
 
 
 def by_variant(results: Results, costs: Costs) -> list[Column]:
-    """Seconds and peak memory of each pruned variant, where all of its stages ran here; a row for the dense model too."""
+    """Seconds and peak memory of each pruned variant, where all of its stages ran here; a row for the dense model too.
+
+    Peak memory of a GPU is a column only where some stage used one.
+    """
     own = [[costs.get(stage) for stage in table.stages(variant)] for variant in results.variants]
     known = [[cost for cost in stages if cost] if all(stages) else [] for stages in own]
     wall = [sum(cost["wall_s"] for cost in stages) if stages else None for stages in known]
     peak = [max((cost["peak_rss_bytes"] for cost in stages), default=None) for stages in known]
+    gpu = [max((used for cost in stages if (used := cost["peak_gpu_bytes"]) is not None), default=None) for stages in known]
     seconds = table.ranked("cost", "seconds", wall, lambda value: f"{value:.1f}" if value < 100 else f"{value:,.0f}", min)
-    return [seconds, table.ranked("cost", "peak GB", peak, lambda count: f"{count / 1e9:.2f}", min)]
+    columns = [seconds, table.ranked("cost", "peak GB", peak, _gigabytes, min)]
+    return columns + ([table.ranked("cost", "peak GPU GB", gpu, _gigabytes, min)] if any(used is not None for used in gpu) else [])
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f}"
