@@ -442,7 +442,7 @@ def test_a_bad_pickle_is_told(tmp_path: Path, damage: Callable[[Path], object], 
 
 
 def params(hub_id: str | None = "org/name", revision: str | None = COMMIT, path: str = "data/hub.json") -> ModelParams:
-    rest = {"include": ["*"], "exclude": [], "compute_dtype": "float32", "remote_code": False, "dequantize": False}
+    rest = {"include": ["*"], "exclude": [], "compute_dtype": "float32", "products": "float32", "remote_code": False, "dequantize": False}
     return ModelParams.model_validate({"path": path, "id": hub_id, "revision": revision, **rest})
 
 

@@ -1,23 +1,39 @@
-"""Which library multiplies: float32 stays float32."""
+"""Which library multiplies, and what GPUs may round: float32 stays float32."""
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from project import recipe
+from tiny import make_model, token_rows
 
 from pipeline_lib.core import products
+from pipeline_lib.core.runtime import compute
+from pipeline_lib.models import stream
+from pipeline_lib.models.checkpoint import open_checkpoint
+from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.models.transform import Transform
 from pipeline_lib.models.whole import load_model
-from tests.tiny import make_model
+from pipeline_lib.prune.plan import plan
+from pipeline_lib.prune.run import Rows, Source, prune
+from pipeline_lib.solve import factor, sweep
+from pipeline_lib.stats.moments import MomentSums
+
+GPU = torch.backends.cuda.matmul
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    flags = torch.backends.mkldnn.matmul
-    before = flags.fp32_precision
+    flags = (torch.backends.mkldnn.matmul, GPU, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [one.fp32_precision for one in flags]
     yield
-    flags.fp32_precision = before
+    for one, value in zip(flags, before, strict=True):
+        one.fp32_precision = value
 
 
 def in_bfloat16(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -73,3 +89,74 @@ def test_attention_is_left_to_mkl(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     assert seen
     assert set(seen) == {"ieee"}
+
+
+# GPUs, which this machine need not have: torch keeps the settings all the same.
+
+
+def test_every_stage_starts_with_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was set before: also of convolutions, which torch rounds to TF32 unless it is told not to."""
+    monkeypatch.delenv("SPARSELINE_DEVICE", raising=False)
+    flags = (GPU, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    for one in flags:
+        one.fp32_precision = "tf32"
+    compute()
+    assert [one.fp32_precision for one in flags] == 3 * ["ieee"]
+
+
+@pytest.mark.parametrize(
+    ("device", "how", "inside", "casts"),
+    [
+        ("cuda", "float32", "ieee", 0),
+        ("cuda:1", "tf32", "tf32", 0),
+        ("cuda", "bfloat16", "tf32", 1),
+        ("cpu", "tf32", "ieee", 0),
+        ("cpu", "bfloat16", "ieee", 0),
+    ],
+)
+def test_what_may_round_is_asked_for(monkeypatch: pytest.MonkeyPatch, device: str, how: products.Products, inside: str, casts: int) -> None:
+    """On a GPU, and while it is open; afterwards all is as before, also where the body fails."""
+    opened = []
+    products.exact_on_gpu()
+
+    @contextmanager
+    def autocast(kind: str, dtype: torch.dtype) -> Iterator[None]:
+        opened.append((kind, dtype))
+        yield
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    with pytest.raises(RuntimeError), products.rounded(torch.device(device), how):
+        assert GPU.fp32_precision == inside
+        raise RuntimeError
+    assert GPU.fp32_precision == "ieee"
+    assert opened == casts * [("cuda", torch.bfloat16)]
+
+
+def test_blocks_and_their_statistics_round_and_solves_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. Oracles: the setting as the block's products, the second moments and the factorisation find it."""
+    rows, seen = token_rows(8, 12), {name: set[str]() for name in ("block", "moments", "solves")}
+
+    def watched(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            seen[name].add(GPU.fp32_precision)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(stream, "rounded", lambda _device, how: products.rounded(torch.device("cuda"), how))
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched(torch.nn.Linear.forward, "block"))
+    monkeypatch.setattr(MomentSums, "_add", watched(MomentSums._add, "moments"))
+    for name in ("cholesky_in_place", "squared_error"):
+        monkeypatch.setattr(factor, name, watched(getattr(factor, name), "solves"))
+    monkeypatch.setattr(sweep._Columns, "eliminate", watched(sweep._Columns.eliminate, "solves"))
+    products.exact_on_gpu()
+    checkpoint = open_checkpoint(make_model(tmp_path, "llama"))
+    made = plan(recipe(("obs",)), checkpoint.dtype)
+    for how, expected in (("float32", "ieee"), ("tf32", "tf32")):
+        model = BlockModel(checkpoint, torch.float32, CPU, how)  # type: ignore[arg-type]
+        kept = {place: math.prod(checkpoint.matrix_shape(*place)) // 2 for place in checkpoint.architecture.places()}
+        source = Source(model, [Transform()] * checkpoint.architecture.depth, kept)
+        list(prune(source, Rows(rows[:6], rows[6:], 4), made, lambda _: None))
+        assert seen == {"block": {expected}, "moments": {expected}, "solves": {"ieee"}}
+        for found in seen.values():
+            found.clear()

@@ -27,7 +27,7 @@ COSTS = Path("build/costs")
 
 
 def compute() -> "torch.device":
-    """Make torch ready as the settings say (threads, the library of its products); the device.
+    """Make torch ready as the settings say (threads, the library of its products, exact products on a GPU); the device.
 
     Raises:
         SparselineError: no such device here, or a setting cannot be used.
@@ -39,6 +39,7 @@ def compute() -> "torch.device":
     if threads := settings.threads():
         torch.set_num_threads(threads)
     products.choose()
+    products.exact_on_gpu()
     name = settings.device_name()
     try:
         return torch.empty(0, device=name).device

@@ -17,3 +17,4 @@ class ModelParams(Params):
     remote_code: bool
     dequantize: bool
     compute_dtype: Literal["float32", "bfloat16", "float16"]
+    products: Literal["float32", "tf32", "bfloat16"]  # as ``core.products.Products``, whose module imports torch

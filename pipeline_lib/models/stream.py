@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from pipeline_lib.core.artifacts import save_tensors
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.products import Products, rounded
 from pipeline_lib.models.architecture import Site
 from pipeline_lib.models.checkpoint import Checkpoint, skeleton
 from pipeline_lib.models.conversion import Piece, assembled, disassembled
@@ -109,12 +110,16 @@ class Stream:
 
 
 class BlockModel:
-    """A checkpoint of which only what is asked for is in memory: embeddings, single blocks, or the head."""
+    """A checkpoint of which only what is asked for is in memory: embeddings, single blocks, or the head.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    ``products`` says what float32 products on a GPU may round to while blocks run, and so in the statistics that are taken meanwhile.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, products: Products = "float32") -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
+        self.products = products
         self.whole = skeleton(checkpoint.config, dtype, checkpoint.remote_code).eval().requires_grad_(False)
         self.base: nn.Module = self.whole.base_model
         self.templates = list(self.base.get_submodule(checkpoint.architecture.blocks))
@@ -241,7 +246,8 @@ class BlockModel:
         """Output [B, T, D] of a block for hidden states [B, T, D]; differentiably with ``tensors`` in the place of its own."""
         args, kwargs = self.arguments(index, len(hidden))
         if tensors is None:
-            out = block(hidden, *args, **kwargs)
+            with rounded(self.device, self.products):
+                out = block(hidden, *args, **kwargs)
         else:
             own, given = dict(block.named_parameters()), {name: self._computing(tensor) for name, tensor in tensors.items()}
             moved = {
@@ -249,7 +255,8 @@ class BlockModel:
                 for name, pieces in self._pieces(index).items()
                 if any(piece.stored in given for piece in pieces)
             }
-            out = functional_call(self._own_copy(block), moved, (hidden, *args), kwargs)
+            with rounded(self.device, self.products):
+                out = functional_call(self._own_copy(block), moved, (hidden, *args), kwargs)
         return out[0] if isinstance(out, tuple | list) else out
 
     def _own_copy(self, block: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from pipeline_lib.models.stream import BlockModel
 def open_model(workspace: Workspace, params: ModelParams) -> BlockModel:
     """The model as prepare saw it, on the device that the settings name."""
     device = runtime.compute()
-    return BlockModel(open_source(workspace, params), getattr(torch, params.compute_dtype), device)
+    return BlockModel(open_source(workspace, params), getattr(torch, params.compute_dtype), device, params.products)
 
 
 def calibration_rows(workspace: Workspace) -> dict[str, torch.Tensor]:
