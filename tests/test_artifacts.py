@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 from click.testing import CliRunner
 
 import stages.environment
-from pipeline_lib.core import environment
+from pipeline_lib.core import environment, runtime
 from pipeline_lib.core.artifacts import read_json, read_tensors, replacing, write_json, write_tensors, write_text
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.files import sha256
@@ -402,14 +403,18 @@ def test_a_stage_tells_its_error_and_exits_with_2(
 
 
 def test_a_stage_records_its_gpus_peak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Oracle: what torch says of the device that the settings name, once CUDA is in use."""
+    """Oracle: what torch says of the device that the stage computed on; null for one that did not compute, and for one on a CPU."""
     monkeypatch.chdir(tmp_path)
     environment.write()
-    monkeypatch.setenv("SPARSELINE_DEVICE", "cuda:1")
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {"cuda:1": 123_456_789}[device])
-    for used, expected in ((False, None), (True, 123_456_789)):
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+    monkeypatch.setattr(runtime, "_used", set())
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {torch.device("cuda:1"): 123_456_789}[device])
+    for name, expected in ((None, None), ("cpu", None), ("cuda:1", 123_456_789)):
         with stage("trial", tmp_path / "out.json"):
+            if name is not None:
+                monkeypatch.setenv("SPARSELINE_DEVICE", name)
+                with monkeypatch.context() as patch:
+                    patch.setattr(torch, "empty", lambda size, device: SimpleNamespace(device=torch.device(device)))
+                    compute()
             write_json(tmp_path / "out.json", {})
         assert read_json(tmp_path / "build" / "costs" / "trial.json")["peak_gpu_bytes"] == expected
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 COSTS = Path("build/costs")
+_used: "set[torch.device]" = set()  # by this process, which is one stage
 
 
 def compute() -> "torch.device":
@@ -42,7 +43,8 @@ def compute() -> "torch.device":
     products.exact_on_gpu()
     name = settings.device_name()
     try:
-        return torch.empty(0, device=name).device
+        _used.add(device := torch.empty(0, device=name).device)
+        return device
     except (RuntimeError, AssertionError) as error:
         raise SparselineError(f"SPARSELINE_DEVICE={name} is not a device of this machine; use cpu, or cuda where one is.") from error
 
@@ -106,10 +108,12 @@ def _is_gpu_memory(error: Exception) -> bool:
 
 def _peak_gpu() -> int | None:
     """The most bytes of tensors that were on the stage's GPU at once; None where it used none. torch is not imported for it."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    gpus = [device for device in _used if device.type == "cuda"]
+    if not gpus:
         return None
-    return int(torch.cuda.max_memory_allocated(settings.device_name()))
+    import torch
+
+    return max(map(torch.cuda.max_memory_allocated, gpus))
 
 
 @contextmanager
