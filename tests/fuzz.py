@@ -837,7 +837,7 @@ VARIABLES: dict[str, Sequence[str]] = {
     "SPARSELINE_THREADS": ("0", "-1", "²", "1.5", str(2**31), "5000", "one", " 1", "9" * 30, "١", "1"),
     "SPARSELINE_DEVICE": ("meta", "hpu", "cuda", "cuda:999", "mps", "", "cpu:0", "CPU", "xla", "²", "cpu", "cuda:²"),
     "SPARSELINE_ACTIVATION_BYTES": ("0", "-1", "²", "1e9", str(2**63), "9" * 30, "x"), "SPARSELINE_GRAM_BYTES": ("0", "-1", "²",
-    str(2**63), "x", "1"),
+    str(2**63), "x", "1"), "SPARSELINE_GPU_ACTIVATION_BYTES": ("0", "-1", "x", "9" * 30),
     "SPARSELINE_SCRATCH": ("/proc/x", "/dev/null", "../outside/sentinel", "", ".", "x" * 300, "../new/deep", "/etc/passwd/x", "~",
     "/proc/self/fd"),
     "SPARSELINE_CLIENT": ("x", "-1", "0", "²", "1", "9" * 30), "SPARSELINE_PRELOADED": ("/none", "", "x" * 300, "/dev/null"),

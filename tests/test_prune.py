@@ -1,5 +1,7 @@
 """Pruning block by block. Oracles: the same steps written out, the whole stream through dense and pruned blocks, and runs that differ in one knob."""
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from pipeline_lib.fit.fit import Pairs, Sparse, fit
 from pipeline_lib.masks.settings import DampingOf
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline_lib.models.places import Room
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.prune import layerwise
@@ -70,10 +73,10 @@ def run(
     return prune(source(model), rows, plan(settings, model.checkpoint.dtype), lambda _: None)
 
 
-def pruned(path: Path, settings: Recipe, *whole: int, spill: Path | None = None) -> dict[int, Block]:
+def pruned(path: Path, settings: Recipe, *whole: int, room: Room | None = None) -> dict[int, Block]:
     model = model_of(path)
     rows = Rows(FITTING, HELD_OUT, settings.batch_rows)
-    found = list(prune(source(model, *whole), rows, plan(settings, model.checkpoint.dtype), lambda _: None, spill))
+    found = list(prune(source(model, *whole), rows, plan(settings, model.checkpoint.dtype), lambda _: None, room))
     assert [index for index, _ in found] == list(range(DEPTH))
     return dict(found)
 
@@ -301,7 +304,7 @@ def test_streams_on_disk_change_no_bit(
 ) -> None:
     """Oracle: the run that holds them in memory. All of them are files, one for each batch: 8, 4 and 2 rows of each lane, and take what is foretold."""
     settings = params(steps, **changes)
-    assert_same(pruned(path, settings, spill=tmp_path / "spill"), pruned(path, settings))
+    assert_same(pruned(path, settings, room=Room(0, 0, tmp_path / "spill")), pruned(path, settings))
     files = list((tmp_path / "spill").iterdir())
     assert sorted(file.name.rpartition("-")[0] for file in files) == sorted(12 * list(streams))
     tokens = (len(FITTING) + len(HELD_OUT)) * 12
@@ -309,11 +312,22 @@ def test_streams_on_disk_change_no_bit(
     assert stream_bytes(plan(settings, torch.float32), tokens, 32, 4) == held == len(streams) * 4 * tokens * 32
 
 
+@pytest.mark.parametrize(("device", "host"), [(0, math.inf), (20_000, math.inf), (20_000, 30_000), (9_000, 0)])
+def test_streams_in_several_places_change_no_bit(path: Path, tmp_path: Path, device: float, host: float) -> None:
+    """The first batches on the device, then in host memory, then in files. Oracle: the run that has all on the device."""
+    settings = params(("obs", "lsq", "block"), **TOWARDS_DENSE, block={"window": 2})
+    where = Room(device, host, tmp_path / "spill")
+    assert_same(pruned(path, settings, room=where), pruned(path, settings))
+    taken = Counter(where._places.values())
+    assert (taken["device"] > 0, taken["host"] > 0, taken["disk"] > 0) == (device > 0, host > 0, host < math.inf)
+    assert taken.total() == 3 * 12 and where.device >= 0 and where.host >= 0
+
+
 def test_streams_have_the_dtype_of_the_computation(path: Path, tmp_path: Path) -> None:
     """Oracle: bfloat16's two bytes per channel and token, in the files."""
     model, settings = BlockModel(open_checkpoint(path), torch.bfloat16, CPU), params(())
     made, rows = plan(settings, model.checkpoint.dtype), Rows(FITTING, HELD_OUT, 8)
-    next(prune(source(model), rows, made, lambda _: None, tmp_path))
+    next(prune(source(model), rows, made, lambda _: None, Room(0, 0, tmp_path)))
     tokens = (len(FITTING) + len(HELD_OUT)) * 12
     held = sum(load_file(file)["hidden"].nbytes for file in tmp_path.iterdir())
     assert stream_bytes(made, tokens, 32, model.dtype.itemsize) == held == 2 * tokens * 32

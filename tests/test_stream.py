@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, locate, open_checkpoint
 from pipeline_lib.models.files import INDEX
-from pipeline_lib.models.stream import BlockModel, OnDisk, Stream
+from pipeline_lib.models.places import Batches, Room, _Link, room
+from pipeline_lib.models.stream import BlockModel, Stream
 from pipeline_lib.models.whole import load_model
 
 CPU = torch.device("cpu")
@@ -217,44 +218,74 @@ def test_an_infinite_hidden_state_is_named(llama: Checkpoint) -> None:
         model.advance(model.block(0), 0, stream)
 
 
-# Streams on disk
+# Where streams lie
 
 
 def numbered(count: int) -> list[torch.Tensor]:
     return [torch.full((2, 3), float(number)) for number in range(count)]
 
 
+@pytest.mark.parametrize("where", ["device", "host", "disk", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_stream_on_disk_is_a_list(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Oracle: a list that is used the same way. Bits, dtypes and shapes come back, transposed tensors included; slices share the files."""
+def test_batches_are_a_list_wherever_they_lie(tmp_path: Path, dtype: torch.dtype, where: str) -> None:
+    """Oracle: a list that is used the same way. Bits, dtypes and shapes come back, transposed tensors included; slices share the places."""
     random = torch.Generator().manual_seed(0)
     model = [torch.randn(size, 4, 3, generator=random).to(dtype) for size in (2, 2, 1)]
     model[1] = model[1].transpose(0, 2)
-    files = OnDisk([tmp_path / f"{number}.safetensors" for number in range(3)], CPU)
+    batches = Batches(3, CPU, rooms(tmp_path, 24 * dtype.itemsize)[where], "x")
     for number, hidden in enumerate(model):
-        files[number] = hidden
-    assert len(files) == 3
-    assert same(list(files), model)
-    for where in (slice(None, 2), slice(2, None), slice(-1, None), slice(None, -1), slice(0, 0), slice(1, 3)):
-        assert len(files[where]) == len(model[where])
-        assert same(list(files[where]), model[where])
-    assert same(files[-1], model[-1])
-    assert same(list(reversed(files)), model[::-1])
+        batches[number] = hidden
+    assert len(list(tmp_path.rglob("x-*"))) == {"device": 0, "host": 0, "disk": 3, "mixed": 1}[where]
+    assert len(batches) == 3
+    assert same(list(batches), model)
+    for part in (slice(None, 2), slice(2, None), slice(-1, None), slice(None, -1), slice(0, 0), slice(1, 3)):
+        assert len(batches[part]) == len(model[part])
+        assert same(list(batches[part]), model[part])
+        assert batches[part].sizes() == [len(hidden) for hidden in model[part]]
+    assert same(batches[-1], model[-1]) and same(batches[-2], model[-2])
+    assert same(list(reversed(batches)), model[::-1])
+    assert same(batches.row(0, 1), model[0][1:2]) and same(batches[1:].row(0, 2), model[1][2:])
     with pytest.raises(IndexError):
-        files[3]
-    part = files[1:]
-    kept = files[1]
-    part[0] = files[2] + 1
-    files[2] = files[2].clone()  # as advance does: what was read is written in the same place
-    assert same(files[1], model[2] + 1)
+        batches[3]
+    part = batches[1:]
+    kept = batches[1]
+    part[0] = batches[2] + 1
+    batches[2] = batches[2].clone()  # as advance does: what was read is written in the same place
+    assert same(batches[1], model[2] + 1)
     assert same(kept, model[1])
-    assert same(files[2], model[2])
+    assert same(batches[2], model[2])
+
+
+def rooms(directory: Path, size: int) -> dict[str, Room]:
+    """A room for every kind of place; and one for a batch of ``size`` bytes on the device, one in host memory, and the rest in files."""
+    mixed = Room(size, size + size // 4, directory / "mixed")  # what is left would not hold half a batch
+    return {"device": Room(), "host": Room(0), "disk": Room(0, 0, directory), "mixed": mixed}
+
+
+def test_what_comes_ahead_of_its_turn_is_what_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In host memory, the next batch is on its way as one is read; what is written meanwhile is read, and each is copied once. Oracle: copies counted."""
+    fetched = []
+    fetch = _Link.fetch
+    monkeypatch.setattr(_Link, "fetch", lambda link, cell: fetched.append(cell.buffer[0, 0].item()) or fetch(link, cell))
+    batches = Batches(4, CPU, Room(0), "x")
+    for number, hidden in enumerate(numbered(4)):
+        batches[number] = hidden
+    assert same(list(batches), numbered(4)) and fetched == [0, 1, 2, 3]
+    assert same(batches[1], numbered(4)[1])  # 2 is on its way
+    batches[2] = torch.full((2, 3), 7.0)
+    assert same(batches[2], torch.full((2, 3), 7.0))
+    assert same(batches[0], numbered(4)[0]) and same(batches[3], numbered(4)[3])
+
+
+def test_a_batch_that_was_not_given_is_a_fault() -> None:
+    with pytest.raises(ValueError, match="batch 1 is asked for before it is given"):
+        Batches(2, CPU, Room(), "x")[1]
 
 
 def test_copies_of_streams_are_apart(tmp_path: Path) -> None:
-    """In memory and on disk, in the same kind of place as the first. Oracle: what each was given, after another of them went on."""
-    for directory in (None, tmp_path / "new" / "folder"):
-        first = Stream(2, CPU, directory, "first")
+    """Wherever they lie. Oracle: what each was given, after another of them went on."""
+    for place in (Room(), Room(0), Room(0, 0, tmp_path / "new" / "folder")):
+        first = Stream(2, CPU, place, "first")
         for number, hidden in enumerate(numbered(2)):
             first.hidden[number] = hidden
         second = first.copy("second")
@@ -262,21 +293,49 @@ def test_copies_of_streams_are_apart(tmp_path: Path) -> None:
         second.hidden[0] = torch.zeros(1)
         assert same([list(stream.hidden) for stream in (first, third)], 2 * [numbered(2)])
         assert same(list(second.hidden), [torch.zeros(1), numbered(2)[1]])
-        assert [isinstance(stream.hidden, OnDisk) for stream in (first, second, third)] == 3 * [directory is not None]
     assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [
         f"{n}-0000{i}.safetensors" for n in ("first", "second", "third") for i in (0, 1)
     ]
 
 
-def test_a_stream_on_disk_passes_blocks_as_one_in_memory(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Oracle: the same rows in memory, to the bit; a short last batch included."""
+def test_streams_pass_blocks_alike_wherever_they_lie(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Oracle: the same rows on the device, to the bit; a short last batch included."""
     model = BlockModel(checkpoint, torch.float32, CPU)
-    streams = [model.embed(token_rows(5, 8), 2, directory, "x") for directory in (None, tmp_path)]
+    streams = [model.embed(token_rows(5, 8), 2, "x", place) for place in rooms(tmp_path, 4 * 2 * 8 * 32).values()]
     for index in range(checkpoint.architecture.depth):
         for stream in streams:
             model.advance(model.block(index), index, stream)
-        assert same(*(list(stream.hidden) for stream in streams))
-    assert len(list(tmp_path.iterdir())) == 3
+        first, *others = (list(stream.hidden) for stream in streams)
+        assert all(same(first, other) for other in others)
+    assert len(list(tmp_path.rglob("x-*"))) == 3 + 1
+
+
+def test_a_room_is_given_batch_by_batch() -> None:
+    """The first that fit the device, then host memory, then files, or host memory all the same; a name's places are given once."""
+    mixed = Room(10, 10, Path("files"))
+    assert [mixed.place("a", number, 4) for number in range(6)] == ["device", "device", "host", "host", "disk", "disk"]
+    assert (mixed.place("b", 0, 2), mixed.place("b", 1, 3), mixed.place("b", 2, 2)) == ("device", "disk", "host")
+    assert [mixed.place("a", number, 4) for number in range(6)] == ["device", "device", "host", "host", "disk", "disk"]
+    crowded = Room(4, 4)
+    assert [crowded.place("a", number, 4) for number in range(4)] == ["device", "host", "host", "host"]
+
+
+def test_settings_decide_where_hidden_states_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a CPU all in memory or all in files; on a GPU a quarter of what is free there, or what the setting says. Oracle: by hand."""
+    for name in ("SPARSELINE_ACTIVATION_BYTES", "SPARSELINE_GPU_ACTIVATION_BYTES"):
+        monkeypatch.delenv(name, raising=False)
+    gpu = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: {gpu: (80_000, 100_000)}[device])
+    assert room(CPU, tmp_path, 4_000_000_000) == room(CPU) == Room()
+    assert room(CPU, tmp_path, 4_000_000_001) == Room(0, 0, tmp_path)
+    assert room(CPU, None, 4_000_000_001) == Room()
+    assert room(gpu, tmp_path, 1) == Room(20_000, 4_000_000_000, tmp_path)
+    monkeypatch.setenv("SPARSELINE_GPU_ACTIVATION_BYTES", "123")
+    monkeypatch.setenv("SPARSELINE_ACTIVATION_BYTES", "7")
+    assert room(gpu, None, 1) == Room(123, 7, None)
+    monkeypatch.setenv("SPARSELINE_GPU_ACTIVATION_BYTES", "4GB")
+    with pytest.raises(SparselineError, match="SPARSELINE_GPU_ACTIVATION_BYTES=4GB is not a whole number of bytes"):
+        room(gpu)
 
 
 # Damaged and unsupported checkpoints: each is refused with a sentence that says where and what to do.

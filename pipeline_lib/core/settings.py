@@ -6,6 +6,7 @@ import re
 from pipeline_lib.core.errors import SparselineError
 
 BYTES = 4_000_000_000
+GPU_SHARE = 0.25  # of a GPU's free memory that hidden states take
 
 
 def device_name() -> str:
@@ -42,6 +43,17 @@ def activation_bytes() -> int:
     """
     found = _whole("SPARSELINE_ACTIVATION_BYTES", 0)
     return BYTES if found is None else found
+
+
+def gpu_activation_bytes() -> int | None:
+    """SPARSELINE_GPU_ACTIVATION_BYTES: hidden states stay on the GPU up to this size, the rest in host memory (same results).
+
+    None: ``GPU_SHARE`` of what is free there when the stage begins.
+
+    Raises:
+        SparselineError: it is no whole number.
+    """
+    return _whole("SPARSELINE_GPU_ACTIVATION_BYTES", 0)
 
 
 def gram_bytes() -> int:

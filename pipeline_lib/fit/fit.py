@@ -18,7 +18,7 @@ from pipeline_lib.core.random import generator
 from pipeline_lib.fit.settings import BlockParams, FitParams
 from pipeline_lib.fit.spectral import Norm, regulariser
 from pipeline_lib.models.architecture import Matrix, laid
-from pipeline_lib.models.stream import OnDisk
+from pipeline_lib.models.places import Batches
 from pipeline_lib.stats.lanes import LANES, Map, parts, side_by_side, total
 
 SIDE_BY_SIDE = 2**22  # weights of a block, or window, up to which lanes are fitted side by side: in larger ones there is little to gain
@@ -37,7 +37,7 @@ class Pairs:
     @cached_property
     def borders(self) -> list[int]:
         """The number of each batch's first row; at the end, how many rows there are."""
-        sizes = self.inputs.sizes() if isinstance(self.inputs, OnDisk) else [len(hidden) for hidden in self.inputs]
+        sizes = self.inputs.sizes() if isinstance(self.inputs, Batches) else [len(hidden) for hidden in self.inputs]
         return list(accumulate(sizes, initial=0))
 
     def __len__(self) -> int:
@@ -59,8 +59,8 @@ class Pairs:
 
 
 def _row(batches: Sequence[torch.Tensor], place: int, number: int) -> torch.Tensor:
-    """One row [1, T, D] of a batch; no other is read from a file."""
-    return batches.row(place, number) if isinstance(batches, OnDisk) else batches[place][number : number + 1]
+    """One row [1, T, D] of a batch; no other is read from where it lies."""
+    return batches.row(place, number) if isinstance(batches, Batches) else batches[place][number : number + 1]
 
 
 @dataclass(frozen=True)

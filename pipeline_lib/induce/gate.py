@@ -25,7 +25,7 @@ class Gate:
 
     def __init__(self, model: BlockModel, rows: torch.Tensor, batch_rows: int, selection: SelectionParams, compensate: bool) -> None:
         self.model, self.selection, self.compensate = model, selection, compensate
-        self.stream = model.embed(rows, deal(len(rows), batch_rows).sizes)
+        self.stream = model.embed(rows, deal(len(rows), batch_rows).sizes, "gate")
 
     def enter(self, index: int, dense: DenseBlock, kept: Mapping[Matrix, int]) -> Judge:
         """Pass the stream through block ``index`` (blocks come in order) and return its judge.
@@ -35,9 +35,9 @@ class Gate:
         """
         model, layout = self.model, dense.layout
         block = model.block(index, dense.tensors)
-        inputs = list(self.stream.hidden)
+        inputs = self.stream.copy("gate inputs").hidden
         model.advance(block, index, self.stream)
-        rows = Pairs(inputs, list(self.stream.hidden))
+        rows = Pairs(inputs, self.stream.copy("gate outputs").hidden)  # the stream goes on before a judge does
 
         def judge(transform: Transform) -> float:
             transform = transform.to(model.device)

@@ -4,11 +4,12 @@ from typing import Any
 
 import click
 
-from pipeline_lib.core import runtime, scratch, settings
+from pipeline_lib.core import runtime, scratch
 from pipeline_lib.core.counts import check
 from pipeline_lib.core.kept import Kept
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.models.places import room
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.transform import Transform, read_transforms
 from pipeline_lib.prune.plan import REFIT, plan
@@ -36,13 +37,13 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
     listed = workspace.included()
     allocated = {(m["block"], m["label"]): allocation["kept"][m["name"]] for m in listed}
     kept = {(block, matrix): allocated[block, matrix.label] for block, matrix in entry.places() if (block, matrix.label) in allocated}
-    rows, spills = None, False
+    rows, wanted = None, 0
     if steps.needs.text:
         found = calibration_rows(workspace)
         rows = Rows(found["fit"], found["held_out"], recipe.batch_rows)
         inputs.append(calibration_file(workspace))
         tokens = found["fit"].numel() + found["held_out"].numel()
-        spills = stream_bytes(steps, tokens, entry.width, model.dtype.itemsize) > settings.activation_bytes()
+        wanted = stream_bytes(steps, tokens, entry.width, model.dtype.itemsize)
         if steps.judged and not len(found["held_out"]):
             click.echo(f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide which fits are kept")
     described = f"{recipe.model_dump_json()} {source.model_dump_json()}"
@@ -50,7 +51,7 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
         progress = Progress(Kept(held.kept, what, PARTS), model.checkpoint, recipe.quantization)
         if done := progress.done():
             click.echo(f"{what}: resuming after {done} of {entry.depth} blocks")
-        blocks = prune(Source(model, transforms, kept), rows, steps, progress.finished, held.own if spills else None)
+        blocks = prune(Source(model, transforms, kept), rows, steps, progress.finished, room(model.device, held.own, wanted))
         for index, block in track(blocks, what, "blocks", entry.depth, done):
             progress.keep(index, block)
         by_block = progress.publish(workspace, workspace.pruned(variant))

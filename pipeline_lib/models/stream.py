@@ -5,24 +5,21 @@ Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of t
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
 
-from pipeline_lib.core.artifacts import save_tensors
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.products import Products, rounded
 from pipeline_lib.models.architecture import Site
 from pipeline_lib.models.checkpoint import Checkpoint, skeleton
 from pipeline_lib.models.conversion import Piece, assembled, disassembled
+from pipeline_lib.models.places import Batches, Room
 from pipeline_lib.models.products import Parameters, Product, Watched
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional (after the hidden states) and named
@@ -48,62 +45,16 @@ class _Recorder(nn.Module):
             return getattr(self.__dict__["_block"][0], name)
 
 
-class OnDisk(Sequence[torch.Tensor]):
-    """A list of tensors of which none is in memory; what is asked for is read. Slices share the files."""
-
-    def __init__(self, files: list[Path], device: torch.device) -> None:
-        self.files = files
-        self.device = device
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    @overload
-    def __getitem__(self, place: int) -> torch.Tensor: ...
-    @overload
-    def __getitem__(self, place: slice) -> "OnDisk": ...
-    def __getitem__(self, place: int | slice) -> "torch.Tensor | OnDisk":
-        if isinstance(place, slice):
-            return OnDisk(self.files[place], self.device)
-        return load_file(self.files[place])["hidden"].to(self.device)
-
-    def sizes(self) -> list[int]:
-        """Rows of each batch."""
-        found = []
-        for file in self.files:
-            with safe_open(file, framework="pt") as opened:
-                found.append(int(opened.get_slice("hidden").get_shape()[0]))
-        return found
-
-    def row(self, place: int, number: int) -> torch.Tensor:
-        """One row [1, T, D] of a batch; no other is read."""
-        with safe_open(self.files[place], framework="pt") as opened:
-            hidden: torch.Tensor = opened.get_slice("hidden")[number : number + 1]
-        return hidden.to(self.device)
-
-    def __setitem__(self, place: int, hidden: torch.Tensor) -> None:
-        save_tensors(self.files[place], {"hidden": hidden.contiguous()})
-
-
 class Stream:
-    """Hidden states [B, T, D] of every batch before some block, in order; overwritten as the blocks are passed.
+    """Hidden states [B, T, D] of every batch before some block, in order; overwritten as the blocks are passed. Each lies where the room says."""
 
-    In memory; or, given a directory, in one file per batch there, whose name starts with ``name``.
-    """
-
-    def __init__(self, batches: int, device: torch.device, directory: Path | None = None, name: str = "") -> None:
-        self.device = device
-        self.directory = directory
-        self.hidden: list[torch.Tensor] | OnDisk
-        if directory is None:
-            self.hidden = [torch.empty(0)] * batches
-        else:
-            directory.mkdir(parents=True, exist_ok=True)
-            self.hidden = OnDisk([directory / f"{name}-{number:05d}.safetensors" for number in range(batches)], device)
+    def __init__(self, batches: int, device: torch.device, room: Room, name: str = "") -> None:
+        self.device, self.room = device, room
+        self.hidden = Batches(batches, device, room, name)
 
     def copy(self, name: str = "") -> "Stream":
-        """Another one that starts where this one is, in the same kind of place."""
-        other = Stream(len(self.hidden), self.device, self.directory, name)
+        """Another one that starts where this one is."""
+        other = Stream(len(self.hidden), self.device, self.room, name)
         for number, hidden in enumerate(self.hidden):
             other.hidden[number] = hidden
         return other
@@ -112,14 +63,18 @@ class Stream:
 class BlockModel:
     """A checkpoint of which only what is asked for is in memory: embeddings, single blocks, or the head.
 
-    ``products`` says what float32 products on a GPU may round to while blocks run, and so in the statistics that are taken meanwhile.
+    ``products`` says what float32 products on a GPU may round to while blocks run, and so in the statistics that are taken meanwhile;
+    ``room``, where streams lie that have no other (None: on the device).
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, products: Products = "float32") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, products: Products = "float32", room: Room | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
         self.products = products
+        self.room = room or Room()
         self.whole = skeleton(checkpoint.config, dtype, checkpoint.remote_code).eval().requires_grad_(False)
         self.base: nn.Module = self.whole.base_model
         self.templates = list(self.base.get_submodule(checkpoint.architecture.blocks))
@@ -128,7 +83,7 @@ class BlockModel:
         self._arguments: dict[int, list[Arguments]] = {}  # rows in a batch -> per block
         self._made_of: dict[int, dict[str, tuple[Piece, ...]]] = {}  # a block's parameters
 
-    def embed(self, rows: torch.Tensor, batch_rows: int | list[int], directory: Path | None = None, name: str = "") -> Stream:
+    def embed(self, rows: torch.Tensor, batch_rows: int | list[int], name: str = "", room: Room | None = None) -> Stream:
         """The stream before the first block, for token rows [N, T]; notes each block's other arguments on the way.
 
         Batches are of ``batch_rows`` rows, or of so many as the list says.
@@ -139,7 +94,7 @@ class BlockModel:
             if 1 not in self._arguments:
                 self._note(rows[:1])
             batches = rows.split(batch_rows)
-            stream = Stream(len(batches), self.device, directory, name)
+            stream = Stream(len(batches), self.device, room or self.room, name)
             for number, batch in enumerate(batches):
                 stream.hidden[number] = self._note(batch)
             return stream

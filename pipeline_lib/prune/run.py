@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.folding import fold
+from pipeline_lib.models.places import Room
 from pipeline_lib.models.stream import BlockModel, Stream
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.prune.plan import Plan
@@ -41,7 +41,7 @@ class Source:
 Finished = Callable[[int], Mapping[str, torch.Tensor] | None]  # a finished block's stored tensors, or None
 
 
-def prune(source: Source, rows: Rows | None, plan: Plan, finished: Finished, spill: Path | None = None) -> Iterator[tuple[int, Block]]:
+def prune(source: Source, rows: Rows | None, plan: Plan, finished: Finished, room: Room | None = None) -> Iterator[tuple[int, Block]]:
     """Yield every block, in order, of every window that is not yet ``finished``.
 
     Where a step fits whole blocks, the held-out rows judge it, and all statistics come from the fitting rows alone. Otherwise nothing is
@@ -55,10 +55,10 @@ def prune(source: Source, rows: Rows | None, plan: Plan, finished: Finished, spi
 
     Args:
         rows: None where the plan needs no text: no forward pass is run then.
-        spill: a directory for the streams; None keeps them in memory.
+        room: where the streams lie; None: on the device.
     """
     depth = source.model.checkpoint.architecture.depth
-    streams = None if rows is None else _streams(source.model, rows, plan, spill)
+    streams = None if rows is None else _streams(source.model, rows, plan, room)
     for first in range(0, depth, plan.window):
         window = range(first, min(first + plan.window, depth))
         stored = {index: tensors for index in window if (tensors := finished(index)) is not None}
@@ -76,9 +76,9 @@ def stream_bytes(plan: Plan, tokens: int, width: int, itemsize: int) -> int:
     return (1 + plan.needs.dense_stream + (plan.window > 1)) * itemsize * tokens * width
 
 
-def _streams(model: BlockModel, rows: Rows, plan: Plan, spill: Path | None) -> Streams:
+def _streams(model: BlockModel, rows: Rows, plan: Plan, room: Room | None) -> Streams:
     fit, held_out = rows.dealt()
-    pruned = model.embed(torch.cat([rows.fit, rows.held_out]), fit.sizes + held_out.sizes, spill, "pruned")
+    pruned = model.embed(torch.cat([rows.fit, rows.held_out]), fit.sizes + held_out.sizes, "pruned", room)
     dense = pruned.copy("dense") if plan.needs.dense_stream else None
     seen = fit.lanes if plan.judged else [own + others for own, others in zip(fit.lanes, held_out.lanes, strict=True)]
     return Streams(pruned, dense, len(fit.sizes), seen)

@@ -8,6 +8,7 @@ import torch
 from pipeline_lib.core import files, runtime
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.models.places import room
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.source import open_source
 from pipeline_lib.models.stream import BlockModel
@@ -16,7 +17,7 @@ from pipeline_lib.models.stream import BlockModel
 def open_model(workspace: Workspace, params: ModelParams) -> BlockModel:
     """The model as prepare saw it, on the device that the settings name."""
     device = runtime.compute()
-    return BlockModel(open_source(workspace, params), getattr(torch, params.compute_dtype), device, params.products)
+    return BlockModel(open_source(workspace, params), getattr(torch, params.compute_dtype), device, params.products, room(device))
 
 
 def calibration_rows(workspace: Workspace) -> dict[str, torch.Tensor]:

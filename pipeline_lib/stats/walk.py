@@ -29,7 +29,7 @@ def walk(
 
     Where the Gram matrices of a block's experts are larger than SPARSELINE_GRAM_BYTES, they are in memory by groups, see ``InTurn``.
     """
-    streams = [_Rows(model, rows, params, grams) for rows in (fit, held_out) if len(rows)]
+    streams = [_Rows(model, name, rows, params, grams) for name, rows in {"fit": fit, "held_out": held_out}.items() if len(rows)]
     for index, layout in enumerate(model.checkpoint.architecture.layouts):
         block = model.block(index)
         groups = _groups(layout.sites, settings.gram_bytes() if grams else math.inf)
@@ -95,10 +95,10 @@ def _groups(sites: Sequence[Site], budget: float) -> list[list[str]]:
 class _Rows:
     """The dense stream of some rows [N, T]."""
 
-    def __init__(self, model: BlockModel, rows: torch.Tensor, params: CalibrateParams, grams: bool) -> None:
+    def __init__(self, model: BlockModel, name: str, rows: torch.Tensor, params: CalibrateParams, grams: bool) -> None:
         self.model, self.rows, self.params, self.grams = model, rows, params, grams
         self.dealt = deal(len(rows), params.batch_rows)
-        self.stream = model.embed(rows, self.dealt.sizes)
+        self.stream = model.embed(rows, self.dealt.sizes, name)
         self.passed: list[torch.Tensor] = []  # what bounds the last block's outputs, lane by lane
 
     def collect(self, block: nn.Module, index: int, names: Sequence[str], advance: bool, lane: int) -> Sums[Accumulator]:

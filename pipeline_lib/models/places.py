@@ -1,0 +1,253 @@
+"""Where hidden states lie between two blocks: on the device, in host memory, or in files. They are the same bytes everywhere."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol, overload
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pipeline_lib.core import settings
+from pipeline_lib.core.artifacts import save_tensors
+
+Place = Literal["device", "host", "disk"]
+
+
+@dataclass
+class Room:
+    """Bytes that hidden states may take on the device and in host memory, all streams together.
+
+    Batches are placed one by one: the first on the device, the next in host memory, the others in files in ``directory``. Without a directory
+    host memory takes them all. A batch keeps its place; another stream of the same name takes the places of the first one over.
+    """
+
+    device: float = math.inf
+    host: float = math.inf
+    directory: Path | None = None
+    _places: dict[tuple[str, int], Place] = field(default_factory=dict)
+
+    def place(self, name: str, number: int, size: int) -> Place:
+        """That of a stream's batch of ``size`` bytes."""
+        found = self._places.get((name, number))
+        if found is None:
+            if size <= self.device:
+                found, self.device = "device", self.device - size
+            elif size <= self.host or self.directory is None:
+                found, self.host = "host", self.host - size
+            else:
+                found = "disk"
+            self._places[name, number] = found
+        return found
+
+
+def room(device: torch.device, directory: Path | None = None, wanted: float = 0) -> Room:
+    """What the settings leave to hidden states of ``wanted`` bytes.
+
+    On a CPU they are all in memory, or, where that is more than SPARSELINE_ACTIVATION_BYTES, all in files. On a GPU they are there up to
+    SPARSELINE_GPU_ACTIVATION_BYTES, then in host memory up to SPARSELINE_ACTIVATION_BYTES, then in files.
+
+    Args:
+        directory: of the files; None: there are none, whatever the settings say.
+    """
+    host = settings.activation_bytes()
+    if device.type == "cpu":
+        return Room(0, 0, directory) if directory is not None and wanted > host else Room()
+    budget = settings.gpu_activation_bytes()
+    if budget is None:
+        budget = int(settings.GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+    return Room(budget, host, directory)
+
+
+class _Cell(Protocol):
+    """What holds one batch [B, T, D]."""
+
+    def read(self) -> torch.Tensor:
+        """The batch, on the device."""
+
+    def write(self, hidden: torch.Tensor) -> None:
+        """Another in its place."""
+
+    def row(self, number: int) -> torch.Tensor:
+        """One row [1, T, D], on the device; no other is read."""
+
+    def rows(self) -> int:
+        """How many it has."""
+
+
+class _OnDevice:
+    def __init__(self) -> None:
+        self.hidden = torch.empty(0)
+
+    def read(self) -> torch.Tensor:
+        return self.hidden
+
+    def write(self, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
+
+    def row(self, number: int) -> torch.Tensor:
+        return self.hidden[number : number + 1]
+
+    def rows(self) -> int:
+        return len(self.hidden)
+
+
+class _InHost:
+    """In memory that is pinned where the device is a GPU: only from there copies run beside computation."""
+
+    def __init__(self, link: "_Link") -> None:
+        self.link = link
+        self.buffer = torch.empty(0)
+
+    def read(self) -> torch.Tensor:
+        return self.link.take(self)
+
+    def write(self, hidden: torch.Tensor) -> None:
+        if self.buffer.shape != hidden.shape or self.buffer.dtype != hidden.dtype:
+            self.buffer = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=self.link.side is not None)
+        self.link.put(self, hidden)
+
+    def row(self, number: int) -> torch.Tensor:
+        return self.link.part(self.buffer[number : number + 1])
+
+    def rows(self) -> int:
+        return len(self.buffer)
+
+
+class _OnDisk:
+    def __init__(self, file: Path, device: torch.device) -> None:
+        self.file, self.device = file, device
+
+    def read(self) -> torch.Tensor:
+        return load_file(self.file)["hidden"].to(self.device)
+
+    def write(self, hidden: torch.Tensor) -> None:
+        save_tensors(self.file, {"hidden": hidden.contiguous()})
+
+    def row(self, number: int) -> torch.Tensor:
+        with safe_open(self.file, framework="pt") as opened:
+            hidden: torch.Tensor = opened.get_slice("hidden")[number : number + 1]
+        return hidden.to(self.device)
+
+    def rows(self) -> int:
+        with safe_open(self.file, framework="pt") as opened:
+            return int(opened.get_slice("hidden").get_shape()[0])
+
+
+class _Link:
+    """Copies between a device and host memory. On a GPU they run on a stream of their own, beside what is computed; one batch comes ahead of its turn.
+
+    The side stream runs copies in the order in which they are asked for, so that a batch is never read before it is written. What is computed
+    waits for the copy that it needs (an event), and the side stream waits for what is computed before it copies that.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: _Ahead | None = None
+
+    def take(self, cell: _InHost) -> torch.Tensor:
+        """A cell's batch on the device, where it may be already."""
+        found = self._ahead if self._ahead is not None and self._ahead[0] is cell else self.fetch(cell)
+        self._ahead = None
+        _, hidden, copied = found
+        if copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)
+            hidden.record_stream(current)  # the allocator must not give its memory to the side stream meanwhile
+        return hidden
+
+    def fetch(self, cell: _InHost) -> "_Ahead":
+        """Begin to copy a cell's batch to the device."""
+        self._ahead = None  # before the next: at most one is ahead
+        if self.side is None:
+            self._ahead = cell, cell.buffer.to(self.device, copy=True), None
+        else:
+            with torch.cuda.stream(self.side):
+                self._ahead = cell, cell.buffer.to(self.device, non_blocking=True), self.side.record_event()
+        return self._ahead
+
+    def put(self, cell: _InHost, hidden: torch.Tensor) -> None:
+        """Begin to copy a batch to a cell's place in host memory."""
+        if self._ahead is not None and self._ahead[0] is cell:
+            self._ahead = None  # out of date
+        if self.side is None:
+            cell.buffer.copy_(hidden)
+            return
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):
+            cell.buffer.copy_(hidden, non_blocking=True)
+        hidden.record_stream(self.side)
+
+    def part(self, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows of a place in host memory, on the device."""
+        if self.side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.side)
+        return rows.to(self.device, non_blocking=True, copy=True)
+
+
+_Ahead = tuple[_InHost, torch.Tensor, torch.cuda.Event | None]  # whose batch is on the device, and when it will be there
+
+
+class Batches(Sequence[torch.Tensor]):
+    """Hidden states [B, T, D] batch by batch, each in the place that the room has for it; what is asked for is on the device.
+
+    A slice shares the places. Who reads batch after batch in order finds the next one on its way.
+    """
+
+    def __init__(self, count: int, device: torch.device, room: Room, name: str) -> None:
+        self._device, self._room, self._name = device, room, name
+        self._link: _Link | None = None
+        self._cells: list[_Cell | None] = [None] * count
+        self._numbers: Sequence[int] = range(count)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, place: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Batches": ...
+    def __getitem__(self, place: int | slice) -> "torch.Tensor | Batches":
+        if isinstance(place, slice):
+            part = Batches(0, self._device, self._room, self._name)
+            part._link, part._cells, part._numbers = self._link, self._cells, self._numbers[place]
+            return part
+        found = self._cell(place).read()
+        following = place + 1 if place >= 0 else place + len(self) + 1
+        if following < len(self) and isinstance(ahead := self._cells[self._numbers[following]], _InHost):
+            ahead.link.fetch(ahead)
+        return found
+
+    def __setitem__(self, place: int, hidden: torch.Tensor) -> None:
+        number = self._numbers[place]
+        if self._cells[number] is None:
+            self._cells[number] = self._placed(number, hidden.numel() * hidden.element_size())
+        self._cell(place).write(hidden)
+
+    def sizes(self) -> list[int]:
+        """Rows of each batch."""
+        return [self._cell(place).rows() for place in range(len(self))]
+
+    def row(self, place: int, number: int) -> torch.Tensor:
+        """One row [1, T, D] of a batch; no other is read."""
+        return self._cell(place).row(number)
+
+    def _cell(self, place: int) -> _Cell:
+        found = self._cells[self._numbers[place]]
+        if found is None:
+            raise ValueError(f"batch {place} is asked for before it is given")
+        return found
+
+    def _placed(self, number: int, size: int) -> _Cell:
+        where = self._room.place(self._name, number, size)
+        if where == "device":
+            return _OnDevice()
+        if where == "host":
+            self._link = self._link or _Link(self._device)
+            return _InHost(self._link)
+        directory = self._room.directory or Path()
+        directory.mkdir(parents=True, exist_ok=True)
+        return _OnDisk(directory / f"{self._name}-{number:05d}.safetensors", self._device)
