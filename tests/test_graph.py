@@ -394,6 +394,7 @@ OTHER: dict[str, Any] = {
     "*.compute_dtype": "float16",
     "model.products": "tf32",
     "prune.*.compute_dtype": "float32",
+    "prune.reconstruction.lsq.mask_dtype": "float32",
     "texts.*.use": "neither",
     "texts.*.kind": "files",
     "texts.*.path": "data/tasks",
@@ -671,6 +672,7 @@ def test_parameters_of_version_1_are_told_one_by_one() -> None:
     assert len(told) == 2 * len(values["variants"]) + 1 + 9
     assert re.fullmatch(r"error: params\.yaml: variants\.\S+ is missing; add it\.\n", result.output), result.output
     values["prune"] |= {"export": [], "tasks": [], "candidate": False}
+    values["prune"]["reconstruction"]["lsq"]["mask_dtype"] = "float32"
     result = refusal(values)
     assert result.exit_code == 0, result.output
 
