@@ -496,6 +496,7 @@ FOR = {
     "prune.selection.*": "curves@best induce@papers prune@*",
     "prune.allocation.*": "allocate@* prune@*",
     "prune.allocation.method": "allocate@[mws]* prune@[mws]*",
+    "prune.allocation.weighting": "sensitivity allocate@* prune@*",  # whose output moments only `kronecker` reads
     "prune.allocation.alpha": "allocate@[!b]* prune@[!b]*",
     "prune.reconstruction.*": "prune@*",
     "prune.reconstruction.steps": "prune@sparsegpt",
@@ -513,7 +514,7 @@ FOR = {
     "variants.*.selection.*": "prune@*",
     "variants.papers.selection.score": "induce@* prune@*",
     "variants.*.allocation.*": "allocate@* prune@*",
-    "variants.best.allocation.method": "curves@* allocate@* prune@*",
+    "variants.best.allocation.method": "sensitivity curves@* allocate@* prune@*",  # ``best`` alone reads output moments
     "variants.*.reconstruction.*": "prune@*",
     "variants.best.reconstruction.collect": REFUSED,  # `towards_dense` wants it
     "evaluate.*": "evaluate-dense evaluate@*",

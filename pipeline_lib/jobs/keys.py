@@ -131,8 +131,10 @@ def export(variant: Variant) -> ExportParams | None:
 
 
 def sensitivity(variants: Mapping[str, Variant]) -> SensitivityParams | None:
-    """None where no allocation reads sensitivities."""
+    """None where no allocation reads sensitivities; without output moments where none reads these."""
     found = params.load(SensitivityParams, "sensitivity")
+    if not any(one.needs.output_moments for one in variants.values()):
+        found = found.model_copy(update={"output_moments": "none"})
     return found if any(one.needs.sensitivities for one in variants.values()) else None
 
 

@@ -68,8 +68,9 @@ def _planned(checkpoint: Checkpoint, dtype: torch.dtype, texts: dict[str, TextPa
     (text,) = (text for text in texts.values() if text.use == "calibrate")
     calibrate = params.load(CalibrateParams, "calibrate")
     shapes = Shapes(checkpoint, text.rows, text.length, calibrate.batch_rows)
-    work = Work(shapes, text.held_out, dtype, calibrate, params.load(SensitivityParams, "sensitivity"))
-    used = {"calibrate": keys.calibrate(variants), "scale": keys.scale(variants), "sensitivity": keys.sensitivity(variants)}
+    asked = keys.sensitivity(variants)
+    used = {"calibrate": keys.calibrate(variants), "scale": keys.scale(variants), "sensitivity": asked}
+    work = Work(shapes, text.held_out, dtype, calibrate, asked or params.load(SensitivityParams, "sensitivity"))
     found = _Planned([(step, 1) for name, step in estimate.estimate(work).items() if used.get(name, True)])
     for name, variant in variants.items():
         if variant.curves is not None:

@@ -18,6 +18,7 @@ class Needs:
     dense_stream: bool  # the dense model's activations
     held_out: bool  # rows that judge fits
     sensitivities: bool
+    output_moments: bool  # second moments of output gradients
     curves: bool
     factors: bool  # learned by induction
 
@@ -40,6 +41,7 @@ def needs(recipe: Recipe) -> Needs:
         dense_stream=fitted or how.towards_dense > 0,
         held_out=fitted or recipe.induce is not None,
         sensitivities=recipe.allocation.method in SENSITIVITIES,
+        output_moments=recipe.allocation.method == "predicted" and recipe.allocation.weighting == "kronecker",
         curves=recipe.allocation.method in CURVES,
         factors=recipe.induce is not None,
     )
