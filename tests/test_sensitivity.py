@@ -21,7 +21,7 @@ from pipeline_lib.core.random import generator
 from pipeline_lib.measure import fisher, hutchinson
 from pipeline_lib.measure.backward import Subject
 from pipeline_lib.measure.estimate import Estimate, estimates, kendall, relative_error, split_half
-from pipeline_lib.measure.fisher import PANEL, OutputMoments, batches, drawn, moment_bytes
+from pipeline_lib.measure.fisher import PANEL, OutputMoments, at_once, batches, drawn, moment_bytes
 from pipeline_lib.measure.hutchinson import probe_vector
 from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
@@ -149,6 +149,12 @@ def test_which_probes_share_a_batch() -> None:
     assert batches([4, 8], 1) == [[4], [8]]
     assert batches([4, 8], 2) == [[4], [8]]  # 0 and 4 would be one batch
     assert sorted(batches(range(32), 4)) == sorted(batches(range(16), 4) + batches(range(16, 32), 4))
+
+
+def test_how_many_probes_share_a_batch() -> None:
+    """By hand: four rows, 2048 tokens, never less than a probe."""
+    assert [at_once(1, length) for length in (9, 512, 513, 1024, 2048, 4096)] == [4, 4, 2, 2, 1, 1]
+    assert [at_once(rows, 512) for rows in (1, 2, 3, 4, 5)] == [4, 2, 1, 1, 1]
 
 
 def test_probes_of_a_lane_share_a_batch(llama: Checkpoint, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from pipeline_lib.models.conversion import place
 from pipeline_lib.models.products import Parameters, Product, Watched
 from pipeline_lib.stats.lanes import LANES, Sums, fold
 
-BATCH_ROWS = 4  # rows of a lane's probes in one call: a row alone leaves much of a processor idle where blocks are small
+BATCH_ROWS = (4, 2, 1)  # of a lane's probes in one call: a short row alone leaves much of a processor idle
+BATCH_TOKENS = 2048  # which more than one row may have together: the graph of a call fills the memory
 HEAD_TOKENS = 256  # whose logits are in memory at a time: enough for a product to run at full speed
 PANEL = 384  # outputs of a second moment that are summed at a time
 
@@ -115,6 +116,12 @@ def batches(probes: Iterable[int], together: int) -> list[list[int]]:
     return [found[place] for place in sorted(found)]
 
 
+def at_once(rows_per_probe: int, length: int) -> int:
+    """How many probes, of rows of so many tokens, go through the blocks together."""
+    rows = next(rows for rows in BATCH_ROWS if rows * length <= BATCH_TOKENS or rows == 1)
+    return max(1, rows // rows_per_probe)
+
+
 class _Gradient:
     """The gradients of a group of probes, reduced to ‖∂ℓ/∂W‖² per token and weight as soon as a block's are known."""
 
@@ -122,7 +129,7 @@ class _Gradient:
         self.subject, self.params, self.moments = subject, params, moments
         # A router sends tokens of all rows of a batch to an expert, and nothing tells which probe they are of.
         routed = any(site.pool is not None for layout in subject.model.checkpoint.architecture.layouts for site in layout.sites)
-        self.probes = batches(probes, 1 if routed else max(1, BATCH_ROWS // params.rows_per_probe))
+        self.probes = batches(probes, 1 if routed else at_once(params.rows_per_probe, subject.rows.shape[1]))
         self.batches = [torch.cat([subject.batch(probe, params.rows_per_probe) for probe in own]) for own in self.probes]
         self.predicted = params.rows_per_probe * (subject.rows.shape[1] - 1)  # tokens of a probe
         self.squares: list[list[tuple[int, torch.Tensor]]] = [[] for _ in self.probes]  # per batch: of a block, [matrices, probes]

@@ -12,7 +12,7 @@ import torch
 
 from pipeline_lib.core import settings
 from pipeline_lib.evaluation.settings import EvaluateParams, TasksParams
-from pipeline_lib.measure.fisher import BATCH_ROWS, HEAD_TOKENS
+from pipeline_lib.measure.fisher import HEAD_TOKENS, at_once
 from pipeline_lib.measure.settings import CurvesParams, SensitivityParams
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.prune.plan import Plan
@@ -144,7 +144,7 @@ def _probing(work: Work) -> Estimate:
     tokens = params.rows_per_probe * shapes.length
     boundaries = (1 + second) * 4 * params.probes_per_pass * tokens * entry.width * (entry.depth + 1)  # values, or with their tangents
     inputs, attention, logits = (24, 6, 10) if second else (8, 1, 5)
-    together = tokens if second else max(params.rows_per_probe, BATCH_ROWS) * shapes.length
+    together = tokens if second else tokens * at_once(params.rows_per_probe, shapes.length)
     graph = 4 * together * (inputs * sum(shapes.sites) + attention * checkpoint.heads * shapes.length)
     top = 4 * (shapes.length if second else min(shapes.length, HEAD_TOKENS)) * logits * checkpoint.vocabulary
     moments = _moments(work)
