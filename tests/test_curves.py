@@ -11,6 +11,7 @@ import torch
 from project import build, change_artifact, load_artifact, make_workspace
 from safetensors.torch import load_file
 from tiny import block_statistics, curved_gram
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline_lib.core import artifacts
 from pipeline_lib.core.errors import SparselineError
@@ -20,7 +21,7 @@ from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.measure.curves import counts, errors, measure
 from pipeline_lib.measure.settings import CurvesParams
 from pipeline_lib.models.checkpoint import Checkpoint
-from pipeline_lib.solve.factor import factorise
+from pipeline_lib.solve.factor import COLUMNS, ROWS, factorise, lost, quadratic
 from pipeline_lib.solve.matrix import prune_matrix
 from pipeline_lib.stats.dense import DenseBlock
 
@@ -57,6 +58,24 @@ def test_errors_are_quadratic_forms() -> None:
         assert layer == pytest.approx(form(torch.eye(5), gram), rel=1e-4)
         assert kronecker == pytest.approx(form(moment if moment.ndim == 2 else moment.diag(), gram), rel=1e-4)
     assert torch.equal(errors(difference, gram, None), errors(difference, gram, diagonal)[:2])
+
+
+@pytest.mark.parametrize("size", [7, COLUMNS, 2 * COLUMNS + 5])
+def test_traces_by_symmetry(size: int) -> None:
+    """Oracles: tr((W − Ŵ) G (W − Ŵ)ᵀ) in float64, rows one by one; and the operations of a plain product W G, of which about half are taken."""
+    random = torch.Generator().manual_seed(1)
+    weight, pruned = torch.randn(2, ROWS + 3, size, generator=random)
+    _, gram = curved_gram(size, seed=2, spread=0.3)
+    change = (weight - pruned).double()
+    expected = ((change @ gram.double()) * change).sum(1)
+    torch.testing.assert_close(quadratic(weight - pruned, gram), expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+    with FlopCounterMode(display=False) as counted:
+        found = lost(weight, pruned, gram)
+    assert float(found) == pytest.approx(float(expected.sum()), rel=1e-6)
+    assert float(lost(weight, None, gram.double())) == pytest.approx(
+        float(torch.trace(weight.double() @ gram.double() @ weight.double().T))
+    )
+    assert counted.get_total_flops() <= (1 + COLUMNS / size) * len(weight) * size * size + 1
 
 
 def test_which_counts_are_measured() -> None:

@@ -16,7 +16,7 @@ from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.prune.window import collect as collect_moments
 from pipeline_lib.prune.window import collect_diagonals
-from pipeline_lib.stats.moments import Accumulator, Moments, MomentSums, SiteStatistics, refresh
+from pipeline_lib.stats.moments import Accumulator, Moments, MomentSums, SiteStatistics, add_product, refresh
 from pipeline_lib.stats.walk import CalibrateParams, gram_bytes, stored_or_walked, walk
 
 CPU = torch.device("cpu")
@@ -97,6 +97,40 @@ def test_large_offsets_do_not_drown_the_variance() -> None:
         accumulator.add(batch)
     expected = float(x.double().square().mean() - x.double().mean().square())
     assert float(accumulator.squares / 500 - (accumulator.sum / 500).square()) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float32, torch.float32)])
+def test_products_are_summed_in_float32(device: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Oracle: float64. In bfloat16, of which products are exact, an error of 1e-6 is not reached if anything on the way is rounded to it."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    random = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(300, 8, generator=random).to(device, dtype) + 1 for dtype in dtypes)
+    total = torch.ones(8, 8, device=device)
+    add_product(total, left, right)
+    torch.testing.assert_close(total.double(), 1 + left.double().T @ right.double(), rtol=1e-6, atol=1e-5)
+
+
+def test_a_gpu_takes_bfloat16_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is widened before the product there. Oracle: what the product gets, and float64."""
+    got: list[torch.dtype] = []
+
+    def product(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        got.extend((left.dtype, right.dtype, out_dtype))
+        return (left.double() @ right.double()).to(out_dtype)
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    monkeypatch.setattr(torch, "mm", product)
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    total = torch.zeros(4, 4).as_subclass(OnGpu)
+    add_product(total, x, x)
+    assert got == [torch.bfloat16, torch.bfloat16, torch.float32]
+    torch.testing.assert_close(total.as_subclass(torch.Tensor).double(), x.double().T @ x.double(), rtol=1e-6, atol=1e-6)
+    add_product(total, x.float(), x)
+    assert len(got) == 3
 
 
 def moments_of(x: torch.Tensor, dense: torch.Tensor | None = None) -> Moments:
