@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import make_checkpoint
 from elsewhere import DEVICE, Elsewhere, There
 from project import build, load_artifact, make_workspace, merge, recipe
 from tiny import make_model, token_rows
@@ -18,6 +19,7 @@ from pipeline_lib.induce.gate import Gate
 from pipeline_lib.induce.induce import Outcome, induce_block
 from pipeline_lib.measure.curves import measure
 from pipeline_lib.measure.settings import CurvesParams
+from pipeline_lib.models import products
 from pipeline_lib.models.checkpoint import open_checkpoint
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.transform import Transform
@@ -40,7 +42,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def what_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device that it does not compute on it has no autocast (here nothing is computed in another dtype) and no fused Adam."""
+    """On a device that it does not compute on it has no autocast (here nothing is computed in another dtype), no fused Adam, and no memory."""
+    found = products._storage
+    monkeypatch.setattr(products, "_storage", lambda tensor: found(tensor.here if isinstance(tensor, There) else tensor))
     real, adam = torch.autocast, torch.optim.Adam
     monkeypatch.setattr(torch.optim, "Adam", lambda *args, **named: adam(*args, **named | {"fused": False}))
     monkeypatch.setattr(
@@ -158,6 +162,23 @@ def test_statistics_on_a_device(path: Path) -> None:
             for key, tensor in statistics.tensors("").items():
                 torch.testing.assert_close(here(own[key]), tensor, rtol=1e-4, atol=1e-5)
     assert {line.partition(":")[0]: count for line, count in device.reads.items()} == {"models/stream.py": len(found)}
+
+
+def test_experts_on_a_device(tmp_path: Path) -> None:
+    """Statistics, curves and pruning of experts, which get tokens and weights of their own. Oracle: the same on the CPU."""
+    made, how = make_checkpoint(tmp_path / "experts", "mixtral"), CurvesParams(densities=[0.5], outlier_factor=3.0)
+    settings = recipe(("obs",), batch_rows=4, selection={"block": 16})
+    model, away = model_of(made), model_of(made)
+    away.device = DEVICE
+    (_, dense), *_ = walked(made, model.device)
+    expected = measure(dense, dense.layout.matrices, {}, SELECTION, True, how), next(pruned(model, settings))[1].facts["matrices"]
+    with Elsewhere():
+        (_, block), *_ = walked(made, DEVICE)
+        found = measure(block, dense.layout.matrices, {}, SELECTION, True, how), next(pruned(away, settings))[1].facts["matrices"]
+    assert found[0].keys() == expected[0].keys()
+    for label, facts in expected[0].items():
+        assert found[0][label]["curve"]["layer"][0] == pytest.approx(facts["curve"]["layer"][0], rel=1e-3)
+        assert found[1][label]["layer_error"] == pytest.approx(expected[1][label]["layer_error"], rel=0.05)
 
 
 @pytest.mark.parametrize("full", [True, False])

@@ -48,6 +48,11 @@ class Pairs:
         """Rows of the largest batch."""
         return max(stop - start for start, stop in pairwise(self.borders))
 
+    @cached_property
+    def spread(self) -> float:
+        """Of the targets: what errors are measured by."""
+        return spread(self.targets)
+
     def rows(self, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of these numbers: inputs and targets, [n, T, D] each."""
         places = [bisect_right(self.borders, number) - 1 for number in numbers]
@@ -173,7 +178,7 @@ class _Free:
 
 def block_error(run: Run, tensors: Mapping[str, torch.Tensor], rows: Pairs) -> float:
     """E‖Y_dense − Y_sparse‖² / E‖Y_dense − E Y_dense‖² over the given rows."""
-    return _wrong(run, tensors, rows) / spread(rows.targets)
+    return _wrong(run, tensors, rows) / rows.spread
 
 
 def _wrong(run: Run, tensors: Mapping[str, torch.Tensor], rows: Pairs, each: Map[int, list[torch.Tensor]] = map) -> float:
@@ -212,7 +217,7 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
     matrices = list(masks)
     gate = held_out if held_out.inputs else fitting
     seen = Pairs(fitting.inputs[:1], fitting.targets[:1])  # what the curve needs; the gate's rows decide
-    scale = spread(gate.targets)
+    scale = gate.spread
     facts = {"fit_before": block_error(run, tensors, seen), "held_out_before": _wrong(run, tensors, gate) / scale}
     best, best_masks, best_error, best_epoch, unimproved = dict(tensors), None, facts["held_out_before"], 0, 0
     free = _Free(masks, tensors, params.parts, block.dtype, block.offsets)
@@ -225,7 +230,7 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
     optimiser = torch.optim.Adam(groups, eps=1e-12, fused=True)
     penalised = matrices if params.spectral.weight else ()
     norms = [Norm(matrix.view(best[matrix.parameter]), params.spectral) for matrix in penalised]
-    each = spread(fitting.targets) / len(fitting)  # of a row
+    each = fitting.spread / len(fitting)  # of a row
     batch_rows = min(params.batch_rows, LANES * fitting.widest)  # no more rows of a lane in one pass than elsewhere
     steps = params.epochs * -(-len(fitting) // batch_rows)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate_share(done, steps))
