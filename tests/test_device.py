@@ -259,10 +259,10 @@ def test_stages_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (MomentSums, False, 6),
         (MomentSums, True, 11),
-        (DiagonalSums, False, 5),
-        (DiagonalSums, True, 12),
-        (lambda: Accumulator(10_000, 100, gram=True), False, 15),
-        (lambda: Accumulator(10_000, 100, gram=True), True, 20),
+        (DiagonalSums, False, 6),
+        (DiagonalSums, True, 14),
+        (lambda: Accumulator(10_000, 100, gram=True), False, 16),
+        (lambda: Accumulator(10_000, 100, gram=True), True, 22),
     ],
 )
 def test_operations_per_row_of_statistics(sums: Any, weighed: bool, most: int) -> None:

@@ -493,6 +493,29 @@ def test_scores_that_are_no_numbers_are_told(path: Path, monkeypatch: pytest.Mon
                 next(prune(source(model), Rows(FITTING, HELD_OUT, 8) if made.needs.text else None, made, lambda _: None))
 
 
+@pytest.mark.parametrize("steps", [("obs",), ("obs", "lsq")])
+def test_the_first_of_several_failures_is_told(path: Path, steps: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that is NaN, and a later site that cannot be factorised. Oracle: the matrix is named, though masks are counted last."""
+    dense, real = model_of(path).checkpoint.block(0), layerwise.factorise
+    dense["self_attn.o_proj.weight"] = dense["self_attn.o_proj.weight"].clone()
+    dense["self_attn.o_proj.weight"][1] = float("nan")
+    last = open_checkpoint(path).architecture.layouts[0].sites[-1].name
+
+    def factorised(gram: torch.Tensor, damping: float, of: DampingOf, where: str, *rest: Any) -> Factorisation:
+        return real(gram * float("nan") if where.endswith(last) else gram, damping, of, where, *rest)
+
+    monkeypatch.setattr(layerwise, "factorise", factorised)
+    with pytest.raises(SparselineError, match=f"second moment of layers.0 {last} holds NaN or infinity"):
+        next(run(model_of(path), params(steps)))
+    clean = layerwise.collect
+    model = model_of(path)
+    before = model.block(0)
+    monkeypatch.setattr(layerwise, "collect", lambda model, block, *rest: clean(model, (0, before), *rest))
+    monkeypatch.setattr(Checkpoint, "block", lambda *_: dict(dense))
+    with pytest.raises(SparselineError, match=r"scores of layers\.0\.self_attn\.o_proj hold NaN or infinity"):
+        next(run(model, params(steps)))
+
+
 # Towards the dense stream
 
 

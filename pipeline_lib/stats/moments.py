@@ -4,7 +4,7 @@ Symbols: G = E[X Xᵀ] second moment (Gram) [d, d], μ = E[X] mean [d], n tokens
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -138,10 +138,10 @@ class Accumulator(WeightedSums):
                 self.gram = torch.zeros(row.shape[1], row.shape[1], device=row.device)
         x = row.float()
         weighed = x if weights is None else x * weights[:, None]
-        for own, piece in zip(_pieces(weighed), _pieces(x), strict=True):
-            wide = own.double()
+        for part in _parts(x):
+            wide = weighed[part].double()
             self.sum += wide.sum(0)
-            self.squares += (wide.square_() if weights is None else wide.mul_(piece)).sum(0)
+            self.squares += (wide.square_() if weights is None else wide.mul_(x[part])).sum(0)
         low, high = torch.aminmax(x, dim=0)
         self.minimum = low if self.tokens == 0 else torch.minimum(self.minimum, low)
         self.maximum = high if self.tokens == 0 else torch.maximum(self.maximum, high)
@@ -270,9 +270,10 @@ class DiagonalSums(WeightedSums):
             if len(row):
                 if not self.tokens:
                     self.squares = torch.zeros(row.shape[1], dtype=torch.float64, device=row.device)
-                squares = row.float().square() if weights is None else row.float().square() * weights.float().square()[:, None]
-                for piece in _pieces(squares):
-                    self.squares += piece.sum(0, dtype=torch.float64)
+                for part in _parts(row):
+                    squares = row[part].float().square()
+                    weighed = squares if weights is None else squares.mul_(weights[part].float().square()[:, None])
+                    self.squares += weighed.sum(0, dtype=torch.float64)
                 self.count += len(row) if weights is None else weights.double().square().sum()
                 self.tokens += len(row)
 
@@ -300,9 +301,10 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         total.addmm_(left.float().T, right.float())
 
 
-def _pieces(values: torch.Tensor) -> Sequence[torch.Tensor]:
-    """[n, d] in consecutive rows: so many that what is made of them is small; all at once where it is memory that is fast."""
-    return values.split(max(1, PIECE // values.shape[1])) if values.device.type == "cpu" else (values,)
+def _parts(x: torch.Tensor) -> list[slice]:
+    """Consecutive rows of [n, d]: so many that what is made of them is small; all at once where it is memory that is fast."""
+    step = max(1, PIECE // x.shape[1]) if x.device.type == "cpu" else len(x)
+    return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
 def _rows(inputs: torch.Tensor) -> torch.Tensor:
