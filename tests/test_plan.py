@@ -86,7 +86,7 @@ def needs(
 def needs_of(path: Path, made: Recipe, rows: int = 8, length: int = 32, dtype: torch.dtype = torch.float32) -> Estimate:
     checkpoint = open_checkpoint(path)
     found = plan(made, checkpoint.dtype)
-    return pruning("prune x", found, Shapes(checkpoint, rows, length, made.batch_rows, found.window), dtype)
+    return pruning("prune x", found, Shapes(checkpoint, rows, length, made.batch_rows, found.window, dtype))
 
 
 TOWARDS_DENSE: dict[str, Any] = {"collect": "site", "towards_dense": 1.0}
@@ -165,9 +165,10 @@ def test_streams_over_budget_are_not_counted(
 
 
 def test_streams_weigh_what_the_computing_dtype_weighs(wide: Path) -> None:
-    """256 rows of 32 tokens with 128 channels, in two bytes instead of four."""
-    half, single = (needs(wide, ("obs",), 256, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    assert single.memory_bytes - half.memory_bytes == 2 * 256 * 32 * 128
+    """256 more rows of 32 tokens with 128 channels, in two bytes or in four."""
+    for dtype, item in ((torch.bfloat16, 2), (torch.float32, 4)):
+        few, many = (needs(wide, ("obs",), rows, dtype=dtype) for rows in (256, 512))
+        assert many.memory_bytes - few.memory_bytes == many.gpu_bytes - few.gpu_bytes == item * 256 * 32 * 128
 
 
 @pytest.mark.parametrize("steps", [(), ("obs", "lsq", "block")])
@@ -259,6 +260,37 @@ def test_every_run_of_every_preset_is_planned(project: Path) -> None:
     assert (runs["evaluate"], runs["tasks embedded"]) == (3, 2)
     assert {"prune wanda", "prune sparseline", "induce sparseline", "curves sparseline", "export sparseline"} <= set(runs)
     assert not {"induce wanda", "curves wanda", "export wanda"} & set(runs)
+
+
+def test_a_gpu_that_is_too_small_is_told(project: Path) -> None:
+    """Of stages that hold more than there is, with what to lower; a large one is too small for none. Oracle: the column of the table."""
+    large, small = (invoke("plan", "--device", "cuda", "--gpu-memory", memory).output for memory in ("24e9", "0.6e9"))
+    assert "does not fit" not in large and "on the GPU" in large
+    sizes = {name: gpu != "0.0 MB" for name, gpu in re.findall(r"^(\w+(?: \w+)?) +\d+ +[\d.]+ [MG]B +([\d.]+ [MG]B)", small, re.MULTILINE)}
+    told = set(re.findall(r"^(\w+(?: \w+)?) does not fit into the GPU's 0.60 GB: ", small, re.MULTILINE))
+    assert told == {name for name, some in sizes.items() if some} >= {"calibrate", "prune wanda", "evaluate"}
+    assert "Lower prune.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES, model.compute_dtype: bfloat16" in small
+    assert "Lower evaluate.batch_rows" in small
+
+
+def test_hidden_states_beyond_a_gpus_budget_are_the_hosts(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the GPU holds falls with the budget, and the host's memory grows by no more."""
+
+    def needs(budget: str) -> tuple[float, float]:
+        monkeypatch.setenv("SPARSELINE_GPU_ACTIVATION_BYTES", budget)
+        output = invoke("plan", "--device", "cuda", "--gpu-memory", "24e9").output
+        (found,) = re.findall(r"^prune sparseline +\d+ +([\d.]+) GB +([\d.]+) MB", output, re.MULTILINE)
+        return float(found[0]), float(found[1])
+
+    change_params(project, "texts.calibration", read_params(project)["texts"]["calibration"] | {"rows": 1024, "length": 128})
+    (host, gpu), (more, less) = needs("10000000000"), needs("0")
+    assert less < gpu and more > host
+
+
+def test_what_is_not_known_of_a_gpu_is_asked_for(project: Path) -> None:
+    result = invoke("plan", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "cuda is not a device of this machine; say what memory it has, for instance --gpu-memory 24e9." in result.output
 
 
 def test_what_no_variant_needs_is_not_planned(project: Path) -> None:

@@ -76,6 +76,7 @@ def track(items: Iterable[T], what: str, units: str, total: int | None = None, d
     with Progress(what, total, units, done) as progress:
         for item in items:
             yield item
+            del item  # before the next
             progress.advance()
 
 

@@ -1,11 +1,14 @@
 """Predict memory, disk and rough time for the configured model, before anything runs."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from pipeline_lib.core import params, runtime
+from pipeline_lib.core import params, runtime, settings
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.products import rounded
 from pipeline_lib.core.workspace import DENSE
 from pipeline_lib.evaluation.settings import EvaluateParams
 from pipeline_lib.evaluation.tasks import Unread, request_lengths
@@ -15,7 +18,7 @@ from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.source import fetch
 from pipeline_lib.models.tokenizer import load_tokenizer
-from pipeline_lib.planning import estimate
+from pipeline_lib.planning import device, estimate
 from pipeline_lib.planning.estimate import Estimate, Work, measure_speed
 from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.shapes import Shapes
@@ -25,6 +28,16 @@ from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.texts.texts import TextParams
 
 START = 4  # seconds that a stage takes to start, whatever the model
+LESS = {  # by a stage's first word: what makes less of what it holds on a GPU
+    "prepare": "Run it with SPARSELINE_DEVICE=cpu, which changes no key",
+    "calibrate": "Lower calibrate.batch_rows, calibrate.median_tokens, SPARSELINE_GPU_ACTIVATION_BYTES, model.compute_dtype: bfloat16",
+    "induce": "Lower calibrate.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES, model.compute_dtype: bfloat16",
+    "curves": "Lower calibrate.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES; or raise SPARSELINE_GRAM_BYTES",
+    "sensitivity": "Lower sensitivity.probes_per_pass and rows_per_probe; output_moments: diagonal",
+    "prune": "Lower prune.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES, model.compute_dtype: bfloat16; collect: site",
+    "evaluate": "Lower evaluate.batch_rows, evaluate.compute_dtype: bfloat16",
+    "tasks": "Lower tasks.batch_rows, tasks.compute_dtype: bfloat16",
+}
 
 
 @dataclass
@@ -35,42 +48,76 @@ class _Planned:
     unknown: list[str] = field(default_factory=list)
 
 
-def foreseen() -> Iterator[str]:
-    """Lines of a table: a stage each, then what all take together.
+def foreseen(name: str | None = None, gpu_memory: float | None = None) -> Iterator[str]:
+    """Lines of a table: a stage each, then what all take together; with a GPU, which stages it is too small for, and what helps.
+
+    Args:
+        name: of the device that the stages will compute on; None: as the settings say. Times are of that of the settings.
+        gpu_memory: bytes of the GPU; None: what this machine's has.
 
     Raises:
-        SparselineError: a parameter cannot be used.
+        SparselineError: a parameter cannot be used, or nothing is known of the GPU.
     """
+    name = name or settings.device_name()
+    memory = None if name == "cpu" else gpu_memory or _memory_of(name)
     names.check()
     source = params.load(ModelParams, "model")
     checkpoint = open_checkpoint(fetch(source), None, source.remote_code, source.dequantize)
     texts = {name: params.load(TextParams, f"texts.{name}") for name in params.section("texts")}
-    found = _planned(checkpoint, getattr(torch, source.compute_dtype), texts, read_all())
-    speed = measure_speed(runtime.compute())
+    budget = math.inf if memory is None else device.streams_budget(memory)
+    found = _planned(checkpoint, getattr(torch, source.compute_dtype), texts, read_all(), budget)
+    here = runtime.compute()
+    with rounded(here, source.products):
+        speed = measure_speed(here)
     yield (
         f"{checkpoint.path}: {checkpoint.parameters:,} parameters, {checkpoint.architecture.depth} blocks; {speed / 1e9:.0f} GFLOP/s here\n"
     )
-    yield f"{'stage':<20}{'runs':>5}{'memory':>12}{'disk each':>12}{'time each':>18}"
-    least = most = disk = peak = 0.0
+    yield f"{'stage':<20}{'runs':>5}{'memory':>12}{'' if memory is None else 'on the GPU':>12}{'disk each':>12}{'time each':>18}"
+    least = most = disk = peak = on_gpu = 0.0
     for step, runs in found.steps:
         early, late = START + step.least * step.seconds(speed), START + step.seconds(speed)
-        least, most, disk, peak = least + early * runs, most + late * runs, disk + step.disk_bytes * runs, max(peak, step.memory_bytes)
-        yield f"{step.stage:<20}{runs:>5}{_size(step.memory_bytes):>12}{_size(step.disk_bytes):>12}{_span(early, late):>18}"
+        taken = step.memory_bytes if memory is None or step.host_bytes is None else step.host_bytes
+        least, most, disk, peak = least + early * runs, most + late * runs, disk + step.disk_bytes * runs, max(peak, taken)
+        on_gpu = max(on_gpu, step.gpu_bytes)
+        gpu = "" if memory is None else _size(step.gpu_bytes)
+        yield f"{step.stage:<20}{runs:>5}{_size(taken):>12}{gpu:>12}{_size(step.disk_bytes):>12}{_span(early, late):>18}"
     yield from found.unknown
+    if memory is not None:
+        yield from _too_large([step for step, _ in found.steps], memory)
     yield (
-        f"\npeak memory {_size(peak)}, disk {_size(disk)} (each output also in DVC's cache unless links are set), "
+        f"\npeak memory {_size(peak)}{'' if memory is None else f', on the GPU {_size(on_gpu)}'}, disk {_size(disk)} (each output also in DVC's cache unless links are set), "
         f"about {_span(least, most)} in all"
     )
     yield "text, allocate, choose and report are left out: text holds the text that it reads and its tokens, the others next to nothing"
 
 
-def _planned(checkpoint: Checkpoint, dtype: torch.dtype, texts: dict[str, TextParams], variants: dict[str, Variant]) -> _Planned:
+def _memory_of(name: str) -> float:
+    """Bytes of this machine's GPU."""
+    try:
+        return float(torch.cuda.get_device_properties(name).total_memory)
+    except (RuntimeError, AssertionError) as error:
+        raise SparselineError(f"{name} is not a device of this machine; say what memory it has, for instance --gpu-memory 24e9.") from error
+
+
+def _too_large(steps: Sequence[Estimate], memory: float) -> Iterator[str]:
+    """A sentence per stage that a GPU of so many bytes is too small for."""
+    for step in steps:
+        if step.gpu_bytes + device.CONTEXT > memory:
+            yield (
+                f"{step.stage} does not fit into the GPU's {_size(memory)}: {_size(step.gpu_bytes)} of its own and about "
+                f"{_size(device.CONTEXT)} of CUDA's. {LESS[step.stage.split()[0]]}."
+            )
+
+
+def _planned(
+    checkpoint: Checkpoint, dtype: torch.dtype, texts: dict[str, TextParams], variants: dict[str, Variant], budget: float
+) -> _Planned:
     (text,) = (text for text in texts.values() if text.use == "calibrate")
     calibrate = params.load(CalibrateParams, "calibrate")
-    shapes = Shapes(checkpoint, text.rows, text.length, calibrate.batch_rows)
+    shapes = Shapes(checkpoint, text.rows, text.length, calibrate.batch_rows, dtype=dtype, held_out=text.held_out)
     asked = keys.sensitivity(variants)
     used = {"calibrate": keys.calibrate(variants), "scale": keys.scale(variants), "sensitivity": asked}
-    work = Work(shapes, text.held_out, dtype, calibrate, asked or params.load(SensitivityParams, "sensitivity"))
+    work = Work(shapes, text.held_out, dtype, calibrate, asked or params.load(SensitivityParams, "sensitivity"), budget)
     found = _Planned([(step, 1) for name, step in estimate.estimate(work).items() if used.get(name, True)])
     for name, variant in variants.items():
         if variant.curves is not None:
@@ -78,8 +125,8 @@ def _planned(checkpoint: Checkpoint, dtype: torch.dtype, texts: dict[str, TextPa
         if variant.induce is not None:
             found.steps.append((estimate.inducing(work, f"induce {name}", variant.induce.induce), 1))
         steps = plan(variant.recipe, checkpoint.dtype)
-        own = Shapes(checkpoint, text.rows, text.length, variant.recipe.batch_rows, steps.window)
-        found.steps.append((estimate.pruning(f"prune {name}", steps, own, dtype), 1))
+        own = Shapes(checkpoint, text.rows, text.length, variant.recipe.batch_rows, steps.window, dtype, text.held_out)
+        found.steps.append((estimate.pruning(f"prune {name}", steps, own, budget), 1))
     measured = [(text.rows, text.length) for text in texts.values() if text.use == "evaluate"]
     found.steps.append((estimate.evaluating(checkpoint, params.load(EvaluateParams, "evaluate"), measured), len(variants) + 1))
     _add_tasks(found, checkpoint, variants)

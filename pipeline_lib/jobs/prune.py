@@ -54,6 +54,7 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
         blocks = prune(Source(model, transforms, kept), rows, steps, progress.finished, room(model.device, held.own, wanted))
         for index, block in track(blocks, what, "blocks", entry.depth, done):
             progress.keep(index, block)
+            del block  # before the next
         by_block = progress.publish(workspace, workspace.pruned(variant))
 
     matrices = {m["name"]: by_block[m["block"]]["matrices"][m["label"]] | {"block": m["block"]} for m in listed}

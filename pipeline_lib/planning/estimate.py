@@ -1,5 +1,7 @@
 """Predict memory, disk and rough time of every stage from the model's header alone, before anything runs.
 
+Memory is that of a stage that computes on the CPU; ``device`` has what of it would lie on a GPU, and what would be left on the host.
+
 Symbols: n calibration tokens, P parameters of a block, B blocks, d channels of a site. Bytes; floats are 4 bytes while computing.
 """
 
@@ -15,6 +17,7 @@ from pipeline_lib.evaluation.settings import EvaluateParams, TasksParams
 from pipeline_lib.measure.fisher import HEAD_TOKENS, at_once
 from pipeline_lib.measure.settings import CurvesParams, SensitivityParams
 from pipeline_lib.models.checkpoint import Checkpoint
+from pipeline_lib.planning import device
 from pipeline_lib.prune.plan import Plan
 from pipeline_lib.prune.run import stream_bytes
 from pipeline_lib.prune.shapes import Shapes, outside
@@ -35,6 +38,7 @@ class Work:
     compute_dtype: torch.dtype  # of the block-wise stages' forward passes
     calibrate: CalibrateParams
     sensitivity: SensitivityParams
+    budget: float = math.inf  # bytes of hidden states that stay on a GPU
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,16 @@ class Estimate:
     disk_bytes: float
     flops: float
     least: float = 1.0  # share of the FLOPs after which the stage may be done already
+    gpu_bytes: float = 0.0  # on the GPU, where there is one
+    host_bytes: float | None = None  # in the host's memory beside it; None: as on a CPU
 
     def seconds(self, flops_per_second: float) -> float:
         return SLOWDOWN * self.flops / flops_per_second
 
 
-def measure_speed(device: torch.device) -> float:
+def measure_speed(place: torch.device) -> float:
     """Matrix-product throughput [FLOP/s] of this machine in float32, from half a second of products."""
-    a = torch.randn(1024, 1024, device=device)
+    a = torch.randn(1024, 1024, device=place)
     a @ a
     started, count = time.monotonic(), 0
     while time.monotonic() - started < 0.5:
@@ -72,12 +78,14 @@ def estimate(work: Work) -> dict[str, Estimate]:
     shapes, depth = work.shapes, work.shapes.blocks
     base = LIBRARIES + outside(shapes.checkpoint)
     return {
-        "prepare": Estimate("prepare", LIBRARIES, 1e5, 0),
+        "prepare": Estimate("prepare", LIBRARIES, 1e5, 0, gpu_bytes=max(outside(shapes.checkpoint), 12 * shapes.block)),
         "calibrate": Estimate(
             "calibrate",
             base + 4 * shapes.block + _walk(work),
             _stored(work) + depth * 20 * sum(shapes.sites),
             depth * (shapes.forward + shapes.gram_flops),
+            gpu_bytes=device.calibrating(shapes, work.calibrate, work.budget),
+            host_bytes=base + shapes.stored * shapes.block + 2 * shapes.grams + _beyond(shapes.stream(work.compute_dtype), work.budget),
         ),
         "scale": Estimate("scale", LIBRARIES + 4 * shapes.block + 2 * shapes.grams, depth * 4 * sum(shapes.sites), 0),
         "sensitivity": _probing(work),
@@ -91,7 +99,14 @@ def inducing(work: Work, name: str, params: InduceParams) -> Estimate:
     judged = 2 * shapes.stream(work.compute_dtype) * (work.held_out or 1)
     memory = LIBRARIES + outside(shapes.checkpoint) + judged + again + 20 * shapes.block + 4 * shapes.grams
     flops = shapes.forward + repeated + 6 * shapes.sweep * params.steps + 3 * (shapes.factor_flops + shapes.sweep)
-    return Estimate(name, memory + shapes.inner(shapes.batch_rows), depth * 8 * sum(shapes.sites), depth * flops)
+    return Estimate(
+        name,
+        memory + shapes.inner(shapes.batch_rows),
+        depth * 8 * sum(shapes.sites),
+        depth * flops,
+        gpu_bytes=device.inducing(shapes, _walked_on_gpu(work), work.budget),
+        host_bytes=memory - judged - again + _beyond(judged, work.budget),
+    )
 
 
 def measuring(work: Work, name: str, params: CurvesParams) -> Estimate:
@@ -100,7 +115,12 @@ def measuring(work: Work, name: str, params: CurvesParams) -> Estimate:
     again, repeated = _walked_again(work)
     memory = LIBRARIES + again + 24 * shapes.block + 2 * shapes.grams + 16 * max(shapes.sites) ** 2 + _moments(work) / depth
     flops = repeated + shapes.factor_flops + len(params.densities) * 4 * shapes.sweep
-    return Estimate(name, memory, 1e4 * depth, depth * flops)
+    return Estimate(name, memory, 1e4 * depth, depth * flops, gpu_bytes=_walked_on_gpu(work), host_bytes=memory - again)
+
+
+def _beyond(streams: float, budget: float) -> float:
+    """Bytes of streams in host memory, where a GPU keeps some."""
+    return max(0.0, streams - budget)
 
 
 def _walk(work: Work) -> float:
@@ -121,6 +141,10 @@ def _stored(work: Work) -> float:
 def _walked_again(work: Work) -> tuple[float, float]:
     """Bytes and FLOPs per block of taking the Gram matrices again, where they are not stored."""
     return (0, 0) if _stored(work) else (_walk(work), work.shapes.forward + work.shapes.gram_flops)
+
+
+def _walked_on_gpu(work: Work) -> float:
+    return 0 if _stored(work) else device.calibrating(work.shapes, work.calibrate, work.budget)
 
 
 def _moments(work: Work) -> float:
@@ -152,7 +176,10 @@ def _probing(work: Work) -> Estimate:
     forwards = 14 if second else 4  # matrix products, in units of a forward pass
     flops = forwards * 2 * params.probes * tokens * (shapes.block * shapes.blocks + entry.width * checkpoint.vocabulary)
     first = min(params.probes, max(2, params.probes_per_pass)) if params.agreement < 1 else params.probes
-    return Estimate("sensitivity", LIBRARIES + outside(shapes.checkpoint) + memory, 1e4 + 4 * moments, flops, first / params.probes)
+    base = LIBRARIES + outside(shapes.checkpoint)
+    gpu = device.probing(shapes, params, moments / entry.depth)
+    host = base + shapes.stored * shapes.block + 2 * moments / entry.depth
+    return Estimate("sensitivity", base + memory, 1e4 + 4 * moments, flops, first / params.probes, gpu, host)
 
 
 def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> float:
@@ -180,7 +207,10 @@ def evaluating(checkpoint: Checkpoint, params: EvaluateParams, texts: Sequence[t
         + _loaded(checkpoint, dtype)
         + max(Shapes(checkpoint, rows, length, rows).inner(rows) * dtype.itemsize / 4, hidden + tops, cache + tops)
     )
-    return Estimate("evaluate", memory, 1e4, 2 * checkpoint.parameters * tokens)
+    gpu = device.evaluating(checkpoint, params, rows, length, max(tops, cache + tops - hidden))
+    return Estimate(
+        "evaluate", memory, 1e4, 2 * checkpoint.parameters * tokens, gpu_bytes=gpu, host_bytes=LIBRARIES + _loaded(checkpoint, dtype)
+    )
 
 
 def answering(checkpoint: Checkpoint, name: str, params: TasksParams, lengths: Sequence[int]) -> Estimate:
@@ -202,7 +232,10 @@ def answering(checkpoint: Checkpoint, name: str, params: TasksParams, lengths: S
         + _loaded(checkpoint, dtype)
         + max(Shapes(checkpoint, rows, length, rows).inner(rows) * dtype.itemsize / 4, tops)
     )
-    return Estimate(name, memory, 1e4, 2 * checkpoint.parameters * sum(cut))
+    inner = Shapes(checkpoint, rows, length, rows, dtype=dtype).activations(rows)
+    gpu = checkpoint.parameters * dtype.itemsize + dtype.itemsize * rows * length * checkpoint.architecture.width + max(inner, tops)
+    host = LIBRARIES + TASK_LIBRARIES + _loaded(checkpoint, dtype)
+    return Estimate(name, memory, 1e4, 2 * checkpoint.parameters * sum(cut), gpu_bytes=gpu, host_bytes=host)
 
 
 def _logits(dtype: torch.dtype) -> int:
@@ -210,9 +243,13 @@ def _logits(dtype: torch.dtype) -> int:
     return dtype.itemsize + 4 + (4 if dtype != torch.float32 else 0)
 
 
-def pruning(name: str, plan: Plan, shapes: Shapes, dtype: torch.dtype) -> Estimate:
-    """Needs of one variant's `prune`: the streams of hidden states up to their budget, and the largest of its steps; the FLOPs of all."""
-    checkpoint = shapes.checkpoint
+def pruning(name: str, plan: Plan, shapes: Shapes, budget: float = math.inf) -> Estimate:
+    """Needs of one variant's `prune`: the streams of hidden states up to their budget, and the largest of its steps; the FLOPs of all.
+
+    Args:
+        budget: bytes of hidden states that stay on a GPU.
+    """
+    checkpoint, dtype = shapes.checkpoint, shapes.dtype
     streams = stream_bytes(plan, shapes.tokens, checkpoint.architecture.width, dtype.itemsize) if plan.needs.text else 0
     spilt = streams > settings.activation_bytes()
     kept = 3 * shapes.stream(dtype) * shapes.batch_rows / shapes.rows if spilt else streams
@@ -220,7 +257,10 @@ def pruning(name: str, plan: Plan, shapes: Shapes, dtype: torch.dtype) -> Estima
     flops = passes * shapes.forward + sum(step.flops(shapes) for step in plan.steps)
     memory = LIBRARIES + outside(checkpoint) + kept + max(step.memory(shapes) for step in plan.steps)
     disk = checkpoint.parameters * checkpoint.dtype.itemsize + checkpoint.parameters / 8 + spilt * streams
-    return Estimate(name, memory, disk, shapes.blocks * flops)
+    beyond = min(_beyond(streams, budget), settings.activation_bytes())
+    host = LIBRARIES + outside(checkpoint) + shapes.stored * shapes.block + beyond
+    gpu = device.pruning(plan, shapes, budget)
+    return Estimate(name, memory, disk, shapes.blocks * flops, gpu_bytes=gpu, host_bytes=host)
 
 
 def exporting(checkpoint: Checkpoint, name: str, formats: Sequence[str], sparsity: float) -> Estimate:

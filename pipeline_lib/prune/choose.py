@@ -57,9 +57,14 @@ class Choose:
             block.facts["matrices"][matrix.label] = {"kind": matrix.kind, "size": weight.numel(), "kept": block.kept[matrix]}
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: the window's blocks (twice where they are fitted later), the largest matrix with its scores and mask, a batch."""
-        held = shapes.stored + (self.dtype is not None) * 4
-        return held * shapes.block * shapes.window + 5 * shapes.largest + (self.moments != "none") * shapes.inner(shapes.batch_rows)
+        """Bytes: the window's blocks (twice where they are fitted later), and the larger of two: the block that runs and a batch, while
+        statistics are collected; the largest matrix in float32 with its scores and mask, and, where it is compared as a whole, the places of equal
+        scores."""
+        item, wide = shapes.checkpoint.dtype.itemsize, self.dtype is not None
+        kept, dense = max(item, 4 * wide), wide * shapes.dtype.itemsize
+        collecting = (item + dense + shapes.copied) * shapes.block + shapes.activations(shapes.batch)
+        choosing = (kept + dense) * shapes.block + (21 if self.selection.group == "matrix" else 13) * shapes.largest
+        return kept * (shapes.window - 1) * shapes.block + max((self.moments != "none") * collecting, choosing)
 
     def flops(self, shapes: Shapes) -> float:
         """The passes that collect diagonals; site by site, a pass stops where it has what it came for."""

@@ -113,15 +113,47 @@ class Layerwise:
             del weight, target, task  # before the next
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: the window's blocks (twice where the dense one is needed again), the Gram matrices (site by site only the largest) and the
-        cross moments beside them, a batch. While these are collected as much for a lane; afterwards the largest site's factorisation (and
-        ADMM's inverse), and of the largest matrix 5 a weight for the sweep, 4 for a target to aim at, 8 for least squares, 12 for ADMM."""
+        """Bytes: the window's blocks (twice where the dense one is needed again), and the larger of two. While statistics are collected, the
+        block that runs, the Gram matrices (site by site only the largest) and the cross moments beside them, as much for a lane, and a batch.
+        While a site is solved, the Gram matrices that are left, and what ``_solving`` says."""
         d, aimed = max(shapes.sites), self.towards_dense > 0
-        refit, masked = self.lsq is not None, self.lsq is not None and self.lsq.mask_iterations > 0
-        held = shapes.stored + (aimed or self.dtype is not None) * 4
+        wide = self.dtype is not None
+        item = shapes.checkpoint.dtype.itemsize
+        dense = (aimed or wide) * shapes.dtype.itemsize
         grams = (4 * d * d if self.by_site else shapes.grams) * (1 + aimed)
-        solver = (4 + 4 * masked) * d * d + (5 + 4 * aimed + 8 * refit + 12 * masked) * shapes.largest
-        return held * shapes.block * shapes.window + grams + max(grams, solver) + shapes.inner(shapes.batch_rows)
+        beside = aimed * shapes.dtype.itemsize * shapes.batch * shapes.length * d  # a site's inputs in the dense stream
+        collecting = (item + dense + shapes.copied) * shapes.block + 2 * grams + shapes.activations(shapes.batch) + beside
+        solving, left = 0.0, 0 if self.by_site else shapes.grams
+        for channels, matrices in shapes.consumers:
+            own = 4 * channels * channels
+            solving = max(solving, (own if self.by_site else left) - own + self._solving(channels, matrices))
+            left -= own
+        kept = self._kept(shapes) * shapes.block
+        return kept * (shapes.window - 1) + max(collecting, kept + dense * shapes.block + solving)
+
+    def _kept(self, shapes: Shapes) -> int:
+        """Bytes of a weight as pruned."""
+        return shapes.checkpoint.dtype.itemsize if self.dtype is None else max(shapes.checkpoint.dtype.itemsize, self.dtype.itemsize)
+
+    def _solving(self, channels: int, matrices: list[tuple[int, int]]) -> float:
+        """Bytes for one site, its Gram matrix included: the factorisation (whose inverse needs as much again), the targets to aim at, and what
+        the steps hold of the largest matrix, of which least squares take ``lsq.ROWS`` rows at a time.
+
+        Of a weight: 5 in the sweep (itself, its mask). Then 13 in least squares: swept, mask, target, found; 18 once another mask was found
+        (also that mask and the weights on it), and 22 while ADMM looks for it (linear term, iterate, scores), with its inverse beside them.
+        """
+        square, aimed = 4 * channels * channels, self.towards_dense > 0
+        largest = max(rows * columns for rows, columns in matrices)
+        part = 4 * max(min(rows, lsq.ROWS) * columns for rows, columns in matrices)
+        held = square + aimed * 4 * sum(rows * columns for rows, columns in matrices)  # U, targets
+        aiming = square + held + 8 * largest  # and what the cross moment differs by
+        if self.lsq is None:
+            return max(3 * square, aimed * (square + aiming), held + 5 * largest + 8 * largest * (self.selection.group != "block"))
+        steps = 13 * largest + 6 * part
+        if self.lsq.mask_iterations:
+            inverse = 7 * square if channels <= lsq.SPECTRAL else square  # small ones by eigenvectors, in float64
+            steps = max(18 * largest + 6 * part, 22 * largest + 3 * part + inverse)
+        return square + max(2 * square, aimed * aiming, held + steps)
 
     def flops(self, shapes: Shapes) -> float:
         """Passes that collect (site by site, one stops where it has what it came for), statistics, factorisation, and per matrix products of its

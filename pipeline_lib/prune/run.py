@@ -63,12 +63,12 @@ def prune(source: Source, rows: Rows | None, plan: Plan, finished: Finished, roo
         window = range(first, min(first + plan.window, depth))
         stored = {index: tensors for index in window if (tensors := finished(index)) is not None}
         blocks = _pruned(source, streams, plan, window, done=len(stored) == len(window))
-        for index, block in blocks.items():
-            block.tensors = {name: tensor.to(block.dtypes[name]) for name, tensor in block.tensors.items()}
-            stored[index] = block.tensors
+        stored |= {index: _rounded(block) for index, block in blocks.items()}
         if streams is not None:
             _advance(source.model, streams.pruned, window, stored)
+        del stored
         yield from blocks.items()
+        del blocks  # before the next
 
 
 def stream_bytes(plan: Plan, tokens: int, width: int, itemsize: int) -> int:
@@ -124,6 +124,12 @@ def _opened(source: Source, index: int) -> Block:
     kept = {matrix: source.kept[index, matrix] for matrix in layout.matrices if (index, matrix) in source.kept}
     folded = fold(tensors, layout, transform.factors)
     return Block(layout, f"{architecture.blocks}.{index}", transform, kept, folded, dtypes)
+
+
+def _rounded(block: Block) -> dict[str, torch.Tensor]:
+    """A block's tensors in the dtypes of the checkpoint, which they have from here on."""
+    block.tensors = {name: tensor.to(block.dtypes[name]) for name, tensor in block.tensors.items()}
+    return block.tensors
 
 
 def _advance(model: BlockModel, stream: Stream, window: range, stored: Mapping[int, Mapping[str, torch.Tensor]]) -> None:

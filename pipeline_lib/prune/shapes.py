@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 
 from pipeline_lib.models.checkpoint import Checkpoint
+from pipeline_lib.stats.lanes import LANES
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Shapes:
     length: int  # tokens of a row
     batch_rows: int
     window: int = 1  # blocks that are pruned together
+    dtype: torch.dtype = torch.float32  # of forward passes
+    held_out: float = 0.0  # share of the rows that judges
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
@@ -27,6 +30,13 @@ class Shapes:
     def sites(self) -> list[int]:
         """Channels of each."""
         return [len(site.index) for site in self.checkpoint.architecture.layouts[self._largest].sites]
+
+    @property
+    def consumers(self) -> list[tuple[int, list[tuple[int, int]]]]:
+        """Channels of each site, in the order in which they are pruned, and the matrices [R, C] that share it."""
+        layout = self.checkpoint.architecture.layouts[self._largest]
+        shape = self.checkpoint.matrix_shape
+        return [(len(site.index), [shape(self._largest, matrix) for matrix in layout.consumers(site.name)]) for site in layout.sites]
 
     @property
     def blocks(self) -> float:
@@ -62,6 +72,17 @@ class Shapes:
         return item + (item != 4) * 4
 
     @property
+    def copied(self) -> int:
+        """Bytes of a weight of a block that computes beside the stored one; 0 where both have one dtype, and share it."""
+        return 0 if self.dtype == self.checkpoint.dtype else self.dtype.itemsize
+
+    @property
+    def batch(self) -> int:
+        """Rows of the largest batch: none holds rows of two lanes, or both fitting and held-out ones."""
+        rows = self.rows * max(self.held_out, 1 - self.held_out)
+        return min(self.batch_rows, math.ceil(rows / LANES))
+
+    @property
     def forward(self) -> int:
         """FLOPs of all rows through the block's products."""
         return 2 * self.tokens * self.block
@@ -89,11 +110,18 @@ class Shapes:
         heads, width = self.checkpoint.heads, self.checkpoint.architecture.width
         return 4 * rows * self.length * (sum(self.sites) + 4 * width + heads * self.length / 4)
 
+    def activations(self, rows: int) -> float:
+        """Bytes of tensors that a block's forward pass holds at its peak, its input left out: where it is widest three tensors of that width
+        (gate, up, and their product), or in the attention six of the stream's (Q, K and V, before and after the rotation), and three of the
+        stream's width beside them (residual, normed, output). Attention's fused kernels hold no row of it."""
+        width = self.checkpoint.architecture.width
+        return self.dtype.itemsize * rows * self.length * (max(3 * max(self.sites), 6 * width) + 3 * width)
+
     def stream(self, dtype: torch.dtype) -> int:
         """Bytes of the hidden states of all rows."""
         return dtype.itemsize * self.tokens * self.checkpoint.architecture.width
 
 
-def outside(checkpoint: Checkpoint) -> float:
-    """Bytes of embeddings, head and last norm in float32."""
-    return 4 * sum(math.prod(checkpoint.shapes[name]) for name in checkpoint.outside_blocks())
+def outside(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> float:
+    """Bytes of embeddings, head and last norm."""
+    return dtype.itemsize * sum(math.prod(checkpoint.shapes[name]) for name in checkpoint.outside_blocks())
