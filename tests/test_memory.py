@@ -70,8 +70,8 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, int]]
     """Depth -> stage -> bytes by which the stage raised the process's memory at its peak."""
     found = {}
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_key_value_heads": 4}
-    # One that induces and one that ranks by sensitivity, so that both stages have something to do.
-    needy = {"induced": WANDA | {"induce": {}}, "ranked": WANDA | {"allocation": {"method": "weight"}}}
+    # One that induces and one that reads sensitivities and output moments, so that both stages have something to do.
+    needy = {"induced": WANDA | {"induce": {}}, "weighed": WANDA | {"allocation": {"method": "predicted", "weighting": "kronecker"}}}
     others: dict[str, Any] = {"texts": {"calibration": {"length": 16}}}
     for depth in (SHALLOW, DEEP):
         home = tmp_path_factory.mktemp(f"depth-{depth}")
