@@ -157,6 +157,15 @@ def test_pruning_holds_what_is_foretold(checkpoint: Checkpoint, name: str, lengt
     assert foretold(checkpoint, name, length).gpu_bytes == pytest.approx(pruned(checkpoint, name, length, Room()), rel=NEAR)
 
 
+def test_an_mlp_without_a_gate_holds_what_is_foretold(tmp_path: Path) -> None:
+    sizes = {"hidden_size": WIDTH, "ffn_dim": 2048, "num_attention_heads": 8, "word_embed_proj_dim": WIDTH}
+    made = make_model(
+        tmp_path, "opt", 2, dtype=torch.bfloat16, tokenizer=False, vocab_size=VOCABULARY, max_position_embeddings=514, **sizes
+    )
+    opt = open_checkpoint(made)
+    assert foretold(opt, "sparsegpt", 256).gpu_bytes == pytest.approx(pruned(opt, "sparsegpt", 256, Room()), rel=NEAR)
+
+
 def test_pruning_in_bfloat16_holds_what_is_foretold(checkpoint: Checkpoint) -> None:
     found = pruned(checkpoint, "sparsegpt", 512, Room(), torch.bfloat16)
     assert foretold(checkpoint, "sparsegpt", 512, dtype=torch.bfloat16).gpu_bytes == pytest.approx(found, rel=NEAR)

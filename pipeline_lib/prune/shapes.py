@@ -112,10 +112,11 @@ class Shapes:
 
     def activations(self, rows: int) -> float:
         """Bytes of tensors that a block's forward pass holds at its peak, its input left out: where it is widest three tensors of that width
-        (gate, up, and their product), or in the attention six of the stream's (Q, K and V, before and after the rotation), and three of the
-        stream's width beside them (residual, normed, output). Attention's fused kernels hold no row of it."""
-        width = self.checkpoint.architecture.width
-        return self.dtype.itemsize * rows * self.length * (max(3 * max(self.sites), 6 * width) + 3 * width)
+        (gate, up, and their product; two in an MLP without a gate), or in the attention six of the stream's (Q, K and V, before and after the
+        rotation), and three of the stream's width beside them (residual, normed, output). Attention's fused kernels hold no row of it."""
+        width, widest = self.checkpoint.architecture.width, max(self.sites)
+        tensors = 1 + min(2, sum(outputs // widest for outputs, _ in self.matrices if outputs % widest == 0))
+        return self.dtype.itemsize * rows * self.length * (max(tensors * widest, 6 * width) + 3 * width)
 
     def stream(self, dtype: torch.dtype) -> int:
         """Bytes of the hidden states of all rows."""
