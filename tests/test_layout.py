@@ -194,7 +194,7 @@ OPENED = {
     "core/scratch.py": "locks",
     "export/tensorfile.py": "the file that is written",
     "models/checkpoint.py": "files that `list_files` or `Kept` has checked",
-    "models/stream.py": "a stage's own streams",
+    "models/places.py": "a stage's own streams",
 }
 
 
