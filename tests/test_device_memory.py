@@ -36,7 +36,6 @@ from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.run import Rows, Source, prune
 from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.recipe.settings import Recipe
-from pipeline_lib.stats.moments import SiteStatistics
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import walk
 
@@ -180,16 +179,8 @@ def test_streams_beyond_their_budget_are_not_held(checkpoint: Checkpoint, tmp_pa
     assert found < everything - 3 * 4 * 6 * 512 * WIDTH
 
 
-def uncounted(statistics: SiteStatistics) -> SiteStatistics:
-    """A copy where no operator is seen: on a GPU, statistics that are done are in host memory."""
-    return SiteStatistics.from_tensors(
-        "", {name: torch.from_numpy(tensor.numpy().copy()) for name, tensor in statistics.tensors("").items()}
-    )
-
-
 @pytest.mark.parametrize("length", [64, 512])
-def test_calibrating_holds_what_is_foretold(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
-    monkeypatch.setattr(SiteStatistics, "cpu", uncounted)
+def test_calibrating_holds_what_is_foretold(checkpoint: Checkpoint, length: int) -> None:
     model, params = BlockModel(checkpoint, torch.float32, CPU), CalibrateParams(batch_rows=16, median_tokens=MEDIAN)
 
     def run() -> None:

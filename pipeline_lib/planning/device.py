@@ -11,11 +11,13 @@ import torch
 
 from pipeline_lib.core import settings
 from pipeline_lib.evaluation.settings import EvaluateParams
+from pipeline_lib.measure.fisher import HEAD_TOKENS, at_once
 from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.prune.plan import Plan
 from pipeline_lib.prune.run import stream_bytes
 from pipeline_lib.prune.shapes import Shapes, outside
+from pipeline_lib.stats.lanes import LANES
 from pipeline_lib.stats.settings import CalibrateParams
 
 CONTEXT = 0.6e9  # of a GPU's memory that CUDA and its libraries take for a process, about; not in what torch tells
@@ -60,7 +62,7 @@ def calibrating(shapes: Shapes, params: CalibrateParams, budget: float) -> float
     phases = [
         2 * shapes.grams + samples[0] + passing(batches[0]),
         (2 + (judging > 0)) * shapes.grams + sum(samples) + passing(batches[1]),
-        (1 + (judging > 0)) * shapes.grams + sum(samples) + finishing,
+        2 * (1 + (judging > 0)) * shapes.grams + sum(samples) + finishing - 8 * widest * widest,
     ]
     streams = held(shapes.stream(shapes.dtype), item * batches[0] * length * width, budget)
     return streams + max(outside(shapes.checkpoint, shapes.dtype), item * shapes.block + max(phases))
@@ -80,7 +82,7 @@ def inducing(shapes: Shapes, again: float, budget: float) -> float:
 
 def probing(shapes: Shapes, params: SensitivityParams, moments: float) -> float:
     """Every block's inputs for a pass of probes, in float32, with second derivatives their tangents too. Beside them a block and the graph of
-    one probe in it, with the block's output moments; or a block and the head with some copies of the logits of one row.
+    the probes of one call in it, then what is left of it with the block's output moments; or a block and the head with some copies of logits.
 
     Args:
         moments: bytes of the output moments of one block.
@@ -90,13 +92,21 @@ def probing(shapes: Shapes, params: SensitivityParams, moments: float) -> float:
     boundaries = 4 * params.probes_per_pass * tokens * entry.width * (entry.depth + 1)
     logits = 4 * shapes.length * checkpoint.vocabulary
 
+    lane = -(-params.probes_per_pass // LANES)
+    together = min(lane, at_once(params.rows_per_probe, shapes.length))  # probes whose rows are one batch, without second derivatives
+
     def graph(sites: float, attention: float) -> float:
         return 4 * tokens * (sites * sum(shapes.sites) + attention * checkpoint.heads * shapes.length)
 
     first, second = 0.0, 0.0
     if params.estimator == "fisher" or params.output_moments != "none":
-        updated = 4 * max(rows for rows, _ in shapes.matrices) ** 2 if params.output_moments == "full" else 0
-        first = boundaries + 4 * shapes.block + max(graph(5, 0) + moments + updated, outside(checkpoint) + 4 * logits)
+        before = moments * (lane > together)  # of a lane's probes that are done
+        few = 4 * min(shapes.length, HEAD_TOKENS) * checkpoint.vocabulary
+        first = (
+            boundaries
+            + 4 * shapes.block
+            + max(together * graph(7.5, 0) + before, together * graph(5, 0) + moments, outside(checkpoint) + 4 * few)
+        )
     if params.estimator == "hutchinson":  # its attention has no fused kernel; weights, probe, gradients and products; their mean in float64
         inner = max(16 * shapes.block + graph(8, 11), 20 * shapes.block + 8 * shapes.largest)
         second = 2 * boundaries + max(inner, 4 * shapes.block + outside(checkpoint) + 7 * logits)
