@@ -95,7 +95,7 @@ def test_rounding_finds_the_nearest_level(scheme: Scheme) -> None:
                 possible = levels(scheme, scale, zero)
                 assert float((possible - q).abs().min()) < 1e-6 * scale
                 assert abs(w - q) <= abs(w - nearest(w, scheme, scale, zero)) + 1e-6 * scale
-    assert grid.error == pytest.approx(float((weight - found).square().sum() / weight.square().sum()), rel=1e-5)
+    assert float(grid.error) == pytest.approx(float((weight - found).square().sum() / weight.square().sum()), rel=1e-5)
 
 
 @settings(max_examples=200, deadline=None)

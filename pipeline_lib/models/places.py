@@ -53,7 +53,7 @@ def room(device: torch.device, directory: Path | None = None, wanted: float = 0)
         directory: of the files; None: there are none, whatever the settings say.
     """
     host = settings.activation_bytes()
-    if device.type == "cpu":
+    if device.type != "cuda":
         return Room(0, 0, directory) if directory is not None and wanted > host else Room()
     budget = settings.gpu_activation_bytes()
     if budget is None:

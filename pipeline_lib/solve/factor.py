@@ -3,7 +3,9 @@
 Shape letters: ``R`` outputs, ``C`` inputs. G = E[X Xᵀ] [C, C], H = G + damping.
 """
 
+import functools
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +34,7 @@ class Factorisation:
     damping: float  # the one that was needed
     order: torch.Tensor | None = None  # [C] the columns as the sweep takes them; None: from left to right
 
-    @property
+    @functools.cached_property
     def independence(self) -> float:
         """0 … 1: the mean of 1/(H_mm [H⁻¹]_mm) over inputs that are not always zero, the share of an input that the others do not tell."""
         share = (self.diagonal * self.inverse_diagonal).reciprocal().mul_(~self.dead)
@@ -79,17 +81,19 @@ def factorise(
     while damping <= LARGEST_DAMPING:
         work = gram.clone().mT  # H, its Cholesky factor, H⁻¹ and U in turn: symmetric, and in LAPACK's order
         diagonal = work.diagonal().copy_(second_moment + damping * amount).clone()
-        possible, positive = torch.stack([usable, cholesky_in_place(work)]).tolist()  # one transfer from the device
+        positive = cholesky_in_place(work)
+        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # of what is no factor: it asks the device by itself
+            torch.cholesky_inverse(work, out=work)
+        inverse_diagonal = work.diagonal().clone()
+        order = None if ordering is None else ordering(Curvature(second_moment, diagonal, inverse_diagonal))
+        if order is not None:
+            work = work[order][:, order].mT
+        positive = positive & cholesky_in_place(work, upper=True) & torch.isfinite(work.diagonal()).all()
+        possible, done = torch.stack([usable, positive]).tolist()  # one transfer from the device
         if not possible:
             raise SparselineError(NOT_FINITE.format(where))
-        if positive:
-            torch.cholesky_inverse(work, out=work)
-            inverse_diagonal = work.diagonal().clone()
-            order = None if ordering is None else ordering(Curvature(second_moment, diagonal, inverse_diagonal))
-            if order is not None:
-                work = work[order][:, order].mT
-            if cholesky_in_place(work, upper=True) & torch.isfinite(work.diagonal()).all():
-                return Factorisation(second_moment, diagonal, inverse_diagonal, work, dead, damping, order)
+        if done:
+            return Factorisation(second_moment, diagonal, inverse_diagonal, work, dead, damping, order)
         damping = max(10 * damping, 1e-4)
     raise SparselineError(f"The second moment of {where} cannot be factorised even with damping 1; give more calibration rows.")
 

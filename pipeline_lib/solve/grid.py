@@ -101,9 +101,9 @@ class Grid:
         return torch.cat(parts, dim=1)
 
     @property
-    def error(self) -> float:
-        """Σ (w − Q(w))² / Σ w² over all that was rounded."""
-        return float(self.lost / self.size) if self.size else 0.0
+    def error(self) -> torch.Tensor:
+        """Σ (w − Q(w))² / Σ w² [] over all that was rounded, on the device."""
+        return torch.where(self.size > 0, self.lost / self.size, 0.0)
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Values of groups [R, G] in all their columns [R, C]."""

@@ -128,13 +128,15 @@ def admm(
         changed (0 if the old mask stays); ``gain``, by which share E fell; ``refit_iterations`` of ``solve``; and ``error``, E itself [] float64.
     """
     sparse, support, facts = _alternate(target, mask, hessian, start, search, params)
-    before = facts.pop("before")
     refitted, steps, error = solve(target, support, hessian, sparse, params)
-    if not error <= before:
-        support = mask
+    swapped = (support != mask).count_nonzero()
+    old, new, changed = torch.stack([facts.pop("before"), error, swapped.double()]).tolist()  # one transfer from the device
+    if not new <= old:
+        support, changed = mask, 0
         refitted, steps, error = solve(target, mask, hessian, start, params)
-    facts["swapped"] = float((support != mask).count_nonzero()) / mask.numel()
-    return refitted, support, facts | {"refit_iterations": steps, "error": error, "gain": float(1 - error / before) if before else 0.0}
+        new = float(error)
+    gain = 1 - new / old if old else 0.0
+    return refitted, support, facts | {"swapped": changed / mask.numel(), "refit_iterations": steps, "error": error, "gain": gain}
 
 
 def _alternate(
@@ -162,7 +164,7 @@ def _alternate(
     point.div_(scale * first)
     torch.where(mask, start * scale, point, out=point)
     last = support = mask
-    kept, steps, rho = int(mask.count_nonzero()), 0, first
+    steps, rho, still = 0, first, STILL * mask.count_nonzero()
     inverses = _inverses(hessian, scale)
     for penalty in penalties:
         point.mul_(torch.where(support, point.new_tensor(1.0), point.new_tensor(rho / penalty)))  # the dual stays what it is
@@ -178,7 +180,7 @@ def _alternate(
                 torch.add(off, _product(own, inverse), out=own)
             support = search.choose(point.square())
             steps += 1
-        if int((support != last).count_nonzero()) <= STILL * kept:
+        if (support != last).count_nonzero() <= still:
             break
         last = support
     return point.mul_(support).div_(scale), support, {"iterations": steps, "before": before}
