@@ -111,8 +111,8 @@ def test_pruning_on_a_device(path: Path, name: str) -> None:
         for label, facts in block.facts["matrices"].items():
             for key, value in expected[index].facts["matrices"][label].items():
                 near = 0.2 if "lsq" in steps else 0.05  # a search for masks that is cut off early goes where rounding sends it
-                apart = {"abs": 0.02} if key == "mask_swapped" else {"rel": near}
-                assert facts[key] == (pytest.approx(value, **apart) if isinstance(value, float) else value)
+                apart = {"mask_swapped": {"abs": 0.02}, "lsq_iterations": {"abs": 2}}.get(key, {"rel": near})
+                assert facts[key] == (value if isinstance(value, str) else pytest.approx(value, **apart))
         same = [here(block.tensors[name]) == tensor for name, tensor in expected[index].tensors.items() if name in block.masks]
         assert sum(int(one.sum()) for one in same) >= 0.4 * sum(one.numel() for one in same)
         assert all(int((block.masks[name] != mask).sum()) <= 0.02 * mask.numel() for name, mask in expected[index].masks.items())
