@@ -75,7 +75,7 @@ def waits(device: Elsewhere, *others: str) -> Counter[str]:
     return Counter({line: count for line, count in device.reads.items() if not line.startswith(others)})
 
 
-LSQ: dict[str, Any] = {"lsq": {"mask_iterations": 6}}
+LSQ: dict[str, Any] = {"lsq": {"mask_iterations": 6, "mask_penalty": 9.0}}  # from a small ρ rounding decides where the search goes
 LITTLE: dict[str, Any] = {"epochs": 2, "batch_rows": 4, "compute_dtype": "float32"}
 # Steps, what else the recipe says, and how often a block of seven matrices at four sites may wait for the device.
 RECIPES: dict[str, tuple[tuple[str, ...], dict[str, Any], int]] = {
@@ -110,13 +110,11 @@ def test_pruning_on_a_device(path: Path, name: str) -> None:
     for index, block in found.items():
         for label, facts in block.facts["matrices"].items():
             for key, value in expected[index].facts["matrices"][label].items():
-                near = 0.2 if "lsq" in steps else 0.05  # a search for masks that is cut off early goes where rounding sends it
-                apart = {"mask_swapped": {"abs": 0.02}, "lsq_iterations": {"abs": 2}}.get(key, {"rel": near})
+                apart = {"mask_swapped": {"abs": 0.02}, "lsq_iterations": {"abs": 2}}.get(key, {"rel": 0.05})
                 assert facts[key] == (value if isinstance(value, str) else pytest.approx(value, **apart))
         same = [here(block.tensors[name]) == tensor for name, tensor in expected[index].tensors.items() if name in block.masks]
-        assert sum(int(one.sum()) for one in same) >= 0.35 * sum(one.numel() for one in same)
-        turned = 0.1 if "lsq" in steps else 0.02
-        assert all(int((block.masks[name] != mask).sum()) <= turned * mask.numel() for name, mask in expected[index].masks.items())
+        assert sum(int(one.sum()) for one in same) >= 0.4 * sum(one.numel() for one in same)
+        assert all(int((block.masks[name] != mask).sum()) <= 0.02 * mask.numel() for name, mask in expected[index].masks.items())
 
 
 def test_the_device_refuses_what_lies_on_the_cpu() -> None:
