@@ -20,7 +20,8 @@ from pipeline_lib.models.transform import Transform
 from pipeline_lib.models.whole import load_model
 from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.run import Rows, Source, prune
-from pipeline_lib.solve import factor, sweep
+from pipeline_lib.solve import factor
+from pipeline_lib.solve.eliminate import Columns
 from pipeline_lib.stats.moments import MomentSums
 
 GPU = torch.backends.cuda.matmul
@@ -148,7 +149,7 @@ def test_blocks_and_their_statistics_round_and_solves_do_not(tmp_path: Path, mon
     monkeypatch.setattr(MomentSums, "_add", watched(MomentSums._add, "moments"))
     for name in ("cholesky_in_place", "squared_error"):
         monkeypatch.setattr(factor, name, watched(getattr(factor, name), "solves"))
-    monkeypatch.setattr(sweep._Columns, "eliminate", watched(sweep._Columns.eliminate, "solves"))
+    monkeypatch.setattr(Columns, "eliminate", watched(Columns.eliminate, "solves"))
     products.exact_on_gpu()
     checkpoint = open_checkpoint(make_model(tmp_path, "llama"))
     made = plan(recipe(("obs",)), checkpoint.dtype)

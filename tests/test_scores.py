@@ -14,7 +14,7 @@ from pipeline_lib.masks.scores import saliency
 from pipeline_lib.masks.select import select, select_n_of_m
 from pipeline_lib.masks.settings import DampingOf, Group, Pattern, Score
 from pipeline_lib.solve.factor import Factorisation, factorise, layer_error
-from pipeline_lib.solve.lsq import admm, solve
+from pipeline_lib.solve.lsq import Search, admm, solve
 from pipeline_lib.solve.order import column_losses, rose_order
 from pipeline_lib.solve.sweep import aim, sweep
 
@@ -287,9 +287,10 @@ def test_the_scale_of_the_activations_changes_nothing(scale: float, of: DampingO
         one["diagonal"] = factorised.diagonal / number**2
         target, hessian = weight.masked_fill(factorised.dead, 0), hessian_of(factorised, gram)
         mask = one["obs 1"]
-        start, _ = solve(target, mask, hessian, weight * mask, lsq(50, 1e-4))
-        how = lsq(50, 1e-4, mask_iterations=20)
-        one["admm"], one["admm mask"], _ = admm(target, mask, hessian, start, functools.partial(rules["obs"].mask, kept=80), how)
+        start, *_ = solve(target, mask, hessian, weight * mask, lsq(50, 1e-4))
+        how = lsq(50, 1e-4, mask_iterations=20, mask_penalty=1.0)
+        search = Search(functools.partial(rules["obs"].mask, kept=80), 1.0)
+        one["admm"], one["admm mask"], _ = admm(target, mask, hessian, start, search, how)
         found.append(one)
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
@@ -647,7 +648,7 @@ def test_aim_meets_the_outputs_of_the_dense_stream(share: float, dead: tuple[int
     target = aim(weight, cross - gram, factorisation, share)
     start = torch.zeros_like(weight)
     target[:, dead] = 0
-    found, _ = solve(target, mask, hessian_of(factorisation, gram), start, lsq(200, 1e-12))
+    found, *_ = solve(target, mask, hessian_of(factorisation, gram), start, lsq(200, 1e-12))
     outputs = (pruned + share * (dense - pruned)) @ weight.T
     for r in range(6):
         kept = [c for c in mask[r].nonzero()[:, 0].tolist() if c not in dead]
