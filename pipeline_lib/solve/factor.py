@@ -150,11 +150,6 @@ def lost(original: torch.Tensor, pruned: torch.Tensor | None, moment: torch.Tens
     return total
 
 
-def squared_error(original: torch.Tensor, pruned: torch.Tensor | None, moment: torch.Tensor) -> float:
-    """``lost``, read from the device."""
-    return float(lost(original, pruned, moment))
-
-
 def layer_error(original: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """E‖(W − Ŵ) X‖² / E‖W X‖² [] from the second moment G [C, C]; W is ``original``, or the target W₀ of ``aim``. It stays on the device."""
     return lost(original, pruned, gram) / lost(original, None, gram).clamp_min(1e-30)
