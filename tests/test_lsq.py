@@ -87,11 +87,11 @@ def test_solve_stops_at_its_tolerance() -> None:
     whole = energy(target, start, hessian)
     for tolerance in (1e-1, 1e-3, 1e-8):
         found, taken, error = solve(target, mask, hessian, start, lsq(1000, tolerance))
-        assert (promised(found) <= tolerance * whole * (1 + 1e-6)).all()
+        assert promised(found).sum() <= tolerance * whole.sum() * (1 + 1e-6)
         torch.testing.assert_close(error, energy(target, found, hessian).sum())
         less, fewer, _ = solve(target, mask, hessian, start, lsq(taken - 1, tolerance))
         assert fewer == taken - 1
-        assert (promised(less) > tolerance * whole).any()
+        assert promised(less).sum() > tolerance * whole.sum()
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -129,18 +129,16 @@ def test_more_iterations_are_better() -> None:
 
 @pytest.mark.parametrize("rows", [1, 4, 11, 1000])
 def test_rows_at_a_time_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for rounding, which conjugate gradients let grow: hence only 4 iterations, after which some rows are done and some are not."""
+    """But for rounding, which conjugate gradients let grow: hence only 4 iterations."""
     _, hessian = activations(20, seed=12)
     target, mask = normal(11, 20, seed=13), masks(11, 20, seed=14)["uneven"]
     start = torch.zeros_like(target)
     monkeypatch.setattr("pipeline_lib.solve.lsq.ROWS", 5)
-    expected, taken, _ = solve(target, mask, hessian, start, lsq(4, 0.003))
+    expected, taken, _ = solve(target, mask, hessian, start, lsq(4, 1e-9))
     monkeypatch.setattr("pipeline_lib.solve.lsq.ROWS", rows)
-    found, again, _ = solve(target, mask, hessian, start, lsq(4, 0.003))
+    found, again, _ = solve(target, mask, hessian, start, lsq(4, 1e-9))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert again == taken == 4
-    longer, *_ = solve(target, mask, hessian, start, lsq(5, 0.003))
-    assert 2 < int((longer != found).any(1).sum()) < 9
 
 
 def test_scales_of_inputs_do_not_matter() -> None:
@@ -224,7 +222,8 @@ def searched(pick: Callable[[torch.Tensor], torch.Tensor], independence: float =
 @pytest.mark.parametrize("spectral", [0, 16])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
 def test_admm_equals_algorithm_1(steps: int, spectral: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: ``literal_admm``, whichever way inverses are taken; ρ from 0.1 · 0.5 to 1 in equal ratios, three iterations each."""
+    """Oracle: ``literal_admm``, whichever way inverses are taken; ρ from 0.1 · 0.5 to 1 in equal ratios, three iterations each; six
+    where there are more than twice as many columns as rows."""
     monkeypatch.setattr("pipeline_lib.solve.lsq.SPECTRAL", spectral)
     monkeypatch.setattr("pipeline_lib.solve.lsq.ROWS", 7)
     _, hessian = activations(16, seed=26)
@@ -234,12 +233,11 @@ def test_admm_equals_algorithm_1(steps: int, spectral: int, monkeypatch: pytest.
     pick = functools.partial(rule("obs", PLAIN, "matrix", 16).mask, kept=64)
     ratios = {1: [0.05], 2: [0.05, 1.0], 3: [0.05, 0.05**0.5, 1.0]}[-(-steps // 3)]
     expected, support = literal_admm(target, mask, hessian, start, 64, [rho for rho in ratios for _ in range(3)][:steps])
-    found, chosen, facts = _alternate(target, mask, hessian, start, searched(pick, 0.5), lsq(0, 0.0, mask_iterations=steps))
+    found, chosen, taken = _alternate(target, mask, hessian, start, searched(pick, 0.5), lsq(0, 0.0, mask_iterations=steps))
     assert torch.equal(chosen, support)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
-    assert facts["iterations"] == steps
+    assert taken == steps
     assert not torch.equal(support, mask)
-    torch.testing.assert_close(facts["before"], energy(target, start, hessian).sum())
 
 
 def test_a_search_in_bfloat16_finds_as_good_masks() -> None:

@@ -188,7 +188,7 @@ class Layerwise:
         alive = target.float().masked_fill(factorisation.dead, 0)
         task.facts["selected_error"] = task.facts["layer_error"]
         if refit.mask_iterations:
-            search = lsq.Search(lambda scores: rule.mask(rule.weighted(scores), task.kept), factorisation.independence)
+            search = lsq.Search(lambda scores: rule.mask(rule.weighted(scores), task.kept), factorisation.independence, swept)
             task.new, task.mask, found = lsq.admm(alive, task.mask, errors.hessian, task.new, search, refit)
             task.facts |= {"mask_swapped": found["swapped"], "lsq_iterations": found["refit_iterations"]}
             swept = found["error"]

@@ -5,16 +5,19 @@ on its own mask its weights are not the best. Shape letters: ``R`` outputs, ``C`
 0 in W₀, as the sweep makes them: they cost E their damping only, and must not compete for places.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pipeline_lib.solve.factor import cholesky_in_place
+from pipeline_lib.solve.factor import cholesky_in_place, lost
 from pipeline_lib.solve.settings import LsqParams
 
 EVERY = 3  # iterations of ADMM with the same ρ, each an inverse [C, C] (3 in the authors' code)
+WIDE = 2  # columns for a row from which an inverse costs more than products: there twice as many iterations share one
+GROWTH = 1.2  # of ρ in EVERY iterations, if there are enough of them (at most 1.3 in the authors' code)
 LAST = 1.0  # ρ at the end, in units of H's scaled diagonal: supports hardly move any more
 ROWS = 1024  # solved at a time: bounds the memory, and is enough for a matrix product to run at full speed
 SPECTRAL = 512  # columns up to which one eigendecomposition and a product per ρ are faster than a Cholesky factorisation and an inverse
@@ -28,16 +31,17 @@ def solve(
 
     All rows share the product with H but have steps of their own; the preconditioner is M = diag(H), so that scales of inputs do not
     matter. With r the residual (W₀ − Ŵ) H on the mask, rᵀM⁻¹r is what E would fall by if inputs were uncorrelated: a row is done when that is at
-    most ``tolerance`` times the E that it started with. No row ends with a larger E than it starts with. Where H_mm = 0 weights stay as in ``start``.
+    most ``tolerance`` times the E that it started with, and all are when that holds for their sums. No row ends with a larger E than it starts with.
+    Where H_mm = 0 weights stay as in ``start``.
 
-    Rows are taken ``ROWS`` at a time, which changes nothing but rounding: besides inputs and output, this needs five matrices [ROWS, C].
+    Rows are taken ``ROWS`` at a time, whose sums are compared: besides inputs and output, this needs five matrices [ROWS, C].
 
     Args:
         target: W₀ [R, C], float32 or float64 as all others.
         mask: [R, C] bool, True = kept.
         hessian: H [C, C], positive semidefinite.
         start: [R, C]; what it holds off the mask does not count.
-        params: at most ``iterations``, each one product [R, C] × [C, C]; two more go before and after.
+        params: at most ``iterations``, each one product [R, C] × [C, C]; one more goes before, and one after where E has halved.
 
     Returns:
         Ŵ [R, C]; how many iterations the slowest row took; and E(Ŵ) [] float64.
@@ -73,26 +77,26 @@ def _descend(
     residual.mul_(on)
     direction = residual * inverse
     size = torch.linalg.vecdot(residual, direction)
-    steps = 0
+    steps, after = 0, before
     while steps < params.iterations:
-        going = size > limit
-        if not going.any():
+        if size.sum() <= limit.sum():
             break
+        going = size > limit
         steps += 1
         torch.mm(direction, hessian, out=product)
         curvature = torch.linalg.vecdot(direction, product)
         going &= curvature > 0
         length = torch.where(going, size / curvature, 0)  # rows that are done stand still
+        after = after - length * size
         found.addcmul_(direction, length[:, None])
         residual.addcmul_(product.mul_(on), length[:, None], value=-1)
         torch.mul(residual, inverse, out=product)
         smaller = torch.linalg.vecdot(residual, product)
         direction.mul_(torch.where(going, smaller / size, 0)[:, None]).add_(product)
         size = torch.where(going, smaller, 0)
-    if not steps:
-        return 0, before
-    torch.sub(target, found, out=product)
-    after = torch.linalg.vecdot(torch.mm(product, hessian, out=residual), product)
+    if not (after >= before / 2).all():  # what a row lost by the steps tells its E, unless rounding could hide it
+        torch.sub(target, found, out=product)
+        after = torch.linalg.vecdot(torch.mm(product, hessian, out=residual), product)
     worse = ~(after.abs() <= before)  # only by rounding: in exact arithmetic every step lowers E, and E is never negative
     torch.where(worse[:, None], weight, found, out=found)
     weight.copy_(found)
@@ -105,6 +109,7 @@ class Search:
 
     choose: Callable[[torch.Tensor], torch.Tensor]  # from scores [R, C] to the mask of the best, as many and compared as the variant says
     independence: float  # 0 … 1: the mean of 1/(H_mm [H⁻¹]_mm), the share of an input that the others do not tell
+    error: torch.Tensor | None = None  # E [] of the start, where it is known
 
 
 def admm(
@@ -127,22 +132,24 @@ def admm(
         The weights [R, C], their mask [R, C], and facts: ADMM's ``iterations``; ``swapped``, the share of weights whose place in the mask
         changed (0 if the old mask stays); ``gain``, by which share E fell; ``refit_iterations`` of ``solve``; and ``error``, E itself [] float64.
     """
-    sparse, support, facts = _alternate(target, mask, hessian, start, search, params)
+    before = lost(target, start, hessian) if search.error is None else search.error
+    sparse, support, taken = _alternate(target, mask, hessian, start, search, params)
     refitted, steps, error = solve(target, support, hessian, sparse, params)
     swapped = (support != mask).count_nonzero()
-    old, new, changed = torch.stack([facts.pop("before"), error, swapped.double()]).tolist()  # one transfer from the device
+    old, new, changed = torch.stack([before, error, swapped.double()]).tolist()  # one transfer from the device
     if not new <= old:
         support, changed = mask, 0
         refitted, steps, error = solve(target, mask, hessian, start, params)
         new = float(error)
     gain = 1 - new / old if old else 0.0
-    return refitted, support, facts | {"swapped": changed / mask.numel(), "refit_iterations": steps, "error": error, "gain": gain}
+    facts = {"iterations": taken, "swapped": changed / mask.numel(), "refit_iterations": steps, "error": error, "gain": gain}
+    return refitted, support, facts
 
 
 def _alternate(
     target: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, start: torch.Tensor, search: Search, params: LsqParams
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """ADMM from ``start``: the last sparse iterate, its support, and facts: ``iterations``, and ``before``, E of the start.
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """ADMM from ``start``: the last sparse iterate, its support, and the iterations.
 
     One matrix holds the sparse iterate on its support, and off it dual/ρ. The dual starts as the gradient of E off the mask, which is what it is
     where ADMM stands still: a start that is good is not left for nothing (with a dual of 0, as in Algorithm 1, twice the iterations are needed).
@@ -153,26 +160,23 @@ def _alternate(
     """
     diagonal = hessian.diagonal()
     scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
-    difference = target - start
-    point = difference @ hessian
-    before = torch.linalg.vecdot(point, difference).sum(dtype=torch.float64)
-    del difference
-    pull = (target @ hessian).div_(scale)
-    count = -(-params.mask_iterations // EVERY)
-    first = min(params.mask_penalty * search.independence, LAST)
-    penalties = [first * (LAST / first) ** (step / max(count - 1, 1)) for step in range(count)]
-    point.div_(scale * first)
-    torch.where(mask, start * scale, point, out=point)
-    last = support = mask
-    steps, rho, still = 0, first, STILL * mask.count_nonzero()
+    rounded = hessian.to(_search_dtype(hessian, params))
+    pull, point = (_product(rows, rounded).to(rows.dtype).div_(scale) for rows in (target, target - start))
+    del rounded
     inverses = _inverses(hessian, scale)
+    last = support = mask
+    steps, still = 0, STILL * mask.count_nonzero()
+    every = EVERY * (2 if hessian.shape[1] > WIDE * len(target) else 1)
+    penalties = _penalties(params, search.independence, every)
+    rho = penalties[0]
+    torch.where(mask, start * scale, point.div_(rho), out=point)
     for penalty in penalties:
         point.mul_(torch.where(support, point.new_tensor(1.0), point.new_tensor(rho / penalty)))  # the dual stays what it is
         rho = penalty
         if (inverse := inverses(rho)) is None:
             break
         inverse = inverse.to(_search_dtype(inverse, params))
-        for _ in range(min(EVERY, params.mask_iterations - steps)):
+        for _ in range(min(every, params.mask_iterations - steps)):
             for begin in range(0, len(point), ROWS):
                 part = slice(begin, begin + ROWS)
                 own, off = point[part], point[part] * ~support[part]
@@ -183,7 +187,15 @@ def _alternate(
         if (support != last).count_nonzero() <= still:
             break
         last = support
-    return point.mul_(support).div_(scale), support, {"iterations": steps, "before": before}
+    return point.mul_(support).div_(scale), support, steps
+
+
+def _penalties(params: LsqParams, independence: float, every: int) -> list[float]:
+    """ρ, each for ``every`` iterations."""
+    first = min(params.mask_penalty * independence, LAST)
+    most, wanted = -(-params.mask_iterations // every), math.ceil(-EVERY / every * math.log(first / LAST) / math.log(GROWTH)) + 1
+    count = max(1, min(most, wanted))
+    return [first * (LAST / first) ** (step / max(count - 1, 1)) for step in range(count)]
 
 
 def _search_dtype(tensor: torch.Tensor, params: LsqParams) -> torch.dtype:
