@@ -160,9 +160,8 @@ def _alternate(
     """
     diagonal = hessian.diagonal()
     scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
-    rounded = hessian.to(_search_dtype(hessian, params))
-    pull, point = (_product(rows, rounded).to(rows.dtype).div_(scale) for rows in (target, target - start))
-    del rounded
+    pull = (target @ hessian).div_(scale)  # not rounded: where inputs are correlated, the inverse makes much of what it lacks
+    point = _product(target - start, hessian.to(_search_dtype(hessian, params))).to(pull.dtype).div_(scale)
     inverses = _inverses(hessian, scale)
     last = support = mask
     steps, still = 0, STILL * mask.count_nonzero()
