@@ -75,7 +75,8 @@ def waits(device: Elsewhere, *others: str) -> Counter[str]:
     return Counter({line: count for line, count in device.reads.items() if not line.startswith(others)})
 
 
-LSQ: dict[str, Any] = {"lsq": {"mask_iterations": 6, "mask_penalty": 9.0}}  # from a small ρ rounding decides where the search goes
+FEW: dict[str, Any] = {"iterations": 3}  # each asks whether it is the last
+LSQ: dict[str, Any] = {"lsq": {"mask_iterations": 6, "mask_penalty": 9.0, **FEW}}  # from a small ρ rounding decides where the search goes
 LITTLE: dict[str, Any] = {"epochs": 2, "batch_rows": 4, "compute_dtype": "float32"}
 # Steps, what else the recipe says, and how often a block of seven matrices at four sites may wait for the device.
 RECIPES: dict[str, tuple[tuple[str, ...], dict[str, Any], int]] = {
@@ -87,7 +88,7 @@ RECIPES: dict[str, tuple[tuple[str, ...], dict[str, Any], int]] = {
     "fast": (("obs", "lsq"), {"reconstruction": LSQ}, 72),
     "towards": (("obs", "lsq"), {"reconstruction": {**LSQ, "collect": "site", "towards_dense": 0.5}}, 74),
     "block": (("obs", "block"), {"reconstruction": {"block": LITTLE}}, 30),
-    "quantised": (("obs", "lsq"), {"quantization": {"bits": 4, "group": 16}}, 48),
+    "quantised": (("obs", "lsq"), {"quantization": {"bits": 4, "group": 16}, "reconstruction": {"lsq": FEW}}, 52),
 }
 
 
