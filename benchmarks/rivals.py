@@ -71,6 +71,7 @@ PARTS = {  # what each part adds: one taken away from a preset, or another in it
     "best, 16 epochs": Method("best", {"reconstruction": {"block": {"epochs": 16}}}),
     "best, windows of 2": Method("best", {"reconstruction": {"block": {"window": 2}}}),
     "fast, uniform": Method("fast", UNIFORM),
+    "fast, search in float32": Method("fast", {"reconstruction": {"lsq": {"mask_dtype": "float32"}}}),
     "fast, sweep's mask": Method("fast", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
 }
 GROWING = ("sparsegpt", "fast", "best")  # what more text does, or another one

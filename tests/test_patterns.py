@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline_lib.core.counts import shares
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.masks.select import SAMPLED, _best, _first, _thresholds, best_of_few, bounds, select, select_n_of_m
+from pipeline_lib.masks.select import SAMPLED, _best, _best_of_few, _first, _thresholds, bounds, select, select_n_of_m
 from pipeline_lib.masks.settings import Group, Pattern
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
@@ -110,7 +110,7 @@ def test_best_is_a_stable_sort(rows: int, columns: int, seed: int, levels: int, 
     scores = scores_of(rows, columns, seed, levels)
     kept = data.draw(st.integers(0, columns))
     assert torch.equal(_best(scores, kept), sorted_best(scores, [kept] * rows))
-    assert torch.equal(best_of_few(scores.T, kept).T, sorted_best(scores, [kept] * rows))
+    assert torch.equal(_best_of_few(scores.T, kept).T, sorted_best(scores, [kept] * rows))
 
 
 @pytest.mark.parametrize("levels", [1, 2, 50, 10**9])
@@ -134,7 +134,7 @@ def test_gpus_break_ties_without_asking_for_them() -> None:
     assert torch.equal(_first(scores, threshold[:, None], 7), sorted_best(scores, [7] * 5))
 
 
-@pytest.mark.parametrize("best", [_best, lambda scores, n: best_of_few(scores.T, n).T])
+@pytest.mark.parametrize("best", [_best, lambda scores, n: _best_of_few(scores.T, n).T])
 def test_nan_is_never_kept(best: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
     """So that the count of a mask tells."""
     scores = torch.tensor([[1.0, torch.nan, 3.0, 2.0], [torch.nan] * 4, [4.0, 3.0, 2.0, 1.0]])

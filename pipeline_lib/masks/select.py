@@ -69,8 +69,13 @@ def bounds(scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]
     return _above(scores, low[:, None], kept), ((low + high) / 2)[:, None]
 
 
-def best_of_few(scores: torch.Tensor, n: int) -> torch.Tensor:
-    """The mask of the n best of M scores along the first axis [M, g]; among equal ones the first. Every pair is compared: nothing is sorted."""
+def n_best(scores: torch.Tensor, n: int) -> torch.Tensor:
+    """The mask of the n best of M scores along the first axis [M, g]; among equal ones the first."""
+    return _best_of_few(scores, n) if len(scores) <= FEW else _best(scores.T, n).T
+
+
+def _best_of_few(scores: torch.Tensor, n: int) -> torch.Tensor:
+    """``n_best`` without sorting: every pair is compared."""
     few, library = _fast(scores)
     better = library.zeros(few.shape, dtype=library.int8, device=few.device)  # how many go before each
     for i in range(len(few) - 1):
@@ -87,9 +92,7 @@ def _fast(tensor: torch.Tensor) -> tuple[Any, Any]:
 
 def select_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """Keep the n best of every m consecutive columns of scores [R, C]."""
-    groups = scores.reshape(-1, m)
-    mask = best_of_few(groups.T.contiguous(), n).T if m <= FEW else _best(groups, n)
-    return mask.reshape(scores.shape)
+    return n_best(scores.reshape(-1, m).T.contiguous(), n).T.reshape(scores.shape)
 
 
 def select(scores: torch.Tensor, kept: int, group: Group, block: int) -> torch.Tensor:

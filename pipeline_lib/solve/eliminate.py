@@ -5,13 +5,14 @@ passes its errors on to the right one. Python loops over the columns of a leaf o
 Shape letters: ``R`` outputs, ``C`` inputs, ``B`` columns of a block.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-from pipeline_lib.masks.select import FEW, best_of_few, select_n_of_m
+from pipeline_lib.masks.select import n_best
 from pipeline_lib.solve.grid import Grid
 
 LEAF, WIDEST = 16, 128  # columns of a leaf, without the kernel and with it
@@ -112,9 +113,17 @@ class _Block:
         self.errors = torch.empty_like(self.columns)  # [B, R] (w − ŵ)/U_mm of the columns that are done
         self.upper = whole.upper[start:stop, start:stop].contiguous()
         self.fresh = [0] * (stop - start)  # the errors of how many columns each has got
-        self.inverse = 1 / self.upper.diagonal()[:, None]
-        self.onward = -self.upper.triu(1)
         self.fused = fused(self.columns.device) and self.columns.dtype == torch.float32
+
+    @functools.cached_property
+    def inverse(self) -> torch.Tensor:
+        """1/U_mm [B, 1]."""
+        return 1 / self.upper.diagonal()[:, None]
+
+    @functools.cached_property
+    def onward(self) -> torch.Tensor:
+        """What of an error is taken from each column [B, B]: whole rows, since adding zeros to columns that are done is faster than to leave them out."""
+        return -self.upper.triu(1)
 
     def eliminate(self, first: int, last: int) -> None:
         """Columns ``first`` … ``last`` of the block; the errors of those before them have reached them."""
@@ -158,8 +167,7 @@ class _Block:
         """A leaf, column by column. This is also what the kernel is tested against."""
         groups, rounding, place = self.whole.groups, self.whole.rounding, slice(first, last)
         leaf, share = self.columns[place], self.inverse[place] * ~self.kept[place]  # share of a column that is its error, without a grid
-        onward = self.onward[place, place]  # whole rows: adding zeros to columns that are done is faster than to leave them out
-        parts = zip(leaf.unbind(), self.errors[place].unbind(), share.unbind(), onward.unbind(), strict=True)
+        parts = zip(leaf.unbind(), self.errors[place].unbind(), share.unbind(), self.onward[place, place].unbind(), strict=True)
         for j, (column, error, own, factors) in enumerate(parts, first):
             if groups is not None and (self.start + j) % groups.m == 0:
                 self._choose(groups, j)
@@ -180,7 +188,7 @@ class _Block:
         if min(self.fresh[place]) < first:
             found, _ = self._compensated(first, range(self.start + first, self.start + first + groups.m))
         scores = found.square() * groups.factor[self.start + first :][: groups.m, None]
-        self.kept[place] = best_of_few(scores, groups.n) if groups.m <= FEW else select_n_of_m(scores.T, groups.n, groups.m).T
+        self.kept[place] = n_best(scores, groups.n)
 
     def _launch(self, first: int, last: int) -> None:
         from pipeline_lib.solve import kernel

@@ -152,7 +152,7 @@ def _alternate(
     """ADMM from ``start``: the last sparse iterate, its support, and the iterations.
 
     One matrix holds the sparse iterate on its support, and off it dual/ρ. The dual starts as the gradient of E off the mask, which is what it is
-    where ADMM stands still: a start that is good is not left for nothing (with a dual of 0, as in Algorithm 1, twice the iterations are needed).
+    where ADMM stands still: a start that is good is not left for nothing, as it is with the dual of 0 of Algorithm 1.
 
     ρ draws the dense iterate to the sparse one. It grows in equal ratios to ``LAST``. As long as it is small the support changes all the time;
     where inputs are correlated it must start lower, since the others can make up for a weight that goes. (The authors' code starts from 0.1 and lets ρ

@@ -65,7 +65,7 @@ def sweep(
         ValueError: the order does not keep the column blocks together.
     """
     order = factorisation.order
-    weight = weight.to(factorisation.upper.dtype, copy=True).mul_(~factorisation.dead)
+    weight = weight.to(factorisation.upper.dtype, copy=True).masked_fill_(factorisation.dead, 0)
     curvature = factorisation.trailing()
     mask = torch.ones_like(weight, dtype=torch.bool)  # what is not chosen yet counts as kept
     m, block, groups = rule.pattern.m, rule.block, None
