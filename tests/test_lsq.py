@@ -13,7 +13,7 @@ from tiny import curved_gram
 from pipeline_lib.masks.select import select, select_n_of_m
 from pipeline_lib.masks.settings import Group, Pattern, Score
 from pipeline_lib.solve.factor import factorise, layer_error
-from pipeline_lib.solve.lsq import Search, _alternate, admm, solve
+from pipeline_lib.solve.lsq import Search, _alternate, _penalties, admm, affordable, solve
 from pipeline_lib.solve.sweep import sweep
 
 SCORES: tuple[Score, ...] = get_args(Score)
@@ -220,10 +220,9 @@ def searched(pick: Callable[[torch.Tensor], torch.Tensor], independence: float =
 
 
 @pytest.mark.parametrize("spectral", [0, 16])
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("steps", [1, 2, 8, 9])
 def test_admm_equals_algorithm_1(steps: int, spectral: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: ``literal_admm``, whichever way inverses are taken; ρ from 0.1 · 0.5 to 1 in equal ratios, three iterations each; six
-    where there are more than twice as many columns as rows."""
+    """Oracle: ``literal_admm``, whichever way inverses are taken. ρ is in the middle of 0.1 · 0.5 … 1, or doubles around it after five of nine."""
     monkeypatch.setattr("pipeline_lib.solve.lsq.SPECTRAL", spectral)
     monkeypatch.setattr("pipeline_lib.solve.lsq.ROWS", 7)
     _, hessian = activations(16, seed=26)
@@ -231,13 +230,39 @@ def test_admm_equals_algorithm_1(steps: int, spectral: int, monkeypatch: pytest.
     mask = rule("obs", PLAIN, "row", 16).mask(target.square(), 64)
     start = 0.7 * target * mask
     pick = functools.partial(rule("obs", PLAIN, "matrix", 16).mask, kept=64)
-    ratios = {1: [0.05], 2: [0.05, 1.0], 3: [0.05, 0.05**0.5, 1.0]}[-(-steps // 3)]
-    expected, support = literal_admm(target, mask, hessian, start, 64, [rho for rho in ratios for _ in range(3)][:steps])
+    middle = 0.05**0.5
+    penalties = [middle] * steps if steps < 9 else [middle / 2**0.5] * 5 + [middle * 2**0.5] * 4
+    expected, support = literal_admm(target, mask, hessian, start, 64, penalties)
     found, chosen, taken = _alternate(target, mask, hessian, start, searched(pick, 0.5), lsq(0, 0.0, mask_iterations=steps))
     assert torch.equal(chosen, support)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
     assert taken == steps
     assert not torch.equal(support, mask)
+
+
+def test_penalties_reach_from_the_first_to_the_last_where_there_are_iterations_for_it() -> None:
+    penalties, every = _penalties(0.05, 45)
+    assert (len(penalties), every) == (8, 6)
+    assert penalties[0] == pytest.approx(0.05)
+    assert penalties[-1] == pytest.approx(1)
+    assert max(b / a for a, b in itertools.pairwise(penalties)) == pytest.approx(20 ** (1 / 7))
+    assert _penalties(1.0, 45)[0] == [1.0]
+    for iterations in range(1, 60):
+        found, every = _penalties(0.01, iterations)
+        assert (len(found) - 1) * every < iterations
+        assert all(b / a <= 2 * (1 + 1e-9) for a, b in itertools.pairwise(found))
+        assert found[0] * found[-1] == pytest.approx(0.01)  # around the middle
+
+
+def test_iterations_cost_no_more_than_some_passes_of_the_tokens() -> None:
+    params = lsq(100, 1e-3, mask_iterations=45)
+    assert affordable(params, None, 4096) == params
+    assert affordable(params, 10**6, 4096) == params
+    few = affordable(params, 8192, 4096)
+    assert (few.iterations, few.mask_iterations) == (16, 16)
+    least = affordable(params, 3, 4096)
+    assert (least.iterations, least.mask_iterations) == (6, 6)
+    assert affordable(lsq(2, 1e-3), 3, 4096).iterations == 2
 
 
 def test_a_search_in_bfloat16_finds_as_good_masks() -> None:

@@ -13,7 +13,7 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.masks.scores import saliency
 from pipeline_lib.masks.select import select, select_n_of_m
 from pipeline_lib.masks.settings import DampingOf, Group, Pattern, Score
-from pipeline_lib.solve.factor import Factorisation, factorise, layer_error
+from pipeline_lib.solve.factor import AVERAGED, Factorisation, energy, factorise, layer_error
 from pipeline_lib.solve.lsq import Search, admm, solve
 from pipeline_lib.solve.order import column_losses, rose_order
 from pipeline_lib.solve.sweep import aim, sweep
@@ -243,6 +243,19 @@ def test_layer_error_is_the_outputs_error() -> None:
     assert layer_error(weight, pruned, gram) == pytest.approx(expected, rel=1e-4)
     assert layer_error(weight, weight, gram) == 0
     assert layer_error(weight, torch.zeros_like(weight), gram) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+@pytest.mark.parametrize("common", [0.0, 5.0])
+def test_energy_of_a_large_matrix_is_exact_enough(common: float, faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: float64. Also of inputs that nearly all say the same, with an outlier, and on a CPU that has products of bfloat16."""
+    monkeypatch.setattr("pipeline_lib.core.products.bfloat16_is_faster", lambda: faster)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(512, AVERAGED, generator=random) + common * torch.randn(512, 1, generator=random)
+    x[:, 7] *= 30
+    weight, gram = torch.randn(300, AVERAGED, generator=random), x.T @ x / 512
+    expected = float((weight.double() @ x.T.double()).square().sum() / 512)
+    assert float(energy(weight, gram)) == pytest.approx(expected, rel=1e-3 if faster else 1e-6)
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -15,7 +15,7 @@ from pipeline_lib.models.folding import site_factor
 from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.prune.window import NO_SCORES, Block, Window, collect
 from pipeline_lib.solve import lsq
-from pipeline_lib.solve.factor import ROWS, Factorisation, factorise, layer_error, lost
+from pipeline_lib.solve.factor import ROWS, Factorisation, energy, factorise, layer_error, lost
 from pipeline_lib.solve.grid import Grid, Scheme
 from pipeline_lib.solve.matrix import prune_matrix, quantise_matrix
 from pipeline_lib.solve.order import column_losses, rose_order
@@ -91,7 +91,7 @@ class Layerwise:
             away = centred.cross.sub_(centred.gram)
             targets = {m: aim(w.float(), away, factorisation, aimed) for m, w in weights.items()}
             del away
-        errors = _Errors(targets, centred.gram, factorisation)
+        errors = _Errors(targets, centred, factorisation)
         del centred
         if self.compensate and not self.lsq:
             errors.forget()
@@ -176,8 +176,8 @@ class Layerwise:
 
     def _prune(self, task: "_Task", errors: "_Errors", block: Block) -> None:
         """What the target becomes, its mask, and facts: the layer errors after the steps, and what these took."""
-        refit, rule = self.lsq, task.rule
-        factorisation, target = task.factorisation, task.target
+        factorisation, target, rule = task.factorisation, task.target, task.rule
+        refit = self.lsq and lsq.affordable(self.lsq, errors.tokens, target.shape[1])
         grid = None if refit else task.grid
         task.new, task.mask, swept = prune_matrix(target, factorisation, task.kept, rule, self.compensate, grid)
         right = task.mask.count_nonzero() == task.kept  # a sum would widen the mask to 64 bits first
@@ -216,8 +216,9 @@ class _Task:
 class _Errors:
     """Layer errors E‖(W − Ŵ) X‖² / E‖W X‖² of the matrices that share a site. Takes G over, and puts the damping on it: what it holds is H."""
 
-    def __init__(self, targets: Mapping[Matrix, torch.Tensor], gram: torch.Tensor, factorisation: Factorisation) -> None:
-        self.scales = {matrix: lost(target, None, gram).clamp_min(1e-30) for matrix, target in targets.items()}
+    def __init__(self, targets: Mapping[Matrix, torch.Tensor], moments: Moments, factorisation: Factorisation) -> None:
+        gram, self.tokens = moments.gram, moments.tokens
+        self.scales = {matrix: energy(target, gram).clamp_min(1e-30) for matrix, target in targets.items()}
         self.damping, self.dead = factorisation.diagonal - factorisation.second_moment, factorisation.dead
         gram.diagonal().copy_(factorisation.diagonal)
         self.hessian = gram

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline_lib.core import products
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.masks.scores import Curvature
 from pipeline_lib.masks.settings import DampingOf
 
 LARGEST_DAMPING = 1.0
 ROWS, COLUMNS = 1024, 512  # of a matrix that an error is taken of at a time: they bound the memory, and products run at full speed
+AVERAGED = 2048  # columns from which on the rounding of single products does not show in a matrix's energy
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def quadratic(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
         product = own @ moment[start : start + COLUMNS, start : start + COLUMNS]
         if start:
             product.addmm_(weight[:, :start], moment[:start, start : start + COLUMNS], alpha=2)
-        found += torch.linalg.vecdot(product, own)
+        found += torch.linalg.vecdot(product, own) if product.dtype != torch.bfloat16 else product.mul_(own).sum(1, dtype=torch.float32)
     return found
 
 
@@ -147,6 +149,22 @@ def lost(original: torch.Tensor, pruned: torch.Tensor | None, moment: torch.Tens
         if pruned is not None:
             difference = difference - pruned[first : first + ROWS]
         total += quadratic(difference, moment).sum()
+    return total
+
+
+def energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """E‖W X‖² = tr(W G Wᵀ) [] in float64 from G [C, C]: what layer errors are relative to. It stays on the device.
+
+    On a CPU that is faster with them, products of large matrices are of bfloat16, and the diagonal of G is not among them: that is exact, and the
+    rounding of so many other terms averages out.
+    """
+    if gram.dtype != torch.float32 or len(gram) < AVERAGED or gram.device.type != "cpu" or not products.bfloat16_is_faster():
+        return lost(weight, None, gram)
+    total, beside = torch.zeros((), dtype=torch.float64), gram.bfloat16()
+    beside.diagonal().zero_()
+    for part in weight.split(ROWS):
+        total += part.float().square().sum(0).double() @ gram.diagonal().double()
+        total += quadratic(part.bfloat16(), beside).sum()
     return total
 
 

@@ -15,13 +15,26 @@ import torch
 from pipeline_lib.solve.factor import cholesky_in_place, lost
 from pipeline_lib.solve.settings import LsqParams
 
-EVERY = 3  # iterations of ADMM with the same ρ, each an inverse [C, C] (3 in the authors' code)
-WIDE = 2  # columns for a row from which an inverse costs more than products: there twice as many iterations share one
-GROWTH = 1.2  # of ρ in EVERY iterations, if there are enough of them (at most 1.3 in the authors' code)
+PASSES = 8  # what iterations on a matrix may cost, in forward passes of the calibration tokens through it
+EVERY = 6  # iterations of ADMM with the same ρ, each an inverse [C, C]; also the least that are allowed (3 in the authors' code)
+GROWTH = 1.44  # of ρ from one inverse to the next, if there are enough of them (at most 1.3 in the authors' code)
+STEEPEST = 2.0  # the same where there are few
 LAST = 1.0  # ρ at the end, in units of H's scaled diagonal: supports hardly move any more
 ROWS = 1024  # solved at a time: bounds the memory, and is enough for a matrix product to run at full speed
 SPECTRAL = 512  # columns up to which one eigendecomposition and a product per ρ are faster than a Cholesky factorisation and an inverse
 STILL = 1e-3  # share of the kept weights: a support of which no more is exchanged stands still
+
+
+def affordable(params: LsqParams, tokens: int | None, columns: int) -> LsqParams:
+    """These, with no more iterations of either kind than ``PASSES`` forward passes of the tokens that H comes from, and no fewer than ``EVERY``.
+
+    An iteration on a matrix [R, C] costs as much as a forward pass of C tokens through it. So where tokens are few, neither costs much more than H
+    itself took, and weights are not fitted closer than so few tokens tell. None: as many as ``params`` says.
+    """
+    if tokens is None:
+        return params
+    most = max(EVERY, PASSES * tokens // columns)
+    return params.model_copy(update={"iterations": min(params.iterations, most), "mask_iterations": min(params.mask_iterations, most)})
 
 
 def solve(
@@ -165,8 +178,7 @@ def _alternate(
     inverses = _inverses(hessian, scale)
     last = support = mask
     steps, still = 0, STILL * mask.count_nonzero()
-    every = EVERY * (2 if hessian.shape[1] > WIDE * len(target) else 1)
-    penalties = _penalties(params, search.independence, every)
+    penalties, every = _penalties(min(params.mask_penalty * search.independence, LAST), params.mask_iterations)
     rho = penalties[0]
     torch.where(mask, start * scale, point.div_(rho), out=point)
     for penalty in penalties:
@@ -189,12 +201,14 @@ def _alternate(
     return point.mul_(support).div_(scale), support, steps
 
 
-def _penalties(params: LsqParams, independence: float, every: int) -> list[float]:
-    """ρ, each for ``every`` iterations."""
-    first = min(params.mask_penalty * independence, LAST)
-    most, wanted = -(-params.mask_iterations // every), math.ceil(-EVERY / every * math.log(first / LAST) / math.log(GROWTH)) + 1
-    count = max(1, min(most, wanted))
-    return [first * (LAST / first) ** (step / max(count - 1, 1)) for step in range(count)]
+def _penalties(first: float, iterations: int) -> tuple[list[float], int]:
+    """ρ in equal ratios from ``first`` to ``LAST``, and for how many of the iterations each. Where there are too few of them for the whole range,
+    the middle of it is taken, so far as ``STEEPEST`` reaches."""
+    every = -(-iterations // max(1, round(iterations / EVERY)))
+    count = min(-(-iterations // every), math.ceil(math.log(LAST / first) / math.log(GROWTH)) + 1)
+    growth = min(LAST / first, STEEPEST ** (count - 1))
+    first *= math.sqrt(LAST / first / growth)
+    return [first * growth ** (step / max(count - 1, 1)) for step in range(count)], every
 
 
 def _search_dtype(tensor: torch.Tensor, params: LsqParams) -> torch.dtype:
