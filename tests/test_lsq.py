@@ -259,7 +259,7 @@ def test_iterations_cost_no_more_than_some_passes_of_the_tokens() -> None:
     assert affordable(params, None, 4096) == params
     assert affordable(params, 10**6, 4096) == params
     few = affordable(params, 8192, 4096)
-    assert (few.iterations, few.mask_iterations) == (16, 16)
+    assert (few.iterations, few.mask_iterations) == (12, 12)
     least = affordable(params, 3, 4096)
     assert (least.iterations, least.mask_iterations) == (6, 6)
     assert affordable(lsq(2, 1e-3), 3, 4096).iterations == 2

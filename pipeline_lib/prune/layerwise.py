@@ -161,8 +161,11 @@ class Layerwise:
         aimed = self.towards_dense > 0
         passes = (2.2 if self.by_site else 1) * (2 if aimed else 1)
         sweeps = self.compensate * (1 + (self.scheme is not None and self.lsq is not None))
-        solve = 0 if self.lsq is None else 2 * (self.lsq.iterations + 2 * self.lsq.mask_iterations)
-        products = (sweeps + 4 * aimed + solve) * shapes.sweep
+        products = (sweeps + 4 * aimed) * shapes.sweep
+        if self.lsq is not None:
+            for rows, columns in shapes.matrices:
+                most = lsq.affordable(self.lsq, shapes.tokens, columns)
+                products += 2 * (most.iterations + 2 * most.mask_iterations) * rows * columns**2
         return passes * shapes.forward + (1 + aimed) * shapes.gram_flops + shapes.factor_flops + products
 
     def _ordering(self, weights: Mapping[Matrix, torch.Tensor], block: Block, rule: Rule) -> Callable[[Curvature], torch.Tensor | None]:

@@ -16,6 +16,7 @@ from pipeline_lib.masks.select import n_best
 from pipeline_lib.solve.grid import Grid
 
 LEAF, WIDEST = 16, 128  # columns of a leaf, without the kernel and with it
+AT_ONCE = 512  # columns whose errors are passed on to the far ones together, which goes through memory less often; with a grid all get them at once
 
 
 def fused(device: torch.device) -> bool:
@@ -61,6 +62,9 @@ class Columns:
     groups: Groups | None = None
     rounding: Rounding | None = None
     lost: torch.Tensor = field(init=False)  # [] float64: Σ (w − ŵ)²/U_mm² so far
+    held: list[torch.Tensor] = field(default_factory=list, init=False)  # errors [B, R] of the blocks since ``since`` …
+    since: int = field(default=0, init=False)
+    near: int = field(default=0, init=False)  # … which columns from this one on have not got
 
     def __post_init__(self) -> None:
         self.lost = torch.zeros((), dtype=torch.float64, device=self.weight.device)
@@ -71,6 +75,10 @@ class Columns:
         Args:
             choose: from these columns [R, B] as compensated so far to their mask.
         """
+        if stop > self.near:
+            self._pass_on(start)
+            reach = self.weight.shape[1] if self.rounding is not None else max(start + AT_ONCE, stop)
+            self.near = min(reach, self.weight.shape[1])
         part, mask = self.weight[:, start:stop], self.mask[:, start:stop]
         if choose is not None:
             mask.copy_(choose(part))
@@ -82,9 +90,16 @@ class Columns:
         part.copy_(_turned(block.columns.mul_(block.kept).add_(0.0)))  # −0 becomes 0
         if self.groups is not None:
             mask.copy_(_turned(block.kept))
-        if stop < self.weight.shape[1]:
-            self.weight[:, stop:].addmm_(block.errors.T, self.upper[start:stop, stop:], alpha=-1)
-        self.lost += block.errors.square_().sum()
+        if stop < self.near:
+            self.weight[:, stop : self.near].addmm_(block.errors.T, self.upper[start:stop, stop : self.near], alpha=-1)
+        self.held.append(block.errors)
+        self.lost += block.errors.square().sum()
+
+    def _pass_on(self, start: int) -> None:
+        """The errors of the columns before ``start`` to those that have not got them."""
+        if self.held and self.near < self.weight.shape[1]:
+            self.weight[:, self.near :].addmm_(torch.cat(self.held).T, self.upper[self.since : start, self.near :], alpha=-1)
+        self.held, self.since = [], start
 
 
 def _turned(matrix: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from pipeline_lib.solve.factor import cholesky_in_place, lost
 from pipeline_lib.solve.settings import LsqParams
 
-PASSES = 8  # what iterations on a matrix may cost, in forward passes of the calibration tokens through it
+PASSES = 6  # what iterations on a matrix may cost, in forward passes of the calibration tokens through it
 EVERY = 6  # iterations of ADMM with the same ρ, each an inverse [C, C]; also the least that are allowed (3 in the authors' code)
 GROWTH = 1.44  # of ρ from one inverse to the next, if there are enough of them (at most 1.3 in the authors' code)
 STEEPEST = 2.0  # the same where there are few
@@ -191,7 +191,7 @@ def _alternate(
             for begin in range(0, len(point), ROWS):
                 part = slice(begin, begin + ROWS)
                 own, off = point[part], point[part] * ~support[part]
-                own.sub_(off, alpha=2).mul_(rho).add_(pull[part])
+                torch.add(pull[part], own.sub_(off, alpha=2), alpha=rho, out=own)
                 torch.add(off, _product(own, inverse), out=own)
             support = search.choose(point.square())
             steps += 1
