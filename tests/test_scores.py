@@ -164,9 +164,13 @@ def literal_sweep(
 
 
 @pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("at_once", [7, 12, 512])
 @pytest.mark.parametrize(("block", "quotas"), [(20, [60]), (64, [60]), (8, [24, 24, 12]), (5, [15, 15, 15, 15])])
-def test_sweep_equals_literal_obs_in_blocks(score: Score, block: int, quotas: list[int]) -> None:
-    """Oracle: ``literal_sweep``; one block that holds all columns, a short last block, and several whole ones."""
+def test_sweep_equals_literal_obs_in_blocks(
+    score: Score, at_once: int, block: int, quotas: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: ``literal_sweep``; one block that holds all columns, a short last block, and several whole ones; errors passed on far at once or not."""
+    monkeypatch.setattr("pipeline_lib.solve.eliminate.AT_ONCE", at_once)
     weight, (_, gram) = weights(6, 20, seed=5), curved_gram(20, seed=5)
     expected, mask = literal_sweep(weight, gram, damped(gram, 0.01, "mean"), score, quotas, min(block, 20), PLAIN)
     found, chosen, _ = sweep(weight, factorise(gram, 0.01, "mean", "here"), kept=60, rule=rule(score, PLAIN, "block", block))
@@ -175,9 +179,13 @@ def test_sweep_equals_literal_obs_in_blocks(score: Score, block: int, quotas: li
 
 
 @pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("at_once", [10, 512])
 @pytest.mark.parametrize(("text", "block"), [("2:4", 4), ("2:4", 128), ("1:4", 6), ("4:8", 8), ("3:8", 12)])
-def test_sweep_equals_literal_obs_for_n_of_m(score: Score, text: str, block: int) -> None:
+def test_sweep_equals_literal_obs_for_n_of_m(
+    score: Score, at_once: int, text: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: ``literal_sweep`` with groups of M; the column block rounds up to whole groups."""
+    monkeypatch.setattr("pipeline_lib.solve.eliminate.AT_ONCE", at_once)
     pattern = Pattern.parse(text)
     weight, (_, gram) = weights(5, 24, seed=6), curved_gram(24, seed=6)
     expected, mask = literal_sweep(weight, gram, damped(gram, 0.01, "diagonal"), score, [], pattern.m, pattern)

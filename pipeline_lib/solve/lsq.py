@@ -22,6 +22,7 @@ STEEPEST = 2.0  # the same where there are few
 LAST = 1.0  # ρ at the end, in units of H's scaled diagonal: supports hardly move any more
 ROWS = 1024  # solved at a time: bounds the memory, and is enough for a matrix product to run at full speed
 SPECTRAL = 512  # columns up to which one eigendecomposition and a product per ρ are faster than a Cholesky factorisation and an inverse
+TOLD = 32  # a row's E may have fallen to this part of itself, and is still told to four digits by what it lost
 STILL = 1e-3  # share of the kept weights: a support of which no more is exchanged stands still
 
 
@@ -54,7 +55,7 @@ def solve(
         mask: [R, C] bool, True = kept.
         hessian: H [C, C], positive semidefinite.
         start: [R, C]; what it holds off the mask does not count.
-        params: at most ``iterations``, each one product [R, C] × [C, C]; one more goes before, and one after where E has halved.
+        params: at most ``iterations``, each one product [R, C] × [C, C]; one more goes before, and one after where a row has lost nearly all of its E.
 
     Returns:
         Ŵ [R, C]; how many iterations the slowest row took; and E(Ŵ) [] float64.
@@ -107,7 +108,7 @@ def _descend(
         smaller = torch.linalg.vecdot(residual, product)
         direction.mul_(torch.where(going, smaller / size, 0)[:, None]).add_(product)
         size = torch.where(going, smaller, 0)
-    if not (after >= before / 2).all():  # what a row lost by the steps tells its E, unless rounding could hide it
+    if not (after >= before / TOLD).all():  # what a row lost by the steps tells its E, unless rounding could hide it
         torch.sub(target, found, out=product)
         after = torch.linalg.vecdot(torch.mm(product, hessian, out=residual), product)
     worse = ~(after.abs() <= before)  # only by rounding: in exact arithmetic every step lowers E, and E is never negative
