@@ -612,8 +612,8 @@ def _model(draw: random.Random) -> Case:
 # Artifacts
 
 READERS: dict[str, Sequence[str]] = {
-    "prepare": ("text calibration", "calibrate", "scale", "sensitivity", "curves", "allocate", "induce", "prune", "evaluate dense",
-    "tasks dense", "export", "report"),
+    "prepare": ("text calibration", "calibrate", "scale", "sensitivity", "curves", "allocate", "induce", "prune", "evaluate",
+    "evaluate dense", "tasks dense", "export", "report"),
     "texts": ("calibrate", "sensitivity", "curves", "induce", "prune", "evaluate", "evaluate dense", "report"), "calibrate": ("scale",
     "curves", "induce"),
     "scale": ("induce",), "sensitivity": ("curves", "allocate", "report"), "curves": ("allocate",), "allocate": ("induce", "prune",

@@ -58,7 +58,7 @@ def pruned(model: dict[str, Any] | None = None, calibration: dict[str, Any] | No
 
 
 def measured() -> Measured:
-    return Measured({"test": math.exp(OWN)}, {"test": math.exp(DENSE)})
+    return Measured({"test": math.exp(OWN)}, {"test": math.exp(DENSE)}, {"test": {"kl": 0.125, "kl_99": 1.5, "agreement": 0.75}})
 
 
 def metadata(text: str) -> dict[str, Any]:
@@ -73,9 +73,10 @@ def cells(text: str, head: str) -> list[list[str]]:
 
 
 def test_perplexities_stand_beside_the_dense_model() -> None:
-    """e^2 and e^2.25."""
+    """e^2 and e^2.25, and how far the predictions are from the dense model's."""
     text = card(pruned(), measured(), "dense", SIZES)
-    assert cells(text, "| text |") == [["text", "dense", "this model"], ["test", "7.39", "9.49"]]
+    heads = ["text", "dense", "this model", "KL", "KL, 99%", "same token"]
+    assert cells(text, "| text |") == [heads, ["test", "7.39", "9.49", "0.1250", "1.5000", "75.0%"]]
 
 
 def test_before_evaluation_nothing_is_said_of_quality() -> None:

@@ -19,6 +19,7 @@ from tiny import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipeline_lib.evaluation.divergence import Dense, Divergence
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.evaluation.settings import EvaluateParams
 from pipeline_lib.measure import fisher, hutchinson
@@ -221,3 +222,7 @@ def test_evaluating_holds_what_is_foretold(checkpoint: Checkpoint, dtype: str, b
     found = peak(lambda: print(perplexity(model, tokens(512)[0], batch_rows)))
     params = EvaluateParams.model_validate(SHIPPED["evaluate"] | {"compute_dtype": dtype, "batch_rows": batch_rows})
     assert evaluating(checkpoint, params, [(ROWS, 512)]).gpu_bytes == pytest.approx(weights + found, rel=NEAR)
+    dense = Dense(checkpoint, getattr(torch, dtype), CPU)
+    rows = tokens(512)[0]
+    compared = peak(lambda: perplexity(model, rows, batch_rows, see=Divergence(dense.logits(rows, batch_rows), False).add))
+    assert evaluating(checkpoint, params, [(ROWS, 512)], compared=True).gpu_bytes == pytest.approx(weights + compared, rel=NEAR)

@@ -13,16 +13,19 @@ from typing import Any
 import pytest
 import torch
 from project import WANDA, build, make_workspace
-from tiny import ALL_FAMILIES, VOCABULARY, load_full, make_model
+from tiny import ALL_FAMILIES, VOCABULARY, load_full, make_model, token_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.evaluation import divergence
 from pipeline_lib.evaluation.choice import choose
 from pipeline_lib.evaluation.completions import CompletionsParams, complete
+from pipeline_lib.evaluation.divergence import Dense, Divergence
 from pipeline_lib.evaluation.perplexity import perplexity, row_logits
 from pipeline_lib.evaluation.tasks import Preset, TasksParams, Unread, request_lengths, run_tasks
+from pipeline_lib.models.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parent.parent
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -111,6 +114,70 @@ def test_a_broken_model_is_told_in_one_sentence(rows: torch.Tensor, broken: floa
 def test_perplexity_needs_something_to_predict(shape: tuple[int, int]) -> None:
     with pytest.raises(SparselineError, match="at least one row"):
         perplexity(tiny_llama(), torch.ones(shape, dtype=torch.long), batch_rows=1)
+
+
+# divergence from the dense model
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_divergence_is_that_of_both_models_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Oracle: all logits of both models in float64, the definitions written out. In pieces of five tokens of 11; all rows at once, and two by two."""
+    monkeypatch.setattr(divergence, "TOKENS", 5)
+    paths = [make_model(tmp_path / name, family, seed=seed) for name, seed in (("dense", 0), ("own", 1))]
+    rows = token_rows(5, 12)
+    dense, own = (load_full(path)(input_ids=rows, use_cache=False).logits[:, :-1].double().log_softmax(-1) for path in paths)
+    forward, reverse = ((p.exp() * (p - q)).sum(-1).flatten() for p, q in ((dense, own), (own, dense)))
+    expected = {
+        "kl": float(forward.mean()),
+        "kl_99": float(forward.sort().values[54]),  # of 55: 54.45 of them are 99%
+        "reverse_kl": float(reverse.mean()),
+        "reverse_kl_99": float(reverse.sort().values[54]),
+        "agreement": float((dense.argmax(-1) == own.argmax(-1)).double().mean()),
+    }
+
+    def measure(held: str) -> tuple[dict[str, float], list[int]]:
+        """The figures, and the blocks that were read."""
+        monkeypatch.setenv("SPARSELINE_ACTIVATION_BYTES", held)
+        read: list[int] = []
+        source = Dense(open_checkpoint(paths[0]), torch.float32, torch.device("cpu"))
+        logits = source.logits(rows, 2, lambda blocks: read.extend(blocks) or blocks)
+        compared = Divergence(logits, reverse=True)
+        assert perplexity(load_full(paths[1]), rows, 2, see=compared.add) == perplexity(load_full(paths[1]), rows, 2)
+        assert next(logits, None) is None
+        return compared.summary(), read
+
+    (whole, once), (parts, again) = measure("4000000000"), measure("0")
+    assert (once, again) == ([0, 1], [0, 1] * 3)
+    assert whole == pytest.approx(expected, rel=1e-4)
+    assert parts == pytest.approx(whole, rel=1e-6)
+    assert expected["kl"] > 0.01 and expected["agreement"] < 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_model_does_not_diverge_from_itself(tmp_path: Path, family: str, dtype: str) -> None:
+    """The blocks' way gives the logits of the whole model, but for rounding of float32. No reverse where none is asked for."""
+    path = make_model(tmp_path, family, dtype=getattr(torch, dtype))
+    rows = token_rows(3, 12)
+    compared = Divergence(Dense(open_checkpoint(path), getattr(torch, dtype), torch.device("cpu")).logits(rows, 2), reverse=False)
+    perplexity(load_full(path, getattr(torch, dtype)), rows, 2, see=compared.add)
+    found = compared.summary()
+    assert set(found) == {"kl", "kl_99", "agreement"}
+    assert 0 <= found["kl"] < 1e-6 and found["agreement"] == 1
+
+
+def test_a_known_divergence() -> None:
+    """Oracle: arithmetic. Half against a quarter and three quarters: ½ ln 2 + ½ ln ⅔; the same token where both agree on the second of two."""
+    dense = torch.tensor([[0.5, 0.5], [0.25, 0.75], [0.25, 0.75]]).log()
+    own = torch.tensor([[0.25, 0.75], [0.25, 0.75], [0.75, 0.25]]).log()
+    compared = Divergence(iter([dense[:2], dense[2:]]), reverse=True)
+    compared.add(own)
+    found = compared.summary()
+    kl = [0.5 * math.log(2) + 0.5 * math.log(2 / 3), 0.0, 0.5 * math.log(3)]
+    assert found["kl"] == pytest.approx(sum(kl) / 3, rel=1e-5)
+    assert found["kl_99"] == pytest.approx(kl[2], rel=1e-5)
+    assert found["reverse_kl"] == pytest.approx((0.25 * math.log(0.5) + 0.75 * math.log(1.5) + kl[2]) / 3, rel=1e-5)
+    assert found["agreement"] == pytest.approx(1 / 3)  # the first of equals is the most likely one
 
 
 # completions

@@ -459,7 +459,7 @@ def other(key: str, value: Any) -> Any:
     return value + 1 if isinstance(value, int | float) else f"{value}x"
 
 
-LOADS = "prepare text@* calibrate scale sensitivity curves@* induce@* prune@* evaluate-dense tasks-dense export@*"
+LOADS = "prepare text@* calibrate scale sensitivity curves@* induce@* prune@* evaluate-dense evaluate@* tasks-dense export@*"
 REFUSED = "refused"
 # Which stages a key of params.yaml is for; the pattern with the most letters decides. ``best`` alone reads curves, is exported and has
 # tasks, ``papers`` alone is induced.
@@ -674,6 +674,7 @@ def test_parameters_of_version_1_are_told_one_by_one() -> None:
     assert re.fullmatch(r"error: params\.yaml: variants\.\S+ is missing; add it\.\n", result.output), result.output
     values["prune"] |= {"export": [], "tasks": [], "candidate": False}
     values["prune"]["reconstruction"]["lsq"]["mask_dtype"] = "float32"
+    values["evaluate"]["reverse_kl"] = False
     result = refusal(values)
     assert result.exit_code == 0, result.output
 

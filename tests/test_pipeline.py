@@ -189,14 +189,16 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
 
 
 def test_the_summary_has_its_schema(ran: Ran) -> None:
-    """Oracle: {variant: {sparsity, zeros of the pruned, perplexity{text}, and where there are any gap{text}, bytes, accuracy{task}}}, and build/evaluate's figures."""
+    """Oracle: {variant: {sparsity, perplexity{text}, of the pruned zeros, kl{text} and agreement{text}, and where there are any gap{text}, bytes, accuracy{task}}},
+    and build/evaluate's figures.
+    """
     summary = read(ran.project / "report" / "summary.json")
     assert set(summary) == {"dense", "wanda", "sparseline"}
     for name, variant in summary.items():
         assert set(variant) == {"sparsity", "perplexity"} | {
             "dense": {"bytes", "accuracy"},
-            "sparseline": {"zeros", "gap", "bytes", "accuracy"},
-        }.get(name, {"zeros"})
+            "sparseline": {"zeros", "kl", "agreement", "gap", "bytes", "accuracy"},
+        }.get(name, {"zeros", "kl", "agreement"})
         assert variant["sparsity"] == (0 if name == "dense" else 0.5)
         assert set(variant["perplexity"]) == {"test", "validation"}
         if "accuracy" in variant:
@@ -205,6 +207,9 @@ def test_the_summary_has_its_schema(ran: Ran) -> None:
             assert variant["accuracy"] == told and set(told) == {"corrupted"}
         measured = read(ran.project / "build" / "evaluate" / f"{name}.json")
         assert all(math.isclose(value, measured["perplexity"][one], rel_tol=1e-6) for one, value in variant["perplexity"].items())
+        for figure in {"kl", "agreement"} & set(variant):
+            assert variant[figure] == {text: round(found[figure], 6) for text, found in measured["divergence"].items()}
+            assert set(variant[figure]) == {"test", "validation"} and all(value > 0 for value in variant[figure].values())
 
 
 def test_the_report_names_every_variant_and_text(ran: Ran) -> None:
@@ -465,7 +470,7 @@ def test_edited_weights_concern_everything(project: Path) -> None:
     path.write_bytes(raw)
     assert stale(project) == {"prepare"}
     rerun(project, "prepare")
-    assert stale(project) == ALL - {"prepare", "choose"} - of("evaluate", "tasks")
+    assert stale(project) == ALL - {"prepare", "choose"} - of("tasks")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,11 @@ from pipeline_lib.reporting.table import Column, Results
 KINDS = {"q": 1000, "v": 1000, "down": 2000}  # kind -> size
 # ln ppl dense = 2, baseline = 3 (test) and 2.5 (validation): gaps are easy to tell
 LOG_PERPLEXITY = {"dense": (2.0, 2.0), "plain": (3.0, 2.5), "base": (3.0, 2.5), "full": (2.75, 2.125)}  # name -> (test, validation)
+DIVERGENCE = {  # the same on both texts
+    "plain": {"kl": 0.5, "kl_99": 2.0, "agreement": 0.5},
+    "base": {"kl": 0.125, "kl_99": 1.0, "agreement": 0.625},
+    "full": {"kl": 0.0625, "kl_99": 1.25, "agreement": 0.75},
+}
 EVIL = '<script>alert("x")</script> & <b>bold</b> ```` {{ 7 * 7 }}'
 
 
@@ -143,7 +148,10 @@ def make(build: Path, depth: int = 3) -> Path:
             "next_line": {"acc": 0.6 + better, "stderr": 0.0123456789, "chance": 0.25, "items": 100, "of": 200, "truncated": 0},
             "free": {"acc": 0.5, "stderr": 0.02, "chance": None, "items": 50, "of": 50, "truncated": 3},
         }
-        write(f"evaluate/{name}.json", {"perplexity": {"test": math.exp(test), "validation": math.exp(validation)}})
+        measured = {"perplexity": {"test": math.exp(test), "validation": math.exp(validation)}, "divergence": {}}
+        if name != "dense":
+            measured["divergence"] = dict.fromkeys(measured["perplexity"], DIVERGENCE[name])
+        write(f"evaluate/{name}.json", measured)
         write(f"tasks/{name}.json", {"zero": tasks})
         samples = [{"prompt": f"\nof {EVIL}", "completion": f"same then {name} {EVIL}"}]
         write(f"completions/{name}.json", {"completions": samples})
@@ -381,6 +389,30 @@ def test_summary_is_pure_metrics(build: Path) -> None:
     assert summary["full"]["bytes"] == 6600
     assert summary["full"]["gap"]["test"] == 0.25
     assert "gap" not in summary["base"] and "bytes" not in summary["plain"]
+    assert summary["full"]["kl"] == {"test": 0.0625, "validation": 0.0625}
+    assert summary["base"]["agreement"] == {"test": 0.625, "validation": 0.625}
+    assert "reverse_kl" not in summary["full"]
+
+
+def test_divergence_beside_perplexity(build: Path) -> None:
+    """A table of the pruned variants, the best marked. Oracle: ``DIVERGENCE``; the reverse where it was measured of all."""
+    name, *columns = table.divergence(collect(build))
+    assert name.cells == ("plain", "base", "full")
+    assert [(column.group, column.head) for column in columns] == [
+        (text, head) for text in ("validation", "test") for head in ("KL", "KL, 99%", "same token")
+    ]
+    found = {column.head: column for column in columns}
+    assert (found["KL"].cells, found["KL"].best) == (("0.5000", "0.1250", "0.0625"), {2})
+    assert (found["KL, 99%"].cells, found["KL, 99%"].best) == (("2.0000", "1.0000", "1.2500"), {1})
+    assert (found["same token"].cells, found["same token"].best) == (("50.0%", "62.5%", "75.0%"), {2})
+    assert "KL(dense ‖ pruned) in nats per predicted token" in said(render(collect(build)))
+    for variant in DIVERGENCE:
+        change_artifact(
+            build / "evaluate" / f"{variant}.json",
+            lambda found: [one.update(reverse_kl=0.25) for one in found["divergence"].values()] and None,
+        )
+    assert {column.cells for column in table.divergence(collect(build)) if column.head == "reverse KL"} == {("0.2500",) * 3}
+    assert table.summary(collect(build))["plain"]["reverse_kl"]["test"] == 0.25
 
 
 def test_the_points_for_dvc(build: Path) -> None:
@@ -412,7 +444,7 @@ def test_the_gate_is_told(build: Path) -> None:
 
 def test_recipes_are_in_words(build: Path) -> None:
     """Oracle: ``settings``, in the words of tests/test_card.py."""
-    recipes = {column.head: column.cells for column in tables(collect(build), "Comparison")[1]}
+    recipes = {column.head: column.cells for column in tables(collect(build), "Comparison")[2]}
     assert recipes["variant"] == ("plain", "base", "full")
     assert recipes["allocation"] == ("uniform", "uniform", "by weight, α = 0.15")
     assert recipes["reconstruction"] == ("none", "none", "obs + channel")

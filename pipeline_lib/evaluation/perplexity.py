@@ -1,7 +1,7 @@
 """Perplexity over rows of token ids."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -10,14 +10,16 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import Watched
 
 
-def perplexity(model: PreTrainedModel, rows: torch.Tensor, batch_rows: int, watched: Watched = iter) -> float:
+def perplexity(
+    model: PreTrainedModel, rows: torch.Tensor, batch_rows: int, watched: Watched = iter, see: Callable[[torch.Tensor], None] | None = None
+) -> float:
     """exp of the mean negative log-likelihood, in nats per token, over the T - 1 predicted tokens of every row of ``rows`` [N, T].
 
     Rows are independent: no overlap, no context from the row before. ``batch_rows`` rows go through the blocks at a time; losses are
     taken from float32 logits and summed in float64, row by row, so that the batch size leaves only the model's own rounding, and the
     logits of one row alone are in memory.
 
-    ``watched`` sees every batch pass.
+    ``watched`` sees every batch pass; ``see`` is given the logits [T - 1, V] of each row.
 
     Raises:
         SparselineError: there is nothing to predict, or the loss is not finite.
@@ -32,6 +34,8 @@ def perplexity(model: PreTrainedModel, rows: torch.Tensor, batch_rows: int, watc
             for row, predicted in zip(batch, row_logits(model, batch), strict=True):
                 losses = torch.nn.functional.cross_entropy(predicted[:-1].float(), row[1:], reduction="none")
                 total += losses.double().sum().cpu()
+                if see is not None:
+                    see(predicted[:-1])
     mean = float(total) / (count * (length - 1))
     if not math.isfinite(mean) or mean > 700:  # exp(709) is the last double
         raise SparselineError(

@@ -24,6 +24,7 @@ class EvaluateParams(Params):
 
     compute_dtype: Literal["float32", "bfloat16", "float16"]
     batch_rows: int = Field(ge=1)
+    reverse_kl: bool
     completions: CompletionsParams
 
 

@@ -47,10 +47,11 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Measured:
-    """Perplexities per text."""
+    """Figures per text."""
 
-    own: Mapping[str, float]
+    own: Mapping[str, float]  # perplexities
     dense: Mapping[str, float]
+    divergence: Mapping[str, Mapping[str, float]]
 
 
 def card(pruned: Pruned, measured: Measured | None = None, form: str = "dense", sizes: Mapping[str, Any] | None = None) -> str:
@@ -119,9 +120,14 @@ def _sparsity(facts: Mapping[str, Any]) -> str:
 
 
 def _perplexity(measured: Measured) -> Sequence[str]:
-    rows = [(text, wording.perplexity(measured.dense[text]), wording.perplexity(value)) for text, value in measured.own.items()]
-    said = "exp of the mean negative log-likelihood per token, over rows without shared context; lower is better."
-    return [said, _table(("text", "dense", "this model"), rows)]
+    said = "Perplexity is exp of the mean negative log-likelihood per token, over rows without shared context; lower is better."
+    figures = [name for name in wording.DIVERGENCE if all(name in found for found in measured.divergence.values())]
+    rows = []
+    for text, value in measured.own.items():
+        found = measured.divergence[text]
+        far = [wording.share(found[name]) if name == "agreement" else wording.kl(found[name]) for name in figures]
+        rows.append((text, wording.perplexity(measured.dense[text]), wording.perplexity(value), *far))
+    return [f"{said} {wording.DIVERGES}", _table(("text", "dense", "this model", *map(wording.DIVERGENCE.__getitem__, figures)), rows)]
 
 
 def _size(form: str, sizes: Mapping[str, Any]) -> str:

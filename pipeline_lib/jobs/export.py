@@ -14,8 +14,8 @@ def export_variant(workspace: Workspace, source: ModelParams, variant: str, para
     """Each format with a model card; a sentence on their sizes."""
     facts = workspace.load(workspace.facts(variant))
     pruned = Pruned(variant, workspace.load(workspace.model), facts)
-    own, dense = (workspace.load(workspace.evaluation(name))["perplexity"] for name in (variant, DENSE))
-    written = partial(card, pruned, Measured(own, dense))
+    own, dense = (workspace.load(workspace.evaluation(name)) for name in (variant, DENSE))
+    written = partial(card, pruned, Measured(own["perplexity"], dense["perplexity"], own["divergence"]))
     left = Variant(variant, facts["settings"]["selection"]["pattern"], workspace.opened(workspace.pruned(variant)))
     sizes = export(open_source(workspace, source), left, workspace.export(variant), params.formats, written)
     workspace.save(workspace.sizes(variant), sizes)

@@ -128,7 +128,10 @@ def _planned(
         own = Shapes(checkpoint, text.rows, text.length, variant.recipe.batch_rows, steps.window, dtype, text.held_out)
         found.steps.append((estimate.pruning(f"prune {name}", steps, own, budget), 1))
     measured = [(text.rows, text.length) for text in texts.values() if text.use == "evaluate"]
-    found.steps.append((estimate.evaluating(checkpoint, params.load(EvaluateParams, "evaluate"), measured), len(variants) + 1))
+    evaluate = params.load(EvaluateParams, "evaluate")
+    found.steps.append((estimate.evaluating(checkpoint, evaluate, measured), 1))
+    if variants:
+        found.steps.append((estimate.evaluating(checkpoint, evaluate, measured, compared=True), len(variants)))
     _add_tasks(found, checkpoint, variants)
     for name, variant in variants.items():
         if variant.export:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline_lib.core import settings
+from pipeline_lib.evaluation.divergence import TOKENS
 from pipeline_lib.evaluation.settings import EvaluateParams, TasksParams
 from pipeline_lib.measure.fisher import HEAD_TOKENS, at_once
 from pipeline_lib.measure.settings import CurvesParams, SensitivityParams
@@ -188,11 +189,12 @@ def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> float:
     return checkpoint.parameters * dtype.itemsize + (0 if dtype == checkpoint.dtype else largest * checkpoint.dtype.itemsize)
 
 
-def evaluating(checkpoint: Checkpoint, params: EvaluateParams, texts: Sequence[tuple[int, int]]) -> Estimate:
-    """Needs of `evaluate` for one model: texts of (rows, length).
+def evaluating(checkpoint: Checkpoint, params: EvaluateParams, texts: Sequence[tuple[int, int]], compared: bool = False) -> Estimate:
+    """Needs of `evaluate` for one model: texts of (rows, length). ``compared``: with the dense model, as every variant is.
 
     Memory: the whole model, a batch's activations, and of one row the logits: as the model gives them, their log-softmax, and a float32 copy where
-    they are of another dtype. Completions take the logits of their last tokens, and keys and values.
+    they are of another dtype. Completions take the logits of their last tokens, and keys and values. Beside them the dense model's hidden states up
+    to SPARSELINE_ACTIVATION_BYTES; a block of it, then its head; and six times the logits of a piece of a row.
     """
     dtype, entry = getattr(torch, params.compute_dtype), checkpoint.architecture
     rows = min(params.batch_rows, max((rows for rows, _ in texts), default=0))
@@ -200,6 +202,8 @@ def evaluating(checkpoint: Checkpoint, params: EvaluateParams, texts: Sequence[t
     asked = params.completions
     cache = 2 * dtype.itemsize * asked.count * (asked.prompt_tokens + asked.new_tokens) * entry.width * entry.depth
     tops = max(length * _logits(dtype) * checkpoint.vocabulary, 4 * asked.count * checkpoint.vocabulary)
+    if compared:
+        tops = max(tops, (dtype.itemsize * length + 24 * min(length, TOKENS)) * checkpoint.vocabulary)
     tokens = sum(rows * length for rows, length in texts) + asked.count * (asked.prompt_tokens + asked.new_tokens)
     hidden = dtype.itemsize * rows * length * entry.width
     memory = (
@@ -208,9 +212,13 @@ def evaluating(checkpoint: Checkpoint, params: EvaluateParams, texts: Sequence[t
         + max(Shapes(checkpoint, rows, length, rows).inner(rows) * dtype.itemsize / 4, hidden + tops, cache + tops)
     )
     gpu = device.evaluating(checkpoint, params, rows, length, max(tops, cache + tops - hidden))
-    return Estimate(
-        "evaluate", memory, 1e4, 2 * checkpoint.parameters * tokens, gpu_bytes=gpu, host_bytes=LIBRARIES + _loaded(checkpoint, dtype)
-    )
+    host = LIBRARIES + _loaded(checkpoint, dtype)
+    name, flops, beside = "evaluate dense", 2 * checkpoint.parameters * tokens, 0.0
+    if compared:
+        states = min(settings.activation_bytes(), dtype.itemsize * entry.width * max((rows * length for rows, length in texts), default=0))
+        beside = states + max(Shapes(checkpoint, rows, length, rows).block * dtype.itemsize, outside(checkpoint, dtype))
+        name, flops = "evaluate", 2 * flops
+    return Estimate(name, memory + beside, 1e4, flops, gpu_bytes=gpu + beside, host_bytes=host)
 
 
 def answering(checkpoint: Checkpoint, name: str, params: TasksParams, lengths: Sequence[int]) -> Estimate:

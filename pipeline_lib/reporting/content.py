@@ -83,6 +83,7 @@ def _comparison(results: Results) -> Blocks:
         blocks.append(f"The gate (`choose`) names `{chosen}`: perplexity {values[chosen]} on `{results.choice['text']}`, against {others}.")
     blocks += [_tasks(results), *_drawn(plots.perplexity(results))]
     if results.pruned:
+        blocks += [f"How far each variant is from the dense model. {wording.DIVERGES}", Block("table", table.divergence(results))]
         listed = [{"variant": variant.name} | recipes.rows(variant.recipe) for variant in results.pruned if variant.recipe]
         blocks.append("What each variant is made of; the full settings are under Provenance.")
         blocks.append(Block("table", [words(head, [recipe[head] for recipe in listed]) for head in listed[0]]))

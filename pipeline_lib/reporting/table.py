@@ -32,6 +32,9 @@ class Variant:
 
     name: str
     perplexity: Mapping[str, float]
+    divergence: Mapping[
+        str, Mapping[str, float]
+    ]  # text -> kl, kl_99, agreement, maybe reverse_kl, reverse_kl_99; empty for the dense model
     tasks: Mapping[str, Facts]  # acc and stderr in [0, 1], chance, items measured, of how many, how many truncated to the model's window
     completions: Sequence[Mapping[str, str]]  # prompt, completion
     facts: Facts  # build/facts; empty for the dense model
@@ -169,7 +172,7 @@ def collect(root: Path = Path()) -> Results:
 
 
 def _variant(workspace: Workspace, name: str) -> Variant:
-    perplexity = workspace.load(workspace.evaluation(name))["perplexity"]
+    measured = workspace.load(workspace.evaluation(name))
     completions = workspace.load(workspace.completions(name))["completions"]
     facts = {} if name == DENSE else workspace.load(workspace.facts(name))
     recipe = Recipe.model_validate(facts["settings"]) if facts else None
@@ -178,7 +181,8 @@ def _variant(workspace: Workspace, name: str) -> Variant:
             facts["matrices"][matrix]["sensitivity"] = entry
     presets = workspace.load(workspace.tasks(name))
     found = {f"{preset} {task}" if len(presets) > 1 else task: one for preset, tasks in presets.items() for task, one in tasks.items()}
-    return Variant(name, perplexity, found, completions, facts, workspace.load(workspace.sizes(name)), recipe)
+    sizes = workspace.load(workspace.sizes(name))
+    return Variant(name, measured["perplexity"], measured["divergence"], found, completions, facts, sizes, recipe)
 
 
 def _source(workspace: Workspace, path: Path) -> Facts:
@@ -214,7 +218,7 @@ def comparison(results: Results) -> list[Column]:
         columns.append(ranked(group, "ppl", [variant.perplexity[text] for variant in variants], wording.perplexity, min))
         gaps = [gap_closed(results, variant, text) for variant in variants]
         if any(gap is not None for gap in gaps):
-            column = ranked(group, "gap closed", gaps, wording.gap, max)
+            column = ranked(group, "gap closed", gaps, wording.share, max)
             cells = ("baseline" if v is results.baseline else cell for v, cell in zip(variants, column.cells, strict=True))
             columns.append(Column(group, column.head, tuple(cells), column.best))
     for task in results.tasks:
@@ -222,6 +226,20 @@ def comparison(results: Results) -> list[Column]:
         column = ranked("accuracy, %", task, [one["acc"] if one else None for one in found], lambda share: f"{100 * share:.1f}", max)
         cells = (f"{cell} ± {100 * one['stderr']:.1f}" if one else ABSENT for one, cell in zip(found, column.cells, strict=True))
         columns.append(Column(column.group, column.head, tuple(cells), column.best))
+    return columns
+
+
+def divergence(results: Results) -> list[Column]:
+    """How far the pruned variants are from the dense model, text by text; the best cells are marked."""
+    columns = [words("variant", [variant.name for variant in results.pruned])]
+    for text in results.text_names:
+        found = [variant.divergence[text] for variant in results.pruned]
+        for key, head in wording.DIVERGENCE.items():
+            if all(key in one for one in found):
+                show, best = (wording.share, max) if key == "agreement" else (wording.kl, min)
+                # no row is the dense model's, so that the first takes part
+                column = ranked(text, head, [None, *(one[key] for one in found)], show, best)
+                columns.append(Column(text, head, column.cells[1:], frozenset(row - 1 for row in column.best)))
     return columns
 
 
@@ -276,7 +294,7 @@ def plain(columns: Sequence[Column]) -> str:
 def summary(results: Results) -> dict[str, Any]:
     """What report/summary.json holds: quality and size, to six digits. DVC shows these as metrics, so they are few.
 
-    ``gap`` as a share (``gap_closed``), where there is one; ``bytes`` of the files in the smallest format, where a model was weighed.
+    ``gap`` as a share (``gap_closed``), where there is one; ``kl`` in nats per token and ``agreement`` as a share, of a pruned variant; ``bytes`` of the files in the smallest format, where a model was weighed.
     """
     found = {}
     for variant in results.variants:
@@ -287,10 +305,17 @@ def summary(results: Results) -> dict[str, Any]:
             **({} if variant.zeros is None else {"zeros": round(variant.zeros, 6)}),
             "perplexity": {text: round(value, 6) for text, value in variant.perplexity.items()},
             **({"gap": gaps} if gaps else {}),
+            **_by_figure(variant.divergence),
             **({"bytes": min(sizes)} if sizes else {}),
             **({"accuracy": {name: round(task["acc"], 6) for name, task in variant.tasks.items()}} if variant.tasks else {}),
         }
     return found
+
+
+def _by_figure(divergence: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Figure -> text -> value, means only."""
+    names = [name for name in ("kl", "reverse_kl", "agreement") if any(name in found for found in divergence.values())]
+    return {name: {text: round(found[name], 6) for text, found in divergence.items()} for name in names}
 
 
 def points(results: Results) -> list[dict[str, Any]]:

@@ -1,0 +1,88 @@
+"""How far a model's predictions are from the dense model's, token by token.
+
+Of the dense model one block is in memory at a time, then its head. Nothing of its predictions is stored: they are computed beside the model's own.
+Shape letters: ``N`` rows, ``T`` tokens in a row, ``t`` tokens of a piece, ``V`` tokens of the vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from pipeline_lib.core import settings
+from pipeline_lib.models.checkpoint import Checkpoint
+from pipeline_lib.models.places import room
+from pipeline_lib.models.stream import BlockModel
+
+TOKENS = 256  # of a piece, whose predictions are in memory at a time
+PERCENT = 99
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The model that others are compared with, in files."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+
+    def logits(self, rows: torch.Tensor, batch_rows: int, watched: Callable[[range], Iterable[int]] = iter) -> Iterator[torch.Tensor]:
+        """The logits [t, V] of the first T - 1 tokens of every row of ``rows`` [N, T], row by row, in pieces of ``TOKENS`` tokens.
+
+        Hidden states of as many rows as SPARSELINE_ACTIVATION_BYTES hold are there at once; the blocks are read once for these. ``watched`` sees
+        every block pass.
+        """
+        size = rows.shape[1] * self.checkpoint.architecture.width * self.dtype.itemsize
+        together = max(1, settings.activation_bytes() // (batch_rows * size)) * batch_rows
+        for group in rows.split(together):
+            model = BlockModel(self.checkpoint, self.dtype, self.device, room=room(self.device))
+            stream = model.embed(group, batch_rows, "dense")
+            for index in watched(range(self.checkpoint.architecture.depth)):
+                model.advance(model.block(index), index, stream)
+            with model.head() as logits:
+                for number, count in enumerate(stream.hidden.sizes()):
+                    for row in range(count):
+                        for piece in stream.hidden.row(number, row)[:, :-1].split(TOKENS, 1):
+                            yield logits(piece)[0]
+
+
+class Divergence:
+    """KL(dense ‖ own) in nats and whether the most likely token is the same, for every predicted token."""
+
+    def __init__(self, dense: Iterator[torch.Tensor], reverse: bool) -> None:
+        """``dense`` gives logits [t, V] in pieces; ``reverse`` asks for KL(own ‖ dense) too."""
+        self.dense, self.reverse = dense, reverse
+        self._found: dict[str, list[torch.Tensor]] = {"kl": [], "reverse_kl": [], "agreement": []}
+
+    def add(self, own: torch.Tensor) -> None:
+        """The next row's logits [T - 1, V]."""
+        at = 0
+        while at < len(own):
+            dense = next(self.dense)
+            self._compare(dense, own[at : at + len(dense)])
+            at += len(dense)
+
+    def _compare(self, dense: torch.Tensor, own: torch.Tensor) -> None:
+        p, q = dense.float().log_softmax(-1), own.float().log_softmax(-1)
+        self._found["kl"].append(_kl(p, q))
+        if self.reverse:
+            self._found["reverse_kl"].append(_kl(q, p))
+        self._found["agreement"].append(p.argmax(-1) == q.argmax(-1))
+
+    def summary(self) -> dict[str, float]:
+        """``kl`` and ``reverse_kl``: means over the tokens; ``kl_99``, ``reverse_kl_99``: the least value that 99% of the tokens do not exceed;
+        ``agreement``: the share of tokens with the same most likely token.
+        """
+        found: dict[str, float] = {}
+        for name, pieces in self._found.items():
+            if pieces:
+                values = torch.cat(pieces).double().cpu()
+                found[name] = float(values.mean())
+                if name != "agreement":
+                    found[f"{name}_{PERCENT}"] = float(values.kthvalue(-(-PERCENT * len(values) // 100)).values)
+        return found
+
+
+def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ q) [t] of log-probabilities [t, V]; where rounding leaves less than zero, zero."""
+    return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).clamp(min=0)
