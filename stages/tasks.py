@@ -1,4 +1,4 @@
-"""Accuracy of one saved checkpoint on lm-eval's tasks, by preset. ``dense`` is the source itself."""
+"""Accuracy and other figures of one saved checkpoint on lm-eval's tasks, by preset. ``dense`` is the source itself."""
 
 import click
 

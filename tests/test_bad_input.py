@@ -616,6 +616,12 @@ DATA = [
     Mistake("no such text", "text test", params(texts__test__path="data/texts/none.txt"), ("data/texts/none.txt", "path")),
     Mistake("a text's name", "keys", params(**{"texts__a b": {}}), ("text name 'a b'", "letters, digits")),
     Mistake("a repeated letter", "text test", written("data/texts/test.txt", "a" * 999), ("2 different tokens", "`distinct` of 16")),
+    Mistake(
+        "calibration text taken whole",
+        "text calibration",
+        params(texts__calibration__rows=None),
+        ("texts.calibration.use = 'calibrate' with texts.calibration.rows = None", "use: evaluate", "number of rows"),
+    ),
     Mistake("unknown use", "text test", params(texts__test__use="train"), ("texts.test.use", "'train'", "evaluate")),
     *(
         Mistake(

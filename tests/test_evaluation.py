@@ -299,7 +299,7 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def params(path: str | Path = "data/tasks", batch_rows: int = 4, **changes: Any) -> tuple[TasksParams, Preset]:
-    preset = {"names": ["next_line", "corrupted"], "limit": 8, "shots": 0, "seed": 0}
+    preset = {"names": ["next_line", "corrupted"], "limit": 8, "shots": 0, "seed": 0, "chat_template": False, "system": None}
     how = {"path": path, "compute_dtype": "float32", "batch_rows": batch_rows}
     return TasksParams.model_validate(how), Preset.model_validate(preset | changes)
 
@@ -314,7 +314,7 @@ def test_embedded_tasks_run_offline_and_repeat(
     found = run_tasks(tiny_llama(), tokenizer, *params())
     tasks = found.tasks
     assert list(tasks) == ["corrupted", "next_line"] and not found.warnings
-    assert all(0 <= (values[name] or 0) <= 1 for values in tasks.values() for name in ("acc", "stderr"))
+    assert all(0 <= values["metrics"]["acc"][name] <= 1 for values in tasks.values() for name in ("value", "stderr"))
     assert (tasks["next_line"]["chance"], tasks["corrupted"]["chance"]) == (0.25, 0.5)
     assert all((values["items"], values["of"], values["truncated"]) == (8, 200, 0) for values in tasks.values())
     assert run_tasks(tiny_llama(), tokenizer, *params()) == found
@@ -351,10 +351,11 @@ def test_a_known_rule_gives_known_answers_and_data_is_never_stale(tokenizer: Pre
     local = params(path=tmp_path, names=["letters"], limit=None)
     local_task(tmp_path, [0, 1, 0, 1])
     counts = {"items": 4, "of": 4, "truncated": 0}
-    assert run_tasks(repeater(), tokenizer, *local).tasks == {"letters": {"acc": 1.0, "stderr": 0.0, "chance": 0.5} | counts}
+    metrics = {"acc": {"value": 1.0, "stderr": 0.0}}
+    assert run_tasks(repeater(), tokenizer, *local).tasks == {"letters": {"metrics": metrics, "chance": 0.5} | counts}
     local_task(tmp_path, [0, 1, 0, 0])  # same names, same size
-    found = run_tasks(repeater(), tokenizer, *local).tasks["letters"]
-    assert found["acc"] == 0.75 and found["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    found = run_tasks(repeater(), tokenizer, *local).tasks["letters"]["metrics"]["acc"]
+    assert found["value"] == 0.75 and found["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
 
 
 @pytest.mark.usefixtures("at_root")
@@ -378,7 +379,7 @@ def test_an_unknown_task_names_the_local_ones(tokenizer: PreTrainedTokenizerFast
 def test_tasks_that_cannot_be_used(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     local = params(path=tmp_path, names=["letters"])
     local_task(tmp_path, [0, 1, 0, 1], metric_list=[{"metric": "brier_score"}])
-    with pytest.raises(SparselineError, match="no accuracy, only: brier_score"):
+    with pytest.raises(SparselineError, match="nothing that is known here, only: brier_score; known are: acc, exact_match"):
         run_tasks(repeater(), tokenizer, *local)
     local_task(tmp_path, [0, 1, 0, 1])
     (tmp_path / "letters.jsonl").unlink()
@@ -404,7 +405,7 @@ def test_data_outside_the_folder_are_told(tokenizer: PreTrainedTokenizerFast, tm
             with pytest.raises(SparselineError, match=r"The task letters reads .*, which is outside .*tasks \(tasks\.path\)"):
                 run_tasks(repeater(), tokenizer, *local)
     reads(data_files={"test": str(folder / "link.jsonl")})
-    assert run_tasks(repeater(), tokenizer, *local).tasks["letters"]["acc"] == 1.0
+    assert run_tasks(repeater(), tokenizer, *local).tasks["letters"]["metrics"]["acc"]["value"] == 1.0
     local_task(folder, [0, 1, 0, 1], dataset_path=str(tmp_path / "else"), dataset_kwargs={"data_files": {"test": "letters.jsonl"}})
     with pytest.raises(SparselineError, match=r"The task letters reads .*else, which is outside"):
         run_tasks(repeater(), tokenizer, *local)
@@ -425,7 +426,8 @@ def test_gemmas_requests_begin_with_the_start_token(
         lambda _, args, kwargs: seen.append(kwargs.get("input_ids", args[0] if args else None)), with_kwargs=True
     )
     local_task(tmp_path, [0, 1, 0, 1])
-    assert run_tasks(model, tokenizer, *params(path=tmp_path, names=["letters"], limit=None)).tasks["letters"]["acc"] == 1.0
+    found = run_tasks(model, tokenizer, *params(path=tmp_path, names=["letters"], limit=None)).tasks["letters"]
+    assert found["metrics"]["acc"]["value"] == 1.0
     assert seen and all((batch[:, 0] == 0).all().item() is begun for batch in seen)
 
 
@@ -472,6 +474,152 @@ def test_requests_are_as_long_as_their_texts(tokenizer: PreTrainedTokenizerFast,
     (tmp_path / "letters.jsonl").unlink()
     with pytest.raises(Unread):
         request_lengths(tokenizer, tmp_path, params(names=["letters"])[1])
+
+
+def written_task(folder: Path, records: list[dict[str, Any]], **task: Any) -> None:
+    """A task that generates, or that asks how likely a text is."""
+    (folder / "written.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "written.jsonl")}}, "test_split": "test"}
+    (folder / "written.yaml").write_text(json.dumps({"task": "written", "num_fewshot": 0} | data | task), encoding="utf-8")
+
+
+@pytest.mark.usefixtures("at_root")
+def test_accuracy_normalised_by_length_stands_beside_accuracy(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Oracle: likelihoods of the choices from the model's logits: their largest sum, and the largest per byte. Chosen so that both differ."""
+    model, words = tiny_llama(), ["a", "bcdefgh"]
+    local_task(
+        tmp_path,
+        [0, 1, 0, 1],
+        metric_list=[{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
+    )
+    records = [{"context": context, "choices": words, "gold": gold} for context, gold in zip("pqrstuvw", [0, 1] * 4, strict=True)]
+    (tmp_path / "letters.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    right: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
+    for record in records:
+        sums = []
+        for word in words:
+            ids = torch.tensor(tokenizer.encode(record["context"] + word))
+            likely = model(input_ids=ids[None]).logits[0].detach().log_softmax(-1)
+            sums.append(sum(float(likely[at - 1, ids[at]]) for at in range(1, len(ids))))
+        right["acc"].append(sums.index(max(sums)) == record["gold"])
+        each = [total / len(word) for total, word in zip(sums, words, strict=True)]
+        right["acc_norm"].append(each.index(max(each)) == record["gold"])
+    found = run_tasks(model, tokenizer, *params(path=tmp_path, names=["letters"], limit=None)).tasks["letters"]["metrics"]
+    assert right["acc"] != right["acc_norm"]
+    for name, answers in right.items():
+        share = sum(answers) / 8
+        assert found[name] == {"value": share, "stderr": pytest.approx(math.sqrt(share * (1 - share) / 7))}
+
+
+@pytest.mark.usefixtures("at_root")
+def test_exact_match_is_of_what_the_model_writes(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The repeater writes the last letter three times: two of three answers are right; by the filter of the task's first letter, all."""
+    records = [{"question": "say x", "answer": "xxx"}, {"question": "say y", "answer": "yyy"}, {"question": "say z", "answer": "z"}]
+    first = [{"function": "regex", "regex_pattern": "(.)"}, {"function": "take_first"}]
+    same = [{"function": "take_first"}]
+    options = {"until": ["\n"], "max_gen_toks": 3, "do_sample": False}
+    metrics = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    written = {"output_type": "generate_until", "doc_to_text": "question", "doc_to_target": "answer", "generation_kwargs": options}
+    written_task(tmp_path, records, **written, metric_list=metrics)
+    asked = params(path=tmp_path, names=["written"], limit=None)
+    found = run_tasks(repeater(), tokenizer, *asked).tasks["written"]
+    assert found["metrics"] == {"exact_match": {"value": pytest.approx(2 / 3), "stderr": pytest.approx(1 / 3)}}
+    assert (found["chance"], found["items"], found["truncated"]) == (None, 3, 0)
+    filters = [{"name": "whole", "filter": same}, {"name": "first", "filter": first}]
+    written_task(tmp_path, records, **written, metric_list=metrics, filter_list=filters)
+    found = run_tasks(repeater(), tokenizer, *asked).tasks["written"]["metrics"]
+    assert {name: one["value"] for name, one in found.items()} == {
+        "exact_match, first": pytest.approx(1 / 3),
+        "exact_match, whole": pytest.approx(2 / 3),
+    }
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("at_root")
+def test_perplexity_of_texts(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Oracle: the model's own logits after the start token, by words and by bytes; nothing is cut, but read in windows."""
+    texts, model = ["one two three", "four five"], tiny_llama()
+    names = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+    written_task(
+        tmp_path,
+        [{"text": text} for text in texts],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="text",
+        metric_list=[{"metric": name} for name in names],
+    )
+    found = run_tasks(model, tokenizer, *params(path=tmp_path, names=["written"], limit=None)).tasks["written"]
+    total = 0.0
+    for text in texts:
+        ids = torch.tensor([0, *tokenizer.encode(text)])
+        likely = model(input_ids=ids[None]).logits[0].detach().log_softmax(-1)
+        total += sum(float(likely[at - 1, ids[at]]) for at in range(1, len(ids)))
+    expected = {
+        "word_perplexity": math.exp(-total / 5),
+        "byte_perplexity": math.exp(-total / 22),
+        "bits_per_byte": -total / 22 / math.log(2),
+    }
+    assert {name: one["value"] for name, one in found["metrics"].items()} == pytest.approx(expected, rel=1e-4)
+    assert list(found["metrics"]) == list(names)
+    assert all(one["stderr"] is None for one in found["metrics"].values()) and found["truncated"] == 0
+    short = run_tasks(tiny_llama(max_position_embeddings=6), tokenizer, *params(path=tmp_path, names=["written"], limit=None)).tasks[
+        "written"
+    ]
+    assert short["truncated"] == 0 and short["metrics"]["word_perplexity"]["value"] > 1
+
+
+@pytest.mark.usefixtures("at_root")
+def test_the_perplexity_of_targets_has_an_error(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As LAMBADA: oracle: the targets' likelihoods from the model's logits. Its error is resampled in this process, without a word."""
+    model, records = tiny_llama(), [{"text": text} for text in ("ab", "cd", "ef", "gh")]
+    metrics = [{"metric": "perplexity", "aggregation": "perplexity"}, {"metric": "acc", "aggregation": "mean"}]
+    written_task(
+        tmp_path,
+        records,
+        output_type="loglikelihood",
+        doc_to_text="{{text[0]}}",
+        doc_to_target="{{text[1]}}",
+        target_delimiter="",
+        metric_list=[one | {"higher_is_better": one["metric"] == "acc"} for one in metrics],
+    )
+    found = run_tasks(model, tokenizer, *params(path=tmp_path, names=["written"], limit=None)).tasks["written"]["metrics"]
+    likely = []
+    for record in records:
+        before, after = tokenizer.encode(record["text"])
+        likely.append(float(model(input_ids=torch.tensor([[before]])).logits[0, -1].detach().log_softmax(-1)[after]))
+    assert list(found) == ["acc", "perplexity"]
+    assert found["perplexity"]["value"] == pytest.approx(math.exp(-sum(likely) / 4), rel=1e-4)
+    assert found["perplexity"]["stderr"] > 0
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("at_root")
+def test_prompts_as_chats(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the template, rendered by hand. Examples are turns of their own; what comes before every prompt is the system's message."""
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    local_task(tmp_path, [0, 1, 0, 1])
+    seen: list[str] = []
+    encode = tokenizer.__class__.encode
+    monkeypatch.setattr(tokenizer.__class__, "encode", lambda self, text, **how: [seen.append(text), encode(self, text, **how)][1])
+
+    def asked(**changes: Any) -> set[str]:
+        """Prompts, choices aside."""
+        seen.clear()
+        run_tasks(repeater(), tokenizer, *params(path=tmp_path, names=["letters"], limit=None, **changes))
+        return {text for text in seen if len(text) > 1 and text[:-1] not in seen}
+
+    with pytest.raises(SparselineError, match="letters has chat_template: true, but the model's tokenizer has no chat template"):
+        asked(chat_template=True)
+    assert any(text.startswith("Say.aab") for text in asked(system="Say."))
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    assert any(text.startswith("<user>aab<assistant>") for text in asked(chat_template=True))
+    assert any(text.startswith("<system>Say.<user>aab<assistant>") for text in asked(chat_template=True, system="Say."))
+    lengths = request_lengths(tokenizer, tmp_path, params(names=["letters"], chat_template=True, system="Say.")[1])
+    assert lengths == [len("<system>Say.<user>aab<assistant>b")] * 8
 
 
 def test_no_tasks(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -203,7 +203,7 @@ def test_the_summary_has_its_schema(ran: Ran) -> None:
         assert set(variant["perplexity"]) == {"test", "validation"}
         if "accuracy" in variant:
             tasks = read(ran.project / "build" / "tasks" / f"{name}.json")["embedded"]
-            told = {task: round(found["acc"], 6) for task, found in tasks.items()}
+            told = {task: round(found["metrics"]["acc"]["value"], 6) for task, found in tasks.items()}
             assert variant["accuracy"] == told and set(told) == {"corrupted"}
         measured = read(ran.project / "build" / "evaluate" / f"{name}.json")
         assert all(math.isclose(value, measured["perplexity"][one], rel_tol=1e-6) for one, value in variant["perplexity"].items())
@@ -409,7 +409,9 @@ def test_a_knob_concerns_its_stages(edited: Path, key: str, value: Any, expected
 
 def test_another_preset_concerns_who_asks_for_it(project: Path) -> None:
     """Oracles: DVC's words; the report's two sets of columns."""
-    change_params(project, "presets.more", {"names": ["next_line"], "limit": 2, "shots": 0, "seed": 0})
+    change_params(
+        project, "presets.more", {"names": ["next_line"], "limit": 2, "shots": 0, "seed": 0, "chat_template": False, "system": None}
+    )
     change_params(project, "variants.sparseline.tasks", ["embedded", "more"])
     assert stale(project) == {"tasks-dense", "tasks@sparseline", "report"}
     with chdir(project):

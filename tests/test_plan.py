@@ -302,6 +302,13 @@ def test_what_no_variant_needs_is_not_planned(project: Path) -> None:
     assert set(planned(invoke("plan").output)) == {"prepare", "prune wanda", "evaluate dense", "evaluate"}
 
 
+def test_a_text_that_is_taken_whole_is_named(project: Path) -> None:
+    change_params(project, "texts.test.rows", None)
+    output = invoke("plan").output
+    assert "evaluate takes the text test whole: of its rows one batch is counted here." in output
+    assert {"evaluate dense", "evaluate"} <= set(planned(output))
+
+
 def test_sections_may_be_empty(project: Path) -> None:
     for section in ("variants", "presets"):
         change_params(project, section, None)

@@ -145,8 +145,24 @@ def make(build: Path, depth: int = 3) -> Path:
     for name, (test, validation) in LOG_PERPLEXITY.items():
         better = 0.1 if name == "full" else 0.0
         tasks = {
-            "next_line": {"acc": 0.6 + better, "stderr": 0.0123456789, "chance": 0.25, "items": 100, "of": 200, "truncated": 0},
-            "free": {"acc": 0.5, "stderr": 0.02, "chance": None, "items": 50, "of": 50, "truncated": 3},
+            "next_line": {
+                "metrics": {"acc": {"value": 0.6 + better, "stderr": 0.0123456789}, "acc_norm": {"value": 0.7 - better, "stderr": 0.01}},
+                "chance": 0.25,
+                "items": 100,
+                "of": 200,
+                "truncated": 0,
+            },
+            "free": {"metrics": {"acc": {"value": 0.5, "stderr": 0.02}}, "chance": None, "items": 50, "of": 50, "truncated": 3},
+            "wiki": {
+                "metrics": {
+                    "exact_match, strict": {"value": 0.25, "stderr": 0.05},
+                    "word_perplexity": {"value": 20.0 + 10 * better, "stderr": None},
+                },
+                "chance": None,
+                "items": 5,
+                "of": 5,
+                "truncated": 0,
+            },
         }
         measured = {"perplexity": {"test": math.exp(test), "validation": math.exp(validation)}, "divergence": {}}
         if name != "dense":
@@ -327,9 +343,10 @@ def test_a_task_of_several_presets_is_told_apart(build: Path) -> None:
     """A column per preset and task where a model was measured on more than one preset. Oracle: the names."""
     for name in LOG_PERPLEXITY:
         change_artifact(build / "tasks" / f"{name}.json", lambda found: found.update(few=found["zero"]))
-    expected = [f"{preset} {task}" for preset in ("few", "zero") for task in ("free", "next_line")]
+    expected = [f"{preset} {task}" for preset in ("few", "zero") for task in ("free", "next_line", "wiki")]
     assert list(collect(build).tasks) == expected
-    assert [column.head for column in table.comparison(collect(build)) if column.group == "accuracy, %"] == expected
+    shown = [column.head for column in table.comparison(collect(build)) if column.group == "accuracy, %"]
+    assert shown == [name for name in expected if "wiki" not in name]
 
 
 def test_the_best_pruned_cell_is_marked(build: Path) -> None:
@@ -339,9 +356,23 @@ def test_the_best_pruned_cell_is_marked(build: Path) -> None:
     assert marks["perplexity, test", "gap closed"] == {3}
     assert marks["accuracy, %", "next_line"] == {3}
     assert marks["accuracy, %", "free"] == frozenset()
+    assert marks["accuracy normalised by length, %", "next_line"] == {1, 2}  # of ``full`` it is lower
+    assert marks["perplexity per word", "wiki"] == {1, 2}
     assert marks["", "pruned"] == marks["", "zeros"] == frozenset()
     one = {column.head: column.best for column in table.comparison(collect(build, ("full",)))}
     assert not any(one.values())
+
+
+def test_figures_of_tasks_with_and_without_an_error(build: Path) -> None:
+    """Shares in percent, others as they are; a filter stands behind its task. Accuracy first."""
+    columns = [column for column in table.comparison(collect(build)) if column.head in ("next_line", "free") or "wiki" in column.head]
+    assert [(column.group, column.head, column.cells[3]) for column in columns] == [
+        ("accuracy, %", "free", "50.0 ± 2.0"),
+        ("accuracy, %", "next_line", "70.0 ± 1.2"),
+        ("exact match, %", "wiki strict", "25.0 ± 5.0"),
+        ("accuracy normalised by length, %", "next_line", "60.0 ± 1.0"),
+        ("perplexity per word", "wiki", "21.00"),
+    ]
 
 
 def test_the_plain_table_is_aligned(build: Path) -> None:
@@ -366,7 +397,10 @@ def test_what_the_table_leaves_out_is_told(build: Path) -> None:
     assert table.notes(collect(build)) == [cut, moments]
     told = said(render(collect(build)))
     assert cut in told and moments in told
-    assert "`free`: all of 50 items, guessing gives an unknown share; `next_line`: 100 of 200 items, guessing gives 25%." in told
+    assert (
+        "`free`: all of 50 items, guessing gives an unknown share; `next_line`: 100 of 200 items, guessing gives 25%; `wiki`: all of 5 items"
+        in told
+    )
     assert "Not exported, so not weighed: `plain`." in told
     forget(build, "tasks")
     assert table.notes(collect(build, ("plain",), baseline="gone")) == [
@@ -383,6 +417,9 @@ def test_summary_is_pure_metrics(build: Path) -> None:
         "perplexity": {"test": 7.389056, "validation": 7.389056},
         "bytes": 10000,
         "accuracy": {"next_line": 0.6, "free": 0.5},
+        "acc_norm": {"next_line": 0.7},
+        "exact_match": {"wiki strict": 0.25},
+        "word_perplexity": {"wiki": 20.0},
     }
     assert summary["full"]["sparsity"] == 0.5
     assert summary["full"]["zeros"] == round(0.5 + 100 / 12000, 6)

@@ -617,6 +617,10 @@ def test_concatenation_and_cut() -> None:
     assert rows_of(documents, params(rows=2), NONE).tolist() == [[0, 1, 2, 0], [3, 0, 4, 5]]
     assert rows_of(documents, params(rows=1), NONE).tolist() == [[0, 1, 2, 0]]
     assert rows_of(documents, params(rows=2), NONE).dtype == torch.int64
+    whole = params(rows=None, use="evaluate", seed=1)  # all of them, in order, whatever the seed
+    assert rows_of(documents, whole, NONE).tolist() == [[0, 1, 2, 0], [3, 0, 4, 5]]
+    with pytest.raises(SparselineError, match="gives 0 rows of 4 tokens, but some are asked for"):
+        rows_of([[1, 2]], whole, NONE)
 
 
 def test_drawing_is_by_seed_and_without_replacement() -> None:

@@ -61,6 +61,8 @@ class Preset(Params):
     limit: int | None = Field(ge=2)  # items of each task; a standard error needs two
     shots: int = Field(ge=0)  # examples before each item; lm-eval keeps 0 for tasks that state it, as the embedded ones do
     seed: int  # choice of the examples
+    chat_template: bool  # prompts as chats, in the model's own template
+    system: str | None  # said before every prompt; with ``chat_template`` by the role ``system``
 
 
 class ChooseParams(Params):

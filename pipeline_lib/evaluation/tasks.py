@@ -4,6 +4,7 @@ import copy
 import io
 import logging
 import math
+import os
 import random
 import re
 import sys
@@ -11,8 +12,9 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import Progress
+from pipeline_lib.evaluation.metrics import METRICS, ordered
 from pipeline_lib.evaluation.settings import Preset, TasksParams
 from pipeline_lib.models.start import usual
 
@@ -37,7 +40,7 @@ FILE_FORMATS = {"csv", "json", "parquet", "text"}  # dataset_path of tasks that 
 class Measured:
     """What a run of tasks found, and what lm-eval, datasets and Python warned of on the way."""
 
-    tasks: dict[str, dict[str, float | int | None]]
+    tasks: dict[str, dict[str, Any]]
     warnings: Mapping[str, int]  # message -> how often
 
 
@@ -48,19 +51,22 @@ class Unread(SparselineError):
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: TasksParams, preset: Preset, what: str = "tasks"
 ) -> Measured:
-    """Accuracy of each task: ``{name: {"acc", "stderr", "chance", "items", "of", "truncated"}}``, sorted by name; a group or tag gives its members.
+    """Figures of each task: ``{name: {"metrics", "chance", "items", "of", "truncated"}}``, sorted by name; a group or tag gives its members.
 
-    ``acc``, its standard error ``stderr`` and ``chance``, what guessing gives (None where it is not known), are in [0, 1]. ``items`` were
+    ``metrics`` has those of ``METRICS`` that the task measures, by name: ``value``, and its standard error ``stderr`` (None where lm-eval gives none).
+    ``chance`` is what guessing gives of the accuracy, in [0, 1] (None where it is not known). ``items`` were
     measured ``of`` those that the task has; ``truncated`` of them do not fit the model's window, so that lm-eval leaves out their beginning.
     Nothing that depends on date or host is kept. Tasks that read files touch neither the network nor the user's datasets cache. Seeds
     Python's, numpy's and torch's global generators, as lm-eval does. Progress is told under the name ``what``.
 
     Raises:
-        SparselineError: no such task, one that measures no accuracy, or one whose data cannot be read or are not below ``params.path``;
-            an item without an answer (its continuation does not fit the window, or its likelihood is NaN or infinite); fewer than two items.
+        SparselineError: no such task, one that measures nothing known, or one whose data cannot be read or are not below ``params.path``;
+            an item without an answer (its continuation does not fit the window, or its likelihood is NaN or infinite); fewer than two items; a chat
+            without a template.
     """
     if not preset.names:
         return Measured({}, {})
+    chats = _chats(tokenizer, preset)
     from lm_eval.evaluator import evaluate  # imported here: seconds, needed by no other module
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import normalize_gen_kwargs
@@ -116,7 +122,13 @@ def run_tasks(
                     )
                 if len(self.tok_encode(context)) > room:
                     self.cut.add(id(request))
-            return super().generate_until(requests, **options)
+            with Progress(what, len(requests), "requests", stream=stream) as self.progress:
+                return super().generate_until(requests, **options)
+
+        def _model_generate(self, context: torch.Tensor, **options: Any) -> torch.Tensor:
+            generated: torch.Tensor = super()._model_generate(context, **options)
+            self.progress.advance(len(context))
+            return generated
 
         def _model_call(self, inps: torch.Tensor, **options: Any) -> torch.Tensor:
             logits: torch.Tensor = super()._model_call(inps, **options)
@@ -133,27 +145,54 @@ def run_tasks(
         random.seed(preset.seed)
         np.random.seed(preset.seed)  # noqa: NPY002 - the generator that tasks' own code draws from
         torch.manual_seed(preset.seed)
-        with _datasets(private=all(_reads_files(manager, name) for name in preset.names)):
+        with _one_process(), _datasets(private=all(_reads_files(manager, name) for name in preset.names)):
             tasks = _load(manager, preset, params.path)
             # the standard error of a mean has a formula, but with 0 bootstrap_iters lm-eval leaves it out
-            results = evaluate(lm, {"tasks": tasks}, limit=preset.limit, bootstrap_iters=100, log_samples=False)
+            how: dict[str, Any] = {"limit": preset.limit, "bootstrap_iters": 100, "log_samples": False, "system_instruction": preset.system}
+            results = evaluate(lm, {"tasks": tasks}, apply_chat_template=chats, fewshot_as_multiturn=chats, **how)
             assert results is not None
             chances = {name: chance(task) for name, task in tasks.items()}
-    flat: dict[str, dict[str, float | int | None]] = {}
-    for name, metrics in sorted(results["results"].items()):
-        key = next(key for key in metrics if key.startswith("acc,"))  # "acc,none", or another filter's name
-        acc, items = float(metrics[key]), int(metrics["sample_len"])
-        if items < 2 or not math.isfinite(acc):
-            raise SparselineError(f"The task {name} gives the accuracy {acc} on {items} items; a figure needs two, and a number.")
+    flat: dict[str, dict[str, Any]] = {}
+    for name, found in sorted(results["results"].items()):
+        metrics, items = _figures(found), int(found["sample_len"])
+        wrong = {figure: one["value"] for figure, one in metrics.items() if not math.isfinite(one["value"] or 0)}
+        if items < 2 or wrong:
+            shown = wrong or {figure: one["value"] for figure, one in metrics.items()}
+            told = ", ".join(f"{figure} {value}" for figure, value in shown.items())
+            raise SparselineError(f"The task {name} gives {told} on {items} items; a figure needs two, and a number.")
         flat[name] = {
-            "acc": acc,
-            "stderr": float(metrics[f"acc_stderr,{key[4:]}"]),
+            "metrics": metrics,
             "chance": chances[name],
             "items": items,
             "of": len(tasks[name].eval_docs),
             "truncated": len({request.doc_id for request in tasks[name].instances if id(request) in lm.cut}),
         }
     return Measured(flat, heard)
+
+
+def _figures(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """The metrics that are read of lm-eval's results of a task: ``{"acc,none": …, "acc_stderr,none": …}``, by metric and, if it is not "none", filter."""
+    figures: dict[str, dict[str, float | None]] = {}
+    for key, value in found.items():
+        name, _, kind = key.partition(",")
+        if name in METRICS:
+            error = found.get(f"{name}_stderr,{kind}")
+            known = isinstance(error, int | float) and math.isfinite(error)
+            figures[name if kind == "none" else f"{name}, {kind}"] = {"value": float(value), "stderr": float(error) if known else None}
+    return {name: figures[name] for name in ordered(figures)}
+
+
+def _chats(tokenizer: PreTrainedTokenizerBase, preset: Preset) -> bool:
+    """Whether prompts are chats.
+
+    Raises:
+        SparselineError: they are to be, and the model has no template.
+    """
+    if preset.chat_template and not tokenizer.chat_template:
+        raise SparselineError(
+            f"The preset of {', '.join(preset.names)} has chat_template: true, but the model's tokenizer has no chat template; set it to false."
+        )
+    return preset.chat_template
 
 
 def request_lengths(tokenizer: PreTrainedTokenizerBase, path: Path, preset: Preset) -> list[int]:
@@ -171,8 +210,15 @@ def request_lengths(tokenizer: PreTrainedTokenizerBase, path: Path, preset: Pres
         manager = _manager(path, preset.names)
         with _datasets(private=all(_reads_files(manager, name) for name in preset.names), offline=True):
             lengths: list[int] = []
+            chats = _chats(tokenizer, preset)
             for task in _load(manager, preset, path).values():
-                task.build_all_requests(limit=preset.limit)
+                task.build_all_requests(
+                    limit=preset.limit,
+                    system_instruction=preset.system,
+                    apply_chat_template=chats,
+                    fewshot_as_multiturn=chats,
+                    chat_template=partial(tokenizer.apply_chat_template, tokenize=False) if chats else None,
+                )
                 texts = ["".join(part for part in request.args if isinstance(part, str)) for request in task.instances]
                 # what ``verbose`` would say is that a text is too long: the run counts those
                 lengths += [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
@@ -267,13 +313,27 @@ def _load(manager: "TaskManager", preset: Preset, folder: Path) -> dict[str, "Ta
             _check_data(folder, name, task.config)
         if not (task.has_test_docs() or task.has_validation_docs()) or len(task.eval_docs) < 2:
             raise SparselineError(f"The task {name} has fewer than two items to measure; a standard error needs two.")
-        if "acc" not in task.aggregation():
-            known = ", ".join(task.aggregation())
-            raise SparselineError(f"The task {name} measures no accuracy, only: {known}; choose tasks that have the metric acc.")
+        if not METRICS.keys() & task.aggregation().keys():
+            only = ", ".join(task.aggregation())
+            raise SparselineError(f"The task {name} measures nothing that is known here, only: {only}; known are: {', '.join(METRICS)}.")
         if task.get_config("num_fewshot") != 0:
             task.set_config("num_fewshot", preset.shots)
         task.set_fewshot_seed(preset.seed)
     return tasks
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """lm-eval resamples for some standard errors here, and not in a pool of processes."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
 
 
 @contextmanager
@@ -311,7 +371,7 @@ class _Heard(logging.Handler):
 
 @contextmanager
 def _listening() -> Iterator[Mapping[str, int]]:
-    """Progress bars are held back, since ours says the same. Warnings are counted instead of printed once per item; errors are exceptions."""
+    """Progress bars and lm-eval's lines are held back, since ours say the same. Warnings are counted instead of printed once per item; errors are exceptions."""
     handler = _Heard()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     kept = [(logger.level, logger.handlers, logger.propagate) for logger in loggers]
@@ -319,7 +379,7 @@ def _listening() -> Iterator[Mapping[str, int]]:
         logger.setLevel(logging.WARNING)
         logger.handlers, logger.propagate = [handler], False
     try:
-        with warnings.catch_warnings(record=True) as caught, redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(record=True) as caught, redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             yield handler.said
         for warning in caught:
             handler.hear(f"{warning.category.__name__}: {warning.message}")

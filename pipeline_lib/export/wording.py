@@ -27,6 +27,11 @@ def share(part: float) -> str:
     return f"{round(100 * part, 1) + 0.0:.1f}%"
 
 
+def points(part: float) -> str:
+    """A share in percent, under a head that says so."""
+    return f"{100 * part:.1f}"
+
+
 def kl(nats: float) -> str:
     return f"{nats:.4f}" if nats < 1000 else f"{nats:.2e}"
 

@@ -113,6 +113,7 @@ def _planned(
     checkpoint: Checkpoint, dtype: torch.dtype, texts: dict[str, TextParams], variants: dict[str, Variant], budget: float
 ) -> _Planned:
     (text,) = (text for text in texts.values() if text.use == "calibrate")
+    assert text.rows is not None  # else it would have been refused
     calibrate = params.load(CalibrateParams, "calibrate")
     shapes = Shapes(checkpoint, text.rows, text.length, calibrate.batch_rows, dtype=dtype, held_out=text.held_out)
     asked = keys.sensitivity(variants)
@@ -127,8 +128,10 @@ def _planned(
         steps = plan(variant.recipe, checkpoint.dtype)
         own = Shapes(checkpoint, text.rows, text.length, variant.recipe.batch_rows, steps.window, dtype, text.held_out)
         found.steps.append((estimate.pruning(f"prune {name}", steps, own, budget), 1))
-    measured = [(text.rows, text.length) for text in texts.values() if text.use == "evaluate"]
     evaluate = params.load(EvaluateParams, "evaluate")
+    measured = [(one.rows or evaluate.batch_rows, one.length) for one in texts.values() if one.use == "evaluate"]
+    whole = [name for name, one in texts.items() if one.rows is None]
+    found.unknown += [f"evaluate takes the text {name} whole: of its rows one batch is counted here." for name in whole]
     found.steps.append((estimate.evaluating(checkpoint, evaluate, measured), 1))
     if variants:
         found.steps.append((estimate.evaluating(checkpoint, evaluate, measured, compared=True), len(variants)))

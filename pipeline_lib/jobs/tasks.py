@@ -1,4 +1,4 @@
-"""Accuracies of one saved checkpoint, or of the source model (``dense``)."""
+"""Figures on tasks of one saved checkpoint, or of the source model (``dense``)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.evaluation.metrics import metric, ordered
 from pipeline_lib.evaluation.settings import Preset, TasksParams
 from pipeline_lib.evaluation.subject import open_subject
 from pipeline_lib.evaluation.tasks import run_tasks
@@ -13,7 +14,7 @@ from pipeline_lib.models.settings import ModelParams
 
 
 def tasks(workspace: Workspace, source: ModelParams, name: str, params: TasksParams, presets: Mapping[str, Preset]) -> str:
-    """Accuracy on each preset of lm-eval's tasks; a sentence on it."""
+    """Each preset of lm-eval's tasks; a sentence on their main figures."""
     model, tokenizer = open_subject(workspace, source, name, params.compute_dtype)
     measured: dict[str, Any] = {}
     told = []
@@ -22,9 +23,15 @@ def tasks(workspace: Workspace, source: ModelParams, name: str, params: TasksPar
         for warning, count in found.warnings.items():
             click.echo(f"tasks {preset} {name}: warned {count} times: {warning}")
         measured[preset] = found.tasks
-        told += [f"{task} {facts['acc']:.1%} of {_items(facts, asked.limit)}" for task, facts in found.tasks.items()]
+        told += [f"{task} {_main(facts)} of {_items(facts, asked.limit)}" for task, facts in found.tasks.items()]
     workspace.save(workspace.tasks(name), measured)
     return ", ".join(told)
+
+
+def _main(task: Mapping[str, Any]) -> str:
+    name = ordered(task["metrics"])[0]
+    value = task["metrics"][name]["value"]
+    return f"{value:.1%}" if metric(name).share else f"{name} {value:.3f}"
 
 
 def _items(task: Mapping[str, Any], limit: int | None) -> str:

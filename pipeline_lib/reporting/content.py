@@ -97,7 +97,7 @@ def _tasks(results: Results) -> str:
     for name, (task, *_) in results.tasks.items():
         guess = "an unknown share" if task["chance"] is None else f"{100 * task['chance']:.0f}%"
         said.append(f"`{name}`: {'all' if task['items'] == task['of'] else task['items']} of {task['of']} items, guessing gives {guess}")
-    return f"Accuracies stand with the standard error of their mean. {'; '.join(said)}."
+    return f"Figures of tasks stand with their standard error, where there is one. {'; '.join(said)}."
 
 
 # Costs

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline_lib.core import files, params
 from pipeline_lib.core.params import Params
 from pipeline_lib.core.workspace import DENSE, Workspace
+from pipeline_lib.evaluation.metrics import metric, ordered
 from pipeline_lib.export import wording
 from pipeline_lib.recipe.needs import needs
 from pipeline_lib.recipe.settings import Recipe
@@ -35,7 +36,7 @@ class Variant:
     divergence: Mapping[
         str, Mapping[str, float]
     ]  # text -> kl, kl_99, agreement, maybe reverse_kl, reverse_kl_99; empty for the dense model
-    tasks: Mapping[str, Facts]  # acc and stderr in [0, 1], chance, items measured, of how many, how many truncated to the model's window
+    tasks: Mapping[str, Facts]  # metrics (value, stderr), chance, items measured, of how many, how many truncated to the model's window
     completions: Sequence[Mapping[str, str]]  # prompt, completion
     facts: Facts  # build/facts; empty for the dense model
     sizes: Facts  # build/sizes; empty for a variant without files to weigh
@@ -221,12 +222,30 @@ def comparison(results: Results) -> list[Column]:
             column = ranked(group, "gap closed", gaps, wording.share, max)
             cells = ("baseline" if v is results.baseline else cell for v, cell in zip(variants, column.cells, strict=True))
             columns.append(Column(group, column.head, tuple(cells), column.best))
-    for task in results.tasks:
-        found = [variant.tasks.get(task) for variant in variants]
-        column = ranked("accuracy, %", task, [one["acc"] if one else None for one in found], lambda share: f"{100 * share:.1f}", max)
-        cells = (f"{cell} ± {100 * one['stderr']:.1f}" if one else ABSENT for one, cell in zip(found, column.cells, strict=True))
-        columns.append(Column(column.group, column.head, tuple(cells), column.best))
+    for name, tasks in figures(results).items():
+        share = metric(name).share
+        group, show = f"{metric(name).words}{', %' if share else ''}", wording.points if share else wording.perplexity
+        for task in tasks:
+            found = [variant.tasks.get(task, {}).get("metrics", {}).get(name) for variant in variants]
+            column = ranked(group, headed(task, name), [one["value"] if one else None for one in found], show, max if share else min)
+            errors = [None if one is None else one["stderr"] for one in found]
+            cells = (cell if error is None else f"{cell} ± {show(error)}" for error, cell in zip(errors, column.cells, strict=True))
+            columns.append(Column(column.group, column.head, tuple(cells), column.best))
     return columns
+
+
+def figures(results: Results) -> dict[str, list[str]]:
+    """Figure of tasks -> the tasks that have it, main figures first."""
+    found: dict[str, dict[str, Facts]] = {}
+    for task, measured in results.tasks.items():
+        for name in measured[0]["metrics"]:
+            found.setdefault(name, {})[task] = {}
+    return {name: list(found[name]) for name in ordered(found)}
+
+
+def headed(task: str, name: str) -> str:
+    """A task, with the filter of its answers where the figure has one."""
+    return " ".join([task, *name.split(", ")[1:]])
 
 
 def divergence(results: Results) -> list[Column]:
@@ -307,8 +326,18 @@ def summary(results: Results) -> dict[str, Any]:
             **({"gap": gaps} if gaps else {}),
             **_by_figure(variant.divergence),
             **({"bytes": min(sizes)} if sizes else {}),
-            **({"accuracy": {name: round(task["acc"], 6) for name, task in variant.tasks.items()}} if variant.tasks else {}),
+            **_by_metric(variant.tasks),
         }
+    return found
+
+
+def _by_metric(tasks: Mapping[str, Facts]) -> dict[str, dict[str, float]]:
+    """Metric -> task -> value; ``acc`` is called accuracy."""
+    found: dict[str, dict[str, float]] = {}
+    for task, facts in tasks.items():
+        for name, one in facts["metrics"].items():
+            base = name.split(", ")[0]
+            found.setdefault("accuracy" if base == "acc" else base, {})[headed(task, name)] = round(one["value"], 6)
     return found
 
 

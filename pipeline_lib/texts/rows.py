@@ -41,8 +41,8 @@ def rows_of(documents: list[list[int]], params: TextParams, start: Start) -> tor
     """Rows [N, T] of token ids.
 
     ``concatenate`` joins all documents and cuts the stream into rows; ``document`` takes one row from each document that is long
-    enough, at a random place. With a seed the rows are drawn at random without replacement, else they are the first. With
-    ``start.place`` row, a row is the start token and T - 1 tokens of text.
+    enough, at a random place. With a seed the rows are drawn at random without replacement, else they are the first; all of them, in order,
+    where ``params.rows`` is None. With ``start.place`` row, a row is the start token and T - 1 tokens of text.
 
     Raises:
         SparselineError: too little text for the rows asked for, or too few different tokens in it.
@@ -58,15 +58,16 @@ def rows_of(documents: list[list[int]], params: TextParams, start: Start) -> tor
         places = [int(torch.randint(len(d) - length + 1, (1,), generator=random)) for d in fitting]
         cut = [document[place : place + length] for document, place in zip(fitting, places, strict=True)]
         rows = torch.stack(cut) if cut else torch.empty(0, length, dtype=torch.long)
-    if len(rows) < params.rows:
+    wanted = len(rows) if params.rows is None else params.rows
+    if len(rows) < max(1, wanted):
         raise SparselineError(
-            f"The text at {params.path} gives {len(rows)} rows of {params.length} tokens, but {params.rows} are asked for; "
+            f"The text at {params.path} gives {len(rows)} rows of {params.length} tokens, but {params.rows or 'some'} are asked for; "
             "give more text or lower rows or length."
         )
-    if params.seed is None:
-        rows = rows[: params.rows]
+    if params.seed is None or params.rows is None:
+        rows = rows[:wanted]
     else:
-        rows = rows[torch.randperm(len(rows), generator=generator(params.seed, "rows"))[: params.rows]]
+        rows = rows[torch.randperm(len(rows), generator=generator(params.seed, "rows"))[:wanted]]
     if start.place == "row" and start.token is not None:
         rows = torch.cat([torch.full((len(rows), 1), start.token), rows], dim=1)
     return _checked(rows, params)

@@ -9,14 +9,14 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline_lib.core import files
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.files import check_inside
-from pipeline_lib.core.params import Params
+from pipeline_lib.core.params import Conflict, Params
 from pipeline_lib.models.start import Place
 from pipeline_lib.texts.chat import Message, check_messages, is_blank
 from pipeline_lib.texts.records import READERS, Placed, check_characters, decode, holds_records, kind, pick, read_records, unpack
@@ -41,11 +41,17 @@ class TextParams(Params):
     chat_template: bool
     start: Place | None  # where the start token stands; null: where the model family's usual evaluation has it
     packing: Literal["concatenate", "document"]
-    rows: int = Field(ge=1)
+    rows: int | None = Field(ge=1)  # null: all of an evaluation text
     length: int = Field(ge=2)
     distinct: int = Field(ge=1)  # least number of different tokens in the rows
     held_out: float = Field(ge=0, lt=1)
     seed: int | None
+
+    @model_validator(mode="after")
+    def _counts_calibration_rows(self) -> Self:
+        if self.rows is None and self.use == "calibrate":
+            raise Conflict("only a text with use: evaluate may be taken whole (rows: null); give the number of rows", "use", "rows")
+        return self
 
 
 @dataclass(frozen=True)
