@@ -152,7 +152,7 @@ class Lab:
         for index, matrix in places:
             name, shape = entry.matrix_name(index, matrix), self.bed.checkpoint.matrix_shape(index, matrix)
             units.append(Unit(name, index, shape[0] * shape[1], pattern.quantum(name, shape)))
-        return dict(zip(places, allocate(units, asked.selection.sparsity, asked.allocation, entries), strict=True)), seconds
+        return dict(zip(places, allocate(units, asked.selection.overall, asked.allocation, entries), strict=True)), seconds
 
     def measured(self, asked: Recipe) -> tuple[Entries, float]:
         """What the allocation reads, and the seconds that it took."""

@@ -1,17 +1,23 @@
 """Allocations from what was measured. Oracles: exact dynamic programming, counts by hand, and the budget's own arithmetic."""
 
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from project import WANDA, build, invoke, make_workspace
+from safetensors.torch import load_file
 
 from pipeline_lib.allocate.budget import Unit, allocate, ranks
+from pipeline_lib.allocate.by_hand import by_hand, left
 from pipeline_lib.allocate.methods import AllocationParams, counts
 from pipeline_lib.allocate.predicted import Curve, hull, minimise
 from pipeline_lib.core.counts import target
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.recipe import words
+from pipeline_lib.recipe.variants import read
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 METHODS = get_args(AllocationParams.model_fields["method"].annotation)
@@ -98,6 +104,91 @@ def test_every_method_takes_whole_quanta(method: str, parts: list[tuple[int, int
     kept = counts(units, sparsity, params(method, alpha=alpha), measured(units, seed))
     assert abs(sum(kept) - target(sparsity, sum(unit.size for unit in units))) <= max(unit.quantum for unit in units) / 2
     assert all(k % unit.quantum == 0 and 0 <= k <= unit.size for k, unit in zip(kept, units, strict=True))
+
+
+@PROPERTY
+@given(
+    st.sampled_from(METHODS),
+    st.lists(st.integers(1, 50_000), min_size=4, max_size=20),
+    SPARSITY,
+    st.lists(SPARSITY, min_size=1, max_size=3),
+    st.integers(0, 99),
+)
+def test_the_rest_meets_the_budget(method: str, sizes: list[int], sparsity: float, given: list[float], seed: int) -> None:
+    """Sparsities by hand for the first matrices: exactly theirs, and exactly the budget of all, or the one sentence that it cannot be met."""
+    units = units_of(sizes)
+    kept = by_hand(units, [[unit.name] for unit in units], [(f"m{i}", one) for i, one in enumerate(given)], "x")
+    assert kept == {f"m{i}": round((1 - one) * sizes[i]) for i, one in enumerate(given)}
+    wanted = round((1 - sparsity) * sum(sizes)) - sum(kept.values())
+    if not 0 <= wanted <= sum(sizes[len(given) :]):
+        with pytest.raises(SparselineError, match=r"overall = .* is not met: .* and the others cannot make up for it"):
+            left(units, kept, sparsity, "x")
+        return
+    rest, theirs = left(units, kept, sparsity, "x")
+    assert rest == units[len(given) :]
+    found = counts(rest, theirs, params(method, alpha=1.0), measured(units, seed))
+    assert sum(found) + sum(kept.values()) == round((1 - sparsity) * sum(sizes))
+
+
+def test_the_first_pattern_that_matches_counts() -> None:
+    """Oracle: by hand. Every name of a matrix may be used; a pattern after a wider one would do nothing, and is refused."""
+    units = [Unit(f"layers.{block}.{kind}", block, 100, 1) for block in range(2) for kind in ("q", "v", "up")]
+    names = [[unit.name, f"model.{unit.name}.weight"] for unit in units]
+    kept = by_hand(units, names, [("layers.0.v", 0.1), ("re:model.*v.weight", 0.2), ("layers.0", 0.75)], "x")
+    assert kept == {"layers.0.v": 90, "layers.1.v": 80, "layers.0.q": 25, "layers.0.up": 25}
+    rest, sparsity = left(units, kept, 0.5, "x")
+    assert [unit.name for unit in rest] == ["layers.1.q", "layers.1.up"] and sparsity == pytest.approx(0.6)
+    assert left(units, {}, 0.3, "x") == (units, 0.3)
+    for patterns, told in (
+        (
+            [("layers.0", 0.5), ("*.q", 0.5), ("layers.0.v", 0.1)],
+            r"x: patterns before 'layers\.0\.v' take all that it matches, layers\.0\.v for",
+        ),
+        ([("*.gone", 0.5)], r"x: '\*\.gone' matches no matrix; names are, for example, 'layers\.0\.q'"),
+        ([("re:(", 0.5)], r"x: 're:\(' is no regular expression"),
+    ):
+        with pytest.raises(SparselineError, match=told):
+            by_hand(units, names, patterns, "x")
+    with pytest.raises(
+        SparselineError,
+        match=r"overall = 0\.5 is not met: the patterns give 6 of 6 matrices a sparsity, 0\.5 together, and no other is left",
+    ):
+        left(units, by_hand(units, names, [("*", 0.5)], "x"), 0.5, "x")
+
+
+def test_sparsities_by_hand_of_a_pattern() -> None:
+    """2:4 takes quarters: 3 of 4 are kept of one matrix, so that the others go below 2 of 4 together."""
+    units = units_of([400] * 4, [100] * 4)
+    names = [[unit.name] for unit in units]
+    kept = by_hand(units, names, [("m0", 0.25)], "x")
+    rest, sparsity = left(units, kept, 0.5, "x")
+    assert kept == {"m0": 300} and sparsity == pytest.approx(1 - 500 / 1200)
+    assert sorted(counts(rest, sparsity, params("uniform"), {})) == [100, 200, 200]
+    with pytest.raises(SparselineError, match=r"'m0' gives m0 a sparsity of 0\.3, but its N:M pattern needs a multiple of 0\.25"):
+        by_hand(units, names, [("m0", 0.3)], "x")
+
+
+def test_checkpoints_are_as_sparse_as_asked_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: zeros of the saved checkpoint, counted: one matrix untouched, one kind at 30%, and half of all weights."""
+    given = {"overall": 0.5, "model.layers.0.mlp.up_proj.weight": 0, "*.v_proj": 0.3}
+    wanda = WANDA | {"selection": {"score": "wanda", "group": "row", "sparsity": given}}
+    monkeypatch.chdir(make_workspace(tmp_path / "project", variants={"wanda": wanda}))
+    build("prepare", "text calibration")
+    told = invoke("allocate", "wanda").output
+    assert "uniform, 3 of 14 matrices by hand, " in told
+    build("prune wanda")
+    tensors = load_file("build/prune/wanda/checkpoint/model.safetensors")
+    zeros = {name: int((tensor == 0).sum()) for name, tensor in tensors.items() if ".layers." in name and tensor.ndim == 2}
+    for name, count in zeros.items():
+        size = tensors[name].numel()
+        if name.endswith("v_proj.weight"):
+            assert count == size - round(0.7 * size)
+        elif name == "model.layers.0.mlp.up_proj.weight":
+            assert count == 0
+        else:
+            assert count > size / 2
+    assert sum(zeros.values()) == sum(tensors[name].numel() for name in zeros) // 2
+    assert "by hand model.layers.0.mlp.up_proj.weight 0; by hand *.v_proj 0.3" in words.rows(read("wanda").recipe)["allocation"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -177,6 +177,30 @@ PARAMETERS = [
         "codes fitted again", "prune wanda", params(prune__quantization__refit=["weights"]), ("quantization.refit", "'weights'", "scales")
     ),
     Mistake("sparsity of induction", "induce sparseline", params(prune__selection__sparsity=-1), ("selection.sparsity", "-1", "greater")),
+    Mistake(
+        "sparsities by hand without an overall one",
+        "allocate wanda",
+        wanda(selection={**SELECTION, "sparsity": {"*.v_proj": 0.3}}),
+        ("variants.wanda.selection.sparsity", "needs the key overall"),
+    ),
+    Mistake(
+        "a sparsity by hand that is none",
+        "allocate wanda",
+        wanda(selection={**SELECTION, "sparsity": {"overall": 0.5, "*.v_proj": True}}),
+        ("variants.wanda.selection.sparsity", "'*.v_proj'", "from 0 to less than 1, not True"),
+    ),
+    Mistake(
+        "a sparsity by hand for nothing",
+        "allocate wanda",
+        wanda(selection={**SELECTION, "sparsity": {"overall": 0.5, "*.gone": 0.3}}),
+        ("selection.sparsity of wanda", "'*.gone' matches no matrix", FIRST),
+    ),
+    Mistake(
+        "sparsities by hand that cannot be made up for",
+        "allocate wanda",
+        wanda(selection={**SELECTION, "sparsity": {"overall": 0.1, "*.mlp": 0.9}}),
+        ("selection.sparsity of wanda", "overall = 0.1 is not met", "change overall or a pattern"),
+    ),
     Mistake("unknown key", "calibrate", params(calibrate__batch=3), ("calibrate.batch ", "not a known key", "batch_rows")),
     Mistake(
         "unknown nested key",

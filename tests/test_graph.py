@@ -557,10 +557,20 @@ def test_each_parameter_reruns_what_it_is_for() -> None:
     assert {pattern for pattern in FOR if not any(fnmatchcase(key, pattern) for key in LEAVES)} == set()
 
 
+@pytest.mark.usefixtures("quick")
+def test_the_order_of_sparsities_by_hand_counts() -> None:
+    """The first pattern that matches wins, so that another order is another budget, and no other selection. Oracle: the keys."""
+    pairs = {"*.v_proj": 0.3, "layers.0.*": 0.4}
+    first, second = ({"overall": 0.5, **dict(order)} for order in (pairs.items(), reversed(pairs.items())))
+    before, after = (valid_keys_of(with_value(SHIPPED, "variants.best.selection", {"sparsity": one})) for one in (first, second))
+    assert changed(before, after) == {"allocate@best", "prune@best"} == changed(valid_keys_of(SHIPPED), before)
+
+
 # A variant is one edit
 
 PER_VARIANT = ("curves", "allocate", "induce", "prune", "evaluate", "tasks", "export")
-ONE_LINE = "  extra: {selection: {score: wanda, group: row}, reconstruction: {steps: []}}\n"
+HAND = '{overall: 0.5, "*.v_proj": 0.3, "re:layers.0.*q_proj$": 0}'  # names that DVC might read as something of its own
+ONE_LINE = f"  extra: {{selection: {{sparsity: {HAND}, score: wanda, group: row}}, reconstruction: {{steps: []}}}}\n"
 
 
 def stages_of_dvc(project: Path) -> set[str]:

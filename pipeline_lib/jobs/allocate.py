@@ -1,6 +1,7 @@
 """How many weights each matrix of a variant keeps."""
 
 from pipeline_lib.allocate.budget import Unit
+from pipeline_lib.allocate.by_hand import by_hand, left
 from pipeline_lib.allocate.methods import Measured, counts
 from pipeline_lib.allocate.settings import CURVES, SENSITIVITIES
 from pipeline_lib.core.counts import check, target
@@ -13,7 +14,7 @@ def allocate(workspace: Workspace, variant: str, part: AllocatePart) -> str:
     """Write matrix -> kept count, checked against the budget; a sentence on it.
 
     Raises:
-        SparselineError: an N:M pattern does not divide a matrix, or no allocation meets the budget.
+        SparselineError: an N:M pattern does not divide a matrix, a sparsity by hand cannot be had, or no allocation meets the budget.
     """
     listed = workspace.included()
     pattern = Pattern.parse(part.pattern)
@@ -24,7 +25,11 @@ def allocate(workspace: Workspace, variant: str, part: AllocatePart) -> str:
         measured = workspace.load(workspace.curves(variant))
     elif part.allocation.method in SENSITIVITIES:
         measured = workspace.load(workspace.sensitivity / "sensitivity.json")
-    kept = counts(units, part.sparsity, part.allocation, measured)
+    key = f"selection.sparsity of {variant}"
+    given = by_hand(units, [m["names"] for m in listed], part.by_hand, key)
+    rest, sparsity = left(units, given, part.sparsity, key)
+    found = given | dict(zip([unit.name for unit in rest], counts(rest, sparsity, part.allocation, measured), strict=True))
+    kept = [found[unit.name] for unit in units]
     check(sum(kept), target(part.sparsity, total), max(unit.quantum for unit in units))
     densities = [count / unit.size for count, unit in zip(kept, units, strict=True)]
     workspace.save(
@@ -37,4 +42,5 @@ def allocate(workspace: Workspace, variant: str, part: AllocatePart) -> str:
         },
     )
     spread = f", densities {min(densities):.1%} to {max(densities):.1%}" if max(densities) > min(densities) else ""
-    return f"{part.allocation.method}, {sum(kept):,} of {total:,} weights{spread}"
+    hand = f", {len(given)} of {len(units)} matrices by hand" if given else ""
+    return f"{part.allocation.method}{hand}, {sum(kept):,} of {total:,} weights{spread}"

@@ -138,7 +138,7 @@ def _planned(
     _add_tasks(found, checkpoint, variants)
     for name, variant in variants.items():
         if variant.export:
-            step = estimate.exporting(checkpoint, f"export {name}", variant.export, variant.recipe.selection.sparsity)
+            step = estimate.exporting(checkpoint, f"export {name}", variant.export, variant.recipe.selection.overall)
             found.steps.append((step, 1))
     return found
 

@@ -109,6 +109,7 @@ def _matrices(checkpoint: Checkpoint, source: ModelParams) -> tuple[list[dict[st
     for (block, matrix), kept in zip(places, selection.included, strict=True):
         parameter, shape = checkpoint.block_prefix(block) + matrix.parameter, list(checkpoint.matrix_shape(block, matrix))
         facts = {"name": entry.matrix_name(block, matrix), "block": block, "label": matrix.label, "kind": matrix.kind}
+        facts["names"] = list(checkpoint.aliases(block, matrix))
         scaled = entry.layouts[block].site(matrix.site).coupling
         matrices.append(facts | {"shape": shape, "included": kept, "inputs_scaled_by": scaled, "parameter": parameter})
     return matrices, selection

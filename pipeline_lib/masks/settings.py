@@ -1,10 +1,11 @@
 """How masks are chosen: parameters, and the patterns that they may ask for."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import Conflict, Params
@@ -12,6 +13,8 @@ from pipeline_lib.core.params import Conflict, Params
 Score = Literal["magnitude", "wanda", "obd", "obs", "isc"]
 DampingOf = Literal["mean", "diagonal"]
 Group = Literal["row", "matrix", "block"]
+Share = Annotated[float, Field(ge=0, lt=1)]
+OVERALL = "overall"  # key of a mapping of sparsities
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,22 @@ def _valid_pattern(text: str) -> str:
     return text
 
 
+def _in_order(value: Any) -> Any:
+    """A mapping of patterns to sparsities as a list: the order of a JSON object's keys is lost in files with sorted keys."""
+    if not isinstance(value, Mapping):
+        return value
+    if OVERALL not in value:
+        raise ValueError(f"a mapping of patterns to sparsities needs the key {OVERALL}, the sparsity of all matrices together")
+    for name, share in value.items():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise ValueError(f"the sparsity of {name!r} must be a number from 0 to less than 1, not {share!r}")
+    return list(value.items())
+
+
 class SelectionParams(Params):
     """Section ``prune.selection``, with ``variants.<name>.selection`` laid over it."""
 
-    sparsity: float = Field(ge=0, lt=1)
+    sparsity: Annotated[Share | list[tuple[str, Share]], BeforeValidator(_in_order)]  # a mapping comes as pairs, whose order counts
     pattern: Annotated[str, AfterValidator(_valid_pattern)]
     score: Score
     group: Group
@@ -63,14 +78,24 @@ class SelectionParams(Params):
     damping_of: DampingOf
 
     @property
+    def overall(self) -> float:
+        """Sparsity of all matrices together."""
+        return dict(self.sparsity)[OVERALL] if isinstance(self.sparsity, list) else self.sparsity
+
+    @property
+    def by_hand(self) -> list[tuple[str, float]]:
+        """Pattern of names, sparsity: of several that match a matrix the first counts."""
+        return [pair for pair in self.sparsity if pair[0] != OVERALL] if isinstance(self.sparsity, list) else []
+
+    @property
     def shape(self) -> Pattern:
         return Pattern.parse(self.pattern)
 
     @model_validator(mode="after")
     def _agree(self) -> Any:
         pattern = Pattern.parse(self.pattern)
-        if pattern.m and abs(self.sparsity - (1 - pattern.n / pattern.m)) > 1e-9:
+        if pattern.m and abs(self.overall - (1 - pattern.n / pattern.m)) > 1e-9:
             wanted = 1 - pattern.n / pattern.m
-            reason = f"pattern {self.pattern} keeps {pattern.n} of {pattern.m}, so sparsity must be {wanted:g}, not {self.sparsity:g}"
+            reason = f"pattern {self.pattern} keeps {pattern.n} of {pattern.m}, so sparsity must be {wanted:g}, not {self.overall:g}"
             raise Conflict(reason, "pattern", "sparsity")
         return self

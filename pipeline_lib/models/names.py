@@ -1,4 +1,4 @@
-"""Patterns over the names of matrices: ``model.include`` and ``model.exclude``."""
+"""Patterns over the names of matrices: ``model.include``, ``model.exclude``, and sparsities by hand."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -52,23 +52,33 @@ def select(matrices: Sequence[Names], include: Sequence[str], exclude: Sequence[
     Raises:
         SparselineError: a pattern that matches no matrix, or is no regular expression; nothing is left to prune.
     """
-    hits: dict[str, list[bool]] = {"include": [False] * len(matrices), "exclude": [False] * len(matrices)}
+    taken: dict[str, list[bool]] = {"include": [False] * len(matrices), "exclude": [False] * len(matrices)}
     matched = []
     for key, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            try:
-                matches = matcher(pattern)
-            except ValueError as error:
-                raise SparselineError(f"params.yaml: model.{key}: {pattern!r} is no regular expression ({error}); correct it.") from error
-            found = [any(map(matches, names)) for names in matrices]
-            if not any(found):
-                raise SparselineError(_unmatched(key, pattern, matrices, next(filter(matches, never), None)))
-            hits[key] = [a or b for a, b in zip(hits[key], found, strict=True)]
+            found = hits(f"model.{key}", pattern, matrices, never)
+            taken[key] = [a or b for a, b in zip(taken[key], found, strict=True)]
             matched.append((key, pattern, sum(found)))
-    included = [a and not b for a, b in zip(hits["include"], hits["exclude"], strict=True)]
+    included = [a and not b for a, b in zip(taken["include"], taken["exclude"], strict=True)]
     if not any(included):
         raise SparselineError("params.yaml: model.include and model.exclude leave no matrix to prune; widen include.")
     return Selection(included, matched)
+
+
+def hits(key: str, pattern: str, matrices: Sequence[Names], never: Sequence[str] = ()) -> list[bool]:
+    """Whether the pattern, which stands under ``key`` in params.yaml, matches each matrix.
+
+    Raises:
+        SparselineError: it matches none, or is no regular expression.
+    """
+    try:
+        matches = matcher(pattern)
+    except ValueError as error:
+        raise SparselineError(f"params.yaml: {key}: {pattern!r} is no regular expression ({error}); correct it.") from error
+    found = [any(map(matches, names)) for names in matrices]
+    if not any(found):
+        raise SparselineError(_unmatched(key, pattern, matrices, next(filter(matches, never), None)))
+    return found
 
 
 def _unmatched(key: str, pattern: str, matrices: Sequence[Names], other: str | None) -> str:
@@ -79,4 +89,4 @@ def _unmatched(key: str, pattern: str, matrices: Sequence[Names], other: str | N
         why = f"matches no matrix (brackets stand for themselves; a set of letters needs {EXPRESSION})"
     else:
         why = "matches no matrix"
-    return f"params.yaml: model.{key}: {pattern!r} {why}; {examples}: correct the pattern or take it out."
+    return f"params.yaml: {key}: {pattern!r} {why}; {examples}: correct the pattern or take it out."

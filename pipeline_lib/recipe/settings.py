@@ -86,7 +86,7 @@ class Pruning(Params):
     @classmethod
     def _does_something(cls, selection: SelectionParams, info: ValidationInfo) -> SelectionParams:
         quantization = info.data.get("quantization")
-        if selection.sparsity == 0 and quantization is not None and quantization.bits is None:
+        if selection.overall == 0 and quantization is not None and quantization.bits is None:
             raise Conflict(
                 "sparsity 0 prunes nothing, so it must be greater than 0 unless quantization.bits says what else to do", "sparsity"
             )

@@ -26,7 +26,8 @@ class CurvesPart(Params):
 class AllocatePart(Params):
     """What spreads a variant's budget."""
 
-    sparsity: float
+    sparsity: float  # overall
+    by_hand: list[tuple[str, float]]  # pattern, sparsity: the first match counts
     pattern: str
     allocation: AllocationParams
 
@@ -64,7 +65,8 @@ class Variant:
     @property
     def allocate(self) -> AllocatePart:
         selection = self.recipe.selection
-        return AllocatePart(sparsity=selection.sparsity, pattern=selection.pattern, allocation=self.recipe.allocation)
+        hand, allocation = selection.by_hand, self.recipe.allocation
+        return AllocatePart(sparsity=selection.overall, by_hand=hand, pattern=selection.pattern, allocation=allocation)
 
     @property
     def induce(self) -> InducePart | None:
@@ -98,7 +100,7 @@ def read(name: str, path: Path = params.FILE) -> Variant:
         params.merged("curves", f"{where}.curves", path) if written.above.get("curves") is not None else params.section("curves", path)
     )
     curves = params.parse(CurvesParams, overlaid, "curves")
-    if induced is not None and found.selection.sparsity == 0:
+    if induced is not None and found.selection.overall == 0:
         raise SparselineError(
             f"{params.FILE}: {where} prunes nothing (sparsity 0), so that there is nothing to induce; take its section `induce` out."
         )

@@ -10,6 +10,7 @@ def rows(recipe: Recipe) -> dict[str, str]:
     selection, allocation, quantisation = recipe.selection, recipe.allocation, recipe.quantization
     within = f"block of {selection.block} columns" if selection.group == "block" else selection.group
     alpha = f"α = {allocation.alpha:g}"
+    hand = "".join(f"; by hand {pattern} {sparsity:g}" for pattern, sparsity in selection.by_hand)
     allocated = {"uniform": "uniform", "predicted": f"least predicted loss ({allocation.weighting}), {alpha}"}
     quantised = "none"
     if quantisation.bits is not None:
@@ -18,7 +19,7 @@ def rows(recipe: Recipe) -> dict[str, str]:
     return {
         "score": selection.score,
         "compared within": within if selection.pattern == "unstructured" else selection.pattern,
-        "allocation": allocated.get(allocation.method, f"by {allocation.method}, {alpha}"),
+        "allocation": allocated.get(allocation.method, f"by {allocation.method}, {alpha}") + hand,
         "reconstruction": " + ".join(recipe.reconstruction.steps) or "none",
         "quantisation": quantised,
         "factors": "learned" if recipe.induce is not None else "none",
@@ -33,7 +34,7 @@ def in_words(recipe: Recipe) -> str:
         steps.append(told["quantisation"])
     learned = ["learned factors and selection weights"] if recipe.induce is not None else []
     parts = [
-        f"sparsity {recipe.selection.sparsity:g}",
+        f"sparsity {recipe.selection.overall:g}",
         f"{told['score']} within {told['compared within']}",
         f"allocation {told['allocation']}",
     ]

@@ -1,0 +1,55 @@
+"""Sparsities that the parameters give to single matrices; the others share what is left of the budget."""
+
+from collections.abc import Mapping, Sequence
+
+from pipeline_lib.allocate.budget import Unit
+from pipeline_lib.core.counts import target
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.models.names import Names, hits
+
+
+def by_hand(units: Sequence[Unit], names: Sequence[Names], patterns: Sequence[tuple[str, float]], key: str) -> dict[str, int]:
+    """Matrix -> weights kept, of those that a pattern matches: round((1 − p)·n) with the sparsity p of the first such pattern.
+
+    Args:
+        names: every name of each unit.
+        key: where the patterns stand in params.yaml, for errors.
+
+    Raises:
+        SparselineError: a pattern matches no matrix, or only such as an earlier one has taken; an N:M pattern has no such sparsity.
+    """
+    kept: dict[str, int] = {}
+    for pattern, sparsity in patterns:
+        found = [unit for unit, hit in zip(units, hits(key, pattern, names), strict=True) if hit]
+        taken = [unit for unit in found if unit.name not in kept]
+        if not taken:
+            raise SparselineError(
+                f"params.yaml: {key}: patterns before {pattern!r} take all that it matches, {found[0].name} for example; put it before them."
+            )
+        for unit in taken:
+            count = target(sparsity, unit.size)
+            if count % unit.quantum:
+                raise SparselineError(
+                    f"params.yaml: {key}: {pattern!r} gives {unit.name} a sparsity of {sparsity:g}, but its N:M pattern needs a multiple of "
+                    f"{unit.quantum / unit.size:g}."
+                )
+            kept[unit.name] = count
+    return kept
+
+
+def left(units: Sequence[Unit], kept: Mapping[str, int], sparsity: float, key: str) -> tuple[list[Unit], float]:
+    """The units without a count in ``kept``, and the sparsity at which all units together have ``sparsity``.
+
+    Raises:
+        SparselineError: none is left, or these cannot make up for the others.
+    """
+    rest = [unit for unit in units if unit.name not in kept]
+    if not kept:
+        return rest, sparsity
+    total, size = sum(unit.size for unit in units), sum(unit.size for unit in rest)
+    given = f"the patterns give {len(kept)} of {len(units)} matrices a sparsity, {1 - sum(kept.values()) / (total - size):.4g} together"
+    wanted = target(sparsity, total) - sum(kept.values())
+    if not rest or not 0 <= wanted <= size:
+        why = "the others cannot make up for it" if rest else "no other is left"
+        raise SparselineError(f"params.yaml: {key}: overall = {sparsity:g} is not met: {given}, and {why}; change overall or a pattern.")
+    return rest, 1 - wanted / size
