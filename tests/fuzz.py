@@ -620,7 +620,7 @@ READERS: dict[str, Sequence[str]] = {
     "report"),
     "induce": ("prune",), "prune": ("evaluate", "tasks", "export"), "facts": ("export", "report"), "evaluate": ("export", "choose",
     "report"),
-    "completions": ("report",), "tasks": ("report",), "sizes": ("report",), "choice.json": ("report",), "keys": ("report", "prune"),
+    "completions": ("report",), "tasks": ("export", "report"), "sizes": ("report",), "choice.json": ("report",), "keys": ("report", "prune"),
     "export": ("keys", "export"),
 }  # fmt: skip
 

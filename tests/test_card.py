@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from project import ROOT, read_params, recipe
 
 from pipeline_lib.core.params import merge
+from pipeline_lib.evaluation.verdict import Finding, Verdict
 from pipeline_lib.export.card import Measured, Pruned, card
 from pipeline_lib.recipe import words
 from pipeline_lib.recipe.settings import Recipe
@@ -57,8 +58,9 @@ def pruned(model: dict[str, Any] | None = None, calibration: dict[str, Any] | No
     )
 
 
-def measured() -> Measured:
-    return Measured({"test": math.exp(OWN)}, {"test": math.exp(DENSE)}, {"test": {"kl": 0.125, "kl_99": 1.5, "agreement": 0.75}})
+def measured(*findings: Finding) -> Measured:
+    divergence = {"test": {"kl": 0.125, "kl_99": 1.5, "agreement": 0.75}}
+    return Measured({"test": math.exp(OWN)}, {"test": math.exp(DENSE)}, divergence, Verdict(findings))
 
 
 def metadata(text: str) -> dict[str, Any]:
@@ -77,6 +79,14 @@ def test_perplexities_stand_beside_the_dense_model() -> None:
     text = card(pruned(), measured(), "dense", SIZES)
     heads = ["text", "dense", "this model", "KL", "KL, 99%", "same token"]
     assert cells(text, "| text |") == [heads, ["test", "7.39", "9.49", "0.1250", "1.5000", "75.0%"]]
+
+
+def test_the_verdict_and_its_reasons() -> None:
+    """Only where there is a threshold."""
+    kl, ratio = Finding("KL", "test", 0.125, 0.1), Finding("perplexity ratio", "test", 1.28, 1.3)
+    assert "Verdict: **REGRESSION** (KL test 0.125 > 0.1)." in card(pruned(), measured(kl, ratio))
+    assert "Verdict: **ACCEPT** (perplexity ratio test 1.28 <= 1.3)." in card(pruned(), measured(ratio))
+    assert "Verdict" not in card(pruned(), measured())
 
 
 def test_before_evaluation_nothing_is_said_of_quality() -> None:

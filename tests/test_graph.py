@@ -30,7 +30,7 @@ from pipeline_lib.recipe.variants import read_all
 
 CODE = sorted(path for folder in ("pipeline_lib", "stages") for path in (ROOT / folder).rglob("*.py"))
 MODULES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
-NOT_STAGES = {"convert", "costs", "environment", "plan", "preload", "unpack"}  # commands outside the graph
+NOT_STAGES = {"convert", "costs", "environment", "plan", "preload", "unpack", "verdict"}  # commands outside the graph
 ALWAYS = {"keys", "report"}  # the stages that depend on params.yaml as a file: every change runs them, in about a second each
 
 
@@ -445,6 +445,7 @@ OTHER: dict[str, Any] = {
     "choose.text": "test",
     "tasks.path": "data",
     "presets.*.names": ["next_line"],
+    "verdict.kl": 0.5,
     "report.baseline": "wanda",
 }
 
@@ -523,6 +524,7 @@ FOR = {
     "presets.embedded.*": "tasks-dense tasks@best",
     "presets.*": "",
     "choose.text": "choose",
+    "verdict.*": "export@best",  # whose model cards tell it
     "report.*": "",
 }
 
@@ -685,6 +687,7 @@ def test_parameters_of_version_1_are_told_one_by_one() -> None:
     values["prune"] |= {"export": [], "tasks": [], "candidate": False}
     values["prune"]["reconstruction"]["lsq"]["mask_dtype"] = "float32"
     values["evaluate"]["reverse_kl"] = False
+    values["verdict"] = {"perplexity_ratio": None, "kl": None, "accuracy_drop": None}
     result = refusal(values)
     assert result.exit_code == 0, result.output
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.files import sha256
 from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.evaluation.settings import VerdictParams
 from pipeline_lib.models.architecture import Architecture
 from pipeline_lib.models.written import to_json
 from pipeline_lib.reporting import content, costs, table
@@ -204,6 +206,7 @@ def collect(build: Path, names: tuple[str, ...] = ("plain", "base", "full"), bas
     rows = {"validation": ("evaluate", 8), "test": ("evaluate", 16), "calibration": ("calibrate", 4)}
     values = {
         "report": {"baseline": baseline, "title": "Trial"},
+        "verdict": {"perplexity_ratio": 2.5, "kl": 0.25, "accuracy_drop": 3.0},
         "variants": {name: {} for name in names},
         "texts": {name: {"use": use, "rows": count, "length": 32} for name, (use, count) in rows.items()},
     }
@@ -452,6 +455,23 @@ def test_divergence_beside_perplexity(build: Path) -> None:
     assert table.summary(collect(build))["plain"]["reverse_kl"]["test"] == 0.25
 
 
+def test_the_verdict_on_each_variant(build: Path) -> None:
+    """e^1 and e^0.5 times the dense perplexity against 2.5, KL against a quarter. Oracle: by hand; without thresholds there is no table."""
+    found = table.verdicts(collect(build))
+    assert [verdict.word for verdict in found.values()] == ["REGRESSION", "REGRESSION", "ACCEPT"]
+    assert found["plain"].reasons == "perplexity ratio test 2.718 > 2.5, KL test 0.5 > 0.25, KL validation 0.5 > 0.25"
+    assert found["base"].reasons == "perplexity ratio test 2.718 > 2.5"
+    assert "perplexity ratio test 2.117 <= 2.5" in found["full"].reasons and "accuracy drop wiki 0 <= 3" in found["full"].reasons
+    assert [column.cells for column in tables(collect(build), "Comparison")[2]][:2] == [
+        ("plain", "base", "full"),
+        ("REGRESSION", "REGRESSION", "ACCEPT"),
+    ]
+    results = collect(build)
+    silent = replace(results, verdict=VerdictParams(perplexity_ratio=None, kl=None, accuracy_drop=None))
+    assert [verdict.word for verdict in table.verdicts(silent).values()] == ["not judged"] * 3
+    assert "section `verdict`" in said(render(results)) and "section `verdict`" not in said(render(silent))
+
+
 def test_the_points_for_dvc(build: Path) -> None:
     """Every model on every text, dense first: e^2 and the exponents of ``LOG_PERPLEXITY``; what was pruned of each."""
     points = table.points(collect(build))
@@ -481,7 +501,7 @@ def test_the_gate_is_told(build: Path) -> None:
 
 def test_recipes_are_in_words(build: Path) -> None:
     """Oracle: ``settings``, in the words of tests/test_card.py."""
-    recipes = {column.head: column.cells for column in tables(collect(build), "Comparison")[2]}
+    recipes = {column.head: column.cells for column in tables(collect(build), "Comparison")[3]}
     assert recipes["variant"] == ("plain", "base", "full")
     assert recipes["allocation"] == ("uniform", "uniform", "by weight, α = 0.15")
     assert recipes["reconstruction"] == ("none", "none", "obs + channel")

@@ -1,7 +1,8 @@
 """Which of lm-eval's metrics are read of a task, and what they are. Imports nothing heavy."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ METRICS = {  # the first of a task's is its main one
 def metric(name: str) -> Metric:
     """Of a figure in build/tasks: a metric, or ``<metric>, <filter>`` where a task filters its answers."""
     return METRICS[name.split(", ")[0]]
+
+
+def by_task(presets: Mapping[str, Mapping[str, Mapping[str, Any]]], several: bool) -> dict[str, Mapping[str, Any]]:
+    """Task -> its facts, from preset -> task -> facts; with the preset's name before it if models are measured on ``several``."""
+    return {f"{preset} {task}" if several else task: facts for preset, tasks in presets.items() for task, facts in tasks.items()}
 
 
 def ordered(names: Iterable[str]) -> list[str]:

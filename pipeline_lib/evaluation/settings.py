@@ -69,3 +69,11 @@ class ChooseParams(Params):
     """Section ``choose``."""
 
     text: str
+
+
+class VerdictParams(Params):
+    """Section ``verdict``: the most that figures of a pruned model may be; None: not judged."""
+
+    perplexity_ratio: float | None = Field(gt=0)  # to the dense model's, on every evaluation text
+    kl: float | None = Field(ge=0)  # mean KL(dense ‖ pruned) in nats per token, on every evaluation text
+    accuracy_drop: float | None = Field(ge=0)  # below the dense model's, in units of the difference's standard error, on every task

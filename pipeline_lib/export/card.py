@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline_lib.evaluation.verdict import Verdict
 from pipeline_lib.export import wording
 from pipeline_lib.recipe import words
 from pipeline_lib.recipe.settings import Recipe
@@ -52,6 +53,7 @@ class Measured:
     own: Mapping[str, float]  # perplexities
     dense: Mapping[str, float]
     divergence: Mapping[str, Mapping[str, float]]
+    verdict: Verdict
 
 
 def card(pruned: Pruned, measured: Measured | None = None, form: str = "dense", sizes: Mapping[str, Any] | None = None) -> str:
@@ -127,7 +129,12 @@ def _perplexity(measured: Measured) -> Sequence[str]:
         found = measured.divergence[text]
         far = [wording.share(found[name]) if name == "agreement" else wording.kl(found[name]) for name in figures]
         rows.append((text, wording.perplexity(measured.dense[text]), wording.perplexity(value), *far))
-    return [f"{said} {wording.DIVERGES}", _table(("text", "dense", "this model", *map(wording.DIVERGENCE.__getitem__, figures)), rows)]
+    judged = [f"Verdict: **{measured.verdict.word}** ({measured.verdict.reasons})."] if measured.verdict.findings else []
+    return [
+        *judged,
+        f"{said} {wording.DIVERGES}",
+        _table(("text", "dense", "this model", *map(wording.DIVERGENCE.__getitem__, figures)), rows),
+    ]
 
 
 def _size(form: str, sizes: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from pipeline_lib.core.workspace import DENSE, Workspace
 from pipeline_lib.export.card import Measured, Pruned, card
 from pipeline_lib.export.export import Variant, export
 from pipeline_lib.export.settings import ExportParams
+from pipeline_lib.jobs.verdict import verdict
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.source import open_source
 
@@ -15,7 +16,8 @@ def export_variant(workspace: Workspace, source: ModelParams, variant: str, para
     facts = workspace.load(workspace.facts(variant))
     pruned = Pruned(variant, workspace.load(workspace.model), facts)
     own, dense = (workspace.load(workspace.evaluation(name)) for name in (variant, DENSE))
-    written = partial(card, pruned, Measured(own["perplexity"], dense["perplexity"], own["divergence"]))
+    judged = verdict(workspace, variant, params.verdict)
+    written = partial(card, pruned, Measured(own["perplexity"], dense["perplexity"], own["divergence"], judged))
     left = Variant(variant, facts["settings"]["selection"]["pattern"], workspace.opened(workspace.pruned(variant)))
     sizes = export(open_source(workspace, source), left, workspace.export(variant), params.formats, written)
     workspace.save(workspace.sizes(variant), sizes)

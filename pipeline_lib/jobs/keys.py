@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pipeline_lib.core import artifacts, code, environment, params
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.workspace import DENSE, Workspace
-from pipeline_lib.evaluation.settings import ChooseParams, EvaluatePart, Preset, TasksParams
+from pipeline_lib.evaluation.settings import ChooseParams, EvaluatePart, Preset, TasksParams, VerdictParams
 from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.induce.settings import ScaleParams
 from pipeline_lib.measure.settings import SensitivityParams
@@ -127,7 +127,8 @@ def tasks(name: str, variants: Mapping[str, Variant]) -> TasksPart | None:
 
 def export(variant: Variant) -> ExportParams | None:
     """None where no format is asked for."""
-    return ExportParams(formats=variant.export) if variant.export else None
+    verdict = params.load(VerdictParams, "verdict")
+    return ExportParams(formats=variant.export, verdict=verdict) if variant.export else None
 
 
 def sensitivity(variants: Mapping[str, Variant]) -> SensitivityParams | None:

@@ -84,10 +84,29 @@ def _comparison(results: Results) -> Blocks:
     blocks += [_tasks(results), *_drawn(plots.perplexity(results))]
     if results.pruned:
         blocks += [f"How far each variant is from the dense model. {wording.DIVERGES}", Block("table", table.divergence(results))]
+        blocks += _verdicts(results)
         listed = [{"variant": variant.name} | recipes.rows(variant.recipe) for variant in results.pruned if variant.recipe]
         blocks.append("What each variant is made of; the full settings are under Provenance.")
         blocks.append(Block("table", [words(head, [recipe[head] for recipe in listed]) for head in listed[0]]))
     return blocks
+
+
+def _verdicts(results: Results) -> Blocks:
+    found = table.verdicts(results)
+    if not any(verdict.findings for verdict in found.values()):
+        return []
+    return [
+        "The thresholds of the section `verdict` judge each variant on every evaluation text, and on every task that it was measured on. Where one is "
+        "exceeded, the table says which; else it lists all that was compared. An accuracy's drop is in units of its standard error.",
+        Block(
+            "table",
+            [
+                words("variant", list(found)),
+                words("verdict", [verdict.word for verdict in found.values()]),
+                words("because", [verdict.reasons for verdict in found.values()]),
+            ],
+        ),
+    ]
 
 
 def _tasks(results: Results) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 from pipeline_lib.core import files, params
 from pipeline_lib.core.params import Params
 from pipeline_lib.core.workspace import DENSE, Workspace
-from pipeline_lib.evaluation.metrics import metric, ordered
+from pipeline_lib.evaluation.metrics import by_task, metric, ordered
+from pipeline_lib.evaluation.settings import VerdictParams
+from pipeline_lib.evaluation.verdict import Measured, Verdict, judge
 from pipeline_lib.export import wording
 from pipeline_lib.recipe.needs import needs
 from pipeline_lib.recipe.settings import Recipe
@@ -58,6 +60,7 @@ class Results:
     """The whole report's data: the dense model first, then the variants in the order of params.yaml."""
 
     settings: ReportParams
+    verdict: VerdictParams
     model: Facts  # build/prepare/model.json
     texts: tuple[str, ...]  # of params.yaml, those for evaluation
     variants: tuple[Variant, ...]
@@ -158,10 +161,12 @@ def collect(root: Path = Path()) -> Results:
     path, workspace = root / params.FILE, Workspace(root)
     settings = params.load(ReportParams, "report", path)
     model = workspace.load(workspace.model)
-    variants = tuple(_variant(workspace, name) for name in (DENSE, *(params.section("variants", path) or ())))
+    several = len(workspace.load(workspace.tasks(DENSE))) > 1  # which is measured on every preset
+    variants = tuple(_variant(workspace, name, several) for name in (DENSE, *(params.section("variants", path) or ())))
     measured = any("sensitivity" in stages(variant) for variant in variants)
     return Results(
         settings,
+        params.load(VerdictParams, "verdict", path),
         model,
         tuple(name for name, text in params.section("texts", path).items() if text["use"] == "evaluate"),
         variants,
@@ -172,7 +177,7 @@ def collect(root: Path = Path()) -> Results:
     )
 
 
-def _variant(workspace: Workspace, name: str) -> Variant:
+def _variant(workspace: Workspace, name: str, several: bool) -> Variant:
     measured = workspace.load(workspace.evaluation(name))
     completions = workspace.load(workspace.completions(name))["completions"]
     facts = {} if name == DENSE else workspace.load(workspace.facts(name))
@@ -180,8 +185,7 @@ def _variant(workspace: Workspace, name: str) -> Variant:
     if recipe is not None and needs(recipe).sensitivities:
         for matrix, entry in workspace.load(workspace.sensitivity / "sensitivity.json").items():
             facts["matrices"][matrix]["sensitivity"] = entry
-    presets = workspace.load(workspace.tasks(name))
-    found = {f"{preset} {task}" if len(presets) > 1 else task: one for preset, tasks in presets.items() for task, one in tasks.items()}
+    found = by_task(workspace.load(workspace.tasks(name)), several)
     sizes = workspace.load(workspace.sizes(name))
     return Variant(name, measured["perplexity"], measured["divergence"], found, completions, facts, sizes, recipe)
 
@@ -260,6 +264,12 @@ def divergence(results: Results) -> list[Column]:
                 column = ranked(text, head, [None, *(one[key] for one in found)], show, best)
                 columns.append(Column(text, head, column.cells[1:], frozenset(row - 1 for row in column.best)))
     return columns
+
+
+def verdicts(results: Results) -> dict[str, Verdict]:
+    """Variant -> verdict."""
+    dense, *pruned = (Measured(one.perplexity, one.divergence, one.tasks) for one in results.variants)
+    return {variant.name: judge(results.verdict, own, dense) for variant, own in zip(results.pruned, pruned, strict=True)}
 
 
 def notes(results: Results) -> list[str]:

@@ -1,0 +1,18 @@
+"""Whether one variant is good enough."""
+
+from pipeline_lib.core.workspace import DENSE, Workspace
+from pipeline_lib.evaluation.metrics import by_task
+from pipeline_lib.evaluation.settings import VerdictParams
+from pipeline_lib.evaluation.verdict import Measured, Verdict, judge
+
+
+def verdict(workspace: Workspace, variant: str, params: VerdictParams) -> Verdict:
+    """From what `evaluate` and `tasks` wrote of the variant and of the dense model."""
+    own, dense = (_measured(workspace, name) for name in (variant, DENSE))
+    return judge(params, own, dense)
+
+
+def _measured(workspace: Workspace, name: str) -> Measured:
+    found = workspace.load(workspace.evaluation(name))
+    several = len(workspace.load(workspace.tasks(DENSE))) > 1  # which is measured on every preset
+    return Measured(found["perplexity"], found["divergence"], by_task(workspace.load(workspace.tasks(name)), several))
