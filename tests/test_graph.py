@@ -460,7 +460,7 @@ def other(key: str, value: Any) -> Any:
     return value + 1 if isinstance(value, int | float) else f"{value}x"
 
 
-LOADS = "prepare text@* calibrate scale sensitivity curves@* induce@* prune@* evaluate-dense evaluate@* tasks-dense export@*"
+LOADS = "prepare generate@* text@* calibrate scale sensitivity curves@* induce@* prune@* evaluate-dense evaluate@* tasks-dense export@*"
 REFUSED = "refused"
 # Which stages a key of params.yaml is for; the pattern with the most letters decides. ``best`` alone reads curves, is exported and has
 # tasks, ``papers`` alone is induced.
@@ -472,11 +472,11 @@ FOR = {
     "model.remote_code": "prepare",
     "model.dequantize": "prepare",
     "model.exclude": "prepare",
-    "model.compute_dtype": "prepare calibrate curves@* induce@* prune@*",
+    "model.compute_dtype": "prepare generate@* calibrate curves@* induce@* prune@*",
     "model.products": "prepare calibrate curves@* induce@* prune@*",
-    "texts.calibration.*": "text@calibration",
-    "texts.validation.*": "text@validation",
-    "texts.test.*": "text@test",
+    "texts.calibration.*": "generate@calibration text@calibration",
+    "texts.validation.*": "generate@validation text@validation",
+    "texts.test.*": "generate@test text@test",
     "texts.calibration.use": REFUSED,  # one text calibrates
     "texts.validation.use": REFUSED,  # `choose` names it
     "texts.test.use": REFUSED,  # `evaluate` names it
@@ -787,6 +787,7 @@ LIGHT = {
 }
 NOT_NEEDED = {
     **{f"{stage} wanda": LIGHT for stage in ("curves", "induce", "tasks", "export")},
+    "generate test": LIGHT,
     **{"keys": LIGHT, "choose": LIGHT},
     **{"allocate wanda": LIGHT | {"numpy"}, "allocate sparseline": LIGHT | {"numpy"}},
 }

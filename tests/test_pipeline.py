@@ -37,6 +37,7 @@ from pipeline_lib.core.params import merge
 from pipeline_lib.core.workspace import Workspace
 
 TEXTS = {"text@calibration", "text@validation", "text@test"}
+GENERATED = {text.replace("text", "generate") for text in TEXTS}
 PER_VARIANT = ("curves", "allocate", "induce", "prune", "evaluate", "tasks", "export")
 
 
@@ -47,7 +48,7 @@ def of(*stages: str, variants: tuple[str, ...] = ("wanda", "sparseline")) -> set
 PRUNINGS = of("prune")
 EVALUATIONS = {"evaluate-dense"} | of("evaluate")
 SUMMARIES = {"choose", "report"}
-SHARED = TEXTS | {"prepare", "calibrate", "scale", "sensitivity", "evaluate-dense", "tasks-dense"} | SUMMARIES
+SHARED = TEXTS | GENERATED | {"prepare", "calibrate", "scale", "sensitivity", "evaluate-dense", "tasks-dense"} | SUMMARIES
 ALL = SHARED | of(*PER_VARIANT)
 OWN = of("allocate", "induce", "prune", "evaluate", "tasks", "export", variants=("sparseline",))  # what follows from its allocation
 PRUNING_CODE = of("curves", "induce", "prune")  # all three prune
@@ -166,6 +167,7 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
         *(f"keys/{stage}/{variant}.json" for stage in {*PER_VARIANT} - {"evaluate"} for variant in variants),
         *(f"keys/code/{re.split('[@-]', stage)[0]}.json" for stage in ALL),
         *("prepare/model.json", "prepare/matrices.json"),
+        *(f"generated/{name}.json" for name in ("calibration", "validation", "test")),
         *("texts/calibrate/calibration.safetensors", "texts/evaluate/test.safetensors", "texts/evaluate/validation.safetensors"),
         *(f"calibrate/block-{block:03d}.safetensors" for block in blocks),
         *("scale/transform.safetensors", "induce/sparseline/transform.safetensors"),
@@ -387,9 +389,9 @@ SPARSELINE = ("sparseline",)
         ("curves.densities", [0.5], of("curves", variants=SPARSELINE)),
         ("induce.steps", 3, of("induce", "prune", variants=SPARSELINE)),
         ("sensitivity.probes", 3, {"sensitivity"}),
-        ("model.compute_dtype", "bfloat16", {"prepare", "calibrate"} | PRUNING_CODE),
+        ("model.compute_dtype", "bfloat16", {"prepare", "calibrate"} | GENERATED | PRUNING_CODE),
         ("model.exclude", ["*.q_proj"], {"prepare"}),
-        ("texts.test.rows", 7, {"text@test"}),
+        ("texts.test.rows", 7, {"text@test", "generate@test"}),
         ("evaluate.completions.count", 0, EVALUATIONS),
         ("presets.embedded.limit", 3, {"tasks-dense", "tasks@sparseline"}),
         ("presets.induction.limit", 3, set()),  # nobody asks for it
@@ -452,15 +454,15 @@ def test_another_allocation_prunes_and_nothing_else(project: Path) -> None:
 def test_an_edited_text_concerns_those_who_read_it(project: Path) -> None:
     """Oracle: evaluation texts go to evaluation, the calibration text to everything before it."""
     (project / "data" / "texts" / "test.txt").write_text(text(seed=9), encoding="utf-8")
-    assert stale(project) == {"text@test"}
-    rerun(project, "text@test")
+    assert stale(project) == {"text@test", "generate@test"}
+    rerun(project, "text@test", "generate@test")
     assert stale(project) == EVALUATIONS | {"report"}
 
 
 def test_an_edited_calibration_text_concerns_those_who_read_it(project: Path) -> None:
     (project / "data" / "texts" / "calibration.txt").write_text(text(seed=9), encoding="utf-8")
-    assert stale(project) == {"text@calibration"}
-    rerun(project, "text@calibration")
+    assert stale(project) == {"text@calibration", "generate@calibration"}
+    rerun(project, "text@calibration", "generate@calibration")
     assert stale(project) == {"calibrate", "sensitivity", "report"} | PRUNING_CODE
 
 
@@ -486,8 +488,10 @@ def test_edited_weights_concern_everything(project: Path) -> None:
         ("pipeline_lib/allocate/methods.py", of("allocate")),
         ("pipeline_lib/measure/hutchinson.py", {"sensitivity"}),
         ("pipeline_lib/stats/moments.py", {"calibrate", "scale"} | PRUNING_CODE),
-        ("pipeline_lib/texts/rows.py", TEXTS),
+        ("pipeline_lib/texts/rows.py", TEXTS | GENERATED),
+        ("pipeline_lib/models/sample.py", GENERATED),
         ("pipeline_lib/evaluation/perplexity.py", EVALUATIONS),
+        ("pipeline_lib/evaluation/divergence.py", EVALUATIONS),
         ("pipeline_lib/evaluation/tasks.py", {"tasks-dense"} | of("tasks")),
         ("pipeline_lib/models/architecture.py", ALL - SUMMARIES - of("allocate")),
         ("pipeline_lib/core/artifacts.py", ALL),

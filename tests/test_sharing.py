@@ -23,14 +23,26 @@ from project import ROOT, WANDA, build, change_params, commit, environment, make
 from ruamel.yaml import YAML
 from test_pipeline import executed, restored, stale
 
-ALL = {f"text@{name}" for name in ("calibration", "validation", "test")} | {
+ALL = {f"{stage}@{name}" for stage in ("generate", "text") for name in ("calibration", "validation", "test")} | {
     *("prepare", "calibrate", "scale", "sensitivity", "evaluate-dense", "tasks-dense", "choose", "report"),
     *(f"{stage}@wanda" for stage in ("curves", "allocate", "induce", "prune", "evaluate", "tasks", "export")),
 }
 CHANGE = ("variants.wanda.selection", {**WANDA["selection"], "sparsity": 0.6})
 CONCERNED = {*(f"{stage}@wanda" for stage in ("allocate", "induce", "prune", "evaluate", "tasks", "export")), "choose", "report"}
 STEPS = (
-    *("keys", "prepare", "text calibration", "text validation", "text test", "calibrate", "scale", "sensitivity"),
+    *(
+        "keys",
+        "prepare",
+        "generate calibration",
+        "generate validation",
+        "generate test",
+        "text calibration",
+        "text validation",
+        "text test",
+        "calibrate",
+        "scale",
+        "sensitivity",
+    ),
     *(f"{stage} wanda" for stage in ("curves", "allocate", "induce", "prune", "evaluate", "tasks")),
     *("evaluate dense", "tasks dense", "export wanda", "choose", "report"),
 )

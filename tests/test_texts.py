@@ -41,6 +41,7 @@ def params(kind: str = "files", path: Path = Path("text.txt"), **changes: Any) -
         "field": None,
         "hub": None,
         "revision": None,
+        "generated": None,
         "chat_template": False,
         "start": None,
         "packing": "concatenate",

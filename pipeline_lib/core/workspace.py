@@ -45,6 +45,10 @@ class Workspace:
         """Directory of the texts of a use (``calibrate``, ``evaluate``): ``<name>.safetensors``."""
         return self.build / "texts" / use
 
+    def generated(self, text: str) -> Path:
+        """What the source model wrote for a text of its own."""
+        return self.build / "generated" / f"{text}.json"
+
     @property
     def statistics(self) -> Path:
         """Directory of every site's statistics, a file per block."""

@@ -19,7 +19,7 @@ from pipeline_lib.recipe.variants import Variant, read_all
 from pipeline_lib.stats.settings import CalibrateParams
 
 STAGES = (
-    *("prepare", "text", "calibrate", "scale", "sensitivity", "curves", "allocate", "induce", "prune"),
+    *("prepare", "generate", "text", "calibrate", "scale", "sensitivity", "curves", "allocate", "induce", "prune"),
     *("evaluate", "tasks", "export", "choose", "report"),
 )
 
@@ -78,6 +78,9 @@ def _tidy(workspace: Workspace, variants: Mapping[str, Variant]) -> None:
     texts = {name: text.get("use") if isinstance(text, Mapping) else None for name, text in params.section("texts").items()}
     for left in workspace.texts("").glob("*/*.safetensors"):
         if texts.get(left.stem) != left.parent.name:
+            artifacts.remove(left)
+    for left in workspace.generated("").parent.glob("*.json"):
+        if left.stem not in texts:
             artifacts.remove(left)
     for left in workspace.of_models():
         if left.name.removesuffix(".json") not in (*variants, DENSE):

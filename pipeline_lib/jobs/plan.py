@@ -35,6 +35,7 @@ LESS = {  # by a stage's first word: what makes less of what it holds on a GPU
     "curves": "Lower calibrate.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES; or raise SPARSELINE_GRAM_BYTES",
     "sensitivity": "Lower sensitivity.probes_per_pass and rows_per_probe; output_moments: diagonal",
     "prune": "Lower prune.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES, model.compute_dtype: bfloat16; collect: site",
+    "generate": "Lower the text's generated.batch_rows, model.compute_dtype: bfloat16",
     "evaluate": "Lower evaluate.batch_rows, evaluate.compute_dtype: bfloat16",
     "tasks": "Lower tasks.batch_rows, tasks.compute_dtype: bfloat16",
 }
@@ -120,6 +121,9 @@ def _planned(
     used = {"calibrate": keys.calibrate(variants), "scale": keys.scale(variants), "sensitivity": asked}
     work = Work(shapes, text.held_out, dtype, calibrate, asked or params.load(SensitivityParams, "sensitivity"), budget)
     found = _Planned([(step, 1) for name, step in estimate.estimate(work).items() if used.get(name, True)])
+    for name, one in texts.items():
+        if one.generated is not None:
+            found.steps.append((estimate.generating(checkpoint, f"generate {name}", dtype, one, one.generated), 1))
     for name, variant in variants.items():
         if variant.curves is not None:
             found.steps.append((estimate.measuring(work, f"curves {name}", variant.curves.curves), 1))

@@ -1,6 +1,9 @@
 """Read one text and cut it into rows of tokens."""
 
 from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import track
@@ -31,14 +34,11 @@ def text(workspace: Workspace, source: ModelParams, name: str, params: TextParam
         raise SparselineError(f"params.yaml: texts.{name}.length = {params.length} is more than the model's {window} positions; lower it.")
     tokenizer = load_tokenizer(directory, config.get_text_config().vocab_size, source.remote_code)
     begins = start(params.start, config.model_type, tokenizer)
-    texts = read_texts(params)
-    written = render(tokenizer, texts.chats, texts.places) if params.chat_template else texts.documents
-    watched = partial(track, what=f"text {name}, tokens", units="thousands of documents")
-    documents = encode(tokenizer, written, watched)
+    documents, provenance = _generated(workspace, name) if params.generated else _read(tokenizer, name, params)
     rows = rows_of(documents, params, begins)
     check_ids(rows, config.get_text_config().vocab_size, tokenizer)
     tensors = split(rows, params.held_out) if params.use == "calibrate" else {"rows": rows}
-    facts = texts.provenance | {
+    facts = provenance | {
         "tokens": sum(map(len, documents)),
         "rows": len(rows),
         "length": params.length,
@@ -49,7 +49,21 @@ def text(workspace: Workspace, source: ModelParams, name: str, params: TextParam
     workspace.save_tensors(workspace.texts(params.use) / f"{name}.safetensors", tensors, facts)
     files = f" in {len(facts['sha256'])} file(s)" if params.kind == "files" else ""
     empty = f", {facts['empty']} empty ones left out" if facts["empty"] else ""
+    own = " of the model's own" if params.generated else ""
     return (
-        f"{len(rows)} rows of {params.length} tokens from {facts['documents']} documents{files}{empty} "
+        f"{len(rows)} rows of {params.length} tokens from {facts['documents']} documents{own}{files}{empty} "
         f"({facts['tokens']:,} tokens); {BEGINS[begins.place]}"
     )
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, name: str, params: TextParams) -> tuple[list[list[int]], dict[str, Any]]:
+    """Documents as tokens, and where they are from."""
+    texts = read_texts(params)
+    written = render(tokenizer, texts.chats, texts.places) if params.chat_template else texts.documents
+    watched = partial(track, what=f"text {name}, tokens", units="thousands of documents")
+    return encode(tokenizer, written, watched), texts.provenance
+
+
+def _generated(workspace: Workspace, name: str) -> tuple[list[list[int]], dict[str, Any]]:
+    found = workspace.load(workspace.generated(name))
+    return found["documents"], found["facts"]

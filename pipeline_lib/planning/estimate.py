@@ -24,6 +24,7 @@ from pipeline_lib.prune.run import stream_bytes
 from pipeline_lib.prune.shapes import Shapes, outside
 from pipeline_lib.recipe.settings import InduceParams
 from pipeline_lib.stats.settings import CalibrateParams
+from pipeline_lib.texts.texts import GeneratedParams, TextParams
 
 LIBRARIES = 730e6 if torch.version.cuda or torch.version.hip else 450e6  # resident size of Python with torch and transformers, measured
 TASK_LIBRARIES = 150e6  # what lm-eval and datasets come to beside them
@@ -219,6 +220,16 @@ def evaluating(checkpoint: Checkpoint, params: EvaluateParams, texts: Sequence[t
         beside = states + max(Shapes(checkpoint, rows, length, rows).block * dtype.itemsize, outside(checkpoint, dtype))
         name, flops = "evaluate", 2 * flops
     return Estimate(name, memory + beside, 1e4, flops, gpu_bytes=gpu + beside, host_bytes=host)
+
+
+def generating(checkpoint: Checkpoint, name: str, dtype: torch.dtype, text: TextParams, how: GeneratedParams) -> Estimate:
+    """Needs of `generate` for one text: the whole model, keys and values of a batch, and four copies of its logits in float32."""
+    entry, tokens = checkpoint.architecture, how.prompt_tokens + how.new_tokens
+    cache = 2 * dtype.itemsize * how.batch_rows * tokens * entry.width * entry.depth
+    beside = cache + how.batch_rows * (dtype.itemsize + 16) * checkpoint.vocabulary
+    host, flops = LIBRARIES + _loaded(checkpoint, dtype), 2 * checkpoint.parameters * (text.rows or 0) * text.length
+    gpu = checkpoint.parameters * dtype.itemsize + beside
+    return Estimate(name, host + beside, 8 * (text.rows or 0) * text.length, flops, gpu_bytes=gpu, host_bytes=host)
 
 
 def answering(checkpoint: Checkpoint, name: str, params: TasksParams, lengths: Sequence[int]) -> Estimate:

@@ -52,6 +52,24 @@ def is_blank(messages: list[Message]) -> bool:
     return not any(message["content"].strip() or message.get("tool_calls") for message in messages)
 
 
+def ask(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], places: Sequence[str]) -> list[str]:
+    """Each chat as ``render`` writes it, up to its last answer, with what makes the model answer. Chats without a message before it are left out.
+
+    Raises:
+        SparselineError: as ``render``.
+    """
+    begun = [(_before_last_answer(chat), place) for chat, place in zip(chats, places, strict=True)]
+    begun = [(chat, place) for chat, place in begun if chat]
+    render(tokenizer, [chat for chat, _ in begun], [place for _, place in begun])
+    return [_render(tokenizer, chat, place, ask=True) for chat, place in begun]
+
+
+def _before_last_answer(messages: list[Message]) -> list[Message]:
+    """All messages, if none is the assistant's."""
+    last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    return messages[:last]
+
+
 def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], places: Sequence[str]) -> list[str]:
     """Each chat as the model's chat template writes it, which is a program; ``places`` tell where each was read.
 
@@ -114,9 +132,9 @@ def _same(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str
         return False
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, ask: bool = False) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
     except Exception as error:  # a template is foreign code that may raise anything
         reason = " ".join(str(error).split())
         raise SparselineError(

@@ -27,17 +27,29 @@ MOST = 200_000  # files and directories of a text
 HUB_KEYS = {"id", "split", "field"}, {"config", "files", "join", "revision"}  # needed, and possible
 
 
+class GeneratedParams(Params):
+    """Key ``generated`` of a text that the source model writes."""
+
+    prompts: Literal["stdlib", "files", "hub"]  # kind of the source of the prompts, which the text's other keys describe
+    prompt_tokens: int = Field(ge=1)  # of a document's opening; a chat's prompt is all before its last answer
+    new_tokens: int = Field(ge=1)  # at most
+    temperature: float = Field(ge=0)  # 0: the most likely token
+    batch_rows: int = Field(ge=1)
+    seed: int
+
+
 class TextParams(Params):
     """One entry of section ``texts``. ``path`` is what DVC watches, so that editing it reruns what depends on it."""
 
     use: Literal["calibrate", "evaluate"]
-    kind: Literal["stdlib", "files", "hub"]
+    kind: Literal["stdlib", "files", "hub", "generated"]
     path: Path
     name: str | None  # stdlib: list in path; hub: entry of path (data/hub.json), or null with the entry given below
     glob: str | None  # files: which files below the directory `path`
     field: str | None  # files: field of the records
     hub: dict[str, str | bool] | None  # hub: {id, split, field[, config or files, join, revision]} of any other dataset
     revision: str | None  # hub: commit; null takes the entry's
+    generated: GeneratedParams | None  # of kind: generated
     chat_template: bool
     start: Place | None  # where the start token stands; null: where the model family's usual evaluation has it
     packing: Literal["concatenate", "document"]
@@ -52,6 +64,24 @@ class TextParams(Params):
         if self.rows is None and self.use == "calibrate":
             raise Conflict("only a text with use: evaluate may be taken whole (rows: null); give the number of rows", "use", "rows")
         return self
+
+    @model_validator(mode="after")
+    def _says_how_it_is_generated(self) -> Self:
+        if (self.kind == "generated") != (self.generated is not None):
+            raise Conflict(
+                "kind: generated and the section `generated` go together; give both, or another kind and null", "kind", "generated"
+            )
+        if self.generated is not None and self.rows is None:
+            raise Conflict("a generated text has no end; give the number of rows", "kind", "rows")
+        return self
+
+    @property
+    def source(self) -> Literal["stdlib", "files", "hub"]:
+        """Kind of the source that is read."""
+        if self.kind != "generated":
+            return self.kind
+        assert self.generated is not None  # validated
+        return self.generated.prompts
 
 
 @dataclass(frozen=True)
@@ -71,9 +101,9 @@ def read_texts(params: TextParams) -> Texts:
         SparselineError: the source cannot be found or read, holds no text, or holds other text than the parameters say.
     """
     for key, kinds in {"glob": {"files"}, "field": {"files"}, "hub": {"hub"}, "revision": {"hub"}}.items():
-        if getattr(params, key) is not None and params.kind not in kinds:
-            raise SparselineError(f"The text at {params.path} has `{key}`, which kind: {params.kind} does not read; set it to null.")
-    read = {"stdlib": _stdlib, "files": _files, "hub": _hub}[params.kind]
+        if getattr(params, key) is not None and params.source not in kinds:
+            raise SparselineError(f"The text at {params.path} has `{key}`, which kind: {params.source} does not read; set it to null.")
+    read = {"stdlib": _stdlib, "files": _files, "hub": _hub}[params.source]
     placed, provenance = read(params)
     documents: list[str] = []
     chats: list[list[Message]] = []
@@ -99,8 +129,8 @@ def read_texts(params: TextParams) -> Texts:
             raise SparselineError(f"{where}: the text's `field` holds {kind(value)}, neither text nor a list of messages.")
         places.append(where)
     if not places:
-        raise SparselineError(f"{params.kind} text at {params.path} is empty; give a source with at least one non-empty document.")
-    return Texts(documents, chats, places, provenance | {"kind": params.kind, "documents": len(places), "empty": empty})
+        raise SparselineError(f"{params.source} text at {params.path} is empty; give a source with at least one non-empty document.")
+    return Texts(documents, chats, places, provenance | {"kind": params.source, "documents": len(places), "empty": empty})
 
 
 def _entries(path: Path, name: str | None) -> Any:

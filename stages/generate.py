@@ -1,0 +1,30 @@
+"""Have the source model write a text with kind: generated, which `text` cuts into rows; nothing for other texts."""
+
+import click
+
+from pipeline_lib.core import params, runtime
+from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.models.settings import ModelParams
+
+
+@click.command(help=__doc__)
+@click.argument("name")
+def main(name: str) -> None:
+    workspace = Workspace()
+    with runtime.stage(f"generate-{name}", workspace.generated(name)) as tell:
+        params.check_name("text", name)
+        written = params.section(f"texts.{name}")
+        if isinstance(written, dict) and written.get("kind") != "generated":
+            workspace.save(workspace.generated(name), {})
+            tell(f"generate {name}: the text is not the model's own")
+            return
+        from pipeline_lib.jobs.generate import generate
+        from pipeline_lib.texts.texts import TextParams
+
+        text = params.load(TextParams, f"texts.{name}")
+        assert text.generated is not None  # else it would have been refused
+        tell(f"generate {name}: {generate(workspace, params.load(ModelParams, 'model'), name, text, text.generated)}")
+
+
+if __name__ == "__main__":
+    main()
