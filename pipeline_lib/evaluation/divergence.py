@@ -4,12 +4,13 @@ Of the dense model one block is in memory at a time, then its head. Nothing of i
 Shape letters: ``N`` rows, ``T`` tokens in a row, ``t`` tokens of a piece, ``V`` tokens of the vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from pipeline_lib.core import settings
+from pipeline_lib.core.progress import Watched
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.places import room
 from pipeline_lib.models.stream import BlockModel
@@ -26,7 +27,7 @@ class Dense:
     dtype: torch.dtype
     device: torch.device
 
-    def logits(self, rows: torch.Tensor, batch_rows: int, watched: Callable[[range], Iterable[int]] = iter) -> Iterator[torch.Tensor]:
+    def logits(self, rows: torch.Tensor, batch_rows: int, watched: Watched = iter) -> Iterator[torch.Tensor]:
         """The logits [t, V] of the first T - 1 tokens of every row of ``rows`` [N, T], row by row, in pieces of ``TOKENS`` tokens.
 
         Hidden states of as many rows as SPARSELINE_ACTIVATION_BYTES hold are there at once; the blocks are read once for these. ``watched`` sees
@@ -84,5 +85,5 @@ class Divergence:
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) [t] of log-probabilities [t, V]; where rounding leaves less than zero, zero."""
-    return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).clamp(min=0)
+    """KL(p ‖ q) [t] of log-probabilities [t, V]; where rounding leaves less than zero, zero. Tokens that neither model can give count nothing."""
+    return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).nansum(-1).clamp(min=0)

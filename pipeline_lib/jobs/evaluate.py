@@ -32,7 +32,7 @@ def evaluate(workspace: Workspace, source: ModelParams, name: str, part: Evaluat
             passed = partial(track, what=f"evaluate {name}, {text}, dense model", units="blocks")
             compared = Divergence(dense.logits(rows, params.batch_rows, passed), params.reverse_kl)
         watched = partial(track, what=f"evaluate {name}, {text}", units="batches")
-        perplexities[text] = perplexity(model, rows, params.batch_rows, watched, compared and compared.add)
+        perplexities[text] = perplexity(model, rows, params.batch_rows, watched, None if compared is None else compared.add)
         if compared is not None:
             divergences[text] = compared.summary()
     watched = partial(track, what=f"evaluate {name}, completions", units="tokens")

@@ -227,11 +227,13 @@ def comparison(results: Results) -> list[Column]:
             cells = ("baseline" if v is results.baseline else cell for v, cell in zip(variants, column.cells, strict=True))
             columns.append(Column(group, column.head, tuple(cells), column.best))
     for name, tasks in figures(results).items():
-        share = metric(name).share
-        group, show = f"{metric(name).words}{', %' if share else ''}", wording.points if share else wording.perplexity
         for task in tasks:
             found = [variant.tasks.get(task, {}).get("metrics", {}).get(name) for variant in variants]
-            column = ranked(group, headed(task, name), [one["value"] if one else None for one in found], show, max if share else min)
+            values, head = [one["value"] if one else None for one in found], headed(task, name)
+            if metric(name).share:
+                show, column = wording.points, ranked(f"{metric(name).words}, %", head, values, wording.points, max)
+            else:
+                show, column = wording.perplexity, ranked(metric(name).words, head, values, wording.perplexity, min)
             errors = [None if one is None else one["stderr"] for one in found]
             cells = (cell if error is None else f"{cell} ± {show(error)}" for error, cell in zip(errors, column.cells, strict=True))
             columns.append(Column(column.group, column.head, tuple(cells), column.best))
@@ -240,11 +242,11 @@ def comparison(results: Results) -> list[Column]:
 
 def figures(results: Results) -> dict[str, list[str]]:
     """Figure of tasks -> the tasks that have it, main figures first."""
-    found: dict[str, dict[str, Facts]] = {}
+    found: dict[str, list[str]] = {}
     for task, measured in results.tasks.items():
         for name in measured[0]["metrics"]:
-            found.setdefault(name, {})[task] = {}
-    return {name: list(found[name]) for name in ordered(found)}
+            found.setdefault(name, []).append(task)
+    return {name: found[name] for name in ordered(found)}
 
 
 def headed(task: str, name: str) -> str:
@@ -259,9 +261,10 @@ def divergence(results: Results) -> list[Column]:
         found = [variant.divergence[text] for variant in results.pruned]
         for key, head in wording.DIVERGENCE.items():
             if all(key in one for one in found):
-                show, best = (wording.share, max) if key == "agreement" else (wording.kl, min)
-                # no row is the dense model's, so that the first takes part
-                column = ranked(text, head, [None, *(one[key] for one in found)], show, best)
+                values = [None, *(one[key] for one in found)]  # the dense model's place, which ``ranked`` leaves out
+                column = (
+                    ranked(text, head, values, wording.kl, min) if key != "agreement" else ranked(text, head, values, wording.share, max)
+                )
                 columns.append(Column(text, head, column.cells[1:], frozenset(row - 1 for row in column.best)))
     return columns
 
