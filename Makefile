@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
-.PHONY: run test campaign campaign-short architectures sshd check format plan sweep screenshots environment clean
+.PHONY: run test campaign campaign-short architectures sshd check format wheel plan sweep screenshots environment clean
 .PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-latency bench-busy bench-verify
 .PHONY: bench-sweep bench-block bench-gpu
 
@@ -43,6 +43,9 @@ check: environment  ## formatting, lint, types
 	ruff format --check .
 	ruff check .
 	mypy
+
+wheel: environment  ## build the wheel, and try the command `sparseline` in a new environment (docs/install.md)
+	.ci/wheel
 
 format: environment  ## correct formatting, and what lint can correct
 	ruff format .

@@ -13,7 +13,7 @@ from pipeline_lib.prune.window import Window
 LIBRARY = "pipeline_lib"
 # Each may import those to the left of it; what is not ours is another matter.
 ORDER = ("core", "masks", "solve", "models", "stats", "fit", "allocate", "measure", "recipe")
-ORDER += ("prune", "induce", "texts", "evaluation", "export", "planning", "reporting", "jobs")
+ORDER += ("prune", "induce", "texts", "evaluation", "export", "planning", "reporting", "jobs", "command")
 ABOVE = ("stages", "tests", "benchmarks")  # they import the library, never the other way
 PARAMETERS = 6
 STAGE_LINES = 60

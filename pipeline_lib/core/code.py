@@ -13,22 +13,44 @@ IMPORT = re.compile(r"^[ \t]*((?:from|import) (?:[^\n(]|\([^)]*\))*)", re.MULTIL
 
 
 def closure(stage: str, root: Path = Path()) -> list[Path]:
-    """Every file of ours that ``python -m stages.<stage>`` may read as code, relative to the root; templates included."""
+    """Every file of ours that ``python -m stages.<stage>`` may read as code; templates included.
+
+    Returns:
+        Names: paths from the directory that holds the file's package. In a checkout that is the root for all of them.
+    """
+    return sorted(_sources(stage, root))
+
+
+def digest(stage: str, root: Path = Path()) -> str:
+    """SHA-256 over names and bytes of a stage's closure. A project and a checkout with equal files have equal digests."""
+    found = hashlib.sha256()
+    for name, path in sorted(_sources(stage, root).items()):
+        found.update(f"{name}\n".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def is_project(root: Path = Path()) -> bool:
+    """Whether a directory is laid out by `sparseline init`: it has the stages, and the library is the installed one."""
+    return (root / "stages").is_dir() and not (root / "pipeline_lib").is_dir()
+
+
+def _home(package: str, root: Path) -> Path:
+    """The directory that holds a package of ours: the root; of the library, where a project has none, the place where it is installed."""
+    return Path(__file__).parents[2] if package == "pipeline_lib" and is_project(root) else root
+
+
+def _sources(stage: str, root: Path) -> dict[Path, Path]:
+    """A stage's closure: the files by their names."""
+    root = root.absolute()
     todo, seen = {root / "stages" / f"{stage}.py", root / "stages" / "__init__.py"}, set[Path]()
     while todo:
         path = todo.pop()
         seen.add(path)
         todo |= _imports(path, root) - seen
     folders = {path.parent for path in seen if "import jinja2" in path.read_text(encoding="utf-8")}
-    return sorted(path.relative_to(root) for path in seen | {template for folder in folders for template in folder.glob("*.jinja")})
-
-
-def digest(stage: str, root: Path = Path()) -> str:
-    """SHA-256 over names and bytes of a stage's closure."""
-    found = hashlib.sha256()
-    for path in closure(stage, root):
-        found.update(f"{path}\n".encode() + (root / path).read_bytes())
-    return found.hexdigest()
+    seen |= {template for folder in folders for template in folder.glob("*.jinja")}
+    stages = root / "stages"
+    return {path.relative_to(root if path.is_relative_to(stages) else _home("pipeline_lib", root)): path for path in seen}
 
 
 @cache
@@ -38,8 +60,9 @@ def _imports(path: Path, root: Path) -> set[Path]:
     for name in _names(path.read_text(encoding="utf-8")):
         parts = name.split(".")
         if parts[0] in OWN:
-            module = root.joinpath(*parts)
-            packages = [root.joinpath(*parts[:count], "__init__.py") for count in range(1, len(parts) + 1)]
+            home = _home(parts[0], root)
+            module = home.joinpath(*parts)
+            packages = [home.joinpath(*parts[:count], "__init__.py") for count in range(1, len(parts) + 1)]
             found |= {candidate for candidate in (module.with_suffix(".py"), *packages) if candidate.exists()}
     return found
 

@@ -5,11 +5,16 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline_lib.core import files
+from pipeline_lib.core import code, files
 from pipeline_lib.core.errors import SparselineError
 
 FILE = Path("env.lock.json")
 PACKAGES = ("numpy", "torch", "transformers")
+
+
+def command(target: str) -> str:
+    """How a user runs a target of the Makefile here, in backquotes: with make, or in a project with the installed command."""
+    return f"`sparseline {target}`" if code.is_project() else f"`make {target}`"
 
 
 def running() -> dict[str, str]:
@@ -36,14 +41,14 @@ def check(path: Path = FILE) -> None:
     try:
         locked = json.loads(files.text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise SparselineError(f"{path} cannot be read as JSON ({error}); run `make environment`, which writes it.") from error
+        raise SparselineError(f"{path} cannot be read as JSON ({error}); run {command('environment')}, which writes it.") from error
     here = running()
     if locked == here:
         return
     known = locked if isinstance(locked, dict) else {}
     name = next((name for name in (*known, *here) if known.get(name) != here.get(name)), "versions")
     raise SparselineError(
-        f"{path} names {name} {known.get(name, 'not at all')}, but {here.get(name, 'no such package')} runs here; run `make environment`, "
+        f"{path} names {name} {known.get(name, 'not at all')}, but {here.get(name, 'no such package')} runs here; run {command('environment')}, "
         "which writes the versions that run into it (results of other versions stay in the cache)."
     )
 

@@ -76,11 +76,13 @@ def told() -> Iterator[None]:
     except Exception as error:
         if _is_gpu_memory(error):
             message = (
-                "The GPU's memory ran out; `make plan` says what each stage takes there, SPARSELINE_GPU_ACTIVATION_BYTES=0 keeps hidden "
+                f"The GPU's memory ran out; {environment.command('plan')} says what each stage takes there, SPARSELINE_GPU_ACTIVATION_BYTES=0 keeps hidden "
                 "states out of it, and docs/cluster.md says what else makes it less."
             )
         elif _is_memory(error):
-            message = "The memory ran out; `make plan` says what each stage takes, and docs/cluster.md what makes that less."
+            message = (
+                f"The memory ran out; {environment.command('plan')} says what each stage takes, and docs/cluster.md what makes that less."
+            )
         else:
             message, status = bugs.tell(error), bugs.CODE
     with suppress(OSError):  # nobody may read on
@@ -90,7 +92,8 @@ def told() -> Iterator[None]:
 
 def _refused(error: OSError) -> str:
     """What the system did not do."""
-    mend = "make room, `make plan` says what a run takes" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that place"
+    room = f"make room, {environment.command('plan')} says what a run takes"
+    mend = room if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that place"
     where = error.filename2 or error.filename or "A file of this run"  # the second: where something was to go
     return f"{where}: {os.strerror(error.errno or 0)}; {mend}, then run the same command again: what is finished is kept."
 
@@ -154,6 +157,7 @@ def resume_key(name: str, facts: str, inputs: list[Path]) -> str:
     digest = hashlib.sha256(facts.encode())
     for path in inputs:
         digest.update(path.read_bytes())
-    digest.update(code.digest(name, Path(__file__).parents[2]).encode())
+    root = Path() if code.is_project() else Path(__file__).parents[2]
+    digest.update(code.digest(name, root).encode())
     digest.update(f"{torch.__version__} {compute().type} {torch.get_num_threads()} {products.choose()}".encode())
     return digest.hexdigest()[:32]

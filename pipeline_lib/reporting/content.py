@@ -124,7 +124,7 @@ def _tasks(results: Results) -> str:
 
 def _costs(_results: Results) -> Blocks:
     """Nothing that was measured: equal runs must write equal reports. ``measured_costs`` completes the section."""
-    said = "Costs differ from run to run, so the cached report holds none. `make run` writes those of the stages that ran on this machine to `costs.js`"
+    said = "Costs differ from run to run, so the cached report holds none. `make run` and `sparseline run` write those of this machine to `costs.js`"
     return [f"{said} beside this page, which then shows them here.", Block("script", "costs.js")]
 
 

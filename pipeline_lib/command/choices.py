@@ -1,0 +1,137 @@
+"""What `sparseline prune` is asked for, written into the text of params.yaml. Comments stay."""
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.representer import RoundTripRepresenter
+
+from pipeline_lib.command.layout import MODEL, PARAMS
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.masks.settings import Pattern
+from pipeline_lib.texts.records import holds_records
+
+EMBEDDED = "embedded"  # in the place of a model: the tiny one that comes along
+HUB = "data/hub.json"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+COMMIT = re.compile("[0-9a-f]{40}")
+EVALUATED = {"validation": "wikitext2-validation", "test": "wikitext2"}  # with calibration text from the hub, as both papers
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The options of `sparseline prune`."""
+
+    model: str
+    revision: str | None
+    preset: str
+    sparsity: float | None
+    pattern: str | None
+    calibration: str | None
+
+
+def chosen(shipped: Mapping[str, bytes], choices: Choices) -> dict[str, bytes]:
+    """The files of a project for these choices.
+
+    Raises:
+        SparselineError: a choice cannot be used.
+    """
+    yaml = _yaml()
+    values = yaml.load(shipped[PARAMS].decode())
+    values["model"] |= _model(choices)
+    _selection(values, choices)
+    if choices.calibration is not None:
+        _calibration(values["texts"], choices.calibration, json.loads(shipped[HUB]))
+    text = io.StringIO()
+    yaml.dump(values, text)
+    own = choices.model == EMBEDDED
+    kept = {name: raw for name, raw in shipped.items() if own or not name.startswith(f"{MODEL}/")}
+    return kept | {PARAMS: text.getvalue().encode()}
+
+
+class _Representer(RoundTripRepresenter):
+    """As params.yaml is written: null is a word."""
+
+
+_Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
+
+
+def _yaml() -> YAML:
+    """Reads a file and writes it again as it was, line for line."""
+    yaml = YAML()
+    yaml.preserve_quotes, yaml.width, yaml.Representer = True, 10_000, _Representer
+    return yaml
+
+
+def _model(choices: Choices) -> dict[str, str | None]:
+    name = choices.model
+    if name == EMBEDDED:
+        return {"path": MODEL, "id": None, "revision": None}
+    path = Path(name)
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise SparselineError(f"{name} has no config.json; give the directory of a Hugging Face checkpoint.")
+        if choices.revision is not None:
+            raise SparselineError(f"--revision {choices.revision} is for a model of the hub, but {name} is a directory; leave it out.")
+        return {"path": str(path.resolve()), "id": None, "revision": None}
+    if not HUB_ID.fullmatch(name) or name.startswith("."):
+        raise SparselineError(f"{name} is no directory here, no name on the hub (owner/name), and not `{EMBEDDED}`; correct it.")
+    return {"path": HUB, "id": name, "revision": _commit(name, choices.revision)}
+
+
+def _commit(hub_id: str, revision: str | None) -> str:
+    """The full hash of a commit. A branch or a tag is looked up once, here: later it may name other weights."""
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi  # imported here: only hub models need it
+
+    try:
+        found = HfApi().model_info(hub_id, revision=revision, timeout=10).sha
+    except Exception as error:  # of the hub or the network
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SparselineError(
+            f"{hub_id} is no directory here, and the hub cannot be asked for its newest commit ({told}); give --revision with 40 hexadecimal digits."
+        ) from error
+    return str(found)
+
+
+def _selection(values: Any, choices: Choices) -> None:
+    """One variant, the preset, and what it prunes."""
+    for name in [name for name in values["variants"] if name != choices.preset]:
+        del values["variants"][name]
+    variant = values["variants"][choices.preset]
+    values["report"]["baseline"] = choices.preset
+    variant.setdefault("export", _yaml().load("[dense]"))
+    selection = values["prune"]["selection"]
+    if choices.pattern is not None:
+        if choices.sparsity is not None:
+            raise SparselineError(f"--pattern {choices.pattern} fixes the sparsity; leave --sparsity out.")
+        try:
+            pattern = Pattern.parse(choices.pattern)
+        except ValueError as error:
+            raise SparselineError(f"--pattern: {error}.") from error
+        selection["pattern"] = _yaml().load(f'"{choices.pattern}"')  # quoted: DVC and others may read a number
+        variant["allocation"] = _yaml().load("{method: uniform}")  # hardware needs the same N everywhere
+        if pattern.m:
+            selection["sparsity"] = 1 - pattern.n / pattern.m
+    elif choices.sparsity is not None:
+        selection["sparsity"] = choices.sparsity
+
+
+def _calibration(texts: Any, given: str, hub: Mapping[str, Any]) -> None:
+    path = Path(given)
+    if path.exists():
+        one = [path] if path.is_file() else [below for below in path.rglob("*") if below.is_file()]
+        field = "text" if any(map(holds_records, one)) else None
+        texts["calibration"] |= {"kind": "files", "path": str(path.resolve()), "name": None, "field": field}
+        return
+    names = [name for name in hub if name not in EVALUATED.values()]
+    if given not in names:
+        raise SparselineError(f"--calibration {given} is no file or directory here, and no name in {HUB}: {', '.join(names)}.")
+    for text, name in {"calibration": given, **EVALUATED}.items():
+        texts[text] |= {"kind": "hub", "path": HUB, "name": name}

@@ -1,0 +1,118 @@
+"""What `sparseline` does in a project: the stages and DVC run as they do by hand, with this Python."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+from dvc.config import Config, ConfigError
+
+from pipeline_lib.command.layout import GRAPH
+from pipeline_lib.core import environment
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.preloaded import SIGNALS
+
+# As in the Makefile: threads that wait sleep, and glibc returns large blocks to the system less eagerly.
+DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "2000000000"}
+DVC = ("python", "-m", "dvc")
+FAILED = 255  # DVC's exit code where a stage fails
+
+
+def opened(directory: Path) -> Path:
+    """The directory, if it is a project.
+
+    Raises:
+        SparselineError: it is none.
+    """
+    if not (directory / GRAPH).is_file() or not (directory / "stages").is_dir():
+        raise SparselineError(
+            f"{directory} is no project, since it has no {GRAPH} or no stages/; `sparseline init {directory}` lays one out."
+        )
+    return directory
+
+
+def settle(directory: Path) -> None:
+    """Before DVC runs: the versions that run are written down, and DVC is told whether there is git.
+
+    Raises:
+        SparselineError: a package is not installed, or DVC's configuration cannot be read.
+    """
+    environment.write(directory / environment.FILE)
+    alone = not tracked(directory)
+    try:
+        config = Config(str(directory / ".dvc"))
+        if config["core"].get("no_scm", False) != alone:
+            with config.edit("local") as local:
+                local.setdefault("core", {})["no_scm"] = alone
+    except ConfigError as error:
+        raise SparselineError(f"{directory}/.dvc: DVC's configuration cannot be read ({error}); correct it.") from error
+
+
+def tracked(directory: Path) -> bool:
+    """Whether a git repository is around the directory and does not ignore what is in it."""
+    return _git(directory, "check-ignore", "--quiet", GRAPH) == 1  # 0: ignored; 128: no repository; None: no git
+
+
+def can_begin(directory: Path) -> bool:
+    """Whether `git init` is possible, and makes a repository where there is none."""
+    return _git(directory, "rev-parse", "--git-dir") == 128
+
+
+def begin(directory: Path) -> None:
+    """`git init`, and every file added.
+
+    Raises:
+        SparselineError: git is missing, or refuses.
+    """
+    for arguments in (("init", "--quiet"), ("add", "--all")):
+        if _git(directory, *arguments) != 0:
+            raise SparselineError(f"`git {' '.join(arguments)}` does not work in {directory}; run it there to see why.")
+
+
+def _git(directory: Path, *arguments: str) -> int | None:
+    try:
+        return subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, check=False).returncode
+    except FileNotFoundError:
+        return None
+
+
+def run(directory: Path, *targets: str) -> int:
+    """`dvc repro`, with faster starts of its stages; the exit code."""
+    code = call(directory, "python", "-m", "stages.preload", *DVC, "repro", *targets)
+    return 2 if code == FAILED else code
+
+
+def call(directory: Path, *command: str) -> int:
+    """Run a command in a project; its exit code, 128 + its number for a signal.
+
+    Signals are for the command. Of SIGINT a terminal tells it itself; the others are passed on.
+
+    Raises:
+        SparselineError: this Python is none that stages can run with.
+    """
+    with subprocess.Popen(command, cwd=directory, env=_environ(os.environ)) as process:
+
+        def forward(number: int, _frame: FrameType | None) -> None:
+            if number != signal.SIGINT:
+                process.send_signal(number)
+
+        before = {number: signal.signal(number, forward) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _environ(given: Mapping[str, str]) -> dict[str, str]:
+    """This Python first on PATH, since the stages' commands begin with `python`."""
+    place = Path(sys.executable).parent
+    if not (place / "python").exists():
+        raise SparselineError(
+            f"There is no `python` beside {sys.executable}, and stages run as `python -m`; install sparseline into a virtual environment."
+        )
+    return {**DEFAULTS, **given, "PATH": os.pathsep.join([str(place), given.get("PATH", os.defpath)])}
