@@ -37,6 +37,7 @@ RECORDS = Path(__file__).parent.parent / "benchmarks" / "results" / "architectur
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 LIMIT = 300  # seconds for one type
 LARGEST = 30_000_000  # parameters that a tiny model may have
+SHOWN = 400  # characters of a reason on the page
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 STEPS = ("text calibration", "text validation", "text test", "calibrate", "sensitivity", "allocate fast", "prune fast", "evaluate fast")
 
@@ -242,9 +243,15 @@ def page(records: list[dict[str, Any]]) -> str:
         "",
         "| model type | why |",
         "|---|---|",
-        *(f"| {one['model_type']} | {one['reason'].replace('|', '/')} |" for one in records if not one["prunes"]),
+        *(f"| {one['model_type']} | {_short(one['reason'])} |" for one in records if not one["prunes"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _short(reason: str) -> str:
+    """For a cell of a table: transformers lists all its classes in some messages."""
+    text = reason.replace("|", "/")
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
 @click.command(help=__doc__)
