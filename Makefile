@@ -39,10 +39,12 @@ sshd:  ## for the tests over SSH: installed in a container only, since elsewhere
 	@test -x /usr/sbin/sshd || { test ! -d /run/systemd/system && apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server; } \
 		|| echo "no sshd, so the tests over SSH are skipped (Debian: apt-get install openssh-server)"
 
-check: environment  ## formatting, lint, types
+check: environment  ## formatting, lint, types, and the prose of the pages
 	ruff format --check .
 	ruff check .
 	mypy
+	python tests/prose.py
+	proselint check --config .proselintrc.json README.md CHANGELOG.md docs/*.md
 
 wheel: environment  ## build the wheel, and try the command `sparseline` in a new environment (docs/install.md)
 	.ci/wheel

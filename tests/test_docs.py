@@ -4,6 +4,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
+import prose
 import pytest
 import regex
 
@@ -74,3 +75,47 @@ def test_a_quoted_message_exists(message: str) -> None:
 )
 def test_a_message_that_does_not_exist_is_found(message: str) -> None:
     assert not exists(message)
+
+
+# Sentences; `make check` asks of every page what is asked of these here
+
+LONG = "word " * (prose.MOST + 1)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        f"{LONG}end.\n",
+        f"Short. {LONG}end.\n",
+        f"# {LONG}\n",
+        f"- an item\n- {LONG}\n",
+        f"> {LONG}\n",
+        f"| a | b |\n|---|---|\n| c | {LONG} |\n",
+        f"A [link of {LONG}](x.md) and **{LONG}**.\n",
+        "\n".join(["word"] * (prose.MOST + 1)) + "\n",  # wrapped
+        f"{LONG[:50]}e.g. {LONG[:125]}\n",
+    ],
+)
+def test_a_long_sentence_is_found(page: str) -> None:
+    assert len(prose.too_long(page)) == 1
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "word " * prose.MOST,
+        "Word word. " * prose.MOST,
+        f"```sh\n{LONG}\n```\n",
+        f"    {LONG}\n",
+        f"Read `{LONG}` first.\n",
+        f"[short](https://example.org/{'a/' * 99})\n",
+        "| a | b |\n|---|---|\n" + "| word word | word word |\n" * prose.MOST,
+        "word – · / " * prose.MOST,
+    ],
+)
+def test_what_is_no_long_sentence(page: str) -> None:
+    assert prose.too_long(page) == []
+
+
+def test_a_sentence_is_told_with_its_line() -> None:
+    assert prose.too_long(f"# Title\n\nShort.\n\n{LONG}end\n") == [(5, prose.MOST + 2, f"{LONG}end")]
