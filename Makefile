@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
-.PHONY: run test campaign campaign-short architectures sshd check format wheel plan sweep screenshots environment clean
+.PHONY: run test campaign campaign-short architectures sshd check format wheel docs plan sweep screenshots environment clean
 .PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-latency bench-busy bench-verify
 .PHONY: bench-sweep bench-block bench-gpu
 
@@ -48,6 +48,9 @@ check: environment  ## formatting, lint, types, and the prose of the pages
 
 wheel: environment  ## build the wheel, and try the command `sparseline` in a new environment (docs/install.md)
 	.ci/wheel
+
+docs: environment  ## the documentation as static pages below site/; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 mkdocs build
 
 format: environment  ## correct formatting, and what lint can correct
 	ruff format .

@@ -26,7 +26,8 @@ def write(
 
     Args:
         shards: file name of the dense checkpoint -> plan of each tensor.
-        others, indexed: as in ``dense.write``, for whoever turns it back.
+        others: as in ``dense.write``, for whoever turns it back.
+        indexed: as in ``dense.write``.
     """
     with replacing(out) as directory:
         directory.mkdir()

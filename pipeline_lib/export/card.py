@@ -61,7 +61,8 @@ def card(pruned: Pruned, measured: Measured | None = None, form: str = "dense", 
 
     Args:
         form: the format of the files that it lies beside.
-        measured, sizes: what evaluation and export found (build/evaluate, build/sizes); None where they have not run.
+        measured: what evaluation found (build/evaluate); None where it has not run.
+        sizes: what export found (build/sizes); None where it has not run.
     """
     parts = [
         _metadata(pruned, form),

@@ -147,7 +147,8 @@ def write(
     """A directory for ``from_pretrained`` where compressed-tensors is installed; the side files are the pruned checkpoint's.
 
     Args:
-        shards, indexed: as in ``dense.write``.
+        shards: as in ``dense.write``.
+        indexed: as in ``dense.write``.
         chosen: what ``scheme`` made of the variant.
     """
 

@@ -1,6 +1,6 @@
 """Error curves: what pruning each matrix of a block to a few densities changes, on the dense stream; and what OWL and DLP read of a block.
 
-Shape letters: ``R`` outputs, ``C`` inputs of a matrix. G = E[X Xᵀ] [C, C], M = E[g gᵀ] of the loss's gradients at the outputs, [R, R] or its diagonal [R].
+Shape letters: ``R`` outputs, ``C`` inputs of a matrix. G = E[X Xᵀ], shape [C, C]; M = E[g gᵀ] of the loss's gradients at the outputs, [R, R] or its diagonal [R].
 """
 
 import math

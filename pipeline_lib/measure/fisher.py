@@ -29,7 +29,7 @@ PANEL = 384  # outputs of a second moment that are summed at a time
 
 
 class OutputMoments:
-    """E[g gᵀ] [R, R] of every included matrix, or its diagonal [R], mean over predicted tokens: one file per block, one block in memory.
+    """E[g gᵀ], shape [R, R], of every included matrix, or its diagonal [R], mean over predicted tokens: one file per block, one block in memory.
 
     Probe p belongs to lane p mod 4. Until all probes are in, there is a file for each block and lane, since a lane's sum goes on where it
     was left: how many probes share a pass changes no bit of the sums over given gradients.

@@ -1,6 +1,6 @@
 """Damped second moments of a site's inputs, factorised once for all matrices that share the site; and layer errors from them.
 
-Shape letters: ``R`` outputs, ``C`` inputs. G = E[X Xᵀ] [C, C], H = G + damping.
+Shape letters: ``R`` outputs, ``C`` inputs. G = E[X Xᵀ], shape [C, C]; H = G + damping.
 """
 
 import functools

@@ -27,7 +27,7 @@ def aim(weight: torch.Tensor, away: torch.Tensor, factorisation: Factorisation, 
 
     Args:
         weight: W [R, C].
-        away: C − G = E[(X_d − X) Xᵀ] [C, C], G being the one that was factorised.
+        away: C − G = E[(X_d − X) Xᵀ], shape [C, C], G being the one that was factorised.
         share: 0 … 1.
 
     Returns:

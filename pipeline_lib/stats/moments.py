@@ -286,7 +286,7 @@ class DiagonalSums(WeightedSums):
         return self
 
     def finish(self) -> torch.Tensor:
-        """E[X_m²] [d]."""
+        """E[X_m²], shape [d]."""
         return (self.squares / self.count).float()
 
 
