@@ -181,9 +181,7 @@ def test_sweep_equals_literal_obs_in_blocks(
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("at_once", [10, 512])
 @pytest.mark.parametrize(("text", "block"), [("2:4", 4), ("2:4", 128), ("1:4", 6), ("4:8", 8), ("3:8", 12)])
-def test_sweep_equals_literal_obs_for_n_of_m(
-    score: Score, at_once: int, text: str, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sweep_equals_literal_obs_for_n_of_m(score: Score, at_once: int, text: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: ``literal_sweep`` with groups of M; the column block rounds up to whole groups."""
     monkeypatch.setattr("pipeline_lib.solve.eliminate.AT_ONCE", at_once)
     pattern = Pattern.parse(text)
