@@ -212,6 +212,26 @@ def test_bad_input_is_told_in_one_sentence(
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("title: Sparseline", "title: [", "params.yaml cannot be read as YAML"),
+        ("sparsity: 0.5 ", "sparsity: 5 ", "prune.selection.sparsity = 5 cannot be used"),
+    ],
+)
+def test_bad_parameters_are_told_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], old: str, new: str, said: str
+) -> None:
+    """DVC adds no line of its own, since it does not run."""
+    files = layout.shipped()
+    text = files[layout.PARAMS].decode()
+    assert text.count(old) == 1
+    layout.lay_out(tmp_path, files | {layout.PARAMS: text.replace(old, new).encode()})
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    status, told = sparseline(capfd, "run", "-C", str(tmp_path))
+    assert status == 2 and told.startswith("error: ") and told.count("\n") == 1 and said in told, told
+
+
 def test_help_needs_no_project(capfd: pytest.CaptureFixture[str]) -> None:
     for arguments in ((), ("--help",), *((command, "--help") for command in main.commands.commands)):
         status, said = sparseline(capfd, *arguments)

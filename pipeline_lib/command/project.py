@@ -80,20 +80,29 @@ def _git(directory: Path, *arguments: str) -> int | None:
 
 
 def run(directory: Path, *targets: str) -> int:
-    """`dvc repro`, with faster starts of its stages; the exit code."""
+    """`dvc repro`, with faster starts of its stages; the exit code.
+
+    The stage `keys` runs once before: of parameters that cannot be used it says one sentence, to which DVC would add its own lines.
+    """
+    if code := call(directory, "python", "-m", "stages.keys", quiet=True):
+        return code
     code = call(directory, "python", "-m", "stages.preload", *DVC, "repro", *targets)
     return 2 if code == FAILED else code
 
 
-def call(directory: Path, *command: str) -> int:
+def call(directory: Path, *command: str, quiet: bool = False) -> int:
     """Run a command in a project; its exit code, 128 + its number for a signal.
 
     Signals are for the command. Of SIGINT a terminal tells it itself; the others are passed on.
 
+    Args:
+        quiet: leave out what it prints, except errors.
+
     Raises:
         SparselineError: this Python is none that stages can run with.
     """
-    with subprocess.Popen(command, cwd=directory, env=_environ(os.environ)) as process:
+    shown = subprocess.DEVNULL if quiet else None
+    with subprocess.Popen(command, cwd=directory, env=_environ(os.environ), stdout=shown) as process:
 
         def forward(number: int, _frame: FrameType | None) -> None:
             if number != signal.SIGINT:
