@@ -11,13 +11,12 @@ from pruned import card, make_pruned
 from tiny import make_model
 
 from pipeline_lib.export.export import Variant, export
-from pipeline_lib.export.settings import ExportParams
 from pipeline_lib.measure.settings import CurvesParams, SensitivityParams
 from pipeline_lib.models.checkpoint import open_checkpoint
 from pipeline_lib.planning.estimate import Estimate, Work, estimate, exporting, inducing, measuring, pruning
 from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.shapes import Shapes
-from pipeline_lib.recipe.settings import InduceParams, Recipe
+from pipeline_lib.recipe.settings import Format, InduceParams, Recipe
 from pipeline_lib.stats.settings import CalibrateParams
 
 SHIPPED = read_params(ROOT)
@@ -182,10 +181,10 @@ def test_exported_files_take_what_was_predicted(tmp_path: Path) -> None:
     """Oracle: what a bitmask and a dense export leave on disk; headers and other files are what is not predicted."""
     source = open_checkpoint(make_model(tmp_path / "source", "llama", hidden_size=128, intermediate_size=512))
     make_pruned(tmp_path / "prune", source)
-    formats = ExportParams(formats=["dense", "bitmask"])
-    export(source, Variant("mine", "unstructured", tmp_path / "prune"), tmp_path / "export", formats.formats, card)
+    formats: list[Format] = ["dense", "bitmask"]
+    export(source, Variant("mine", "unstructured", tmp_path / "prune"), tmp_path / "export", formats, card)
     written = sum(path.stat().st_size for path in (tmp_path / "export").rglob("*.safetensors"))
-    assert exporting(source, "export", formats.formats, 0.5).disk_bytes == pytest.approx(written, rel=0.02)
+    assert exporting(source, "export", formats, 0.5).disk_bytes == pytest.approx(written, rel=0.02)
 
 
 def test_quantising_takes_the_sweeps_it_makes(wide: Path) -> None:

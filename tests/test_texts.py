@@ -831,7 +831,7 @@ def test_a_damaged_tokenizer_is_told(copy_of: Callable[[str], Path]) -> None:
         ({"length": 1}, r"texts\.x\.length = 1"),
         ({"held_out": 1.0}, r"texts\.x\.held_out = 1\.0"),
         ({"held_out": -0.1}, r"texts\.x\.held_out = -0\.1"),
-        ({"kind": "web"}, r"texts\.x\.kind = 'web' .*'stdlib', 'files' or 'hub'"),
+        ({"kind": "web"}, r"texts\.x\.kind = 'web' .*'stdlib', 'files', 'hub' or 'generated'"),
         ({"packing": "greedy"}, r"texts\.x\.packing = 'greedy'"),
         ({"typo": 1}, r"texts\.x\.typo is not a known key"),
     ],

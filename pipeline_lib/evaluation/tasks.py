@@ -177,8 +177,10 @@ def _figures(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
         name, _, kind = key.partition(",")
         if name in METRICS:
             error = found.get(f"{name}_stderr,{kind}")
-            known = isinstance(error, int | float) and math.isfinite(error)
-            figures[name if kind == "none" else f"{name}, {kind}"] = {"value": float(value), "stderr": float(error) if known else None}
+            stderr = (
+                float(error) if isinstance(error, int | float) and math.isfinite(error) else None
+            )  # lm-eval has "N/A" where it knows none
+            figures[name if kind == "none" else f"{name}, {kind}"] = {"value": float(value), "stderr": stderr}
     return {name: figures[name] for name in ordered(figures)}
 
 

@@ -230,10 +230,11 @@ def comparison(results: Results) -> list[Column]:
         for task in tasks:
             found = [variant.tasks.get(task, {}).get("metrics", {}).get(name) for variant in variants]
             values, head = [one["value"] if one else None for one in found], headed(task, name)
+            show: Callable[[float], str] = wording.points if metric(name).share else wording.perplexity
             if metric(name).share:
-                show, column = wording.points, ranked(f"{metric(name).words}, %", head, values, wording.points, max)
+                column = ranked(f"{metric(name).words}, %", head, values, show, max)
             else:
-                show, column = wording.perplexity, ranked(metric(name).words, head, values, wording.perplexity, min)
+                column = ranked(metric(name).words, head, values, show, min)
             errors = [None if one is None else one["stderr"] for one in found]
             cells = (cell if error is None else f"{cell} ± {show(error)}" for error, cell in zip(errors, column.cells, strict=True))
             columns.append(Column(column.group, column.head, tuple(cells), column.best))
