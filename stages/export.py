@@ -1,4 +1,4 @@
-"""Write one variant as files that are as small as it is: dense, bitmask, compressed-tensors; and say how small."""
+"""Write one variant as files that are as small as it is: dense, bitmask, compressed-tensors, gguf; and say how small."""
 
 import click
 

@@ -10,6 +10,8 @@ import torch
 from pipeline_lib.core import artifacts
 from pipeline_lib.masks.bits import pack
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter
+from pipeline_lib.solve.grid import Scheme
+from pipeline_lib.solve.settings import Stored
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Rounding:
     bits: int = 4
     group: int | None = 16
     symmetric: bool = True
+    stored: Stored = "checkpoint"
 
 
 def random_mask(rows: int, columns: int, pattern: str, random: torch.Generator) -> torch.Tensor:
@@ -45,6 +48,8 @@ def nearest(weight: torch.Tensor, how: Rounding) -> tuple[torch.Tensor, dict[str
         else:
             scale = (part.amax(1, keepdim=True).clamp(min=0) - part.amin(1, keepdim=True).clamp(max=0)) / (2**how.bits - 1)
         scale = scale.clamp(min=1e-6).to(weight.dtype).float()
+        if how.stored == "gguf":
+            scale = Scheme(how.bits, how.group, how.symmetric, weight.dtype, how.stored).exact(scale)
         if how.symmetric:
             zero, low = torch.zeros_like(scale), -(2 ** (how.bits - 1))
         else:

@@ -170,6 +170,18 @@ PARAMETERS = [
         params(prune__selection__sparsity=0, prune__quantization__bits=4),
         ("variants.sparseline", "sparsity 0", "nothing to induce", "take its section `induce` out"),
     ),
+    Mistake(
+        "groups that GGUF has no blocks for",
+        "prune wanda",
+        wanda(quantization={"bits": 4, "group": 48, "scales": "gguf"}),
+        ("variants.wanda.quantization.group = 48", "multiple of 32"),
+    ),
+    Mistake(
+        "zero points that GGUF has not",
+        "prune wanda",
+        wanda(quantization={"bits": 8, "symmetric": False, "scales": "gguf"}),
+        ("variants.wanda.quantization.symmetric = False", "set symmetric to true"),
+    ),
     Mistake("nine bits", "prune wanda", params(prune__quantization__bits=9), ("quantization.bits", "= 9 ", "8")),
     Mistake("no columns in a group", "prune wanda", params(prune__quantization__group=0), ("quantization.group", "= 0 ", "1")),
     Mistake("unknown group", "prune wanda", params(prune__quantization__group="matrix"), ("quantization.group", "'matrix'")),
@@ -400,8 +412,8 @@ PARAMETERS = [
     Mistake(
         "a format that does not exist",
         "export sparseline",
-        params(variants__sparseline__export=["gguf"]),
-        ("variants.sparseline.export", "'gguf'", "bitmask"),
+        params(variants__sparseline__export=["onnx"]),
+        ("variants.sparseline.export", "'onnx'", "bitmask"),
     ),
     Mistake(
         "compressed-tensors of a variant that is not quantised",

@@ -139,11 +139,13 @@ def test_sizes_are_those_of_the_format() -> None:
 
 
 def test_each_format_says_how_it_is_loaded() -> None:
-    """Oracle: the README, whose code runs in other tests."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    """Oracle: docs/formats.md, whose code runs in other tests."""
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     bitmask = card(pruned(), None, "bitmask")
-    assert "from pipeline_lib.export.load import load_model" in bitmask and "from pipeline_lib.export.load import load_model" in readme
-    assert "python -m stages.unpack" in bitmask and "python -m stages.unpack" in readme
+    assert "from pipeline_lib.export.load import load_model" in bitmask and "from pipeline_lib.export.load import load_model" in page
+    assert "python -m stages.unpack" in bitmask and "python -m stages.unpack" in page
+    assert 'gguf_file="model.gguf"' in card(pruned(), None, "gguf") and 'gguf_file="model.gguf"' in page
+    assert metadata(card(pruned(), None, "gguf"))["library_name"] == "gguf"
     four = {"bits": 4, "group": 64, "symmetric": True}
     assert "CompressedTensorsConfig" not in card(pruned(settings=settings(quantization=four)), None, "compressed-tensors")
     assert "CompressedTensorsConfig(dequantize=True)" in card(

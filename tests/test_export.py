@@ -231,7 +231,7 @@ def test_every_format_has_its_card(tmp_path: Path) -> None:
     assert "README.md" in json.loads((tmp_path / "export" / "bitmask" / "bitmask.json").read_text(encoding="utf-8"))["files"]
 
 
-@pytest.mark.parametrize("formats", [[], ["dense"], ["bitmask"], ["dense", "bitmask", PACKED]])
+@pytest.mark.parametrize("formats", [[], ["dense"], ["bitmask"], ["gguf"], ["dense", "bitmask", PACKED, "gguf"]])
 def test_progress_ends_at_its_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, formats: list[str]) -> None:
     """Every read of a tensor counts once. Oracle: the total that was announced."""
     counted: list[tuple[int, int]] = []

@@ -422,6 +422,7 @@ OTHER: dict[str, Any] = {
     "prune.tasks": ["embedded"],
     "prune.quantization.bits": 4,
     "prune.quantization.group": "row",
+    "prune.quantization.scales": "gguf",
     "prune.quantization.refit": [],
     "*.tolerance": 0.01,
     "*.sparsity": 0.6,
@@ -693,6 +694,7 @@ def test_parameters_of_version_1_are_told_one_by_one() -> None:
     values["prune"]["reconstruction"]["lsq"]["mask_dtype"] = "float32"
     values["evaluate"]["reverse_kl"] = False
     values["verdict"] = {"perplexity_ratio": None, "kl": None, "accuracy_drop": None}
+    values["prune"]["quantization"]["scales"] = "checkpoint"
     result = refusal(values)
     assert result.exit_code == 0, result.output
 
@@ -751,7 +753,7 @@ def unrelated(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 SMALL = instances({**SHIPPED, "variants": {"wanda": {}, "sparseline": {}}})
-ALONE = ("model.revision", "*.pattern", "variants.*")  # values that do not go with each other
+ALONE = ("model.revision", "*.pattern", "prune.quantization.scales", "variants.*")  # values that do not go with each other
 
 
 @pytest.mark.parametrize("stage", [stage for stage in SMALL if stage != "keys"])

@@ -195,7 +195,7 @@ def test_no_statistic_of_the_gate_s_rows_enters_a_candidate(
     one_epoch = {"epochs": 1, "patience": 1, "rate": 0.002, "bias_rate": 0.002}
     block = {**LITTLE, **one_epoch, **changes.get("block", {})}
     how: dict[str, Any] = {**changes, "channel": {**LITTLE, **one_epoch}, "block": block}
-    quantization = {"bits": bits, "group": 16, "symmetric": True, "refit": []}
+    quantization = {"bits": bits, "group": 16, "symmetric": True, "scales": "checkpoint", "refit": []}
     model = model_of(path)
 
     def first(names: tuple[str, ...], gate: torch.Tensor) -> Block:

@@ -113,7 +113,7 @@ def test_codes_come_back_from_what_is_stored(
     bits: int, group: int | None, symmetric: bool, dtype: torch.dtype, rows: int, columns: int, spread: float, seed: int
 ) -> None:
     """Rounded to the checkpoint's dtype and read back, every weight gives its code, and code and scale give it back to the bit; zeros are +0."""
-    how = QuantizationParams(bits=bits, group=group or "row", symmetric=symmetric, refit=[])
+    how = QuantizationParams(bits=bits, group=group or "row", symmetric=symmetric, scales="checkpoint", refit=[])
     if bits == 8 and not symmetric and dtype == torch.bfloat16:
         with pytest.raises(SparselineError, match=r"bfloat16 .* asymmetric codes of 8 bits; set quantization.symmetric"):
             scheme(how, dtype)
@@ -153,7 +153,7 @@ def test_scales_are_never_rounded_to_nothing() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_sizes_by_counting(bits: int, group: Any, symmetric: bool) -> None:
     """Oracle: a loop over kept weights, mask bits and groups."""
-    how = QuantizationParams(bits=bits, group=group, symmetric=symmetric, refit=[])
+    how = QuantizationParams(bits=bits, group=group, symmetric=symmetric, scales="checkpoint", refit=[])
     groups = 6 * len(range(0, 19, 19 if group == "row" else group))
     scales = sum(16 + (0 if symmetric else bits) for _ in range(groups))
     assert packed_bits((6, 19), 50, how) == 6 * 19 + sum(bits for _ in range(50)) + scales
@@ -163,7 +163,7 @@ def test_sizes_by_counting(bits: int, group: Any, symmetric: bool) -> None:
 
 def test_half_of_the_weights_at_four_bits_take_less_than_three_and_a_quarter() -> None:
     """Groups of 128, scales and mask included: 1 + 2 + 16/128 bits."""
-    how = QuantizationParams(bits=4, group=128, symmetric=True, refit=[])
+    how = QuantizationParams(bits=4, group=128, symmetric=True, scales="checkpoint", refit=[])
     assert packed_bits((4096, 4096), 4096 * 4096 // 2, how) / 4096**2 == 3.125
 
 

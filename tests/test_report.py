@@ -560,6 +560,8 @@ def test_sizes_are_on_the_page(build: Path) -> None:
     compressed = {"matrix_bytes": 2062, "file_bytes": 4200, "bits": 4.125}
     change_artifact(build / "sizes" / "full.json", lambda found: found["formats"].update({"compressed-tensors": compressed}))
     assert "no smaller than the same quantisation without pruning" in render(collect(build))
+    change_artifact(build / "sizes" / "full.json", lambda found: found["formats"].update({"gguf": compressed}))
+    assert "So does <code>gguf</code>" in render(collect(build))
     forget(build, "sizes")
     nothing = render(collect(build))
     assert "No variant is exported" in nothing and ">bits per weight<" not in nothing

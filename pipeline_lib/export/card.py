@@ -29,8 +29,22 @@ model = load_model(Path("path/to/this/directory"))
 ```
 
 `python -m stages.unpack <this directory> <out>` makes an ordinary checkpoint of it, for `AutoModelForCausalLM.from_pretrained`.""",
+    "gguf": """For llama.cpp and what is built on it, with tokenizer and chat template; zeros are stored like any weight.
+
+```sh
+llama-cli -m path/to/this/directory/model.gguf -p "Once upon a time"
+```
+
+transformers reads it too, after `pip install gguf`:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", gguf_file="model.gguf")
+```""",
     "compressed-tensors": f"For vLLM, and for transformers after `pip install compressed-tensors`.\n\n{DENSE}",
 }
+LIBRARIES = {"bitmask": "sparseline", "gguf": "gguf"}
 ZERO_POINTS = (
     "Because of its zero points, transformers 5.23 with compressed-tensors up to 0.20 has to be told to dequantise at once: "
     "`from_pretrained(path, quantization_config=CompressedTensorsConfig(dequantize=True))`."
@@ -93,7 +107,7 @@ def _metadata(pruned: Pruned, form: str) -> str:
     known = {
         "base_model": pruned.model.get("id"),
         "base_model_relation": "quantized" if pruned.model.get("id") and bits else None,
-        "library_name": "sparseline" if form == "bitmask" else "transformers",
+        "library_name": LIBRARIES.get(form, "transformers"),
         "pipeline_tag": "text-generation",
         "tags": ["sparseline", *sparse, *(["quantized", f"{bits}-bit"] if bits else []), pruned.model["family"]],
         "datasets": [dataset["id"]] if dataset else None,

@@ -9,7 +9,7 @@ import torch
 
 from pipeline_lib.core.artifacts import replacing, write_json, write_text
 from pipeline_lib.core.progress import Progress
-from pipeline_lib.export import bitmask, dense, manifest, packed
+from pipeline_lib.export import bitmask, dense, gguf, manifest, packed
 from pipeline_lib.export.card import FILE
 from pipeline_lib.export.groups import Quantisation
 from pipeline_lib.export.masks import Masks
@@ -21,7 +21,7 @@ from pipeline_lib.export.tensorfile import Blob
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.recipe.settings import Format
 
-PASSES = {"dense": 1, "bitmask": 2, "compressed-tensors": 1}  # over all tensors, beside the survey's
+PASSES = {"dense": 1, "bitmask": 2, "compressed-tensors": 1, "gguf": 2}  # over all tensors, beside the survey's
 Card = Callable[[str, Mapping[str, Any]], str]  # format, what build/sizes will hold -> README.md
 
 
@@ -61,6 +61,7 @@ def export(source: Checkpoint, variant: Variant, out: Path, formats: Sequence[Fo
     quantisation = Quantisation(variant.directory / "quantization", pruned)
     # Refuses before anything is written.
     scheme = packed.scheme(pruned, quantisation, variant.name) if "compressed-tensors" in formats else None
+    file = gguf.scheme(pruned, quantisation, variant.name) if "gguf" in formats else None
     total = len(pruned.files) * (1 + sum(PASSES[name] for name in formats))
     with Progress(f"export {variant.name}", total, "tensors") as progress:
         counted = _Counted(**pruned.__dict__, progress=progress)
@@ -73,6 +74,8 @@ def export(source: Checkpoint, variant: Variant, out: Path, formats: Sequence[Fo
                 found["bitmask"] = writer.write_bitmask(directory / "bitmask")
             if scheme is not None:
                 found["compressed-tensors"] = writer.write_packed(directory / "compressed-tensors", scheme)
+            if file is not None:
+                found["gguf"] = writer.write_gguf(directory / "gguf", file, variant.name)
             if variant.pattern == "2:4":
                 verdicts = {name: entry.semi_structured for name, entry in writer.matrices.items() if entry.semi_structured is not None}
                 write_json(directory / "semi_structured.json", semi_structured(verdicts))
@@ -121,6 +124,10 @@ class _Writer:
         packed.write(folder, self.blobs, self.pruned, self.quantisation, scheme, self.indexed)
         parts = packed.layout({name: {name: entry.dense} for name, entry in self.matrices.items()}, self.quantisation)
         return Bytes(sum(blob.bytes for blobs in parts.values() for blob in blobs.values()), _file_bytes(folder))
+
+    def write_gguf(self, folder: Path, chosen: gguf.Scheme, title: str) -> Bytes:
+        gguf.write(folder, self.pruned, self.quantisation, chosen, title)
+        return Bytes(chosen.bytes(self.matrices), (folder / gguf.FILE).stat().st_size)
 
 
 def _file_bytes(directory: Path) -> int:

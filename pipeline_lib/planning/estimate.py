@@ -290,6 +290,6 @@ def exporting(checkpoint: Checkpoint, name: str, formats: Sequence[str], sparsit
     entry, item = checkpoint.architecture, checkpoint.dtype.itemsize
     inside = sum(math.prod(checkpoint.matrix_shape(*place)) for place in entry.places())
     outside = (checkpoint.parameters - inside) * item
-    bytes_each = {"dense": item, "bitmask": (1 - sparsity) * item + 1 / 8, "compressed-tensors": (4 + 16 / 128) / 8}
+    bytes_each = {"dense": item, "bitmask": (1 - sparsity) * item + 1 / 8, "compressed-tensors": (4 + 16 / 128) / 8, "gguf": 2}
     largest = max(math.prod(shape) for shape in checkpoint.shapes.values())
     return Estimate(name, LIBRARIES + 10 * largest, sum(outside + inside * bytes_each[one] for one in formats), 0)

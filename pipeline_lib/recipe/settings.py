@@ -13,7 +13,7 @@ from pipeline_lib.solve.settings import LsqParams, QuantizationParams
 Step = Literal["obs", "lsq", "channel", "block"]
 STEPS: tuple[Step, ...] = get_args(Step)
 FITS: tuple[Step, ...] = ("channel", "block")  # the steps that fit a whole block
-Format = Literal["dense", "bitmask", "compressed-tensors"]
+Format = Literal["dense", "bitmask", "compressed-tensors", "gguf"]
 
 
 class ReconstructionParams(Params):

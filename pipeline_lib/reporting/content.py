@@ -148,8 +148,10 @@ def _sizes(results: Results) -> Blocks:
         "head. Theory is H(p) + (1 − p)·b bits per weight, p the share of zeros in a parameter (the dense row: none), b the bits of a stored weight: no "
         "lossless code of independent zeros is shorter; scales come on top. Perplexity is the same in every format. `dense` stores zeros like any weight."
     )
-    if any("compressed-tensors" in variant.sizes["formats"] for variant in results.pruned if variant.sizes):
-        said += " So does `compressed-tensors`: it is no smaller than the same quantisation without pruning."
+    written = {name for variant in results.pruned if variant.sizes for name in variant.sizes["formats"]}
+    for name in ("compressed-tensors", "gguf"):
+        if name in written:
+            said += f" So does `{name}`: it is no smaller than the same quantisation without pruning."
     if left := [variant.name for variant in results.pruned if not variant.sizes]:
         said += f" Not exported, so not weighed: {_listed(left)}."
     return [Block("table", sizes(results)), said]

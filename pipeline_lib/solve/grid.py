@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.solve.settings import QuantizationParams
+from pipeline_lib.solve.settings import QuantizationParams, Stored
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Scheme:
     group: int | None  # columns; None: the whole row
     symmetric: bool
     dtype: torch.dtype  # of the checkpoint: scales are exact in it
+    stored: Stored = "checkpoint"  # gguf: scales are exact in GGUF's blocks too
 
     @property
     def levels(self) -> tuple[int, int]:
@@ -40,11 +41,25 @@ class Scheme:
         return scale, zero
 
     def exact(self, scale: torch.Tensor) -> torch.Tensor:
-        """Scales as a checkpoint of a 16-bit dtype can hold them, never 0 by rounding; as they are for float32."""
+        """Scales as they are stored, never 0 by rounding: in a 16-bit dtype of the checkpoint, in GGUF's blocks, or as they are (float32)."""
+        if self.stored == "gguf":
+            return self._in_blocks(scale)
         if self.dtype.itemsize > 2:
             return scale
         limits = torch.finfo(self.dtype)
         return scale.clamp(limits.smallest_normal * limits.eps, limits.max).to(self.dtype).to(scale.dtype)
+
+    def _in_blocks(self, scale: torch.Tensor) -> torch.Tensor:
+        """Scales that GGUF's blocks hold exactly, in float16.
+
+        Q4_1 stores −zero_point·scale in float16 too. Its 11 significant bits must hold the product, so the scale has ``bits`` fewer.
+        """
+        digits = 11 if self.symmetric or self.bits > 4 else 11 - self.bits
+        if self.dtype == torch.bfloat16:
+            digits = min(digits, 8)
+        mantissa, exponent = torch.frexp(scale)
+        short = torch.ldexp((mantissa * 2**digits).round_(), exponent - digits)
+        return short.clamp_(2.0**-24, 2.0 ** (15 - self.bits)).half().to(scale.dtype)
 
     def rounded(self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """The nearest weights on the grid; never −0."""
@@ -64,7 +79,7 @@ def scheme(params: QuantizationParams, dtype: torch.dtype) -> Scheme | None:
         raise SparselineError(
             "A bfloat16 checkpoint cannot hold asymmetric codes of 8 bits; set quantization.symmetric to true, or quantization.bits to 7 or less."
         )
-    return Scheme(params.bits, None if params.group == "row" else params.group, params.symmetric, dtype)
+    return Scheme(params.bits, None if params.group == "row" else params.group, params.symmetric, dtype, params.scales)
 
 
 class Grid:

@@ -1,0 +1,311 @@
+"""``gguf``: one file with weights, tokenizer and metadata, for llama.cpp and what is built on it; transformers reads it too.
+
+Nothing is rounded twice: quantised weights keep their codes where GGUF has blocks for their grid. What transformers reads back is compared
+with the checkpoint, tensor by tensor and with transformers' own reader, before the file gets its name.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pipeline_lib.core.artifacts import replacing
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.export import blocks
+from pipeline_lib.export.blocks import Kind
+from pipeline_lib.export.groups import Groups, Quantisation
+from pipeline_lib.export.shards import one_by_one
+from pipeline_lib.export.vocabulary import Vocabulary, vocabulary
+from pipeline_lib.models.checkpoint import Checkpoint, skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+FILE = "model.gguf"
+TIED = ("bloom",)  # architectures whose head transformers ties to the embeddings whatever the file holds
+FILE_TYPES: dict[Kind, int] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers
+HALVES: dict[torch.dtype, Kind] = {torch.bfloat16: "BF16"}  # else F16
+FLOATS = ("epsilon", "freq_base")  # keys of metadata that are float32
+SLACK = 2.0**-22  # of norms that are stored as w + 1
+# Keys of a config that no logit depends on; transformers reads other values back
+NEUTRAL: tuple[str, ...] = ("_token_id", "dropout", "pdrop", "_dropout_prob", "initializer_range", "use_cache", "pretraining_tp")
+NEUTRAL += ("model_type", "dtype", "architectures", "_name_or_path", "transformers_version", "max_window_layers")
+
+
+def _unmoved(_config: "PreTrainedConfig", _name: str, _rows: int) -> torch.Tensor | None:
+    return None
+
+
+def _rotated(config: "PreTrainedConfig", name: str, rows: int) -> torch.Tensor | None:
+    """llama.cpp rotates neighbours, transformers the halves of a head: the rows of Q and K in llama.cpp's order."""
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    count = next((heads[part] for part in name.split(".") if part in heads), None)
+    return None if count is None else torch.arange(rows).reshape(count, 2, -1).transpose(1, 2).flatten()
+
+
+def _unmixed(config: "PreTrainedConfig", name: str, rows: int) -> torch.Tensor | None:
+    """BLOOM has Q, K and V head by head; llama.cpp one after the other."""
+    return torch.arange(rows).reshape(config.num_attention_heads, 3, -1).transpose(0, 1).flatten() if ".attn_qkv." in name else None
+
+
+@dataclass(frozen=True)
+class Family:
+    """How llama.cpp stores the models of an architecture."""
+
+    name: str  # general.architecture
+    order: Callable[["PreTrainedConfig", str, int], torch.Tensor | None] = _unmoved  # of a tensor's rows
+    shifted: bool = False  # norms are stored as w + 1
+    transposed: tuple[str, ...] = ()  # matrices that transformers stores [C, R]
+
+
+FAMILIES = {
+    "llama": Family("llama", _rotated),
+    "mistral": Family("llama", _rotated),
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3"),
+    "phi3": Family("phi3"),
+    "starcoder2": Family("starcoder2"),
+    "gemma2": Family("gemma2", shifted=True),
+    "gemma3_text": Family("gemma3", shifted=True),
+    "gpt2": Family("gpt2", transposed=("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")),
+    "bloom": Family("bloom", _unmixed),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the file."""
+
+    stored: str  # in the checkpoint
+    name: str  # in the file
+    kind: Kind
+    shape: tuple[int, ...]  # in the file, outputs first
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a variant's file holds."""
+
+    family: Family
+    metadata: Mapping[str, Any]  # of the architecture, without its name in front
+    read: "PreTrainedConfig"  # what transformers makes of it
+    vocabulary: Vocabulary
+    tensors: tuple[Tensor, ...]
+
+    def bytes(self, stored: Iterable[str]) -> int:
+        """What tensors of the checkpoint take in the file."""
+        sizes = {one.stored: torch.Size(blocks.size(one.shape, one.kind)).numel() for one in self.tensors}
+        return sum(sizes[name] for name in stored)
+
+    @property
+    def main(self) -> Kind:
+        """The kind of most weights in blocks; else of most weights."""
+        counted: Counter[Kind] = Counter()
+        for one in self.tensors:
+            counted[one.kind] += torch.Size(one.shape).numel()
+        quantised = {kind: count for kind, count in counted.items() if blocks.BYTES[kind][0] > 1}
+        return Counter(quantised or counted).most_common(1)[0][0]
+
+
+def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Scheme:
+    """What the file holds of a variant.
+
+    Raises:
+        SparselineError: transformers would not read the model back, GGUF cannot express it, or its package is not installed.
+    """
+
+    def refusal(reason: str) -> SparselineError:
+        return SparselineError(f"{variant} cannot be written as gguf: {reason}; take it out of variants.{variant}.export.")
+
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise refusal("its package is not installed (pip install gguf)") from error
+    config = pruned.config
+    if (family := FAMILIES.get(config.model_type)) is None:
+        raise refusal(f"{config.model_type} is not among the architectures that are written ({', '.join(FAMILIES)})")
+    try:
+        words = vocabulary(pruned.path, pruned.vocabulary)
+    except ValueError as error:
+        raise refusal(str(error)) from error
+    metadata, read = _described(family, config)
+    if lost := _lost(config.to_dict(), read.to_dict()):
+        raise refusal(f"GGUF's metadata does not carry {lost}")
+    try:
+        names = _names(pruned, _reading(family, read)[0])
+    except Exception as error:  # transformers checks little, and raises whatever it meets
+        raise refusal(f"transformers makes no model of what it would read back ({' '.join(str(error).split())})") from error
+    if family.name in TIED and not config.tie_word_embeddings:
+        raise refusal(f"transformers would tie its head to its embeddings, as it does for every {family.name} model")
+    if homeless := sorted(pruned.files.keys() - names.keys()):
+        raise refusal(f"GGUF has no name for {homeless[0]}")
+    tensors = []
+    for stored, name in names.items():
+        groups, shape = quantisation.of(stored), pruned.shapes[stored]
+        if name.endswith(family.transposed):
+            shape = shape[::-1]
+        kind: Kind | None = None if groups is None else blocks.fitting(groups, shape[-1])
+        if groups is not None and kind is None and pruned.dtype.itemsize > 2:
+            raise refusal(f"no block of GGUF holds the grid of {stored}, and F16 would round it again (set quantization.scales to gguf)")
+        kind = kind or ("F32" if len(shape) < 2 else HALVES.get(pruned.dtype, "F16"))
+        tensors.append(Tensor(stored, name, kind, shape))
+    return Scheme(family, metadata, read, words, tuple(tensors))
+
+
+def _described(family: Family, config: "PreTrainedConfig") -> tuple[dict[str, Any], "PreTrainedConfig"]:
+    """The metadata of an architecture by transformers' table, and the config that transformers makes of them."""
+    from transformers import AutoConfig
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    rotation = getattr(config, "rope_parameters", None) or {}
+    rotation = rotation.get("full_attention", rotation)  # Gemma 3 has two
+    known = {"rope_theta": rotation.get("rope_theta"), "n_ctx": getattr(config, "n_positions", None)}
+    known["feed_forward_length"] = getattr(config, "n_inner", None) or 4 * config.hidden_size  # GPT-2
+    metadata: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    for key, attribute in GGUF_CONFIG_MAPPING[family.name].items():
+        value = None if attribute is None else getattr(config, attribute, None)
+        value = known.get(attribute) if value is None else value
+        if value is not None:
+            metadata[key] = value = float(np.float32(value)) if key.endswith(FLOATS) else value
+            values[attribute] = value
+    # What llama.cpp asks for besides; transformers passes over it.
+    metadata.setdefault("context_length", getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", 2048))
+    metadata.setdefault("feed_forward_length", getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    if size := getattr(config, "head_dim", None):
+        metadata |= {"attention.key_length": size, "attention.value_length": size}
+    if known["rope_theta"] is not None:
+        metadata.setdefault("rope.freq_base", float(known["rope_theta"]))
+    values.setdefault("vocab_size", config.vocab_size)
+    model_type = {"gemma3": "gemma3_text"}.get(family.name, family.name)
+    return metadata, AutoConfig.for_model(model_type, **values, tie_word_embeddings=bool(config.tie_word_embeddings))
+
+
+def _lost(config: Mapping[str, Any], read: Mapping[str, Any]) -> str | None:
+    """The first key of a config whose value is not read back, with both values."""
+    for key, value in sorted(config.items()):
+        if not key.endswith(NEUTRAL) and not _same(value, read.get(key)):
+            return f"{key} = {value!r} of its config.json (it would be read as {read.get(key)!r})"
+    return None
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        return value.keys() == other.keys() and all(_same(value[key], other[key]) for key in value)
+    if isinstance(value, float) and isinstance(other, int | float):
+        return abs(value - other) <= 1e-6 * abs(value)  # metadata are float32
+    return bool(value == other)
+
+
+def _reading(family: Family, read: "PreTrainedConfig") -> tuple[dict[str, str], Any]:
+    """Names in the file -> transformers' names, and what turns the file's tensors into transformers': both are transformers' own."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    processor = TENSOR_PROCESSORS.get(family.name, TensorProcessor)(config=read.to_dict())
+    return get_gguf_hf_weights_map(skeleton(read, torch.float32), processor), processor
+
+
+def _names(pruned: Checkpoint, file_names: Mapping[str, str]) -> dict[str, str]:
+    """Tensor of the checkpoint -> its name in the file; a head that is tied to the embedding is not written."""
+    found: dict[str, str] = {}
+    for name, full in sorted(file_names.items(), key=lambda pair: (pair[0] == "output.weight", pair[0])):
+        for piece in pruned.pieces.get(full, ()):
+            if piece.whole:
+                found.setdefault(piece.stored, name)
+    return found
+
+
+def write(out: Path, pruned: Checkpoint, quantisation: Quantisation, chosen: Scheme, title: str) -> None:
+    """A directory with one file, read back and compared before it gets its name; one tensor is in memory at a time.
+
+    Args:
+        chosen: what ``scheme`` made of the variant.
+        title: general.name.
+
+    Raises:
+        SparselineError: a weight is beyond the range of float16.
+    """
+    with replacing(out) as directory:
+        directory.mkdir()
+        _write(directory / FILE, pruned, quantisation, chosen, title)
+        _check(directory / FILE, pruned, chosen)
+
+
+def _write(path: Path, pruned: Checkpoint, quantisation: Quantisation, chosen: Scheme, title: str) -> None:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(path, chosen.family.name)
+    writer.add_type("model")
+    writer.add_name(f"Sparseline {title}")  # not a family's name: transformers looks for these in it
+    writer.add_file_type(FILE_TYPES[chosen.main])
+    writer.add_quantization_version(2)
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    for key, value in chosen.metadata.items():
+        kinds[type(value)](f"{chosen.family.name}.{key}", value)
+    chosen.vocabulary.add_to(writer)
+    for one in chosen.tensors:
+        shape = blocks.size(one.shape, one.kind)
+        count = torch.Size(shape).numel()
+        writer.add_tensor_info(one.name, shape, np.dtype(np.uint8), count, raw_dtype=GGMLQuantizationType[one.kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    try:
+        for one, tensor in _tensors(pruned, chosen):
+            writer.write_tensor_data(_bytes(one, tensor, quantisation.of(one.stored), chosen.family, pruned.config).numpy())
+    finally:
+        writer.close()
+
+
+def _tensors(pruned: Checkpoint, chosen: Scheme) -> Iterator[tuple[Tensor, torch.Tensor]]:
+    """The file's tensors in order, as the checkpoint stores them."""
+    read = one_by_one(pruned, [one.stored for one in chosen.tensors])
+    yield from ((one, tensor) for one, (_, tensor) in zip(chosen.tensors, read, strict=True))
+
+
+def _bytes(one: Tensor, tensor: torch.Tensor, groups: Groups | None, family: Family, config: "PreTrainedConfig") -> torch.Tensor:
+    """A tensor as the file holds it (uint8)."""
+    if groups is not None and blocks.BYTES[one.kind][0] > 1:
+        found = blocks.pack(groups.codes(tensor), groups, one.kind)
+    else:
+        if one.name.endswith(family.transposed):
+            tensor = tensor.T
+        if family.shifted and one.name.endswith("norm.weight"):
+            tensor = tensor.float() + 1
+        try:
+            found = blocks.plain(tensor, one.kind)
+        except ValueError as error:
+            raise SparselineError(f"{one.stored}: {error}; convert the model to bfloat16, or export another format.") from error
+    order = family.order(config, one.name, one.shape[0])
+    if order is not None:
+        found = (found.reshape(one.shape[0], -1)[order]).reshape(found.shape)
+    return found.contiguous()
+
+
+def _check(path: Path, pruned: Checkpoint, chosen: Scheme) -> None:
+    """transformers reads back what the checkpoint holds: config, and every tensor in its dtype, or in the file's 16-bit dtype.
+
+    Norms that are stored as w + 1 agree within ``SLACK``.
+    """
+    from gguf import GGUFReader, dequantize
+    from transformers import AutoConfig
+
+    read = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    if lost := _lost(chosen.read.to_dict(), read.to_dict()):
+        raise RuntimeError(f"transformers reads another config: {lost}")
+    names, processor = _reading(chosen.family, read)
+    found = {one.name: one for one in GGUFReader(path).tensors}
+    for one, original in _tensors(pruned, chosen):
+        data = found[one.name]
+        taken: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
+        given = {"name": one.name, "tensor_key_mapping": names, "parsed_parameters": taken}
+        result = processor.process(weights=dequantize(data.data, data.tensor_type), **given)
+        tensor = next(iter(taken["tensors"].values()), None) if result.name is None else torch.from_numpy(np.array(result.weights))
+        expected = original.to(blocks.DTYPES.get(one.kind, original.dtype))
+        slack = SLACK if chosen.family.shifted and original.ndim < 2 else 0
+        if tensor is None or not torch.allclose(tensor.to(expected.dtype), expected, rtol=0, atol=slack):
+            raise RuntimeError(f"{one.name} does not come back as {one.stored}")
