@@ -59,7 +59,9 @@ QUANTISED: dict[str, Any] = {
 }
 VARIANTS = {"wanda": WANDA | {"candidate": True}, "sparseline": SPARSELINE, "quantised": QUANTISED}
 SHARED = ("keys", "prepare", "text calibration", "text validation", "text test", "calibrate", "scale", "sensitivity")
-OF_VARIANTS = tuple(f"{stage} {name}" for name in VARIANTS for stage in ("curves", "allocate", "induce", "prune", "evaluate", "tasks"))
+OF_VARIANTS = tuple(
+    f"{stage} {name}" for name in VARIANTS for stage in ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks")
+)
 EXPORTS = tuple(f"export {name}" for name in VARIANTS)
 COMMANDS = (*SHARED, *OF_VARIANTS, "evaluate dense", "tasks dense", *EXPORTS, "choose", "report")
 

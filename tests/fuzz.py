@@ -612,13 +612,14 @@ def _model(draw: random.Random) -> Case:
 # Artifacts
 
 READERS: dict[str, Sequence[str]] = {
-    "prepare": ("text calibration", "calibrate", "scale", "sensitivity", "curves", "allocate", "induce", "prune", "evaluate",
+    "prepare": ("text calibration", "calibrate", "scale", "sensitivity", "curves", "allocate", "induce", "prune", "distil", "evaluate",
     "evaluate dense", "tasks dense", "export", "report"),
-    "texts": ("calibrate", "sensitivity", "curves", "induce", "prune", "evaluate", "evaluate dense", "report"), "calibrate": ("scale",
+    "texts": ("calibrate", "sensitivity", "curves", "induce", "prune", "distil", "evaluate", "evaluate dense", "report"), "calibrate": ("scale",
     "curves", "induce"),
     "scale": ("induce",), "sensitivity": ("curves", "allocate", "report"), "curves": ("allocate",), "allocate": ("induce", "prune",
     "report"),
-    "induce": ("prune",), "prune": ("evaluate", "tasks", "export"), "facts": ("export", "report"), "evaluate": ("export", "choose",
+    "induce": ("prune",), "prune": ("distil", "evaluate", "tasks", "export"), "distil": ("evaluate", "tasks", "export"),
+    "training": ("export", "report"), "facts": ("export", "report"), "evaluate": ("export", "choose",
     "report"),
     "completions": ("report",), "tasks": ("export", "report"), "sizes": ("report",), "choice.json": ("report",), "keys": ("report", "prune"),
     "export": ("keys", "export"),

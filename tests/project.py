@@ -48,6 +48,7 @@ SPARSELINE = {  # every stage has something to do
     "allocation": {"method": "predicted", "alpha": 0.15},
     "reconstruction": {"steps": ["obs", "channel"]},
     "export": ["dense", "bitmask"],
+    "distil": {},
     "tasks": ["embedded"],
     "candidate": True,
 }
@@ -58,6 +59,7 @@ SMALL: dict[str, Any] = {
     "curves": {"densities": [0.3, 0.6]},
     "induce": {"steps": 4, "check_every": 2},
     "prune": {"batch_rows": 4, "selection": {"block": 16}, "reconstruction": {"channel": FIT, "block": FIT}},
+    "distil": {"epochs": 2, "rate": 0.01},
     "evaluate": {
         "batch_rows": 4,
         "completions": {"text": "test", "count": 1, "prompt_tokens": 8, "new_tokens": 4},
@@ -251,9 +253,13 @@ def holder(workspace: Path, process: subprocess.Popen[str], stage: str = "prune"
 
 
 def invoke(stage: str, *arguments: str) -> Result:
-    """A stage in this process, in the current directory. Before `induce` and `prune`, a missing allocation is made: reproducers of old reports do not know it."""
+    """A stage in this process, in the current directory. Before `induce` and `prune`, a missing allocation is made, and before what measures a model its training: reproducers of old reports do not know them."""
     if stage in ("induce", "prune") and Path("build/prepare").exists() and not Path(f"build/allocate/{arguments[0]}.json").exists():
         done = invoke("allocate", *arguments)
+        if done.exit_code:
+            return done
+    if stage in ("evaluate", "tasks", "export") and arguments[0] != "dense" and not Path(f"build/distil/{arguments[0]}").exists():
+        done = invoke("distil", *arguments)
         if done.exit_code:
             return done
     return CliRunner().invoke(import_module(f"stages.{stage}").main, arguments, catch_exceptions=True)

@@ -163,6 +163,7 @@ def test_the_recipe() -> None:
         "reconstruction": "obs + block",
         "quantisation": "none",
         "factors": "none",
+        "trained afterwards": "none: one-shot",
     }
     other = settings(
         selection={"sparsity": 0.5, "pattern": "2:4", "score": "wanda", "group": "row", "block": 128},

@@ -482,7 +482,7 @@ def test_a_mixture_goes_through_every_variant(tmp_path: Path, model_type: str) -
         build("keys", "prepare", "text calibration", "text validation", "text test", "calibrate", "scale", "sensitivity")
         build("evaluate dense", "tasks dense")
         for name in (*shipped, "packed"):
-            build(*(f"{stage} {name}" for stage in ("curves", "allocate", "induce", "prune", "evaluate", "tasks", "export")))
+            build(*(f"{stage} {name}" for stage in ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")))
         build("choose", "report")
         for name in (*shipped, "packed"):
             facts = load_artifact(project / f"build/facts/{name}.json")

@@ -25,7 +25,7 @@ SWEEP = ("-S", "prune.selection.sparsity=0.4,0.6", "-S", "texts.test.rows=7")  #
 VARIANTS = YAML(typ="safe").load(ROOT / "params.yaml")["variants"]
 KEYS = {"keys"}  # every run's own
 SHARED = {"text@test", "evaluate-dense"}
-OWN = {*(f"{stage}@wanda" for stage in ("allocate", "induce", "prune", "evaluate", "tasks", "export")), "choose", "report"}
+OWN = {*(f"{stage}@wanda" for stage in ("allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")), "choose", "report"}
 
 
 class Swept(NamedTuple):
@@ -64,7 +64,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
     project = make_project(tmp_path_factory.mktemp("experiments") / "project", variants=variants)
     with chdir(project):
         build("keys", "prepare", *(f"text {name}" for name in read_params(project)["texts"]), "calibrate", "scale", "sensitivity")
-        build(*(f"{stage} wanda" for stage in ("curves", "allocate", "induce", "prune", "evaluate", "tasks")))
+        build(*(f"{stage} wanda" for stage in ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks")))
         build("evaluate dense", "tasks dense", "export wanda", "choose", "report")
     run(project, "dvc", "commit", "--force")
     commit(project)

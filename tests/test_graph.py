@@ -399,6 +399,10 @@ OTHER: dict[str, Any] = {
     "*.compute_dtype": "float16",
     "model.products": "tf32",
     "prune.*.compute_dtype": "float32",
+    "distil.compute_dtype": "float32",
+    "distil.state_dtype": "bfloat16",
+    "distil.warmup": 0.2,
+    "distil.beta*": 0.5,
     "prune.reconstruction.lsq.mask_dtype": "float32",
     "texts.*.use": "neither",
     "texts.*.kind": "files",
@@ -441,10 +445,12 @@ OTHER: dict[str, Any] = {
     "variants.fast.reconstruction.steps": ["lsq"],
     "*.collect": "site",
     "variants.best.reconstruction.collect": "block",
+    "variants.distilled.reconstruction.collect": "block",
     "*.towards_dense": 0.25,
     "*.reorder": 0.5,
     "*.parts": ["biases"],
     "variants.*.induce": {"seed": 7},
+    "variants.*.distil": {"seed": 7},
     "variants.*.export": ["bitmask"],
     "variants.*.tasks": ["induction"],
     "evaluate.completions.text": "validation",
@@ -466,10 +472,10 @@ def other(key: str, value: Any) -> Any:
     return value + 1 if isinstance(value, int | float) else f"{value}x"
 
 
-LOADS = "prepare generate@* text@* calibrate scale sensitivity curves@* induce@* prune@* evaluate-dense evaluate@* tasks-dense export@*"
+LOADS = "prepare generate@* text@* calibrate scale sensitivity curves@* induce@* prune@* distil@* evaluate-dense evaluate@* tasks-dense export@*"
 REFUSED = "refused"
-# Which stages a key of params.yaml is for; the pattern with the most letters decides. ``best`` alone reads curves, is exported and has
-# tasks, ``papers`` alone is induced.
+# Which stages a key of params.yaml is for; the pattern with the most letters decides. ``best`` and ``distilled`` alone read curves, ``best``
+# alone is exported and has tasks, ``papers`` alone is induced, ``distilled`` alone is distilled.
 FOR = {
     "model.path": LOADS,
     "model.id": LOADS,
@@ -478,8 +484,8 @@ FOR = {
     "model.remote_code": "prepare",
     "model.dequantize": "prepare",
     "model.exclude": "prepare",
-    "model.compute_dtype": "prepare generate@* calibrate curves@* induce@* prune@*",
-    "model.products": "prepare calibrate curves@* induce@* prune@*",
+    "model.compute_dtype": "prepare generate@* calibrate curves@* induce@* prune@* distil@*",
+    "model.products": "prepare calibrate curves@* induce@* prune@* distil@*",
     "texts.calibration.*": "generate@calibration text@calibration",
     "texts.validation.*": "generate@validation text@validation",
     "texts.test.*": "generate@test text@test",
@@ -489,41 +495,44 @@ FOR = {
     "calibrate.*": "calibrate curves@* induce@*",
     "scale.*": "scale",
     "sensitivity.*": "sensitivity",
-    "curves.*": "curves@best",
+    "curves.*": "curves@best curves@distilled",
     "induce.*": "induce@papers prune@papers",
+    "distil.*": "distil@distilled",
     "prune.batch_rows": "prune@[!sf]*",
     "prune.export": "export@[!b]*",
     "prune.tasks": "tasks@[!b]*",
     "prune.candidate": "choose",
     "prune.quantization.*": "prune@*",
+    "prune.quantization.bits": REFUSED,  # `distilled` is trained, and training takes weights off their grid
     "prune.selection.sparsity": "allocate@* prune@*",
-    "prune.selection.pattern": "curves@best allocate@* induce@papers prune@*",
-    "prune.selection.score": "curves@best prune@sparsegpt prune@fast prune@best",
-    "prune.selection.group": "curves@best induce@papers prune@[!mw]*",
-    "prune.selection.*": "curves@best induce@papers prune@*",
+    "prune.selection.pattern": "curves@best curves@distilled allocate@* induce@papers prune@*",
+    "prune.selection.score": "curves@best curves@distilled prune@sparsegpt prune@fast prune@best prune@distilled",
+    "prune.selection.group": "curves@best curves@distilled induce@papers prune@[!mw]*",
+    "prune.selection.*": "curves@best curves@distilled induce@papers prune@*",
     "prune.allocation.*": "allocate@* prune@*",
     "prune.allocation.method": "allocate@[mws]* prune@[mws]*",
     "prune.allocation.weighting": "sensitivity allocate@* prune@*",  # whose output moments only `kronecker` reads
-    "prune.allocation.alpha": "allocate@[!b]* prune@[!b]*",
+    "prune.allocation.alpha": "allocate@[!bd]* prune@[!bd]*",
     "prune.reconstruction.*": "prune@*",
     "prune.reconstruction.steps": "prune@sparsegpt",
-    "prune.reconstruction.collect": "prune@[!b]*",
+    "prune.reconstruction.collect": "prune@[!bd]*",
     "prune.reconstruction.towards_dense": REFUSED,  # alone: it wants `collect: site`
-    "prune.reconstruction.lsq.mask_iterations": "prune@[!fb]*",
-    "prune.reconstruction.block.rate": "prune@[!b]*",
-    "prune.reconstruction.block.bias_rate": "prune@[!b]*",
-    "prune.reconstruction.block.refresh_epochs": "prune@[!b]*",
+    "prune.reconstruction.lsq.mask_iterations": "prune@[!fbd]*",
+    "prune.reconstruction.block.rate": "prune@[!bd]*",
+    "prune.reconstruction.block.bias_rate": "prune@[!bd]*",
+    "prune.reconstruction.block.refresh_epochs": "prune@[!bd]*",
     "variants.*.batch_rows": "prune@*",
     "variants.*.export": "export@*",
     "variants.*.tasks": "tasks@* tasks-dense",
     "variants.*.candidate": "choose",
     "variants.*.induce": "induce@* prune@*",
+    "variants.*.distil": "distil@*",
     "variants.*.selection.*": "prune@*",
     "variants.papers.selection.score": "induce@* prune@*",
     "variants.*.allocation.*": "allocate@* prune@*",
-    "variants.best.allocation.method": "sensitivity curves@* allocate@* prune@*",  # ``best`` alone reads output moments
+    "variants.[bd]*.allocation.method": "curves@* allocate@* prune@*",
     "variants.*.reconstruction.*": "prune@*",
-    "variants.best.reconstruction.collect": REFUSED,  # `towards_dense` wants it
+    "variants.[bd]*.reconstruction.collect": REFUSED,  # `towards_dense` wants it
     "evaluate.*": "evaluate-dense evaluate@*",
     "tasks.*": "tasks-dense tasks@best",
     "tasks.path": "tasks-dense tasks@*",
@@ -576,7 +585,7 @@ def test_the_order_of_sparsities_by_hand_counts() -> None:
 
 # A variant is one edit
 
-PER_VARIANT = ("curves", "allocate", "induce", "prune", "evaluate", "tasks", "export")
+PER_VARIANT = ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")
 HAND = '{overall: 0.5, "*.v_proj": 0.3, "re:layers.0.*q_proj$": 0}'  # names that DVC might read as something of its own
 ONE_LINE = f"  extra: {{selection: {{sparsity: {HAND}, score: wanda, group: row}}, reconstruction: {{steps: []}}}}\n"
 
@@ -793,7 +802,7 @@ LIGHT = {
     "psutil",
 }
 NOT_NEEDED = {
-    **{f"{stage} wanda": LIGHT for stage in ("curves", "induce", "tasks", "export")},
+    **{f"{stage} wanda": LIGHT for stage in ("curves", "induce", "distil", "tasks", "export")},
     "generate test": LIGHT,
     **{"keys": LIGHT, "choose": LIGHT},
     **{"allocate wanda": LIGHT | {"numpy"}, "allocate sparseline": LIGHT | {"numpy"}},

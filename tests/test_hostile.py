@@ -197,7 +197,17 @@ def test_a_matrix_of_zeros(home: Path, sparsity: float) -> None:
     change_params(home / "project", "variants.wanda.selection", {"score": "magnitude", "group": "matrix", "sparsity": sparsity})
     change_params(home / "project", "variants.wanda.allocation", {"method": "depth", "alpha": 1.0, "density_bounds": [0.0, 1.0]})
     texts = (f"text {name}" for name in ("calibration", "validation", "test"))
-    build("prepare", *texts, "curves wanda", "allocate wanda", "induce wanda", "prune wanda", "evaluate dense", "evaluate wanda")
+    build(
+        "prepare",
+        *texts,
+        "curves wanda",
+        "allocate wanda",
+        "induce wanda",
+        "prune wanda",
+        "distil wanda",
+        "evaluate dense",
+        "evaluate wanda",
+    )
     build("export wanda", "unpack build/export/wanda/bitmask unpacked")
     before, after = (
         {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

@@ -38,7 +38,7 @@ from pipeline_lib.core.workspace import Workspace
 
 TEXTS = {"text@calibration", "text@validation", "text@test"}
 GENERATED = {text.replace("text", "generate") for text in TEXTS}
-PER_VARIANT = ("curves", "allocate", "induce", "prune", "evaluate", "tasks", "export")
+PER_VARIANT = ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")
 
 
 def of(*stages: str, variants: tuple[str, ...] = ("wanda", "sparseline")) -> set[str]:
@@ -50,7 +50,9 @@ EVALUATIONS = {"evaluate-dense"} | of("evaluate")
 SUMMARIES = {"choose", "report"}
 SHARED = TEXTS | GENERATED | {"prepare", "calibrate", "scale", "sensitivity", "evaluate-dense", "tasks-dense"} | SUMMARIES
 ALL = SHARED | of(*PER_VARIANT)
-OWN = of("allocate", "induce", "prune", "evaluate", "tasks", "export", variants=("sparseline",))  # what follows from its allocation
+OWN = of(
+    "allocate", "induce", "prune", "distil", "evaluate", "tasks", "export", variants=("sparseline",)
+)  # what follows from its allocation
 PRUNING_CODE = of("curves", "induce", "prune")  # all three prune
 LAYERS, WIDTH, INNER, HEADS = 2, 32, 48, 16  # HEADS: channels of all key heads
 PRUNABLE = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * HEADS + 3 * WIDTH * INNER)
@@ -174,15 +176,16 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
         *(f"induce/{variant}/curve.json" for variant in variants),
         *(f"sensitivity/{name}.json" for name in ("sensitivity", "estimate", "by_depth")),
         *(f"sensitivity/moments/block-{block:03d}.safetensors" for block in blocks),
-        *(f"{kind}/{variant}.json" for kind in ("curves", "allocate", "facts") for variant in variants),
+        *(f"{kind}/{variant}.json" for kind in ("curves", "allocate", "facts", "training") for variant in variants),
         *(f"prune/{variant}/checkpoint/{name}" for variant in variants for name in source | shards),
+        *(f"distil/sparseline/checkpoint/{name}" for name in source | shards),
         *(f"prune/{variant}/masks/block-{block:03d}.safetensors" for variant in variants for block in blocks),
         *(f"export/sparseline/dense/{name}" for name in {*others, "model.safetensors", "README.md"}),
         *(f"export/sparseline/bitmask/{name}" for name in {*others, "model.bitmask.safetensors", "bitmask.json", "README.md"}),
         *(f"{kind}/{model}.json" for kind in ("evaluate", "completions", "tasks", "sizes") for model in ("dense", *variants)),
         *(f"costs/{re.sub('@', '-', stage)}.json" for stage in ALL - SUMMARIES - TEXTS),
         *(f"{place}/seal.json" for place in ("prepare", "calibrate", "scale", "sensitivity/moments", "export/wanda")),
-        *(f"{kind}/{variant}/seal.json" for kind in ("induce", "prune") for variant in variants),
+        *(f"{kind}/{variant}/seal.json" for kind in ("induce", "prune", "distil") for variant in variants),
         "choice.json",
     }
     assert set(tree(ran.project / "build")) == expected
@@ -274,7 +277,7 @@ def test_the_rest_of_the_model_is_untouched(ran: Ran) -> None:
 @pytest.mark.parametrize("variant", ["wanda", "sparseline"])
 def test_checkpoints_are_for_transformers(ran: Ran, variant: str) -> None:
     """Oracle: transformers' own loss on the saved checkpoint gives the perplexity that evaluate wrote; source files byte for byte."""
-    path = ran.project / "build" / "prune" / variant / "checkpoint"
+    path = Workspace(ran.project).checkpoint(variant)
     model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     rows = torch.from_numpy(load_file(ran.project / "build" / "texts" / "evaluate" / "test.safetensors")["rows"])
@@ -292,9 +295,10 @@ def test_checkpoints_are_for_transformers(ran: Ran, variant: str) -> None:
             assert (path / original.name).read_bytes() == original.read_bytes(), original.name
 
 
-def test_what_is_exported_is_what_was_pruned(ran: Ran) -> None:
-    """Oracle: the pruned checkpoint. Dense is one file, as the source is; the bitmask one unpacks to the same."""
-    pruned = checkpoint(ran.project / "build" / "prune" / "sparseline" / "checkpoint")
+def test_what_is_exported_is_what_was_trained(ran: Ran) -> None:
+    """Oracle: the trained checkpoint, with the zeros of the pruned one. Dense is one file, as the source is; the bitmask one unpacks to the same."""
+    before, pruned = (checkpoint(ran.project / "build" / stage / "sparseline" / "checkpoint") for stage in ("prune", "distil"))
+    assert all(np.array_equal(pruned[name] == 0, tensor == 0) for name, tensor in before.items() if prunable(name))
     out = ran.project / "build" / "export" / "sparseline"
     dense = checkpoint(out / "dense")
     assert dense.keys() == pruned.keys()
@@ -389,7 +393,7 @@ SPARSELINE = ("sparseline",)
         ("curves.densities", [0.5], of("curves", variants=SPARSELINE)),
         ("induce.steps", 3, of("induce", "prune", variants=SPARSELINE)),
         ("sensitivity.probes", 3, {"sensitivity"}),
-        ("model.compute_dtype", "bfloat16", {"prepare", "calibrate"} | GENERATED | PRUNING_CODE),
+        ("model.compute_dtype", "bfloat16", {"prepare", "calibrate"} | GENERATED | PRUNING_CODE | of("distil")),
         ("model.exclude", ["*.q_proj"], {"prepare"}),
         ("texts.test.rows", 7, {"text@test", "generate@test"}),
         ("evaluate.completions.count", 0, EVALUATIONS),
@@ -463,7 +467,7 @@ def test_an_edited_calibration_text_concerns_those_who_read_it(project: Path) ->
     (project / "data" / "texts" / "calibration.txt").write_text(text(seed=9), encoding="utf-8")
     assert stale(project) == {"text@calibration", "generate@calibration"}
     rerun(project, "text@calibration", "generate@calibration")
-    assert stale(project) == {"calibrate", "sensitivity", "report"} | PRUNING_CODE
+    assert stale(project) == {"calibrate", "sensitivity", "report"} | PRUNING_CODE | of("distil")
 
 
 def test_edited_weights_concern_everything(project: Path) -> None:
@@ -482,7 +486,7 @@ def test_edited_weights_concern_everything(project: Path) -> None:
     [
         ("pipeline_lib/solve/sweep.py", PRUNING_CODE),
         ("pipeline_lib/masks/select.py", PRUNING_CODE),
-        ("pipeline_lib/fit/fit.py", of("induce", "prune")),  # the fit of a block has induction's spectral term
+        ("pipeline_lib/fit/fit.py", of("induce", "prune", "distil")),  # the fit of a block has induction's spectral term
         ("pipeline_lib/induce/induce.py", of("induce")),
         ("pipeline_lib/prune/run.py", PRUNINGS),
         ("pipeline_lib/allocate/methods.py", of("allocate")),

@@ -175,6 +175,7 @@ def make(build: Path, depth: int = 3) -> Path:
         write(f"completions/{name}.json", {"completions": samples})
         if name != "dense":
             write(f"facts/{name}.json", facts(name, depth))
+            write(f"training/{name}.json", {})
         write(f"sizes/{name}.json", {} if name == "plain" else sizes(name))
     for name, use in (("calibration", "calibrate"), ("validation", "evaluate"), ("test", "evaluate")):
         rows = {"rows": 8, "length": 32, "documents": 1, "tokens": 1234, "seed": 0 if use == "calibrate" else None, "kind": "files"}
@@ -340,6 +341,25 @@ def test_stages_that_a_recipe_needs(build: Path, method: str, induced: bool, exp
     if not induced:
         change_artifact(build / "facts" / "full.json", lambda found: found["settings"].update(induce=None))
     assert table.stages(collect(build).pruned[2]) == [*expected, "prune-full"]
+
+
+TRAINED = {"settings": {"epochs": 4}, "rows": 6, "steps": 24, "held_out_before": 0.5, "held_out_after": 0.25, "curve": [0.6], "zeros": 2000}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_is_trained_is_told_from_what_is_one_shot(build: Path, kept: bool) -> None:
+    """In the table of recipes and in a section of its own; its stage counts. Zeros are those of the checkpoint that is measured."""
+    result = {} if kept else {"held_out_after": None, "zeros": None}
+    change_artifact(build / "training" / "full.json", lambda found: found.update(TRAINED | result | {"kept": kept}))
+    results = collect(build)
+    full = results.pruned[2]
+    assert table.stages(full)[-2:] == ["prune-full", "distil-full"]
+    assert full.zeros == (2000 if kept else full.facts["zeros"]) / full.facts["prunable"]
+    page = " ".join(render(results).split())
+    assert page.count("none: one-shot") == 2
+    assert ("24 steps of distillation<" in page) == kept and ("24 steps of distillation, not kept" in page) != kept
+    assert ("it was kept." in page) == kept and ("training diverged" in page) != kept
+    assert "Settings of the distillation of full" in page
 
 
 def test_a_task_of_several_presets_is_told_apart(build: Path) -> None:

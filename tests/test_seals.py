@@ -109,7 +109,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
         texts = [f"text {name}" for name in ("calibration", "validation", "test")]
         build("keys", "prepare", *texts, "calibrate", "scale", "sensitivity", "evaluate dense", "tasks dense")
         for name in VARIANTS:
-            build(*(f"{stage} {name}" for stage in ("curves", "allocate", "induce", "prune", "evaluate", "tasks", "export")))
+            build(*(f"{stage} {name}" for stage in ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")))
         build("choose", "report")
     return project
 

@@ -25,10 +25,10 @@ from test_pipeline import executed, restored, stale
 
 ALL = {f"{stage}@{name}" for stage in ("generate", "text") for name in ("calibration", "validation", "test")} | {
     *("prepare", "calibrate", "scale", "sensitivity", "evaluate-dense", "tasks-dense", "choose", "report"),
-    *(f"{stage}@wanda" for stage in ("curves", "allocate", "induce", "prune", "evaluate", "tasks", "export")),
+    *(f"{stage}@wanda" for stage in ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")),
 }
 CHANGE = ("variants.wanda.selection", {**WANDA["selection"], "sparsity": 0.6})
-CONCERNED = {*(f"{stage}@wanda" for stage in ("allocate", "induce", "prune", "evaluate", "tasks", "export")), "choose", "report"}
+CONCERNED = {*(f"{stage}@wanda" for stage in ("allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")), "choose", "report"}
 STEPS = (
     *(
         "keys",
@@ -43,7 +43,7 @@ STEPS = (
         "scale",
         "sensitivity",
     ),
-    *(f"{stage} wanda" for stage in ("curves", "allocate", "induce", "prune", "evaluate", "tasks")),
+    *(f"{stage} wanda" for stage in ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks")),
     *("evaluate dense", "tasks dense", "export wanda", "choose", "report"),
 )
 CHECKPOINT = "prune/wanda/checkpoint"

@@ -15,13 +15,14 @@ from pipeline_lib.core.errors import SparselineError
 class Kept:
     """Blocks below a directory that a stage holds (``scratch.hold``). A block is finished when its list of checksums is there, and right."""
 
-    def __init__(self, directory: Path, what: str, folders: Sequence[str] = ()) -> None:
+    def __init__(self, directory: Path, what: str, folders: Sequence[str] = (), unit: str = "block") -> None:
         """
         Args:
             what: how messages begin, "prune wanda".
             folders: that the stage writes to; what else has such a name is removed.
+            unit: what is numbered, as messages call it.
         """
-        self.directory, self._what = directory, what
+        self.directory, self._what, self._unit = directory, what, unit
         self._right: dict[int, dict[str, str]] = {}  # block -> its files' SHA-256
         for name in (*folders, "."):
             place = directory / name
@@ -48,7 +49,7 @@ class Kept:
             self._right[block] = self._checked(block)
         except (OSError, SparselineError, ValueError, TypeError, KeyError, AttributeError):
             artifacts.remove(self._list(block))
-            click.echo(f"{self._what}: what was kept of block {block} is damaged; it is computed again")
+            click.echo(f"{self._what}: what was kept of {self._unit} {block} is damaged; it is computed again")
             return False
         return True
 
@@ -61,6 +62,17 @@ class Kept:
             if files.sha256(self.directory / name) != digest:
                 raise ValueError(name)
         return found
+
+    def latest(self) -> int | None:
+        """The largest number of what is there, whole; None where there is nothing."""
+        listed = [int(path.stem.removeprefix("finished-")) for path in self.directory.glob("finished-*.json") if path.stem[9:].isdigit()]
+        return next((number for number in sorted(listed, reverse=True) if self.finished(number)), None)
+
+    def forget(self, block: int) -> None:
+        """First of all it is no longer finished; then its files go."""
+        artifacts.remove(self._list(block))
+        for name in self._right.pop(block, {}):
+            artifacts.remove(self.directory / name)
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of all files of finished blocks, by their paths in the directory."""

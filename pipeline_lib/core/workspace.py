@@ -79,6 +79,27 @@ class Workspace:
         """Directory of a variant's checkpoint, masks and grids."""
         return self.build / "prune" / variant
 
+    def distilled(self, variant: str) -> Path:
+        """Directory of the checkpoint after its training as a whole; empty but for its seal where there was none, or none that was kept."""
+        return self.build / "distil" / variant
+
+    def training(self, variant: str) -> Path:
+        """What that training did; without any an empty object."""
+        return self.build / "training" / f"{variant}.json"
+
+    def checkpoint(self, variant: str) -> Path:
+        """Directory of the checkpoint that is measured and taken elsewhere: the trained one if there is one, else the pruned one.
+
+        Raises:
+            SparselineError: as ``opened``.
+        """
+        return self.trained(variant) or self.opened(self.pruned(variant)) / "checkpoint"
+
+    def trained(self, variant: str) -> Path | None:
+        """The same where there is a trained one, else None."""
+        found = self.opened(self.distilled(variant)) / "checkpoint"
+        return found if found.is_dir() else None
+
     def facts(self, variant: str) -> Path:
         """What happened to each matrix and block."""
         return self.build / "facts" / f"{variant}.json"
@@ -111,8 +132,9 @@ class Workspace:
 
     def of_models(self) -> list[Path]:
         """All that is there of any variant, or of ``dense``."""
-        places = (self.curves, self.allocation, self.induced, self.pruned, self.facts, self.evaluation, self.completions, self.tasks)
-        folders = {place(DENSE).parent for place in (*places, self.export, self.sizes)}
+        places = (self.curves, self.allocation, self.induced, self.pruned, self.facts, self.distilled, self.training)
+        measured = (self.evaluation, self.completions, self.tasks, self.export, self.sizes)
+        folders = {place(DENSE).parent for place in (*places, *measured)}
         return [path for folder in sorted(folders) for path in folder.glob("[!.]*")]
 
     # Reading and writing

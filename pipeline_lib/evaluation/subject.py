@@ -13,6 +13,6 @@ from pipeline_lib.models.whole import load_model
 def open_subject(workspace: Workspace, source: ModelParams, name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, on the device that the settings name, and its tokenizer."""
     device = runtime.compute()
-    directory = open_source(workspace, source).path if name == DENSE else workspace.opened(workspace.pruned(name)) / "checkpoint"
+    directory = open_source(workspace, source).path if name == DENSE else workspace.checkpoint(name)
     model = load_model(directory, dtype, device, source.remote_code, source.dequantize)
     return model, load_tokenizer(directory, model.config.get_text_config().vocab_size, source.remote_code)

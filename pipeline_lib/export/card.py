@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline_lib.evaluation.verdict import Verdict
@@ -58,6 +58,7 @@ class Pruned:
     variant: str
     model: Mapping[str, Any]  # build/prepare/model.json
     facts: Mapping[str, Any]  # build/facts/<variant>.json
+    training: Mapping[str, Any] = field(default_factory=dict)  # build/training/<variant>.json
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def card(pruned: Pruned, measured: Measured | None = None, form: str = "dense", 
         f"# {_name(pruned.model)}: {pruned.variant}",
         _what(pruned),
         "## Recipe",
-        _table(("", ""), [("pruned", _sparsity(pruned.facts)), *words.rows(Recipe.model_validate(pruned.facts["settings"])).items()]),
+        _table(("", ""), _recipe(pruned)),
         *(["## Perplexity", *_perplexity(measured)] if measured else []),
         *(["## Size", _size(form, sizes)] if sizes else []),
         "## Loading",
@@ -93,6 +94,11 @@ def card(pruned: Pruned, measured: Measured | None = None, form: str = "dense", 
         *_provenance(pruned),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _recipe(pruned: Pruned) -> list[tuple[str, str]]:
+    rows = words.rows(Recipe.model_validate(pruned.facts["settings"]))
+    return [("pruned", _sparsity(pruned.facts)), *rows.items(), ("trained afterwards", words.training(pruned.training))]
 
 
 def _name(model: Mapping[str, Any]) -> str:
@@ -118,13 +124,14 @@ def _metadata(pruned: Pruned, form: str) -> str:
 
 def _what(pruned: Pruned) -> str:
     model, facts = pruned.model, pruned.facts
+    zeros = (pruned.training if pruned.training.get("kept") else facts)["zeros"]
     source = f"`{model['path']}`"
     if model.get("id"):
         commit = f" at `{model['revision']}`" if model.get("revision") else ""
         source = f"[{model['id']}](https://huggingface.co/{model['id']}){commit}"
     return (
         f"Made by Sparseline from {source}, a {model['family']} model with {model['parameters']:,} parameters ({model['dtype']}): "
-        f"of the {facts['prunable']:,} prunable ones {'all' if not facts['sparsity'] else format(facts['kept'], ',')} are kept, and {facts['zeros']:,} are zero. Tokenizer, chat template and configuration are the "
+        f"of the {facts['prunable']:,} prunable ones {'all' if not facts['sparsity'] else format(facts['kept'], ',')} are kept, and {zeros:,} are zero. Tokenizer, chat template and configuration are the "
         "base model's, and so are its licence, its uses and its limits: see there."
     )
 
@@ -163,16 +170,20 @@ def _size(form: str, sizes: Mapping[str, Any]) -> str:
 def _provenance(pruned: Pruned) -> Sequence[str]:
     hashes = [(f"`{name}`", f"`{digest}`") for name, digest in sorted(pruned.model["sha256"].items())]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(pruned.model["versions"].items()))
-    seeds = _seeds(pruned.facts)
+    seeds = _seeds(pruned)
     return [
         _calibration(pruned.facts["calibration"]),
         f"Versions: {versions}.{f' Seeds: {seeds}.' if seeds else ''}",
         "Files of the base model:",
         _table(("file", "SHA-256"), hashes),
-        "<details><summary>Settings</summary>",
-        f"```json\n{json.dumps(pruned.facts['settings'], indent=1, sort_keys=True, ensure_ascii=False)}\n```",
-        "</details>",
+        *_settings("Settings", pruned.facts["settings"]),
+        *(_settings("Settings of the distillation", pruned.training["settings"]) if pruned.training else []),
     ]
+
+
+def _settings(title: str, values: Mapping[str, Any]) -> list[str]:
+    told = json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False)
+    return [f"<details><summary>{title}</summary>", f"```json\n{told}\n```", "</details>"]
 
 
 def _calibration(text: Mapping[str, Any] | None) -> str:
@@ -184,12 +195,14 @@ def _calibration(text: Mapping[str, Any] | None) -> str:
     )
 
 
-def _seeds(facts: Mapping[str, Any]) -> str:
-    """Of the rows, of induction, and of the steps that ran."""
+def _seeds(pruned: Pruned) -> str:
+    """Of the rows, of induction, of the steps that ran, and of distillation."""
+    facts = pruned.facts
     steps = facts["settings"]["reconstruction"]
     named = {"rows": facts["calibration"]["seed"]} if facts["calibration"] else {}
     named |= {"induction": facts["transform"]["settings"]["seed"]} if facts["transform"] else {}
     named |= {step: steps[step]["seed"] for step in steps["steps"] if "seed" in steps.get(step, {})}
+    named |= {"distillation": pruned.training["settings"]["seed"]} if pruned.training else {}
     return ", ".join(f"{name} {'none (taken in order)' if seed is None else seed}" for name, seed in named.items())
 
 

@@ -43,7 +43,8 @@ class Variant:
 
     name: str
     pattern: str  # of its selection
-    directory: Path  # its checkpoint, masks and, if it is quantised, codes
+    directory: Path  # its masks, if it is quantised its codes, and its checkpoint
+    trained: Path | None = None  # the checkpoint in the place of that one
 
 
 def export(source: Checkpoint, variant: Variant, out: Path, formats: Sequence[Format], card: Card) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def export(source: Checkpoint, variant: Variant, out: Path, formats: Sequence[Fo
     Raises:
         SparselineError: a format cannot express the variant; it is not what its masks and codes say.
     """
-    pruned = open_checkpoint(variant.directory / "checkpoint", source.architecture, source.remote_code)
+    pruned = open_checkpoint(variant.trained or variant.directory / "checkpoint", source.architecture, source.remote_code)
     quantisation = Quantisation(variant.directory / "quantization", pruned)
     # Refuses before anything is written.
     scheme = packed.scheme(pruned, quantisation, variant.name) if "compressed-tensors" in formats else None

@@ -16,12 +16,12 @@ class Masks:
     def __init__(self, directory: Path, checkpoint: Checkpoint) -> None:
         self._directory = directory
         self._place = checkpoint.place
-        self._block = lru_cache(maxsize=1)(self._read)
+        self.block = lru_cache(maxsize=1)(self._read)  # by its number: mask by stored parameter, bool, True = kept
 
     def of(self, name: str) -> torch.Tensor | None:
         """The mask of a stored parameter (bool, True = kept), if it was pruned."""
         place = self._place(name)
-        return None if place is None else self._block(place[0]).get(name)
+        return None if place is None else self.block(place[0]).get(name)
 
     def _read(self, block: int) -> dict[str, torch.Tensor]:
         tensors, facts = artifacts.read_tensors(artifacts.block_file(self._directory, block))

@@ -1,10 +1,10 @@
 """Parameters of fits by gradients through a block."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pipeline_lib.core.params import Params
+from pipeline_lib.core.params import Conflict, Params
 
 Order = Literal["spectral", "frobenius", "nuclear"]
 
@@ -38,3 +38,25 @@ class BlockParams(FitParams):
 
     window: int = Field(ge=1)
     refresh_epochs: int = Field(ge=0)
+
+
+class DistilParams(Params):
+    """Section ``distil``, with ``variants.<name>.distil`` laid over it: how the whole pruned model is trained."""
+
+    epochs: int = Field(ge=1)
+    parts: list[Literal["weights", "biases", "norms"]] = Field(min_length=1)
+    rate: float = Field(gt=0)
+    warmup: float = Field(ge=0, lt=1)
+    beta1: float = Field(ge=0, lt=1)
+    beta2: float = Field(ge=0, lt=1)
+    batch_rows: int = Field(ge=1)
+    compute_dtype: Literal["float32", "bfloat16"]
+    state_dtype: Literal["float32", "bfloat16"]
+    recompute: bool
+    seed: int
+
+    @model_validator(mode="after")
+    def _states_move(self) -> Any:
+        if self.state_dtype == "bfloat16" and self.beta2 > 0.99:
+            raise Conflict("bfloat16 rounds away what such an average gains in a step; give beta2 0.99 or less", "beta2", "state_dtype")
+        return self

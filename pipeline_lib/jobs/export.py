@@ -14,11 +14,12 @@ from pipeline_lib.models.source import open_source
 def export_variant(workspace: Workspace, source: ModelParams, variant: str, params: ExportParams) -> str:
     """Each format with a model card; a sentence on their sizes."""
     facts = workspace.load(workspace.facts(variant))
-    pruned = Pruned(variant, workspace.load(workspace.model), facts)
+    pruned = Pruned(variant, workspace.load(workspace.model), facts, workspace.load(workspace.training(variant)))
     own, dense = (workspace.load(workspace.evaluation(name)) for name in (variant, DENSE))
     judged = verdict(workspace, variant, params.verdict)
     written = partial(card, pruned, Measured(own["perplexity"], dense["perplexity"], own["divergence"], judged))
-    left = Variant(variant, facts["settings"]["selection"]["pattern"], workspace.opened(workspace.pruned(variant)))
+    directory = workspace.opened(workspace.pruned(variant))
+    left = Variant(variant, facts["settings"]["selection"]["pattern"], directory, workspace.trained(variant))
     sizes = export(open_source(workspace, source), left, workspace.export(variant), params.formats, written)
     workspace.save(workspace.sizes(variant), sizes)
     told = ", ".join(f"{name} {one['bits']:.2f} bits per weight" for name, one in sizes["formats"].items())

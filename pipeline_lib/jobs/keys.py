@@ -19,7 +19,7 @@ from pipeline_lib.recipe.variants import Variant, read_all
 from pipeline_lib.stats.settings import CalibrateParams
 
 STAGES = (
-    *("prepare", "generate", "text", "calibrate", "scale", "sensitivity", "curves", "allocate", "induce", "prune"),
+    *("prepare", "generate", "text", "calibrate", "scale", "sensitivity", "curves", "allocate", "induce", "prune", "distil"),
     *("evaluate", "tasks", "export", "choose", "report"),
 )
 
@@ -66,6 +66,7 @@ def parts(variants: Mapping[str, Variant]) -> dict[str, BaseModel | None]:
             "allocate": variant.allocate,
             "induce": variant.induce,
             "prune": variant.recipe,
+            "distil": variant.distil,
             "tasks": tasks(name, variants),
             "export": export(variant),
         }

@@ -36,6 +36,7 @@ LESS = {  # by a stage's first word: what makes less of what it holds on a GPU
     "sensitivity": "Lower sensitivity.probes_per_pass and rows_per_probe; output_moments: diagonal",
     "prune": "Lower prune.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES, model.compute_dtype: bfloat16; collect: site",
     "generate": "Lower the text's generated.batch_rows, model.compute_dtype: bfloat16",
+    "distil": "Lower distil.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES; distil.state_dtype: bfloat16, recompute: true",
     "evaluate": "Lower evaluate.batch_rows, evaluate.compute_dtype: bfloat16",
     "tasks": "Lower tasks.batch_rows, tasks.compute_dtype: bfloat16",
 }
@@ -132,6 +133,9 @@ def _planned(
         steps = plan(variant.recipe, checkpoint.dtype)
         own = Shapes(checkpoint, text.rows, text.length, variant.recipe.batch_rows, steps.window, dtype, text.held_out)
         found.steps.append((estimate.pruning(f"prune {name}", steps, own, budget), 1))
+        if (learn := variant.distil) is not None:
+            own = Shapes(checkpoint, text.rows, text.length, learn.batch_rows, dtype=dtype, held_out=text.held_out)
+            found.steps.append((estimate.distilling(f"distil {name}", learn, own, budget), 1))
     evaluate = params.load(EvaluateParams, "evaluate")
     measured = [(one.rows or evaluate.batch_rows, one.length) for one in texts.values() if one.use == "evaluate"]
     whole = [name for name, one in texts.items() if one.rows is None]

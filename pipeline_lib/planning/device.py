@@ -11,6 +11,9 @@ import torch
 
 from pipeline_lib.core import settings
 from pipeline_lib.evaluation.settings import EvaluateParams
+from pipeline_lib.fit.distil import HEAD_TOKENS as LOGITS
+from pipeline_lib.fit.fit import SIDE_BY_SIDE
+from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.measure.fisher import HEAD_TOKENS, at_once
 from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.checkpoint import Checkpoint
@@ -111,6 +114,21 @@ def probing(shapes: Shapes, params: SensitivityParams, moments: float) -> float:
         inner = max(16 * shapes.block + graph(8, 11), 20 * shapes.block + 8 * shapes.largest)
         second = 2 * boundaries + max(inner, 4 * shapes.block + outside(checkpoint) + 7 * logits)
     return max(first, second)
+
+
+def trained(params: DistilParams) -> float:
+    """Bytes of a weight of the pruned model while the whole of it is trained: as it moves, Adam's two averages, and a bit of mask."""
+    return 4 + 2 * getattr(torch, params.state_dtype).itemsize + 1 / 8
+
+
+def learning(params: DistilParams, shapes: Shapes) -> float:
+    """What a step of distillation holds beside weights: the inputs of every block for its rows; the graph of a lane's rows in one block, or of
+    all rows in all blocks without ``recompute``; six copies of a few tokens' logits (both models', their logarithms, probabilities, gradient)."""
+    depth, lane = shapes.checkpoint.architecture.depth, math.ceil(params.batch_rows / LANES)
+    boundaries = 4 * params.batch_rows * shapes.length * shapes.checkpoint.architecture.width * (depth + 1)
+    at_once = params.batch_rows if shapes.blocks * shapes.block <= SIDE_BY_SIDE else lane  # small models pass their lanes side by side
+    graph = 3 * (shapes.inner(at_once) if params.recompute else depth * shapes.inner(params.batch_rows))
+    return boundaries + graph + 6 * 4 * min(shapes.length, LOGITS) * shapes.checkpoint.vocabulary
 
 
 def evaluating(checkpoint: Checkpoint, params: EvaluateParams, rows: int, length: int, tops: float) -> float:

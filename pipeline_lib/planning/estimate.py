@@ -15,6 +15,8 @@ import torch
 from pipeline_lib.core import settings
 from pipeline_lib.evaluation.divergence import TOKENS
 from pipeline_lib.evaluation.settings import EvaluateParams, TasksParams
+from pipeline_lib.fit.distil import stream_bytes as learning_bytes
+from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.measure.fisher import HEAD_TOKENS, at_once
 from pipeline_lib.measure.settings import CurvesParams, SensitivityParams
 from pipeline_lib.models.checkpoint import Checkpoint
@@ -280,6 +282,35 @@ def pruning(name: str, plan: Plan, shapes: Shapes, budget: float = math.inf) -> 
     host = LIBRARIES + outside(checkpoint) + shapes.stored * shapes.block + beyond
     gpu = device.pruning(plan, shapes, budget)
     return Estimate(name, memory, disk, shapes.blocks * flops, gpu_bytes=gpu, host_bytes=host)
+
+
+def distilling(name: str, params: DistilParams, shapes: Shapes, budget: float = math.inf) -> Estimate:
+    """Needs of one variant's `distil`. The dense model takes a block at a time; what it leaves are hidden states of all rows.
+
+    Memory of the pruned model, for each of its W weights: 4 bytes as it moves, two averages, a bit of mask. Beside it the inputs of every
+    block for a step's rows; one block's gradient, a lane's, and a rounded copy, 10 bytes a weight; graphs and logits (``device.learning``).
+
+    Args:
+        shapes: with the rows of a step as its batch.
+        budget: bytes of hidden states that stay on a GPU.
+    """
+    checkpoint, dtype = shapes.checkpoint, shapes.dtype
+    width, weights = checkpoint.architecture.width, shapes.blocks * shapes.block
+    judging = math.ceil(shapes.rows * shapes.held_out)
+    lengths = shapes.length * (shapes.rows - judging), shapes.length * judging
+    streams = learning_bytes(*lengths, width, dtype.itemsize)
+    spilt = streams > settings.activation_bytes()
+    state = device.trained(params) * weights
+    training = state + 10 * shapes.block + device.learning(params, shapes)
+    kept = 3 * dtype.itemsize * shapes.length * shapes.batch_rows * width if spilt else streams
+    head = 2 * width * checkpoint.vocabulary * shapes.tokens
+    forward, share = shapes.blocks * shapes.forward + head, 1 - judging / shapes.rows
+    flops = forward + params.epochs * share * ((3 + params.recompute) * forward + head) + 2 * (1 - share or 1) * forward
+    disk = checkpoint.parameters * checkpoint.dtype.itemsize + 2 * state + spilt * streams
+    base = LIBRARIES + 2 * outside(checkpoint)  # glibc keeps those that the rows were embedded with
+    host = base + shapes.stored * shapes.block + min(_beyond(streams, budget), settings.activation_bytes())
+    gpu = device.held(streams, dtype.itemsize * shapes.batch * shapes.length * width, budget) + outside(checkpoint, dtype) + training
+    return Estimate(name, base + kept + training, disk, flops, gpu_bytes=gpu, host_bytes=host)
 
 
 def exporting(checkpoint: Checkpoint, name: str, formats: Sequence[str], sparsity: float) -> Estimate:

@@ -7,12 +7,13 @@ from pipeline_lib.allocate.settings import AllocationParams
 from pipeline_lib.core import params
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.params import Params
+from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.measure.settings import CurvesParams
 from pipeline_lib.recipe.needs import Needs, needs
 from pipeline_lib.recipe.settings import Format, InduceParams, PruneParams, Recipe
 
-OWN = ("induce", "curves")  # sections of a variant that are laid over sections of their own
+OWN = ("induce", "curves", "distil")  # sections of a variant that are laid over sections of their own
 
 
 class CurvesPart(Params):
@@ -47,6 +48,7 @@ class Variant:
     name: str
     recipe: Recipe
     measured: CurvesParams
+    distil: DistilParams | None  # None: the pruned model is not trained as a whole
     export: list[Format]
     tasks: list[str]  # presets
     candidate: bool  # for the model-level gate
@@ -99,13 +101,20 @@ def read(name: str, path: Path = params.FILE) -> Variant:
     overlaid = (
         params.merged("curves", f"{where}.curves", path) if written.above.get("curves") is not None else params.section("curves", path)
     )
+    trained = written.above.get("distil")
+    distil = None if trained is None else params.parse(DistilParams, params.merged("distil", f"{where}.distil", path), f"{where}.distil")
     curves = params.parse(CurvesParams, overlaid, "curves")
     if induced is not None and found.selection.overall == 0:
         raise SparselineError(
             f"{params.FILE}: {where} prunes nothing (sparsity 0), so that there is nothing to induce; take its section `induce` out."
         )
+    if distil is not None and found.quantization.bits is not None:
+        raise SparselineError(
+            f"{params.FILE}: {where} is quantised (quantization.bits = {found.quantization.bits}), and distillation would move its weights off "
+            "their grid; set the bits to null, or take its section `distil` out."
+        )
     pruning = {name: getattr(found, name) for name in Recipe.model_fields if name != "induce"}
-    return Variant(name, Recipe(**pruning, induce=induced), curves, found.export, found.tasks, found.candidate)
+    return Variant(name, Recipe(**pruning, induce=induced), curves, distil, found.export, found.tasks, found.candidate)
 
 
 def read_all(path: Path = params.FILE) -> dict[str, Variant]:

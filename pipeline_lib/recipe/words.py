@@ -1,5 +1,8 @@
 """A recipe as readers see it: in the log, in the report and on model cards."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from pipeline_lib.recipe.settings import Recipe
 
 STEPS = {"obs": "OBS sweep", "lsq": "least squares", "channel": "channel fit", "block": "block fit"}
@@ -24,6 +27,13 @@ def rows(recipe: Recipe) -> dict[str, str]:
         "quantisation": quantised,
         "factors": "learned" if recipe.induce is not None else "none",
     }
+
+
+def training(facts: Mapping[str, Any]) -> str:
+    """What training did to a pruned model as a whole, from ``build/training``: empty without any."""
+    if not facts:
+        return "none: one-shot"
+    return f"{facts['steps']} steps of distillation{'' if facts['kept'] else ', not kept'}"
 
 
 def in_words(recipe: Recipe) -> str:

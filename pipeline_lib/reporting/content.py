@@ -85,7 +85,11 @@ def _comparison(results: Results) -> Blocks:
     if results.pruned:
         blocks += [f"How far each variant is from the dense model. {wording.DIVERGES}", Block("table", table.divergence(results))]
         blocks += _verdicts(results)
-        listed = [{"variant": variant.name} | recipes.rows(variant.recipe) for variant in results.pruned if variant.recipe]
+        listed = [
+            {"variant": variant.name} | recipes.rows(variant.recipe) | {"trained afterwards": recipes.training(variant.training)}
+            for variant in results.pruned
+            if variant.recipe
+        ]
         blocks.append("What each variant is made of; the full settings are under Provenance.")
         blocks.append(Block("table", [words(head, [recipe[head] for recipe in listed]) for head in listed[0]]))
     return blocks
@@ -283,6 +287,22 @@ def _reconstruction(results: Results) -> Blocks:
     return blocks if fitted else [*blocks, "No variant fits whole blocks by gradients, so there is no fit to show."]
 
 
+def _distillation(results: Results) -> Blocks:
+    trained = {variant.name: variant.training for variant in results.pruned if variant.training}
+    if not trained:
+        return ["No variant is trained as a whole: all are one-shot."]
+    blocks: Blocks = [
+        "After pruning, the whole model is trained on calibration rows towards the dense model's distribution of the next token; zeros stay zeros. "
+        "The measure is the mean KL divergence from the dense model in nats per token, on held-out rows where there are any. These variants are not one-shot."
+    ]
+    for name, facts in trained.items():
+        before, after = facts["held_out_before"], facts["held_out_after"]
+        became = "no number, since training diverged" if after is None else f"{after:.4f}"
+        kept = "it was kept" if facts["kept"] else "it was not kept, so every figure of this variant is that of the pruned checkpoint"
+        blocks.append(f"`{name}`: {facts['steps']} steps over {facts['rows']} rows took it from {before:.4f} to {became}; {kept}.")
+    return blocks
+
+
 def _change(before: float, after: float) -> str:
     return f"{_percent(before)} → {_percent(after)}"
 
@@ -337,6 +357,11 @@ def _provenance(results: Results) -> Blocks:
         Block("code", _json(hashes), "SHA-256 of the texts: rows, and what they were cut from"),
         Block("code", results.params.strip(), "All parameters"),
         *(Block("code", _json(variant.facts["settings"]), f"Settings of {variant.name}") for variant in results.pruned),
+        *(
+            Block("code", _json(variant.training["settings"]), f"Settings of the distillation of {variant.name}")
+            for variant in results.pruned
+            if variant.training
+        ),
     ]
 
 
@@ -436,6 +461,7 @@ SECTIONS = {
     "Sensitivity": _sensitivity,
     "Induction": _induction,
     "Reconstruction": _reconstruction,
+    "Distillation": _distillation,
     "Sample completions": _samples,
     "Provenance": _provenance,
 }  # in reading order

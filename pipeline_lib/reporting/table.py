@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -43,6 +43,7 @@ class Variant:
     facts: Facts  # build/facts; empty for the dense model
     sizes: Facts  # build/sizes; empty for a variant without files to weigh
     recipe: Recipe | None = None  # None for the dense model
+    training: Facts = field(default_factory=dict)  # build/training; empty for what is one-shot
 
     @property
     def sparsity(self) -> float:
@@ -52,7 +53,8 @@ class Variant:
     @property
     def zeros(self) -> float | None:
         """Share of the prunable weights that are zero in the checkpoint: pruned, quantised to zero, or zero before; None for the dense model."""
-        return self.facts["zeros"] / self.facts["prunable"] if self.facts else None
+        counted = self.training if self.training.get("kept") else self.facts
+        return counted["zeros"] / self.facts["prunable"] if self.facts else None
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,14 @@ def stages(variant: Variant) -> list[str]:
     name, need = variant.name, needs(variant.recipe)
     learned = ["calibrate"] * (need.factors or need.curves) + ["scale"] * need.factors
     measured = ["sensitivity"] * need.sensitivities + [f"curves-{name}"] * need.curves
-    return [*learned, *measured, f"allocate-{name}", *[f"induce-{name}"] * need.factors, f"prune-{name}"]
+    return [
+        *learned,
+        *measured,
+        f"allocate-{name}",
+        *[f"induce-{name}"] * need.factors,
+        f"prune-{name}",
+        *[f"distil-{name}"] * bool(variant.training),
+    ]
 
 
 def sensitivities(facts: Facts) -> dict[str, Facts]:
@@ -182,12 +191,13 @@ def _variant(workspace: Workspace, name: str, several: bool) -> Variant:
     completions = workspace.load(workspace.completions(name))["completions"]
     facts = {} if name == DENSE else workspace.load(workspace.facts(name))
     recipe = Recipe.model_validate(facts["settings"]) if facts else None
+    training = workspace.load(workspace.training(name)) if facts else {}
     if recipe is not None and needs(recipe).sensitivities:
         for matrix, entry in workspace.load(workspace.sensitivity / "sensitivity.json").items():
             facts["matrices"][matrix]["sensitivity"] = entry
     found = by_task(workspace.load(workspace.tasks(name)), several)
     sizes = workspace.load(workspace.sizes(name))
-    return Variant(name, measured["perplexity"], measured["divergence"], found, completions, facts, sizes, recipe)
+    return Variant(name, measured["perplexity"], measured["divergence"], found, completions, facts, sizes, recipe, training)
 
 
 def _source(workspace: Workspace, path: Path) -> Facts:

@@ -1,0 +1,333 @@
+"""Train a pruned model as a whole towards the dense model's distribution of the next token; zeros stay zeros.
+
+The loss of a token is KL(p‖q): p is the dense model's distribution, q the pruned one's (knowledge distillation, 1503.02531, at temperature 1).
+The dense model runs once, block by block; only its hidden states before the last norm are kept. Of the pruned model, what moves is in memory
+in float32 with Adam's states. A step runs up through the blocks and then down, as ``measure/backward.py`` does, and each block takes its
+Adam step as soon as its own gradient is there: the gradients of one block at a time are in memory.
+
+Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of the residual stream, ``V`` tokens of the vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim.adam import adam
+
+from pipeline_lib.core.random import generator
+from pipeline_lib.fit.fit import SIDE_BY_SIDE, Pairs, minibatches
+from pipeline_lib.fit.settings import DistilParams
+from pipeline_lib.fit.zeros import Zeros
+from pipeline_lib.models.architecture import Layout
+from pipeline_lib.models.places import Room
+from pipeline_lib.models.stream import BlockModel, Stream
+from pipeline_lib.stats.lanes import LANES, Map, deal, side_by_side, total
+
+HEAD_TOKENS = 256  # whose logits are in memory at a time, some copies of them
+EPSILON = 1e-12  # of Adam: gradients of a mean over tokens are small
+Logits = Callable[[torch.Tensor], torch.Tensor]  # hidden states [B, T, D] after the last block -> logits [B, T, V]
+Tensors = Mapping[str, torch.Tensor]  # of one block, by their names in it
+
+
+class Trained:
+    """One block as it is trained. What does not move stays as it is stored."""
+
+    def __init__(self, tensors: Tensors, masks: Tensors, layout: Layout, params: DistilParams) -> None:
+        """
+        Args:
+            tensors: every parameter, on the device.
+            masks: of the pruned parameters (bool, True = kept); weights of others do not move.
+        """
+        named = {
+            "weights": set(masks),
+            "biases": {m.bias for m in layout.matrices if m.bias is not None and m.parameter in masks},
+            "norms": {name for name, tensor in tensors.items() if tensor.ndim == 1 and name.endswith("weight")},
+        }
+        moving = sorted(set().union(*(named[part] for part in params.parts)))
+        self.params = params
+        self.dtypes = {name: tensors[name].dtype for name in moving}
+        self.leaves = {name: tensors[name].to(torch.float32, copy=True).requires_grad_() for name in moving}
+        self.rest = {name: tensor for name, tensor in tensors.items() if name not in self.leaves}
+        self.zeros = Zeros({name: mask for name, mask in masks.items() if name in self.leaves})
+        self.zeros.hold(self.leaves)
+        kind: torch.dtype = getattr(torch, params.state_dtype)
+        self.averages = {
+            name: [torch.zeros_like(leaf, dtype=kind, requires_grad=False) for _ in range(2)] for name, leaf in self.leaves.items()
+        }
+        self.scales = self._scales(layout.offsets)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that the block computes with."""
+        return {**self.rest, **self.leaves}
+
+    @torch.no_grad()
+    def _scales(self, offsets: Mapping[str, float]) -> dict[str, float]:
+        """The root mean square of what is kept of each leaf, as it acts: its unit of rates. What is all zero does not move."""
+        means = []
+        for name, leaf in self.leaves.items():
+            kept = self.zeros[name].count_nonzero() if name in self.zeros else leaf.new_tensor(leaf.numel())
+            means.append((leaf + offsets.get(name, 0.0)).square().sum() / kept.clamp_min(1))
+        return dict(zip(self.leaves, torch.stack(means).sqrt().tolist() if means else [], strict=True))
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[torch.Tensor | None], rate: float, done: int) -> None:
+        """One step of Adam after ``done`` others, for the gradients of the leaves in order; they are overwritten."""
+        for (name, leaf), gradient in zip(self.leaves.items(), gradients, strict=True):
+            if gradient is None or not self.scales[name]:
+                continue
+            gradient = gradient.contiguous()  # the fused kernel reads it as it lies
+            self.zeros.hold({name: gradient})
+            first, second = (average.float() for average in self.averages[name])  # the same tensor where it is float32
+            count = torch.full((), float(done), device=leaf.device)
+            adam(
+                [leaf],
+                [gradient],
+                [first],
+                [second],
+                [],
+                [count],
+                fused=True,
+                amsgrad=False,
+                beta1=self.params.beta1,
+                beta2=self.params.beta2,
+                lr=rate * self.scales[name],
+                weight_decay=0.0,
+                eps=EPSILON,
+                maximize=False,
+            )
+            for kept, average in zip(self.averages[name], (first, second), strict=True):
+                if kept is not average:
+                    kept.copy_(average)
+            self.zeros.hold({name: leaf})
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """All tensors in the checkpoint's dtypes."""
+        return {**self.rest, **{name: leaf.detach().to(self.dtypes[name]) for name, leaf in self.leaves.items()}}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a run that goes on needs of the block."""
+        found = {f"{name}:leaf": leaf.detach() for name, leaf in self.leaves.items()}
+        return found | {f"{name}:average{place}": one for name, both in self.averages.items() for place, one in enumerate(both)}
+
+    @torch.no_grad()
+    def restore(self, state: Tensors) -> None:
+        """Go on from ``state``, whose scales are those of the block as it was given."""
+        for name, leaf in self.leaves.items():
+            leaf.copy_(state[f"{name}:leaf"])
+            for place, average in enumerate(self.averages[name]):
+                average.copy_(state[f"{name}:average{place}"])
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Rows to learn from: hidden states before the first block, and as targets the dense model's behind the last one."""
+
+    model: BlockModel
+    fitting: Pairs
+    held_out: Pairs  # those that judge; none: the fitting rows do
+    room: Room | None
+
+    @property
+    def gate(self) -> Pairs:
+        return self.held_out if len(self.held_out) else self.fitting
+
+    def steps(self, params: DistilParams) -> int:
+        return params.epochs * -(-len(self.fitting) // _batch_rows(self.fitting, params))
+
+
+def lesson(
+    model: BlockModel,
+    rows: Mapping[str, torch.Tensor],
+    params: DistilParams,
+    room: Room | None,
+    watched: Callable[[range], Iterable[int]] = iter,
+) -> Lesson:
+    """Run the dense model, one block in memory at a time: fitting rows in ``compute_dtype``, the rows that judge in the model's own.
+
+    Args:
+        rows: ``fit`` and ``held_out`` [N, T].
+        room: where hidden states lie; two streams of all rows, and a third of those that judge.
+
+    Raises:
+        SparselineError: NaN or infinity behind a block.
+    """
+    fit = deal(len(rows["fit"]), params.batch_rows)
+    held_out = deal(len(rows["held_out"]), params.batch_rows, len(fit.sizes))
+    before = model.embed(torch.cat([rows["fit"], rows["held_out"]]), fit.sizes + held_out.sizes, "before", room)
+    after = before.copy("after")
+    cut = len(fit.sizes)
+    for index in watched(range(model.checkpoint.architecture.depth)):
+        block = model.block(index)
+        with _mixed(model, params):
+            model.advance(block, index, after, range(cut))
+        model.advance(block, index, after, range(cut, cut + len(held_out.sizes)))
+    seen, judging = (Pairs(before.hidden[part], after.hidden[part]) for part in (slice(cut), slice(cut, None)))
+    return Lesson(model, seen, judging, room)
+
+
+def stream_bytes(fitting: int, held_out: int, width: int, itemsize: int) -> int:
+    """Bytes of all streams for so many tokens that are learned from and that judge."""
+    return (2 * (fitting + held_out) + (held_out or fitting)) * width * itemsize
+
+
+def train(given: Lesson, blocks: Sequence[Trained], params: DistilParams, done: int = 0) -> Generator[float, None, None]:
+    """Train the blocks in place; yields each step's mean KL in nats per token, which is not finite where training diverges.
+
+    Args:
+        done: steps that the blocks have had already.
+    """
+    fitting, steps = given.fitting, given.steps(params)
+    weights = sum(leaf.numel() for block in blocks for leaf in block.leaves.values())
+    small = given.model.device.type == "cpu" and weights <= SIDE_BY_SIDE
+    number = 0
+    with given.model.head() as logits, side_by_side(small) as each_lane:
+        passes = _Passes(given.model, blocks, params, logits, each_lane)
+        for epoch in range(1, params.epochs + 1):
+            random = {lane: generator(params.seed, f"distil:{epoch}:{lane}") for lane in range(LANES)}
+            for lanes in minibatches(len(fitting), _batch_rows(fitting, params), random):
+                if number >= done:
+                    rate = params.rate * rate_share(number, steps, params.warmup)
+                    yield passes.step([fitting.rows(numbers) for numbers in lanes], rate, number)
+                number += 1
+
+
+def rate_share(done: int, steps: int, warmup: float) -> float:
+    """The share of the learning rate after ``done`` of ``steps``: up in equal steps over the share ``warmup``, then along a cosine towards 0."""
+    rising = round(warmup * steps)
+    if done < rising:
+        return (done + 1) / (rising + 1)
+    return 0.5 + 0.5 * math.cos(math.pi * (done - rising) / (steps - rising))
+
+
+def judge(given: Lesson, tensors: Callable[[int], Tensors]) -> float:
+    """Mean KL in nats per token on the rows that judge; NaN or infinite where the model's outputs are.
+
+    Args:
+        tensors: a block's number -> its parameters.
+    """
+    model, rows = given.model, given.gate
+    walk = Stream(len(rows.inputs), model.device, given.room or model.room, "judged")
+    for number, hidden in enumerate(rows.inputs):
+        walk.hidden[number] = hidden
+    for index in range(model.checkpoint.architecture.depth):
+        model.passed(model.block(index, tensors(index)), index, walk)
+    sums: list[torch.Tensor] = []
+    with model.head() as logits:
+        for number in range(len(rows.inputs)):
+            found, _ = _divergence(logits, walk.hidden[number], rows.targets[number], None)
+            sums += found
+    return float(total(sums)) / (len(rows) * rows.inputs[0].shape[1])
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """How a step runs. A batch of a lane is called that lane."""
+
+    model: BlockModel
+    blocks: Sequence[Trained]
+    params: DistilParams
+    logits: Logits
+    each_lane: Map[Any, Any]
+
+    def step(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], rate: float, done: int) -> float:
+        """For each lane its inputs and targets [B, T, D]: the mean KL before the step."""
+        tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden, _ in pairs)
+        states: list[list[Any]] = []
+        hidden = [one for one, _ in pairs]
+        for index in range(len(self.blocks)):
+            states.append(self._up(index, hidden))
+            hidden = [out.detach() for _, out in states[-1]]
+            if self.params.recompute:
+                states[-1] = [(x, None) for x, _ in states[-1]]
+        sums: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
+        with _mixed(self.model, self.params):
+            for x, (_, target) in zip(hidden, pairs, strict=True):
+                found, gradient = _divergence(self.logits, x, target, 1 / tokens)
+                sums += found
+                gradients.append(gradient)
+        del hidden
+        mean = math.fsum(torch.stack(sums).tolist()) / tokens
+        if math.isfinite(mean):
+            for index in reversed(range(len(self.blocks))):
+                own = self._down(index, states.pop(), gradients)
+                self.blocks[index].step(own, rate, done)
+        return mean
+
+    def _call(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        with _mixed(self.model, self.params):  # a thread has a state of its own
+            return self.model.call(self.model.templates[index], index, x, self.blocks[index].tensors)
+
+    def _up(self, index: int, inputs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and outputs of a block; without ``recompute`` with the graph between them."""
+
+        def lane(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.set_grad_enabled(not self.params.recompute):
+                x = hidden.detach().requires_grad_(not self.params.recompute)
+                return x, self._call(index, x)
+
+        with _mixed(self.model, self.params):  # around all lanes, so that weights are rounded once
+            return list(self.each_lane(lane, inputs))
+
+    def _down(self, index: int, states: Sequence[tuple[torch.Tensor, Any]], gradients: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """The gradients of a block's leaves, the lanes added up in order; those at its outputs give way to those at its inputs."""
+        leaves = list(self.blocks[index].leaves.values())
+
+        def lane(given: tuple[tuple[torch.Tensor, Any], torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+            (x, out), gradient = given
+            with torch.enable_grad():
+                if out is None:
+                    x = x.detach().requires_grad_()
+                    out = self._call(index, x)
+                return torch.autograd.grad(out, [x, *leaves], gradient.to(out.dtype), allow_unused=True)
+
+        summed: list[torch.Tensor | None] = [None] * len(leaves)
+        with _mixed(self.model, self.params):
+            for number, (below, *own) in enumerate(self.each_lane(lane, list(zip(states, gradients, strict=True)))):
+                gradients[number] = below
+                for place, gradient in enumerate(own):
+                    before = summed[place]
+                    if gradient is not None:
+                        summed[place] = gradient if before is None else before.add_(gradient)
+                del below, own
+        return summed
+
+
+def _divergence(logits: Logits, hidden: torch.Tensor, target: torch.Tensor, scale: float | None) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """KL(p‖q), summed over the tokens of each row, and ``scale`` times its gradient with respect to the hidden states [B, T, D].
+
+    A few tokens at a time, so that the logits of these are in memory. The gradient with respect to the logits is q − p.
+
+    Args:
+        target: the dense model's hidden states [B, T, D], of which the same head makes p.
+        scale: None: no gradient is taken, and nothing is in its place.
+    """
+    sums, rows = [], []
+    for row, wanted in zip(hidden.split(1), target.split(1), strict=True):
+        losses, pieces = [], []
+        for piece, goal in zip(row.split(HEAD_TOKENS, 1), wanted.split(HEAD_TOKENS, 1), strict=True):
+            with torch.set_grad_enabled(scale is not None):
+                x = piece.detach().requires_grad_(scale is not None)
+                scores = logits(x)
+            with torch.no_grad():
+                log_p, log_q = (one.float().log_softmax(-1) for one in (logits(goal), scores.detach()))
+                p = log_p.exp()
+                losses.append(log_p.sub_(log_q).mul_(p).sum(-1, dtype=torch.float64).sum())
+                if scale is not None:
+                    pieces.append(torch.autograd.grad(scores, x, log_q.exp_().sub_(p).mul_(scale).to(scores.dtype))[0])
+            del scores, log_p, log_q, p  # before the next
+        sums.append(torch.stack(losses).sum())
+        rows += [torch.cat(pieces, 1)] if pieces else []
+    return sums, torch.cat(rows) if rows else hidden.new_zeros(0)
+
+
+def _batch_rows(rows: Pairs, params: DistilParams) -> int:
+    return min(params.batch_rows, LANES * rows.widest)  # no more rows of a lane in one pass than elsewhere
+
+
+def _mixed(model: BlockModel, params: DistilParams) -> AbstractContextManager[Any]:
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=params.compute_dtype == "bfloat16")

@@ -1,0 +1,151 @@
+"""Train one variant's pruned checkpoint as a whole, and keep what held-out rows prefer."""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import click
+
+from pipeline_lib.core import artifacts, runtime, scratch, seals
+from pipeline_lib.core.kept import Kept
+from pipeline_lib.core.progress import Progress, track
+from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.export.masks import Masks
+from pipeline_lib.fit.distil import Lesson, Trained, judge, lesson, stream_bytes, train
+from pipeline_lib.fit.settings import DistilParams
+from pipeline_lib.models.architecture import Architecture
+from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
+from pipeline_lib.models.places import room
+from pipeline_lib.models.settings import ModelParams
+from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.stats.inputs import calibration_file, calibration_rows, open_model
+
+SECONDS = 300.0  # between two states on the disk, or twenty times what writing one takes
+STATES = "states"
+
+
+def distil(workspace: Workspace, source: ModelParams, variant: str, params: DistilParams) -> str:
+    """All blocks together, step by step; resumes after a kill. A sentence on it."""
+    what = f"distil {variant}"
+    model = open_model(workspace, source)
+    directory = workspace.opened(workspace.pruned(variant))
+    pruned = open_checkpoint(directory / "checkpoint", model.checkpoint.architecture, source.remote_code)
+    rows = calibration_rows(workspace)
+    if not len(rows["held_out"]):
+        click.echo(f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide what is kept")
+    described = f"{params.model_dump_json()} {source.model_dump_json()}"
+    inputs = [workspace.model, directory / seals.FILE, calibration_file(workspace)]
+    wanted = stream_bytes(rows["fit"].numel(), rows["held_out"].numel(), model.checkpoint.architecture.width, model.dtype.itemsize)
+    with scratch.hold("distil", runtime.resume_key("distil", described, inputs), what) as held:
+        watched = partial(track, what=f"{what}, dense model", units="blocks")
+        given = lesson(model, rows, params, room(model.device, held.own, wanted), watched)
+        blocks = opened(model, pruned, Masks(directory / "masks", pruned), params)
+        before = judge(given, pruned.block)
+        curve = _trained(given, blocks, params, _States(held.kept, what))
+        after = judge(given, lambda index: blocks[index].stored()) if math.isfinite(curve[-1]) else math.nan
+        kept = after < before
+        with workspace.directory(workspace.distilled(variant)) as made:
+            if kept:
+                writer = ShardWriter(pruned, made / "checkpoint")
+                for index, block in enumerate(blocks):
+                    writer.write(index, block.stored())
+                writer.finish()
+        facts = {
+            "settings": params.model_dump(mode="json"),
+            "rows": len(rows["fit"]),
+            "steps": len(curve),
+            "held_out_before": before,
+            "held_out_after": after if math.isfinite(after) else None,
+            "kept": kept,
+            "curve": [value for value in curve if math.isfinite(value)],
+            "zeros": _zeros(workspace, blocks, pruned.architecture) if kept else None,
+        }
+        workspace.save(workspace.training(variant), facts)
+    became = f"{after:.4f}" if math.isfinite(after) else "no number"
+    return f"divergence from the dense model on held-out rows {before:.4f} → {became} nats a token; {'kept' if kept else 'not kept, the pruned checkpoint stands'}"
+
+
+def opened(model: BlockModel, pruned: Checkpoint, masks: Masks, params: DistilParams) -> list[Trained]:
+    """A pruned checkpoint's blocks, ready to be trained on the model's device."""
+    found = []
+    for index, layout in enumerate(model.checkpoint.architecture.layouts):
+        prefix = pruned.block_prefix(index)
+        own = {name.removeprefix(prefix): mask.to(model.device) for name, mask in masks.block(index).items()}
+        tensors = {name: tensor.to(model.device, copy=True) for name, tensor in pruned.block(index).items()}  # maps the file otherwise
+        found.append(Trained(tensors, own, layout, params))
+    return found
+
+
+def _trained(given: Lesson, blocks: Sequence[Trained], params: DistilParams, states: "_States") -> list[float]:
+    """Train the blocks in place, from the latest state on; each step's mean KL, up to the first that is no number."""
+    curve, steps = states.latest(blocks), given.steps(params)
+    if curve:
+        click.echo(f"{states.what}: resuming after {len(curve)} of {steps} steps")
+    with Progress(states.what, steps, "steps", len(curve)) as progress, closing(train(given, blocks, params, len(curve))) as values:
+        for value in values:
+            curve.append(value)
+            if not math.isfinite(value):
+                click.echo(f"{states.what}: the loss of step {len(curve)} is no number; lower distil.rate")
+                break
+            progress.advance()
+            if len(curve) < steps:
+                states.keep(blocks, curve)
+    return curve
+
+
+class _States:
+    """What a killed run goes on from: every block's weights and averages after some step, a file per block."""
+
+    def __init__(self, directory: Path, what: str) -> None:
+        self.what = what
+        self.kept = Kept(directory, what, (STATES,), "step")
+        self._next = time.monotonic() + SECONDS
+
+    def latest(self, blocks: Sequence[Trained]) -> list[float]:
+        """Bring the blocks to the latest state; the curve until then, empty where there is none."""
+        done = self.kept.latest()
+        for left in self.kept.directory.glob(f"{STATES}/*"):  # of a state that was not finished
+            if done is None or left.name != str(done):
+                artifacts.remove(left)
+        if done is None:
+            return []
+        curve: list[float] = []
+        for index, block in enumerate(blocks):
+            state, facts = artifacts.read_tensors(self._file(done, index))
+            block.restore(state)
+            curve = facts["curve"]
+        return curve
+
+    def keep(self, blocks: Sequence[Trained], curve: Sequence[float]) -> None:
+        """If it is time to."""
+        started = time.monotonic()
+        if started < self._next:
+            return
+        done, before = len(curve), self.kept.latest()
+        files = [self._file(done, index) for index in range(len(blocks))]
+        for file, block in zip(files, blocks, strict=True):
+            artifacts.write_tensors(file, block.state(), {"curve": list(curve)})
+        self.kept.finish(done, files)
+        if before is not None:
+            self.kept.forget(before)
+            artifacts.remove(self._file(before, 0).parent)
+        now = time.monotonic()
+        self._next = now + max(SECONDS, 20 * (now - started))
+
+    def _file(self, done: int, index: int) -> Path:
+        return artifacts.block_file(self.kept.directory / STATES / str(done), index)
+
+
+def _zeros(workspace: Workspace, blocks: Sequence[Trained], architecture: Architecture) -> int:
+    """Weights that are zero in the included matrices, as they are stored."""
+    included, zeros = {(m["block"], m["label"]) for m in workspace.included()}, 0
+    for index, block in enumerate(blocks):
+        stored = block.stored()
+        for matrix in architecture.layouts[index].matrices:
+            if (index, matrix.label) in included:
+                weight = matrix.view(stored[matrix.parameter])
+                zeros += weight.numel() - int(weight.count_nonzero())
+    return zeros

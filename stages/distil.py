@@ -1,0 +1,28 @@
+"""Train one variant's pruned checkpoint as a whole towards the dense model, zeros held; kept only where held-out rows agree. Resumes."""
+
+import click
+
+from pipeline_lib.core import params, runtime
+from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.models.settings import ModelParams
+from pipeline_lib.recipe.variants import read
+
+
+@click.command(help=__doc__)
+@click.argument("variant")
+def main(variant: str) -> None:
+    workspace = Workspace()
+    with runtime.stage(f"distil-{variant}", workspace.training(variant)) as tell:
+        settings = read(variant).distil
+        if settings is None:
+            workspace.leave_empty(workspace.distilled(variant))
+            workspace.save(workspace.training(variant), {})
+            tell(f"distil {variant}: nothing is trained")
+            return
+        from pipeline_lib.jobs.distil import distil
+
+        tell(f"distil {variant}: {distil(workspace, params.load(ModelParams, 'model'), variant, settings)}")
+
+
+if __name__ == "__main__":
+    main()
