@@ -13,7 +13,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 
 .PHONY: run test campaign campaign-short architectures sshd check format wheel docs plan sweep screenshots environment clean
-.PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-latency bench-busy bench-verify
+.PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-real bench-latency bench-busy bench-verify
 .PHONY: bench-sweep bench-block bench-gpu
 
 run: environment  ## reproduce everything that is out of date, print the table and the report's path
@@ -67,6 +67,9 @@ rivals-environment:  ## llm-compressor in an environment of its own, for bench-r
 bench-rivals: environment  ## testbeds: our presets and baselines against llm-compressor; then costs alone (wants a quiet machine)
 	python -m benchmarks.studies run rivals
 	python -m benchmarks.studies run rivals_cost
+
+bench-real: environment  ## a real language model (docs/results.md): cells that the record lacks; ONLY: 'table=main method=fast'; CELL: one that is computed anew
+	python -m benchmarks.real run $(foreach one,$(ONLY),--only '$(one)') $(if $(CELL),--cell '$(CELL)')
 
 bench-busy: environment  ## dvc repro beside a busy process, against an idle machine (wants a quiet machine)
 	python -m benchmarks.busy

@@ -35,6 +35,7 @@ PATTERNS = {
     "2:4": (0.5, "2:4"),
     "4:8": (0.5, "4:8"),
 }
+MORE = {"80%": (0.8, "unstructured")}  # beside those that every study goes through
 UNIFORM: Changes = {"allocation": {"method": "uniform"}}
 TOLERANCE = 0.01  # of a perplexity: other threads round otherwise
 Record = dict[str, Any]
@@ -61,8 +62,8 @@ class Cell:
 
 
 def selection(pattern: str, changes: Changes | None = None) -> Changes:
-    """Overrides that prune by one of ``PATTERNS``, and other overrides of the section."""
-    sparsity, name = PATTERNS[pattern]
+    """Overrides that prune by one of ``PATTERNS`` or ``MORE``, and other overrides of the section."""
+    sparsity, name = (PATTERNS | MORE)[pattern]
     return {"selection": {"sparsity": sparsity, "pattern": name, **(changes or {})}}
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.alone import resident
 from benchmarks.harness import PATTERNS, TEXTS, UNIFORM, Cell, Record, Study, lab, selection
 from benchmarks.lab import Changes, Kept, Lab
-from benchmarks.testbed import CODE, MIXTURE, NAMES, RANDOM, Tensors, Testbed
+from benchmarks.testbed import CODE, MIXTURE, NAMES, RANDOM, Bed, Tensors, Testbed
 from pipeline_lib.core import settings
 from pipeline_lib.core.params import merge
 from pipeline_lib.masks.select import select
@@ -194,27 +194,38 @@ def called(*command: str | Path, limit: float | None = None) -> Record:
     return found
 
 
+def compressed(bed: Bed, rows: torch.Tensor, how: tuple[str, float, str], folder: Path) -> tuple[Tensors, Record]:
+    """The blocks that llm-compressor leaves, and its cost, from a process of its own.
+
+    Args:
+        rows: of calibration, [N, T].
+        how: its method, share pruned, and pattern.
+        folder: for files on the way.
+    """
+    if not Path(PYTHON).exists():
+        raise click.ClickException(f"no llm-compressor at {PYTHON}; run `make rivals-environment`, or set SPARSELINE_RIVALS to its Python.")
+    given, whole = folder / "rows.safetensors", folder / "all.safetensors"
+    save_file({"rows": rows}, given)
+    method, sparsity, pattern = how
+    cost = called(PYTHON, ROOT / "benchmarks" / "llm_compressor.py", bed.path, given, method, str(sparsity), pattern, whole)
+    linears, blocks = load_file(whole), {}
+    for index in range(bed.checkpoint.architecture.depth):
+        prefix = bed.checkpoint.block_prefix(index)
+        own = {name.removeprefix(prefix): tensor for name, tensor in linears.items() if name.startswith(prefix)}
+        blocks[index] = bed.checkpoint.block(index) | own
+    return blocks, cost
+
+
 def apart(asked: Cell, seed: int) -> tuple[Tensors, Record]:
     """The blocks that a cell's method leaves, and its cost, from a process of its own."""
     bed, method = lab(asked.key["testbed"]).bed, asked.key["method"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "pruned"
         out.mkdir()
-        blocks: dict[int, Mapping[str, torch.Tensor]] = {}
+        blocks: Tensors
         if method in LLMCOMPRESSOR:
-            if not Path(PYTHON).exists():
-                raise click.ClickException(
-                    f"no llm-compressor at {PYTHON}; run `make rivals-environment`, or set SPARSELINE_RIVALS to its Python."
-                )
-            rows, (sparsity, pattern) = Path(folder) / "rows.safetensors", PATTERNS[asked.key["pattern"]]
-            save_file({"rows": torch.cat(list(bed.calibration(asked.source, asked.rows, seed).values()))}, rows)
-            script, whole = ROOT / "benchmarks" / "llm_compressor.py", out / "all.safetensors"
-            cost = called(PYTHON, script, bed.path, rows, LLMCOMPRESSOR[method], str(sparsity), pattern, whole)
-            linears = load_file(whole)
-            for index in range(bed.checkpoint.architecture.depth):
-                prefix = bed.checkpoint.block_prefix(index)
-                own = {name.removeprefix(prefix): tensor for name, tensor in linears.items() if name.startswith(prefix)}
-                blocks[index] = bed.checkpoint.block(index) | own
+            rows = torch.cat(list(bed.calibration(asked.source, asked.rows, seed).values()))
+            blocks, cost = compressed(bed, rows, (LLMCOMPRESSOR[method], *PATTERNS[asked.key["pattern"]]), out)
         else:
             key = (str(asked.key[name]) for name in ("testbed", "pattern", "method"))
             cost = called(sys.executable, "-m", "benchmarks.rivals", *key, str(seed), out)

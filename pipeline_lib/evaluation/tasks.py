@@ -42,6 +42,7 @@ class Measured:
 
     tasks: dict[str, dict[str, Any]]
     warnings: Mapping[str, int]  # message -> how often
+    scores: Mapping[str, Mapping[str, list[float]]]  # task -> metric of single items (acc, acc_norm) -> each item's, in order
 
 
 class Unread(SparselineError):
@@ -65,7 +66,7 @@ def run_tasks(
             without a template.
     """
     if not preset.names:
-        return Measured({}, {})
+        return Measured({}, {}, {})
     chats = _chats(tokenizer, preset)
     from lm_eval.evaluator import evaluate  # imported here: seconds, needed by no other module
     from lm_eval.models.huggingface import HFLM
@@ -148,7 +149,7 @@ def run_tasks(
         with _one_process(), _datasets(private=all(_reads_files(manager, name) for name in preset.names)):
             tasks = _load(manager, preset, params.path)
             # the standard error of a mean has a formula, but with 0 bootstrap_iters lm-eval leaves it out
-            how: dict[str, Any] = {"limit": preset.limit, "bootstrap_iters": 100, "log_samples": False, "system_instruction": preset.system}
+            how: dict[str, Any] = {"limit": preset.limit, "bootstrap_iters": 100, "log_samples": True, "system_instruction": preset.system}
             results = evaluate(lm, {"tasks": tasks}, apply_chat_template=chats, fewshot_as_multiturn=chats, **how)
             assert results is not None
             chances = {name: chance(task) for name, task in tasks.items()}
@@ -167,7 +168,13 @@ def run_tasks(
             "of": len(tasks[name].eval_docs),
             "truncated": len({request.doc_id for request in tasks[name].instances if id(request) in lm.cut}),
         }
-    return Measured(flat, heard)
+    return Measured(flat, heard, {name: _scores(items) for name, items in results["samples"].items()})
+
+
+def _scores(items: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Each item once, by its number; where a task filters answers in several ways, as the first of them does."""
+    ordered = sorted((item for item in items if item["filter"] == items[0]["filter"]), key=lambda item: item["doc_id"])
+    return {metric: [float(item[metric]) for item in ordered] for metric in ("acc", "acc_norm") if all(metric in item for item in ordered)}
 
 
 def _figures(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:

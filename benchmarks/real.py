@@ -1,0 +1,466 @@
+"""A real language model: ``python -m benchmarks.real run|table|verify``, one record for all tables, ``results/real.json``.
+
+SmolLM2-135M-Instruct as ``../shared/testbed/real/convert.py`` writes it (SPARSELINE_REAL says where, else ``../real/smol``), by the *real protocol* of
+``../shared/testbed/real/README.md``: calibrated on 128 rows of 512 tokens of C4's first 900 pages; chosen on its last 100 pages and on ``mix.valid``,
+32 rows of 512 tokens; reported on ``wikitext2.test`` and ``mix.test``, 32 rows of 1,024 tokens on every device; nine tasks, 300 items each, in bfloat16.
+
+``run`` computes what the record lacks, cell by cell, and each is in the record (with ``--commit`` in git, too) as soon as it is done. A cell that is
+named by ``--cell`` is computed anew; ``verify`` computes recorded cells anew and compares. Costs run from model in memory to pruned, in a process of
+its own; those of a distilled model include what it starts from.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import statistics as stats
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from benchmarks.alone import alone, cost
+from benchmarks.block import place
+from benchmarks.harness import MORE, PATTERNS, UNIFORM, Cell, Record, Study, selection
+from benchmarks.lab import Changes, Lab, section
+from benchmarks.rivals import LLMCOMPRESSOR, ROOT, compressed
+from benchmarks.studies import ALLOCATIONS, BASES
+from benchmarks.testbed import RANDOM, Bed, Tensors
+from benchmarks.testbed import ROOT as TESTBED
+from pipeline_lib.core import code, params
+from pipeline_lib.core.params import merge
+from pipeline_lib.evaluation.perplexity import perplexity
+from pipeline_lib.evaluation.settings import Preset, TasksParams
+from pipeline_lib.evaluation.tasks import run_tasks
+from pipeline_lib.fit.distil import Trained, judge, lesson, train
+from pipeline_lib.fit.settings import DistilParams
+from pipeline_lib.models.start import start
+from pipeline_lib.models.tokenizer import load_tokenizer
+from pipeline_lib.models.whole import load_model
+from pipeline_lib.texts.rows import encode, rows_of
+from pipeline_lib.texts.texts import TextParams
+
+MODEL = Path(os.environ.get("SPARSELINE_REAL", ROOT.parent / "real" / "smol"))
+NAME = "SmolLM2-135M-Instruct"
+DATA = TESTBED / "real"
+C4, LENGTH, HELD_BACK = "c4.calib", 512, 100  # pages of C4 that nothing is calibrated on
+REPORTED, CHOSEN = {"wikitext2.test": (32, 1024), "mix.test": (32, 1024)}, {"c4.valid": (32, 512), "mix.valid": (32, 512)}  # rows, tokens
+NINE = ("arc_easy", "arc_challenge", "piqa", "hellaswag", "winogrande", "openbookqa", "sciq", "copa", "lambada_openai")
+TASKS = Preset(names=[f"real_{name}" for name in NINE], limit=300, shots=0, seed=0)
+BATCH_ROWS = 8  # of evaluations
+TABLES = ("main", "induction", "sparsity", "ablation")
+MASK = "mask:"  # before a parameter's name, in the files of a pruned block
+CODE = ("calibrate", "sensitivity", "curves", "allocate", "induce", "prune")  # stages whose code a pruned model follows from
+
+
+@dataclass(frozen=True)
+class Method:
+    """A variant of params.yaml (none for llm-compressor's and the dense model), and what is laid over it."""
+
+    variant: str | None
+    changes: Changes = field(default_factory=dict)
+    distil: Changes | None = None  # laid over section `distil`; None: no distillation
+    rows: int = 128
+    source: str = C4  # of calibration rows; `name:length` for another length
+    learns: int = 0  # rows of distillation, where they are not those of calibration
+
+
+MAIN = {
+    "dense": Method(None),
+    **{name: Method(name) for name in ("magnitude", "wanda", "sparsegpt", "papers", "fast", "best")},
+    "distilled": Method("best", distil={}),
+    "sparsegpt+distil": Method("sparsegpt", distil={}),
+    **{name: Method(None) for name in LLMCOMPRESSOR},
+}
+SEEDED = ("sparsegpt", "fast", "best")  # three seeds at 50%
+TASKED = ("dense", "sparsegpt", "fast", "best", "distilled")  # at 50% and 2:4
+INDUCED = " + induction"
+INDUCTION = {name: Method(None, changes) for name, changes in BASES.items()} | {
+    f"{name}{INDUCED}": Method(
+        None, merge(changes, {"induce": {}, "reconstruction": {"steps": [*changes["reconstruction"]["steps"], "channel"]}})
+    )
+    for name, changes in BASES.items()
+}
+SPARSITY = {name: Method("sparsegpt", {"allocation": ALLOCATIONS[name]}) for name in ("uniform", "weight", "layer", "predicted")}
+
+
+def _fast(name: str, changes: Changes, **more: Any) -> dict[str, Method]:
+    return {f"fast, {name}": Method("fast", changes, **more)}
+
+
+def _distil(name: str, distil: Changes, **more: Any) -> dict[str, Method]:
+    return {f"sparsegpt+distil, {name}": Method("sparsegpt", distil=distil, **more)}
+
+
+ABLATION = {  # one lever each, on validation texts at 50%
+    "sparsegpt": MAIN["sparsegpt"],
+    "fast": MAIN["fast"],
+    **_fast("damping 0.001", {"selection": {"damping": 0.001}}),
+    **_fast("damping 0.1", {"selection": {"damping": 0.1}}),
+    **_fast("damping of each diagonal entry", {"selection": {"damping_of": "diagonal"}}),
+    **_fast("uniform", UNIFORM),
+    **_fast("alpha 0.05", {"allocation": {"alpha": 0.05}}),
+    **_fast("densities 0.35 to 0.75", {"allocation": {"density_bounds": [0.35, 0.75]}}),
+    **_fast("predicted", {"allocation": {"method": "predicted", "alpha": 0.2}}),
+    **_fast("site by site", {"reconstruction": {"collect": "site"}}),
+    **_fast("half way", {"reconstruction": {"collect": "site", "towards_dense": 0.5}}),
+    **_fast("dense stream", {"reconstruction": {"collect": "site", "towards_dense": 1.0}}),
+    **_fast(
+        "predicted, half way",
+        {"allocation": {"method": "predicted", "alpha": 0.2}, "reconstruction": {"collect": "site", "towards_dense": 0.5}},
+    ),
+    **_fast("sweep's mask", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
+    **_fast("256 rows", {}, rows=256),
+    **_fast("64 rows of 1,024", {}, rows=64, source=f"{C4}:1024"),
+    **_fast("mix.calib", {}, source="mix.calib"),
+    **_fast("WikiText-2", {}, source="wikitext2.train-part"),
+    **_fast("random tokens", {}, source=RANDOM),
+    "best": MAIN["best"],
+    "best, no gradients": Method("best", {"reconstruction": {"steps": ["obs", "lsq"]}}),
+    "best, rate 0.005": Method("best", {"reconstruction": {"block": {"rate": 0.005}}}),
+    "best, 4 epochs": Method("best", {"reconstruction": {"block": {"epochs": 4}}}),
+    "best, windows of 2": Method("best", {"reconstruction": {"block": {"window": 2}}}),
+    "sparsegpt+distil": MAIN["sparsegpt+distil"],
+    **_distil("rate 0.0005", {"rate": 0.0005}),
+    **_distil("rate 0.002", {"rate": 0.002}),
+    **_distil("1 epoch", {"epochs": 1}),
+    **_distil("8 epochs", {"epochs": 8}),
+    **_distil("batches of 8", {"batch_rows": 8}),
+    **_distil("norms only", {"parts": ["norms"]}),
+    **_distil("states in bfloat16", {"state_dtype": "bfloat16"}),
+    **_distil("512 rows, 1 epoch", {"epochs": 1}, learns=512),
+}
+METHODS = {"main": MAIN, "induction": INDUCTION, "sparsity": SPARSITY, "ablation": ABLATION}
+
+
+def texts(table: str) -> Mapping[str, tuple[int, int]]:
+    """Those that a table's perplexities are of: name -> rows, tokens."""
+    return CHOSEN if table == "ablation" else REPORTED
+
+
+class Real(Bed):
+    """The model and its texts; evaluations are on the device too."""
+
+    def __init__(self, length: int = LENGTH) -> None:
+        if not MODEL.is_dir():
+            raise click.ClickException(f"no model at {MODEL}; make it with {DATA / 'convert.py'}, or set SPARSELINE_REAL to its directory.")
+        super().__init__(MODEL, length)
+
+    @functools.cached_property
+    def whole(self) -> PreTrainedModel:
+        return load_model(self.path, "float32", self.device)
+
+    def rows(self, source: str, count: int, seed: int | None = None) -> torch.Tensor:
+        """Token rows [count, length], drawn with the seed; the first ones without."""
+        if source == RANDOM:
+            return super().rows(source, count, seed)
+        asked = {"packing": "concatenate", "rows": count, "length": self.length, "seed": seed, "chat_template": False, "distinct": 1}
+        cut = TextParams.model_construct(None, path=Path(source), **asked)
+        tokenizer = load_tokenizer(self.path, self.checkpoint.vocabulary)
+        return rows_of(encode(tokenizer, _documents(source)), cut, start(None, self.checkpoint.config.model_type, tokenizer))
+
+    @torch.no_grad()
+    def perplexity(self, blocks: Tensors, text: str) -> float:
+        """Of the model with these tensors in the place of its own."""
+        put(self.whole, self, blocks)
+        count, length = (REPORTED | CHOSEN)[text]
+        return perplexity(self.whole, Real(length).rows(text, count), BATCH_ROWS)
+
+
+def put(model: PreTrainedModel, bed: Bed, blocks: Tensors) -> None:
+    """These blocks into a whole model, and its own where there are none."""
+    base = model.base_model.get_submodule(bed.checkpoint.architecture.blocks)
+    for index in range(bed.checkpoint.architecture.depth):
+        base.get_submodule(str(index)).load_state_dict(blocks.get(index) or bed.checkpoint.block(index), strict=False)
+
+
+def _file(source: str) -> Path:
+    """Where a text is."""
+    if source in (C4, "c4.valid"):
+        return DATA / "texts" / f"{C4}.jsonl"
+    return (TESTBED if source.startswith("mix") else DATA) / "texts" / f"{source}.txt"
+
+
+@functools.cache
+def _documents(source: str) -> list[str]:
+    text = _file(source).read_text(encoding="utf-8")
+    if source in (C4, "c4.valid"):
+        pages = [json.loads(line)["text"] for line in text.splitlines() if line]
+        return pages[:-HELD_BACK] if source == C4 else pages[-HELD_BACK:]
+    if source.startswith("mix"):
+        return [document.strip("\n") for document in text.split("<|doc|>\n") if document.strip()]
+    return [text]
+
+
+def cell(table: str, method: str, pattern: str, seed: int) -> Cell:
+    """N:M, where it is asked for, is N:M in every matrix, as hardware wants it."""
+    how = METHODS[table][method]
+    key = {"table": table, "model": NAME, "method": method, "pattern": pattern, "seed": seed}
+    if method == "dense" or method in LLMCOMPRESSOR:
+        return Cell(key, {}, rows=how.rows, source=how.source)
+    changes = merge(merge(how.changes, selection(pattern)), UNIFORM if (PATTERNS | MORE)[pattern][1] != "unstructured" else {})
+    return Cell(key, {"ppl": changes}, how.variant, how.rows, how.source)
+
+
+def cells() -> Iterator[Cell]:
+    """What decides comes first: one seed of every table, then the others."""
+    yield cell("main", "dense", "50%", 0)
+    for pattern in ("50%", "2:4", "60%", "70%"):
+        yield from (cell("main", method, pattern, 0) for method in MAIN if method != "dense")
+    yield from (cell("ablation", method, "50%", 0) for method in ABLATION)
+    yield from (cell("induction", method, pattern, 0) for pattern in ("50%", "2:4") for method in INDUCTION)
+    yield from (cell("sparsity", method, pattern, 0) for pattern in ("50%", "60%", "70%", "80%") for method in SPARSITY)
+    yield from (cell("main", method, "50%", seed) for seed in (1, 2) for method in SEEDED)
+
+
+# Pruning and training, each in a process of its own
+
+
+def lab(asked: Cell) -> Lab:
+    """The model on a cell's calibration rows."""
+    source, _, length = asked.source.partition(":")
+    return Lab(Real(int(length or LENGTH))).at(source, asked.rows, asked.key["seed"])
+
+
+def prune(name: str, out: Path) -> Record:
+    """Prune as a cell says; a file per block with its masks. The cost."""
+    asked = STUDY.every[name]
+    here, how = lab(asked), asked.recipe("ppl")
+    assert how is not None
+
+    def work() -> None:
+        kept, _ = here.allocated(how)
+        if how.induce is None:
+            here.forget()  # stage prune never has what the allocation alone needed
+        for index, block in here.blocks(how, kept):
+            masks = {f"{MASK}{parameter}": mask for parameter, mask in block.masks.items()}
+            tensors = {parameter: tensor.cpu().contiguous() for parameter, tensor in block.tensors.items()}
+            save_file(tensors | {parameter: mask.cpu().contiguous() for parameter, mask in masks.items()}, out / f"{index}.safetensors")
+
+    return cost(work, here.bed.device)
+
+
+def distil(name: str, start: Path, out: Path) -> Record:
+    """Train the pruned blocks of a directory as a cell says; the cost, and what the gate found."""
+    asked = STUDY.every[name]
+    here, how = lab(asked), METHODS[asked.key["table"]][asked.key["method"]]
+    settings = params.parse(DistilParams, merge(section("distil"), how.distil or {}), "distil")
+    model, facts = here.bed.stream(), {}
+    rows = here.rows if not how.learns else {**here.rows, "fit": here.bed.rows(asked.source, how.learns, asked.key["seed"])}
+    if how.learns:  # none that judge
+        judging = {tuple(row) for row in rows["held_out"].tolist()}
+        rows["fit"] = torch.stack([row for row in rows["fit"] if tuple(row.tolist()) not in judging])
+
+    def work() -> None:
+        blocks = []
+        for index, layout in enumerate(model.checkpoint.architecture.layouts):
+            tensors, masks = _split(load_file(start / f"{index}.safetensors", device=str(model.device)))
+            blocks.append(Trained(tensors, masks, layout, settings))
+        given = lesson(model, rows, settings, None)
+        before = judge(given, lambda index: blocks[index].stored())
+        curve = list(train(given, blocks, settings))
+        after = judge(given, lambda index: blocks[index].stored())
+        facts.update({"held_out_before": before, "held_out_after": after, "kept": after < before, "steps": len(curve)})
+        for index, block in enumerate(blocks):
+            tensors = block.stored() if after < before else _split(load_file(start / f"{index}.safetensors"))[0]
+            save_file({parameter: tensor.cpu().contiguous() for parameter, tensor in tensors.items()}, out / f"{index}.safetensors")
+
+    return cost(work, here.bed.device) | {"training": facts}
+
+
+def _split(stored: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Parameters and masks of a block's file."""
+    masks = {name.removeprefix(MASK): mask for name, mask in stored.items() if name.startswith(MASK)}
+    return {name: tensor for name, tensor in stored.items() if not name.startswith(MASK)}, masks
+
+
+def pruned(asked: Cell, folder: Path) -> tuple[Path, Record]:
+    """The directory of a cell's pruned blocks, and its cost.
+
+    What distilled models start from is kept below ``results/cells`` for them, as long as neither recipe, inputs nor code change.
+    """
+    name = asked.key["method"]
+    if asked.key["table"] != "main" or not any(how.distil is not None and how.variant == name for how in MAIN.values()):
+        return folder, alone(prune, asked.name, folder)
+    digest = hashlib.sha256("".join(map(code.digest, CODE)).encode()).hexdigest()[:8]
+    kept = STUDY.file(asked).with_suffix("").with_name(f"{STUDY.file(asked).stem}-{digest}")
+    told = kept / "cost.json"
+    if not told.exists():
+        kept.mkdir(parents=True, exist_ok=True)
+        told.write_text(json.dumps(alone(prune, asked.name, kept)), encoding="utf-8")  # last of all
+    found: Record = json.loads(told.read_text(encoding="utf-8"))
+    return kept, found
+
+
+def made(asked: Cell, folder: Path) -> tuple[Tensors, Record]:
+    """The blocks that a cell's method leaves, and what they cost."""
+    key, how = asked.key, METHODS[asked.key["table"]][asked.key["method"]]
+    if key["method"] == "dense":
+        return {}, {"wall_s": 0.0, "cpu_s": 0.0, "peak_bytes": 0, "peak_gpu_bytes": None}
+    if key["method"] in LLMCOMPRESSOR:
+        here = lab(asked)
+        rows = torch.cat(list(here.rows.values()))
+        blocks, told = compressed(here.bed, rows, (LLMCOMPRESSOR[key["method"]], *PATTERNS[key["pattern"]]), folder)
+        return blocks, told | {"peak_bytes": told["peak_rss_bytes"], "peak_gpu_bytes": told.get("peak_gpu_bytes")}
+    if how.distil is None:
+        directory, told = pruned(asked, folder)
+    else:
+        begun, before = pruned(cell("main", str(how.variant), key["pattern"], key["seed"]), folder)
+        directory = folder / "trained"
+        directory.mkdir()
+        told = alone(distil, asked.name, begun, directory)
+        told |= {part: told[part] + before[part] for part in ("wall_s", "cpu_s")}
+        told |= {part: max(filter(None, (told[part], before[part])), default=None) for part in ("peak_bytes", "peak_gpu_bytes")}
+    files = {int(file.stem): _split(load_file(file))[0] for file in directory.glob("*.safetensors")}
+    return files, told
+
+
+@functools.cache
+def real() -> Real:
+    return Real()
+
+
+def measure(asked: Cell) -> list[Record]:
+    """A record per text."""
+    bed, key = real(), asked.key
+    with tempfile.TemporaryDirectory() as folder:
+        blocks, told = made(asked, Path(folder))
+    gpu = told.pop("peak_gpu_bytes", None)
+    taken = {name: round(told[name], 1) for name in ("wall_s", "cpu_s")}
+    more = taken | {"peak_bytes": int(gpu or told["peak_bytes"]), "device": place(bed.device)}
+    more |= {"training": told["training"]} if "training" in told else {}
+    ppl = {text: bed.perplexity(blocks, text) for text in texts(key["table"])}
+    asked_tasks = key["table"] == "main" and key["method"] in TASKED and key["pattern"] in ("50%", "2:4") and key["seed"] == 0
+    found = tasks(bed, blocks) if asked_tasks else None
+    return [{**key, "text": text, "ppl": value, "dense": bed.dense(text), "tasks": found, **more} for text, value in ppl.items()]
+
+
+def tasks(bed: Bed, blocks: Tensors) -> Record:
+    """Accuracies in bfloat16: per task the metric (``acc_norm`` where there is one), its value, and every item's score as a digit; their mean."""
+    model = load_model(bed.path, "bfloat16", bed.device)
+    put(model, bed, blocks)
+    how = TasksParams(path=DATA / "tasks", compute_dtype="bfloat16", batch_rows=16)
+    scores = run_tasks(model, load_tokenizer(bed.path, bed.checkpoint.vocabulary), how, TASKS, "tasks").scores
+    each: dict[str, Record] = {}
+    for name, found in scores.items():
+        metric = "acc_norm" if "acc_norm" in found else "acc"
+        items = "".join(str(int(score)) for score in found[metric])
+        each[name] = {"metric": metric, "value": stats.fmean(found[metric]), "items": items}
+    return {
+        "mean": stats.fmean(one["value"] for one in each.values()),
+        "stderr": _error([one["items"] for one in each.values()]),
+        "each": each,
+    }
+
+
+def _error(items: Sequence[Any]) -> float:
+    """The standard error of the mean of means: of each task's items, text of digits or numbers."""
+    variances: list[float] = [stats.variance([float(score) for score in one]) / len(one) for one in items]
+    return math.sqrt(sum(variances)) / len(variances)
+
+
+# The record
+
+
+def base(record: Record) -> Record:
+    """Which method closes nothing of the gap in a record's table."""
+    method = {"induction": record["method"].removesuffix(INDUCED), "sparsity": "uniform"}.get(record["table"], "sparsegpt")
+    return {"method": method}
+
+
+STUDY = Study(
+    "real",
+    cells,
+    measure,
+    columns=("pattern",),
+    base=base,
+    texts=(*REPORTED, *CHOSEN),
+    beside=("cpu_s", "CPU s"),
+    files=lambda asked: [MODEL / "model.safetensors", *({_file(asked.source.partition(":")[0])} if asked.source != RANDOM else ())],
+)
+
+
+def show(records: list[Record]) -> None:
+    for table in TABLES:
+        own = [record for record in records if record["table"] == table]
+        for text in texts(table):
+            if any(record["text"] == text for record in own):
+                click.echo(f"\n{STUDY.table(own, text)}")
+    click.echo(f"\n{task_table(records)}")
+
+
+def task_table(records: Sequence[Record]) -> str:
+    """Markdown: the mean of nine tasks ± its standard error; its distance from SparseGPT's ± that of the difference item by item."""
+    known = {(r["pattern"], r["method"]): r["tasks"] for r in records if r["tasks"] and r["text"] == next(iter(REPORTED))}
+    lines = ["| pattern, method | task mean, % | against dense | against SparseGPT |", "|---|---|---|---|"]
+    for (pattern, method), found in known.items():
+        beside = [_apart(found, known.get(other)) for other in (("50%", "dense"), (pattern, "sparsegpt"))]
+        lines.append(f"| {pattern}, {method} | {100 * found['mean']:.2f} ± {100 * found['stderr']:.2f} | {' | '.join(beside)} |")
+    return "\n".join(lines)
+
+
+def _apart(found: Record, other: Record | None) -> str:
+    if other is None or other is found:
+        return ""
+    pairs = [(found["each"][name]["items"], other["each"][name]["items"]) for name in found["each"]]
+    differences = [[int(a) - int(b) for a, b in zip(*pair, strict=True)] for pair in pairs]
+    return f"{100 * (found['mean'] - other['mean']):+.2f} ± {100 * _error(differences):.2f}"
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command()
+@click.option("--only", multiple=True, metavar="FIELD=VALUE", help="Only cells with this value of the key: table=main, method=fast.")
+@click.option("--cell", "names", multiple=True, help="Cells to compute anew, by their names: main,SmolLM2-135M-Instruct,fast,50%,0.")
+@click.option("--commit", is_flag=True, help="Commit the record after each cell.")
+def run(only: tuple[str, ...], names: tuple[str, ...], commit: bool) -> None:
+    """Every cell that the record lacks, or those that are named; then the tables."""
+    wanted = dict(one.split("=", 1) for one in only)
+    asked = [name for name, one in STUDY.every.items() if all(str(one.key.get(part)) == value for part, value in wanted.items())]
+    if unknown := [name for name in names if name not in STUDY.every] or ([] if asked else list(only)):
+        raise click.ClickException(f"there is no cell {unknown[0]!r}; the first is {next(iter(STUDY.every))}.")
+    recorded = {",".join(str(record[part]) for part in next(iter(STUDY.every.values())).key) for record in STUDY.recorded()}
+    failed = []
+    for name in names or [name for name in asked if name not in recorded]:
+        try:
+            STUDY.renew(name)  # each is in the record as soon as it is done
+        except (click.ClickException, RuntimeError) as error:  # the others do not depend on it
+            failed.append(name)
+            click.echo(f"{name}: {error}", err=True)
+            continue
+        if commit:
+            message = f"Real testbed: {name.replace(NAME + ',', '')}"
+            subprocess.run(["git", "commit", "--quiet", "--only", str(STUDY.record), "-m", message], cwd=ROOT, check=True)
+    show(STUDY.recorded())
+    if failed:
+        raise click.ClickException(f"{len(failed)} cells failed: {'; '.join(failed)}")
+
+
+@main.command()
+def table() -> None:
+    """The tables of the record."""
+    show(STUDY.recorded())
+
+
+@main.command()
+@click.option("--cell", "names", multiple=True, help="The fields of its key, with commas between them.")
+@click.option("--count", default=3, show_default=True, help="So many random cells where none is named.")
+@click.option("--seed", type=int, help="Of their choice.")
+def verify(names: tuple[str, ...], count: int, seed: int | None) -> None:
+    """Compute recorded cells anew and compare: perplexities must agree within 1%."""
+    STUDY.verify(names, count, seed)
+
+
+if __name__ == "__main__":
+    main()
