@@ -54,7 +54,7 @@ DATA = TESTBED / "real"
 C4, LENGTH, HELD_BACK = "c4.calib", 512, 100  # pages of C4 that nothing is calibrated on
 REPORTED, CHOSEN = {"wikitext2.test": (32, 1024), "mix.test": (32, 1024)}, {"c4.valid": (32, 512), "mix.valid": (32, 512)}  # rows, tokens
 NINE = ("arc_easy", "arc_challenge", "piqa", "hellaswag", "winogrande", "openbookqa", "sciq", "copa", "lambada_openai")
-TASKS = Preset(names=[f"real_{name}" for name in NINE], limit=300, shots=0, seed=0)
+TASKS = Preset(names=[f"real_{name}" for name in NINE], limit=300, shots=0, seed=0, chat_template=False, system=None)
 BATCH_ROWS = 8  # of evaluations
 TABLES = ("main", "induction", "sparsity", "ablation")
 MASK = "mask:"  # before a parameter's name, in the files of a pruned block
