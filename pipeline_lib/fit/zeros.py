@@ -3,7 +3,7 @@
 It works on tensors by name, so that it serves any training loop: hold the gradients before an optimiser's step, and the weights after it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Self
 
 import torch
@@ -26,6 +26,9 @@ class Zeros:
     def of(cls, weights: Mapping[str, torch.Tensor]) -> Self:
         """Every zero of tensors with two or more dimensions; tensors without a zero are left out."""
         return cls({name: weight != 0 for name, weight in weights.items() if weight.ndim > 1 and not weight.all()})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
 
     def __contains__(self, name: str) -> bool:
         return name in self._bits
