@@ -390,7 +390,7 @@ def test_a_model_with_code_of_its_own_is_pruned(fused: Path, tmp_path: Path) -> 
     change_params(project, "model.remote_code", True)
     with moved(project, environment(project)):
         build("prepare", "text calibration", "text validation", "text test", "calibrate", "allocate wanda", "prune wanda")
-        build("evaluate dense", "evaluate wanda", "export wanda")
+        build("evaluate dense", "evaluate wanda", "tasks dense", "tasks wanda", "export wanda")
         written = project / "build/prune/wanda/checkpoint"
         found = load_artifact(project / "build/evaluate/wanda.json")["perplexity"]["test"]
     assert (written / "modeling_fused.py").read_bytes() == (fused / "modeling_fused.py").read_bytes()

@@ -53,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("SPARSELINE_SCRATCH", str(home / "scratch"))
         texts = (f"text {name}" for name in ("calibration", "validation", "test"))
         build("keys", "prepare", *texts, "curves wanda", "allocate wanda", "induce wanda", "prune wanda")
-        build("evaluate dense", "evaluate wanda", "export wanda")
+        build("evaluate dense", "evaluate wanda", "tasks dense", "tasks wanda", "export wanda")
     return home
 
 
@@ -204,9 +204,16 @@ def test_a_matrix_of_zeros(home: Path, sparsity: float) -> None:
         "allocate wanda",
         "induce wanda",
         "prune wanda",
+<<<<<<< ours
         "distil wanda",
         "evaluate dense",
         "evaluate wanda",
+=======
+        "evaluate dense",
+        "evaluate wanda",
+        "tasks dense",
+        "tasks wanda",
+>>>>>>> theirs
     )
     build("export wanda", "unpack build/export/wanda/bitmask unpacked")
     before, after = (

@@ -222,7 +222,17 @@ def test_every_file_is_copied_or_named(tmp_path: Path) -> None:
         assert all(name in told for name in checkpoint.left_out), told
         assert json.loads(Path("build/prepare/model.json").read_text())["sha256"].keys() == {"model.safetensors", *checkpoint.others}
         change_params(workspace, "variants.wanda.export", ["dense", "bitmask"])
-        build("text calibration", "text validation", "text test", "prune wanda", "evaluate wanda", "evaluate dense", "export wanda")
+        build(
+            "text calibration",
+            "text validation",
+            "text test",
+            "prune wanda",
+            "evaluate wanda",
+            "evaluate dense",
+            "tasks wanda",
+            "tasks dense",
+            "export wanda",
+        )
         build("unpack build/export/wanda/bitmask unpacked")
         for out in ("build/prune/wanda/checkpoint", "build/export/wanda/dense", "build/export/wanda/bitmask", "unpacked"):
             for name in checkpoint.others:
@@ -306,9 +316,9 @@ def test_float64_goes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     build(
         "prepare", "text calibration", "text validation", "text test", "calibrate", "scale", "sensitivity", "curves fitted", "induce fitted"
     )
-    build("evaluate dense")
+    build("evaluate dense", "tasks dense")
     for name in variants:
-        build(f"prune {name}", f"evaluate {name}", f"export {name}")
+        build(f"prune {name}", f"evaluate {name}", f"tasks {name}", f"export {name}")
         pruned = all_tensors(Path(f"build/prune/{name}/checkpoint"))
         assert {tensor.dtype for tensor in pruned.values()} == {torch.float64}
         facts = json.loads(Path(f"build/facts/{name}.json").read_text())

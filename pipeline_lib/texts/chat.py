@@ -134,7 +134,7 @@ def _same(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, ask: bool = False) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **({"add_generation_prompt": True} if ask else {})))
     except Exception as error:  # a template is foreign code that may raise anything
         reason = " ".join(str(error).split())
         raise SparselineError(
