@@ -24,13 +24,8 @@ from pipeline_lib.texts.texts import TextParams
 SWEEP = ("-S", "prune.selection.sparsity=0.4,0.6", "-S", "texts.test.rows=7")  # the second changes something upstream, in both runs alike
 VARIANTS = YAML(typ="safe").load(ROOT / "params.yaml")["variants"]
 KEYS = {"keys"}  # every run's own
-<<<<<<< ours
-SHARED = {"text@test", "evaluate-dense"}
-OWN = {*(f"{stage}@wanda" for stage in ("allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")), "choose", "report"}
-=======
 SHARED = {"generate@test", "text@test", "evaluate-dense"}
-OWN = {*(f"{stage}@wanda" for stage in ("allocate", "induce", "prune", "evaluate", "tasks", "export")), "choose", "report"}
->>>>>>> theirs
+OWN = {*(f"{stage}@wanda" for stage in ("allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")), "choose", "report"}
 
 
 class Swept(NamedTuple):
@@ -68,14 +63,9 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
     variants = {"wanda": WANDA | {"candidate": True}}
     project = make_project(tmp_path_factory.mktemp("experiments") / "project", variants=variants)
     with chdir(project):
-<<<<<<< ours
-        build("keys", "prepare", *(f"text {name}" for name in read_params(project)["texts"]), "calibrate", "scale", "sensitivity")
-        build(*(f"{stage} wanda" for stage in ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks")))
-=======
         build("keys", "prepare", *(f"{stage} {name}" for name in read_params(project)["texts"] for stage in ("generate", "text")))
         build("calibrate", "scale", "sensitivity")
-        build(*(f"{stage} wanda" for stage in ("curves", "allocate", "induce", "prune", "evaluate", "tasks")))
->>>>>>> theirs
+        build(*(f"{stage} wanda" for stage in ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks")))
         build("evaluate dense", "tasks dense", "export wanda", "choose", "report")
     run(project, "dvc", "commit", "--force")
     commit(project)

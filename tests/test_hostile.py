@@ -204,16 +204,11 @@ def test_a_matrix_of_zeros(home: Path, sparsity: float) -> None:
         "allocate wanda",
         "induce wanda",
         "prune wanda",
-<<<<<<< ours
         "distil wanda",
-        "evaluate dense",
-        "evaluate wanda",
-=======
         "evaluate dense",
         "evaluate wanda",
         "tasks dense",
         "tasks wanda",
->>>>>>> theirs
     )
     build("export wanda", "unpack build/export/wanda/bitmask unpacked")
     before, after = (
