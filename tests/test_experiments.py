@@ -143,7 +143,7 @@ def test_two_clones_and_two_workers_at_once(tmp_path: Path, monkeypatch: pytest.
     variants = {name: VARIANTS[name] for name in names}
     project = make_project(tmp_path / "project", variants=variants, report={"baseline": "papers"})
     stages = tuple(f"{stage}@{name}" for stage in ("curves", "allocate", "induce", "prune") for name in variants)
-    before = ("keys", "prepare", "text calibration", "calibrate", "scale", "sensitivity")
+    before = ("keys", "prepare", "generate calibration", "text calibration", "calibrate", "scale", "sensitivity")
     with chdir(project):
         build(*before)
     run(project, "dvc", "commit", "--force", *(stage.replace(" ", "@") for stage in before))
