@@ -764,6 +764,8 @@ def test_nothing_is_written_where_nothing_was(workspace: Path, monkeypatch: pyte
         "curves",
         "allocate",
         "induce",
+        "distil",
+        "training",
         "evaluate",
         "completions",
         "tasks",

@@ -241,7 +241,7 @@ def outputs(workspace: Path) -> dict[str, str]:
 
 def test_a_kept_result_takes_the_place_of_the_pruned_checkpoint(workspace: Path) -> None:
     """What is measured and exported is the trained checkpoint, of the same zeros."""
-    build("distil trained", "evaluate dense", "evaluate trained", "export trained")
+    build("distil trained", "evaluate dense", "evaluate trained", "tasks dense", "tasks trained", "export trained")
     facts = load_artifact(workspace / "build/training/trained.json")
     assert facts["kept"] and facts["held_out_after"] < facts["held_out_before"]
     assert facts["steps"] == len(facts["curve"]) == 3 * math.ceil(facts["rows"] / 4)

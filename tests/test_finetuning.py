@@ -49,7 +49,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     change_params(directory, "evaluate.completions.count", 1)
     with moved(directory, environment(directory)):
         texts = [f"text {name}" for name in ("calibration", "validation", "test")]
-        build("keys", "prepare", *texts, "allocate best", "induce best", "prune best", "evaluate dense", "evaluate best", "export best")
+        build("keys", "prepare", *texts, "allocate best", "induce best", "prune best", "distil best", "evaluate dense", "evaluate best")
+        build("tasks dense", "tasks best", "export best")
         yield directory
 
 

@@ -83,6 +83,8 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, int]]
             made, divergence = Workspace(workspace), {"test": {"kl": 0.1}}
             made.save(made.evaluation(name), {"perplexity": {"test": 1.0}, "divergence": {} if name == "dense" else divergence})
             made.save(made.tasks(name), {})
+        made.save(made.training("sparsegpt"), {})
+        made.leave_empty(made.distilled("sparsegpt"))
 
         def measure(*steps: str, workspace: Path = workspace) -> dict[str, int]:
             output = run(workspace, "env", *MALLOC, "python", "-c", MEASURE, *steps)

@@ -232,7 +232,7 @@ def test_what_evaluate_and_tasks_take_was_planned(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(project)
     (project / "data/texts/test.txt").write_text(text(5, 1500), encoding="utf-8")
     change_params(project, "texts.test", read_params(project)["texts"]["test"] | {"rows": 4, "length": 512})
-    build("prepare", "text test", "text validation", "text calibration", "allocate wanda", "prune wanda")
+    build("prepare", "text test", "text validation", "text calibration", "allocate wanda", "prune wanda", "distil wanda")
     foreseen = planned(invoke("plan").output)
     for name, stage, model in (
         ("evaluate dense", "evaluate", "dense"),
