@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 MOST = 35  # words of a sentence
 ROOT = Path(__file__).parent.parent
-ENDS = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!cf\.)(?<!vs\.)[\"')\]]*\s+")
+ENDS = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!cf\.)(?<!vs\.)\s+")
 
 
 def sentences(page: str) -> Iterator[tuple[int, str]]:

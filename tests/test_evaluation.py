@@ -122,7 +122,7 @@ def test_perplexity_needs_something_to_predict(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_divergence_is_that_of_both_models_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """Oracle: all logits of both models in float64, the definitions written out. In pieces of five tokens of 11; all rows at once, and two by two."""
-    monkeypatch.setattr(divergence, "TOKENS", 5)
+    monkeypatch.setattr(divergence, "HEAD_TOKENS", 5)
     paths = [make_model(tmp_path / name, family, seed=seed) for name, seed in (("dense", 0), ("own", 1))]
     rows = token_rows(5, 12)
     dense, own = (load_full(path)(input_ids=rows, use_cache=False).logits[:, :-1].double().log_softmax(-1) for path in paths)

@@ -97,7 +97,10 @@ def test_prompts_of_chats_end_before_the_last_answer(tmp_path: Path) -> None:
     """Oracle: the template by hand. A chat that begins with its only answer has no prompt; one that is too long is left out."""
     tokenizer = make_tokenizer(tmp_path)
     tokenizer.chat_template = TEMPLATE
-    turn = lambda role, content: {"role": role, "content": content}  # noqa: E731
+
+    def turn(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
     chats = [
         [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")],
         [turn("assistant", "b")],
@@ -148,8 +151,8 @@ def test_rows_are_cut_from_what_the_model_wrote(project: Path, packing: str) -> 
     else:
         long = [document for document in documents if len(document) >= 16]
         assert len(long) == 8
-        within = lambda row: any(row in [d[at : at + 16] for at in range(len(d))] for d in ([0, *one] for one in long))  # noqa: E731
-        assert all(within(row) for row in rows.tolist())
+        pieces = [begun[at : at + 16] for begun in ([0, *one] for one in long) for at in range(len(begun))]
+        assert all(row in pieces for row in rows.tolist())
     assert found["facts"]["generated"] == HOW and found["facts"]["prompts"] == 3
     assert list(found["facts"]["sha256"]) == ["calibration.jsonl"]
 

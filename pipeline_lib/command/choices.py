@@ -14,12 +14,12 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from pipeline_lib.command.layout import MODEL, PARAMS
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.masks.settings import Pattern
+from pipeline_lib.models.settings import COMMIT
 from pipeline_lib.texts.records import holds_records
 
 EMBEDDED = "embedded"  # in the place of a model: the tiny one that comes along
 HUB = "data/hub.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-COMMIT = re.compile("[0-9a-f]{40}")
 EVALUATED = {"validation": "wikitext2-validation", "test": "wikitext2"}  # with calibration text from the hub, as both papers
 
 

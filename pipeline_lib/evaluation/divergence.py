@@ -13,9 +13,8 @@ from pipeline_lib.core import settings
 from pipeline_lib.core.progress import Watched
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.places import room
-from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.models.stream import HEAD_TOKENS, BlockModel
 
-TOKENS = 256  # of a piece, whose predictions are in memory at a time
 PERCENT = 99
 
 
@@ -28,7 +27,7 @@ class Dense:
     device: torch.device
 
     def logits(self, rows: torch.Tensor, batch_rows: int, watched: Watched = iter) -> Iterator[torch.Tensor]:
-        """The logits [t, V] of the first T - 1 tokens of every row of ``rows`` [N, T], row by row, in pieces of ``TOKENS`` tokens.
+        """The logits [t, V] of the first T - 1 tokens of every row of ``rows`` [N, T], row by row, in pieces of ``HEAD_TOKENS`` tokens.
 
         Hidden states of as many rows as SPARSELINE_ACTIVATION_BYTES hold are there at once; the blocks are read once for these. ``watched`` sees
         every block pass.
@@ -43,7 +42,7 @@ class Dense:
             with model.head() as logits:
                 for number, count in enumerate(stream.hidden.sizes()):
                     for row in range(count):
-                        for piece in stream.hidden.row(number, row)[:, :-1].split(TOKENS, 1):
+                        for piece in stream.hidden.row(number, row)[:, :-1].split(HEAD_TOKENS, 1):
                             yield logits(piece)[0]
 
 

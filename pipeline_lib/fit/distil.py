@@ -23,10 +23,9 @@ from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.fit.zeros import Zeros
 from pipeline_lib.models.architecture import Layout
 from pipeline_lib.models.places import Room
-from pipeline_lib.models.stream import BlockModel, Stream
+from pipeline_lib.models.stream import HEAD_TOKENS, BlockModel, Stream
 from pipeline_lib.stats.lanes import LANES, Map, deal, side_by_side, total
 
-HEAD_TOKENS = 256  # whose logits are in memory at a time, some copies of them
 EPSILON = 1e-12  # of Adam: gradients of a mean over tokens are small
 Logits = Callable[[torch.Tensor], torch.Tensor]  # hidden states [B, T, D] after the last block -> logits [B, T, V]
 Tensors = Mapping[str, torch.Tensor]  # of one block, by their names in it

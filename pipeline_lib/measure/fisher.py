@@ -20,11 +20,11 @@ from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.conversion import place
 from pipeline_lib.models.products import Parameters, Product, Watched
+from pipeline_lib.models.stream import HEAD_TOKENS
 from pipeline_lib.stats.lanes import LANES, Sums, fold
 
 BATCH_ROWS = (4, 2, 1)  # of a lane's probes in one call: a short row alone leaves much of a processor idle
 BATCH_TOKENS = 2048  # which more than one row may have together: the graph of a call fills the memory
-HEAD_TOKENS = 256  # whose logits are in memory at a time: enough for a product to run at full speed
 PANEL = 384  # outputs of a second moment that are summed at a time
 
 

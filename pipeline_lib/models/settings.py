@@ -1,9 +1,12 @@
 """Parameters of which model is pruned."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
 from pipeline_lib.core.params import Params
+
+COMMIT = re.compile("[0-9a-f]{40}")  # of the hub, in full: a name may come to mean other files
 
 
 class ModelParams(Params):

@@ -15,12 +15,11 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.checkpoint import Checkpoint, locate, open_checkpoint
 from pipeline_lib.models.files import CONVERT, INDEX, reason_left_out
-from pipeline_lib.models.settings import ModelParams
+from pipeline_lib.models.settings import COMMIT, ModelParams
 from pipeline_lib.models.written import from_json
 
 HUB = Path("data/hub.json")  # what DVC watches in the place of a directory
 SMALL = 2**26  # bytes; larger files are compared by DVC, not hashed again by every stage
-COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def fetch(params: ModelParams) -> Path:

@@ -22,6 +22,7 @@ from pipeline_lib.models.conversion import Piece, assembled, disassembled
 from pipeline_lib.models.places import Batches, Room
 from pipeline_lib.models.products import Parameters, Product, Watched
 
+HEAD_TOKENS = 256  # whose logits are in memory at a time: enough for a product to run at full speed
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional (after the hidden states) and named
 
 

@@ -11,12 +11,12 @@ import torch
 
 from pipeline_lib.core import settings
 from pipeline_lib.evaluation.settings import EvaluateParams
-from pipeline_lib.fit.distil import HEAD_TOKENS as LOGITS
 from pipeline_lib.fit.fit import SIDE_BY_SIDE
 from pipeline_lib.fit.settings import DistilParams
-from pipeline_lib.measure.fisher import HEAD_TOKENS, at_once
+from pipeline_lib.measure.fisher import at_once
 from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.checkpoint import Checkpoint
+from pipeline_lib.models.stream import HEAD_TOKENS
 from pipeline_lib.prune.plan import Plan
 from pipeline_lib.prune.run import stream_bytes
 from pipeline_lib.prune.shapes import Shapes, outside
@@ -128,7 +128,7 @@ def learning(params: DistilParams, shapes: Shapes) -> float:
     boundaries = 4 * params.batch_rows * shapes.length * shapes.checkpoint.architecture.width * (depth + 1)
     at_once = params.batch_rows if shapes.blocks * shapes.block <= SIDE_BY_SIDE else lane  # small models pass their lanes side by side
     graph = 3 * (shapes.inner(at_once) if params.recompute else depth * shapes.inner(params.batch_rows))
-    return boundaries + graph + 6 * 4 * min(shapes.length, LOGITS) * shapes.checkpoint.vocabulary
+    return boundaries + graph + 6 * 4 * min(shapes.length, HEAD_TOKENS) * shapes.checkpoint.vocabulary
 
 
 def evaluating(checkpoint: Checkpoint, params: EvaluateParams, rows: int, length: int, tops: float) -> float:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from pipeline_lib.core import settings
-from pipeline_lib.evaluation.divergence import TOKENS
 from pipeline_lib.evaluation.settings import EvaluateParams, TasksParams
 from pipeline_lib.fit.distil import stream_bytes as learning_bytes
 from pipeline_lib.fit.settings import DistilParams
-from pipeline_lib.measure.fisher import HEAD_TOKENS, at_once
+from pipeline_lib.measure.fisher import at_once
 from pipeline_lib.measure.settings import CurvesParams, SensitivityParams
 from pipeline_lib.models.checkpoint import Checkpoint
+from pipeline_lib.models.stream import HEAD_TOKENS
 from pipeline_lib.planning import device
 from pipeline_lib.prune.plan import Plan
 from pipeline_lib.prune.run import stream_bytes
@@ -206,7 +206,7 @@ def evaluating(checkpoint: Checkpoint, params: EvaluateParams, texts: Sequence[t
     cache = 2 * dtype.itemsize * asked.count * (asked.prompt_tokens + asked.new_tokens) * entry.width * entry.depth
     tops = max(length * _logits(dtype) * checkpoint.vocabulary, 4 * asked.count * checkpoint.vocabulary)
     if compared:
-        tops = max(tops, (dtype.itemsize * length + 24 * min(length, TOKENS)) * checkpoint.vocabulary)
+        tops = max(tops, (dtype.itemsize * length + 24 * min(length, HEAD_TOKENS)) * checkpoint.vocabulary)
     tokens = sum(rows * length for rows, length in texts) + asked.count * (asked.prompt_tokens + asked.new_tokens)
     hidden = dtype.itemsize * rows * length * entry.width
     memory = (

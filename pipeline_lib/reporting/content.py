@@ -73,6 +73,8 @@ def _comparison(results: Results) -> Blocks:
             "Marked is the best figure among the pruned variants, as printed; accuracies that differ by less than their errors are level. "
             "Pruned weights have a zero in the mask. Zeros are counted in the checkpoint, where quantisation makes more of them."
         )
+    if trained := [f"`{variant.name}`" for variant in results.pruned if variant.training.get("kept")]:
+        blocks.append(f"Trained as a whole after pruning, so not one-shot: {', '.join(trained)}. All others are.")
     blocks += [*table.notes(results), PROTOCOL]
     if base := results.baseline:
         ratio = f"(ln ppl of `{base.name}` − ln ppl) / (ln ppl of `{base.name}` − ln ppl dense)"
@@ -293,7 +295,7 @@ def _distillation(results: Results) -> Blocks:
         return ["No variant is trained as a whole: all are one-shot."]
     blocks: Blocks = [
         "After pruning, the whole model is trained on calibration rows towards the dense model's distribution of the next token; zeros stay zeros. "
-        "The measure is the mean KL divergence from the dense model in nats per token, on held-out rows where there are any. These variants are not one-shot."
+        "The measure is the mean KL divergence from the dense model in nats per token, on held-out rows where there are any."
     ]
     for name, facts in trained.items():
         before, after = facts["held_out_before"], facts["held_out_after"]

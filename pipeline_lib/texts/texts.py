@@ -17,12 +17,12 @@ from pipeline_lib.core import files
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.files import check_inside
 from pipeline_lib.core.params import Conflict, Params
+from pipeline_lib.models.settings import COMMIT
 from pipeline_lib.models.start import Place
 from pipeline_lib.texts.chat import Message, check_messages, is_blank
 from pipeline_lib.texts.records import READERS, Placed, check_characters, decode, holds_records, kind, pick, read_records, unpack
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 MOST = 200_000  # files and directories of a text
 HUB_KEYS = {"id", "split", "field"}, {"config", "files", "join", "revision"}  # needed, and possible
 
