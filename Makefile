@@ -8,9 +8,10 @@ BIN := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
 export PATH := $(BIN):$(PATH)
 # Threads that wait for each other spin otherwise: beside another busy process everything takes five to ten times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
-# Fewer page faults on the CPU: glibc returns large blocks to the system eagerly unless told otherwise.
+# glibc keeps freed blocks of up to 32 MiB (fewer page faults) and gives larger ones back: their holes in the heap cannot be
+# used again once something small lies in them, which costs hundreds of MB, in some runs and not in others.
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
-export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
+export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
 .PHONY: run test campaign campaign-short architectures sshd check format wheel docs plan sweep screenshots environment clean
 .PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-real bench-latency bench-busy bench-verify

@@ -349,13 +349,16 @@ def test_stages_run_with_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Whether or not its environment is active, and with what the Makefile sets."""
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    ask = "import os, sys; print(sys.executable, os.environ['OMP_WAIT_POLICY'], os.environ['MALLOC_TRIM_THRESHOLD_'])"
+    names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    ask = f"import os, sys; print(sys.executable, os.environ['OMP_WAIT_POLICY'], *map(os.environ.get, {names}))"
     assert project.call(tmp_path, "python", "-c", ask) == 0
-    python, policy, trim = capfd.readouterr().out.split()
+    python, policy, *values = capfd.readouterr().out.split()
     assert Path(python).parent == Path(sys.executable).parent and policy == "ACTIVE"
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert re.search(rf"^export MALLOC_TRIM_THRESHOLD_ \?= {trim}$", makefile, re.MULTILINE)
+    for name, value in zip(names, values, strict=True):
+        assert re.search(rf"^export {name} \?= {value}$", makefile, re.MULTILINE)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
     with pytest.raises(SparselineError, match="There is no `python` beside"):
         project.call(tmp_path, "python", "-c", "")
