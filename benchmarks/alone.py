@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 Record = dict[str, Any]
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether there is a GPU would otherwise keep forks from using it
-FORKS = multiprocessing.get_context("forkserver")  # which has imported torch and has used neither threads nor a GPU
+# asking whether there is a GPU would otherwise keep forks from using it
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+# which has imported torch and has used neither threads nor a GPU
+FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["benchmarks.lab", "transformers.models.llama.modeling_llama"])
 
 
@@ -36,7 +38,9 @@ def wait(device: torch.device) -> None:
 
 
 def cost(work: Callable[[], object], device: torch.device) -> Record:
-    """Wall and CPU seconds of work in this process, and its peaks of memory above what was there before; on a CPU there is no GPU memory."""
+    """Wall and CPU seconds of work in this process, and its peaks of memory above what was there
+    before; on a CPU there is no GPU memory.
+    """
     warm(device)
     gpu = device.type == "cuda"
     if gpu:

@@ -1,14 +1,19 @@
-"""Pruning one decoder block of real shape, beside its floor and llm-compressor: ``python -m benchmarks.block [SHAPE,METHOD,TOKENS ...]``.
+"""Pruning one decoder block of real shape, beside its floor and llm-compressor: ``python -m
+benchmarks.block [SHAPE,METHOD,TOKENS ...]``.
 
-The block has random weights; its rows are random tokens, whose embeddings have a few outlier channels. It is pruned to 60%, uniformly, by variants of
-params.yaml through the library's own functions. Everything is float32, in memory at the start, and in a process of its own.
+The block has random weights; its rows are random tokens, whose embeddings have a few outlier
+channels. It is pruned to 60%, uniformly, by variants of params.yaml through the library's own
+functions. Everything is float32, in memory at the start, and in a process of its own.
 
-The *floor* is what SparseGPT cannot do without, as bare library calls: the forward passes that the library does for a model of one block (one that
-ends before the last product, and one batch through the pruned block), Gram matrices, two Cholesky factorisations and an inverse per site, and
-per matrix [R, C] one product with R·C²/2 multiply-adds. ``rival_s`` is llm-compressor's SparseGPT on the same files (``make rivals-environment``).
-Floor and rival are measured once per run for all methods of a shape and number of tokens.
+The *floor* is what SparseGPT cannot do without, as bare library calls: the forward passes that the
+library does for a model of one block (one that ends before the last product, and one batch through
+the pruned block), Gram matrices, two Cholesky factorisations and an inverse per site, and per
+matrix [R, C] one product with R·C²/2 multiply-adds. ``rival_s`` is llm-compressor's SparseGPT on
+the same files (``make rivals-environment``). Floor and rival are measured once per run for all
+methods of a shape and number of tokens.
 
-Without names every row runs that ``results/block.json`` has not got for this device (SPARSELINE_DEVICE); rows that are named are measured anew.
+Without names every row runs that ``results/block.json`` has not got for this device
+(SPARSELINE_DEVICE); rows that are named are measured anew.
 """
 
 import functools
@@ -78,16 +83,21 @@ def save(shape: Shape, folder: Path) -> None:
     sizes = {"hidden_size": shape.width, "intermediate_size": shape.inner}
     heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
     counts = {"num_hidden_layers": shape.blocks, "vocab_size": shape.vocabulary}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **counts, tie_word_embeddings=True, initializer_range=0.02))
+    model = LlamaForCausalLM(
+        LlamaConfig(**sizes, **heads, **counts, tie_word_embeddings=True, initializer_range=0.02)
+    )
     embeddings = model.model.embed_tokens.weight.data.normal_()
     embeddings[:, torch.randperm(shape.width, generator=generator(0, "outliers"))[:OUTLIERS]] *= LARGER
     model.save_pretrained(folder)
-    for file in (ROOT / "data" / "tiny-llama").glob("tokenizer*"):  # llm-compressor wants one, though it reads no text
+    # llm-compressor wants one, though it reads no text
+    for file in (ROOT / "data" / "tiny-llama").glob("tokenizer*"):
         shutil.copy(file, folder)
 
 
 def prune(files: Files, asked: Recipe) -> Record:
-    """The cost of pruning a model as a recipe says, in this process. Its allocation must need no measurement."""
+    """The cost of pruning a model as a recipe says, in this process. Its allocation must need no
+    measurement.
+    """
     here = files.lab()
     here.bed.stream()  # what it imports is no cost
     kept, _ = here.allocated(asked)
@@ -105,13 +115,21 @@ class _Enough(Exception):
 
 @torch.inference_mode()
 def floor(files: Files) -> Record:
-    """Seconds of SparseGPT's forward passes, Gram matrices, factorisations and products on a model of one block, in this process."""
+    """Seconds of SparseGPT's forward passes, Gram matrices, factorisations and products on a model
+    of one block, in this process.
+    """
     device = runtime.compute()
-    batches = torch.cat(list(files.lab().rows.values())).split(deal(files.rows, 4).sizes)  # as the variant sparsegpt has them
+    # as the variant sparsegpt has them
+    batches = torch.cat(list(files.lab().rows.values())).split(deal(files.rows, 4).sizes)
     model = LlamaForCausalLM.from_pretrained(files.path, dtype=torch.float32).to(device).eval()
     layer = model.model.layers[0]
     attention, mlp = layer.self_attn, layer.mlp
-    sites = ((attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
+    sites = (
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    )
     parts = dict.fromkeys(("forward", "gram", "factor", "products"), 0.0)
     inputs: dict[torch.nn.Module, torch.Tensor] = {}
 
@@ -149,7 +167,9 @@ def floor(files: Files) -> Record:
             with timed("factor"):
                 gram = grams.pop(site[0])
                 gram.diagonal().add_(gram.diagonal().mean(), alpha=0.01)
-                upper = torch.linalg.cholesky_ex(torch.cholesky_inverse(torch.linalg.cholesky_ex(gram).L), upper=True).L
+                upper = torch.linalg.cholesky_ex(
+                    torch.cholesky_inverse(torch.linalg.cholesky_ex(gram).L), upper=True
+                ).L
                 half = upper[:, : upper.shape[0] // 2]
             with timed("products"):
                 for linear in site:
@@ -161,7 +181,8 @@ def floor(files: Files) -> Record:
 
 
 def rival(files: Files, sparsity: float, limit: float | None = None) -> Record | None:
-    """The cost of llm-compressor's SparseGPT on the same model and rows, ``s`` being wall seconds; None where it is not installed.
+    """The cost of llm-compressor's SparseGPT on the same model and rows, ``s`` being wall seconds;
+    None where it is not installed.
 
     Raises:
         TimeoutError: it took longer than ``limit`` seconds, its start included.
@@ -173,7 +194,9 @@ def rival(files: Files, sparsity: float, limit: float | None = None) -> Record |
         rows = Path(folder) / "rows.safetensors"
         save_file({"rows": torch.cat(list(files.lab().rows.values()))}, rows)
         script, out = ROOT / "benchmarks" / "llm_compressor.py", Path(folder) / "pruned.safetensors"
-        told = called(PYTHON, script, files.path, rows, "sparsegpt", str(sparsity), "unstructured", out, limit=limit)
+        told = called(
+            PYTHON, script, files.path, rows, "sparsegpt", str(sparsity), "unstructured", out, limit=limit
+        )
     seconds = {"s": round(told["wall_s"], 3), "cpu_s": round(told["cpu_s"], 3)}
     return seconds | {"peak_bytes": told["peak_rss_bytes"], "peak_gpu_bytes": told.get("peak_gpu_bytes")}
 
@@ -204,7 +227,9 @@ def beside(shape: str, tokens: int) -> Record:
     if other is None:
         click.echo(f"no llm-compressor at {PYTHON} (`make rivals-environment`): rival_s is null")
     found = {"floor_s": least["wall_s"], "floor_cpu_s": least["cpu_s"], "floor_parts": least["parts"]}
-    return found | {f"rival_{key}": other and other[key] for key in ("s", "cpu_s", "peak_bytes", "peak_gpu_bytes")}
+    return found | {
+        f"rival_{key}": other and other[key] for key in ("s", "cpu_s", "peak_bytes", "peak_gpu_bytes")
+    }
 
 
 def measure(asked: Cell) -> list[Record]:
@@ -218,7 +243,12 @@ def measure(asked: Cell) -> list[Record]:
 
 def cell(shape: str, method: str, tokens: int, device: str) -> Cell:
     changes = merge(selection(PATTERN), UNIFORM)
-    return Cell(dict(zip(KEY, (shape, method, tokens, device), strict=True)), {"wall_s": changes}, method, source=RANDOM)
+    return Cell(
+        dict(zip(KEY, (shape, method, tokens, device), strict=True)),
+        {"wall_s": changes},
+        method,
+        source=RANDOM,
+    )
 
 
 def study(named: Sequence[str], device: torch.device, home: Path = RESULTS) -> Study:
@@ -231,36 +261,69 @@ def study(named: Sequence[str], device: torch.device, home: Path = RESULTS) -> S
 
     def cells() -> Iterator[Cell]:
         yield from (cell(*(record[part] for part in KEY)) for record in found.recorded())
-        yield from (cell(s, m, tokens, here) for s in SHAPES for tokens in TOKENS[device.type] for m in METHODS)
+        yield from (
+            cell(s, m, tokens, here) for s in SHAPES for tokens in TOKENS[device.type] for m in METHODS
+        )
         for name in named:
             shape, method, tokens = _parsed(name)
             yield cell(shape, method, tokens, here)
 
     found = Study(
-        "block", cells, measure, columns=("shape",), values=("wall_s", "cpu_s", "floor_s", "rival_s"), home=home, files=lambda _: []
+        "block",
+        cells,
+        measure,
+        columns=("shape",),
+        values=("wall_s", "cpu_s", "floor_s", "rival_s"),
+        home=home,
+        files=lambda _: [],
     )
     return found
 
 
 def _parsed(name: str) -> tuple[str, str, int]:
     parts = name.replace(" ", "").split(",")
-    if len(parts) != 3 or parts[0] not in SHAPES or parts[1] not in METHODS or not parts[2].isdigit() or int(parts[2]) < 1:
+    if (
+        len(parts) != 3
+        or parts[0] not in SHAPES
+        or parts[1] not in METHODS
+        or not parts[2].isdigit()
+        or int(parts[2]) < 1
+    ):
         example = f"{next(iter(SHAPES))},{METHODS[0]},{TOKENS['cpu'][0]}"
-        raise click.ClickException(f"no row is called {name!r}; a name is shape,method,tokens, for example {example}.")
+        raise click.ClickException(
+            f"no row is called {name!r}; a name is shape,method,tokens, for example {example}."
+        )
     return parts[0], parts[1], int(parts[2])
 
 
 def table(records: Sequence[Record]) -> str:
-    """Markdown: seconds, and what wall and CPU seconds are of the floor's and of llm-compressor's (which on a busy machine says more)."""
+    """Markdown: seconds, and what wall and CPU seconds are of the floor's and of llm-compressor's
+    (which on a busy machine says more).
+    """
     lines = [
-        "| shape, method, tokens | device | seconds | CPU s | over the floor (CPU) | over llm-compressor (CPU) | peak GB | on the GPU |",
+        (
+            "| shape, method, tokens | device | seconds | CPU s | over the floor (CPU) | over llm-compressor"
+            " (CPU) | peak GB | on the GPU |"
+        ),
         "|---" * 8 + "|",
     ]
     for r in records:
         names = (("floor_s", "floor_cpu_s"), ("rival_s", "rival_cpu_s"))
-        over = [f"{r['wall_s'] / r[wall]:.2f} ({r['cpu_s'] / r[cpu]:.2f})" if r[wall] else "" for wall, cpu in names]
-        peaks = [f"{r[key] / 1e9:.2f}" if r[key] is not None else "" for key in ("peak_bytes", "peak_gpu_bytes")]
-        line = [f"{r['shape']}, {r['method']}, {r['tokens']:,}", r["device"], f"{r['wall_s']:.1f}", f"{r['cpu_s']:.1f}", *over, *peaks]
+        over = [
+            f"{r['wall_s'] / r[wall]:.2f} ({r['cpu_s'] / r[cpu]:.2f})" if r[wall] else ""
+            for wall, cpu in names
+        ]
+        peaks = [
+            f"{r[key] / 1e9:.2f}" if r[key] is not None else "" for key in ("peak_bytes", "peak_gpu_bytes")
+        ]
+        line = [
+            f"{r['shape']}, {r['method']}, {r['tokens']:,}",
+            r["device"],
+            f"{r['wall_s']:.1f}",
+            f"{r['cpu_s']:.1f}",
+            *over,
+            *peaks,
+        ]
         lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)
 

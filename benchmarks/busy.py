@@ -1,6 +1,8 @@
-"""What a busy neighbour costs: ``dvc repro`` from nothing, idle and beside a process that keeps one core busy: ``python -m benchmarks.busy``.
+"""What a busy neighbour costs: ``dvc repro`` from nothing, idle and beside a process that keeps one
+core busy: ``python -m benchmarks.busy``.
 
-Both runs are of the checked-out commit, in fresh clones with caches of their own. Wants a machine with nothing else to do.
+Both runs are of the checked-out commit, in fresh clones with caches of their own. Wants a machine
+with nothing else to do.
 """
 
 import os
@@ -26,7 +28,9 @@ def repro(directory: Path) -> float:
     environment = os.environ | {"PATH": path, "SPARSELINE_SCRATCH": str(directory / "scratch")}
     subprocess.run((sys.executable, "-m", "stages.environment"), cwd=directory, env=environment, check=True)
     started = time.perf_counter()
-    subprocess.run(("dvc", "repro", "--quiet"), cwd=directory, env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        ("dvc", "repro", "--quiet"), cwd=directory, env=environment, check=True, stdout=subprocess.DEVNULL
+    )
     return time.perf_counter() - started
 
 
@@ -49,7 +53,9 @@ def main() -> None:
         "commit": measured,
     }
     write_json(RESULTS / "busy.json", record)
-    click.echo(f"idle {idle:.0f} s, beside a busy process {busy:.0f} s: {busy / idle:.2f} times (at most {LIMIT})")
+    click.echo(
+        f"idle {idle:.0f} s, beside a busy process {busy:.0f} s: {busy / idle:.2f} times (at most {LIMIT})"
+    )
 
 
 if __name__ == "__main__":

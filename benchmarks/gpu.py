@@ -1,13 +1,17 @@
-"""How fast the pipeline is on this device (SPARSELINE_DEVICE): ``python -m benchmarks.gpu [--model PATH] [--small] [ROW ...]``.
+"""How fast the pipeline is on this device (SPARSELINE_DEVICE): ``python -m benchmarks.gpu [--model
+PATH] [--small] [ROW ...]``.
 
-A model of SmolLM2-135M's shape (that of ``--model``, or random weights), 128 x 2,048 random tokens, 50%: pruning by every method, what
-``calibrate``, ``scale`` and ``sensitivity`` compute, and llm-compressor (``make rivals-environment``). One random LLaMA-7B block of
-``benchmarks.block`` with little and with much text, and its floor. 2:4 against dense matrices (``benchmarks.latency``).
+A model of SmolLM2-135M's shape (that of ``--model``, or random weights), 128 x 2,048 random tokens,
+50%: pruning by every method, what ``calibrate``, ``scale`` and ``sensitivity`` compute, and
+llm-compressor (``make rivals-environment``). One random LLaMA-7B block of ``benchmarks.block`` with
+little and with much text, and its floor. 2:4 against dense matrices (``benchmarks.latency``).
 
-Every row runs in a process of its own, from model in memory, and is stopped after ``--limit`` seconds, its start included. It is in the record,
-``results/gpu.json``, as soon as it is done: with its seconds, or with a note that says why there are none. What is recorded for this device is
-not run again unless it is named. Pruning keeps as much in every matrix: what an allocation reads has rows of its own. ``--small`` runs the same rows
-with small shapes, anywhere, and records them elsewhere.
+Every row runs in a process of its own, from model in memory, and is stopped after ``--limit``
+seconds, its start included. It is in the record, ``results/gpu.json``, as soon as it is done: with
+its seconds, or with a note that says why there are none. What is recorded for this device is not
+run again unless it is named. Pruning keeps as much in every matrix: what an allocation reads has
+rows of its own. ``--small`` runs the same rows with small shapes, anywhere, and records them
+elsewhere.
 """
 
 import tempfile
@@ -102,14 +106,19 @@ def two_of_four(part: str) -> Record:
 def works(sizes: Sizes, model: Path, block: Path) -> dict[str, Work]:
     """Row -> what it measures. The models need not be there yet."""
     files, changes = Files(model, sizes.rows, sizes.length), merge(selection(SPARSITY), UNIFORM)
-    found: dict[str, Work] = {f"prune {method}": partial(alone, prune, files, recipe(changes, method)) for method in MAIN}
+    found: dict[str, Work] = {
+        f"prune {method}": partial(alone, prune, files, recipe(changes, method)) for method in MAIN
+    }
     found |= {work.__name__: partial(alone, work, files) for work in (calibrate, scale, sensitivity)}
     found["llm-compressor sparsegpt"] = partial(other, files)
     for tokens in sizes.tokens:
         length = min(sizes.length, tokens)
         part = Files(block, tokens // length, length)
         found[f"block floor, {tokens} tokens"] = partial(alone, floor, part)
-        found |= {f"block {method}, {tokens} tokens": partial(alone, prune, part, recipe(changes, method)) for method in METHODS}
+        found |= {
+            f"block {method}, {tokens} tokens": partial(alone, prune, part, recipe(changes, method))
+            for method in METHODS
+        }
     return found | {f"2:4 {part}": partial(alone, two_of_four, part) for part in ("matrices", "block")}
 
 
@@ -132,7 +141,15 @@ def study(rows: Mapping[str, Work], where: Sequence[str], limit: float, record: 
             click.echo(f"{asked.key['row']}: {note}")
         return [{**asked.key, **nothing, **told}]
 
-    found = Study(record.stem, cells, measure, columns=("model",), values=("wall_s",), home=record.parent, files=lambda _: [])
+    found = Study(
+        record.stem,
+        cells,
+        measure,
+        columns=("model",),
+        values=("wall_s",),
+        home=record.parent,
+        files=lambda _: [],
+    )
     return found
 
 
@@ -141,24 +158,44 @@ def table(records: Sequence[Record]) -> str:
     lines = ["| row | model | device | seconds | CPU s | peak GB | on the GPU | |", "|---" * 8 + "|"]
     for r in records:
         seconds = [f"{r[key]:.2f}" if r[key] is not None else "" for key in ("wall_s", "cpu_s")]
-        peaks = [f"{r[key] / 1e9:.2f}" if r[key] is not None else "" for key in ("peak_bytes", "peak_gpu_bytes")]
-        lines.append(f"| {r['row']} | {r['model']} | {r['device']} | {' | '.join([*seconds, *peaks])} | {r['note'] or ''} |")
+        peaks = [
+            f"{r[key] / 1e9:.2f}" if r[key] is not None else "" for key in ("peak_bytes", "peak_gpu_bytes")
+        ]
+        lines.append(
+            f"| {r['row']} | {r['model']} | {r['device']} | {' | '.join([*seconds, *peaks])} |"
+            f" {r['note'] or ''} |"
+        )
     products = [one for r in records for one in r.get("products", [])]
     if products:
         lines += ["", "| float16 | phase | tokens | arm | dense over it |", "|---" * 5 + "|"]
         for one in products:
-            lines.append(f"| {one.get('matrices', one['part'])} | {one['phase']} | {one['tokens']} | {one['arm']} | {one['ratio']:.2f} |")
+            lines.append(
+                f"| {one.get('matrices', one['part'])} | {one['phase']} | {one['tokens']} | {one['arm']} |"
+                f" {one['ratio']:.2f} |"
+            )
     return "\n".join(lines)
 
 
 @click.command(help=__doc__)
 @click.argument("rows", nargs=-1)
-@click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkpoint in the place of random weights.")
+@click.option(
+    "--model",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A checkpoint in the place of random weights.",
+)
 @click.option("--small", is_flag=True, help="Small shapes: whether all rows run, not how fast.")
 @click.option("--limit", default=LIMIT, show_default=True, help="Seconds of a row.")
-@click.option("--total", default=TOTAL, show_default=True, help="Seconds of the run: no row starts that may end later.")
-@click.option("--record", type=click.Path(path_type=Path), help="Another file than results/gpu.json, or results/cells/gpu_small.json.")
-def main(rows: tuple[str, ...], model: Path | None, small: bool, limit: float, total: float, record: Path | None) -> None:
+@click.option(
+    "--total", default=TOTAL, show_default=True, help="Seconds of the run: no row starts that may end later."
+)
+@click.option(
+    "--record",
+    type=click.Path(path_type=Path),
+    help="Another file than results/gpu.json, or results/cells/gpu_small.json.",
+)
+def main(
+    rows: tuple[str, ...], model: Path | None, small: bool, limit: float, total: float, record: Path | None
+) -> None:
     started, sizes = time.monotonic(), SMALL if small else FULL
     record = record or (RESULTS / "cells" / "gpu_small.json" if small else RESULTS / "gpu.json")
     here = (model.name if model else "random", place(runtime.compute()))
@@ -176,13 +213,17 @@ def main(rows: tuple[str, ...], model: Path | None, small: bool, limit: float, t
             save(sizes.block, block)
         for number, row in enumerate(asked):
             if total - (time.monotonic() - started) < limit:
-                click.echo(f"{len(asked) - number} rows are left, from {row!r} on: run the same command again")
+                click.echo(
+                    f"{len(asked) - number} rows are left, from {row!r} on: run the same command again"
+                )
                 break
             measured.renew(",".join((row, *here)))  # each is in the record as soon as it is done
     records = measured.recorded()
     click.echo(table(records))
     failed = [
-        r["row"] for r in records if r["row"] in asked and (r["model"], r["device"]) == here and (r["note"] or "").startswith("failed")
+        r["row"]
+        for r in records
+        if r["row"] in asked and (r["model"], r["device"]) == here and (r["note"] or "").startswith("failed")
     ]
     if failed:
         raise click.ClickException(f"{len(failed)} rows failed: {'; '.join(failed)}")

@@ -1,7 +1,9 @@
-"""One harness for all studies: cells, the records of their results, and how a run resumes, gathers, prints its table and is verified.
+"""One harness for all studies: cells, the records of their results, and how a run resumes, gathers,
+prints its table and is verified.
 
-A cell is a testbed, a seed and recipe overrides. It is finished when its file is there: ``results/cells/<study>/`` (not in git), named after
-the cell and a key over its recipes and input files. A study's record, ``results/<study>.json``, gathers the records of all cells.
+A cell is a testbed, a seed and recipe overrides. It is finished when its file is there:
+``results/cells/<study>/`` (not in git), named after the cell and a key over its recipes and input
+files. A study's record, ``results/<study>.json``, gathers the records of all cells.
 """
 
 import functools
@@ -46,7 +48,8 @@ class Cell:
     """One unit of work of a study."""
 
     key: Mapping[str, Any]  # the first fields of its records, among them ``testbed`` and ``seed``
-    arms: Mapping[str, Changes | None]  # field for a perplexity -> what is laid over params.yaml; None: the dense model
+    # field for a perplexity -> what is laid over params.yaml; None: the dense model
+    arms: Mapping[str, Changes | None]
     variant: str | None = None  # of params.yaml, below what the arms lay over it
     rows: int = 128  # of calibration text
     source: str = MIXTURE
@@ -72,7 +75,9 @@ def lab(testbed: str) -> Lab:
     return Lab(Testbed(testbed))
 
 
-def pruned(cell: Cell, texts: Sequence[str], facts: Callable[[Lab, Recipe | None, Run | None], Record] | None = None) -> list[Record]:
+def pruned(
+    cell: Cell, texts: Sequence[str], facts: Callable[[Lab, Recipe | None, Run | None], Record] | None = None
+) -> list[Record]:
     """A record per text: the key, ``dense``, each arm's perplexity, the last arm's wall seconds and facts."""
     here = lab(cell.key["testbed"]).at(cell.source, cell.rows, cell.key["seed"])
     found: dict[str, dict[str, float]] = {}
@@ -80,10 +85,18 @@ def pruned(cell: Cell, texts: Sequence[str], facts: Callable[[Lab, Recipe | None
     for arm in cell.arms:
         asked = cell.recipe(arm)
         run = here.run(asked) if asked else None
-        found[arm] = {text: here.bed.perplexity(run.tensors, text) if run else here.bed.dense(text) for text in texts}
+        found[arm] = {
+            text: here.bed.perplexity(run.tensors, text) if run else here.bed.dense(text) for text in texts
+        }
         more = ({"wall_s": round(run.wall_s, 2)} if run else {}) | (facts(here, asked, run) if facts else {})
     return [
-        {**cell.key, "text": text, "dense": here.bed.dense(text), **{arm: ppl[text] for arm, ppl in found.items()}, **more}
+        {
+            **cell.key,
+            "text": text,
+            "dense": here.bed.dense(text),
+            **{arm: ppl[text] for arm, ppl in found.items()},
+            **more,
+        }
         for text in texts
     ]
 
@@ -95,16 +108,20 @@ class Study:
     name: str  # of its record
     cells: Callable[[], Iterable[Cell]]
     measure: Callable[[Cell], list[Record]]  # a cell's records, without the commit
-    columns: tuple[str, ...] = ("testbed",)  # fields of the key that make the table's columns; the others, but the seed, make its rows
-    base: Callable[[Record], Record] = lambda record: {}  # changes of a record's key: which one closes nothing of the gap to dense
+    # fields of the key that make the table's columns; the others, but the seed, make its rows
+    columns: tuple[str, ...] = ("testbed",)
+    # changes of a record's key: which one closes nothing of the gap to dense
+    base: Callable[[Record], Record] = lambda record: {}
     base_value: str = "ppl"  # its perplexity
-    values: tuple[str, ...] = ("dense", "ppl")  # what a cell computed anew must agree in; the last is in the table
+    # what a cell computed anew must agree in; the last is in the table
+    values: tuple[str, ...] = ("dense", "ppl")
     texts: tuple[str, ...] = TEXTS  # of which there are tables
     beside: tuple[str, str] | None = None  # field and unit of what stands beside the perplexity
     judged: bool = True  # whether values that differ are an error; costs depend on the machine
     finish: Callable[[list[Record]], None] = lambda records: None  # what is marked in gathered records
     more: Callable[[list[Record]], list[str]] = lambda records: []  # other tables
-    files: Callable[[Cell], list[Path]] = lambda cell: inputs(cell.key["testbed"], TEXTS, cell.source)  # what a cell reads
+    # what a cell reads
+    files: Callable[[Cell], list[Path]] = lambda cell: inputs(cell.key["testbed"], TEXTS, cell.source)
     home: Path = field(default=RESULTS)
 
     @property
@@ -123,7 +140,12 @@ class Study:
     def file(self, cell: Cell) -> Path:
         """Where a cell's records are once it is finished; the code that made them is told by their commit."""
         recipes = [cell.recipe(arm) for arm in cell.arms]
-        parts: list[Any] = [cell.name, cell.rows, cell.source, *(asked and asked.model_dump(mode="json") for asked in recipes)]
+        parts: list[Any] = [
+            cell.name,
+            cell.rows,
+            cell.source,
+            *(asked and asked.model_dump(mode="json") for asked in recipes),
+        ]
         if any(asked and asked.allocation.method != "uniform" for asked in recipes):
             parts += [section(name) for name in ("calibrate", "sensitivity", "curves")]
         if any(asked and asked.induce for asked in recipes):
@@ -145,9 +167,15 @@ class Study:
         Raises:
             click.ClickException: no cell has these values.
         """
-        asked = [cell for cell in self.every.values() if all(str(cell.key[one]) == value for one, value in (only or {}).items())]
+        asked = [
+            cell
+            for cell in self.every.values()
+            if all(str(cell.key[one]) == value for one, value in (only or {}).items())
+        ]
         if not asked:
-            raise click.ClickException(f"{self.name} has no such cell; its first is {next(iter(self.every))}.")
+            raise click.ClickException(
+                f"{self.name} has no such cell; its first is {next(iter(self.every))}."
+            )
         known = {self._name(record) for record in self.recorded()} if missing else set()
         for cell in asked:
             if cell.name not in known and not self.file(cell).exists():
@@ -178,7 +206,9 @@ class Study:
         gathered: list[Record] = []
         for name, cell in self.every.items():
             path = self.file(cell)
-            gathered += json.loads(path.read_text(encoding="utf-8")) if path.exists() else before.get(name, [])
+            gathered += (
+                json.loads(path.read_text(encoding="utf-8")) if path.exists() else before.get(name, [])
+            )
         self.finish(gathered)
         write_json(self.record, gathered)
         return gathered
@@ -187,11 +217,14 @@ class Study:
         """Compute recorded cells anew: those named, or random ones. Nothing is written.
 
         Raises:
-            click.ClickException: a name is unknown or not recorded, or values differ by more than ``TOLERANCE``.
+            click.ClickException: a name is unknown or not recorded, or values differ by more than
+                ``TOLERANCE``.
         """
         known = {(self._name(record), record["text"]): record for record in self.recorded()}
         there = list(dict.fromkeys(name for name, _ in known if name in self.every))
-        chosen = [_find(name, there, self.every) for name in names] or random.Random(seed).sample(there, min(count, len(there)))
+        chosen = [_find(name, there, self.every) for name in names] or random.Random(seed).sample(
+            there, min(count, len(there))
+        )
         if not chosen:
             raise click.ClickException(f"{self.record} has no records to verify.")
         wrong = 0
@@ -202,13 +235,18 @@ class Study:
                     raise click.ClickException(f"{self.record} has no record of {name} on {new['text']}.")
                 apart = [abs(math.log(new[value] / old[value])) for value in self.values]
                 wrong += not all(one <= TOLERANCE for one in apart)  # NaN is wrong
-                click.echo(f"{name} {new['text'] or ''}: {self._values(old)} then, {self._values(new)} now; apart by {max(apart):.2%}")
+                click.echo(
+                    f"{name} {new['text'] or ''}: {self._values(old)} then, {self._values(new)} now; apart by"
+                    f" {max(apart):.2%}"
+                )
         if wrong and self.judged:
             raise click.ClickException(f"{wrong} records differ by more than {TOLERANCE:.0%}.")
 
     def table(self, records: list[Record], text: str) -> str:
-        """Markdown: per row and column the geometric mean of the seeds ± the largest distance of a seed from it, and in brackets the mean
-        share of the gap between the base and dense that is closed, seed by seed; ``*`` marks what was selected."""
+        """Markdown: per row and column the geometric mean of the seeds ± the largest distance of a
+        seed from it, and in brackets the mean share of the gap between the base and dense that is
+        closed, seed by seed; ``*`` marks what was selected.
+        """
         names = list(next(iter(self.every.values())).key)
         known = {tuple(r[name] for name in names): r for r in records if r["text"] == text}
         rows = [name for name in names if name not in (*self.columns, "seed")]
@@ -216,17 +254,26 @@ class Study:
         for r in known.values():
             row, column = (tuple(r[name] for name in part) for part in (rows, self.columns))
             groups.setdefault(row, {}).setdefault(column, []).append(r)
-        columns = sorted(dict.fromkeys(column for row in groups.values() for column in row), key=lambda column: column[0])
+        columns = sorted(
+            dict.fromkeys(column for row in groups.values() for column in row), key=lambda column: column[0]
+        )
         lines = [f"| {text} | {' | '.join(' '.join(map(str, column)) for column in columns)} | mean closed |"]
         lines.append("|---" * (len(columns) + 2) + "|")
         for row, found in groups.items():
             shares = {column: self._closed(known, names, found.get(column, [])) for column in columns}
             means = [stats.mean(each) for each in shares.values() if each]
-            line = [self._shown(found[column], shares[column]) if column in found else "" for column in columns]
-            lines.append(f"| {', '.join(map(str, row))} | {' | '.join(line)} | {f'{stats.mean(means):.1f}%' if means else ''} |")
+            line = [
+                self._shown(found[column], shares[column]) if column in found else "" for column in columns
+            ]
+            lines.append(
+                f"| {', '.join(map(str, row))} | {' | '.join(line)} |"
+                f" {f'{stats.mean(means):.1f}%' if means else ''} |"
+            )
         return "\n".join(lines)
 
-    def _closed(self, known: Mapping[tuple[Any, ...], Record], names: Sequence[str], found: Iterable[Record]) -> list[float]:
+    def _closed(
+        self, known: Mapping[tuple[Any, ...], Record], names: Sequence[str], found: Iterable[Record]
+    ) -> list[float]:
         """Percent of the gap between the base and dense that each record closes; none for the base itself."""
         shares = []
         for r in found:
@@ -243,7 +290,8 @@ class Study:
         if self.beside and self.beside[0] in found[0]:
             beside = f", {stats.median(r[self.beside[0]] for r in found):.3g} {self.beside[1]}"
         closed = f" ({stats.mean(shares):.1f}%)" if shares else ""
-        return f"{middle:.2f}{f' ± {spread:.2f}' if spread >= 0.005 else ''}{closed}{beside}{'*' if found[0].get('selected') else ''}"
+        around, star = f" ± {spread:.2f}" if spread >= 0.005 else "", "*" if found[0].get("selected") else ""
+        return f"{middle:.2f}{around}{closed}{beside}{star}"
 
     def _name(self, record: Record) -> str:
         return ",".join(str(record[name]) for name in next(iter(self.every.values())).key)
@@ -259,7 +307,13 @@ def gap(base: float, new: float, dense: float) -> float:
 
 def commit() -> str:
     """The commit that is checked out."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, check=True, capture_output=True, text=True)
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=RESULTS.parent,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return found.stdout.strip()
 
 
@@ -277,4 +331,6 @@ def _find(name: str, there: Sequence[str], every: Mapping[str, Cell]) -> str:
             return known
     fields = ",".join(next(iter(every.values())).key)
     example = there[0] if there else next(iter(every))
-    raise click.ClickException(f"no recorded cell is called {name!r}; a name is {fields}, for example {example}.")
+    raise click.ClickException(
+        f"no recorded cell is called {name!r}; a name is {fields}, for example {example}."
+    )

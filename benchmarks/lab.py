@@ -1,4 +1,6 @@
-"""A model pruned as a recipe says, through the library's own functions, in memory; what the recipes of one seed share is measured once."""
+"""A model pruned as a recipe says, through the library's own functions, in memory; what the recipes
+of one seed share is measured once.
+"""
 
 import functools
 import tempfile
@@ -67,12 +69,18 @@ def recipe(changes: Changes, variant: str | None = None) -> Recipe:
     Raises:
         ValueError: the variant measures curves in its own way, which is not done here.
     """
-    merged = params.merge(section("prune"), params.merge(section(f"variants.{variant}") if variant else {}, changes))
+    merged = params.merge(
+        section("prune"), params.merge(section(f"variants.{variant}") if variant else {}, changes)
+    )
     if merged.get("curves"):
-        raise ValueError(f"variants.{variant} has a section `curves`; here curves are measured as section `curves` says")
+        raise ValueError(
+            f"variants.{variant} has a section `curves`; here curves are measured as section `curves` says"
+        )
     learned = merged.get("induce")
     induce = None if learned is None else params.merge(section("induce"), learned)
-    return Recipe.model_validate({name: merged[name] for name in Recipe.model_fields if name != "induce"} | {"induce": induce})
+    return Recipe.model_validate(
+        {name: merged[name] for name in Recipe.model_fields if name != "induce"} | {"induce": induce}
+    )
 
 
 @dataclass
@@ -80,7 +88,9 @@ class Run:
     """A pruned model."""
 
     blocks: dict[int, Block]
-    wall_s: float  # of pruning, and of all that its allocation and induction read but the statistics of the dense model
+    # of pruning, and of all that its allocation and induction read but the statistics of the dense
+    # model
+    wall_s: float
 
     @property
     def tensors(self) -> Tensors:
@@ -141,7 +151,9 @@ class Lab:
         """The dense model's blocks with their statistics."""
         entry = self.bed.checkpoint.architecture
         for index, sites in enumerate(self.statistics()[0]):
-            yield DenseBlock(entry.layouts[index], f"{entry.blocks}.{index}", self.bed.checkpoint.block(index), sites)
+            yield DenseBlock(
+                entry.layouts[index], f"{entry.blocks}.{index}", self.bed.checkpoint.block(index), sites
+            )
 
     def allocated(self, asked: Recipe) -> tuple[Kept, float]:
         """Kept counts, and the wall seconds of all that was measured for them."""
@@ -152,7 +164,9 @@ class Lab:
         for index, matrix in places:
             name, shape = entry.matrix_name(index, matrix), self.bed.checkpoint.matrix_shape(index, matrix)
             units.append(Unit(name, index, shape[0] * shape[1], pattern.quantum(name, shape)))
-        return dict(zip(places, allocate(units, asked.selection.overall, asked.allocation, entries), strict=True)), seconds
+        return dict(
+            zip(places, allocate(units, asked.selection.overall, asked.allocation, entries), strict=True)
+        ), seconds
 
     def measured(self, asked: Recipe) -> tuple[Entries, float]:
         """What the allocation reads, and the seconds that it took."""
@@ -160,7 +174,8 @@ class Lab:
             _, first = self.statistics()
             _, second = self.sensitivities(moments=True)
             selection, compensate = asked.selection, "obs" in asked.reconstruction.steps
-            key = (selection.model_copy(update={"sparsity": 0.5}).model_dump_json(), compensate)  # curves are over all sparsities
+            # curves are over all sparsities
+            key = (selection.model_copy(update={"sparsity": 0.5}).model_dump_json(), compensate)
             curves, third = self.once(key, lambda: self.curves(asked, compensate))
             return curves, first + second + third
         if asked.allocation.method in SENSITIVITIES:
@@ -180,16 +195,21 @@ class Lab:
         """What stage calibrate gives, per block, and the seconds that it took."""
 
         def compute() -> list[Mapping[str, SiteStatistics]]:
-            blocks = walk(self.bed.stream(), self.rows["fit"], self.rows["held_out"], settings("calibrate"), grams=True)
+            blocks = walk(
+                self.bed.stream(), self.rows["fit"], self.rows["held_out"], settings("calibrate"), grams=True
+            )
             return [sites for _, sites in blocks]
 
         return self.once("statistics", compute)
 
     def sensitivities(self, moments: bool) -> tuple[tuple[Entries, list[dict[str, torch.Tensor]]], float]:
-        """What stage sensitivity gives: per matrix name its entry; per block the output moments by label, if asked for. And the seconds."""
+        """What stage sensitivity gives: per matrix name its entry; per block the output moments by
+        label, if asked for. And the seconds.
+        """
         entry, how = self.bed.checkpoint.architecture, settings("sensitivity")
         matrices = {
-            index: {entry.matrix_name(index, matrix): matrix for matrix in entry.layouts[index].matrices} for index in range(entry.depth)
+            index: {entry.matrix_name(index, matrix): matrix for matrix in entry.layouts[index].matrices}
+            for index in range(entry.depth)
         }
 
         def compute() -> tuple[Entries, list[dict[str, torch.Tensor]]]:
@@ -200,11 +220,21 @@ class Lab:
                 def sample(probes: Any) -> Any:
                     return fisher.samples(subject, how, probes, taken)
 
-                summary = list(estimates(sample, how.probes, how.probes_per_pass, how.agreement))[-1].summary()
+                summary = list(estimates(sample, how.probes, how.probes_per_pass, how.agreement))[
+                    -1
+                ].summary()
                 if taken is not None:
                     taken.finish(entry.depth)
-                found = [read_tensors(block_file(Path(folder), index))[0] for index in range(entry.depth)] if moments else []
-            places = {name: {"block": index, "kind": m.kind} for index, named in matrices.items() for name, m in named.items()}
+                found = (
+                    [read_tensors(block_file(Path(folder), index))[0] for index in range(entry.depth)]
+                    if moments
+                    else []
+                )
+            places = {
+                name: {"block": index, "kind": m.kind}
+                for index, named in matrices.items()
+                for name, m in named.items()
+            }
             return {name: {**values, **places[name]} for name, values in summary.items()}, found
 
         return self.once(("sensitivities", moments), compute)
@@ -214,6 +244,11 @@ class Lab:
         (entries, moments), _ = self.sensitivities(moments=True)
         found: Entries = {}
         for index, dense in enumerate(self.dense()):
-            block = measure(dense, dense.layout.matrices, moments[index], asked.selection, compensate, settings("curves"))
-            found |= {f"{dense.where}.{label}": entries[f"{dense.where}.{label}"] | facts for label, facts in block.items()}
+            block = measure(
+                dense, dense.layout.matrices, moments[index], asked.selection, compensate, settings("curves")
+            )
+            found |= {
+                f"{dense.where}.{label}": entries[f"{dense.where}.{label}"] | facts
+                for label, facts in block.items()
+            }
         return found

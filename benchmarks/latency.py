@@ -1,12 +1,15 @@
 """What sparsity does to speed, as ratios within one run: ``python -m benchmarks.latency``.
 
-On a CUDA GPU, at LLaMA-7B layer shapes in float16: prefill of 2048 tokens and decoding of one, dense against 2:4 through
-``torch.sparse.to_sparse_semi_structured``, matrix by matrix and for a whole block: with cuSPARSELt's default algorithm, and with the one that its own
-search finds fastest for the shape (``2:4, searched``). On a CPU: the same product with a dense matrix, with the
-same matrix full of zeros, and through torch's CSR; and loading a bitmask checkpoint against loading a dense one.
+On a CUDA GPU, at LLaMA-7B layer shapes in float16: prefill of 2048 tokens and decoding of one,
+dense against 2:4 through ``torch.sparse.to_sparse_semi_structured``, matrix by matrix and for a
+whole block: with cuSPARSELt's default algorithm, and with the one that its own search finds fastest
+for the shape (``2:4, searched``). On a CPU: the same product with a dense matrix, with the same
+matrix full of zeros, and through torch's CSR; and loading a bitmask checkpoint against loading a
+dense one.
 
-Arms take turns in every repetition, so that a slow moment hits all of them; times are medians, ratios are dense over sparse: above 1 is faster.
-On the CPU one thread runs and its own seconds count, so that what else the machine does matters less.
+Arms take turns in every repetition, so that a slow moment hits all of them; times are medians,
+ratios are dense over sparse: above 1 is faster. On the CPU one thread runs and its own seconds
+count, so that what else the machine does matters less.
 """
 
 import platform
@@ -42,13 +45,26 @@ Arms = Mapping[str, Callable[[], Any]]
 
 
 def compared(arms: Arms, repetitions: int, inner: int, what: Record) -> list[Record]:
-    """A record per arm that is not the dense one, and a line for each; ``inner`` calls are timed together, a first round of all warms up."""
+    """A record per arm that is not the dense one, and a line for each; ``inner`` calls are timed
+    together, a first round of all warms up.
+    """
     times = medians(arms, repetitions, inner)
     found = []
     for name, taken in times.items():
         if name != "dense":
-            found.append(what | {"arm": name, "dense_s": times["dense"], "arm_s": taken, "ratio": round(times["dense"] / taken, 3)})
-            click.echo(f"{', '.join(f'{key} {value}' for key, value in what.items())}: {name} {found[-1]['ratio']:.2f}x")
+            found.append(
+                what
+                | {
+                    "arm": name,
+                    "dense_s": times["dense"],
+                    "arm_s": taken,
+                    "ratio": round(times["dense"] / taken, 3),
+                }
+            )
+            click.echo(
+                f"{', '.join(f'{key} {value}' for key, value in what.items())}:"
+                f" {name} {found[-1]['ratio']:.2f}x"
+            )
     return found
 
 
@@ -80,8 +96,11 @@ def two_of_four(weight: torch.Tensor) -> torch.Tensor:
 
 
 def fastest(weight: torch.Tensor, tokens: int) -> int:
-    """The number of the algorithm that cuSPARSELt's search finds fastest for x Wᵀ, W [R, C] being 2:4 and x [tokens, C]."""
-    x = torch.randn(-(-tokens // 8) * 8, weight.shape[1], device=weight.device, dtype=weight.dtype)  # torch pads it so, too
+    """The number of the algorithm that cuSPARSELt's search finds fastest for x Wᵀ, W [R, C] being
+    2:4 and x [tokens, C].
+    """
+    # torch pads it so, too
+    x = torch.randn(-(-tokens // 8) * 8, weight.shape[1], device=weight.device, dtype=weight.dtype)
     return torch._cslt_sparse_mm_search(torch._cslt_compress(weight), x.T, transpose_result=True)
 
 
@@ -91,12 +110,16 @@ def semi_structured(weight: torch.Tensor, tokens: int, searched: bool) -> torch.
 
 
 def kinds() -> dict[str, bool]:
-    """What stands beside dense matrices, and whether its algorithm is searched for; without cuSPARSELt there is no search."""
+    """What stands beside dense matrices, and whether its algorithm is searched for; without
+    cuSPARSELt there is no search.
+    """
     return {"2:4": False} | ({"2:4, searched": True} if torch.backends.cusparselt.is_available() else {})
 
 
 def decoder_block(tokens: int = PREFILL, searched: bool | None = None) -> LlamaModel:
-    """One random block with 2:4 matrices, as dense tensors (``searched`` is None) or in the format for them, see ``semi_structured``."""
+    """One random block with 2:4 matrices, as dense tensors (``searched`` is None) or in the format
+    for them, see ``semi_structured``.
+    """
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": HEADS}
     config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=8, dtype=torch.float16)
@@ -118,7 +141,9 @@ def matrices_on_gpu(repetitions: int) -> list[Record]:
         dense = two_of_four(random(shape))
         for phase, tokens in (("prefill", PREFILL), ("decode", DECODE)):
             x = random((tokens, shape[1]))
-            weights = {"dense": dense} | {name: semi_structured(dense, tokens, searched) for name, searched in kinds().items()}
+            weights = {"dense": dense} | {
+                name: semi_structured(dense, tokens, searched) for name, searched in kinds().items()
+            }
             arms = {name: partial(functional.linear, x, weight) for name, weight in weights.items()}
             what = {"part": "matrix", "matrices": name, "phase": phase, "tokens": tokens, "dtype": "float16"}
             records += compared(arms, repetitions, 20, what)
@@ -131,10 +156,16 @@ def block_on_gpu(repetitions: int) -> list[Record]:
     x = torch.randn(1, PREFILL, WIDTH, device="cuda", dtype=torch.float16)
 
     def blocks(tokens: int) -> dict[str, LlamaModel]:
-        return {"dense": decoder_block()} | {name: decoder_block(tokens, searched) for name, searched in kinds().items()}
+        return {"dense": decoder_block()} | {
+            name: decoder_block(tokens, searched) for name, searched in kinds().items()
+        }
 
-    prefill = {name: partial(block, inputs_embeds=x, use_cache=False) for name, block in blocks(PREFILL).items()}
-    records = compared(prefill, repetitions, 5, {"part": "block", "phase": "prefill", "tokens": PREFILL, "dtype": "float16"})
+    prefill = {
+        name: partial(block, inputs_embeds=x, use_cache=False) for name, block in blocks(PREFILL).items()
+    }
+    records = compared(
+        prefill, repetitions, 5, {"part": "block", "phase": "prefill", "tokens": PREFILL, "dtype": "float16"}
+    )
     del prefill
     steps = {}
     for name, block in blocks(DECODE).items():
@@ -146,7 +177,9 @@ def block_on_gpu(repetitions: int) -> list[Record]:
             cache.crop(-DECODE)  # so that every step sees as many tokens
 
         steps[name] = step
-    return records + compared(steps, repetitions, 20, {"part": "block", "phase": "decode", "tokens": DECODE, "dtype": "float16"})
+    return records + compared(
+        steps, repetitions, 20, {"part": "block", "phase": "decode", "tokens": DECODE, "dtype": "float16"}
+    )
 
 
 @torch.inference_mode()
@@ -167,7 +200,9 @@ def on_cpu(repetitions: int) -> list[Record]:
                     zeros = torch.where(draws >= sparsity, dense, 0)
                     arms[f"{sparsity:.0%} zeros"] = partial(functional.linear, cast, zeros)
                     if dtype == torch.float32:
-                        arms[f"{sparsity:.0%} CSR"] = partial(torch.matmul, zeros.to_sparse_csr(), cast.T.contiguous())
+                        arms[f"{sparsity:.0%} CSR"] = partial(
+                            torch.matmul, zeros.to_sparse_csr(), cast.T.contiguous()
+                        )
                 kind = str(dtype).removeprefix("torch.")
                 what = {"part": "matrix", "matrices": name, "phase": phase, "tokens": tokens, "dtype": kind}
                 records += compared(arms, repetitions, inner, what)
@@ -175,25 +210,45 @@ def on_cpu(repetitions: int) -> list[Record]:
 
 
 def loading(repetitions: int) -> Record:
-    """A bfloat16 model of 100 M parameters, half of its matrices zeros, from the page cache: bytes and seconds until the model is whole."""
+    """A bfloat16 model of 100 M parameters, half of its matrices zeros, from the page cache: bytes
+    and seconds until the model is whole.
+    """
     with tempfile.TemporaryDirectory() as home:
         dense, masked = Path(home) / "dense", Path(home) / "bitmask"
         sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16}
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=1024)).to(torch.bfloat16)
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=1024)).to(
+            torch.bfloat16
+        )
         for parameter in model.model.layers.parameters():
             if parameter.ndim == 2:
-                parameter.data.masked_fill_(torch.rand_like(parameter) < 0.5, 0)  # a product would leave −0.0, which is stored
+                # a product would leave −0.0, which is stored
+                parameter.data.masked_fill_(torch.rand_like(parameter) < 0.5, 0)
         model.save_pretrained(dense)
         source = open_checkpoint(dense)
-        plans = {file: {name: plan(tensor) for name, tensor in one_by_one(source, names)} for file, names in partition(source).items()}
-        bitmask.write(masked, plans, source, Quantisation(Path(home) / "none", source), (source.path, source.others), indexed=False)
-        written = {path.name: sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (dense, masked)}
+        plans = {
+            file: {name: plan(tensor) for name, tensor in one_by_one(source, names)}
+            for file, names in partition(source).items()
+        }
+        bitmask.write(
+            masked,
+            plans,
+            source,
+            Quantisation(Path(home) / "none", source),
+            (source.path, source.others),
+            indexed=False,
+        )
+        written = {
+            path.name: sum(file.stat().st_size for file in path.glob("*.safetensors"))
+            for path in (dense, masked)
+        }
 
         def read() -> float:
             """All pages are touched: the official loader maps files and reads nothing before."""
             loaded = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
-            return sum(float(parameter.detach().view(-1)[::1024].float().sum()) for parameter in loaded.parameters())
+            return sum(
+                float(parameter.detach().view(-1)[::1024].float().sum()) for parameter in loaded.parameters()
+            )
 
         times = medians({"dense": read, "bitmask": lambda: load.load_model(masked)}, repetitions, 1)
     saved = written["dense"] - written["bitmask"]
@@ -201,7 +256,8 @@ def loading(repetitions: int) -> Record:
         "bytes": written,
         "bytes_ratio": round(written["bitmask"] / written["dense"], 4),
         "seconds": times,
-        # Below this bandwidth the bytes that need not be read are worth more than the time to check and unpack them.
+        # Below this bandwidth the bytes that need not be read are worth more than the time to check
+        # and unpack them.
         "break_even_bytes_per_s": round(saved / max(times["bitmask"] - times["dense"], 1e-9)),
     }
     click.echo(f"loading: {found}")

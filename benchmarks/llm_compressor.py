@@ -1,7 +1,9 @@
-"""llm-compressor prunes a model from the same token ids: run by ``benchmarks.rivals`` with the Python of an environment of its own.
+"""llm-compressor prunes a model from the same token ids: run by ``benchmarks.rivals`` with the
+Python of an environment of its own.
 
-``python benchmarks/llm_compressor.py MODEL ROWS METHOD SPARSITY PATTERN OUT [BATCH]`` writes the pruned linears and prints the cost as JSON: seconds
-from model in memory to pruned, and peak memory above what was there before, also a GPU's if there is one. Needs nothing of this project.
+``python benchmarks/llm_compressor.py MODEL ROWS METHOD SPARSITY PATTERN OUT [BATCH]`` writes the
+pruned linears and prints the cost as JSON: seconds from model in memory to pruned, and peak memory
+above what was there before, also a GPU's if there is one. Needs nothing of this project.
 """
 
 import json
@@ -27,11 +29,17 @@ def resident(name: str) -> int:
 def main() -> None:
     path, rows_file, method, sparsity, pattern, out, batch = [*sys.argv[1:], "1"][:7]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    data = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in load_file(rows_file)["rows"]]
+    data = [
+        {"input_ids": row, "attention_mask": torch.ones_like(row)} for row in load_file(rows_file)["rows"]
+    ]
     loader = DataLoader(data, batch_size=int(batch), shuffle=False)
     modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
     structure = "0:0" if pattern == "unstructured" else pattern
-    recipe = [modifier(sparsity=float(sparsity), mask_structure=structure, targets=["Linear"], ignore=["re:.*lm_head"])]
+    recipe = [
+        modifier(
+            sparsity=float(sparsity), mask_structure=structure, targets=["Linear"], ignore=["re:.*lm_head"]
+        )
+    ]
     gpu = torch.cuda.is_available()
     if gpu:  # what its libraries load at first is not counted
         square = torch.eye(64, device="cuda")
@@ -51,11 +59,17 @@ def main() -> None:
     )
     if gpu:
         torch.cuda.synchronize()
-    cost = {"wall_s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu, "peak_rss_bytes": resident("VmHWM") - before}
+    cost = {
+        "wall_s": time.perf_counter() - started,
+        "cpu_s": time.process_time() - cpu,
+        "peak_rss_bytes": resident("VmHWM") - before,
+    }
     if gpu:
         cost["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() - held
     linears = {
-        name: module.weight for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "lm_head" not in name
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
     }
     save_file({f"{name}.weight": weight.detach().contiguous() for name, weight in linears.items()}, out)
     print(json.dumps(cost | {"threads": torch.get_num_threads()}), flush=True)

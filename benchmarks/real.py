@@ -1,11 +1,15 @@
-"""A real language model: ``python -m benchmarks.real run|table|verify``, one record for all tables, ``results/real.json``.
+"""A real language model: ``python -m benchmarks.real run|table|verify``, one record for all tables,
+``results/real.json``.
 
-SmolLM2-135M-Instruct as ``../shared/testbed/real/convert.py`` writes it (SPARSELINE_REAL says where, else ``../real/smol``), by the *real protocol* of
-``../shared/testbed/real/README.md``: calibrated on 128 rows of 512 tokens of C4's first 900 pages; chosen on its last 100 pages and on ``mix.valid``,
-32 rows of 512 tokens; reported on ``wikitext2.test`` and ``mix.test``, 32 rows of 1,024 tokens on every device; nine tasks, 300 items each, in bfloat16.
+SmolLM2-135M-Instruct as ``../shared/testbed/real/convert.py`` writes it (SPARSELINE_REAL says
+where, else ``../real/smol``), by the *real protocol* of ``../shared/testbed/real/README.md``:
+calibrated on 128 rows of 512 tokens of C4's first 900 pages; chosen on its last 100 pages and on
+``mix.valid``, 32 rows of 512 tokens; reported on ``wikitext2.test`` and ``mix.test``, 32 rows of
+1,024 tokens on every device; nine tasks, 300 items each, in bfloat16.
 
-``run`` computes what the record lacks, cell by cell, and each is in the record (with ``--commit`` in git, too) as soon as it is done. A cell that is
-named by ``--cell`` is computed anew; ``verify`` computes recorded cells anew and compares. Costs run from model in memory to pruned, in a process of
+``run`` computes what the record lacks, cell by cell, and each is in the record (with ``--commit``
+in git, too) as soon as it is done. A cell that is named by ``--cell`` is computed anew; ``verify``
+computes recorded cells anew and compares. Costs run from model in memory to pruned, in a process of
 its own; those of a distilled model include what it starts from.
 """
 
@@ -52,13 +56,30 @@ MODEL = Path(os.environ.get("SPARSELINE_REAL", ROOT.parent / "real" / "smol"))
 NAME = "SmolLM2-135M-Instruct"
 DATA = TESTBED / "real"
 C4, LENGTH, HELD_BACK = "c4.calib", 512, 100  # pages of C4 that nothing is calibrated on
-REPORTED, CHOSEN = {"wikitext2.test": (32, 1024), "mix.test": (32, 1024)}, {"c4.valid": (32, 512), "mix.valid": (32, 512)}  # rows, tokens
-NINE = ("arc_easy", "arc_challenge", "piqa", "hellaswag", "winogrande", "openbookqa", "sciq", "copa", "lambada_openai")
-TASKS = Preset(names=[f"real_{name}" for name in NINE], limit=300, shots=0, seed=0, chat_template=False, system=None)
+# rows, tokens
+REPORTED, CHOSEN = (
+    {"wikitext2.test": (32, 1024), "mix.test": (32, 1024)},
+    {"c4.valid": (32, 512), "mix.valid": (32, 512)},
+)
+NINE = (
+    "arc_easy",
+    "arc_challenge",
+    "piqa",
+    "hellaswag",
+    "winogrande",
+    "openbookqa",
+    "sciq",
+    "copa",
+    "lambada_openai",
+)
+TASKS = Preset(
+    names=[f"real_{name}" for name in NINE], limit=300, shots=0, seed=0, chat_template=False, system=None
+)
 BATCH_ROWS = 8  # of evaluations
 TABLES = ("main", "induction", "sparsity", "ablation")
 MASK = "mask:"  # before a parameter's name, in the files of a pruned block
-CODE = ("calibrate", "sensitivity", "curves", "allocate", "induce", "prune")  # stages whose code a pruned model follows from
+# stages whose code a pruned model follows from
+CODE = ("calibrate", "sensitivity", "curves", "allocate", "induce", "prune")
 
 
 @dataclass(frozen=True)
@@ -85,11 +106,18 @@ TASKED = ("dense", "sparsegpt", "fast", "best", "distilled")  # at 50% and 2:4
 INDUCED = " + induction"
 INDUCTION = {name: Method(None, changes) for name, changes in BASES.items()} | {
     f"{name}{INDUCED}": Method(
-        None, merge(changes, {"induce": {}, "reconstruction": {"steps": [*changes["reconstruction"]["steps"], "channel"]}})
+        None,
+        merge(
+            changes,
+            {"induce": {}, "reconstruction": {"steps": [*changes["reconstruction"]["steps"], "channel"]}},
+        ),
     )
     for name, changes in BASES.items()
 }
-SPARSITY = {name: Method("sparsegpt", {"allocation": ALLOCATIONS[name]}) for name in ("uniform", "weight", "layer", "predicted")}
+SPARSITY = {
+    name: Method("sparsegpt", {"allocation": ALLOCATIONS[name]})
+    for name in ("uniform", "weight", "layer", "predicted")
+}
 
 
 def _fast(name: str, changes: Changes, **more: Any) -> dict[str, Method]:
@@ -115,7 +143,10 @@ ABLATION = {  # one lever each, on validation texts at 50%
     **_fast("dense stream", {"reconstruction": {"collect": "site", "towards_dense": 1.0}}),
     **_fast(
         "predicted, half way",
-        {"allocation": {"method": "predicted", "alpha": 0.2}, "reconstruction": {"collect": "site", "towards_dense": 0.5}},
+        {
+            "allocation": {"method": "predicted", "alpha": 0.2},
+            "reconstruction": {"collect": "site", "towards_dense": 0.5},
+        },
     ),
     **_fast("sweep's mask", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
     **_fast("256 rows", {}, rows=256),
@@ -151,7 +182,10 @@ class Real(Bed):
 
     def __init__(self, length: int = LENGTH) -> None:
         if not MODEL.is_dir():
-            raise click.ClickException(f"no model at {MODEL}; make it with {DATA / 'convert.py'}, or set SPARSELINE_REAL to its directory.")
+            raise click.ClickException(
+                f"no model at {MODEL}; make it with {DATA / 'convert.py'}, or set SPARSELINE_REAL to its"
+                " directory."
+            )
         super().__init__(MODEL, length)
 
     @functools.cached_property
@@ -162,10 +196,21 @@ class Real(Bed):
         """Token rows [count, length], drawn with the seed; the first ones without."""
         if source == RANDOM:
             return super().rows(source, count, seed)
-        asked = {"packing": "concatenate", "rows": count, "length": self.length, "seed": seed, "chat_template": False, "distinct": 1}
+        asked = {
+            "packing": "concatenate",
+            "rows": count,
+            "length": self.length,
+            "seed": seed,
+            "chat_template": False,
+            "distinct": 1,
+        }
         cut = TextParams.model_construct(None, path=Path(source), **asked)
         tokenizer = load_tokenizer(self.path, self.checkpoint.vocabulary)
-        return rows_of(encode(tokenizer, _documents(source)), cut, start(None, self.checkpoint.config.model_type, tokenizer))
+        return rows_of(
+            encode(tokenizer, _documents(source)),
+            cut,
+            start(None, self.checkpoint.config.model_type, tokenizer),
+        )
 
     @torch.no_grad()
     def perplexity(self, blocks: Tensors, text: str) -> float:
@@ -179,7 +224,9 @@ def put(model: PreTrainedModel, bed: Bed, blocks: Tensors) -> None:
     """These blocks into a whole model, and its own where there are none."""
     base = model.base_model.get_submodule(bed.checkpoint.architecture.blocks)
     for index in range(bed.checkpoint.architecture.depth):
-        base.get_submodule(str(index)).load_state_dict(blocks.get(index) or bed.checkpoint.block(index), strict=False)
+        base.get_submodule(str(index)).load_state_dict(
+            blocks.get(index) or bed.checkpoint.block(index), strict=False
+        )
 
 
 def _file(source: str) -> Path:
@@ -206,7 +253,10 @@ def cell(table: str, method: str, pattern: str, seed: int) -> Cell:
     key = {"table": table, "model": NAME, "method": method, "pattern": pattern, "seed": seed}
     if method == "dense" or method in LLMCOMPRESSOR:
         return Cell(key, {}, rows=how.rows, source=how.source)
-    changes = merge(merge(how.changes, selection(pattern)), UNIFORM if (PATTERNS | MORE)[pattern][1] != "unstructured" else {})
+    changes = merge(
+        merge(how.changes, selection(pattern)),
+        UNIFORM if (PATTERNS | MORE)[pattern][1] != "unstructured" else {},
+    )
     return Cell(key, {"ppl": changes}, how.variant, how.rows, how.source)
 
 
@@ -217,7 +267,11 @@ def cells() -> Iterator[Cell]:
         yield from (cell("main", method, pattern, 0) for method in MAIN if method != "dense")
     yield from (cell("ablation", method, "50%", 0) for method in ABLATION)
     yield from (cell("induction", method, pattern, 0) for pattern in ("50%", "2:4") for method in INDUCTION)
-    yield from (cell("sparsity", method, pattern, 0) for pattern in ("50%", "60%", "70%", "80%") for method in SPARSITY)
+    yield from (
+        cell("sparsity", method, pattern, 0)
+        for pattern in ("50%", "60%", "70%", "80%")
+        for method in SPARSITY
+    )
     yield from (cell("main", method, "50%", seed) for seed in (1, 2) for method in SEEDED)
 
 
@@ -243,7 +297,10 @@ def prune(name: str, out: Path) -> Record:
         for index, block in here.blocks(how, kept):
             masks = {f"{MASK}{parameter}": mask for parameter, mask in block.masks.items()}
             tensors = {parameter: tensor.cpu().contiguous() for parameter, tensor in block.tensors.items()}
-            save_file(tensors | {parameter: mask.cpu().contiguous() for parameter, mask in masks.items()}, out / f"{index}.safetensors")
+            save_file(
+                tensors | {parameter: mask.cpu().contiguous() for parameter, mask in masks.items()},
+                out / f"{index}.safetensors",
+            )
 
     return cost(work, here.bed.device)
 
@@ -254,7 +311,11 @@ def distil(name: str, start: Path, out: Path) -> Record:
     here, how = lab(asked), METHODS[asked.key["table"]][asked.key["method"]]
     settings = params.parse(DistilParams, merge(section("distil"), how.distil or {}), "distil")
     model, facts = here.bed.stream(), {}
-    rows = here.rows if not how.learns else {**here.rows, "fit": here.bed.rows(asked.source, how.learns, asked.key["seed"])}
+    rows = (
+        here.rows
+        if not how.learns
+        else {**here.rows, "fit": here.bed.rows(asked.source, how.learns, asked.key["seed"])}
+    )
     if how.learns:  # none that judge
         judging = {tuple(row) for row in rows["held_out"].tolist()}
         rows["fit"] = torch.stack([row for row in rows["fit"] if tuple(row.tolist()) not in judging])
@@ -268,10 +329,17 @@ def distil(name: str, start: Path, out: Path) -> Record:
         before = judge(given, lambda index: blocks[index].stored())
         curve = list(train(given, blocks, settings))
         after = judge(given, lambda index: blocks[index].stored())
-        facts.update({"held_out_before": before, "held_out_after": after, "kept": after < before, "steps": len(curve)})
+        facts.update(
+            {"held_out_before": before, "held_out_after": after, "kept": after < before, "steps": len(curve)}
+        )
         for index, block in enumerate(blocks):
-            tensors = block.stored() if after < before else _split(load_file(start / f"{index}.safetensors"))[0]
-            save_file({parameter: tensor.cpu().contiguous() for parameter, tensor in tensors.items()}, out / f"{index}.safetensors")
+            tensors = (
+                block.stored() if after < before else _split(load_file(start / f"{index}.safetensors"))[0]
+            )
+            save_file(
+                {parameter: tensor.cpu().contiguous() for parameter, tensor in tensors.items()},
+                out / f"{index}.safetensors",
+            )
 
     return cost(work, here.bed.device) | {"training": facts}
 
@@ -285,10 +353,13 @@ def _split(stored: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
 def pruned(asked: Cell, folder: Path) -> tuple[Path, Record]:
     """The directory of a cell's pruned blocks, and its cost.
 
-    What distilled models start from is kept below ``results/cells`` for them, as long as neither recipe, inputs nor code change.
+    What distilled models start from is kept below ``results/cells`` for them, as long as neither
+    recipe, inputs nor code change.
     """
     name = asked.key["method"]
-    if asked.key["table"] != "main" or not any(how.distil is not None and how.variant == name for how in MAIN.values()):
+    if asked.key["table"] != "main" or not any(
+        how.distil is not None and how.variant == name for how in MAIN.values()
+    ):
         return folder, alone(prune, asked.name, folder)
     digest = hashlib.sha256("".join(map(code.digest, CODE)).encode()).hexdigest()[:8]
     kept = STUDY.file(asked).with_suffix("").with_name(f"{STUDY.file(asked).stem}-{digest}")
@@ -308,8 +379,13 @@ def made(asked: Cell, folder: Path) -> tuple[Tensors, Record]:
     if key["method"] in LLMCOMPRESSOR:
         here = lab(asked)
         rows = torch.cat(list(here.rows.values()))
-        blocks, told = compressed(here.bed, rows, (LLMCOMPRESSOR[key["method"]], *PATTERNS[key["pattern"]]), folder)
-        return blocks, told | {"peak_bytes": told["peak_rss_bytes"], "peak_gpu_bytes": told.get("peak_gpu_bytes")}
+        blocks, told = compressed(
+            here.bed, rows, (LLMCOMPRESSOR[key["method"]], *PATTERNS[key["pattern"]]), folder
+        )
+        return blocks, told | {
+            "peak_bytes": told["peak_rss_bytes"],
+            "peak_gpu_bytes": told.get("peak_gpu_bytes"),
+        }
     if how.distil is None:
         directory, told = pruned(asked, folder)
     else:
@@ -318,7 +394,10 @@ def made(asked: Cell, folder: Path) -> tuple[Tensors, Record]:
         directory.mkdir()
         told = alone(distil, asked.name, begun, directory)
         told |= {part: told[part] + before[part] for part in ("wall_s", "cpu_s")}
-        told |= {part: max(filter(None, (told[part], before[part])), default=None) for part in ("peak_bytes", "peak_gpu_bytes")}
+        told |= {
+            part: max(filter(None, (told[part], before[part])), default=None)
+            for part in ("peak_bytes", "peak_gpu_bytes")
+        }
     files = {int(file.stem): _split(load_file(file))[0] for file in directory.glob("*.safetensors")}
     return files, told
 
@@ -338,13 +417,23 @@ def measure(asked: Cell) -> list[Record]:
     more = taken | {"peak_bytes": int(gpu or told["peak_bytes"]), "device": place(bed.device)}
     more |= {"training": told["training"]} if "training" in told else {}
     ppl = {text: bed.perplexity(blocks, text) for text in texts(key["table"])}
-    asked_tasks = key["table"] == "main" and key["method"] in TASKED and key["pattern"] in ("50%", "2:4") and key["seed"] == 0
+    asked_tasks = (
+        key["table"] == "main"
+        and key["method"] in TASKED
+        and key["pattern"] in ("50%", "2:4")
+        and key["seed"] == 0
+    )
     found = tasks(bed, blocks) if asked_tasks else None
-    return [{**key, "text": text, "ppl": value, "dense": bed.dense(text), "tasks": found, **more} for text, value in ppl.items()]
+    return [
+        {**key, "text": text, "ppl": value, "dense": bed.dense(text), "tasks": found, **more}
+        for text, value in ppl.items()
+    ]
 
 
 def tasks(bed: Bed, blocks: Tensors) -> Record:
-    """Accuracies in bfloat16: per task the metric (``acc_norm`` where there is one), its value, and every item's score as a digit; their mean."""
+    """Accuracies in bfloat16: per task the metric (``acc_norm`` where there is one), its value, and
+    every item's score as a digit; their mean.
+    """
     model = load_model(bed.path, "bfloat16", bed.device)
     put(model, bed, blocks)
     how = TasksParams(path=DATA / "tasks", compute_dtype="bfloat16", batch_rows=16)
@@ -372,7 +461,9 @@ def _error(items: Sequence[Any]) -> float:
 
 def base(record: Record) -> Record:
     """Which method closes nothing of the gap in a record's table."""
-    method = {"induction": record["method"].removesuffix(INDUCED), "sparsity": "uniform"}.get(record["table"], "sparsegpt")
+    method = {"induction": record["method"].removesuffix(INDUCED), "sparsity": "uniform"}.get(
+        record["table"], "sparsegpt"
+    )
     return {"method": method}
 
 
@@ -384,7 +475,10 @@ STUDY = Study(
     base=base,
     texts=(*REPORTED, *CHOSEN),
     beside=("cpu_s", "CPU s"),
-    files=lambda asked: [MODEL / "model.safetensors", *({_file(asked.source.partition(":")[0])} if asked.source != RANDOM else ())],
+    files=lambda asked: [
+        MODEL / "model.safetensors",
+        *({_file(asked.source.partition(":")[0])} if asked.source != RANDOM else ()),
+    ],
 )
 
 
@@ -398,12 +492,21 @@ def show(records: list[Record]) -> None:
 
 
 def task_table(records: Sequence[Record]) -> str:
-    """Markdown: the mean of nine tasks ± its standard error; its distance from SparseGPT's ± that of the difference item by item."""
-    known = {(r["pattern"], r["method"]): r["tasks"] for r in records if r["tasks"] and r["text"] == next(iter(REPORTED))}
+    """Markdown: the mean of nine tasks ± its standard error; its distance from SparseGPT's ± that
+    of the difference item by item.
+    """
+    known = {
+        (r["pattern"], r["method"]): r["tasks"]
+        for r in records
+        if r["tasks"] and r["text"] == next(iter(REPORTED))
+    }
     lines = ["| pattern, method | task mean, % | against dense | against SparseGPT |", "|---|---|---|---|"]
     for (pattern, method), found in known.items():
         beside = [_apart(found, known.get(other)) for other in (("50%", "dense"), (pattern, "sparsegpt"))]
-        lines.append(f"| {pattern}, {method} | {100 * found['mean']:.2f} ± {100 * found['stderr']:.2f} | {' | '.join(beside)} |")
+        lines.append(
+            f"| {pattern}, {method} | {100 * found['mean']:.2f} ± {100 * found['stderr']:.2f} |"
+            f" {' | '.join(beside)} |"
+        )
     return "\n".join(lines)
 
 
@@ -421,16 +524,35 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--only", multiple=True, metavar="FIELD=VALUE", help="Only cells with this value of the key: table=main, method=fast.")
-@click.option("--cell", "names", multiple=True, help="Cells to compute anew, by their names: main,SmolLM2-135M-Instruct,fast,50%,0.")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Only cells with this value of the key: table=main, method=fast.",
+)
+@click.option(
+    "--cell",
+    "names",
+    multiple=True,
+    help="Cells to compute anew, by their names: main,SmolLM2-135M-Instruct,fast,50%,0.",
+)
 @click.option("--commit", is_flag=True, help="Commit the record after each cell.")
 def run(only: tuple[str, ...], names: tuple[str, ...], commit: bool) -> None:
     """Every cell that the record lacks, or those that are named; then the tables."""
     wanted = dict(one.split("=", 1) for one in only)
-    asked = [name for name, one in STUDY.every.items() if all(str(one.key.get(part)) == value for part, value in wanted.items())]
+    asked = [
+        name
+        for name, one in STUDY.every.items()
+        if all(str(one.key.get(part)) == value for part, value in wanted.items())
+    ]
     if unknown := [name for name in names if name not in STUDY.every] or ([] if asked else list(only)):
-        raise click.ClickException(f"there is no cell {unknown[0]!r}; the first is {next(iter(STUDY.every))}.")
-    recorded = {",".join(str(record[part]) for part in next(iter(STUDY.every.values())).key) for record in STUDY.recorded()}
+        raise click.ClickException(
+            f"there is no cell {unknown[0]!r}; the first is {next(iter(STUDY.every))}."
+        )
+    recorded = {
+        ",".join(str(record[part]) for part in next(iter(STUDY.every.values())).key)
+        for record in STUDY.recorded()
+    }
     failed = []
     for name in names or [name for name in asked if name not in recorded]:
         try:
@@ -441,7 +563,9 @@ def run(only: tuple[str, ...], names: tuple[str, ...], commit: bool) -> None:
             continue
         if commit:
             message = f"Real testbed: {name.replace(NAME + ',', '')}"
-            subprocess.run(["git", "commit", "--quiet", "--only", str(STUDY.record), "-m", message], cwd=ROOT, check=True)
+            subprocess.run(
+                ["git", "commit", "--quiet", "--only", str(STUDY.record), "-m", message], cwd=ROOT, check=True
+            )
     show(STUDY.recorded())
     if failed:
         raise click.ClickException(f"{len(failed)} cells failed: {'; '.join(failed)}")

@@ -1,8 +1,11 @@
-"""Our presets against other one-shot pruners, and what they cost: ``python -m benchmarks.studies run rivals|rivals_rows|rivals_cost``.
+"""Our presets against other one-shot pruners, and what they cost: ``python -m benchmarks.studies
+run rivals|rivals_rows|rivals_cost``.
 
-A cell prunes a testbed with one method in a process of its own. Its cost runs from model in memory to pruned (imports excluded; what a method
-needs of sensitivity, calibration and curves included), its memory is the peak above what was there before. Perplexity is taken here, of all
-methods alike. llm-compressor runs in an environment of its own (``make rivals-environment``) on the same token ids.
+A cell prunes a testbed with one method in a process of its own. Its cost runs from model in memory
+to pruned (imports excluded; what a method needs of sensitivity, calibration and curves included),
+its memory is the peak above what was there before. Perplexity is taken here, of all methods alike.
+llm-compressor runs in an environment of its own (``make rivals-environment``) on the same token
+ids.
 """
 
 import json
@@ -40,7 +43,9 @@ CYCLES = 50  # DSnoT: swaps per row at most, the authors' default
 
 @dataclass(frozen=True)
 class Method:
-    """A variant of params.yaml (none for llm-compressor's), what is laid over it, and on how much of which text."""
+    """A variant of params.yaml (none for llm-compressor's), what is laid over it, and on how much
+    of which text.
+    """
 
     variant: str | None
     changes: Changes = field(default_factory=dict)
@@ -58,13 +63,17 @@ REFERENCES = {  # Wanda with others' swaps; SparseGPT under others' cheap alloca
 BLOCKWISE = {"collect": "block", "towards_dense": 0.0}
 PARTS = {  # what each part adds: one taken away from a preset, or another in its place
     "best, uniform": Method("best", UNIFORM),
-    "best, sweep's mask and weights": Method("best", {"reconstruction": {"steps": ["obs", "block"], **BLOCKWISE}}),
+    "best, sweep's mask and weights": Method(
+        "best", {"reconstruction": {"steps": ["obs", "block"], **BLOCKWISE}}
+    ),
     "best, sweep's mask": Method("best", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
     "best, pruned stream": Method("best", {"reconstruction": BLOCKWISE}),
     "best, dense stream": Method("best", {"reconstruction": {"towards_dense": 1.0}}),
     "best, masks not refreshed": Method("best", {"reconstruction": {"block": {"refresh_epochs": 0}}}),
     "best, no gradients": Method("best", {"reconstruction": {"steps": ["obs", "lsq"]}}),
-    "best, channel instead of block": Method("best", {"reconstruction": {"steps": ["obs", "lsq", "channel"]}}),
+    "best, channel instead of block": Method(
+        "best", {"reconstruction": {"steps": ["obs", "lsq", "channel"]}}
+    ),
     "best, ISC": Method("best", {"selection": {"score": "isc"}}),
     "best, 2 epochs": Method("best", {"reconstruction": {"block": {"epochs": 2, "refresh_epochs": 1}}}),
     "best, 4 epochs": Method("best", {"reconstruction": {"block": {"epochs": 4}}}),
@@ -75,7 +84,9 @@ PARTS = {  # what each part adds: one taken away from a preset, or another in it
     "fast, sweep's mask": Method("fast", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
 }
 GROWING = ("sparsegpt", "fast", "best")  # what more text does, or another one
-TEXT = {f"{name}, {source}": replace(MAIN[name], source=source) for source in (CODE, RANDOM) for name in GROWING}
+TEXT = {
+    f"{name}, {source}": replace(MAIN[name], source=source) for source in (CODE, RANDOM) for name in GROWING
+}
 COUNTS = (16, 32, 64, 128, 256, 512)
 ROWS = {f"{name}, {rows} rows": replace(MAIN[name], rows=rows) for rows in COUNTS for name in GROWING}
 METHODS = MAIN | THEIRS | REFERENCES | PARTS | TEXT | ROWS
@@ -86,16 +97,22 @@ def cell(testbed: str, pattern: str, method: str, seed: int) -> Cell:
     how, key = METHODS[method], {"testbed": testbed, "pattern": pattern, "method": method, "seed": seed}
     if how.variant is None:
         return Cell(key, {}, rows=how.rows, source=how.source)
-    changes = merge(merge(how.changes, selection(pattern)), UNIFORM if PATTERNS[pattern][1] != "unstructured" else {})
+    changes = merge(
+        merge(how.changes, selection(pattern)), UNIFORM if PATTERNS[pattern][1] != "unstructured" else {}
+    )
     return Cell(key, {"ppl": changes}, how.variant, how.rows, how.source)
 
 
 def cells() -> Iterator[Cell]:
     for seed in range(3):
         for testbed in NAMES:
-            yield from (cell(testbed, pattern, method, seed) for pattern in JUDGED for method in MAIN | THEIRS)
+            yield from (
+                cell(testbed, pattern, method, seed) for pattern in JUDGED for method in MAIN | THEIRS
+            )
     for testbed in NAMES:
-        yield from (cell(testbed, pattern, method, 0) for pattern in ("50%", "60%", "70%") for method in REFERENCES)
+        yield from (
+            cell(testbed, pattern, method, 0) for pattern in ("50%", "60%", "70%") for method in REFERENCES
+        )
         yield from (cell(testbed, "60%", method, 0) for method in (*PARTS, *TEXT))
 
 
@@ -108,11 +125,17 @@ def cells_of_cost() -> Iterator[Cell]:
     """The seed counts the repeats; the calibration rows are always seed 0's."""
     for repeat in range(3):
         for testbed in NAMES:
-            yield from (cell(testbed, pattern, method, repeat) for pattern in ("60%", "2:4") for method in MAIN | THEIRS)
+            yield from (
+                cell(testbed, pattern, method, repeat)
+                for pattern in ("60%", "2:4")
+                for method in MAIN | THEIRS
+            )
 
 
 def dsnot(here: Lab, kept: Kept) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
-    """A reference like DSnoT (2310.08915), from the paper's formulas: Wanda's mask, then weights swapped within rows; block by block."""
+    """A reference like DSnoT (2310.08915), from the paper's formulas: Wanda's mask, then weights
+    swapped within rows; block by block.
+    """
     model, entry = here.bed.stream(), here.bed.checkpoint.architecture
     rows = torch.cat([here.rows["fit"], here.rows["held_out"]])
     dealt = deal(len(rows), 4)
@@ -120,7 +143,11 @@ def dsnot(here: Lab, kept: Kept) -> Iterator[tuple[int, Mapping[str, torch.Tenso
     for index in range(entry.depth):
         tensors = {name: tensor.float() for name, tensor in here.bed.checkpoint.block(index).items()}
         moments = collect(
-            model, (index, model.block(index)), stream.hidden, dealt.lanes, [site.name for site in entry.layouts[index].sites]
+            model,
+            (index, model.block(index)),
+            stream.hidden,
+            dealt.lanes,
+            [site.name for site in entry.layouts[index].sites],
         )
         for matrix in entry.layouts[index].matrices:
             weight, found = matrix.view(tensors[matrix.parameter]), moments[matrix.site]
@@ -131,9 +158,11 @@ def dsnot(here: Lab, kept: Kept) -> Iterator[tuple[int, Mapping[str, torch.Tenso
 
 
 def _swapped(weight: torch.Tensor, mask: torch.Tensor, moments: Moments) -> torch.Tensor:
-    """Per row, ε = E[(W − W⊙M) x] = Σ_pruned w_i μ_i. A swap grows the pruned weight that takes most off ε for its inputs' variance,
-    sign(ε)·w_i μ_i / Var x_i, and prunes the kept one with the least |w|·‖x‖ among those whose loss pushes ε the other way; a row stops when no
-    swap lowers |ε|."""
+    """Per row, ε = E[(W − W⊙M) x] = Σ_pruned w_i μ_i. A swap grows the pruned weight that takes
+    most off ε for its inputs' variance, sign(ε)·w_i μ_i / Var x_i, and prunes the kept one with the
+    least |w|·‖x‖ among those whose loss pushes ε the other way; a row stops when no swap lowers
+    |ε|.
+    """
     diagonal, mask = moments.gram.diagonal(), mask.clone()
     variance = (diagonal - moments.mean.square()).clamp_min(1e-12)
     share, wanda = weight * moments.mean, weight.abs() * diagonal.sqrt()
@@ -165,15 +194,24 @@ def one(asked: Cell, seed: int, out: Path) -> Record:
     kept, _ = here.allocated(how)
     here.forget()  # stage prune never has what the allocation alone needed
     swapped = asked.key["method"] == "dsnot"
-    blocks = dsnot(here, kept) if swapped else ((index, block.tensors) for index, block in here.blocks(how, kept))
+    blocks = (
+        dsnot(here, kept) if swapped else ((index, block.tensors) for index, block in here.blocks(how, kept))
+    )
     for index, tensors in blocks:  # each is written as it comes, as stage prune does
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / f"{index}.safetensors")
-    cost = {"wall_s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu, "peak_rss_bytes": resident("VmHWM") - before}
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, out / f"{index}.safetensors"
+        )
+    cost = {
+        "wall_s": time.perf_counter() - started,
+        "cpu_s": time.process_time() - cpu,
+        "peak_rss_bytes": resident("VmHWM") - before,
+    }
     return cost | {"threads": torch.get_num_threads()}
 
 
 def called(*command: str | Path, limit: float | None = None) -> Record:
-    """What another process tells in the last line of JSON that it prints. It has as many threads as this one, and no GPU where this one uses none.
+    """What another process tells in the last line of JSON that it prints. It has as many threads as
+    this one, and no GPU where this one uses none.
 
     Raises:
         TimeoutError: it took longer than ``limit`` seconds, and was stopped.
@@ -184,7 +222,9 @@ def called(*command: str | Path, limit: float | None = None) -> Record:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     words = [str(word) for word in command]
     try:
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=limit)
+        done = subprocess.run(
+            words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=limit
+        )
     except subprocess.TimeoutExpired as error:
         raise TimeoutError(f"stopped after {limit:g} s") from error
     told = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -194,7 +234,9 @@ def called(*command: str | Path, limit: float | None = None) -> Record:
     return found
 
 
-def compressed(bed: Bed, rows: torch.Tensor, how: tuple[str, float, str], folder: Path) -> tuple[Tensors, Record]:
+def compressed(
+    bed: Bed, rows: torch.Tensor, how: tuple[str, float, str], folder: Path
+) -> tuple[Tensors, Record]:
     """The blocks that llm-compressor leaves, and its cost, from a process of its own.
 
     Args:
@@ -203,15 +245,29 @@ def compressed(bed: Bed, rows: torch.Tensor, how: tuple[str, float, str], folder
         folder: for files on the way.
     """
     if not Path(PYTHON).exists():
-        raise click.ClickException(f"no llm-compressor at {PYTHON}; run `make rivals-environment`, or set SPARSELINE_RIVALS to its Python.")
+        raise click.ClickException(
+            f"no llm-compressor at {PYTHON}; run `make rivals-environment`, or set SPARSELINE_RIVALS to its"
+            " Python."
+        )
     given, whole = folder / "rows.safetensors", folder / "all.safetensors"
     save_file({"rows": rows}, given)
     method, sparsity, pattern = how
-    cost = called(PYTHON, ROOT / "benchmarks" / "llm_compressor.py", bed.path, given, method, str(sparsity), pattern, whole)
+    cost = called(
+        PYTHON,
+        ROOT / "benchmarks" / "llm_compressor.py",
+        bed.path,
+        given,
+        method,
+        str(sparsity),
+        pattern,
+        whole,
+    )
     linears, blocks = load_file(whole), {}
     for index in range(bed.checkpoint.architecture.depth):
         prefix = bed.checkpoint.block_prefix(index)
-        own = {name.removeprefix(prefix): tensor for name, tensor in linears.items() if name.startswith(prefix)}
+        own = {
+            name.removeprefix(prefix): tensor for name, tensor in linears.items() if name.startswith(prefix)
+        }
         blocks[index] = bed.checkpoint.block(index) | own
     return blocks, cost
 
@@ -225,12 +281,16 @@ def apart(asked: Cell, seed: int) -> tuple[Tensors, Record]:
         blocks: Tensors
         if method in LLMCOMPRESSOR:
             rows = torch.cat(list(bed.calibration(asked.source, asked.rows, seed).values()))
-            blocks, cost = compressed(bed, rows, (LLMCOMPRESSOR[method], *PATTERNS[asked.key["pattern"]]), out)
+            blocks, cost = compressed(
+                bed, rows, (LLMCOMPRESSOR[method], *PATTERNS[asked.key["pattern"]]), out
+            )
         else:
             key = (str(asked.key[name]) for name in ("testbed", "pattern", "method"))
             cost = called(sys.executable, "-m", "benchmarks.rivals", *key, str(seed), out)
             blocks = {int(file.stem): load_file(file) for file in out.iterdir()}
-    return blocks, {key: round(value, 3) if isinstance(value, float) else value for key, value in cost.items()}
+    return blocks, {
+        key: round(value, 3) if isinstance(value, float) else value for key, value in cost.items()
+    }
 
 
 def judged(asked: Cell, texts: tuple[str, ...]) -> list[Record]:
@@ -238,15 +298,31 @@ def judged(asked: Cell, texts: tuple[str, ...]) -> list[Record]:
     bed = lab(asked.key["testbed"]).bed
     blocks, cost = apart(asked, asked.key["seed"])
     ppl = {text: bed.perplexity(blocks, text) for text in texts}
-    return [{**asked.key, "text": text, "ppl": ppl[text], "dense": bed.dense(text), "rows": asked.rows, **cost} for text in texts]
+    return [
+        {**asked.key, "text": text, "ppl": ppl[text], "dense": bed.dense(text), "rows": asked.rows, **cost}
+        for text in texts
+    ]
 
 
 def costs(records: list[Record]) -> str:
-    """Markdown: costs over those of llm-compressor's SparseGPT on the same testbed, pattern and seed; medians, and the largest."""
-    lines = ["| over llm-compressor's SparseGPT | wall, median (largest) | CPU | peak memory |", "|---|---|---|---|"]
-    known = {(r["testbed"], r["pattern"], r["method"], r["seed"]): r for r in records if r["text"] in ("test", None)}
+    """Markdown: costs over those of llm-compressor's SparseGPT on the same testbed, pattern and
+    seed; medians, and the largest.
+    """
+    lines = [
+        "| over llm-compressor's SparseGPT | wall, median (largest) | CPU | peak memory |",
+        "|---|---|---|---|",
+    ]
+    known = {
+        (r["testbed"], r["pattern"], r["method"], r["seed"]): r
+        for r in records
+        if r["text"] in ("test", None)
+    }
     for method in MAIN | THEIRS:
-        own = [(r, known.get((t, p, "llm-compressor sparsegpt", s))) for (t, p, name, s), r in known.items() if name == method]
+        own = [
+            (r, known.get((t, p, "llm-compressor sparsegpt", s)))
+            for (t, p, name, s), r in known.items()
+            if name == method
+        ]
         line = []
         for key in ("wall_s", "cpu_s", "peak_rss_bytes"):
             ratios = [r[key] / base[key] for r, base in own if base]
@@ -258,7 +334,11 @@ def costs(records: list[Record]) -> str:
 def same_text(record: Record) -> Record:
     """SparseGPT on the rows that a method was given."""
     method = record["method"]
-    return {"method": method.replace(method.split(",")[0], "sparsegpt", 1) if method in TEXT | ROWS else "sparsegpt"}
+    return {
+        "method": (
+            method.replace(method.split(",")[0], "sparsegpt", 1) if method in TEXT | ROWS else "sparsegpt"
+        )
+    }
 
 
 RIVALS = Study(

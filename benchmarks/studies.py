@@ -1,7 +1,8 @@
 """The studies: ``python -m benchmarks.studies run|table|verify STUDY``.
 
-``run sparsity --only testbed=llama --only seed=0`` computes what is not there yet; ``verify sparsity --cell
-"llama,unstructured,0.5,predicted,obs,0"`` computes one recorded cell anew and compares, without ``--cell`` random ones.
+``run sparsity --only testbed=llama --only seed=0`` computes what is not there yet; ``verify
+sparsity --cell "llama,unstructured,0.5,predicted,obs,0"`` computes one recorded cell anew and
+compares, without ``--cell`` random ones.
 """
 
 import math
@@ -20,7 +21,8 @@ from pipeline_lib.core.params import merge
 from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.solve.size import DENSE_BITS, packed_bits
 
-# Sparsity Induction: every base and pattern without induction, and with it (start, learning, gate) and channel compensation.
+# Sparsity Induction: every base and pattern without induction, and with it (start, learning, gate)
+# and channel compensation.
 BASES: dict[str, Changes] = {
     "magnitude": {"selection": {"score": "magnitude", "group": "matrix"}, "reconstruction": {"steps": []}},
     "wanda": {"selection": {"score": "wanda", "group": "row"}, "reconstruction": {"steps": []}},
@@ -33,13 +35,20 @@ def induction() -> Iterator[Cell]:
         for pattern in PATTERNS if seed == 0 else (name for name in PATTERNS if name != "4:8"):
             for base, changes in BASES.items():
                 without = merge(selection(pattern), changes)
-                induced = merge(without, {"induce": {}, "reconstruction": {"steps": [*changes["reconstruction"]["steps"], "channel"]}})
+                induced = merge(
+                    without,
+                    {
+                        "induce": {},
+                        "reconstruction": {"steps": [*changes["reconstruction"]["steps"], "channel"]},
+                    },
+                )
                 for testbed in NAMES:
                     key = {"testbed": testbed, "base": base, "pattern": pattern, "seed": seed}
                     yield Cell(key, {"without": without, "with": induced})
 
 
-# Allocations and scores: the OBS sweep in column blocks. Combinations are chosen on validation text; the other texts are only reported.
+# Allocations and scores: the OBS sweep in column blocks. Combinations are chosen on validation
+# text; the other texts are only reported.
 ALLOCATIONS: dict[str, Changes] = {
     "uniform": {"method": "uniform"},
     "layer": {"method": "layer", "alpha": 0.15},
@@ -47,9 +56,18 @@ ALLOCATIONS: dict[str, Changes] = {
     "predicted": {"method": "predicted", "weighting": "kronecker", "temper": 0.75, "alpha": 0.2},
 }
 OTHERS: dict[str, Changes] = {  # one seed
-    **{f"{method}-{alpha:g}": {"method": method, "alpha": alpha} for method in ("layer", "weight") for alpha in (0.1, 0.2)},
     **{
-        f"predicted-{weighting}-{temper:g}-1": {"method": "predicted", "weighting": weighting, "temper": temper, "alpha": 1}
+        f"{method}-{alpha:g}": {"method": method, "alpha": alpha}
+        for method in ("layer", "weight")
+        for alpha in (0.1, 0.2)
+    },
+    **{
+        f"predicted-{weighting}-{temper:g}-1": {
+            "method": "predicted",
+            "weighting": weighting,
+            "temper": temper,
+            "alpha": 1,
+        }
         for weighting, temper in (("trace", 1), ("kronecker", 1), ("kronecker", 0.75))
     },
     "owl": {"method": "owl", "alpha": 0.08},  # its authors' lambda
@@ -62,27 +80,46 @@ SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 
 def sparsity() -> Iterator[Cell]:
     def cell(testbed: str, pattern: str, share: float, allocation: str, score: str, seed: int) -> Cell:
-        key = {"testbed": testbed, "pattern": pattern, "sparsity": share, "allocation": allocation, "score": score, "seed": seed}
+        key = {
+            "testbed": testbed,
+            "pattern": pattern,
+            "sparsity": share,
+            "allocation": allocation,
+            "score": score,
+            "seed": seed,
+        }
         chosen = {"score": score, "group": "block", "sparsity": share, "pattern": pattern}
         method = (ALLOCATIONS | OTHERS)[allocation]
-        return Cell(key, {"ppl": {"selection": chosen, "allocation": method, "reconstruction": {"steps": ["obs"]}}})
+        return Cell(
+            key, {"ppl": {"selection": chosen, "allocation": method, "reconstruction": {"steps": ["obs"]}}}
+        )
 
     for seed in range(3):
         for share in SPARSITIES:
             for testbed in NAMES:
                 for score in ("obs", "isc"):
-                    yield from (cell(testbed, "unstructured", share, allocation, score, seed) for allocation in ALLOCATIONS)
+                    yield from (
+                        cell(testbed, "unstructured", share, allocation, score, seed)
+                        for allocation in ALLOCATIONS
+                    )
     for testbed in NAMES:
         for share in SPARSITIES:
             yield from (cell(testbed, "unstructured", share, allocation, "obs", 0) for allocation in OTHERS)
-            yield from (cell(testbed, "unstructured", share, allocation, "obd", 0) for allocation in ALLOCATIONS)
+            yield from (
+                cell(testbed, "unstructured", share, allocation, "obd", 0) for allocation in ALLOCATIONS
+            )
         for pattern in ("2:4", "4:8"):
             for score in ("obs", "isc", "obd"):
-                yield from (cell(testbed, pattern, 0.5, allocation, score, 0) for allocation in ("uniform", "weight", *FREE))
+                yield from (
+                    cell(testbed, pattern, 0.5, allocation, score, 0)
+                    for allocation in ("uniform", "weight", *FREE)
+                )
 
 
 def select(records: list[Record]) -> None:
-    """Mark, per testbed, pattern and sparsity, the combination with the least mean log perplexity on validation text, of those with most seeds."""
+    """Mark, per testbed, pattern and sparsity, the combination with the least mean log perplexity
+    on validation text, of those with most seeds.
+    """
     groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Record]]] = {}
     for r in records:
         r["selected"] = False
@@ -118,7 +155,10 @@ ONCE: dict[str, Changes] = {  # one seed
     "lsq, then channel": {"steps": ["obs", "lsq", "channel"], **DENSE},
     "lsq, then block": {"steps": ["obs", "lsq", "block"], **DENSE},
     "block, weights only": {"steps": ["obs", "block"], "block": {"parts": ["weights"]}},
-    "block, with factors": {"steps": ["obs", "block"], "block": {"parts": ["weights", "biases", "norms", "factors"]}},
+    "block, with factors": {
+        "steps": ["obs", "block"],
+        "block": {"parts": ["weights", "biases", "norms", "factors"]},
+    },
     "block, float32": {"steps": ["obs", "block"], "block": {"compute_dtype": "float32"}},
     "block, windows of 2": {"steps": ["obs", "block"], "block": {"window": 2}},
     "block, masks refreshed": {"steps": ["obs", "block"], "block": {"refresh_epochs": 2}},
@@ -139,8 +179,13 @@ def reconstruction() -> Iterator[Cell]:
         yield from (cell(testbed, method, 0) for method in ONCE)
 
 
-# Quantisation: round to nearest, GPTQ, SparseGPT with GPTQ in its sweep, and the preset `best`, all on the same grid.
-SWEEP: Changes = {"selection": {"score": "obs", "group": "block"}, **UNIFORM, "reconstruction": {"steps": ["obs"]}}
+# Quantisation: round to nearest, GPTQ, SparseGPT with GPTQ in its sweep, and the preset `best`, all
+# on the same grid.
+SWEEP: Changes = {
+    "selection": {"score": "obs", "group": "block"},
+    **UNIFORM,
+    "reconstruction": {"steps": ["obs"]},
+}
 NEAREST = merge(SWEEP, {"reconstruction": {"steps": []}})
 SYMMETRIC: Changes = {"quantization": {"symmetric": True}}
 GRIDS: dict[tuple[str, int, str], Changes] = {  # method, bits, pruned; `ours` is the preset
@@ -170,14 +215,18 @@ def quantization() -> Iterator[Cell]:
 
 
 def size(lab: Lab, asked: Recipe | None, run: Run | None) -> Record:
-    """Bytes of the prunable matrices: packed codes, scales and zero points, masks where something is pruned; and the rounding error."""
+    """Bytes of the prunable matrices: packed codes, scales and zero points, masks where something
+    is pruned; and the rounding error.
+    """
     entry = lab.bed.checkpoint.architecture
     shapes = {place: lab.bed.checkpoint.matrix_shape(*place) for place in entry.places()}
     sizes = [math.prod(shape) for shape in shapes.values()]
     bits, facts = DENSE_BITS * sum(sizes), {}
     if asked and run:
         found = {(index, m): run.blocks[index].facts["matrices"][m.label] for index, m in shapes}
-        bits = sum(packed_bits(shape, found[place]["kept"], asked.quantization) for place, shape in shapes.items())
+        bits = sum(
+            packed_bits(shape, found[place]["kept"], asked.quantization) for place, shape in shapes.items()
+        )
         facts = {"rounding_error": stats.fmean([one["rounding_error"] for one in found.values()], sizes)}
     return facts | {"bytes": -(-bits // 8), "bits_per_weight": bits / sum(sizes)}
 
@@ -207,8 +256,20 @@ STUDIES = {
             base=lambda record: {"allocation": "uniform", "score": "obs"},
             finish=select,
         ),
-        Study("reconstruction", reconstruction, partial(pruned, texts=TEXTS), base=sparsegpt, beside=("wall_s", "s")),
-        Study("quantization", quantization, partial(pruned, texts=TEXTS, facts=size), base=sparsegpt, beside=("bits_per_weight", "bits")),
+        Study(
+            "reconstruction",
+            reconstruction,
+            partial(pruned, texts=TEXTS),
+            base=sparsegpt,
+            beside=("wall_s", "s"),
+        ),
+        Study(
+            "quantization",
+            quantization,
+            partial(pruned, texts=TEXTS, facts=size),
+            base=sparsegpt,
+            beside=("bits_per_weight", "bits"),
+        ),
         *RIVALS.values(),
     )
 }
@@ -223,7 +284,9 @@ def main() -> None:
     pass
 
 
-asked = click.argument("study", type=click.Choice(list(STUDIES)), callback=lambda context, parameter, name: STUDIES[name])
+asked = click.argument(
+    "study", type=click.Choice(list(STUDIES)), callback=lambda context, parameter, name: STUDIES[name]
+)
 
 
 @main.command()
@@ -235,7 +298,9 @@ def run(study: Study, only: tuple[str, ...], missing: bool) -> None:
     wanted = {name: value for name, _, value in (one.partition("=") for one in only)}
     fields = next(iter(study.every.values())).key
     if unknown := wanted.keys() - fields.keys():
-        raise click.ClickException(f"{study.name} has no field {sorted(unknown)[0]!r}; fields: {', '.join(fields)}.")
+        raise click.ClickException(
+            f"{study.name} has no field {sorted(unknown)[0]!r}; fields: {', '.join(fields)}."
+        )
     show(study, study.run(wanted, missing))
 
 

@@ -1,7 +1,9 @@
-"""The OBS sweep of one matrix against its products alone, on one CPU thread: ``python -m benchmarks.sweep ROWS COLUMNS``.
+"""The OBS sweep of one matrix against its products alone, on one CPU thread: ``python -m
+benchmarks.sweep ROWS COLUMNS``.
 
-Prints one line of JSON: CPU seconds of the sweep as the variant ``sparsegpt`` runs it, those of one product [R, C] × [C, C/2], which has as many
-multiply-adds as a sweep cannot do without (R·C²/2), and the ratio. Each is the best of three.
+Prints one line of JSON: CPU seconds of the sweep as the variant ``sparsegpt`` runs it, those of one
+product [R, C] × [C, C/2], which has as many multiply-adds as a sweep cannot do without (R·C²/2),
+and the ratio. Each is the best of three.
 """
 
 import json
@@ -33,7 +35,9 @@ def best(work: Callable[[], object]) -> float:
 
 
 def factorisation(columns: int, selection: SelectionParams) -> Factorisation:
-    """Of a random second moment [C, C] with eigenvalues between 1 and about 15: the identity and a part of rank C/8."""
+    """Of a random second moment [C, C] with eigenvalues between 1 and about 15: the identity and a
+    part of rank C/8.
+    """
     rank = -(-columns // 8)
     part = torch.randn(columns, rank, generator=generator(0, "second moment"))
     gram = torch.addmm(torch.eye(columns), part, part.T, alpha=1 / rank)
@@ -43,7 +47,9 @@ def factorisation(columns: int, selection: SelectionParams) -> Factorisation:
 @click.command(help=__doc__)
 @click.argument("rows", type=click.IntRange(1))
 @click.argument("columns", type=click.IntRange(2))
-@click.option("--sparsity", default=0.6, show_default=True, help="Share that becomes zero; of N:M 1 - N/M is taken.")
+@click.option(
+    "--sparsity", default=0.6, show_default=True, help="Share that becomes zero; of N:M 1 - N/M is taken."
+)
 @click.option("--pattern", default="unstructured", show_default=True, help="Or N:M.")
 def main(rows: int, columns: int, sparsity: float, pattern: str) -> None:
     torch.set_num_threads(1)

@@ -1,7 +1,9 @@
-"""The testbeds: small trained models and texts outside the repository, and the protocol that all records share.
+"""The testbeds: small trained models and texts outside the repository, and the protocol that all
+records share.
 
-Tokens: the start token before each document; documents are joined and cut into rows of 256. Calibration: 128 rows drawn with the seed, a
-quarter of them held out. Validation: the first 128 rows; test: the first 256 rows of the mixture's test text and of WikiText-2's.
+Tokens: the start token before each document; documents are joined and cut into rows of 256.
+Calibration: 128 rows drawn with the seed, a quarter of them held out. Validation: the first 128
+rows; test: the first 256 rows of the mixture's test text and of WikiText-2's.
 """
 
 import functools
@@ -26,15 +28,20 @@ from pipeline_lib.texts.texts import TextParams, read_texts
 
 ROOT = Path(os.environ.get("SPARSELINE_TESTBED", Path(__file__).parent.parent.parent / "shared" / "testbed"))
 NAMES = ("llama", "opt")
-CODE, RANDOM, MIXTURE = "python code", "random tokens", "mix.calib"  # sources of calibration rows; the first is the shipped text
-TEXTS = {"validation": ("mix.valid", 128), "test": ("mix.test", 256), "wikitext2": ("wikitext2.test", 256)}  # source, rows
+# sources of calibration rows; the first is the shipped text
+CODE, RANDOM, MIXTURE = "python code", "random tokens", "mix.calib"
+# source, rows
+TEXTS = {"validation": ("mix.valid", 128), "test": ("mix.test", 256), "wikitext2": ("wikitext2.test", 256)}
 LENGTH = 256
 HELD_OUT = 0.25
-Tensors = Mapping[int, Mapping[str, torch.Tensor]]  # block -> parameter, named relative to the block -> tensor
+# block -> parameter, named relative to the block -> tensor
+Tensors = Mapping[int, Mapping[str, torch.Tensor]]
 
 
 class Bed:
-    """A checkpoint, and random rows for it; weights are read when asked for. Device and threads are as the settings say."""
+    """A checkpoint, and random rows for it; weights are read when asked for. Device and threads are
+    as the settings say.
+    """
 
     def __init__(self, path: Path, length: int) -> None:
         self.path, self.length, self.device = path, length, runtime.compute()
@@ -60,7 +67,9 @@ class Bed:
         """
         if source != RANDOM:
             raise ValueError(f"{self.path} has no rows of {source}")
-        return torch.randint(self.checkpoint.config.vocab_size, (count, self.length), generator=generator(seed or 0, RANDOM))
+        return torch.randint(
+            self.checkpoint.config.vocab_size, (count, self.length), generator=generator(seed or 0, RANDOM)
+        )
 
     def calibration(self, source: str, count: int, seed: int) -> dict[str, torch.Tensor]:
         """``fit`` and ``held_out`` rows; of a single row none is held out."""
@@ -71,7 +80,9 @@ class Bed:
         """Of the model with these tensors in the place of its own."""
         base = self.whole.base_model.get_submodule(self.checkpoint.architecture.blocks)
         for index in range(self.checkpoint.architecture.depth):
-            base.get_submodule(str(index)).load_state_dict(blocks.get(index) or self.checkpoint.block(index), strict=False)
+            base.get_submodule(str(index)).load_state_dict(
+                blocks.get(index) or self.checkpoint.block(index), strict=False
+            )
         return perplexity(self.whole, self.rows(*TEXTS[text]), 16)
 
     def dense(self, text: str) -> float:
@@ -86,23 +97,39 @@ class Testbed(Bed):
 
     def __init__(self, name: str) -> None:
         if not ROOT.exists():
-            raise click.ClickException(f"no testbeds at {ROOT}; set SPARSELINE_TESTBED to a directory with llama, opt and texts.")
+            raise click.ClickException(
+                f"no testbeds at {ROOT}; set SPARSELINE_TESTBED to a directory with llama, opt and texts."
+            )
         super().__init__(ROOT / name, LENGTH)
 
     def rows(self, source: str, count: int, seed: int | None = None) -> torch.Tensor:
         """Token rows [count, 256], drawn with the seed; the first ones without."""
         if source == RANDOM:
             return super().rows(source, count, seed)
-        asked = {"packing": "concatenate", "rows": count, "length": LENGTH, "seed": seed, "chat_template": False, "distinct": 1}
+        asked = {
+            "packing": "concatenate",
+            "rows": count,
+            "length": LENGTH,
+            "seed": seed,
+            "chat_template": False,
+            "distinct": 1,
+        }
         cut = TextParams.model_construct(None, path=Path(source), **asked)
         tokenizer = load_tokenizer(self.path, self.checkpoint.config.vocab_size)
-        return rows_of(encode(tokenizer, _documents(source)), cut, start("document", self.checkpoint.config.model_type, tokenizer))
+        return rows_of(
+            encode(tokenizer, _documents(source)),
+            cut,
+            start("document", self.checkpoint.config.model_type, tokenizer),
+        )
 
 
 def inputs(name: str, texts: tuple[str, ...], source: str) -> list[Path]:
     """The files that a cell on these texts depends on."""
     files = [source, *(TEXTS[text][0] for text in texts)]
-    return [ROOT / name / "model.safetensors", *(ROOT / "texts" / f"{file}.txt" for file in files if file not in (CODE, RANDOM))]
+    return [
+        ROOT / name / "model.safetensors",
+        *(ROOT / "texts" / f"{file}.txt" for file in files if file not in (CODE, RANDOM)),
+    ]
 
 
 @functools.cache

@@ -1,4 +1,6 @@
-"""Pages of the site that are no files of docs/: README first, the changelog, and the reference, a page for each package of the library."""
+"""Pages of the site that are no files of docs/: README first, the changelog, and the reference, a
+page for each package of the library.
+"""
 
 import re
 from pathlib import Path
@@ -13,7 +15,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Called by MkDocs once it has listed docs/."""
     root = Path(config.config_file_path).parent
     packages = sorted(path.parent.name for path in (root / LIBRARY).glob("*/__init__.py"))
-    pages = {"index.md": in_docs(read(root / "README.md")), "changelog.md": in_docs(read(root / "CHANGELOG.md"))}
+    pages = {
+        "index.md": in_docs(read(root / "README.md")),
+        "changelog.md": in_docs(read(root / "CHANGELOG.md")),
+    }
     pages |= {f"reference/{name}.md": f"# {LIBRARY}.{name}\n\n::: {LIBRARY}.{name}\n" for name in packages}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))

@@ -6,7 +6,8 @@ import signal
 import sys
 from types import FrameType, TracebackType
 
-# OpenMP's threads sleep while they wait, unless told otherwise: spinning, they take the cores from whatever else runs.
+# OpenMP's threads sleep while they wait, unless told otherwise: spinning, they take the cores from
+# whatever else runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
@@ -19,7 +20,9 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def _interrupted(number: int, _frame: FrameType | None) -> None:
-    """Ctrl-C before a stage's body, or after it: the imports take seconds. An exception might be swallowed where it is raised."""
+    """Ctrl-C before a stage's body, or after it: the imports take seconds. An exception might be
+    swallowed where it is raised.
+    """
     os.write(2, b"error: SIGINT came; run the same command again.\n")
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
@@ -41,5 +44,6 @@ def _hand_over() -> None:
     preloaded.hand_over()
 
 
-if "SPARSELINE_PRELOADED" in os.environ and sys.argv[0] == "-m" == sys.orig_argv[1]:  # `python -m stages.…` imports this package first
+# `python -m stages.…` imports this package first
+if "SPARSELINE_PRELOADED" in os.environ and sys.argv[0] == "-m" == sys.orig_argv[1]:
     _hand_over()

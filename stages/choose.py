@@ -1,4 +1,6 @@
-"""Model-level gate: name the candidate that validation text prefers, so that a mixed allocation can fall back to a uniform one."""
+"""Model-level gate: name the candidate that validation text prefers, so that a mixed allocation can
+fall back to a uniform one.
+"""
 
 import click
 
@@ -14,7 +16,10 @@ def main() -> None:
     workspace = Workspace()
     with runtime.stage() as tell:
         part = keys.choose(read_all())
-        found = {name: workspace.load(workspace.evaluation(name))["perplexity"][part.text] for name in part.candidates}
+        found = {
+            name: workspace.load(workspace.evaluation(name))["perplexity"][part.text]
+            for name in part.candidates
+        }
         chosen = choose(found)
         workspace.save(workspace.choice, {"text": part.text, "chosen": chosen, "perplexity": found})
         listed = ", ".join(f"{name} {value:.3f}" for name, value in found.items())

@@ -1,4 +1,6 @@
-"""Make safetensors of a model that has pytorch_model.bin only, from a directory or the hub; no code in it is run (not a stage)."""
+"""Make safetensors of a model that has pytorch_model.bin only, from a directory or the hub; no code
+in it is run (not a stage).
+"""
 
 from pathlib import Path
 

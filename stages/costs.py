@@ -1,4 +1,6 @@
-"""Print the comparison with what each variant cost on this machine, and complete the report's section Costs (not a stage: costs differ)."""
+"""Print the comparison with what each variant cost on this machine, and complete the report's
+section Costs (not a stage: costs differ).
+"""
 
 from pathlib import Path
 
@@ -15,7 +17,14 @@ def main() -> None:
     with runtime.told():
         results, measured = table.collect(), costs.collect()
         artifacts.write_text(OUT, render.costs(results, measured))
-        click.echo("\n".join([table.plain([*table.comparison(results), *costs.by_variant(results, measured)]), *table.notes(results)]))
+        click.echo(
+            "\n".join(
+                [
+                    table.plain([*table.comparison(results), *costs.by_variant(results, measured)]),
+                    *table.notes(results),
+                ]
+            )
+        )
 
 
 if __name__ == "__main__":

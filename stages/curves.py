@@ -1,4 +1,6 @@
-"""Measure one variant's error curves: every matrix pruned to a few densities, what that changes, weighted by what the loss feels."""
+"""Measure one variant's error curves: every matrix pruned to a few densities, what that changes,
+weighted by what the loss feels.
+"""
 
 import click
 

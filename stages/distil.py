@@ -1,4 +1,6 @@
-"""Train one variant's pruned checkpoint as a whole towards the dense model, zeros held; kept only where held-out rows agree. Resumes."""
+"""Train one variant's pruned checkpoint as a whole towards the dense model, zeros held; kept only
+where held-out rows agree. Resumes.
+"""
 
 import click
 

@@ -1,4 +1,6 @@
-"""Write the versions that run here into env.lock.json, which is part of every stage's key (not a stage; `make environment` calls it)."""
+"""Write the versions that run here into env.lock.json, which is part of every stage's key (not a
+stage; `make environment` calls it).
+"""
 
 import sys
 
@@ -13,7 +15,9 @@ def main() -> None:
     try:
         if environment.write():
             versions = ", ".join(f"{name} {version}" for name, version in environment.running().items())
-            click.echo(f"{environment.FILE}: now says {versions}; results of other versions stay in the cache")
+            click.echo(
+                f"{environment.FILE}: now says {versions}; results of other versions stay in the cache"
+            )
     except SparselineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

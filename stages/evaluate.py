@@ -1,4 +1,6 @@
-"""Measure one saved checkpoint: perplexity and divergence from the source per text, sample completions. ``dense`` is the source itself."""
+"""Measure one saved checkpoint: perplexity and divergence from the source per text, sample
+completions. ``dense`` is the source itself.
+"""
 
 import click
 

@@ -1,4 +1,6 @@
-"""Write one variant as files that are as small as it is: dense, bitmask, compressed-tensors, gguf; and say how small."""
+"""Write one variant as files that are as small as it is: dense, bitmask, compressed-tensors, gguf;
+and say how small.
+"""
 
 import click
 
@@ -22,7 +24,10 @@ def main(variant: str) -> None:
             return
         from pipeline_lib.jobs.export import export_variant
 
-        tell(f"export {variant}: {export_variant(workspace, params.load(ModelParams, 'model'), variant, settings)}")
+        tell(
+            f"export {variant}:"
+            f" {export_variant(workspace, params.load(ModelParams, 'model'), variant, settings)}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Have the source model write a text with kind: generated, which `text` cuts into rows; nothing for other texts."""
+"""Have the source model write a text with kind: generated, which `text` cuts into rows; nothing for
+other texts.
+"""
 
 import click
 
@@ -23,7 +25,10 @@ def main(name: str) -> None:
 
         text = params.load(TextParams, f"texts.{name}")
         assert text.generated is not None  # else it would have been refused
-        tell(f"generate {name}: {generate(workspace, params.load(ModelParams, 'model'), name, text, text.generated)}")
+        tell(
+            f"generate {name}:"
+            f" {generate(workspace, params.load(ModelParams, 'model'), name, text, text.generated)}"
+        )
 
 
 if __name__ == "__main__":

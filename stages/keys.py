@@ -1,4 +1,6 @@
-"""Refuse parameters that cannot be used, and write what each stage reads of them and of the code: a stage's key is that, and no more."""
+"""Refuse parameters that cannot be used, and write what each stage reads of them and of the code: a
+stage's key is that, and no more.
+"""
 
 import click
 

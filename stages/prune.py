@@ -1,4 +1,6 @@
-"""Prune one variant block by block and write it as a Hugging Face checkpoint with its masks; resumes after a kill."""
+"""Prune one variant block by block and write it as a Hugging Face checkpoint with its masks;
+resumes after a kill.
+"""
 
 import click
 
@@ -18,7 +20,9 @@ def main(variant: str) -> None:
         click.echo(f"prune {variant}: {in_words(recipe)}")
         from pipeline_lib.jobs.prune import prune_variant
 
-        tell(f"prune {variant}: {prune_variant(workspace, params.load(ModelParams, 'model'), variant, recipe)}")
+        tell(
+            f"prune {variant}: {prune_variant(workspace, params.load(ModelParams, 'model'), variant, recipe)}"
+        )
 
 
 if __name__ == "__main__":

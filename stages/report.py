@@ -1,4 +1,6 @@
-"""Gather what the stages measured into one page to read, and into tables and points for a terminal and for DVC."""
+"""Gather what the stages measured into one page to read, and into tables and points for a terminal
+and for DVC.
+"""
 
 from pathlib import Path
 
@@ -19,10 +21,15 @@ def main() -> None:
         artifacts.write_json(OUT / "summary.json", table.summary(results))
         artifacts.write_json(OUT / "perplexity.json", table.points(results))
         notes = table.notes(results)
-        artifacts.write_text(OUT / "table.txt", "\n".join([table.plain(table.comparison(results)), *notes]) + "\n")
+        artifacts.write_text(
+            OUT / "table.txt", "\n".join([table.plain(table.comparison(results)), *notes]) + "\n"
+        )
         for note in notes:
             click.echo(f"report: {note}")
-        tell(f"report: {len(results.pruned)} pruned variants; read {OUT / 'index.html'}, or {OUT / 'table.txt'}")
+        tell(
+            f"report: {len(results.pruned)} pruned variants; read {OUT / 'index.html'}, or"
+            f" {OUT / 'table.txt'}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""How sensitive the loss is to each matrix: trace of its Hessian (hutchinson) or Fisher information (fisher), on the original model."""
+"""How sensitive the loss is to each matrix: trace of its Hessian (hutchinson) or Fisher information
+(fisher), on the original model.
+"""
 
 import click
 

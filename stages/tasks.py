@@ -1,4 +1,6 @@
-"""Accuracy and other figures of one saved checkpoint on lm-eval's tasks, by preset. ``dense`` is the source itself."""
+"""Accuracy and other figures of one saved checkpoint on lm-eval's tasks, by preset. ``dense`` is
+the source itself.
+"""
 
 import click
 
@@ -21,7 +23,10 @@ def main(variant: str) -> None:
             return
         from pipeline_lib.jobs.tasks import tasks
 
-        tell(f"tasks {variant}: {tasks(workspace, params.load(ModelParams, 'model'), variant, part.tasks, part.presets)}")
+        tell(
+            f"tasks {variant}:"
+            f" {tasks(workspace, params.load(ModelParams, 'model'), variant, part.tasks, part.presets)}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Turn a bitmask checkpoint back into an ordinary one, anywhere: it needs neither the pipeline's parameters nor DVC (not a stage)."""
+"""Turn a bitmask checkpoint back into an ordinary one, anywhere: it needs neither the pipeline's
+parameters nor DVC (not a stage).
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Judge one variant by the thresholds of section `verdict`: ACCEPT ends with 0, REGRESSION with 1 (not a stage: `dvc repro` comes first)."""
+"""Judge one variant by the thresholds of section `verdict`: ACCEPT ends with 0, REGRESSION with 1
+(not a stage: `dvc repro` comes first).
+"""
 
 import sys
 
@@ -18,7 +20,10 @@ def main(variant: str) -> None:
     with runtime.told():
         found = verdict(Workspace(), read(variant).name, params.load(VerdictParams, "verdict"))
         if not found.findings:
-            raise SparselineError(f"{params.FILE}: section verdict has no threshold for anything that was measured of {variant}; set one.")
+            raise SparselineError(
+                f"{params.FILE}: section verdict has no threshold for anything that was measured of"
+                f" {variant}; set one."
+            )
         click.echo("\n".join([f"{variant}: {found.word}", *(f"  {finding}" for finding in found.findings)]))
     sys.exit(0 if found.accepted else 1)
 

@@ -1,6 +1,8 @@
-"""Kills at random moments and hostile inputs: `python tests/campaign.py all --minutes 10`. Each finding is printed with its reproducer.
+"""Kills at random moments and hostile inputs: `python tests/campaign.py all --minutes 10`. Each
+finding is printed with its reproducer.
 
-Oracles: an undisturbed run's bytes; exit codes and the one error line; what else lies in and beside the project, before and after.
+Oracles: an undisturbed run's bytes; exit codes and the one error line; what else lies in and beside
+the project, before and after.
 """
 
 import hashlib
@@ -58,9 +60,20 @@ QUANTISED: dict[str, Any] = {
     "export": ["dense", "bitmask"],
 }
 VARIANTS = {"wanda": WANDA | {"candidate": True}, "sparseline": SPARSELINE, "quantised": QUANTISED}
-SHARED = ("keys", "prepare", "text calibration", "text validation", "text test", "calibrate", "scale", "sensitivity")
+SHARED = (
+    "keys",
+    "prepare",
+    "text calibration",
+    "text validation",
+    "text test",
+    "calibrate",
+    "scale",
+    "sensitivity",
+)
 OF_VARIANTS = tuple(
-    f"{stage} {name}" for name in VARIANTS for stage in ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks")
+    f"{stage} {name}"
+    for name in VARIANTS
+    for stage in ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks")
 )
 EXPORTS = tuple(f"export {name}" for name in VARIANTS)
 COMMANDS = (*SHARED, *OF_VARIANTS, "evaluate dense", "tasks dense", *EXPORTS, "choose", "report")
@@ -104,7 +117,9 @@ class Ground:
 
     def __post_init__(self) -> None:
         torch.set_num_threads(1)
-        self.project = make_workspace(self.home / "ground" / "project", model={"layers": 3}, variants=VARIANTS)
+        self.project = make_workspace(
+            self.home / "ground" / "project", model={"layers": 3}, variants=VARIANTS
+        )
         with moved(self.project, environment(self.project)):
             build(*COMMANDS)
         shutil.rmtree(self.project.parent / "scratch")
@@ -121,13 +136,20 @@ class Ground:
 def new_home() -> Path:
     """A directory, in memory if there is room: most of the time would go into copies otherwise."""
     memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="campaign-", dir=memory if memory.is_dir() and shutil.disk_usage(memory).free > 2**31 else None))
+    return Path(
+        tempfile.mkdtemp(
+            prefix="campaign-",
+            dir=memory if memory.is_dir() and shutil.disk_usage(memory).free > 2**31 else None,
+        )
+    )
 
 
 # Commands
 
 
-def fork(work: Callable[[], object], limit: float = LIMIT, kill: tuple[float, signal.Signals] | None = None) -> Ended:
+def fork(
+    work: Callable[[], object], limit: float = LIMIT, kill: tuple[float, signal.Signals] | None = None
+) -> Ended:
     """Run ``work`` in a fork of this process, in a session of its own, within limits of time and memory.
 
     Args:
@@ -144,7 +166,9 @@ def fork(work: Callable[[], object], limit: float = LIMIT, kill: tuple[float, si
         if kill and now >= begun + kill[0]:
             os.kill(child, kill[1])
             kill = None
-        ready, _, _ = select.select([reading, watched], [], [], min(begun + limit, begun + kill[0] if kill else begun + limit) - now)
+        ready, _, _ = select.select(
+            [reading, watched], [], [], min(begun + limit, begun + kill[0] if kill else begun + limit) - now
+        )
         if watched in ready:
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         elif reading in ready and not _take(reading, output):  # closed, not ended
@@ -178,7 +202,10 @@ def _run(work: Callable[[], object], writing: int) -> None:
         os.close(writing)
         for number in ASKED:
             signal.signal(number, signal.SIG_DFL)  # as a stage has it before its body
-        sys.stdout, sys.stderr = (open(at, "w", encoding="utf-8", errors="backslashreplace", closefd=False) for at in (1, 2))  # noqa: SIM115
+        sys.stdout, sys.stderr = (
+            open(at, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+            for at in (1, 2)
+        )
         most = psutil.Process().memory_info().vms + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         work()
@@ -198,7 +225,9 @@ def _run(work: Callable[[], object], writing: int) -> None:
 
 
 def stage(place: Path, command: str, environ: Mapping[str, str | None] | None = None) -> Callable[[], None]:
-    """What ``fork`` is to run: a stage in the project of ``place``; with ``load <directory>`` a bitmask checkpoint is loaded."""
+    """What ``fork`` is to run: a stage in the project of ``place``; with ``load <directory>`` a
+    bitmask checkpoint is loaded.
+    """
 
     def work() -> None:
         os.chdir(place / "project")
@@ -226,7 +255,10 @@ def _load(directory: Path) -> None:
         load_model(directory)
         digest = hashlib.sha256()
         for name, tensor in sorted(tensors(directory)):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+                + tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            )
         print(f"digest {digest.hexdigest()}")
 
 
@@ -234,16 +266,21 @@ def _load(directory: Path) -> None:
 
 
 def snapshot(place: Path, *skipped: str) -> dict[str, str]:
-    """Path -> what lies there, of everything below but directories, without opening anything but regular files."""
+    """Path -> what lies there, of everything below but directories, without opening anything but
+    regular files.
+    """
     found = {}
     for folder, below, names in os.walk(place):
-        below[:] = [name for name in below if os.path.relpath(os.path.join(folder, name), place) not in skipped]  # noqa: PTH118
+        here = os.path.relpath(folder, place)
+        below[:] = [name for name in below if os.path.normpath(f"{here}/{name}") not in skipped]
         for path in (Path(folder, name) for name in (*names, *below)):
             status = path.lstat()
             if stat.S_ISLNK(status.st_mode):
                 found[str(path.relative_to(place))] = f"link {path.readlink()}"
             elif stat.S_ISREG(status.st_mode):
-                found[str(path.relative_to(place))] = _digest(path, status.st_ino, status.st_size, status.st_mtime_ns)
+                found[str(path.relative_to(place))] = _digest(
+                    path, status.st_ino, status.st_size, status.st_mtime_ns
+                )
             elif not stat.S_ISDIR(status.st_mode):
                 found[str(path.relative_to(place))] = f"mode {status.st_mode:o}"
     return found
@@ -256,8 +293,16 @@ def _digest(path: Path, *_known: int) -> str:
 
 def outcome(project: Path) -> dict[str, str]:
     """What DVC tracks of build/ and report/, and what lies there that should not, costs aside."""
-    found = {f"{folder}/{path}": digest for folder in ("build", "report") for path, digest in snapshot(project / folder).items()}
-    return {path: digest for path, digest in found.items() if not path.startswith(("build/costs/", "report/costs.js"))}
+    found = {
+        f"{folder}/{path}": digest
+        for folder in ("build", "report")
+        for path, digest in snapshot(project / folder).items()
+    }
+    return {
+        path: digest
+        for path, digest in found.items()
+        if not path.startswith(("build/costs/", "report/costs.js"))
+    }
 
 
 @cache
@@ -291,7 +336,10 @@ def judge(ended: Ended) -> list[Fault]:
 
 def own_traceback(output: str) -> bool:
     """Ctrl-C before a stage's own first line gives Python's traceback, and DVC has its own."""
-    return "Traceback (most recent" in output and re.search(r'File ".*(pipeline_lib|stages)/', output) is not None
+    return (
+        "Traceback (most recent" in output
+        and re.search(r'File ".*(pipeline_lib|stages)/', output) is not None
+    )
 
 
 def tail(output: str) -> str:
@@ -310,14 +358,19 @@ def _bug(output: str) -> str:
 
 def unsound(path: Path) -> str:
     """What is wrong with an output that no other can be compared with: JSON and numbers that are none."""
-    if path.suffix == ".json" and path.parent.name not in ("checkpoint", "dense"):  # which are the source's own, verbatim
+    # which are the source's own, verbatim
+    if path.suffix == ".json" and path.parent.name not in ("checkpoint", "dense"):
         try:
             json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
         except ValueError as error:
             return f"{path.name}: {error}"
     if path.suffix == ".safetensors" and path.is_file():
         tensors = load_file(path).items()
-        infinite = [name for name, tensor in tensors if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+        infinite = [
+            name
+            for name, tensor in tensors
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+        ]
         return f"{path.name}: {infinite[0]} is not finite" if infinite else ""
     return ""
 
@@ -329,7 +382,11 @@ def _refuse(word: str) -> None:
 def remains(place: Path) -> list[Fault]:
     """Temporary files and locks that nobody will remove."""
     scratch = place / "scratch"
-    left = [] if scratch.is_symlink() else [path for path in scratch.rglob("*") if path.is_file() or path.is_symlink()]
+    left = (
+        []
+        if scratch.is_symlink()
+        else [path for path in scratch.rglob("*") if path.is_file() or path.is_symlink()]
+    )
     left += [path for path in (place / "project").rglob(".*.partial") if ".git" not in path.parts]
     return [Fault("lost", f"left behind: {path.relative_to(place)}") for path in left[:3]]
 
@@ -350,7 +407,11 @@ def orphans(place: Path, seconds: float = 15) -> list[Fault]:
 def _within(place: Path) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            if Path(process.cwd()).is_relative_to(place) and process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
+            if (
+                Path(process.cwd()).is_relative_to(place)
+                and process.status() != psutil.STATUS_ZOMBIE
+                and process.pid != os.getpid()
+            ):
                 yield process
 
 
@@ -391,7 +452,10 @@ def attempt(kind: Kind, seed: int, number: int, home: Path, tally: Tally, keep: 
         shutil.rmtree(place, ignore_errors=True)
     for fault in tried.faults:
         click.echo(f"\nFINDING {kind.name} {tried.name!r}: {fault.oracle}: {fault.what}")
-        click.echo(f"again: python tests/campaign.py {kind.name.partition('-')[0]} --kind {kind.name} --seed {seed} --only {number}")
+        click.echo(
+            f"again: python tests/campaign.py {kind.name.partition('-')[0]} --kind {kind.name} --seed"
+            f" {seed} --only {number}"
+        )
     return tried
 
 
@@ -402,13 +466,18 @@ def merge(path: Path, tallies: Sequence[Tally]) -> None:
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     for tally in (tally for tally in tallies if tally.tried):
-        old = next((entry for entry in entries if (entry["kind"], entry["seed"]) == (tally.kind, tally.seed)), None)
+        old = next(
+            (entry for entry in entries if (entry["kind"], entry["seed"]) == (tally.kind, tally.seed)), None
+        )
         if old is None:
             entries.append(vars(tally) | {"commit": commit})
             continue
         old |= {name: old[name] + getattr(tally, name) for name in ("tried", "tracebacks", "wrong", "lost")}
         old |= {"slowest_s": max(old["slowest_s"], tally.slowest_s), "commit": commit}
-    path.write_text(json.dumps(sorted(entries, key=lambda one: (one["kind"], one["seed"])), indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(sorted(entries, key=lambda one: (one["kind"], one["seed"])), indent=1) + "\n",
+        encoding="utf-8",
+    )
 
 
 @click.command(help=__doc__)
@@ -418,8 +487,12 @@ def merge(path: Path, tallies: Sequence[Tally]) -> None:
 @click.option("--seed", type=int, help="default: a random one, which is printed")
 @click.option("--kind", "names", multiple=True, help="only these kinds")
 @click.option("--only", "only", type=int, help="only the case of this number; its directory is kept")
-@click.option("--record", type=click.Path(path_type=Path), help="add to this file: benchmarks/results/campaign.json")
-@click.option("--atheris", "guided", is_flag=True, help="bitmask files guided by coverage, too (pip install atheris)")
+@click.option(
+    "--record", type=click.Path(path_type=Path), help="add to this file: benchmarks/results/campaign.json"
+)
+@click.option(
+    "--atheris", "guided", is_flag=True, help="bitmask files guided by coverage, too (pip install atheris)"
+)
 def main(
     what: str,
     minutes: float | None,
@@ -440,7 +513,12 @@ def main(
     home = new_home()
     ground = Ground(home)
     sys.excepthook = sys.__excepthook__  # which the stages have replaced by theirs
-    kinds = [kind for module, make in (("kill", kills.kinds), ("fuzz", fuzz.kinds)) if what in (module, "all") for kind in make(ground)]
+    kinds = [
+        kind
+        for module, make in (("kill", kills.kinds), ("fuzz", fuzz.kinds))
+        if what in (module, "all")
+        for kind in make(ground)
+    ]
     kinds = [kind for kind in kinds if not names or kind.name in names]
     tallies = {kind.name: Tally(kind.name, seed) for kind in kinds}
     if only is not None:
@@ -448,7 +526,9 @@ def main(
             tried = attempt(kind, seed, only, home, tallies[kind.name], keep=True)
             click.echo(f"{kind.name} {only}: {tried.name}: {len(tried.faults)} findings; {home}")
     else:
-        _rounds(kinds, seed, home, tallies, count, None if minutes is None else time.monotonic() + 60 * minutes)
+        _rounds(
+            kinds, seed, home, tallies, count, None if minutes is None else time.monotonic() + 60 * minutes
+        )
         if guided:
             tallies |= {tally.kind: tally for tally in fuzz.guided(ground, seed, 60 * (minutes or 1))}
         shutil.rmtree(home, ignore_errors=True)
@@ -460,7 +540,14 @@ def main(
     sys.exit(not all(tally.clean for tally in tallies.values()))
 
 
-def _rounds(kinds: Sequence[Kind], seed: int, home: Path, tallies: dict[str, Tally], count: int | None, until: float | None) -> None:
+def _rounds(
+    kinds: Sequence[Kind],
+    seed: int,
+    home: Path,
+    tallies: dict[str, Tally],
+    count: int | None,
+    until: float | None,
+) -> None:
     """Each kind gets as much time as any other, or as many cases."""
     spent = dict.fromkeys((kind.name for kind in kinds), 0.0)
     limit = count if count is not None or until is not None else 100

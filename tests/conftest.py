@@ -1,4 +1,6 @@
-"""Fixtures: one tiny checkpoint per family, made once per run when first asked for; tests that change files copy it."""
+"""Fixtures: one tiny checkpoint per family, made once per run when first asked for; tests that
+change files copy it.
+"""
 
 import os
 import shutil
@@ -21,7 +23,16 @@ from tiny import ALL_FAMILIES, FAMILIES, make_model  # noqa: E402
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 
 # The files that take longest, first: at the end of the run one of them would keep one process busy alone.
-SLOW = ("test_pipeline", "test_experiments", "test_resume", "test_sharing", "test_memory", "test_bad_input", "test_plan", "test_report")
+SLOW = (
+    "test_pipeline",
+    "test_experiments",
+    "test_resume",
+    "test_sharing",
+    "test_memory",
+    "test_bad_input",
+    "test_plan",
+    "test_report",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,9 @@
-"""A device that is made of this machine's memory: nothing that lies elsewhere gets into its operations, and what is read from it is counted.
+"""A device that is made of this machine's memory: nothing that lies elsewhere gets into its
+operations, and what is read from it is counted.
 
-Its tensors call themselves ``meta``, which torch knows without a GPU; what they hold lies behind them. As with a GPU, an operation on tensors of
-both places fails, but for single numbers, indices and copies.
+Its tensors call themselves ``meta``, which torch knows without a GPU; what they hold lies behind
+them. As with a GPU, an operation on tensors of both places fails, but for single numbers, indices
+and copies.
 """
 
 import traceback
@@ -18,7 +20,8 @@ DEVICE = torch.device("meta")
 aten = torch.ops.aten
 COPIES = {aten.copy_.default, aten._to_copy.default}
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
-# Their results, or the sizes of their results, depend on values, or they look for errors: whoever asks waits for the device.
+# Their results, or the sizes of their results, depend on values, or they look for errors: whoever
+# asks waits for the device.
 WAITING = {
     aten._local_scalar_dense.default,
     aten.nonzero.default,
@@ -37,7 +40,12 @@ class There(torch.Tensor):
     @staticmethod
     def __new__(cls, here: torch.Tensor) -> "There":
         made: There = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, here.shape, strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype, device=DEVICE
+            cls,
+            here.shape,
+            strides=here.stride(),
+            storage_offset=here.storage_offset(),
+            dtype=here.dtype,
+            device=DEVICE,
         )
         made.here = here
         return made
@@ -58,13 +66,19 @@ class _Made(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.new_tensor and isinstance(args[0], There):
             return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to(DEVICE)
-        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == DEVICE and not isinstance(args[0], torch.Tensor):
+        if (
+            func in (torch.tensor, torch.as_tensor)
+            and kwargs.get("device") == DEVICE
+            and not isinstance(args[0], torch.Tensor)
+        ):
             return func(*args, **kwargs | {"device": None}).to(DEVICE)
         return func(*args, **kwargs)
 
 
 class Elsewhere(TorchDispatchMode):
-    """While open, the device is there. ``reads`` counts what waited for it, by the line of the library that did; ``calls`` all operations."""
+    """While open, the device is there. ``reads`` counts what waited for it, by the line of the
+    library that did; ``calls`` all operations.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,9 +105,14 @@ class Elsewhere(TorchDispatchMode):
         to = None if to is None else torch.device(to)
         self.calls[str(func)] += bool(there)
         if there and apart and func not in COPIES | INDEXED:
-            raise RuntimeError(f"{func} got tensors of both places: {[(type(one).__name__, tuple(one.shape)) for one in given]}")
+            raise RuntimeError(
+                f"{func} got tensors of both places:"
+                f" {[(type(one).__name__, tuple(one.shape)) for one in given]}"
+            )
         masks = [one for one in given[1:] if func in INDEXED and one.dtype == torch.bool]
-        leaves = bool(there) and (to == torch.device("cpu") or (func is aten.copy_.default and not isinstance(args[0], There)))
+        leaves = bool(there) and (
+            to == torch.device("cpu") or (func is aten.copy_.default and not isinstance(args[0], There))
+        )
         if there and (func in WAITING or masks or leaves):
             self.reads[_line()] += 1
         wanted = bool(there) if to is None else to == DEVICE

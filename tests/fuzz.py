@@ -1,4 +1,6 @@
-"""Hostile and damaged inputs: a table of named cases of each kind, then random ones. A stage takes them, or refuses them in one line."""
+"""Hostile and damaged inputs: a table of named cases of each kind, then random ones. A stage takes
+them, or refuses them in one line.
+"""
 
 import bz2
 import gzip
@@ -23,20 +25,40 @@ from typing import Any, Literal, NamedTuple
 import campaign
 import pyarrow as pa
 import pyarrow.parquet as pq
-from campaign import COMMANDS, FILE_SIZE, LIMIT, VARIANTS, Ended, Fault, Ground, Kind, Tally, Tried, fork, judge, snapshot, stage, tail
+from campaign import (
+    COMMANDS,
+    FILE_SIZE,
+    LIMIT,
+    VARIANTS,
+    Ended,
+    Fault,
+    Ground,
+    Kind,
+    Tally,
+    Tried,
+    fork,
+    judge,
+    snapshot,
+    stage,
+    tail,
+)
 from project import change_json, change_params, environment, read_params, text, write_params
 from safetensors.torch import load_file, save_file
 
 Change = Callable[[Path], object]  # of a project's directory; what it gives is printed
-Expect = Literal["any", "equal", "same", "refused"]  # sound or refused; undisturbed bytes or refused; undisturbed bytes; refused
+# sound or refused; undisturbed bytes or refused; undisturbed bytes; refused
+Expect = Literal["any", "equal", "same", "refused"]
 MODEL, WEIGHTS, CALIBRATION = Path("data/model"), Path("data/model/model.safetensors"), "texts.calibration"
 WEIGHTS_FILE = "model.bitmask.safetensors"
 # fmt: off
 ODD: list[Any] = [
-    None, True, False, "", "word", "²", "../x", "/etc/passwd", "a\0b", "x" * 5000, -1, 0, 1, 0.5, -0.0, 1e308, [], {}, [None], float("nan"),
-    float("inf"), -float("inf"), 2**31, 2**63, 10**30, {"a": 1}, [1, 2, 3], "1e3", "null", json.loads("[" * 60 + "]" * 60),
+    None, True, False, "", "word", "²", "../x", "/etc/passwd", "a\0b", "x" * 5000, -1, 0, 1, 0.5, -0.0, 1e308,
+    [], {}, [None], float("nan"),
+    float("inf"), -float("inf"), 2**31, 2**63, 10**30, {"a": 1}, [1, 2, 3], "1e3", "null",
+    json.loads("[" * 60 + "]" * 60),
 ]
-WAYS = ("flip", "flip", "flip", "cut", "blank", "grow", "empty", "delete", "directory", "pipe", "passwd", "zero", "circle", "null", "swap",
+WAYS = ("flip", "flip", "flip", "cut", "blank", "grow", "empty", "delete", "directory", "pipe", "passwd",
+"zero", "circle", "null", "swap",
 "mutate")
 # fmt: on
 
@@ -55,7 +77,9 @@ class Case(NamedTuple):
 class Fuzz:
     """A kind: named cases first, then random ones."""
 
-    def __init__(self, ground: Ground, name: str, named: Sequence[Case], drawn: Callable[[random.Random], Case]) -> None:
+    def __init__(
+        self, ground: Ground, name: str, named: Sequence[Case], drawn: Callable[[random.Random], Case]
+    ) -> None:
         self.name, self.named, self._ground, self._drawn = name, named, ground, drawn
 
     def attempt(self, number: int, draw: random.Random, place: Path) -> Tried:
@@ -68,7 +92,10 @@ class Fuzz:
             faults += [Fault(oracle, f"{command}: {what}") for oracle, what in found]
             if ended.code != 0 or found:
                 break
-        return Tried(f"{case.name} {said if isinstance(said, str) else ''}".strip(), faults + campaign.orphans(place, 1))
+        return Tried(
+            f"{case.name} {said if isinstance(said, str) else ''}".strip(),
+            faults + campaign.orphans(place, 1),
+        )
 
 
 def run_step(
@@ -76,21 +103,33 @@ def run_step(
 ) -> tuple[Ended, list[Fault], dict[str, str]]:
     """One command under all oracles, and what lies there afterwards."""
     before = before or snapshot(place, "scratch", "tmp")
-    ended = _process(place, command, case) if case.real else fork(stage(place, command, case.environ), case.limit)
+    ended = (
+        _process(place, command, case) if case.real else fork(stage(place, command, case.environ), case.limit)
+    )
     after = snapshot(place, "scratch", "tmp")
     if ended.code is None and case.slow:
         return ended, [], after
     faults = judge(ended)
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    changed = {path for path in changed if not re.match(r"project/(build/costs/|\.dvc/tmp/sparseline-bug)", path)}
+    changed = {
+        path for path in changed if not re.match(r"project/(build/costs/|\.dvc/tmp/sparseline-bug)", path)
+    }
     own = {path for path in changed if _of(path, command)} if ended.code == 0 else set[str]()
-    faults += [Fault("lost", f"{path} changed, with exit code {ended.code}\n{tail(ended.output)}") for path in sorted(changed - own)[:3]]
+    faults += [
+        Fault("lost", f"{path} changed, with exit code {ended.code}\n{tail(ended.output)}")
+        for path in sorted(changed - own)[:3]
+    ]
     if ended.code == 0:
         faults += _right(ground, place, command, case.expect, ended, after, own)
     elif ended.code == 2 and case.expect == "same":
         faults.append(Fault("wrong", f"refused: {tail(ended.output)}"))
     left = campaign.remains(place)
-    return ended, faults + [fault for fault in left if ended.code == 0 or re.search(r"\.(partial|lock)(/|$)", fault.what)], after
+    return (
+        ended,
+        faults
+        + [fault for fault in left if ended.code == 0 or re.search(r"\.(partial|lock)(/|$)", fault.what)],
+        after,
+    )
 
 
 def _process(place: Path, command: str, case: Case) -> Ended:
@@ -116,7 +155,15 @@ def _of(path: str, command: str) -> bool:
     return path.startswith("project/") and campaign.belongs(path.removeprefix("project/"), command)
 
 
-def _right(ground: Ground, place: Path, command: str, expect: Expect, ended: Ended, after: Mapping[str, str], own: set[str]) -> list[Fault]:
+def _right(
+    ground: Ground,
+    place: Path,
+    command: str,
+    expect: Expect,
+    ended: Ended,
+    after: Mapping[str, str],
+    own: set[str],
+) -> list[Fault]:
     if expect == "refused":
         return [Fault("wrong", f"accepted\n{tail(ended.output)}")]
     if expect == "any":
@@ -124,16 +171,39 @@ def _right(ground: Ground, place: Path, command: str, expect: Expect, ended: End
         return [Fault("wrong", what) for what in said if what][:1]
     if command.startswith("load "):
         variant = "quantised" if "quantised" in command else "sparseline"
-        return [] if reference(ground, f"load ../{variant}")[""] in ended.output else [Fault("wrong", "another model was loaded")]
+        return (
+            []
+            if reference(ground, f"load ../{variant}")[""] in ended.output
+            else [Fault("wrong", "another model was loaded")]
+        )
     if command.startswith("unpack "):
         variant = "quantised" if "quantised" in command else "sparseline"
-        expected, prefix = reference(ground, f"unpack ../{variant} ../out"), os.path.normpath(f"project/{command.split(' ')[2]}") + "/"
+        expected, prefix = (
+            reference(ground, f"unpack ../{variant} ../out"),
+            os.path.normpath(f"project/{command.split(' ')[2]}") + "/",
+        )
     else:
-        expected, prefix = {path: digest for path, digest in ground.undisturbed.items() if campaign.belongs(path, command)}, "project/"
-    found = {path.removeprefix(prefix): digest for path, digest in after.items() if path.startswith(prefix) and _of(path, command)}
+        expected, prefix = (
+            {path: digest for path, digest in ground.undisturbed.items() if campaign.belongs(path, command)},
+            "project/",
+        )
+    found = {
+        path.removeprefix(prefix): digest
+        for path, digest in after.items()
+        if path.startswith(prefix) and _of(path, command)
+    }
     found = {path: digest for path, digest in found.items() if not path.startswith("build/costs/")}
     differ = sorted(path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path))
-    return [Fault("wrong", f"{len(differ)} outputs differ from the undisturbed ones: {differ[:3]}\n{tail(ended.output)}")] if differ else []
+    return (
+        [
+            Fault(
+                "wrong",
+                f"{len(differ)} outputs differ from the undisturbed ones: {differ[:3]}\n{tail(ended.output)}",
+            )
+        ]
+        if differ
+        else []
+    )
 
 
 _references: dict[str, dict[str, str]] = {}
@@ -146,7 +216,11 @@ def reference(ground: Ground, command: str) -> dict[str, str]:
         bitmask(ground.copy(place))
         ended = fork(stage(place, command))
         assert ended.code == 0, ended.output
-        _references[command] = snapshot(place / "out") if (place / "out").exists() else {"": re.findall(r"digest \w{64}", ended.output)[0]}
+        _references[command] = (
+            snapshot(place / "out")
+            if (place / "out").exists()
+            else {"": re.findall(r"digest \w{64}", ended.output)[0]}
+        )
         shutil.rmtree(place)
     return _references[command]
 
@@ -162,7 +236,9 @@ def clear(path: Path) -> None:
 
 
 def replaced(path: Path, by: str | bytes | Path | Literal[0, 1] | None) -> None:
-    """In a path's place: bytes or text, a link to a path, nothing (None), a directory (0) or a named pipe (1)."""
+    """In a path's place: bytes or text, a link to a path, nothing (None), a directory (0) or a
+    named pipe (1).
+    """
     if any(parent.exists() and not parent.is_dir() for parent in path.parents):  # it is damaged itself by now
         return
     clear(path)
@@ -179,10 +255,27 @@ def damage(path: Path, draw: random.Random, others: Sequence[Path] = (), ways: S
     """One of many ways; the description."""
     way, data = draw.choice(ways), path.read_bytes() if path.is_file() else b""
     at = draw.randrange(min(len(data), 2000) if draw.random() < 0.5 else len(data)) if data else 0
-    special: dict[str, Any] = {"delete": None, "directory": 0, "pipe": 1, "passwd": Path("/etc/passwd"), "zero": Path("/dev/zero")}
-    special |= {"circle": Path(path.name), "null": "null", "empty": b"", "cut": data[:at], "grow": data + draw.randbytes(9)}
-    special |= {"flip": data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :] if data else b"x"}
-    special |= {"blank": data[:at] + bytes(16) + data[at + 16 :], "swap": draw.choice(others).read_bytes() if others else b"{}"}
+    special: dict[str, Any] = {
+        "delete": None,
+        "directory": 0,
+        "pipe": 1,
+        "passwd": Path("/etc/passwd"),
+        "zero": Path("/dev/zero"),
+    }
+    special |= {
+        "circle": Path(path.name),
+        "null": "null",
+        "empty": b"",
+        "cut": data[:at],
+        "grow": data + draw.randbytes(9),
+    }
+    special |= {
+        "flip": data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :] if data else b"x"
+    }
+    special |= {
+        "blank": data[:at] + bytes(16) + data[at + 16 :],
+        "swap": draw.choice(others).read_bytes() if others else b"{}",
+    }
     if way == "mutate":
         with suppress(ValueError):
             value = [json.loads(data)]
@@ -200,7 +293,9 @@ def mutate(value: Any, draw: random.Random) -> str:
     for container, key in spots:  # grows on the way
         below = container[key]
         if isinstance(below, dict | list):
-            spots += [(below, inner) for inner in (below.keys() if isinstance(below, dict) else range(len(below)))]
+            spots += [
+                (below, inner) for inner in (below.keys() if isinstance(below, dict) else range(len(below)))
+            ]
     if not spots:
         return "nothing to change"
     container, key = draw.choice(spots)
@@ -219,7 +314,9 @@ def mutate(value: Any, draw: random.Random) -> str:
 
 
 def both(*changes: Change) -> Change:
-    return lambda project: " ".join(str(said) for said in [change(project) for change in changes] if isinstance(said, str))
+    return lambda project: " ".join(
+        str(said) for said in [change(project) for change in changes] if isinstance(said, str)
+    )
 
 
 def put(name: str | Path, by: Any) -> Change:
@@ -242,11 +339,16 @@ KEYS_FIRST = (
     "prune sparseline",
     "plan",
 )
-BOMB = "".join(f"b{level}: &b{level} [{', '.join([f'*b{level - 1}'] * 9) if level else 'x'}]\n" for level in range(12))
+BOMB = "".join(
+    f"b{level}: &b{level} [{', '.join([f'*b{level - 1}'] * 9) if level else 'x'}]\n" for level in range(12)
+)
 RAW: dict[str, str | bytes] = {
-    "nothing": "", "null": "null", "a list": "[]", "a word": "word", "no YAML": "a: [", "a tab": "a:\n\t- b", "alias bomb": BOMB,
-    "deep": "a: " + "[" * 20000 + "]" * 20000, "an object": "a: !!python/object/apply:os.system ['touch ../outside/x']", "NUL": "a: \0",
-    "two documents": "a: 1\n---\nb: 2", "itself": "a: &a [*a]", "a long number": f"a: {'9' * 6000}", "latin": b"a: \xff\xfe",
+    "nothing": "", "null": "null", "a list": "[]", "a word": "word", "no YAML": "a: [", "a tab": "a:\n\t- b",
+    "alias bomb": BOMB,
+    "deep": "a: " + "[" * 20000 + "]" * 20000,
+    "an object": "a: !!python/object/apply:os.system ['touch ../outside/x']", "NUL": "a: \0",
+    "two documents": "a: 1\n---\nb: 2", "itself": "a: &a [*a]", "a long number": f"a: {'9' * 6000}",
+    "latin": b"a: \xff\xfe",
     "set": "? a\n? b",
 }  # fmt: skip
 SET: dict[str, Sequence[Any]] = {
@@ -262,21 +364,36 @@ SET: dict[str, Sequence[Any]] = {
     "texts": [None, {}, [], {"calibration": None}],
     "texts.calibration.length": [2**63, 10**30, 0, 1, -1, 2**40], "texts.calibration.rows": [2**63, 0, -5],
     "texts.calibration.seed": [2**64, -1],
-    "report.baseline": [None, "none", ["wanda"], "dense"], "sensitivity.seed": [2**64, -1, 2**63], "induce.rate": [1e308, float("nan"), 0],
-    "induce.temperature": [0, 1e-320, float("inf")], "scale.limit": [1e308, 1e-308], "evaluate.completions": [None, {}, {"count": 10**30}],
+    "report.baseline": [None, "none", ["wanda"], "dense"], "sensitivity.seed": [2**64, -1, 2**63],
+    "induce.rate": [1e308, float("nan"), 0],
+    "induce.temperature": [0, 1e-320, float("inf")], "scale.limit": [1e308, 1e-308],
+    "evaluate.completions": [None, {}, {"count": 10**30}],
     "allocate": [None, 1], "presets": [None, {}, {"embedded": None}], "scale.power": [1e308, -1e308],
 }  # fmt: skip
 
 
 def _params_cases() -> list[Case]:
-    cases = [Case(f"params.yaml: {name}", put("params.yaml", raw), ("keys",), "refused") for name, raw in RAW.items()]
-    cases += [Case(f"params.yaml and {name}", partial(_append, raw), ("keys", "prune wanda")) for name, raw in RAW.items()]
+    cases = [
+        Case(f"params.yaml: {name}", put("params.yaml", raw), ("keys",), "refused")
+        for name, raw in RAW.items()
+    ]
+    cases += [
+        Case(f"params.yaml and {name}", partial(_append, raw), ("keys", "prune wanda"))
+        for name, raw in RAW.items()
+    ]
     cases += [Case("params.yaml is a pipe", put("params.yaml", 1), ("keys",), "refused")]
     for key, values in SET.items():
         for value in values:
             steps = ("keys", "prepare", "text calibration", "curves sparseline", "prune sparseline", "report")
             cases.append(Case(f"{key} = {str(value)[:30]}", partial(_set, key, value), steps, slow=True))
-            cases.append(Case(f"{key} = {str(value)[:30]}, by hand", partial(_set, key, value), ("induce sparseline",), slow=True))
+            cases.append(
+                Case(
+                    f"{key} = {str(value)[:30]}, by hand",
+                    partial(_set, key, value),
+                    ("induce sparseline",),
+                    slow=True,
+                )
+            )
     return cases
 
 
@@ -305,7 +422,12 @@ def _params(draw: random.Random) -> Case:
 
 # Texts
 
-COMPRESSED: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 
 
 def _lines(count: int = 40) -> list[str]:
@@ -314,7 +436,11 @@ def _lines(count: int = 40) -> list[str]:
 
 def _corpus(suffix: str) -> bytes:
     records = [
-        {"text": line, "messages": [{"role": "user", "content": line}, {"role": "assistant", "content": "yes"}]} for line in _lines()
+        {
+            "text": line,
+            "messages": [{"role": "user", "content": line}, {"role": "assistant", "content": "yes"}],
+        }
+        for line in _lines()
     ]
     if suffix == ".txt":
         return "\n".join(_lines()).encode()
@@ -345,23 +471,32 @@ def _bomb(compress: Callable[[bytes], bytes], inner: bytes) -> bytes:
 def _template(template: str) -> Change:
     chat = _texts({"a.jsonl": _corpus(".jsonl")}, field="messages", chat_template=True)
     config = "data/model/tokenizer_config.json"
-    return both(chat, lambda project: change_json(project / config, lambda old: old | {"chat_template": template}))
+    return both(
+        chat, lambda project: change_json(project / config, lambda old: old | {"chat_template": template})
+    )
 
 
 def _text_cases() -> list[Case]:
     good, line = _corpus(".txt"), b'{"text": "%s"}\n'
     plain: dict[str, dict[str, Any]] = {
-        "bad UTF-8": {"a.txt": b"\xff\xfe abc \x80" * 900}, "UTF-16": {"a.txt": good.decode().encode("utf-16")},
+        "bad UTF-8": {"a.txt": b"\xff\xfe abc \x80" * 900},
+        "UTF-16": {"a.txt": good.decode().encode("utf-16")},
         "NUL": {"a.txt": b"\0" * 9000},
-        "nothing": {"a.txt": b""}, "no file": {}, "blank": {"a.txt": b" \n" * 9000}, "a bomb": {"a.txt.gz": _bomb(gzip.compress,
+        "nothing": {"a.txt": b""}, "no file": {}, "blank": {"a.txt": b" \n" * 9000},
+        "a bomb": {"a.txt.gz": _bomb(gzip.compress,
         b"ab " * 10)},
-        "xz bomb": {"a.txt.xz": _bomb(lzma.compress, b"ab ")}, "bz2 bomb": {"a.txt.bz2": _bomb(bz2.compress, b"ab ")},
-        "a link out": {"a.txt": good, "b.txt": Path("../../../outside/sentinel")}, "a link to /dev/zero": {"a.txt": Path("/dev/zero")},
-        "a link to passwd": {"a.txt": good, "b.txt": Path("/etc/passwd")}, "a pipe": {"a.txt": good, "b.txt": 1},
+        "xz bomb": {"a.txt.xz": _bomb(lzma.compress, b"ab ")},
+        "bz2 bomb": {"a.txt.bz2": _bomb(bz2.compress, b"ab ")},
+        "a link out": {"a.txt": good, "b.txt": Path("../../../outside/sentinel")},
+        "a link to /dev/zero": {"a.txt": Path("/dev/zero")},
+        "a link to passwd": {"a.txt": good, "b.txt": Path("/etc/passwd")}, "a pipe": {"a.txt": good,
+        "b.txt": 1},
         "a directory": {"a.txt": 0, "b": good},
-        "a circle": {"a.txt": Path("a.txt")}, "a link up": {"a.txt": good, "sub": Path("..")}, "/proc": {"a": Path("/proc/kmsg"),
+        "a circle": {"a.txt": Path("a.txt")}, "a link up": {"a.txt": good, "sub": Path("..")},
+        "/proc": {"a": Path("/proc/kmsg"),
         "b.txt": good},
-        "no gz": {"a.txt.gz": b"no"}, "a cut gz": {"a.txt.gz": gzip.compress(good)[:-20]}, "a word": {"a.txt": b"a" * 10_000_000},
+        "no gz": {"a.txt.gz": b"no"}, "a cut gz": {"a.txt.gz": gzip.compress(good)[:-20]},
+        "a word": {"a.txt": b"a" * 10_000_000},
         "bad zst": {"a.zst": b"x"},
     }  # fmt: skip
     records: dict[str, dict[str, Any]] = {
@@ -369,21 +504,56 @@ def _text_cases() -> list[Case]:
         "scalars": {"a.jsonl": b"1\n2\n"},
         "deep": {"a.jsonl": b"[" * 200_000}, "deep json": {"a.json": b'{"text":' * 100_000},
         "a surrogate": {"a.jsonl": b'{"text": "\\ud800"}\n' * 900},
-        "a long number": {"a.jsonl": b'{"text": "a", "n": ' + b"9" * 6000 + b"}\n"}, "null": {"a.json": b"null"},
+        "a long number": {"a.jsonl": b'{"text": "a", "n": ' + b"9" * 6000 + b"}\n"},
+        "null": {"a.json": b"null"},
         "jsonl bomb": {"a.jsonl.gz": _bomb(gzip.compress, b'{"text": "ab cd"}\n')},
         "no parquet": {"a.parquet": b"PAR1PAR1"}, "a cut parquet": {"a.parquet": _corpus(".parquet")[:-30]},
         "json lines of bytes": {"a.jsonl": b'{"text": "\xff"}'},
-        "one key twice": {"a.jsonl": b'{"text": "a", "text": null}'}, "a BOM": {"a.jsonl": b"\xef\xbb\xbf" + _corpus(".jsonl")},
+        "one key twice": {"a.jsonl": b'{"text": "a", "text": null}'},
+        "a BOM": {"a.jsonl": b"\xef\xbb\xbf" + _corpus(".jsonl")},
         "a link": {"a.jsonl": Path("/dev/random")},
     }  # fmt: skip
     cases = [Case(f"text: {name}", _texts(content), ("text calibration",)) for name, content in plain.items()]
-    cases += [Case(f"records: {name}", _texts(content, field="text"), ("text calibration",)) for name, content in records.items()]
-    globs: list[Any] = ["../*", "/etc/*", "**/" * 50 + "*", "[", "", "\0", "a" * 5000, ["*"], "*.none", "**", ".."]
-    cases += [Case(f"glob {str(glob)[:20]}", _texts({"a.txt": good}, glob=glob), ("text calibration",)) for glob in globs]
-    paths = ["/dev/zero", "/proc/self/mem", "../outside/sentinel", "a\0b", "", "/", "data/texts/none.txt", "/proc/self/fd/0"]
-    cases += [Case(f"path {path}", partial(_set, f"{CALIBRATION}.path", path), ("text calibration",)) for path in paths]
+    cases += [
+        Case(f"records: {name}", _texts(content, field="text"), ("text calibration",))
+        for name, content in records.items()
+    ]
+    globs: list[Any] = [
+        "../*",
+        "/etc/*",
+        "**/" * 50 + "*",
+        "[",
+        "",
+        "\0",
+        "a" * 5000,
+        ["*"],
+        "*.none",
+        "**",
+        "..",
+    ]
+    cases += [
+        Case(f"glob {str(glob)[:20]}", _texts({"a.txt": good}, glob=glob), ("text calibration",))
+        for glob in globs
+    ]
+    paths = [
+        "/dev/zero",
+        "/proc/self/mem",
+        "../outside/sentinel",
+        "a\0b",
+        "",
+        "/",
+        "data/texts/none.txt",
+        "/proc/self/fd/0",
+    ]
+    cases += [
+        Case(f"path {path}", partial(_set, f"{CALIBRATION}.path", path), ("text calibration",))
+        for path in paths
+    ]
     fields = ["", ".", "text.x", "text..x", "messages", "messages.0", "a" * 9000, "²"]
-    cases += [Case(f"field {field[:9]}", _texts({"a.jsonl": _corpus(".jsonl")}, field=field), ("text calibration",)) for field in fields]
+    cases += [
+        Case(f"field {field[:9]}", _texts({"a.jsonl": _corpus(".jsonl")}, field=field), ("text calibration",))
+        for field in fields
+    ]
     templates = [
         "{% for i in range(10**9) %}a{% endfor %}",
         "{{ 'a' * 10**11 }}",
@@ -415,7 +585,9 @@ def _text(draw: random.Random) -> Case:
         path = project / "data/many" / name
         said = damage(path, draw) if inner else ""
         if path.is_file():
-            replaced(path, COMPRESSED[squeezed](path.read_bytes()[: 10**7]) if path.resolve() == path else None)
+            replaced(
+                path, COMPRESSED[squeezed](path.read_bytes()[: 10**7]) if path.resolve() == path else None
+            )
         return said or damage(path, draw)
 
     return Case(f"random {name} {field}", change, ("text calibration",), limit=40)
@@ -435,28 +607,42 @@ CHAIN = (
     "evaluate wanda",
 )
 CONFIG: dict[str, Sequence[Any]] = {
-    "num_hidden_layers": [10_000_000, 2**63, -1, 0, None, "two", 1.5, True], "hidden_size": [None, 0, -32, 2**40, "x", 31, 1e308,
+    "num_hidden_layers": [10_000_000, 2**63, -1, 0, None, "two", 1.5, True], "hidden_size": [None, 0, -32,
+    2**40, "x", 31, 1e308,
     float("nan")],
-    "vocab_size": [None, 0, 2**40, -1, 10, "x"], "rms_norm_eps": [None, "x", float("nan"), -1, 1e308], "rope_theta": [None, 0, "x",
+    "vocab_size": [None, 0, 2**40, -1, 10, "x"], "rms_norm_eps": [None, "x", float("nan"), -1, 1e308],
+    "rope_theta": [None, 0, "x",
     float("inf")],
-    "rope_scaling": [3, {"type": "x"}, {"rope_type": "yarn"}, {"rope_type": "linear", "factor": 0}], "intermediate_size": [None, 0, 2**40,
+    "rope_scaling": [3, {"type": "x"}, {"rope_type": "yarn"}, {"rope_type": "linear", "factor": 0}],
+    "intermediate_size": [None, 0, 2**40,
     "48"],
-    "rope_parameters": [None, 3, {}, {"rope_type": None}, {"rope_theta": float("nan"), "rope_type": "default"}],
-    "max_position_embeddings": [None, 0, -1, 2**63, "x"], "dtype": ["float128", 3, None, "auto", "int8"], "torch_dtype": ["float16", {},
+    "rope_parameters": [None, 3, {}, {"rope_type": None}, {"rope_theta": float("nan"),
+    "rope_type": "default"}],
+    "max_position_embeddings": [None, 0, -1, 2**63, "x"], "dtype": ["float128", 3, None, "auto", "int8"],
+    "torch_dtype": ["float16", {},
     "x"],
-    "tie_word_embeddings": ["maybe", None, 1, True], "architectures": [None, [], [3], "LlamaForCausalLM", ["x" * 9000]],
+    "tie_word_embeddings": ["maybe", None, 1, True], "architectures": [None, [], [3], "LlamaForCausalLM",
+    ["x" * 9000]],
     "model_type": [None, "", 3, "../x"],
-    "auto_map": [{"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}, 3, None], "head_dim": [None, 0, 2**40, 7, "8"],
-    "num_attention_heads": [0, None, 3, 2**40, "4"], "num_key_value_heads": [0, None, 3, -2, 2**40], "eos_token_id": [None, -1, 10**9, "x",
+    "auto_map": [{"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}, 3, None],
+    "head_dim": [None, 0, 2**40, 7, "8"],
+    "num_attention_heads": [0, None, 3, 2**40, "4"], "num_key_value_heads": [0, None, 3, -2, 2**40],
+    "eos_token_id": [None, -1, 10**9, "x",
     [0, "x"]],
-    "hidden_act": [None, "__import__", 3, "nope"], "quantization_config": [{}, 3, {"quant_method": "x"}], "_attn_implementation": ["x", 3],
-    "transformers_version": [3, None], "attention_bias": ["no", None, 3], "pretraining_tp": [0, 7, "x"], "attention_dropout": [2,
+    "hidden_act": [None, "__import__", 3, "nope"], "quantization_config": [{}, 3, {"quant_method": "x"}],
+    "_attn_implementation": ["x", 3],
+    "transformers_version": [3, None], "attention_bias": ["no", None, 3], "pretraining_tp": [0, 7, "x"],
+    "attention_dropout": [2,
     float("nan"), "x"],
-    "use_cache": ["x"], "text_config": [{}, 3], "id2label": [3, {"a": 3}], "num_labels": [-1, 10**9, "x"], "_name_or_path": ["/etc/passwd",
+    "use_cache": ["x"], "text_config": [{}, 3], "id2label": [3, {"a": 3}], "num_labels": [-1, 10**9, "x"],
+    "_name_or_path": ["/etc/passwd",
     3],
-    "layer_types": [["x"], 3, []], "dict": [3], "to_dict": [None], "problem_type": ["x"], "transformers_weights": ["../x", 3],
+    "layer_types": [["x"], 3, []], "dict": [3], "to_dict": [None], "problem_type": ["x"],
+    "transformers_weights": ["../x", 3],
 }  # fmt: skip
-OWN = "import pathlib\npathlib.Path('../outside/ran').write_text('x')\nclass Config: pass\nclass Model: pass\n"
+OWN = (
+    "import pathlib\npathlib.Path('../outside/ran').write_text('x')\nclass Config: pass\nclass Model: pass\n"
+)
 WHOLE = [
     "null",
     "[]",
@@ -475,19 +661,26 @@ WHOLE = [
     None,
 ]
 SETTINGS: dict[str, Sequence[Mapping[str, Any]]] = {
-    "generation_config.json": [{"eos_token_id": "x"}, {"max_length": -1}, {"temperature": float("nan")}, {"transformers_version": 3},
+    "generation_config.json": [{"eos_token_id": "x"}, {"max_length": -1}, {"temperature": float("nan")},
+    {"transformers_version": 3},
     {"do_sample": "x"},
-                               {"eos_token_id": 10**30}, {"pad_token_id": [1]}, {"cache_implementation": 3}, {"num_beams": -1},
+                               {"eos_token_id": 10**30}, {"pad_token_id": [1]}, {"cache_implementation": 3},
+                               {"num_beams": -1},
                                {"max_new_tokens": None}],
-    "tokenizer_config.json": [{"tokenizer_class": "Evil"}, {"tokenizer_class": 3}, {"auto_map": {"AutoTokenizer": ["own.T", None]}},
+    "tokenizer_config.json": [{"tokenizer_class": "Evil"}, {"tokenizer_class": 3},
+    {"auto_map": {"AutoTokenizer": ["own.T", None]}},
     {"chat_template": 3},
-                              {"model_max_length": -1}, {"model_max_length": float("nan")}, {"bos_token": {}}, {"eos_token": 3},
+                              {"model_max_length": -1}, {"model_max_length": float("nan")}, {"bos_token": {}},
+                              {"eos_token": 3},
                               {"added_tokens_decoder": 3},
-                              {"added_tokens_decoder": {"99999999": {"content": "x"}}}, {"clean_up_tokenization_spaces": "x"},
+                              {"added_tokens_decoder": {"99999999": {"content": "x"}}},
+                              {"clean_up_tokenization_spaces": "x"},
                               {"padding_side": "x"}],
-    "tokenizer.json": [{"model": None}, {"added_tokens": None}, {"pre_tokenizer": None}, {"normalizer": 3}, {"decoder": {"type": "x"}},
+    "tokenizer.json": [{"model": None}, {"added_tokens": None}, {"pre_tokenizer": None}, {"normalizer": 3},
+    {"decoder": {"type": "x"}},
     {"truncation": 3},
-                       {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a*)*b"}, "behavior": "Isolated", "invert": False}}],
+                       {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a*)*b"},
+                       "behavior": "Isolated", "invert": False}}],
 }  # fmt: skip
 HEADERS: dict[str, Callable[[dict[str, Any]], object]] = {
     "negative offsets": lambda header: header["lm_head.weight"].update(data_offsets=[-8, 0]),
@@ -518,7 +711,9 @@ def split(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def joined(header: Any, data: bytes) -> bytes:
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", errors="surrogatepass")
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode(
+        "utf-8", errors="surrogatepass"
+    )
     encoded += b" " * (-len(encoded) % 8)
     return len(encoded).to_bytes(8, "little") + encoded + data
 
@@ -586,9 +781,20 @@ def _model_cases() -> list[Case]:
     ]
     matrix = "model.layers.1.mlp.up_proj.weight"
     cases += [Case(f"{name}: {value}", partial(_fill, name, value, at), CHAIN)
-              for name in (matrix, "model.norm.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight")
-              for value in (float("nan"), float("inf"), 0.0, 1e-40, 3e38) for at in (0, slice(None))]  # fmt: skip
-    targets = ["../x.safetensors", "/etc/passwd", "../../../outside/sentinel", "", ".", "config.json", "gone.safetensors", None]
+              for name in (matrix, "model.norm.weight", "model.embed_tokens.weight",
+              "model.layers.0.input_layernorm.weight")
+              for value in (float("nan"), float("inf"), 0.0, 1e-40, 3e38) for at in (0,
+              slice(None))]  # fmt: skip
+    targets = [
+        "../x.safetensors",
+        "/etc/passwd",
+        "../../../outside/sentinel",
+        "",
+        ".",
+        "config.json",
+        "gone.safetensors",
+        None,
+    ]
     cases += [Case(f"index names {target}", partial(_index, target), CHAIN, "refused") for target in targets]
     return cases
 
@@ -603,7 +809,9 @@ def _model(draw: random.Random) -> Case:
                 with suppress(ValueError):
                     said.append(_header(lambda header: mutate(header, draw), project))
             else:
-                said.append(damage(path, draw, [one for one in paths if one.is_file()], (*WAYS, *["mutate"] * 12)))
+                said.append(
+                    damage(path, draw, [one for one in paths if one.is_file()], (*WAYS, *["mutate"] * 12))
+                )
         return "; ".join(said)
 
     return Case("random", change, CHAIN)
@@ -612,16 +820,21 @@ def _model(draw: random.Random) -> Case:
 # Artifacts
 
 READERS: dict[str, Sequence[str]] = {
-    "prepare": ("text calibration", "calibrate", "scale", "sensitivity", "curves", "allocate", "induce", "prune", "distil", "evaluate",
+    "prepare": ("text calibration", "calibrate", "scale", "sensitivity", "curves", "allocate", "induce",
+    "prune", "distil", "evaluate",
     "evaluate dense", "tasks dense", "export", "report"),
-    "texts": ("calibrate", "sensitivity", "curves", "induce", "prune", "distil", "evaluate", "evaluate dense", "report"), "calibrate": ("scale",
+    "texts": ("calibrate", "sensitivity", "curves", "induce", "prune", "distil", "evaluate", "evaluate dense",
+    "report"), "calibrate": ("scale",
     "curves", "induce"),
-    "scale": ("induce",), "sensitivity": ("curves", "allocate", "report"), "curves": ("allocate",), "allocate": ("induce", "prune",
+    "scale": ("induce",), "sensitivity": ("curves", "allocate", "report"), "curves": ("allocate",),
+    "allocate": ("induce", "prune",
     "report"),
-    "induce": ("prune",), "prune": ("distil", "evaluate", "tasks", "export"), "distil": ("evaluate", "tasks", "export"),
+    "induce": ("prune",), "prune": ("distil", "evaluate", "tasks", "export"), "distil": ("evaluate",
+    "tasks", "export"),
     "training": ("export", "report"), "facts": ("export", "report"), "evaluate": ("export", "choose",
     "report"),
-    "completions": ("report",), "tasks": ("export", "report"), "sizes": ("report",), "choice.json": ("report",), "keys": ("report", "prune"),
+    "completions": ("report",), "tasks": ("export", "report"), "sizes": ("report",), "choice.json": ("report",
+    ), "keys": ("report", "prune"),
     "export": ("keys", "export"),
 }  # fmt: skip
 
@@ -629,10 +842,16 @@ READERS: dict[str, Sequence[str]] = {
 def _artifact(draw: random.Random) -> Case:
     top, variant = draw.choice(sorted(READERS)), draw.choice(sorted(VARIANTS))
     step = draw.choice(READERS[top])
-    step += "" if " " in step or step in ("calibrate", "scale", "sensitivity", "report", "choose", "keys") else f" {variant}"
+    step += (
+        ""
+        if " " in step or step in ("calibrate", "scale", "sensitivity", "report", "choose", "keys")
+        else f" {variant}"
+    )
 
     def change(project: Path) -> str:
-        files = [path for path in sorted(project.joinpath("build", top).rglob("*")) if path.is_file()] or [project / "build" / top]
+        files = [path for path in sorted(project.joinpath("build", top).rglob("*")) if path.is_file()] or [
+            project / "build" / top
+        ]
         own = [path for path in files if variant in str(path.relative_to(project))]
         path = draw.choice(own if own and draw.random() < 0.7 else files)
         return damage(
@@ -682,7 +901,11 @@ def _scratch(ground: Ground, draw: random.Random, undamaged: str = "") -> Case:
         scratch = Path(shutil.copytree(interrupted(ground, command, blocks), project.parent / "scratch"))
         if undamaged:
             return ""
-        paths = [path for path in sorted(scratch.rglob("*")) if path.suffix != ".lock" and len(path.relative_to(scratch).parts) > 1]
+        paths = [
+            path
+            for path in sorted(scratch.rglob("*"))
+            if path.suffix != ".lock" and len(path.relative_to(scratch).parts) > 1
+        ]
         files = [path for path in paths if path.is_file()]
         said = []
         for _ in range(draw.choice([1, 1, 1, 2, 4])):
@@ -728,7 +951,9 @@ def forge(directory: Path, change: Callable[[Forged], object]) -> str:
     path = directory / WEIGHTS_FILE
     header, data = split(path)
     forged = Forged(
-        json.loads((directory / "bitmask.json").read_text(encoding="utf-8")), header, json.loads(header["__metadata__"]["sparseline"])
+        json.loads((directory / "bitmask.json").read_text(encoding="utf-8")),
+        header,
+        json.loads(header["__metadata__"]["sparseline"]),
     )
     said = change(forged)
     if isinstance(header.get("__metadata__"), dict):
@@ -755,31 +980,42 @@ def _manifest(value: dict[str, Any]) -> str:
 
 FORGED: dict[str, Callable[[Forged], object]] = {
     **{f"dense {name!r}": lambda one, name=name: one.weights.update(dense=name)  # type: ignore[misc]
-       for name in ("..", ".", "", "/tmp/x", "../x", "a/b", "config.json", "bitmask.json", "a\0b", "a\nb", "x" * 300,
+       for name in ("..", ".", "", "/tmp/x", "../x", "a/b", "config.json", "bitmask.json", "a\0b",
+       "a\nb", "x" * 300,
        "model.safetensors.index.json", "\ud800")},
-    **{f"file {name!r}": lambda one, name=name: one.manifest["files"].update({name: "0" * 64})  # type: ignore[misc]
-       for name in ("../outside/sentinel", "/etc/passwd", "..", "", "/dev/zero", "a\0b", "bitmask.json", "model.safetensors")},
-    **{f"shape {shape}": lambda one, shape=shape: one.tensor("shape").update(shape=shape)  # type: ignore[misc]
-       for shape in ([2**31, 2**31], [-1, -1], [], [0], [0, 2**62], [2**63], None, "x", [1.5], [10**30], [1] * 100)},
-    **{f"dtype {dtype}": lambda one, dtype=dtype: one.tensor("dtype").update(dtype=dtype)  # type: ignore[misc]
+    **{f"file {name!r}": lambda one,
+    name=name: one.manifest["files"].update({name: "0" * 64})  # type: ignore[misc]
+       for name in ("../outside/sentinel", "/etc/passwd", "..", "", "/dev/zero", "a\0b", "bitmask.json",
+       "model.safetensors")},
+    **{f"shape {shape}": lambda one,
+    shape=shape: one.tensor("shape").update(shape=shape)  # type: ignore[misc]
+       for shape in ([2**31, 2**31], [-1, -1], [], [0], [0, 2**62], [2**63], None, "x", [1.5], [10**30],
+       [1] * 100)},
+    **{f"dtype {dtype}": lambda one,
+    dtype=dtype: one.tensor("dtype").update(dtype=dtype)  # type: ignore[misc]
        for dtype in ("F99", None, 3, "U8", "I64", "F64", "BF16", "")},
     **{f"{key} {value}": lambda one, key=key,
     value=value: one.tensor("bits" if "bits" in str(one.told) else "shape").update({key: value})  # type: ignore[misc]
-       for key, values in {"group": (0, -1, 2**63, 10**30, None, 1.5), "bits": (0, 1, 9, 3, None), "transposed": (True,
+       for key, values in {"group": (0, -1, 2**63, 10**30, None, 1.5), "bits": (0, 1, 9, 3, None),
+       "transposed": (True,
        3)}.items() for value in values},
     **{f"part {suffix} {key} {value}": lambda one, suffix=suffix, key=key,
     value=value: one.part(suffix).update({key: value})  # type: ignore[misc]
-       for suffix in (".mask", "norm.weight") for key, value in (("shape", [2**62]), ("shape", [-1]), ("dtype", "F32"), ("data_offsets",
+       for suffix in (".mask", "norm.weight") for key, value in (("shape", [2**62]), ("shape", [-1]),
+       ("dtype", "F32"), ("data_offsets",
        [0, 8]), ("data_offsets", [8, 0]), ("data_offsets", None))},
     "no tensors": lambda one: one.told["tensors"].clear(), "no told": lambda one: one.told.clear(),
     "no weights": lambda one: one.manifest["weights"].clear(),
-    "no files": lambda one: one.manifest["files"].clear(), "version 2": lambda one: one.manifest.update(version=2),
+    "no files": lambda one: one.manifest["files"].clear(),
+    "version 2": lambda one: one.manifest.update(version=2),
     "indexed": lambda one: one.manifest.update(indexed=True),
-    "version true": lambda one: one.manifest.update(version=True), "no metadata": lambda one: one.header.pop("__metadata__"),
+    "version true": lambda one: one.manifest.update(version=True),
+    "no metadata": lambda one: one.header.pop("__metadata__"),
     "bytes": lambda one: one.weights.update(bytes=10**30),
     "a name out": lambda one: one.manifest["weights"].update({"../x": dict(one.weights)}),
     "twice": lambda one: one.manifest["weights"].update({"config.json": dict(one.weights)}),
-    "no bytes": lambda one: one.weights.pop("bytes"), "header null": lambda one: one.header.update(lm_head=None),
+    "no bytes": lambda one: one.weights.pop("bytes"),
+    "header null": lambda one: one.header.update(lm_head=None),
     "no indexed": lambda one: one.manifest.pop("indexed"),
 }  # fmt: skip
 
@@ -788,7 +1024,10 @@ def _bitmask_case(name: str, variant: str, change: Callable[[Path], object], exp
     """``change`` is of the checkpoint's directory."""
     steps = (f"unpack ../{variant} ../out", f"load ../{variant}")
     return Case(
-        f"{variant}: {name}", both(lambda project: bitmask(project), lambda project: change(project.parent / variant)), steps, expect
+        f"{variant}: {name}",
+        both(lambda project: bitmask(project), lambda project: change(project.parent / variant)),
+        steps,
+        expect,
     )
 
 
@@ -799,8 +1038,18 @@ def _bitmask_cases() -> list[Case]:
         for variant in ("sparseline", "quantised")
     ]
     cases = [case._replace(steps=case.steps[:1]) if number % 4 else case for number, case in enumerate(cases)]
-    outs = ["../outside", "../sparseline", "../outside/sentinel", "..", "/proc/x", "/dev/null/x", "../sparseline/config.json"]
-    cases += [Case(f"unpack into {out}", bitmask, (f"unpack ../sparseline {out}",), "refused") for out in outs]
+    outs = [
+        "../outside",
+        "../sparseline",
+        "../outside/sentinel",
+        "..",
+        "/proc/x",
+        "/dev/null/x",
+        "../sparseline/config.json",
+    ]
+    cases += [
+        Case(f"unpack into {out}", bitmask, (f"unpack ../sparseline {out}",), "refused") for out in outs
+    ]
     cases += [
         Case(f"unpack into {out}", bitmask, (f"unpack ../sparseline {out}",), "equal")
         for out in ("../new/deep/out", "../²", "../" + "x" * 300)
@@ -821,7 +1070,10 @@ def _bitmask(draw: random.Random) -> Case:
     variant = draw.choice(["sparseline", "quantised"])
 
     def forged(one: Forged) -> str:
-        return "; ".join(mutate(draw.choice([one.manifest, one.header, one.told]), draw) for _ in range(draw.choice([1, 1, 2, 3])))
+        return "; ".join(
+            mutate(draw.choice([one.manifest, one.header, one.told]), draw)
+            for _ in range(draw.choice([1, 1, 2, 3]))
+        )
 
     def damaged(directory: Path) -> str:
         files = sorted(path for path in directory.iterdir() if path.is_file())
@@ -836,16 +1088,22 @@ def _bitmask(draw: random.Random) -> Case:
 
 VARIABLES: dict[str, Sequence[str]] = {
     "SPARSELINE_THREADS": ("0", "-1", "²", "1.5", str(2**31), "5000", "one", " 1", "9" * 30, "١", "1"),
-    "SPARSELINE_DEVICE": ("meta", "hpu", "cuda", "cuda:999", "mps", "", "cpu:0", "CPU", "xla", "²", "cpu", "cuda:²"),
-    "SPARSELINE_ACTIVATION_BYTES": ("0", "-1", "²", "1e9", str(2**63), "9" * 30, "x"), "SPARSELINE_GRAM_BYTES": ("0", "-1", "²",
+    "SPARSELINE_DEVICE": ("meta", "hpu", "cuda", "cuda:999", "mps", "", "cpu:0", "CPU", "xla", "²",
+    "cpu", "cuda:²"),
+    "SPARSELINE_ACTIVATION_BYTES": ("0", "-1", "²", "1e9", str(2**63), "9" * 30, "x"),
+    "SPARSELINE_GRAM_BYTES": ("0", "-1", "²",
     str(2**63), "x", "1"), "SPARSELINE_GPU_ACTIVATION_BYTES": ("0", "-1", "x", "9" * 30),
-    "SPARSELINE_SCRATCH": ("/proc/x", "/dev/null", "../outside/sentinel", "", ".", "x" * 300, "../new/deep", "/etc/passwd/x", "~",
+    "SPARSELINE_SCRATCH": ("/proc/x", "/dev/null", "../outside/sentinel", "", ".", "x" * 300, "../new/deep",
+    "/etc/passwd/x", "~",
     "/proc/self/fd"),
-    "SPARSELINE_CLIENT": ("x", "-1", "0", "²", "1", "9" * 30), "SPARSELINE_PRELOADED": ("/none", "", "x" * 300, "/dev/null"),
+    "SPARSELINE_CLIENT": ("x", "-1", "0", "²", "1", "9" * 30), "SPARSELINE_PRELOADED": ("/none", "",
+    "x" * 300, "/dev/null"),
     "TMPDIR": ("/proc/x", "/none", ""),
-    "DVC_STAGE": ("x", ""), "DVC_ROOT": ("/none", ""), "HOME": ("/none", ""), "XDG_CACHE_HOME": ("/proc/x", ""), "COLUMNS": ("0", "-1",
+    "DVC_STAGE": ("x", ""), "DVC_ROOT": ("/none", ""), "HOME": ("/none", ""), "XDG_CACHE_HOME": ("/proc/x",
+    ""), "COLUMNS": ("0", "-1",
     "x"), "TERM": ("", "dumb"),
-    "HF_HOME": ("/proc/x",), "OMP_NUM_THREADS": ("x", "0"), "TZ": ("x",), "NO_COLOR": ("1",), "LANG": ("C", "tr_TR.UTF-8"),
+    "HF_HOME": ("/proc/x",), "OMP_NUM_THREADS": ("x", "0"), "TZ": ("x",), "NO_COLOR": ("1",), "LANG": ("C",
+    "tr_TR.UTF-8"),
     "SPARSELINE_UNKNOWN": ("x",),
 }  # fmt: skip
 SAME_RESULTS = (
@@ -863,7 +1121,11 @@ SAME_RESULTS = (
 
 def _environment_cases() -> list[Case]:
     def unset(name: str, value: str) -> Mapping[str, str | None]:
-        return {name: value, "SPARSELINE_SCRATCH": None} if name in ("HOME", "XDG_CACHE_HOME", "DVC_ROOT") else {name: value}
+        return (
+            {name: value, "SPARSELINE_SCRATCH": None}
+            if name in ("HOME", "XDG_CACHE_HOME", "DVC_ROOT")
+            else {name: value}
+        )
 
     cases = [Case(f"{name}={value[:20]}", nothing, (SAME_RESULTS[at % 3],), "equal", unset(name, value))
              for name, values in VARIABLES.items() for at, value in enumerate(values)]  # fmt: skip
@@ -892,10 +1154,21 @@ def _environment_cases() -> list[Case]:
         for by in (b"x", Path("/proc/1"), Path("/dev/null"), 1)
     ]
     language = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    for environ in (language, language | {"PYTHONIOENCODING": "latin-1"}, {"PYTHONIOENCODING": "ascii:strict"}):
+    for environ in (
+        language,
+        language | {"PYTHONIOENCODING": "latin-1"},
+        {"PYTHONIOENCODING": "ascii:strict"},
+    ):
         cases.append(Case(f"{environ}", nothing, ("report",), "equal", environ, real=True))
         cases.append(
-            Case(f"{environ}, refused", partial(_set, "prune.batch_rows", "²é漢"), ("prune wanda",), "refused", environ, real=True)
+            Case(
+                f"{environ}, refused",
+                partial(_set, "prune.batch_rows", "²é漢"),
+                ("prune wanda",),
+                "refused",
+                environ,
+                real=True,
+            )
         )
     cases += [
         Case(f"files of {size} bytes, {step}", nothing, (step,), "equal", {FILE_SIZE: str(size)})
@@ -932,7 +1205,9 @@ GUIDED = ("fuzz-header-atheris", "fuzz-bitmask-atheris")
 
 
 def guided(ground: Ground, seed: int, seconds: float) -> list[Tally]:
-    """Headers and manifests of bitmask checkpoints with right checksums, as libFuzzer makes them up; it stops at the first finding."""
+    """Headers and manifests of bitmask checkpoints with right checksums, as libFuzzer makes them
+    up; it stops at the first finding.
+    """
     if importlib.util.find_spec("atheris") is None:
         print("atheris is not installed (pip install atheris): what coverage guides is left out")
         return []
@@ -943,13 +1218,39 @@ def guided(ground: Ground, seed: int, seconds: float) -> list[Tally]:
         (place / "corpus").mkdir()
         directory = place / "quantised"
         header = (directory / WEIGHTS_FILE).read_bytes()
-        text = header[8 : 8 + int.from_bytes(header[:8], "little")] if name == GUIDED[0] else (directory / "bitmask.json").read_bytes()
+        text = (
+            header[8 : 8 + int.from_bytes(header[:8], "little")]
+            if name == GUIDED[0]
+            else (directory / "bitmask.json").read_bytes()
+        )
         (place / "corpus" / "right").write_bytes(text)
-        options = [f"-seed={seed or 1}", f"-max_total_time={seconds / 2:.0f}", "-timeout=20", "-rss_limit_mb=10000", "-print_final_stats=1"]
-        command = [sys.executable, __file__, name, str(directory), *options, f"-artifact_prefix={place}/", f"-max_len={2 * len(text)}"]
-        done = subprocess.run([*command, str(place / "corpus")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        options = [
+            f"-seed={seed or 1}",
+            f"-max_total_time={seconds / 2:.0f}",
+            "-timeout=20",
+            "-rss_limit_mb=10000",
+            "-print_final_stats=1",
+        ]
+        command = [
+            sys.executable,
+            __file__,
+            name,
+            str(directory),
+            *options,
+            f"-artifact_prefix={place}/",
+            f"-max_len={2 * len(text)}",
+        ]
+        done = subprocess.run(
+            [*command, str(place / "corpus")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
         executed = re.search(r"number_of_executed_units: (\d+)", done.stdout)
-        tally = Tally(name, seed, tried=int(executed[1]) if executed else 0, tracebacks=int(done.returncode != 0))
+        tally = Tally(
+            name, seed, tried=int(executed[1]) if executed else 0, tracebacks=int(done.returncode != 0)
+        )
         if done.returncode:
             print(f"\nFINDING {name}: tracebacks: {done.stdout[-3000:]}\nagain: --atheris --seed {seed}")
         tallies.append(tally)
@@ -973,7 +1274,10 @@ def guide(name: str, directory: Path, options: Sequence[str]) -> None:
         if name == GUIDED[0]:
             first = len(data).to_bytes(8, "little") + data
             (directory / WEIGHTS_FILE).write_bytes(first + body)
-            manifest["weights"][WEIGHTS_FILE] |= {"bytes": len(first + body), "header_sha256": hashlib.sha256(first).hexdigest()}
+            manifest["weights"][WEIGHTS_FILE] |= {
+                "bytes": len(first + body),
+                "header_sha256": hashlib.sha256(first).hexdigest(),
+            }
             sign(directory, manifest)
         else:
             (directory / "bitmask.json").write_bytes(data)

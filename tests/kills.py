@@ -1,4 +1,6 @@
-"""Kills: a stage or a `dvc repro` gets a signal at a random moment, then the same command runs again. Oracle: a run that nobody disturbed."""
+"""Kills: a stage or a `dvc repro` gets a signal at a random moment, then the same command runs
+again. Oracle: a run that nobody disturbed.
+"""
 
 import os
 import random
@@ -33,17 +35,25 @@ from project import SPARSELINE, environment, make_project, preloaded, run
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MARGIN = 1.1  # kills come within so many times an undisturbed run's duration
-ALL = SPARSELINE | {"quantization": QUANTISED["quantization"], "reconstruction": QUANTISED["reconstruction"]}  # each kind of step
+# each kind of step
+ALL = SPARSELINE | {"quantization": QUANTISED["quantization"], "reconstruction": QUANTISED["reconstruction"]}
 WAIT = 300.0  # seconds for what nobody kills
 
 
 def spoken(ended: Ended, number: signal.Signals, early: bool) -> list[Fault]:
-    """How a stage ends by a signal: its code and one line. ``early``: before it is ready for signals, the system's way is right too."""
+    """How a stage ends by a signal: its code and one line. ``early``: before it is ready for
+    signals, the system's way is right too.
+    """
     if own_traceback(ended.output):
         return [Fault("tracebacks", f"{number.name}: a traceback\n{ended.output[-1500:]}")]
     if ended.code in (0, -number) if number == signal.SIGKILL or early else ended.code == 0:
         return []
-    if early and number == signal.SIGINT and ended.code == 1 and ended.output.rstrip().endswith("KeyboardInterrupt"):
+    if (
+        early
+        and number == signal.SIGINT
+        and ended.code == 1
+        and ended.output.rstrip().endswith("KeyboardInterrupt")
+    ):
         return []  # while Python itself starts
     errors = [line for line in ended.output.splitlines() if line.startswith("error: ")]
     if ended.code != 128 + number:
@@ -55,8 +65,14 @@ def spoken(ended: Ended, number: signal.Signals, early: bool) -> list[Fault]:
 
 def between(before: dict[str, str], found: dict[str, str], after: dict[str, str]) -> list[Fault]:
     """Files under their final names must be an earlier run's or whole."""
-    shown = {path: digest for path, digest in found.items() if not any(part.startswith(".") for part in Path(path).parts)}
-    wrong = sorted(path for path, digest in shown.items() if digest not in (before.get(path), after.get(path)))
+    shown = {
+        path: digest
+        for path, digest in found.items()
+        if not any(part.startswith(".") for part in Path(path).parts)
+    }
+    wrong = sorted(
+        path for path, digest in shown.items() if digest not in (before.get(path), after.get(path))
+    )
     return [Fault("wrong", f"half-written: {wrong[:3]}")] if wrong else []
 
 
@@ -69,7 +85,9 @@ def compared(found: dict[str, str], undisturbed: dict[str, str]) -> list[Fault]:
 
 
 class KillStage:
-    """A stage by hand: every other time a process of its own, else a fork, in which the work is most of the time."""
+    """A stage by hand: every other time a process of its own, else a fork, in which the work is
+    most of the time.
+    """
 
     def __init__(self, ground: Ground, name: str) -> None:
         self.name, self._ground = f"kill-{name}", ground
@@ -82,16 +100,27 @@ class KillStage:
         project = self._ground.copy(place)
         if cleared := draw.random() < 0.5:
             for path in outputs(command):
-                shutil.rmtree(project / path) if (project / path).is_dir() else (project / path).unlink(missing_ok=True)
+                (
+                    shutil.rmtree(project / path)
+                    if (project / path).is_dir()
+                    else (project / path).unlink(missing_ok=True)
+                )
         before = outcome(project)
         ended = self._killed(place, command, real, (after, sent))
         early = real or after < 0.1
         faults = spoken(ended, sent, early) + orphans(place)
         faults += between(before, outcome(project), self._ground.undisturbed)
         again = fork(stage(place, command), WAIT)
-        faults += [Fault("wrong", f"the second run ended with {again.code}\n{tail(again.output)}")] if again.code != 0 else []
+        faults += (
+            [Fault("wrong", f"the second run ended with {again.code}\n{tail(again.output)}")]
+            if again.code != 0
+            else []
+        )
         faults += compared(outcome(project), self._ground.undisturbed) + remains(place)
-        how = f"{command}, {'a process' if real else 'a fork'}, {sent.name} after {after:.2f} s{', nothing there' if cleared else ''}"
+        how = (
+            f"{command}, {'a process' if real else 'a fork'}, {sent.name} after"
+            f" {after:.2f} s{', nothing there' if cleared else ''}"
+        )
         return Tried(how, faults)
 
     def _duration(self, command: str, real: bool) -> float:
@@ -106,7 +135,9 @@ class KillStage:
             shutil.rmtree(place)
         return self._durations[command, real]
 
-    def _killed(self, place: Path, command: str, real: bool, kill: tuple[float, signal.Signals] | None) -> Ended:
+    def _killed(
+        self, place: Path, command: str, real: bool, kill: tuple[float, signal.Signals] | None
+    ) -> Ended:
         if not real:
             return fork(stage(place, command), WAIT, kill)
         name, *arguments = command.split()
@@ -123,7 +154,9 @@ def signalled(
     """A process that gets a signal after so many seconds, alone or with its group."""
     environ = environment(place / "project") | {"TMPDIR": str(place / "tmp")} | dict(settings or {})
     with (place / "log").open("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(command, cwd=place / "project", env=environ, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=place / "project", env=environ, stdout=log, stderr=log, start_new_session=True
+        )
         code: int | None = None
         with suppress(subprocess.TimeoutExpired):
             if kill is not None:
@@ -140,7 +173,9 @@ def signalled(
 
 
 def _wait_for_group(number: int, seconds: float = 15) -> None:
-    """Until the system has forgotten a killed group: DVC takes a process that has ended, but is still listed, for one that runs."""
+    """Until the system has forgotten a killed group: DVC takes a process that has ended, but is
+    still listed, for one that runs.
+    """
     deadline = time.monotonic() + seconds
     with suppress(ProcessLookupError):
         while time.monotonic() < deadline:
@@ -171,27 +206,42 @@ class KillRepro:
             faults.append(Fault("tracebacks", f"a traceback\n{ended.output[-1500:]}"))
         faults += between(before, outcome(project), self._undisturbed)
         again = signalled(place, ["dvc", "repro"], None, settings=preloaded())
-        faults += [Fault("wrong", f"the second run ended with {again.code}\n{tail(again.output)}")] if again.code != 0 else []
+        faults += (
+            [Fault("wrong", f"the second run ended with {again.code}\n{tail(again.output)}")]
+            if again.code != 0
+            else []
+        )
         faults += compared(outcome(project), self._undisturbed) + remains(place)
         lock = project / ".dvc/tmp/rwlock"
         held = (
-            [pid for pid in map(int, re.findall(r'"pid": (\d+)', lock.read_text(encoding="utf-8"))) if psutil.pid_exists(pid)]
+            [
+                pid
+                for pid in map(int, re.findall(r'"pid": (\d+)', lock.read_text(encoding="utf-8")))
+                if psutil.pid_exists(pid)
+            ]
             if lock.exists()
             else []
         )
-        faults += [Fault("lost", f"rwlock: {pid} lives")] if (pid := next(iter(held), None)) else []  # DVC passes over those of the dead
+        # DVC passes over those of the dead
+        faults += [Fault("lost", f"rwlock: {pid} lives")] if (pid := next(iter(held), None)) else []
         if sent != signal.SIGKILL:
-            faults += [Fault("lost", f"left behind: {path.name}") for path in (place / "tmp").glob("sparseline-*")]
+            faults += [
+                Fault("lost", f"left behind: {path.name}") for path in (place / "tmp").glob("sparseline-*")
+            ]
         who = "the group" if group else "the command alone"
         return Tried(
-            f"{' '.join(self._command)} after {self.HALF_WAY[state] or 'nothing'}, {sent.name} to {who} after {after:.1f} s", faults
+            f"{' '.join(self._command)} after {self.HALF_WAY[state] or 'nothing'}, {sent.name} to {who} after"
+            f" {after:.1f} s",
+            faults,
         )
 
     def _prepare(self) -> None:
         """A project in each of the states, and what it comes to."""
         if self._undisturbed:
             return
-        project = make_project(self._home / "0" / "project", variants={"all": ALL}, report={"baseline": "all"})
+        project = make_project(
+            self._home / "0" / "project", variants={"all": ALL}, report={"baseline": "all"}
+        )
         config = "[core]\n    analytics = false\n    check_update = false\n    site_cache_dir = ../site\n"
         (project / ".dvc" / "config").write_text(config, encoding="utf-8")
         for number, target in enumerate((*self.HALF_WAY[1:], ""), 1):
@@ -218,4 +268,7 @@ class KillRepro:
 def kinds(ground: Ground) -> list[Kind]:
     stages = list(dict.fromkeys(command.split()[0] for command in COMMANDS))
     whole = {"kill-dvc": ("dvc", "repro"), "kill-preload": ("python", "-m", "stages.preload", "dvc", "repro")}
-    return [*(KillStage(ground, name) for name in stages), *(KillRepro(ground, name, command) for name, command in whole.items())]
+    return [
+        *(KillStage(ground, name) for name in stages),
+        *(KillRepro(ground, name, command) for name, command in whole.items()),
+    ]

@@ -1,7 +1,9 @@
-"""Change the numeric code in a hundred places, one at a time, and see which changes the tests notice: ``python tests/mutants.py [--old COMMIT]``.
+"""Change the numeric code in a hundred places, one at a time, and see which changes the tests
+notice: ``python tests/mutants.py [--old COMMIT]``.
 
-A mutant swaps an operator or moves a constant. With ``--old`` it is tried on that commit first, wherever its statement is there; one that
-died there and survives here is a loss, and ends the command with 1.
+A mutant swaps an operator or moves a constant. With ``--old`` it is tried on that commit first,
+wherever its statement is there; one that died there and survives here is a loss, and ends the
+command with 1.
 """
 
 import argparse
@@ -38,8 +40,22 @@ TESTS = {  # module of the library -> tests that are named for it, on either sid
     "models/folding.py": "test_folding",
 }
 SWAPPED = {
-    **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq},
-    **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.And: ast.Or, ast.Or: ast.And},
+    **{
+        ast.Lt: ast.LtE,
+        ast.LtE: ast.Lt,
+        ast.Gt: ast.GtE,
+        ast.GtE: ast.Gt,
+        ast.Eq: ast.NotEq,
+        ast.NotEq: ast.Eq,
+    },
+    **{
+        ast.Add: ast.Sub,
+        ast.Sub: ast.Add,
+        ast.Mult: ast.Div,
+        ast.Div: ast.Mult,
+        ast.And: ast.Or,
+        ast.Or: ast.And,
+    },
 }
 
 
@@ -59,16 +75,19 @@ def statements(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int, ast.stmt]]:
         for name in ("body", "orelse", "finalbody"):
             found = getattr(node, name, None)
             for place, statement in enumerate(found if isinstance(found, list) else []):
-                if isinstance(statement, ast.Assign | ast.AugAssign | ast.Return | ast.Expr) and not isinstance(
-                    node, ast.Module | ast.ClassDef
-                ):
+                if isinstance(
+                    statement, ast.Assign | ast.AugAssign | ast.Return | ast.Expr
+                ) and not isinstance(node, ast.Module | ast.ClassDef):
                     yield node, name, place, statement
 
 
 def changed(statement: ast.stmt) -> Iterator[tuple[int, ast.stmt]]:
     """All that one change makes of a statement."""
     for number, node in enumerate(ast.walk(statement)):
-        operators = [*getattr(node, "ops", []), *([node.op] if isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign) else [])]
+        operators = [
+            *getattr(node, "ops", []),
+            *([node.op] if isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign) else []),
+        ]
         constant = isinstance(node, ast.Constant) and type(node.value) in (int, float)
         if not constant and not any(type(operator) in SWAPPED for operator in operators):
             continue
@@ -77,7 +96,9 @@ def changed(statement: ast.stmt) -> Iterator[tuple[int, ast.stmt]]:
         if isinstance(twin, ast.Constant):
             twin.value = twin.value + 1  # type: ignore[operator]
         elif isinstance(twin, ast.Compare):
-            twin.ops = [SWAPPED[type(twin.ops[0])](), *twin.ops[1:]] if type(twin.ops[0]) in SWAPPED else twin.ops
+            twin.ops = (
+                [SWAPPED[type(twin.ops[0])](), *twin.ops[1:]] if type(twin.ops[0]) in SWAPPED else twin.ops
+            )
         elif isinstance(twin, ast.BinOp | ast.BoolOp | ast.AugAssign):
             twin.op = SWAPPED[type(twin.op)]()  # type: ignore[assignment]
         yield number, other
@@ -87,9 +108,14 @@ def mutants(count: int, seed: int) -> list[Mutant]:
     """Some of all that there could be, modules in proportion."""
     found = []
     for module, tests in TESTS.items():
-        for *_, statement in statements(ast.parse((ROOT / "pipeline_lib" / module).read_text(encoding="utf-8"))):
+        for *_, statement in statements(
+            ast.parse((ROOT / "pipeline_lib" / module).read_text(encoding="utf-8"))
+        ):
             if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
-                found += [Mutant(tests, ast.unparse(statement), number, ast.unparse(other)) for number, other in changed(statement)]
+                found += [
+                    Mutant(tests, ast.unparse(statement), number, ast.unparse(other))
+                    for number, other in changed(statement)
+                ]
     return random.Random(seed).sample(sorted(set(found), key=repr), count)
 
 
@@ -106,7 +132,9 @@ def mutate(tree: Path, mutant: Mutant) -> Path | None:
 
 
 def dies(tree: Path, mutant: Mutant, seconds: int) -> bool | None:
-    """Whether a test fails, or runs for ever; None where the statement is not there. Third-party modules are loaded already: this forks."""
+    """Whether a test fails, or runs for ever; None where the statement is not there. Third-party
+    modules are loaded already: this forks.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         own = Path(temporary) / "tree"
         subprocess.run(["cp", "-r", str(tree), str(own)], check=True)
@@ -132,7 +160,9 @@ def main() -> None:
     parser.add_argument("--old")
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a JSON file that keeps what is found, so that a stopped run goes on")
+    parser.add_argument(
+        "--out", type=Path, help="a JSON file that keeps what is found, so that a stopped run goes on"
+    )
     asked = parser.parse_args()
     import safetensors.torch  # noqa: F401
     import torch
@@ -145,7 +175,11 @@ def main() -> None:
         for name, commit in (("old", asked.old), ("new", "HEAD")):
             if commit:
                 trees[name] = Path(temporary) / name
-                subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(trees[name]), commit], cwd=ROOT, check=True)
+                subprocess.run(
+                    ["git", "worktree", "add", "--quiet", "--detach", str(trees[name]), commit],
+                    cwd=ROOT,
+                    check=True,
+                )
         try:
             for mutant in mutants(asked.count, asked.seed):
                 key = f"{mutant.statement}  ->  {mutant.changed}"
@@ -160,7 +194,10 @@ def main() -> None:
     lost = [key for key, found in done.items() if found.get("old") and found["new"] is False]
     survivors = sum(found["new"] is False for found in done.values())
     print(
-        f"{len(done)} mutants: {survivors} survive; {len(lost)} died at {asked.old or 'no other commit'} and survive here", *lost, sep="\n"
+        f"{len(done)} mutants: {survivors} survive; {len(lost)} died at {asked.old or 'no other commit'} and"
+        " survive here",
+        *lost,
+        sep="\n",
     )
     sys.exit(bool(lost))
 

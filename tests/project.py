@@ -1,4 +1,6 @@
-"""A small copy of the project to run: this checkout's code and graph, a tiny random model, three short texts, small numbers."""
+"""A small copy of the project to run: this checkout's code and graph, a tiny random model, three
+short texts, small numbers.
+"""
 
 import hashlib
 import json
@@ -75,7 +77,9 @@ VARIANTS: dict[str, Any] = {"wanda": WANDA | {"candidate": True}, "sparseline": 
 def text(seed: int, words: int = 400) -> str:
     """Sentences of made-up words; no two seeds share a sentence."""
     draw = random.Random(seed)
-    vocabulary = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 8))) for _ in range(60)]
+    vocabulary = [
+        "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 8))) for _ in range(60)
+    ]
     return " ".join(draw.choice(vocabulary) + draw.choice(["", "", "", ".\n"]) for _ in range(words))
 
 
@@ -92,7 +96,10 @@ def shipped_params() -> Any:
 
 def recipe(steps: Sequence[str] = (), **changes: Any) -> Recipe:
     """What section ``prune`` says with these steps, and with ``changes`` laid over it; nothing is induced."""
-    values = merge(merge(shipped_params()["prune"], {"reconstruction": {"steps": list(steps)}}), {"induce": None} | changes)
+    values = merge(
+        merge(shipped_params()["prune"], {"reconstruction": {"steps": list(steps)}}),
+        {"induce": None} | changes,
+    )
     return Recipe.model_validate({name: values[name] for name in Recipe.model_fields})
 
 
@@ -101,7 +108,8 @@ def make_workspace(directory: Path, *, model: Mapping[str, Any] | None = None, *
 
     Args:
         model: arguments of ``make_model`` (``family``, ``layers``, config overrides).
-        overrides: sections of params.yaml, laid over the small ones; ``variants`` replaces theirs. Those of version 1 are understood.
+        overrides: sections of params.yaml, laid over the small ones; ``variants`` replaces theirs.
+            Those of version 1 are understood.
     """
     for name in COPIED:
         source, copy = ROOT / name, directory / name
@@ -110,7 +118,10 @@ def make_workspace(directory: Path, *, model: Mapping[str, Any] | None = None, *
             shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(source, copy)
-    make_model(directory / "data" / "model", **{"family": "llama", "layers": 2, "max_position_embeddings": 4096, **(model or {})})
+    make_model(
+        directory / "data" / "model",
+        **{"family": "llama", "layers": 2, "max_position_embeddings": 4096, **(model or {})},
+    )
     shipped = shipped_params()
     (directory / "data" / "texts").mkdir()
     for seed, name in enumerate(shipped["texts"]):
@@ -122,7 +133,9 @@ def make_workspace(directory: Path, *, model: Mapping[str, Any] | None = None, *
 
 
 def of_version_1(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides in which variants name artifacts, and lists name variants, as this version writes them: reproducers of old reports do that."""
+    """Overrides in which variants name artifacts, and lists name variants, as this version writes
+    them: reproducers of old reports do that.
+    """
     lists = {name: overrides[name] for name in ("induced", "curved", "exported") if name in overrides}
     found = {name: value for name, value in overrides.items() if name not in lists}
     if "activation_budget_bytes" in found.get("prune", {}):  # a setting now
@@ -130,9 +143,14 @@ def of_version_1(overrides: Mapping[str, Any]) -> dict[str, Any]:
         os.environ["SPARSELINE_ACTIVATION_BYTES"] = str(found["prune"].pop("activation_budget_bytes"))
     if not lists:
         return found
-    found["tasks"] = {key: value for key, value in found.get("tasks", {}).items() if key not in ("variants", "presets")}
+    found["tasks"] = {
+        key: value for key, value in found.get("tasks", {}).items() if key not in ("variants", "presets")
+    }
     found["choose"] = {key: value for key, value in found.get("choose", {}).items() if key != "candidates"}
-    measured, candidates = overrides.get("tasks", {}).get("variants", []), overrides.get("choose", {}).get("candidates", [])
+    measured, candidates = (
+        overrides.get("tasks", {}).get("variants", []),
+        overrides.get("choose", {}).get("candidates", []),
+    )
     found["variants"] = {}
     for name, variant in overrides["variants"].items():
         own = {key: value for key, value in variant.items() if key not in ("factors", "sensitivity")}
@@ -144,10 +162,16 @@ def of_version_1(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_project(directory: Path, *, model: Mapping[str, Any] | None = None, **overrides: Any) -> Path:
-    """A workspace with everything committed and DVC set up; the cache and DVC's own files are beside it, so that copies share them."""
+    """A workspace with everything committed and DVC set up; the cache and DVC's own files are
+    beside it, so that copies share them.
+    """
     make_workspace(directory, model=model, **overrides)
     run(directory, "git", "init", "--quiet", "--initial-branch", "main")
-    for key, value in {"user.name": "test", "user.email": "test@localhost", "commit.gpgsign": "false"}.items():
+    for key, value in {
+        "user.name": "test",
+        "user.email": "test@localhost",
+        "commit.gpgsign": "false",
+    }.items():
         run(directory, "git", "config", key, value)
     run(directory, "dvc", "init", "--quiet")
     beside = directory.parent / f"{directory.name}.dvc"
@@ -207,25 +231,40 @@ _servers: list[subprocess.Popen[str]] = []  # as long as it is here, its standar
 
 
 def preloaded() -> dict[str, str]:
-    """What a stage's process needs in its environment to be run by a fork of one that has torch imported: seconds less for each."""
+    """What a stage's process needs in its environment to be run by a fork of one that has torch
+    imported: seconds less for each.
+    """
     return _preloaded(frozenset(environment(ROOT).items()))
 
 
 @cache
 def _preloaded(environ: frozenset[tuple[str, str]]) -> dict[str, str]:
     """A server per environment: libraries set variables on the way, and forks are for equal ones only."""
-    command = ("python", "-m", "stages.preload", "sh", "-c", f"echo ${PLACE}; exec cat")  # which ends when these tests' process does
+    # which ends when these tests' process does
+    command = ("python", "-m", "stages.preload", "sh", "-c", f"echo ${PLACE}; exec cat")
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    server = subprocess.Popen(command, cwd=ROOT, env=dict(environ), text=True, start_new_session=True, **pipes)
+    server = subprocess.Popen(
+        command, cwd=ROOT, env=dict(environ), text=True, start_new_session=True, **pipes
+    )
     _servers.append(server)
     assert server.stdout
     return {PLACE: server.stdout.readline().strip()}
 
 
 def run(project: Path, *command: str, code: int = 0) -> str:
-    """A command's standard output and error together; it must end with ``code``. Its stages are forks, where the environment allows it."""
+    """A command's standard output and error together; it must end with ``code``. Its stages are
+    forks, where the environment allows it.
+    """
     environ = environment(project) | preloaded()
-    done = subprocess.run(command, cwd=project, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        command,
+        cwd=project,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     assert done.returncode == code, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
 
@@ -234,7 +273,13 @@ def start(workspace: Path, *command: str, **settings: str) -> subprocess.Popen[s
     """A command whose output is a pipe, in a session of its own."""
     environ = environment(workspace) | settings
     return subprocess.Popen(
-        command, cwd=workspace, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=workspace,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -243,7 +288,9 @@ def scratch(workspace: Path) -> Path:
 
 
 def holder(workspace: Path, process: subprocess.Popen[str], stage: str = "prune") -> int:
-    """The number of the process that holds the only key, once there is one; ``process`` is to bring it about."""
+    """The number of the process that holds the only key, once there is one; ``process`` is to bring
+    it about.
+    """
     while process.poll() is None:
         for lock in scratch(workspace).glob(f"{stage}/*.lock"):
             with suppress(ValueError):  # not written yet
@@ -253,12 +300,23 @@ def holder(workspace: Path, process: subprocess.Popen[str], stage: str = "prune"
 
 
 def invoke(stage: str, *arguments: str) -> Result:
-    """A stage in this process, in the current directory. Before `induce` and `prune`, a missing allocation is made, and before what measures a model its training: reproducers of old reports do not know them."""
-    if stage in ("induce", "prune") and Path("build/prepare").exists() and not Path(f"build/allocate/{arguments[0]}.json").exists():
+    """A stage in this process, in the current directory. Before `induce` and `prune`, a missing
+    allocation is made, and before what measures a model its training: reproducers of old reports do
+    not know them.
+    """
+    if (
+        stage in ("induce", "prune")
+        and Path("build/prepare").exists()
+        and not Path(f"build/allocate/{arguments[0]}.json").exists()
+    ):
         done = invoke("allocate", *arguments)
         if done.exit_code:
             return done
-    if stage in ("evaluate", "tasks", "export") and arguments[0] != "dense" and not Path(f"build/distil/{arguments[0]}").exists():
+    if (
+        stage in ("evaluate", "tasks", "export")
+        and arguments[0] != "dense"
+        and not Path(f"build/distil/{arguments[0]}").exists()
+    ):
         done = invoke("distil", *arguments)
         if done.exit_code:
             return done
@@ -321,7 +379,11 @@ def adopt(project: Path) -> None:
         new.made_for(model, path)
         if path.suffix == ".safetensors" and path.parent.parent.name == "texts":
             new.save_tensors(path, *old.load_tensors(path))
-        elif path.suffix == ".json" and path.parent.name not in ("checkpoint", "costs") and '"seal":' in path.read_text(encoding="utf-8"):
+        elif (
+            path.suffix == ".json"
+            and path.parent.name not in ("checkpoint", "costs")
+            and '"seal":' in path.read_text(encoding="utf-8")
+        ):
             new.save(path, old.load(path))
 
 
@@ -336,6 +398,16 @@ def tree(directory: Path) -> dict[str, str]:
 
 
 def results(project: Path) -> dict[str, str]:
-    """``tree`` of what DVC tracks below build/ and report/: all but the records of cost, which differ from run to run."""
-    found = {f"{folder}/{path}": digest for folder in ("build", "report") for path, digest in tree(project / folder).items()}
-    return {path: digest for path, digest in found.items() if not path.startswith(("build/costs/", "report/costs.js"))}
+    """``tree`` of what DVC tracks below build/ and report/: all but the records of cost, which
+    differ from run to run.
+    """
+    found = {
+        f"{folder}/{path}": digest
+        for folder in ("build", "report")
+        for path, digest in tree(project / folder).items()
+    }
+    return {
+        path: digest
+        for path, digest in found.items()
+        if not path.startswith(("build/costs/", "report/costs.js"))
+    }

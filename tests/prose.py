@@ -1,7 +1,9 @@
-"""Sentences of the pages that are too long to be read once: `make check` runs this on README.md, CHANGELOG.md and docs/.
+"""Sentences of the pages that are too long to be read once: `make check` runs this on README.md,
+CHANGELOG.md and docs/.
 
-A sentence ends with a full stop, a question mark or an exclamation mark before a space. Code that is set apart is no prose;
-code inside a sentence is one word. A table's cell is a text of its own, and so is a heading, an item and a paragraph.
+A sentence ends with a full stop, a question mark or an exclamation mark before a space. Code that
+is set apart is no prose; code inside a sentence is one word. A table's cell is a text of its own,
+and so is a heading, an item and a paragraph.
 """
 
 import re
@@ -38,8 +40,13 @@ def _said(kind: str, content: str) -> str:
 
 
 def too_long(page: str) -> list[tuple[int, int, str]]:
-    """Line, number of words, and text of each sentence with more than ``MOST`` words; signs alone are no words."""
-    found = [(line, len([word for word in said.split() if re.search(r"\w", word)]), said) for line, said in sentences(page)]
+    """Line, number of words, and text of each sentence with more than ``MOST`` words; signs alone
+    are no words.
+    """
+    found = [
+        (line, len([word for word in said.split() if re.search(r"\w", word)]), said)
+        for line, said in sentences(page)
+    ]
     return [one for one in found if one[1] > MOST]
 
 

@@ -46,14 +46,19 @@ def nearest(weight: torch.Tensor, how: Rounding) -> tuple[torch.Tensor, dict[str
         if how.symmetric:
             scale = part.abs().amax(1, keepdim=True) / (2 ** (how.bits - 1) - 1)
         else:
-            scale = (part.amax(1, keepdim=True).clamp(min=0) - part.amin(1, keepdim=True).clamp(max=0)) / (2**how.bits - 1)
+            scale = (part.amax(1, keepdim=True).clamp(min=0) - part.amin(1, keepdim=True).clamp(max=0)) / (
+                2**how.bits - 1
+            )
         scale = scale.clamp(min=1e-6).to(weight.dtype).float()
         if how.stored == "gguf":
             scale = Scheme(how.bits, how.group, how.symmetric, weight.dtype, how.stored).exact(scale)
         if how.symmetric:
             zero, low = torch.zeros_like(scale), -(2 ** (how.bits - 1))
         else:
-            zero, low = (-part.amin(1, keepdim=True).clamp(max=0) / scale).round().clamp(0, 2**how.bits - 1), 0
+            zero, low = (
+                (-part.amin(1, keepdim=True).clamp(max=0) / scale).round().clamp(0, 2**how.bits - 1),
+                0,
+            )
         codes = ((part / scale).round() + zero).clamp(low, low + 2**how.bits - 1)
         out[:, start : start + size] = scale * (codes - zero)
         scales.append(scale)
@@ -67,13 +72,18 @@ def card(form: str, sizes: Mapping[str, Any]) -> str:
     return f"{form} {sizes['formats'][form]['file_bytes']}\n"
 
 
-def make_pruned(directory: Path, source: Checkpoint, pattern: str = "unstructured", rounding: Rounding | None = None) -> Path:
+def make_pruned(
+    directory: Path, source: Checkpoint, pattern: str = "unstructured", rounding: Rounding | None = None
+) -> Path:
     """``directory`` (returned) with checkpoint/, masks/ and, of a quantised variant, quantization/."""
     random = torch.Generator().manual_seed(0)
     writer = ShardWriter(source, directory / "checkpoint")
     for block in range(source.architecture.depth):
         tensors = {name: tensor.clone() for name, tensor in source.block(block).items()}
-        masks = {m.parameter: torch.empty(tensors[m.parameter].shape, dtype=torch.bool) for m in source.architecture.layouts[0].matrices}
+        masks = {
+            m.parameter: torch.empty(tensors[m.parameter].shape, dtype=torch.bool)
+            for m in source.architecture.layouts[0].matrices
+        }
         groups: dict[str, torch.Tensor] = {}
         for matrix in source.architecture.layouts[0].matrices:
             weight = matrix.view(tensors[matrix.parameter])

@@ -11,13 +11,19 @@ PLAIN = Pattern.parse("unstructured")
 
 
 def rule(
-    score: Score = "obs", pattern: Pattern = PLAIN, group: Group = "block", block: int = 128, importance: torch.Tensor | None = None
+    score: Score = "obs",
+    pattern: Pattern = PLAIN,
+    group: Group = "block",
+    block: int = 128,
+    importance: torch.Tensor | None = None,
 ) -> Rule:
     return Rule(score, pattern, group, block, importance)
 
 
 def lsq(iterations: int, tolerance: float, mask_iterations: int = 0, mask_penalty: float = 0.1) -> LsqParams:
-    """Unchecked: tests ask for no iterations and no tolerance, too. Masks are searched in float32, or in float64 where matrices are."""
+    """Unchecked: tests ask for no iterations and no tolerance, too. Masks are searched in float32,
+    or in float64 where matrices are.
+    """
     masks = {"mask_iterations": mask_iterations, "mask_penalty": mask_penalty, "mask_dtype": "float32"}
     return LsqParams.model_construct(iterations=iterations, tolerance=tolerance, **masks)
 

@@ -1,6 +1,8 @@
-"""A real S3 server that installs from a package: OpenStack Swift and its S3 interface, all in one process. For tests.
+"""A real S3 server that installs from a package: OpenStack Swift and its S3 interface, all in one
+process. For tests.
 
-``python tests/s3_server.py DIRECTORY`` stores objects below DIRECTORY and writes its port to DIRECTORY/port once it serves.
+``python tests/s3_server.py DIRECTORY`` stores objects below DIRECTORY and writes its port to
+DIRECTORY/port once it serves.
 """
 
 import eventlet
@@ -49,14 +51,26 @@ def main(directory: Path) -> None:
     (directory / "swift.conf").write_text("[swift-hash]\nswift_hash_path_suffix = test\n", encoding="utf-8")
     utils.SWIFT_CONF_FILE = str(directory / "swift.conf")  # else /etc/swift/swift.conf
     utils.validate_hash_conf()
-    settings = {"devices": str(directory), "swift_dir": str(directory), "mount_check": "false", "fallocate_reserve": "0"}
+    settings = {
+        "devices": str(directory),
+        "swift_dir": str(directory),
+        "mount_check": "false",
+        "fallocate_reserve": "0",
+    }
     (directory / "disk").mkdir()
     logger = logging.getLogger("swift")
     storage = {"account": AccountController, "container": ContainerController, "object": ObjectController}
     for name, controller in storage.items():
         socket = listen((HOST, 0))
         ring = RingBuilder(part_power=1, replicas=1, min_part_hours=0)
-        device = {"region": 1, "zone": 1, "ip": HOST, "port": socket.getsockname()[1], "device": "disk", "weight": 1}
+        device = {
+            "region": 1,
+            "zone": 1,
+            "ip": HOST,
+            "port": socket.getsockname()[1],
+            "device": "disk",
+            "weight": 1,
+        }
         ring.add_dev(device)
         ring.rebalance()
         ring.get_ring().save(str(directory / f"{name}.ring.gz"))

@@ -22,7 +22,14 @@ from click.testing import CliRunner
 
 import stages.environment
 from pipeline_lib.core import environment, runtime
-from pipeline_lib.core.artifacts import read_json, read_tensors, replacing, write_json, write_tensors, write_text
+from pipeline_lib.core.artifacts import (
+    read_json,
+    read_tensors,
+    replacing,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.files import sha256
 from pipeline_lib.core.params import Merged, Params, load, merge, parse, section
@@ -75,8 +82,8 @@ def test_directories_are_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
-    """What a killed process left, file or directory, goes with the next write; what a living one writes stays, and one's on another host
-    until it is two weeks old.
+    """What a killed process left, file or directory, goes with the next write; what a living one
+    writes stays, and one's on another host until it is two weeks old.
     """
     code = """
 import os, sys
@@ -91,13 +98,17 @@ with replacing(Path(sys.argv[1])) as temporary:
     sys.stdin.read()
 """
     start = [sys.executable, "-c", code, str(tmp_path / "d")]
-    dead = subprocess.run([*start, "kill"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    dead = subprocess.run(
+        [*start, "kill"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
     assert (tmp_path / dead / "stale").exists()
     elsewhere, older = (tmp_path / f".d.{host}-{os.getpid()}-00000000.partial" for host in ("0" * 8, "1" * 8))
     for path in (elsewhere, older, tmp_path / ".d.partial"):
         path.write_text("x")
     os.utime(older, (0, 0))
-    with subprocess.Popen(start, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as living:
+    with subprocess.Popen(
+        start, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as living:
         assert living.stdout and living.stdin
         name = living.stdout.readline().strip()
         with replacing(tmp_path / "d") as temporary:
@@ -111,7 +122,9 @@ with replacing(Path(sys.argv[1])) as temporary:
 
 
 def test_two_writers_of_a_directory_do_not_mix(tmp_path: Path) -> None:
-    """Both are under way at once; a file in the place of a directory, and the other way round, is replaced as well."""
+    """Both are under way at once; a file in the place of a directory, and the other way round, is
+    replaced as well.
+    """
     with replacing(tmp_path / "d") as one, replacing(tmp_path / "d") as other:
         assert one != other
         for path in (one, other):
@@ -126,7 +139,9 @@ def test_two_writers_of_a_directory_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_a_file_is_never_absent_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: at the moment of the rename the old file is still there, so that a kill at any point leaves old or new."""
+    """Oracle: at the moment of the rename the old file is still there, so that a kill at any point
+    leaves old or new.
+    """
     path = tmp_path / "a.txt"
     write_text(path, "old")
     seen: list[str] = []
@@ -150,7 +165,8 @@ from pathlib import Path
 from pipeline_lib.core.artifacts import write_json, write_tensors
 out = Path(sys.argv[1])
 names = sys.argv[2].split(",")
-write_tensors(out / "t.safetensors", {n: torch.arange(float(len(n))) for n in names}, {n: n for n in names} | {"x": {"b": 1, "a": 2}})
+tensors, facts = {n: torch.arange(float(len(n))) for n in names}, {n: n for n in names}
+write_tensors(out / "t.safetensors", tensors, facts | {"x": {"b": 1, "a": 2}})
 write_json(out / "j.json", {n: {"z": 1, "é": [1.5, None]} for n in names})
 """
 
@@ -159,7 +175,9 @@ def test_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:
     """Two processes with other hash seeds and another order of the keys write the same bytes."""
     for name, seed, order in (("a", "1", "one,two,three,four,five"), ("b", "2", "five,four,three,two,one")):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, "-c", WRITER, str(tmp_path / name), order], check=True, env=environment)
+        subprocess.run(
+            [sys.executable, "-c", WRITER, str(tmp_path / name), order], check=True, env=environment
+        )
     for file in ("t.safetensors", "j.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -174,7 +192,12 @@ def test_json_is_sorted_utf_8_with_a_final_newline(tmp_path: Path) -> None:
 def test_tensors_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
     """Values, types and facts; transposed and partial views are written as what they show."""
     base = torch.arange(12).view(3, 4).to(dtype)
-    views = {"turned": base.T, "part": base.clone()[1:, ::2], "empty": base.clone()[:0], "scalar": base.clone()[0, 1]}
+    views = {
+        "turned": base.T,
+        "part": base.clone()[1:, ::2],
+        "empty": base.clone()[:0],
+        "scalar": base.clone()[0, 1],
+    }
     tensors = {"base": base.clone(), **views}
     write_tensors(tmp_path / "t.safetensors", tensors, {"grams": True, "n": [1, 2]})
     found, facts = read_tensors(tmp_path / "t.safetensors")
@@ -203,9 +226,15 @@ def test_sha256(tmp_path: Path) -> None:
 def test_transforms_round_trip(tmp_path: Path) -> None:
     """Every part of every block comes back; blocks without any get the identity; dots in names survive."""
     one = Transform(
-        {"v_o": torch.ones(2), "q_k": torch.full((3,), 2.0)}, {"mlp.input": torch.zeros(4)}, {"mlp.input": torch.full((4,), 0.5)}
+        {"v_o": torch.ones(2), "q_k": torch.full((3,), 2.0)},
+        {"mlp.input": torch.zeros(4)},
+        {"mlp.input": torch.full((4,), 0.5)},
     )
-    write_transforms(tmp_path / "t.safetensors", {0: one, 12: Transform(factors={"v_o": torch.ones(1)})}, {"choice": ["start"]})
+    write_transforms(
+        tmp_path / "t.safetensors",
+        {0: one, 12: Transform(factors={"v_o": torch.ones(1)})},
+        {"choice": ["start"]},
+    )
     transforms, facts = read_transforms(tmp_path / "t.safetensors", 13)
     assert facts == {"choice": ["start"]}
     assert len(transforms) == 13
@@ -239,9 +268,22 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def test_yaml_1_2(tmp_path: Path) -> None:
-    """``1e-4`` is a number, ``2:4`` a string quoted or not, ``on`` and ``no`` are strings: as DVC reads them, not as PyYAML does."""
-    path = written(tmp_path, 'a:\n  x: 1e-4\n  y: 2:4\n  z: "2:4"\n  w: on\n  v: no\n  u: true\n  t: null\n  s: 010\n')
-    assert section("a", path) == {"x": 1e-4, "y": "2:4", "z": "2:4", "w": "on", "v": "no", "u": True, "t": None, "s": 10}
+    """``1e-4`` is a number, ``2:4`` a string quoted or not, ``on`` and ``no`` are strings: as DVC
+    reads them, not as PyYAML does.
+    """
+    path = written(
+        tmp_path, 'a:\n  x: 1e-4\n  y: 2:4\n  z: "2:4"\n  w: on\n  v: no\n  u: true\n  t: null\n  s: 010\n'
+    )
+    assert section("a", path) == {
+        "x": 1e-4,
+        "y": "2:4",
+        "z": "2:4",
+        "w": "on",
+        "v": "no",
+        "u": True,
+        "t": None,
+        "s": 10,
+    }
 
 
 def test_a_section_is_read_into_its_model(tmp_path: Path) -> None:
@@ -256,18 +298,42 @@ def test_a_section_is_read_into_its_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("block: 128", "block: 128\n    blok: 1", r"prune\.selection\.blok is not a known key; .* use one of: block, damping, damping_of"),
+        (
+            "block: 128",
+            "block: 128\n    blok: 1",
+            r"prune\.selection\.blok is not a known key; .* use one of: block, damping, damping_of",
+        ),
         ("    block: 128\n", "", r"prune\.selection\.block is missing; add it"),
-        ("sparsity: 0.5", "sparsity: 1.5", r"prune\.selection\.sparsity = 1\.5 cannot be used: .*less than 1"),
-        ("sparsity: 0.5", "sparsity: -1", r"prune\.selection\.sparsity = -1 cannot be used: .*greater than or equal to 0"),
+        (
+            "sparsity: 0.5",
+            "sparsity: 1.5",
+            r"prune\.selection\.sparsity = 1\.5 cannot be used: .*less than 1",
+        ),
+        (
+            "sparsity: 0.5",
+            "sparsity: -1",
+            r"prune\.selection\.sparsity = -1 cannot be used: .*greater than or equal to 0",
+        ),
         ("sparsity: 0.5", "sparsity: .nan", r"prune\.selection\.sparsity = nan cannot be used"),
         ("sparsity: 0.5", "sparsity: half", r"prune\.selection\.sparsity = 'half' cannot be used: .*number"),
         ("sparsity: 0.5", "sparsity: 0.6", r"pattern 2:4 keeps 2 of 4, so sparsity must be 0\.5, not 0\.6"),
         ("block: 128", "block: 1.5", r"prune\.selection\.block = 1\.5 cannot be used: .*integer"),
-        ("block: 128", "block: 0", r"prune\.selection\.block = 0 cannot be used: .*greater than or equal to 1"),
+        (
+            "block: 128",
+            "block: 0",
+            r"prune\.selection\.block = 0 cannot be used: .*greater than or equal to 1",
+        ),
         ("damping: 1e-4", "damping: 0", r"prune\.selection\.damping = 0 cannot be used"),
-        ("score: wanda", "score: wonder", r"prune\.selection\.score = 'wonder' cannot be used: .*'magnitude', 'wanda'"),
-        ('"2:4"', '"4:2"', r'prune\.selection\.pattern = \'4:2\' cannot be used: a pattern is unstructured or "N:M"'),
+        (
+            "score: wanda",
+            "score: wonder",
+            r"prune\.selection\.score = 'wonder' cannot be used: .*'magnitude', 'wanda'",
+        ),
+        (
+            '"2:4"',
+            '"4:2"',
+            r'prune\.selection\.pattern = \'4:2\' cannot be used: a pattern is unstructured or "N:M"',
+        ),
         ('"2:4"', "124", r"prune\.selection\.pattern = 124 cannot be used: .*string"),
         ("score: wanda", "score: [wanda]", r"prune\.selection\.score = \['wanda'\] cannot be used"),
     ],
@@ -291,7 +357,9 @@ def test_wrong_parameters_are_named(tmp_path: Path, old: str, new: str, message:
         ("a: 1\na: 2\n", "a", "cannot be read as YAML: .*duplicate"),
     ],
 )
-def test_broken_files_and_missing_sections_are_told(tmp_path: Path, text: str, name: str, message: str) -> None:
+def test_broken_files_and_missing_sections_are_told(
+    tmp_path: Path, text: str, name: str, message: str
+) -> None:
     with pytest.raises(SparselineError, match=message) as caught:
         section(name, written(tmp_path, text))
     assert "\n" not in str(caught.value)
@@ -319,7 +387,9 @@ def test_nested_keys_are_told_in_full() -> None:
 
     with pytest.raises(SparselineError, match=r"params\.yaml: outer\.inner\.x = 'a' cannot be used"):
         parse(Outer, {"inner": {"x": "a"}}, "outer")
-    with pytest.raises(SparselineError, match=r"outer\.inner\.y is not a known key; remove it or use one of: x\."):
+    with pytest.raises(
+        SparselineError, match=r"outer\.inner\.y is not a known key; remove it or use one of: x\."
+    ):
         parse(Outer, {"inner": {"x": 1, "y": 2}}, "outer")
 
 
@@ -327,20 +397,49 @@ def test_nested_keys_are_told_in_full() -> None:
     ("below", "above", "message"),
     [
         ({}, {"selection": {"sparsty": 1}}, r"variants\.v\.selection\.sparsty is not a known key"),
-        ({"selection": {"sparsty": 1}}, {"selection": {"score": "obs"}}, r"prune\.selection\.sparsty is not a known key"),
+        (
+            {"selection": {"sparsty": 1}},
+            {"selection": {"score": "obs"}},
+            r"prune\.selection\.sparsty is not a known key",
+        ),
         ({}, {"selection": {"sparsity": 1.5}}, r"variants\.v\.selection\.sparsity = 1\.5 cannot"),
-        ({"selection": {"sparsity": 1.5}}, {"selection": {"score": "obs"}}, r"prune\.selection\.sparsity = 1\.5 cannot"),
-        ({"selection": {"pattern": "2:4"}}, {"selection": {"sparsity": 0.6}}, r"prune\.selection\.pattern = '2:4' with variants\.v\.selection\.sparsity = 0\.6"),
+        (
+            {"selection": {"sparsity": 1.5}},
+            {"selection": {"score": "obs"}},
+            r"prune\.selection\.sparsity = 1\.5 cannot",
+        ),
+        (
+            {"selection": {"pattern": "2:4"}},
+            {"selection": {"sparsity": 0.6}},
+            r"prune\.selection\.pattern = '2:4' with variants\.v\.selection\.sparsity = 0\.6",
+        ),
         ({}, {"selection": {"sparsity": 0}}, r"variants\.v\.selection\.sparsity = 0 cannot"),
         ({}, {"selection": 3}, r"variants\.v\.selection = 3 cannot"),
-        ({}, {"reconstruction": {"towards_dense": 1}}, r"variants\.v\.reconstruction\.towards_dense = 1 with prune\.reconstruction\.collect = 'block' cannot"),
-        ({}, {"reconstruction": {"steps": ["lsqq"]}}, r"variants\.v\.reconstruction\.steps\.0 = 'lsqq' cannot"),
+        (
+            {},
+            {"reconstruction": {"towards_dense": 1}},
+            (
+                r"variants\.v\.reconstruction\.towards_dense = 1 with prune\.reconstruction\.collect ="
+                r" 'block' cannot"
+            ),
+        ),
+        (
+            {},
+            {"reconstruction": {"steps": ["lsqq"]}},
+            r"variants\.v\.reconstruction\.steps\.0 = 'lsqq' cannot",
+        ),
         ({}, {"quantization": {"group": 0}}, r"variants\.v\.quantization\.group = 0 cannot"),
-        ({}, {"allocation": {"density_bounds": [0.9, 0.1]}}, r"variants\.v\.allocation\.density_bounds = \[0\.9, 0\.1\] cannot"),
+        (
+            {},
+            {"allocation": {"density_bounds": [0.9, 0.1]}},
+            r"variants\.v\.allocation\.density_bounds = \[0\.9, 0\.1\] cannot",
+        ),
         ({}, {"allocation": {"method": "x" * 900}}, r"variants\.v\.allocation\.method = 'xxx"),
     ],
-)  # fmt: skip
-def test_the_place_that_is_named_is_where_the_value_was_written(below: dict[str, Any], above: dict[str, Any], message: str) -> None:
+)
+def test_the_place_that_is_named_is_where_the_value_was_written(
+    below: dict[str, Any], above: dict[str, Any], message: str
+) -> None:
     """Oracle: the section that was changed. No error shows a whole section, or a value of any length."""
     section_below = merge(section("prune"), below)
     with pytest.raises(SparselineError, match=message) as caught:
@@ -350,7 +449,9 @@ def test_the_place_that_is_named_is_where_the_value_was_written(below: dict[str,
 
 
 def test_merge() -> None:
-    """Mappings merge level by level, null as an empty one; anything else, lists and null included, is replaced; the defaults stay."""
+    """Mappings merge level by level, null as an empty one; anything else, lists and null included,
+    is replaced; the defaults stay.
+    """
     defaults = {"a": {"x": 1, "y": {"z": 2}}, "b": [1, 2], "c": 3}
     before = json.dumps(defaults)
     merged = merge(defaults, {"a": {"y": {"w": 4}}, "b": [5], "c": None, "d": 6})
@@ -388,8 +489,10 @@ def test_a_stage_tells_its_error_and_exits_with_2(
     assert caught.value.code == 3
     told = capsys.readouterr().err
     (file,) = tmp_path.glob("sparseline-bug-*.txt")
-    assert told == (
-        f"error: This is a fault of Sparseline, not of your input (ZeroDivisionError: division by zero). Attach {file} to a report of it.\n"
+    assert (
+        told
+        == "error: This is a fault of Sparseline, not of your input (ZeroDivisionError: division by zero)."
+        f" Attach {file} to a report of it.\n"
     )
     assert "_ = 1 / 0" in file.read_text(encoding="utf-8")
     record = tmp_path / "build" / "costs" / "trial.json"
@@ -399,21 +502,30 @@ def test_a_stage_tells_its_error_and_exits_with_2(
     told = read_json(record)
     assert told.keys() == {"wall_s", "cpu_s", "peak_rss_bytes", "peak_gpu_bytes", "output"}
     assert told["peak_gpu_bytes"] is None
-    assert told["output"] == {"path": str(tmp_path / "out.json"), "sha256": hashlib.sha256(b"{}\n").hexdigest()}
+    assert told["output"] == {
+        "path": str(tmp_path / "out.json"),
+        "sha256": hashlib.sha256(b"{}\n").hexdigest(),
+    }
 
 
 def test_a_stage_records_its_gpus_peak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Oracle: what torch says of the device that the stage computed on; null for one that did not compute, and for one on a CPU."""
+    """Oracle: what torch says of the device that the stage computed on; null for one that did not
+    compute, and for one on a CPU.
+    """
     monkeypatch.chdir(tmp_path)
     environment.write()
     monkeypatch.setattr(runtime, "_used", set())
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {torch.device("cuda:1"): 123_456_789}[device])
+    monkeypatch.setattr(
+        torch.cuda, "max_memory_allocated", lambda device: {torch.device("cuda:1"): 123_456_789}[device]
+    )
     for name, expected in ((None, None), ("cpu", None), ("cuda:1", 123_456_789)):
         with stage("trial", tmp_path / "out.json"):
             if name is not None:
                 monkeypatch.setenv("SPARSELINE_DEVICE", name)
                 with monkeypatch.context() as patch:
-                    patch.setattr(torch, "empty", lambda size, device: SimpleNamespace(device=torch.device(device)))
+                    patch.setattr(
+                        torch, "empty", lambda size, device: SimpleNamespace(device=torch.device(device))
+                    )
                     compute()
             write_json(tmp_path / "out.json", {})
         assert read_json(tmp_path / "build" / "costs" / "trial.json")["peak_gpu_bytes"] == expected
@@ -425,19 +537,31 @@ def test_a_stage_records_its_gpus_peak(monkeypatch: pytest.MonkeyPatch, tmp_path
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory"), False),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory"),
+            False,
+        ),
         (MemoryError(), False),
     ],
 )
 def test_memory_that_ran_out_is_told(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, gpu: bool
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    gpu: bool,
 ) -> None:
     """One sentence, exit code 2: where to look, and of a GPU the setting that makes it less."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught, told():
         raise error
     said = capsys.readouterr().err
-    assert caught.value.code == 2 and said.startswith("error: The ") and said.count("\n") == 1 and "`make plan`" in said
+    assert (
+        caught.value.code == 2
+        and said.startswith("error: The ")
+        and said.count("\n") == 1
+        and "`make plan`" in said
+    )
     assert ("SPARSELINE_GPU_ACTIVATION_BYTES" in said) == ("The GPU's memory" in said) == gpu
 
 
@@ -447,15 +571,21 @@ def refusals(tmp_path: Path) -> dict[str, Callable[[], None]]:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     return {
         "/proc/none": lambda: write_text(Path("/proc/none/a.json"), "x"),
-        f"{tmp_path}/file/below": lambda: write_tensors(tmp_path / "file" / "below" / "t.safetensors", {"x": torch.ones(1)}),
+        f"{tmp_path}/file/below": lambda: write_tensors(
+            tmp_path / "file" / "below" / "t.safetensors", {"x": torch.ones(1)}
+        ),
         f"{tmp_path}/loop": lambda: write_json(tmp_path / "loop" / "a.json", 1),
         f"{tmp_path}/.nnn": lambda: write_json(tmp_path / ("n" * 256), 1),
         f"{tmp_path}/nowhere": lambda: print((tmp_path / "nowhere").read_text(encoding="utf-8")),
     }
 
 
-def test_a_refused_file_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One sentence that names the path, exit code 2; what has no number is a bug. Oracle: what this machine really refuses."""
+def test_a_refused_file_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence that names the path, exit code 2; what has no number is a bug. Oracle: what this
+    machine really refuses.
+    """
     monkeypatch.chdir(tmp_path)
     environment.write()
     for path, refused in refusals(tmp_path).items():
@@ -474,11 +604,20 @@ def test_a_refused_file_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     assert caught.value.code == 3
 
 
-def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Linux's device that is always full; and a limit on the size of files, which the text, the tensors and the shards all meet."""
+def test_a_full_disk_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Linux's device that is always full; and a limit on the size of files, which the text, the
+    tensors and the shards all meet.
+    """
     monkeypatch.chdir(tmp_path)
     environment.write()
-    with pytest.raises(SystemExit) as caught, stage(), replacing(tmp_path / "text"), Path("/dev/full").open("w") as full:
+    with (
+        pytest.raises(SystemExit) as caught,
+        stage(),
+        replacing(tmp_path / "text"),
+        Path("/dev/full").open("w") as full,
+    ):
         full.write("x")
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith(
@@ -491,16 +630,25 @@ from pipeline_lib.core.artifacts import save_tensors, write_tensors, write_text
 from pipeline_lib.core.runtime import told
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 out, big = Path("out"), {"x": torch.ones(1000)}
-for write in (lambda: write_text(out, "x" * 9999), lambda: write_tensors(out, big), lambda: save_tensors(out, big)):
+by_text, by_tensors = lambda: write_text(out, "x" * 9999), lambda: write_tensors(out, big)
+for write in (by_text, by_tensors, lambda: save_tensors(out, big)):
     if os.fork() == 0:
         with told():
             write()
     assert os.waitstatus_to_exitcode(os.wait()[1]) == 2
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert re.fullmatch(r"(error: \S*out\S*: File too large; mend that place, then run the same command again: [^\n]*\n){3}", done.stderr)
+    assert re.fullmatch(
+        r"(error: \S*out\S*: File too large; mend that place, then run the same command again: [^\n]*\n){3}",
+        done.stderr,
+    )
     assert {path.name for path in tmp_path.iterdir()} <= {"env.lock.json", "out"}
 
 
@@ -519,7 +667,10 @@ def test_bad_thread_counts_are_told(
 def test_other_packages_are_refused(tmp_path: Path) -> None:
     """The sentence names what differs, what runs and the remedy. Oracles: this process's versions."""
     path = tmp_path / "env.json"
-    here = {"python": platform.python_version(), **{name: version(name).split("+")[0] for name in ("numpy", "torch", "transformers")}}
+    here = {
+        "python": platform.python_version(),
+        **{name: version(name).split("+")[0] for name in ("numpy", "torch", "transformers")},
+    }
     write_json(path, here)
     environment.check(path)
     wrong: list[tuple[Any, str]] = [
@@ -539,7 +690,9 @@ def test_other_packages_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_versions_that_run_are_written_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As `make environment` does. Oracle: the checks afterwards, and the file's bytes, which are the same wherever these versions run."""
+    """As `make environment` does. Oracle: the checks afterwards, and the file's bytes, which are
+    the same wherever these versions run.
+    """
     monkeypatch.chdir(tmp_path)
     Path("env.lock.json").write_text('{"python": "2.7"}', encoding="utf-8")
     first = CliRunner().invoke(stages.environment.main)
@@ -559,7 +712,9 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_resume_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key follows the stage, the facts and the inputs' bytes, not their paths, nor which modules happen to be loaded."""
+    """The key follows the stage, the facts and the inputs' bytes, not their paths, nor which
+    modules happen to be loaded.
+    """
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_bytes(b"1")
     b.write_bytes(b"1")
@@ -606,18 +761,28 @@ def test_scratch_lies_where_the_setting_says(nowhere: Path, monkeypatch: pytest.
     assert placed() == nowhere / "s" / "deep"
     for bad in ("/proc/none", "/dev/null", "/dev/null/below"):
         monkeypatch.setenv("SPARSELINE_SCRATCH", bad)
-        with pytest.raises(SparselineError, match=rf"SPARSELINE_SCRATCH={bad} cannot be used \(.+\); give a directory that can be written"):
+        with pytest.raises(
+            SparselineError,
+            match=rf"SPARSELINE_SCRATCH={bad} cannot be used \(.+\); give a directory that can be written",
+        ):
             placed()
 
 
-def test_a_home_that_cannot_be_written(nowhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The project's .dvc/tmp, the experiment's original first; else a temporary directory that is nobody else's. The log says so."""
+def test_a_home_that_cannot_be_written(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The project's .dvc/tmp, the experiment's original first; else a temporary directory that is
+    nobody else's. The log says so.
+    """
     own = nowhere / "tmp" / f"sparseline-{os.getuid()}"
     for home in ("/proc/none", str(nowhere / "none"), "/dev/null"):
         monkeypatch.setenv("HOME", home)
         assert placed() == own
         said = capsys.readouterr().out
-        assert re.fullmatch(rf"prune it: no cache directory in this user's home \(.+\); finished blocks are kept in {own}\n", said)
+        assert re.fullmatch(
+            rf"prune it: no cache directory in this user's home \(.+\); finished blocks are kept in {own}\n",
+            said,
+        )
     assert not (nowhere / "none").exists()
     assert own.stat().st_mode & 0o777 == 0o700
     (nowhere / "here" / ".dvc").mkdir()
@@ -627,7 +792,9 @@ def test_a_home_that_cannot_be_written(nowhere: Path, monkeypatch: pytest.Monkey
     assert placed() == nowhere / "original" / ".dvc" / "tmp" / "sparseline"
     monkeypatch.setenv("DVC_ROOT", str(nowhere))
     own.chmod(0o770)
-    with pytest.raises(SparselineError, match=r"There is no directory for finished blocks \(.+\); set SPARSELINE_SCRATCH"):
+    with pytest.raises(
+        SparselineError, match=r"There is no directory for finished blocks \(.+\); set SPARSELINE_SCRATCH"
+    ):
         placed()
     own.rename(own.with_name("elsewhere"))
     own.symlink_to(own.with_name("elsewhere"))
@@ -637,7 +804,9 @@ def test_a_home_that_cannot_be_written(nowhere: Path, monkeypatch: pytest.Monkey
 
 
 def test_no_home_at_all(nowhere: Path) -> None:
-    """An arbitrary user without a home and an entry in /etc/passwd, as containers have them. Oracle: the directory that such a user can use."""
+    """An arbitrary user without a home and an entry in /etc/passwd, as containers have them.
+    Oracle: the directory that such a user can use.
+    """
     code = """
 import os
 from pipeline_lib.core.scratch import hold
@@ -648,15 +817,26 @@ with hold("prune", "0" * 32, "prune it") as scratch:
     if os.getuid() != 0:
         pytest.skip("only root becomes another user")
     (nowhere / "tmp").chmod(0o1777)
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "TMPDIR": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": "/tmp",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"/tmp/sparseline-12345/prune/{KEY}"
     shutil.rmtree("/tmp/sparseline-12345")
 
 
-def test_scratch_is_dropped_when_all_went_well_and_kept_otherwise(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is a process's own goes in both cases, and what a dead one left goes when the next has the lock."""
+def test_scratch_is_dropped_when_all_went_well_and_kept_otherwise(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is a process's own goes in both cases, and what a dead one left goes when the next has
+    the lock.
+    """
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(nowhere / "s"))
     with pytest.raises(ZeroDivisionError), hold("prune", KEY, "prune it") as scratch:
         (scratch.kept / "facts").mkdir()
@@ -664,7 +844,13 @@ def test_scratch_is_dropped_when_all_went_well_and_kept_otherwise(nowhere: Path,
         (scratch.kept / "facts" / ".block.partial").write_text("x")
         (scratch.own / "stream").write_text("x")
         _ = 1 / 0
-    assert {path.name for path in (nowhere / "s").rglob("*")} == {"prune", KEY, "facts", "block", ".block.partial"}
+    assert {path.name for path in (nowhere / "s").rglob("*")} == {
+        "prune",
+        KEY,
+        "facts",
+        "block",
+        ".block.partial",
+    }
     with hold("prune", KEY, "prune it") as scratch:
         assert {path.name for path in scratch.kept.rglob("*")} == {"facts", "block", scratch.own.name}
     assert [path.name for path in (nowhere / "s").rglob("*")] == ["prune"]
@@ -674,10 +860,18 @@ def test_scratch_is_dropped_when_all_went_well_and_kept_otherwise(nowhere: Path,
 
 
 def test_abandoned_scratch_is_removed(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After two weeks without a new file, unless somebody holds it; whatever else lies there is none of ours."""
+    """After two weeks without a new file, unless somebody holds it; whatever else lies there is
+    none of ours.
+    """
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(nowhere / "s"))
     place = nowhere / "s" / "prune"
-    names = {"old": "1" * 32, "young": "2" * 32, "held": "3" * 32, "foreign": "notes", "fresh inside": "4" * 32}
+    names = {
+        "old": "1" * 32,
+        "young": "2" * 32,
+        "held": "3" * 32,
+        "foreign": "notes",
+        "fresh inside": "4" * 32,
+    }
     for name in names.values():
         (place / name / "facts").mkdir(parents=True)
         (place / name / "facts" / "block").write_text("x")
@@ -692,7 +886,9 @@ def test_abandoned_scratch_is_removed(nowhere: Path, monkeypatch: pytest.MonkeyP
             *(names[one] for one in ("young", "held", "foreign", "fresh inside")),
             f"{names['held']}.lock",
         }
-    assert {path.name for path in place.iterdir()} == {names[one] for one in ("young", "foreign", "fresh inside")}
+    assert {path.name for path in place.iterdir()} == {
+        names[one] for one in ("young", "foreign", "fresh inside")
+    }
 
 
 HOLDERS = """
@@ -720,21 +916,30 @@ print(sorted(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(12)))
 
 
 def test_a_key_has_one_holder_at_a_time(nowhere: Path) -> None:
-    """Twelve processes, of which every third is killed in the midst. Oracle: their log: who came in went out, or was killed, before the next."""
+    """Twelve processes, of which every third is killed in the midst. Oracle: their log: who came in
+    went out, or was killed, before the next.
+    """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SPARSELINE_SCRATCH": str(nowhere / "s")}
-    done = subprocess.run([sys.executable, "-c", HOLDERS], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", HOLDERS], env=environment, capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout) == [-9] * 4 + [0] * 8
     lines = Path("log").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 24 and all(came[1:] == went[1:] for came, went in zip(lines[::2], lines[1::2], strict=True))
+    assert len(lines) == 24 and all(
+        came[1:] == went[1:] for came, went in zip(lines[::2], lines[1::2], strict=True)
+    )
     said = [path.read_text(encoding="utf-8") for path in Path().glob("said-*")]
     owner = r"(process \d+ on \S+ \(`.+` in .+, for .+ s\)|another process)"
     assert any(said) and all(
-        one == "" or re.fullmatch(rf"prune it: {owner} has these blocks; waiting until it ends\n", one) for one in said
+        one == "" or re.fullmatch(rf"prune it: {owner} has these blocks; waiting until it ends\n", one)
+        for one in said
     )
 
 
 def test_a_lock_that_cannot_be_written_does_not_stay(tmp_path: Path) -> None:
-    """A limit on the size of files, which the owner's name meets. Oracle: the directory, which a lock would stay in."""
+    """A limit on the size of files, which the owner's name meets. Oracle: the directory, which a
+    lock would stay in.
+    """
     code = """
 import os, resource, sys
 from pathlib import Path
@@ -747,6 +952,8 @@ try:
 except OSError as error:
     print(error.strerror)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "File too large\n", done.stderr
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,6 +1,8 @@
-"""Every mistake is told in one sentence that names the key or file, its value and the mend; nothing is written, nothing is lost.
+"""Every mistake is told in one sentence that names the key or file, its value and the mend; nothing
+is written, nothing is lost.
 
-Oracle: the wording required of each mistake (words that must occur), exit code 2, and the output tree before and after.
+Oracle: the wording required of each mistake (words that must occur), exit code 2, and the output
+tree before and after.
 """
 
 import re
@@ -13,7 +15,19 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from click.testing import Result
-from project import REMOVED, adopt, build, change_json, change_params, invoke, make_workspace, read_params, run, tree, write_params
+from project import (
+    REMOVED,
+    adopt,
+    build,
+    change_json,
+    change_params,
+    invoke,
+    make_workspace,
+    read_params,
+    run,
+    tree,
+    write_params,
+)
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 from transformers import AutoTokenizer
@@ -87,7 +101,9 @@ def copy(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shared(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """One copy for all whose only change is to params.yaml, which is put back; ``check`` sees to it that stages leave the rest alone."""
+    """One copy for all whose only change is to params.yaml, which is put back; ``check`` sees to it
+    that stages leave the rest alone.
+    """
     monkeypatch.chdir(copy)
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "scratch"))
     before, threads = (copy / "params.yaml").read_bytes(), torch.get_num_threads()
@@ -99,7 +115,11 @@ def shared(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 def outputs(workspace: Path) -> dict[str, tuple[str, int]]:
     """Path -> digest and time of writing of all that stages write."""
     folders = [workspace / name for name in ("build", "report") if (workspace / name).exists()]
-    return {f"{d.name}/{p}": (digest, (d / p).stat().st_mtime_ns) for d in folders for p, digest in tree(d).items()}
+    return {
+        f"{d.name}/{p}": (digest, (d / p).stat().st_mtime_ns)
+        for d in folders
+        for p, digest in tree(d).items()
+    }
 
 
 def told(result: Result) -> str:
@@ -119,7 +139,9 @@ def told(result: Result) -> str:
 
 
 def check(workspace: Path, stage: str, words: tuple[str, ...]) -> None:
-    """The stage tells its mistake with all the words and leaves every output, and the lack of any, as it was."""
+    """The stage tells its mistake with all the words and leaves every output, and the lack of any,
+    as it was.
+    """
     before = outputs(workspace)
     message = told(invoke(*stage.split()))
     missing = [word for word in words if word not in message]
@@ -182,13 +204,33 @@ PARAMETERS = [
         wanda(quantization={"bits": 8, "symmetric": False, "scales": "gguf"}),
         ("variants.wanda.quantization.symmetric = False", "set symmetric to true"),
     ),
-    Mistake("nine bits", "prune wanda", params(prune__quantization__bits=9), ("quantization.bits", "= 9 ", "8")),
-    Mistake("no columns in a group", "prune wanda", params(prune__quantization__group=0), ("quantization.group", "= 0 ", "1")),
-    Mistake("unknown group", "prune wanda", params(prune__quantization__group="matrix"), ("quantization.group", "'matrix'")),
     Mistake(
-        "codes fitted again", "prune wanda", params(prune__quantization__refit=["weights"]), ("quantization.refit", "'weights'", "scales")
+        "nine bits", "prune wanda", params(prune__quantization__bits=9), ("quantization.bits", "= 9 ", "8")
     ),
-    Mistake("sparsity of induction", "induce sparseline", params(prune__selection__sparsity=-1), ("selection.sparsity", "-1", "greater")),
+    Mistake(
+        "no columns in a group",
+        "prune wanda",
+        params(prune__quantization__group=0),
+        ("quantization.group", "= 0 ", "1"),
+    ),
+    Mistake(
+        "unknown group",
+        "prune wanda",
+        params(prune__quantization__group="matrix"),
+        ("quantization.group", "'matrix'"),
+    ),
+    Mistake(
+        "codes fitted again",
+        "prune wanda",
+        params(prune__quantization__refit=["weights"]),
+        ("quantization.refit", "'weights'", "scales"),
+    ),
+    Mistake(
+        "sparsity of induction",
+        "induce sparseline",
+        params(prune__selection__sparsity=-1),
+        ("selection.sparsity", "-1", "greater"),
+    ),
     Mistake(
         "sparsities by hand without an overall one",
         "allocate wanda",
@@ -213,33 +255,87 @@ PARAMETERS = [
         wanda(selection={**SELECTION, "sparsity": {"overall": 0.1, "*.mlp": 0.9}}),
         ("selection.sparsity of wanda", "overall = 0.1 is not met", "change overall or a pattern"),
     ),
-    Mistake("unknown key", "calibrate", params(calibrate__batch=3), ("calibrate.batch ", "not a known key", "batch_rows")),
+    Mistake(
+        "unknown key",
+        "calibrate",
+        params(calibrate__batch=3),
+        ("calibrate.batch ", "not a known key", "batch_rows"),
+    ),
     Mistake(
         "unknown nested key",
         "prune wanda",
         wanda(selection={**SELECTION, "sparcity": 0.5}),
         ("variants.wanda.selection.sparcity", "not a known key", "sparsity"),
     ),
-    Mistake("missing key", "sensitivity", params(sensitivity__seed=REMOVED), ("sensitivity.seed", "missing", "add it")),
+    Mistake(
+        "missing key",
+        "sensitivity",
+        params(sensitivity__seed=REMOVED),
+        ("sensitivity.seed", "missing", "add it"),
+    ),
     Mistake("missing section", "scale", params(scale=REMOVED), ("scale", "add it")),
-    Mistake("missing key of a variant", "prune wanda", params(prune__export=REMOVED), ("variants.wanda.export", "missing", "add it")),
-    Mistake("word for a number", "calibrate", params(calibrate__batch_rows="many"), ("calibrate.batch_rows", "'many'", "integer")),
+    Mistake(
+        "missing key of a variant",
+        "prune wanda",
+        params(prune__export=REMOVED),
+        ("variants.wanda.export", "missing", "add it"),
+    ),
+    Mistake(
+        "word for a number",
+        "calibrate",
+        params(calibrate__batch_rows="many"),
+        ("calibrate.batch_rows", "'many'", "integer"),
+    ),
     Mistake("number for a list", "prepare", params(model__include=3), ("model.include", "= 3 ", "list")),
-    Mistake("no rows in a batch of calibrate", "calibrate", params(calibrate__batch_rows=0), ("calibrate.batch_rows", "= 0 ", "1")),
-    Mistake("no tokens for medians", "calibrate", params(calibrate__median_tokens=0), ("calibrate.median_tokens", "= 0 ", "1")),
-    Mistake("no rows in a batch of prune", "prune wanda", params(prune__batch_rows=0), ("batch_rows", "= 0 ", "1")),
-    Mistake("no rows in a batch of evaluate", "evaluate dense", params(evaluate__batch_rows=0), ("evaluate.batch_rows", "= 0 ", "1")),
-    Mistake("no such estimator", "sensitivity", params(sensitivity__estimator="hessian"), ("sensitivity.estimator", "hessian", "'fisher'")),
-    Mistake("agreement above 1", "sensitivity", params(sensitivity__agreement=90), ("sensitivity.agreement", "= 90 ", "1")),
+    Mistake(
+        "no rows in a batch of calibrate",
+        "calibrate",
+        params(calibrate__batch_rows=0),
+        ("calibrate.batch_rows", "= 0 ", "1"),
+    ),
+    Mistake(
+        "no tokens for medians",
+        "calibrate",
+        params(calibrate__median_tokens=0),
+        ("calibrate.median_tokens", "= 0 ", "1"),
+    ),
+    Mistake(
+        "no rows in a batch of prune", "prune wanda", params(prune__batch_rows=0), ("batch_rows", "= 0 ", "1")
+    ),
+    Mistake(
+        "no rows in a batch of evaluate",
+        "evaluate dense",
+        params(evaluate__batch_rows=0),
+        ("evaluate.batch_rows", "= 0 ", "1"),
+    ),
+    Mistake(
+        "no such estimator",
+        "sensitivity",
+        params(sensitivity__estimator="hessian"),
+        ("sensitivity.estimator", "hessian", "'fisher'"),
+    ),
+    Mistake(
+        "agreement above 1",
+        "sensitivity",
+        params(sensitivity__agreement=90),
+        ("sensitivity.agreement", "= 90 ", "1"),
+    ),
     Mistake("one probe", "sensitivity", params(sensitivity__probes=1), ("sensitivity.probes", "= 1 ", "2")),
     Mistake("no steps", "induce sparseline", params(induce__steps=0), ("induce.steps", "= 0 ", "1")),
-    Mistake("negative limit of factors", "scale", params(scale__limit=-1), ("scale.limit", "-1", "greater than")),
-    Mistake("unknown start", "scale", params(scale__start="median"), ("scale.start", "'median'", "second_moment")),
+    Mistake(
+        "negative limit of factors", "scale", params(scale__limit=-1), ("scale.limit", "-1", "greater than")
+    ),
+    Mistake(
+        "unknown start", "scale", params(scale__start="median"), ("scale.start", "'median'", "second_moment")
+    ),
     Mistake(
         "sparsity that the pattern denies",
         "prune wanda",
         params(prune__selection__pattern="2:4", prune__selection__sparsity=0.6),
-        ("prune.selection.pattern = '2:4' with prune.selection.sparsity = 0.6", "sparsity must be 0.5, not 0.6"),
+        (
+            "prune.selection.pattern = '2:4' with prune.selection.sparsity = 0.6",
+            "sparsity must be 0.5, not 0.6",
+        ),
     ),
     Mistake(
         "N:M that does not divide",
@@ -253,13 +349,36 @@ PARAMETERS = [
         params(prune__selection__pattern="3:5", prune__selection__sparsity=0.4),
         ("3:5", FIRST, "32 inputs", "choose another M", "exclude"),
     ),
-    Mistake("malformed pattern", "prune wanda", params(prune__selection__pattern="2-4"), ("selection.pattern", "'2-4'", "N:M")),
-    Mistake("number as pattern", "prune wanda", params(prune__selection__pattern=124), ("selection.pattern", "= 124 ", "string")),
-    Mistake("4 of 2", "prune wanda", params(prune__selection__pattern="4:2"), ("selection.pattern", "'4:2'", "N < M")),
     Mistake(
-        "unknown score", "prune wanda", params(prune__selection__score="sgpt", variants__wanda__selection={}), ("score", "'sgpt'", "obs")
+        "malformed pattern",
+        "prune wanda",
+        params(prune__selection__pattern="2-4"),
+        ("selection.pattern", "'2-4'", "N:M"),
     ),
-    Mistake("unknown step", "prune wanda", wanda(reconstruction={"steps": ["gptq"]}), ("reconstruction.steps", "'gptq'", "channel")),
+    Mistake(
+        "number as pattern",
+        "prune wanda",
+        params(prune__selection__pattern=124),
+        ("selection.pattern", "= 124 ", "string"),
+    ),
+    Mistake(
+        "4 of 2",
+        "prune wanda",
+        params(prune__selection__pattern="4:2"),
+        ("selection.pattern", "'4:2'", "N < M"),
+    ),
+    Mistake(
+        "unknown score",
+        "prune wanda",
+        params(prune__selection__score="sgpt", variants__wanda__selection={}),
+        ("score", "'sgpt'", "obs"),
+    ),
+    Mistake(
+        "unknown step",
+        "prune wanda",
+        wanda(reconstruction={"steps": ["gptq"]}),
+        ("reconstruction.steps", "'gptq'", "channel"),
+    ),
     Mistake(
         "steps in another order",
         "prune wanda",
@@ -302,14 +421,24 @@ PARAMETERS = [
         wanda(reconstruction={"steps": ["obs"], "collect": "matrix"}),
         ("variants.wanda.reconstruction.collect", "'matrix'", "'site'"),
     ),
-    Mistake("empty window", "prune wanda", params(prune__reconstruction__block__window=0), ("reconstruction.block.window", "= 0 ", "1")),
+    Mistake(
+        "empty window",
+        "prune wanda",
+        params(prune__reconstruction__block__window=0),
+        ("reconstruction.block.window", "= 0 ", "1"),
+    ),
     Mistake(
         "unknown part",
         "prune wanda",
         params(prune__reconstruction__block__parts=["weights", "embeddings"]),
         ("reconstruction.block.parts", "'embeddings'", "'norms'"),
     ),
-    Mistake("no part", "prune wanda", params(prune__reconstruction__channel__parts=[]), ("reconstruction.channel.parts", "[]", "1")),
+    Mistake(
+        "no part",
+        "prune wanda",
+        params(prune__reconstruction__channel__parts=[]),
+        ("reconstruction.channel.parts", "[]", "1"),
+    ),
     Mistake(
         "a window of channel factors",
         "prune wanda",
@@ -335,7 +464,10 @@ PARAMETERS = [
         ("build/curves/wanda.json", "dvc repro"),
     ),
     Mistake(
-        "densities out of order", "curves sparseline", params(curves__densities=[0.5, 0.2]), ("curves.densities", "[0.5, 0.2]", "increase")
+        "densities out of order",
+        "curves sparseline",
+        params(curves__densities=[0.5, 0.2]),
+        ("curves.densities", "[0.5, 0.2]", "increase"),
     ),
     Mistake(
         "densities of a variant out of order",
@@ -356,22 +488,60 @@ PARAMETERS = [
         wanda(allocation={"density_bounds": [0.9, 0.1]}),
         ("allocation", "[0.9, 0.1]", "low <= high"),
     ),
-    Mistake("one bound", "prune wanda", wanda(allocation={"density_bounds": [0.9]}), ("allocation.density_bounds", "missing")),
-    Mistake("nothing included", "prepare", params(model__include=[]), ("model.include", "model.exclude", "widen include")),
-    Mistake("everything excluded", "prepare", params(model__exclude=["*"]), ("model.include", "model.exclude", "widen include")),
+    Mistake(
+        "one bound",
+        "prune wanda",
+        wanda(allocation={"density_bounds": [0.9]}),
+        ("allocation.density_bounds", "missing"),
+    ),
+    Mistake(
+        "nothing included",
+        "prepare",
+        params(model__include=[]),
+        ("model.include", "model.exclude", "widen include"),
+    ),
+    Mistake(
+        "everything excluded",
+        "prepare",
+        params(model__exclude=["*"]),
+        ("model.include", "model.exclude", "widen include"),
+    ),
     Mistake(
         "a pattern that matches nothing",
         "prepare",
         params(model__include=["*.nothing"]),
         ("model.include", "'*.nothing' matches no matrix", FIRST, "layers.1.mlp.down_proj"),
     ),
-    Mistake("a set of letters", "prepare", params(model__exclude=["layers.[01].*"]), ("'layers.[01].*'", "brackets stand for themselves")),
-    Mistake("what is never pruned", "prepare", params(model__exclude=["lm_head"]), ("'lm_head'", "lm_head.weight, which is never pruned")),
     Mistake(
-        "a bad expression", "prepare", params(model__exclude=["re:layers.(0"]), ("'re:layers.(0'", "no regular expression", "correct it")
+        "a set of letters",
+        "prepare",
+        params(model__exclude=["layers.[01].*"]),
+        ("'layers.[01].*'", "brackets stand for themselves"),
     ),
-    Mistake("a word for a list", "prepare", params(model__exclude="layers.0.*"), ("model.exclude", "'layers.0.*'", "list")),
-    Mistake("a word for a variant", "prune wanda", params(variants__wanda="on"), ("variants.wanda", "'on'", "mapping")),
+    Mistake(
+        "what is never pruned",
+        "prepare",
+        params(model__exclude=["lm_head"]),
+        ("'lm_head'", "lm_head.weight, which is never pruned"),
+    ),
+    Mistake(
+        "a bad expression",
+        "prepare",
+        params(model__exclude=["re:layers.(0"]),
+        ("'re:layers.(0'", "no regular expression", "correct it"),
+    ),
+    Mistake(
+        "a word for a list",
+        "prepare",
+        params(model__exclude="layers.0.*"),
+        ("model.exclude", "'layers.0.*'", "list"),
+    ),
+    Mistake(
+        "a word for a variant",
+        "prune wanda",
+        params(variants__wanda="on"),
+        ("variants.wanda", "'on'", "mapping"),
+    ),
     Mistake(
         "a word for induction",
         "induce sparseline",
@@ -384,7 +554,12 @@ PARAMETERS = [
         params(variants__sparseline__induce={"stepps": 3}),
         ("variants.sparseline.induce.stepps is not a known key", "steps"),
     ),
-    Mistake("induction of a variant that is not there", "induce nonsense", params(), ("variants.nonsense", "add it")),
+    Mistake(
+        "induction of a variant that is not there",
+        "induce nonsense",
+        params(),
+        ("variants.nonsense", "add it"),
+    ),
     Mistake(
         "a word for the selection, induction",
         "induce sparseline",
@@ -423,10 +598,23 @@ PARAMETERS = [
     ),
     Mistake("unknown variant", "prune nonsense", params(), ("variants.nonsense", "add it")),
     Mistake("unknown text", "text nonsense", params(), ("texts.nonsense", "add it")),
-    Mistake("a preset that does not exist", "keys", wanda(tasks=["gone"]), ("variants.wanda.tasks names 'gone'", "presets: embedded")),
-    Mistake("a word for a candidate", "choose", wanda(candidate="maybe"), ("variants.wanda.candidate", "'maybe'", "bool")),
     Mistake(
-        "half precision by another name", "prepare", params(model__compute_dtype="fp16"), ("model.compute_dtype", "'fp16'", "bfloat16")
+        "a preset that does not exist",
+        "keys",
+        wanda(tasks=["gone"]),
+        ("variants.wanda.tasks names 'gone'", "presets: embedded"),
+    ),
+    Mistake(
+        "a word for a candidate",
+        "choose",
+        wanda(candidate="maybe"),
+        ("variants.wanda.candidate", "'maybe'", "bool"),
+    ),
+    Mistake(
+        "half precision by another name",
+        "prepare",
+        params(model__compute_dtype="fp16"),
+        ("model.compute_dtype", "'fp16'", "bfloat16"),
     ),
     Mistake(
         "a task that does not exist",
@@ -477,7 +665,9 @@ def pickled(workspace: Path) -> None:
 
 
 def config(**values: Any) -> Change:
-    return lambda workspace: change_json(workspace / "data" / "model" / "config.json", lambda old: old | values)
+    return lambda workspace: change_json(
+        workspace / "data" / "model" / "config.json", lambda old: old | values
+    )
 
 
 def written(name: str, content: str) -> Change:
@@ -499,7 +689,11 @@ def added_token(workspace: Path) -> None:
     tokenizer.save_pretrained(workspace / "data/model")
 
 
-def weights(name: str, change: Callable[[torch.Tensor], torch.Tensor], more: Mapping[str, torch.Tensor] = MappingProxyType({})) -> Change:
+def weights(
+    name: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    more: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> Change:
     """Replace one stored tensor, and add ``more``."""
 
     def apply(workspace: Path) -> None:
@@ -534,22 +728,70 @@ HUGE = weights(DOWN, lambda tensor: tensor.sign() * 3e38)
 TEXTS = ("text calibration", "text validation", "text test")
 
 MODELS = [
-    Mistake("no directory", "prepare", params(model__path="data/none"), ("model.path", "'data/none'", "config.json and *.safetensors")),
-    Mistake("no weights", "prepare", remove(str(WEIGHTS)), ("data/model", "model.safetensors", "give a directory with the weights")),
+    Mistake(
+        "no directory",
+        "prepare",
+        params(model__path="data/none"),
+        ("model.path", "'data/none'", "config.json and *.safetensors"),
+    ),
+    Mistake(
+        "no weights",
+        "prepare",
+        remove(str(WEIGHTS)),
+        ("data/model", "model.safetensors", "give a directory with the weights"),
+    ),
     Mistake("no config", "prepare", remove("data/model/config.json"), ("data/model", "config.json")),
-    Mistake("truncated weights", "prepare", cut_short, (str(WEIGHTS), "truncated", "fetch the checkpoint again")),
-    Mistake("weights truncated after prepare", "calibrate", cut_short, (str(WEIGHTS), "truncated", "fetch the checkpoint again")),
-    Mistake("pickled weights only", "prepare", pickled, ("data/model", "pytorch_model.bin", "python -m stages.convert data/model OUT")),
     Mistake(
-        "a commit without a hub model", "prepare", params(model__revision="0" * 40), ("model.revision", "model.id is null", "null too")
+        "truncated weights", "prepare", cut_short, (str(WEIGHTS), "truncated", "fetch the checkpoint again")
     ),
-    Mistake("a directory as id", "prepare", hub("./data/model", None), ("'./data/model'", "local directory", "model.path")),
     Mistake(
-        "a directory watched for a hub model", "prepare", params(model__id="org/name"), ("'data/model'", "'org/name'", "data/hub.json")
+        "weights truncated after prepare",
+        "calibrate",
+        cut_short,
+        (str(WEIGHTS), "truncated", "fetch the checkpoint again"),
     ),
-    Mistake("a hub model without a commit", "prepare", hub("org/name", None), ("model.revision = None", "full hash", "git ls-remote")),
-    Mistake("a branch as commit", "prepare", hub("org/name", "main"), ("model.revision = 'main'", "full hash", "git ls-remote")),
-    Mistake("a hub model that is not here", "prepare", hub("org/name", "0" * 40), ("'org/name'", "cannot be fetched from the hub")),
+    Mistake(
+        "pickled weights only",
+        "prepare",
+        pickled,
+        ("data/model", "pytorch_model.bin", "python -m stages.convert data/model OUT"),
+    ),
+    Mistake(
+        "a commit without a hub model",
+        "prepare",
+        params(model__revision="0" * 40),
+        ("model.revision", "model.id is null", "null too"),
+    ),
+    Mistake(
+        "a directory as id",
+        "prepare",
+        hub("./data/model", None),
+        ("'./data/model'", "local directory", "model.path"),
+    ),
+    Mistake(
+        "a directory watched for a hub model",
+        "prepare",
+        params(model__id="org/name"),
+        ("'data/model'", "'org/name'", "data/hub.json"),
+    ),
+    Mistake(
+        "a hub model without a commit",
+        "prepare",
+        hub("org/name", None),
+        ("model.revision = None", "full hash", "git ls-remote"),
+    ),
+    Mistake(
+        "a branch as commit",
+        "prepare",
+        hub("org/name", "main"),
+        ("model.revision = 'main'", "full hash", "git ls-remote"),
+    ),
+    Mistake(
+        "a hub model that is not here",
+        "prepare",
+        hub("org/name", "0" * 40),
+        ("'org/name'", "cannot be fetched from the hub"),
+    ),
     Mistake(
         "another head",
         "prepare",
@@ -583,7 +825,13 @@ MODELS = [
     Mistake(
         "a token beyond the embedding",
         "text calibration",
-        both(added_token, both(params(texts__calibration__distinct=2), written("data/texts/calibration.txt", "letters <extra> " * 100))),
+        both(
+            added_token,
+            both(
+                params(texts__calibration__distinct=2),
+                written("data/texts/calibration.txt", "letters <extra> " * 100),
+            ),
+        ),
         ("token 320 ('<extra>')", "vocabulary has 320"),
         ("prepare",),
     ),
@@ -594,7 +842,10 @@ MODELS = [
         ("data/model", "tokenizer", "plain text", "100", "own tokenizer"),
     ),
     Mistake(
-        "no tokenizer", "prepare", remove("data/model/tokenizer.json", "data/model/tokenizer_config.json"), ("data/model", "tokenizer")
+        "no tokenizer",
+        "prepare",
+        remove("data/model/tokenizer.json", "data/model/tokenizer_config.json"),
+        ("data/model", "tokenizer"),
     ),
     Mistake(
         "weights of another type",
@@ -608,25 +859,88 @@ MODELS = [
         config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}),
         ("quantised", "original checkpoint"),
     ),
-    Mistake("fewer blocks than the config", "prepare", config(num_hidden_layers=3), ("model.layers.2.", "config.json", "fetch")),
-    Mistake("weights changed after prepare", "calibrate", weights(KEY, with_entry(0.5)), (str(WEIGHTS), "changed", "dvc repro")),
-    Mistake("weights changed, scale", "scale", weights(KEY, with_entry(0.5)), (str(WEIGHTS), "changed", "dvc repro")),
-    Mistake("weights changed, sensitivity", "sensitivity", weights(KEY, with_entry(0.5)), (str(WEIGHTS), "changed", "dvc repro")),
-    Mistake("weights changed, prune", "prune wanda", weights(KEY, with_entry(0.5)), (str(WEIGHTS), "changed", "dvc repro")),
-    Mistake("weights changed, evaluate", "evaluate dense", weights(KEY, with_entry(0.5)), (str(WEIGHTS), "changed", "dvc repro")),
+    Mistake(
+        "fewer blocks than the config",
+        "prepare",
+        config(num_hidden_layers=3),
+        ("model.layers.2.", "config.json", "fetch"),
+    ),
+    Mistake(
+        "weights changed after prepare",
+        "calibrate",
+        weights(KEY, with_entry(0.5)),
+        (str(WEIGHTS), "changed", "dvc repro"),
+    ),
+    Mistake(
+        "weights changed, scale",
+        "scale",
+        weights(KEY, with_entry(0.5)),
+        (str(WEIGHTS), "changed", "dvc repro"),
+    ),
+    Mistake(
+        "weights changed, sensitivity",
+        "sensitivity",
+        weights(KEY, with_entry(0.5)),
+        (str(WEIGHTS), "changed", "dvc repro"),
+    ),
+    Mistake(
+        "weights changed, prune",
+        "prune wanda",
+        weights(KEY, with_entry(0.5)),
+        (str(WEIGHTS), "changed", "dvc repro"),
+    ),
+    Mistake(
+        "weights changed, evaluate",
+        "evaluate dense",
+        weights(KEY, with_entry(0.5)),
+        (str(WEIGHTS), "changed", "dvc repro"),
+    ),
     *(
         Mistake(
-            f"{value} in the weights, {stage}", stage, weights(KEY, with_entry(value)), (str(WEIGHTS), KEY, "NaN or infinity"), ("prepare",)
+            f"{value} in the weights, {stage}",
+            stage,
+            weights(KEY, with_entry(value)),
+            (str(WEIGHTS), KEY, "NaN or infinity"),
+            ("prepare",),
         )
         for value in (float("nan"), float("inf"))
         for stage in ("calibrate", "prune wanda")
     ),
-    Mistake("nan in the weights, prepare", "prepare", weights(KEY, with_entry(float("nan"))), (str(WEIGHTS), KEY, "NaN or infinity")),
+    Mistake(
+        "nan in the weights, prepare",
+        "prepare",
+        weights(KEY, with_entry(float("nan"))),
+        (str(WEIGHTS), KEY, "NaN or infinity"),
+    ),
     Mistake("overflow, prepare", "prepare", HUGE, ("layers.1", "NaN or infinity", "float32")),
-    Mistake("nan in the weights, sensitivity", "sensitivity", weights(KEY, with_entry(float("nan"))), ("NaN or infin",), ("prepare",)),
-    Mistake("nan in the head, sensitivity", "sensitivity", weights(HEAD, with_entry(float("nan"))), ("NaN or infin",), ("prepare",)),
-    Mistake("nan in the head, prune", "prune wanda", weights(HEAD, with_entry(float("nan"))), (HEAD, "NaN or infinity"), ("prepare",)),
-    Mistake("nan in the head, evaluate", "evaluate dense", weights(HEAD, with_entry(float("nan"))), ("NaN or infin",), ("prepare",)),
+    Mistake(
+        "nan in the weights, sensitivity",
+        "sensitivity",
+        weights(KEY, with_entry(float("nan"))),
+        ("NaN or infin",),
+        ("prepare",),
+    ),
+    Mistake(
+        "nan in the head, sensitivity",
+        "sensitivity",
+        weights(HEAD, with_entry(float("nan"))),
+        ("NaN or infin",),
+        ("prepare",),
+    ),
+    Mistake(
+        "nan in the head, prune",
+        "prune wanda",
+        weights(HEAD, with_entry(float("nan"))),
+        (HEAD, "NaN or infinity"),
+        ("prepare",),
+    ),
+    Mistake(
+        "nan in the head, evaluate",
+        "evaluate dense",
+        weights(HEAD, with_entry(float("nan"))),
+        ("NaN or infin",),
+        ("prepare",),
+    ),
     *(
         Mistake(f"overflow, {stage}", stage, HUGE, ("layers.1", "NaN or infinity", "float32"), ("prepare",))
         for stage in ("calibrate", "sensitivity", "prune wanda", "prune sparseline")
@@ -642,23 +956,47 @@ MODELS = [
 
 
 DATA = [
-    Mistake("empty text", "text test", written("data/texts/test.txt", " \n"), ("data/texts/test.txt", "empty", "non-empty")),
+    Mistake(
+        "empty text",
+        "text test",
+        written("data/texts/test.txt", " \n"),
+        ("data/texts/test.txt", "empty", "non-empty"),
+    ),
     Mistake(
         "short text",
         "text test",
         written("data/texts/test.txt", "a" * 99),
         ("data/texts/test.txt", "3 rows of 32 tokens", "8 are asked for", "lower rows"),
     ),
-    Mistake("no such text", "text test", params(texts__test__path="data/texts/none.txt"), ("data/texts/none.txt", "path")),
+    Mistake(
+        "no such text",
+        "text test",
+        params(texts__test__path="data/texts/none.txt"),
+        ("data/texts/none.txt", "path"),
+    ),
     Mistake("a text's name", "keys", params(**{"texts__a b": {}}), ("text name 'a b'", "letters, digits")),
-    Mistake("a repeated letter", "text test", written("data/texts/test.txt", "a" * 999), ("2 different tokens", "`distinct` of 16")),
+    Mistake(
+        "a repeated letter",
+        "text test",
+        written("data/texts/test.txt", "a" * 999),
+        ("2 different tokens", "`distinct` of 16"),
+    ),
     Mistake(
         "calibration text taken whole",
         "text calibration",
         params(texts__calibration__rows=None),
-        ("texts.calibration.use = 'calibrate' with texts.calibration.rows = None", "use: evaluate", "number of rows"),
+        (
+            "texts.calibration.use = 'calibrate' with texts.calibration.rows = None",
+            "use: evaluate",
+            "number of rows",
+        ),
     ),
-    Mistake("unknown use", "text test", params(texts__test__use="train"), ("texts.test.use", "'train'", "evaluate")),
+    Mistake(
+        "unknown use",
+        "text test",
+        params(texts__test__use="train"),
+        ("texts.test.use", "'train'", "evaluate"),
+    ),
     *(
         Mistake(
             f"two calibration texts, {stage}",
@@ -669,28 +1007,73 @@ DATA = [
         )
         for stage in ("calibrate", "sensitivity", "induce sparseline", "prune wanda")
     ),
-    Mistake("no calibration text", "calibrate", remove("build/texts/calibrate"), ("build/texts/calibrate", "is missing", "dvc repro")),
+    Mistake(
+        "no calibration text",
+        "calibrate",
+        remove("build/texts/calibrate"),
+        ("build/texts/calibrate", "is missing", "dvc repro"),
+    ),
     Mistake(
         "other packages",
         "calibrate",
         lambda workspace: change_json(workspace / "env.lock.json", lambda old: old | {"torch": "1.13"}),
         ("env.lock.json", "torch 1.13", torch.__version__.split("+")[0], "make environment"),
     ),
-    Mistake("damaged list of packages", "calibrate", written("env.lock.json", "{"), ("env.lock.json", "JSON")),
+    Mistake(
+        "damaged list of packages", "calibrate", written("env.lock.json", "{"), ("env.lock.json", "JSON")
+    ),
     Mistake("no list of packages", "calibrate", remove("env.lock.json"), ("env.lock.json",)),
-    Mistake("a package that is not here", "calibrate", written("env.lock.json", '{"nonsense": "1.0"}'), ("env.lock.json", "nonsense")),
-    Mistake("no evaluation text", "evaluate dense", remove("build/texts/evaluate"), ("build/texts/evaluate/test.safetensors", "dvc repro")),
-    Mistake("damaged statistics", "scale", written("build/calibrate/block-001.safetensors", "x"), ("block-001.safetensors", "dvc repro")),
     Mistake(
-        "a text that is not evaluated", "choose", params(choose__text="calibration"), ("choose.text = 'calibration'", "validation, test")
+        "a package that is not here",
+        "calibrate",
+        written("env.lock.json", '{"nonsense": "1.0"}'),
+        ("env.lock.json", "nonsense"),
     ),
     Mistake(
-        "a baseline that is no variant", "keys", params(report__baseline="old"), ("report.baseline = 'old'", "variants: wanda, sparseline")
+        "no evaluation text",
+        "evaluate dense",
+        remove("build/texts/evaluate"),
+        ("build/texts/evaluate/test.safetensors", "dvc repro"),
     ),
-    Mistake("missing candidate", "choose", remove("build/evaluate/wanda.json"), ("build/evaluate/wanda.json", "dvc repro")),
-    Mistake("missing facts", "report", remove("build/facts/wanda.json"), ("build/facts/wanda.json", "dvc repro")),
-    Mistake("missing evaluation", "report", remove("build/evaluate/dense.json"), ("build/evaluate/dense.json", "dvc repro")),
-    Mistake("params.yaml that is no YAML", "calibrate", written("params.yaml", "model: [1, 2"), ("params.yaml", "YAML")),
+    Mistake(
+        "damaged statistics",
+        "scale",
+        written("build/calibrate/block-001.safetensors", "x"),
+        ("block-001.safetensors", "dvc repro"),
+    ),
+    Mistake(
+        "a text that is not evaluated",
+        "choose",
+        params(choose__text="calibration"),
+        ("choose.text = 'calibration'", "validation, test"),
+    ),
+    Mistake(
+        "a baseline that is no variant",
+        "keys",
+        params(report__baseline="old"),
+        ("report.baseline = 'old'", "variants: wanda, sparseline"),
+    ),
+    Mistake(
+        "missing candidate",
+        "choose",
+        remove("build/evaluate/wanda.json"),
+        ("build/evaluate/wanda.json", "dvc repro"),
+    ),
+    Mistake(
+        "missing facts", "report", remove("build/facts/wanda.json"), ("build/facts/wanda.json", "dvc repro")
+    ),
+    Mistake(
+        "missing evaluation",
+        "report",
+        remove("build/evaluate/dense.json"),
+        ("build/evaluate/dense.json", "dvc repro"),
+    ),
+    Mistake(
+        "params.yaml that is no YAML",
+        "calibrate",
+        written("params.yaml", "model: [1, 2"),
+        ("params.yaml", "YAML"),
+    ),
     Mistake("no params.yaml", "calibrate", remove("params.yaml"), ("params.yaml", "No such file")),
 ]
 
@@ -709,7 +1092,9 @@ def test_bad_parameters(shared: Path, mistake: Mistake) -> None:
 
 @pytest.mark.parametrize("mistake", MODELS, ids=ids(MODELS))
 def test_bad_models(workspace: Path, monkeypatch: pytest.MonkeyPatch, mistake: Mistake) -> None:
-    """Oracle: the damaged file, tensor or block, and the mend. Where another stage is to find it, `prepare` tries no coupling, and sees nothing."""
+    """Oracle: the damaged file, tensor or block, and the mend. Where another stage is to find it,
+    `prepare` tries no coupling, and sees nothing.
+    """
     if mistake.stage != "prepare":
         monkeypatch.setattr("pipeline_lib.jobs.prepare.verified", untried)
     mistake.change(workspace)
@@ -741,15 +1126,21 @@ def test_bad_data(workspace: Path, mistake: Mistake) -> None:
         ("SPARSELINE_DEVICE", "cuda:99", ("SPARSELINE_DEVICE=cuda:99", "use cpu")),
     ],
 )
-def test_bad_settings(workspace: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: tuple[str, ...]) -> None:
+def test_bad_settings(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: tuple[str, ...]
+) -> None:
     """Oracle: the variable as it was set, and what it may be."""
     monkeypatch.setenv(name, value)
     check(workspace, "calibrate", words)
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "prune wanda"])
-def test_nothing_is_written_where_nothing_was(workspace: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    """A stage that fails half-way (block 1 overflows, block 0 is done) leaves no output behind. Oracle: the files that are there."""
+def test_nothing_is_written_where_nothing_was(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """A stage that fails half-way (block 1 overflows, block 0 is done) leaves no output behind.
+    Oracle: the files that are there.
+    """
     monkeypatch.setattr("pipeline_lib.jobs.prepare.verified", untried)
     HUGE(workspace)
     build("prepare")
@@ -777,7 +1168,9 @@ def test_nothing_is_written_where_nothing_was(workspace: Path, monkeypatch: pyte
 
 
 def test_an_unquoted_pattern_is_read_as_it_is_meant(workspace: Path) -> None:
-    """YAML 1.1 reads 2:4 as 124; params.yaml is YAML 1.2. Oracle: two kept of every four inputs in every mask."""
+    """YAML 1.1 reads 2:4 as 124; params.yaml is YAML 1.2. Oracle: two kept of every four inputs in
+    every mask.
+    """
     change_params(workspace, "variants.wanda.selection", {**SELECTION, "pattern": "PATTERN"})
     path = workspace / "params.yaml"
     path.write_text(re.sub(r"['\"]?PATTERN['\"]?", "2:4", path.read_text(encoding="utf-8")), encoding="utf-8")
@@ -790,7 +1183,9 @@ def test_an_unquoted_pattern_is_read_as_it_is_meant(workspace: Path) -> None:
 
 
 def test_an_empty_section_is_an_empty_mapping(workspace: Path) -> None:
-    """``reconstruction:`` with nothing behind it is YAML's null. Oracle: the bytes that ``reconstruction: {}`` gives."""
+    """``reconstruction:`` with nothing behind it is YAML's null. Oracle: the bytes that
+    ``reconstruction: {}`` gives.
+    """
     change_params(workspace, "variants.sparseline.reconstruction", {})
     build("induce sparseline")
     before = tree(workspace / "build" / "induce" / "sparseline")
@@ -835,7 +1230,9 @@ def test_a_variant_that_changes_nothing_can_be_induced(workspace: Path, empty: A
 
 
 def test_a_renamed_text_takes_the_place_of_the_old(workspace: Path) -> None:
-    """DVC leaves the outputs of stages that are gone. Oracle: one text is for calibration, so there is no mistake to tell."""
+    """DVC leaves the outputs of stages that are gone. Oracle: one text is for calibration, so there
+    is no mistake to tell.
+    """
     values = read_params(workspace)
     values["texts"]["other"] = values["texts"].pop("calibration")
     write_params(workspace, values)
@@ -843,7 +1240,9 @@ def test_a_renamed_text_takes_the_place_of_the_old(workspace: Path) -> None:
 
 
 def test_a_singular_second_moment_raises_the_damping(workspace: Path) -> None:
-    """Oracle: 8 tokens cannot span 32 channels, so without damping no factorisation exists; facts and log name what was needed."""
+    """Oracle: 8 tokens cannot span 32 channels, so without damping no factorisation exists; facts
+    and log name what was needed.
+    """
     change_params(workspace, "texts.calibration.rows", 1)
     change_params(workspace, "texts.calibration.held_out", 0)
     change_params(workspace, "texts.calibration.length", 8)
@@ -878,8 +1277,12 @@ def test_a_second_moment_of_nan_is_told(workspace: Path, monkeypatch: pytest.Mon
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) and isinstance(value[0], str) else "",
 )
-def test_stages_as_dvc_runs_them(workspace: Path, stage: tuple[str, ...], change: Change, words: tuple[str, ...]) -> None:
-    """A real process: the whole of its output is the error, without warnings of the interpreter. Oracle: the text and the exit code."""
+def test_stages_as_dvc_runs_them(
+    workspace: Path, stage: tuple[str, ...], change: Change, words: tuple[str, ...]
+) -> None:
+    """A real process: the whole of its output is the error, without warnings of the interpreter.
+    Oracle: the text and the exit code.
+    """
     change(workspace)
     before = outputs(workspace)
     output = run(workspace, "python", "-m", f"stages.{stage[0]}", *stage[1:], code=2)

@@ -1,5 +1,6 @@
-"""The harness of the benchmarks, with a fake study of six cells that counts what it computes; the committed records against the studies; and the
-benchmarks of speed, with small shapes."""
+"""The harness of the benchmarks, with a fake study of six cells that counts what it computes; the
+committed records against the studies; and the benchmarks of speed, with small shapes.
+"""
 
 import json
 import os
@@ -30,7 +31,9 @@ def cell(testbed: str, method: str, seed: int) -> Cell:
 
 
 def perplexity(given: Cell) -> float:
-    """`new` closes half of the gap between `base` and the dense model's 10 (in logarithms), whatever the seed."""
+    """`new` closes half of the gap between `base` and the dense model's 10 (in logarithms),
+    whatever the seed.
+    """
     base = {"a": 40.0, "b": 90.0}[given.key["testbed"]] * (1 + given.key["seed"] / 10)
     return base if given.key["method"] == "base" else (base * 10) ** 0.5
 
@@ -47,12 +50,26 @@ def make(tmp_path: Path, computed: list[str]) -> Make:
             if stop_after is not None and len(computed) == stop_after:
                 raise KeyboardInterrupt
             computed.append(given.name)
-            return [{**given.key, "text": text, "ppl": perplexity(given), "dense": 10.0} for text in ("test", "wikitext2")]
+            return [
+                {**given.key, "text": text, "ppl": perplexity(given), "dense": 10.0}
+                for text in ("test", "wikitext2")
+            ]
 
         def cells() -> list[Cell]:
-            return [cell("b", "new", 0), *(cell("a", method, seed) for seed in (0, 1) for method in ("base", "new")), cell("b", "base", 0)]
+            return [
+                cell("b", "new", 0),
+                *(cell("a", method, seed) for seed in (0, 1) for method in ("base", "new")),
+                cell("b", "base", 0),
+            ]
 
-        return Study("fake", cells, measure, base=lambda record: {"method": "base"}, files=lambda given: [], home=tmp_path)
+        return Study(
+            "fake",
+            cells,
+            measure,
+            base=lambda record: {"method": "base"},
+            files=lambda given: [],
+            home=tmp_path,
+        )
 
     return study
 
@@ -62,7 +79,11 @@ def test_a_stopped_run_goes_on_where_it_was(make: Make, computed: list[str]) -> 
         make(stop_after=2).run()
     records = make().run()
     assert computed == ["b,new,0", "a,base,0", "a,new,0", "a,base,1", "a,new,1", "b,base,0"]  # none twice
-    assert [(r["testbed"], r["seed"], r["text"]) for r in records[:3]] == [("b", 0, "test"), ("b", 0, "wikitext2"), ("a", 0, "test")]
+    assert [(r["testbed"], r["seed"], r["text"]) for r in records[:3]] == [
+        ("b", 0, "test"),
+        ("b", 0, "wikitext2"),
+        ("a", 0, "test"),
+    ]
     assert all(len(r["commit"]) >= 7 for r in records)
     assert make().recorded() == records
 
@@ -81,7 +102,8 @@ def test_a_cell_that_is_named_is_computed_anew(make: Make, computed: list[str]) 
     computed.clear()
     assert make().renew("a,new,1") == before
     assert computed == ["a,new,1"]
-    assert not make().file(make().every["a,new,1"]).exists()  # an older file would be gathered in the place of a newer record
+    # an older file would be gathered in the place of a newer record
+    assert not make().file(make().every["a,new,1"]).exists()
 
 
 def test_gathering_keeps_what_no_file_has(make: Make, computed: list[str]) -> None:
@@ -103,12 +125,18 @@ def test_verify_computes_the_named_cell_alone(make: Make, computed: list[str]) -
     assert len(set(computed[1:])) == 2
 
 
-@pytest.mark.parametrize(("factor", "passes"), [(1.009, True), (0.991, True), (1.011, False), (float("nan"), False)])
+@pytest.mark.parametrize(
+    ("factor", "passes"), [(1.009, True), (0.991, True), (1.011, False), (float("nan"), False)]
+)
 def test_verify_refuses_a_wrong_record(make: Make, factor: float, passes: bool) -> None:
     """Within 1% is rounding; one text that is wrong is enough."""
     study = make()
     records = study.run()
-    wrong = next(r for r in records if (r["testbed"], r["method"], r["seed"], r["text"]) == ("a", "new", 1, "wikitext2"))
+    wrong = next(
+        r
+        for r in records
+        if (r["testbed"], r["method"], r["seed"], r["text"]) == ("a", "new", 1, "wikitext2")
+    )
     wrong["ppl"] *= factor
     study.record.write_text(json.dumps(records), encoding="utf-8")
     study.verify(["a,new,0"])
@@ -127,7 +155,9 @@ def test_verify_names_what_a_cell_is_called(make: Make) -> None:
 
 
 def test_the_table_pairs_seeds(make: Make) -> None:
-    """Oracle: by hand: √(40·44) = 41.95 for the base, √(20·20.976) = 20.48 for the new one, half of the gap in every seed."""
+    """Oracle: by hand: √(40·44) = 41.95 for the base, √(20·20.976) = 20.48 for the new one, half of
+    the gap in every seed.
+    """
     study = make()
     lines = study.table(study.run(), "test").splitlines()
     assert lines[0] == "| test | a | b | mean closed |"
@@ -136,8 +166,12 @@ def test_the_table_pairs_seeds(make: Make) -> None:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_committed_records_are_of_cells_that_can_be_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has its study's fields and a commit; a study's recipes can be parsed from the shipped params.yaml."""
+def test_committed_records_are_of_cells_that_can_be_computed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has its study's fields and a commit; a study's recipes can be parsed from the shipped
+    params.yaml.
+    """
     monkeypatch.chdir(ROOT)
     study = STUDIES[name]
     records = study.recorded()
@@ -155,12 +189,17 @@ def test_committed_records_are_of_cells_that_can_be_computed(name: str, monkeypa
 @pytest.mark.parametrize(
     ("only", "told"),
     [
-        ("method=wanda", "sparsity has no field 'method'; fields: testbed, pattern, sparsity, allocation, score, seed."),
+        (
+            "method=wanda",
+            "sparsity has no field 'method'; fields: testbed, pattern, sparsity, allocation, score, seed.",
+        ),
         ("testbed", "sparsity has no such cell; its first is llama,unstructured,0.5,uniform,obs,0."),
         ("seed=7", "sparsity has no such cell; its first is llama,unstructured,0.5,uniform,obs,0."),
     ],
 )
-def test_the_command_refuses_cells_that_there_are_not(only: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_refuses_cells_that_there_are_not(
+    only: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     done = CliRunner().invoke(main, ["run", "sparsity", "--only", only])
     assert done.exit_code == 1
@@ -192,12 +231,16 @@ def test_the_sweep_is_told_in_one_line(pattern: str) -> None:
 
 
 SHAPE = block.Shape(64, 160, 4, 2, vocabulary=128)
-MATRICES = ((64, 64), (32, 64), (32, 64), (64, 64), (160, 64), (160, 64), (64, 160))  # q, k, v, o, gate, up, down: outputs, inputs
+# q, k, v, o, gate, up, down: outputs, inputs
+MATRICES = ((64, 64), (32, 64), (32, 64), (64, 64), (160, 64), (160, 64), (64, 160))
 
 
-def test_the_floor_does_what_sparsegpt_cannot_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: FLOPs by hand. All products but the last for all eight rows, and all of them for a batch of two; X Xᵀ per site; R·C²/2 multiply-adds per
-    matrix."""
+def test_the_floor_does_what_sparsegpt_cannot_do_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: FLOPs by hand. All products but the last for all eight rows, and all of them for a
+    batch of two; X Xᵀ per site; R·C²/2 multiply-adds per matrix.
+    """
 
     def added(_sum: torch.Size, a: torch.Size, b: torch.Size, **_: Any) -> int:
         return 2 * a.numel() * b[1]
@@ -221,12 +264,17 @@ def test_the_floor_does_what_sparsegpt_cannot_do_without(tmp_path: Path, monkeyp
     assert found["parts"].keys() == {"forward", "gram", "factor", "products"}
 
 
-def test_a_block_has_its_row_beside_those_of_other_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_has_its_row_beside_those_of_other_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(block, "SHAPES", {"tiny": SHAPE})
     monkeypatch.setattr(block, "PYTHON", "/nowhere/python")
     device = torch.device("cpu")
-    other = dict(zip(block.KEY, ("tiny", "sparsegpt", 8192, "GPU"), strict=True)) | {"wall_s": 1.0, "commit": "0000000"}
+    other = dict(zip(block.KEY, ("tiny", "sparsegpt", 8192, "GPU"), strict=True)) | {
+        "wall_s": 1.0,
+        "commit": "0000000",
+    }
     (tmp_path / "block.json").write_text(json.dumps([other]), encoding="utf-8")
     rows = block.study(["tiny, fast, 64"], device, tmp_path)
     rows.renew("tiny,fast,64,cpu")
@@ -239,7 +287,9 @@ def test_a_block_has_its_row_beside_those_of_other_devices(tmp_path: Path, monke
     assert "| tiny, fast, 64 | cpu | " in block.table([new])
 
 
-@pytest.mark.parametrize("name", ["llama-7b", "llama-7b,wanda,8192", "llama-8b,fast,8192", "llama-7b,fast,0", "llama-7b,fast,8k"])
+@pytest.mark.parametrize(
+    "name", ["llama-7b", "llama-7b,wanda,8192", "llama-8b,fast,8192", "llama-7b,fast,0", "llama-7b,fast,8k"]
+)
 def test_a_block_that_there_is_not_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     done = CliRunner().invoke(block.main, [name])
@@ -248,13 +298,17 @@ def test_a_block_that_there_is_not_is_refused(name: str, monkeypatch: pytest.Mon
 
 
 def test_the_table_of_a_device_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All rows in small: each has its seconds, or the reason why not; none is run twice; one that takes too long is told, and the rest stays."""
+    """All rows in small: each has its seconds, or the reason why not; none is run twice; one that
+    takes too long is told, and the rest stays.
+    """
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(block, "PYTHON", "/nowhere/python")
     record = tmp_path / "gpu.json"
 
     def run(*more: str) -> tuple[list[Record], str]:
-        done = CliRunner().invoke(gpu.main, ["--small", "--record", str(record), *more], catch_exceptions=False)
+        done = CliRunner().invoke(
+            gpu.main, ["--small", "--record", str(record), *more], catch_exceptions=False
+        )
         assert done.exit_code == 0, done.output
         return json.loads(record.read_text(encoding="utf-8")), done.output
 
@@ -262,25 +316,38 @@ def test_the_table_of_a_device_goes_on_where_it_was(tmp_path: Path, monkeypatch:
     assert [r["row"] for r in first] == ["prune wanda", "2:4 block"]
     every, told = run()
     assert "prune wanda,random,cpu:" not in told  # it was there
-    assert {"prune best", "calibrate", "scale", "sensitivity", "block floor, 256 tokens", "block best, 256 tokens"} <= {
-        r["row"] for r in every
-    }
+    assert {
+        "prune best",
+        "calibrate",
+        "scale",
+        "sensitivity",
+        "block floor, 256 tokens",
+        "block best, 256 tokens",
+    } <= {r["row"] for r in every}
     skipped = {r["row"]: r["note"] for r in every if r["wall_s"] is None}
     assert skipped.keys() == {"llm-compressor sparsegpt", "2:4 matrices", "2:4 block"}
     assert all(note.startswith("skipped: ") for note in skipped.values())
-    assert all(r["wall_s"] >= 0 and r["note"] is None and r["peak_bytes"] >= 0 for r in every if r["row"] not in skipped)
+    assert all(
+        r["wall_s"] >= 0 and r["note"] is None and r["peak_bytes"] >= 0
+        for r in every
+        if r["row"] not in skipped
+    )
     assert {(r["model"], r["device"]) for r in every} == {("random", "cpu")}
     assert all(r["commit"] for r in every)
     late, told = run("prune best", "--limit", "0.01")
     assert "prune best: stopped after 0.01 s" in told
     assert [r for r in late if r["row"] != "prune best"] == [r for r in every if r["row"] != "prune best"]
-    assert [(r["wall_s"], r["note"]) for r in late if r["row"] == "prune best"] == [(None, "stopped after 0.01 s")]
+    assert [(r["wall_s"], r["note"]) for r in late if r["row"] == "prune best"] == [
+        (None, "stopped after 0.01 s")
+    ]
     _, told = run("prune best", "--total", "1")
     assert "1 rows are left, from 'prune best' on" in told
 
 
 def test_the_search_is_of_the_product_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: torch's own call, ``_cslt_sparse_mm(packed, x.T, transpose_result=True)``, in which x has a multiple of eight rows."""
+    """Oracle: torch's own call, ``_cslt_sparse_mm(packed, x.T, transpose_result=True)``, in which x
+    has a multiple of eight rows.
+    """
     asked: list[Any] = []
 
     def search(packed: torch.Tensor, x: torch.Tensor, transpose_result: bool) -> int:

@@ -1,6 +1,8 @@
-"""The bitmask format: exact whatever the bits, as small as promised, and never a wrong model from a damaged file.
+"""The bitmask format: exact whatever the bits, as small as promised, and never a wrong model from a
+damaged file.
 
-Oracles: the original's bits; a reader of our own, written from docs/artifacts.md; transformers' own loading of the dense checkpoint.
+Oracles: the original's bits; a reader of our own, written from docs/artifacts.md; transformers' own
+loading of the dense checkpoint.
 """
 
 import hashlib
@@ -58,7 +60,9 @@ def test_codes_are_one_string_of_bits(bits: int, count: int, seed: int) -> None:
     digits = "".join(f"{code:0{bits}b}" for code in codes)
     digits += "0" * (-len(digits) % 8)
     packed = pack(torch.tensor(codes, dtype=torch.uint8), bits)
-    assert bytes(packed.tolist()) == bytes(int(digits[start : start + 8], 2) for start in range(0, len(digits), 8))
+    assert bytes(packed.tolist()) == bytes(
+        int(digits[start : start + 8], 2) for start in range(0, len(digits), 8)
+    )
     assert unpack(packed, bits, count).tolist() == codes
 
 
@@ -76,9 +80,17 @@ def facts(way: Plan) -> Facts:
     return found
 
 
-@given(st.sampled_from(list(FLOATS)), st.integers(1, 9), st.integers(1, 5), st.sampled_from(PATTERNS), st.integers(0, 2**32))
+@given(
+    st.sampled_from(list(FLOATS)),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.sampled_from(PATTERNS),
+    st.integers(0, 2**32),
+)
 @QUICK
-def test_tensors_come_back_bit_for_bit(dtype: torch.dtype, rows: int, eights: int, pattern: str, seed: int) -> None:
+def test_tensors_come_back_bit_for_bit(
+    dtype: torch.dtype, rows: int, eights: int, pattern: str, seed: int
+) -> None:
     """Shapes, dtypes, patterns and any bits; all-zero and all-kept among them."""
     generator = torch.Generator().manual_seed(seed)
     columns = 8 * eights if ":" in pattern else 8 * eights - int(seed % 8)
@@ -126,7 +138,9 @@ def groups_of(weight: torch.Tensor, how: Rounding, transposed: bool = False) -> 
 def test_quantised_tensors_come_back_bit_for_bit(
     dtype: torch.dtype, shape: tuple[int, int], how: Rounding, zeros: float, transposed: bool, seed: int
 ) -> None:
-    """Ragged groups, both orientations, −0.0 where a small weight was rounded; and no format takes more than the weights themselves."""
+    """Ragged groups, both orientations, −0.0 where a small weight was rounded; and no format takes
+    more than the weights themselves.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator).to(dtype)
     weight[torch.rand(shape, generator=generator) < zeros] = 0
@@ -138,7 +152,9 @@ def test_quantised_tensors_come_back_bit_for_bit(
 
 def test_a_negative_zero_among_codes() -> None:
     """Rounding gives it, and with codes for all there would be one zero only: so there is a mask."""
-    tensor, groups = groups_of(torch.randn(8, 512, generator=torch.Generator().manual_seed(0)).bfloat16(), Rounding(4, 128))
+    tensor, groups = groups_of(
+        torch.randn(8, 512, generator=torch.Generator().manual_seed(0)).bfloat16(), Rounding(4, 128)
+    )
     assert ".mask" not in plan(tensor.abs(), Groups(4, 128, groups.scale, None, False)).parts
     tensor[0, 0] = -0.0
     chosen = plan(tensor, groups)
@@ -163,14 +179,22 @@ def test_half_of_bfloat16_takes_nine_bits(pattern: str) -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_half_of_four_bits_takes_three(symmetric: bool) -> None:
-    """At most 3.2 bits a weight with groups of 128: 1 + 2 + 16 / 128, and 4 / 128 for a zero point. Without zeros, 4.125."""
+    """At most 3.2 bits a weight with groups of 128: 1 + 2 + 16 / 128, and 4 / 128 for a zero point.
+    Without zeros, 4.125.
+    """
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
     tensor, groups = groups_of(weight, Rounding(4, 128, symmetric))
-    assert sum(part.nbytes for part in encode(tensor, plan(tensor, groups), groups).values()) <= tensor.numel() * 4.16 / 8
+    assert (
+        sum(part.nbytes for part in encode(tensor, plan(tensor, groups), groups).values())
+        <= tensor.numel() * 4.16 / 8
+    )
     mask = random_mask(256, 512, "unstructured", torch.Generator().manual_seed(1))
     tensor, groups = groups_of(weight * mask, Rounding(4, 128, symmetric))
     tensor[~mask] = 0
-    assert sum(part.nbytes for part in encode(tensor, plan(tensor, groups), groups).values()) <= tensor.numel() * 3.2 / 8
+    assert (
+        sum(part.nbytes for part in encode(tensor, plan(tensor, groups), groups).values())
+        <= tensor.numel() * 3.2 / 8
+    )
 
 
 # Whole checkpoints
@@ -183,7 +207,10 @@ def read_as_documented(directory: Path) -> dict[str, torch.Tensor]:
     text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     assert hashlib.sha256(text.encode()).hexdigest() == digest
     assert (manifest["format"], manifest["version"]) == ("sparseline-bitmask", 1)
-    assert all(hashlib.sha256((directory / name).read_bytes()).hexdigest() == sha for name, sha in manifest["files"].items())
+    assert all(
+        hashlib.sha256((directory / name).read_bytes()).hexdigest() == sha
+        for name, sha in manifest["files"].items()
+    )
     widths = {"U8": np.uint8, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}
     kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     found: dict[str, torch.Tensor] = {}
@@ -199,18 +226,27 @@ def read_as_documented(directory: Path) -> dict[str, torch.Tensor]:
             if name not in header:
                 return None
             first, end = header[name]["data_offsets"]
-            return np.frombuffer(raw[start + first : start + end], widths[header[name]["dtype"]]).reshape(header[name]["shape"])
+            return np.frombuffer(raw[start + first : start + end], widths[header[name]["dtype"]]).reshape(
+                header[name]["shape"]
+            )
 
         for name, told in facts["tensors"].items():
             suffixes = ("", ".codes", ".mask", ".scale", ".values", ".zero_point")
             parts = {suffix: one for suffix in suffixes if (one := part(name + suffix)) is not None}
-            assert hashlib.sha256(b"".join(one.tobytes() for one in parts.values())).hexdigest() == told["sha256"]
+            assert (
+                hashlib.sha256(b"".join(one.tobytes() for one in parts.values())).hexdigest()
+                == told["sha256"]
+            )
             if "" in parts:
                 found[name] = as_torch(parts[""], kinds[header[name]["dtype"]])
                 continue
             shape, kind = told["shape"], kinds[told["dtype"]]
             total = math.prod(shape)
-            mask = np.unpackbits(parts[".mask"], count=total).astype(bool) if ".mask" in parts else np.ones(total, bool)
+            mask = (
+                np.unpackbits(parts[".mask"], count=total).astype(bool)
+                if ".mask" in parts
+                else np.ones(total, bool)
+            )
             if ".values" in parts:
                 dense = np.zeros(total, parts[".values"].dtype)
                 dense[mask] = parts[".values"]
@@ -223,7 +259,9 @@ def read_as_documented(directory: Path) -> dict[str, torch.Tensor]:
             scale = as_torch(parts[".scale"], kind).double().numpy()
             zero = np.full(scale.shape, 2 ** (bits - 1))
             if ".zero_point" in parts:
-                zero = np.unpackbits(parts[".zero_point"], count=scale.size * bits).reshape(-1, bits) @ (2 ** np.arange(bits)[::-1])
+                zero = np.unpackbits(parts[".zero_point"], count=scale.size * bits).reshape(-1, bits) @ (
+                    2 ** np.arange(bits)[::-1]
+                )
                 zero = zero.reshape(scale.shape)
             codes, mask = codes.reshape(shape), mask.reshape(shape)
             logical = codes.T if told["transposed"] else codes
@@ -242,7 +280,9 @@ def as_torch(array: np.ndarray, kind: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(array.copy()).view(kind)
 
 
-def exported(directory: Path, family: str, dtype: torch.dtype, rounding: Rounding | None, shard_size: str = "1GB") -> tuple[Path, Path]:
+def exported(
+    directory: Path, family: str, dtype: torch.dtype, rounding: Rounding | None, shard_size: str = "1GB"
+) -> tuple[Path, Path]:
     """A source and, beside it, its exported variant."""
     source = open_checkpoint(make_model(directory / "source", family, dtype=dtype, shard_size=shard_size))
     make_pruned(directory / "prune", source, "unstructured", rounding)
@@ -279,7 +319,10 @@ def test_a_reader_from_the_documentation_agrees(case: tuple[Path, Path]) -> None
 def test_the_model_is_the_dense_one(case: tuple[Path, Path]) -> None:
     """Parameters, buffers and logits. Oracle: ``from_pretrained`` of the dense checkpoint."""
     _, out = case
-    model, oracle = load.load_model(out / "bitmask"), AutoModelForCausalLM.from_pretrained(out / "dense", dtype="auto").eval()
+    model, oracle = (
+        load.load_model(out / "bitmask"),
+        AutoModelForCausalLM.from_pretrained(out / "dense", dtype="auto").eval(),
+    )
     assert not model.training
     expected = oracle.state_dict()
     assert model.state_dict().keys() == expected.keys()
@@ -301,17 +344,24 @@ def test_the_model_is_there_once(case: tuple[Path, Path], monkeypatch: pytest.Mo
             yield name, tensor
 
     monkeypatch.setattr(load, "tensors", noted)
-    assert {parameter.data_ptr() for parameter in load.load_model(case[1] / "bitmask").parameters()} == decoded
+    assert {
+        parameter.data_ptr() for parameter in load.load_model(case[1] / "bitmask").parameters()
+    } == decoded
 
 
 def test_dense_is_cut_like_the_source(case: tuple[Path, Path]) -> None:
-    """The same files, each with the same tensors, index included; and ``unpack`` writes them byte for byte, the card of the bitmask with them."""
+    """The same files, each with the same tensors, index included; and ``unpack`` writes them byte
+    for byte, the card of the bitmask with them.
+    """
     source, out = case
     assert {p.name for p in (out / "dense").iterdir()} == {p.name for p in source.iterdir()} | {"README.md"}
     assert open_checkpoint(out / "dense").files == open_checkpoint(source).files
     for path in source.iterdir():
         if path.name == "model.safetensors.index.json":
-            indices = [json.loads((directory / path.name).read_text(encoding="utf-8")) for directory in (source, out / "dense")]
+            indices = [
+                json.loads((directory / path.name).read_text(encoding="utf-8"))
+                for directory in (source, out / "dense")
+            ]
             assert indices[0]["weight_map"] == indices[1]["weight_map"]
             assert indices[0]["metadata"]["total_size"] == indices[1]["metadata"]["total_size"]
         elif path.suffix != ".safetensors":
@@ -343,7 +393,9 @@ def test_the_same_bytes_again(tmp_path: Path) -> None:
 
 
 def damage(data: bytes, draw: random.Random) -> bytes:
-    """A flipped bit (half of them near the start, where headers are), a cut, or a run of zeros that changes something."""
+    """A flipped bit (half of them near the start, where headers are), a cut, or a run of zeros that
+    changes something.
+    """
     kind = draw.choice(["flip", "flip", "flip", "cut", "blank"])
     place = draw.randrange(min(len(data), 4000) if draw.random() < 0.5 else len(data))
     if kind == "flip":
@@ -354,7 +406,9 @@ def damage(data: bytes, draw: random.Random) -> bytes:
 
 @pytest.mark.parametrize("rounding", [None, Rounding(4, 16, False)], ids=["values", "codes"])
 def test_a_hundred_corruptions_are_a_hundred_sentences(tmp_path: Path, rounding: Rounding | None) -> None:
-    """Weights, headers, manifest, config and tokenizer; each time one sentence that names the file, and no tensor that is wrong."""
+    """Weights, headers, manifest, config and tokenizer; each time one sentence that names the file,
+    and no tensor that is wrong.
+    """
     _, out = exported(tmp_path, "llama", torch.bfloat16, rounding, "30kB")
     directory, draw = out / "bitmask", random.Random(0)
     right = dict(load.tensors(directory))
@@ -410,7 +464,9 @@ def test_another_version_is_told(tmp_path: Path) -> None:
 
 
 def test_weights_changed_by_hand_are_told(tmp_path: Path) -> None:
-    """A quantised variant whose checkpoint was edited has no codes any more: a sentence with the tensor's name, and no file."""
+    """A quantised variant whose checkpoint was edited has no codes any more: a sentence with the
+    tensor's name, and no file.
+    """
     source = open_checkpoint(make_model(tmp_path / "source", "llama", dtype=torch.bfloat16))
     make_pruned(tmp_path / "prune", source, "unstructured", Rounding(4, 16))
     pruned = tmp_path / "prune" / "checkpoint"
@@ -420,6 +476,11 @@ def test_weights_changed_by_hand_are_told(tmp_path: Path) -> None:
     for shard in pruned.glob("model-*.safetensors"):
         shard.unlink()
     (pruned / "model.safetensors.index.json").unlink()
-    with pytest.raises(SparselineError, match=r"layers\.1\.mlp\.up_proj\.weight: weights are not their scales times whole codes"):
-        export(source, Variant("mine", "unstructured", tmp_path / "prune"), tmp_path / "export", FORMATS, card)
+    with pytest.raises(
+        SparselineError,
+        match=r"layers\.1\.mlp\.up_proj\.weight: weights are not their scales times whole codes",
+    ):
+        export(
+            source, Variant("mine", "unstructured", tmp_path / "prune"), tmp_path / "export", FORMATS, card
+        )
     assert not (tmp_path / "export").exists()

@@ -1,4 +1,6 @@
-"""Budgets are met exactly. Oracles: exact fractions, and the properties that Algorithm 1 of 2310.09499 promises."""
+"""Budgets are met exactly. Oracles: exact fractions, and the properties that Algorithm 1 of
+2310.09499 promises.
+"""
 
 from fractions import Fraction
 
@@ -27,7 +29,9 @@ def uniform_ranks(count: int, seed: int) -> np.ndarray:
 @PROPERTY
 @given(SIZES, st.data())
 def test_shares_sum_exactly_and_are_fair(sizes: list[int], data: st.DataObject) -> None:
-    """Oracle: exact fractions. The sum is ``kept``, and every share is within one of the proportional one and inside its part."""
+    """Oracle: exact fractions. The sum is ``kept``, and every share is within one of the
+    proportional one and inside its part.
+    """
     kept = data.draw(st.integers(0, sum(sizes)))
     parts = shares(kept, sizes)
     assert sum(parts) == kept
@@ -37,7 +41,9 @@ def test_shares_sum_exactly_and_are_fair(sizes: list[int], data: st.DataObject) 
 
 
 def test_shares_by_largest_remainder() -> None:
-    """Oracle: by hand. 5 over 3, 3, 1: 2.14, 2.14, 0.71: the last has the largest remainder; a tie goes to the earlier."""
+    """Oracle: by hand. 5 over 3, 3, 1: 2.14, 2.14, 0.71: the last has the largest remainder; a tie
+    goes to the earlier.
+    """
     assert shares(5, [3, 3, 1]) == [2, 2, 1]
     assert shares(1, [5, 5, 5]) == [1, 0, 0]
     assert shares(2, [5, 5, 5]) == [1, 1, 0]
@@ -50,13 +56,17 @@ def test_shares_of_huge_parts(sizes: list[int], data: st.DataObject) -> None:
     kept = data.draw(st.integers(0, sum(sizes)))
     parts = shares(kept, sizes)
     assert sum(parts) == kept
-    assert all(abs(part - Fraction(kept * size, sum(sizes))) < 1 for part, size in zip(parts, sizes, strict=True))
+    assert all(
+        abs(part - Fraction(kept * size, sum(sizes))) < 1 for part, size in zip(parts, sizes, strict=True)
+    )
 
 
 @PROPERTY
 @given(SIZES, SPARSITY, st.integers(0, 60).map(lambda percent: percent / 100), st.integers(0, 99))
 def test_the_budget_is_met_exactly(sizes: list[int], sparsity: float, alpha: float, seed: int) -> None:
-    """Unstructured: the sum is round((1 − p)·N) for any sizes and any α, clipped or not; nobody keeps more than there is."""
+    """Unstructured: the sum is round((1 − p)·N) for any sizes and any α, clipped or not; nobody
+    keeps more than there is.
+    """
     kept = allocate(units_of(sizes), sparsity, uniform_ranks(len(sizes), seed), alpha, (0.0, 1.0))
     assert sum(kept) == target(sparsity, sum(sizes)) == round((1 - sparsity) * sum(sizes))
     assert all(0 <= k <= size for k, size in zip(kept, sizes, strict=True))
@@ -71,7 +81,9 @@ def test_the_budget_is_met_exactly(sizes: list[int], sparsity: float, alpha: flo
     st.floats(0.05, 1),
     st.integers(0, 99),
 )
-def test_bounds_are_kept(sizes: list[int], sparsity: float, alpha: float, below: float, above: float, seed: int) -> None:
+def test_bounds_are_kept(
+    sizes: list[int], sparsity: float, alpha: float, below: float, above: float, seed: int
+) -> None:
     """Any bounds with room for the budget: every density within them, the sum still exact."""
     low, high = max(0.0, 1 - sparsity - below), min(1.0, 1 - sparsity + above)
     kept = allocate(units_of(sizes), sparsity, uniform_ranks(len(sizes), seed), alpha, (low, high))
@@ -87,16 +99,24 @@ def test_bounds_are_kept(sizes: list[int], sparsity: float, alpha: float, below:
     st.integers(0, 60).map(lambda percent: percent / 100),
     st.integers(0, 99),
 )
-def test_n_of_m_within_half_a_quantum(parts: list[tuple[int, int]], sparsity: float, alpha: float, seed: int) -> None:
+def test_n_of_m_within_half_a_quantum(
+    parts: list[tuple[int, int]], sparsity: float, alpha: float, seed: int
+) -> None:
     """N:M: whole quanta (size/M), and the sum within half of the largest of them."""
     sizes, quanta = [quantum * m for quantum, m in parts], [quantum for quantum, _ in parts]
     kept = allocate(units_of(sizes, quanta), sparsity, uniform_ranks(len(sizes), seed), alpha, (0.0, 1.0))
     assert abs(sum(kept) - target(sparsity, sum(sizes))) <= max(quanta) / 2
-    assert all(k % quantum == 0 and 0 <= k <= size for k, quantum, size in zip(kept, quanta, sizes, strict=True))
+    assert all(
+        k % quantum == 0 and 0 <= k <= size for k, quantum, size in zip(kept, quanta, sizes, strict=True)
+    )
 
 
 @PROPERTY
-@given(st.lists(st.tuples(st.integers(1, 400), st.sampled_from([4, 8])), min_size=2, max_size=12), SPARSITY, st.integers(0, 99))
+@given(
+    st.lists(st.tuples(st.integers(1, 400), st.sampled_from([4, 8])), min_size=2, max_size=12),
+    SPARSITY,
+    st.integers(0, 99),
+)
 def test_n_of_m_bounds_are_kept(parts: list[tuple[int, int]], sparsity: float, seed: int) -> None:
     """Bounds that are no multiple of 1/M round inwards."""
     sizes, quanta = [quantum * m for quantum, m in parts], [quantum for quantum, _ in parts]
@@ -107,7 +127,9 @@ def test_n_of_m_bounds_are_kept(parts: list[tuple[int, int]], sparsity: float, s
 
 
 def test_rounding_by_largest_remainder() -> None:
-    """Oracle: by hand. 5 of 7 over 3, 3, 1: 2.14, 2.14, 0.71; with places, 16 of 40 over 10, 14, 16: 2.85, 5.39, 7.76."""
+    """Oracle: by hand. 5 of 7 over 3, 3, 1: 2.14, 2.14, 0.71; with places, 16 of 40 over 10, 14,
+    16: 2.85, 5.39, 7.76.
+    """
     assert allocate(units_of([3, 3, 1]), 2 / 7, np.zeros(3), 0.0, (0.0, 1.0)) == [2, 2, 1]
     assert allocate(units_of([3, 1, 3]), 2 / 7, np.zeros(3), 0.0, (0.0, 1.0)) == [2, 1, 2]
     assert allocate(units_of([10, 14, 16]), 0.59, np.array([-1.0, 0.0, 1.0]), 0.1, (0.0, 1.0)) == [3, 5, 8]
@@ -131,14 +153,23 @@ def test_uniform_gives_everyone_the_same_density(sizes: list[int], sparsity: flo
 
 
 @PROPERTY
-@given(st.lists(st.integers(200, 5000), min_size=2, max_size=20), st.integers(30, 70), st.integers(1, 20), st.integers(0, 99))
+@given(
+    st.lists(st.integers(200, 5000), min_size=2, max_size=20),
+    st.integers(30, 70),
+    st.integers(1, 20),
+    st.integers(0, 99),
+)
 def test_more_sensitive_matrices_keep_more(sizes: list[int], percent: int, width: int, seed: int) -> None:
-    """Unclipped densities rise linearly with the rank (Algorithm 1): d_i − d_j = α (t_i − t_j), to the rounding of a count."""
+    """Unclipped densities rise linearly with the rank (Algorithm 1): d_i − d_j = α (t_i − t_j), to
+    the rounding of a count.
+    """
     t, alpha = uniform_ranks(len(sizes), seed), width / 100
     kept = allocate(units_of(sizes), percent / 100, t, alpha, (0.0, 1.0))
     density = [k / size for k, size in zip(kept, sizes, strict=True)]
     for i in range(1, len(sizes)):
-        assert density[i] - density[0] == pytest.approx(alpha * (t[i] - t[0]), abs=1 / sizes[i] + 1 / sizes[0])
+        assert density[i] - density[0] == pytest.approx(
+            alpha * (t[i] - t[0]), abs=1 / sizes[i] + 1 / sizes[0]
+        )
 
 
 def test_equal_sizes_give_the_papers_densities() -> None:
@@ -148,7 +179,9 @@ def test_equal_sizes_give_the_papers_densities() -> None:
 
 
 def test_a_wide_interval_clips_and_still_meets_the_budget() -> None:
-    """α > min(p, 1 − p): the extremes meet the bounds, the others make up for them; the order by rank stays."""
+    """α > min(p, 1 − p): the extremes meet the bounds, the others make up for them; the order by
+    rank stays.
+    """
     kept = allocate(units_of([1000] * 7), 0.8, ranks(list(range(7))), 0.9, (0.05, 0.6))
     assert sum(kept) == 1400
     assert kept == sorted(kept)
@@ -160,7 +193,10 @@ def test_a_wide_interval_clips_and_still_meets_the_budget() -> None:
 def test_bounds_without_room_are_told(bounds: tuple[float, float]) -> None:
     """Densities of 0.5 are wanted; in (0.501, 0.502) of 10 weights there is no whole count at all."""
     with pytest.raises(
-        SparselineError, match=r"No allocation with densities between .* meets sparsity 0\.5; widen allocation\.density_bounds"
+        SparselineError,
+        match=(
+            r"No allocation with densities between .* meets sparsity 0\.5; widen allocation\.density_bounds"
+        ),
     ):
         allocate(units_of([10, 10]), 0.5, np.zeros(2), 0.0, bounds)
 

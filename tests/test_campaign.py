@@ -21,7 +21,15 @@ from pipeline_lib.jobs import prune
 pytestmark = pytest.mark.short_campaign
 SEED = 4
 # Of each kind so many, half of them named ones where there are any.
-CASES = {"params": 26, "text": 10, "model": 24, "artifact": 26, "scratch": 8, "bitmask": 32, "environment": 20}
+CASES = {
+    "params": 26,
+    "text": 10,
+    "model": 24,
+    "artifact": 26,
+    "scratch": 8,
+    "bitmask": 32,
+    "environment": 20,
+}
 KILLS = {"kill-prune": 2, "kill-induce": 1, "kill-text": 1}
 
 
@@ -87,7 +95,13 @@ def bug(*_: Any) -> str:
     ("tracebacks", prune, "prune_variant", bug),
 ])  # fmt: skip
 def test_a_fault_is_counted(
-    ground: Ground, home: Path, monkeypatch: pytest.MonkeyPatch, count: str, place: Any, name: str, instead: Callable[..., Any]
+    ground: Ground,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    count: str,
+    place: Any,
+    name: str,
+    instead: Callable[..., Any],
 ) -> None:
     """In the product; a fork has it too. The case is the undamaged one of `prune wanda`."""
     assert tally_of(ground, "fuzz-scratch", [0], home).clean
@@ -96,14 +110,22 @@ def test_a_fault_is_counted(
     assert found[count] == 1, found
 
 
-def test_damage_that_nobody_notices_is_counted(ground: Ground, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One variant's perplexities in another's place, with readers that check seals, and with those that do not."""
+def test_damage_that_nobody_notices_is_counted(
+    ground: Ground, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One variant's perplexities in another's place, with readers that check seals, and with those
+    that do not.
+    """
 
     def exchange(project: Path) -> None:
         shutil.copyfile(project / "build/evaluate/sparseline.json", project / "build/evaluate/wanda.json")
 
     case = fuzz.Case("exchanged", exchange, ("choose",), "equal")
-    kind, checked, unchecked = fuzz.Fuzz(ground, "fuzz-exchanged", [case], lambda _: case), Tally("", 0), Tally("", 0)
+    kind, checked, unchecked = (
+        fuzz.Fuzz(ground, "fuzz-exchanged", [case], lambda _: case),
+        Tally("", 0),
+        Tally("", 0),
+    )
     attempt(kind, SEED, 0, home, checked)
     monkeypatch.setattr(seals, "check", lambda raw, told, file: seals.Seal(told["file"], told["model"]))
     attempt(kind, SEED, 0, home, unchecked)
@@ -137,5 +159,11 @@ def test_records_are_summed_up(tmp_path: Path) -> None:
     merge(path, [tally])
     merge(path, [tally, Tally("fuzz-text", 4, tried=1)])
     first, second = artifacts.read_json(path)
-    assert (first["tried"], first["wrong"], first["lost"], first["slowest_s"], second["seed"]) == (2, 2, 0, 2.0, 4)
+    assert (first["tried"], first["wrong"], first["lost"], first["slowest_s"], second["seed"]) == (
+        2,
+        2,
+        0,
+        2.0,
+        4,
+    )
     assert first["commit"]

@@ -1,4 +1,6 @@
-"""The model card. Oracles: the hub's own reader of cards, arithmetic by hand, and the JSON that it is made of."""
+"""The model card. Oracles: the hub's own reader of cards, arithmetic by hand, and the JSON that it
+is made of.
+"""
 
 import json
 import math
@@ -29,7 +31,13 @@ def settings(**changes: Any) -> dict[str, Any]:
     """A recipe as prune writes it into the facts, with ``changes`` laid over it."""
     base = recipe(
         ("obs", "block"),
-        selection={"sparsity": 0.5, "pattern": "unstructured", "score": "obs", "group": "block", "block": 128},
+        selection={
+            "sparsity": 0.5,
+            "pattern": "unstructured",
+            "score": "obs",
+            "group": "block",
+            "block": 128,
+        },
         allocation={"method": "predicted", "alpha": 0.2, "weighting": "kronecker"},
         reconstruction={"block": {"seed": 7}, "channel": {"seed": 8}},
         quantization={"bits": None, "group": 128, "symmetric": True},
@@ -37,9 +45,26 @@ def settings(**changes: Any) -> dict[str, Any]:
     return dict(merge(base.model_dump(mode="json"), changes))
 
 
-def pruned(model: dict[str, Any] | None = None, calibration: dict[str, Any] | None = None, **changes: Any) -> Pruned:
-    source = {"path": "data/tiny-llama", "id": None, "revision": None, "family": "llama", "dtype": "bfloat16", "parameters": 3_221_952}
-    rows = {"text": "calibration", "rows": 128, "length": 256, "documents": 17, "seed": 3, "file_sha256": "c" * 64, "kind": "stdlib"}
+def pruned(
+    model: dict[str, Any] | None = None, calibration: dict[str, Any] | None = None, **changes: Any
+) -> Pruned:
+    source = {
+        "path": "data/tiny-llama",
+        "id": None,
+        "revision": None,
+        "family": "llama",
+        "dtype": "bfloat16",
+        "parameters": 3_221_952,
+    }
+    rows = {
+        "text": "calibration",
+        "rows": 128,
+        "length": 256,
+        "documents": 17,
+        "seed": 3,
+        "file_sha256": "c" * 64,
+        "kind": "stdlib",
+    }
     facts = {
         "settings": settings(),
         "kept": 1_216_512,
@@ -52,7 +77,10 @@ def pruned(model: dict[str, Any] | None = None, calibration: dict[str, Any] | No
     return Pruned(
         "mine",
         source
-        | {"versions": {"torch": "2.13", "python": "3.11"}, "sha256": {"model.safetensors": "a" * 64, "config.json": "b" * 64}}
+        | {
+            "versions": {"torch": "2.13", "python": "3.11"},
+            "sha256": {"model.safetensors": "a" * 64, "config.json": "b" * 64},
+        }
         | (model or {}),
         facts | changes,
     )
@@ -98,7 +126,11 @@ def test_before_evaluation_nothing_is_said_of_quality() -> None:
 def test_metadata_of_a_model_from_the_hub() -> None:
     source = {"id": "meta-llama/Llama-2-7b-hf", "revision": "abc", "path": "data/hub.json"}
     text = card(
-        pruned(source, {"dataset": {"id": "allenai/c4"}}, settings=settings(quantization={"bits": 4, "group": "row", "symmetric": True}))
+        pruned(
+            source,
+            {"dataset": {"id": "allenai/c4"}},
+            settings=settings(quantization={"bits": 4, "group": "row", "symmetric": True}),
+        )
     )
     assert metadata(text) == {
         "base_model": "meta-llama/Llama-2-7b-hf",
@@ -127,7 +159,12 @@ def test_names_cannot_break_the_metadata(name: str) -> None:
 
 def test_a_variant_that_is_only_quantised_is_not_called_pruned() -> None:
     text = card(
-        pruned(kept=2_433_024, sparsity=0.0, zeros=700_000, settings=settings(quantization={"bits": 3, "group": 64, "symmetric": True}))
+        pruned(
+            kept=2_433_024,
+            sparsity=0.0,
+            zeros=700_000,
+            settings=settings(quantization={"bits": 3, "group": 64, "symmetric": True}),
+        )
     )
     assert metadata(text)["tags"] == ["sparseline", "quantized", "3-bit", "llama"]
     assert "of the 2,433,024 prunable ones all are kept, and 700,000 are zero" in text
@@ -135,19 +172,27 @@ def test_a_variant_that_is_only_quantised_is_not_called_pruned() -> None:
 
 def test_sizes_are_those_of_the_format() -> None:
     text = " ".join(card(pruned(), measured(), "bitmask", SIZES).split())
-    assert "All weights take 4.33 MB (dense: 6.45 MB), the pruned matrices 2.25 MB of them: 9.000 bits per weight, 8.964 in theory." in text
+    assert (
+        "All weights take 4.33 MB (dense: 6.45 MB), the pruned matrices 2.25 MB of them: 9.000 bits per"
+        " weight, 8.964 in theory." in text
+    )
 
 
 def test_each_format_says_how_it_is_loaded() -> None:
     """Oracle: docs/formats.md, whose code runs in other tests."""
     page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     bitmask = card(pruned(), None, "bitmask")
-    assert "from pipeline_lib.export.load import load_model" in bitmask and "from pipeline_lib.export.load import load_model" in page
+    assert (
+        "from pipeline_lib.export.load import load_model" in bitmask
+        and "from pipeline_lib.export.load import load_model" in page
+    )
     assert "python -m stages.unpack" in bitmask and "python -m stages.unpack" in page
     assert 'gguf_file="model.gguf"' in card(pruned(), None, "gguf") and 'gguf_file="model.gguf"' in page
     assert metadata(card(pruned(), None, "gguf"))["library_name"] == "gguf"
     four = {"bits": 4, "group": 64, "symmetric": True}
-    assert "CompressedTensorsConfig" not in card(pruned(settings=settings(quantization=four)), None, "compressed-tensors")
+    assert "CompressedTensorsConfig" not in card(
+        pruned(settings=settings(quantization=four)), None, "compressed-tensors"
+    )
     assert "CompressedTensorsConfig(dequantize=True)" in card(
         pruned(settings=settings(quantization=four | {"symmetric": False})), None, "compressed-tensors"
     )
@@ -180,8 +225,13 @@ def test_the_recipe() -> None:
 def test_provenance_is_complete() -> None:
     """Hashes, versions, the seeds of what ran (`channel` did not), and the settings to the letter."""
     text = card(pruned(transform={"settings": {"seed": 5}}))
-    assert cells(text, "| file |")[1:] == [["`config.json`", f"`{'b' * 64}`"], ["`model.safetensors`", f"`{'a' * 64}`"]]
-    assert f"128 rows of 256 tokens from 17 documents (`calibration`); SHA-256 of the rows: `{'c' * 64}`" in text
+    assert cells(text, "| file |")[1:] == [
+        ["`config.json`", f"`{'b' * 64}`"],
+        ["`model.safetensors`", f"`{'a' * 64}`"],
+    ]
+    assert (
+        f"128 rows of 256 tokens from 17 documents (`calibration`); SHA-256 of the rows: `{'c' * 64}`" in text
+    )
     assert "Versions: python 3.11, torch 2.13. Seeds: rows 3, induction 5, block 7." in text
     found = re.search(r"```json\n(.*?)\n```", text, re.DOTALL)
     assert found and json.loads(found[1]) == settings()
@@ -190,7 +240,9 @@ def test_provenance_is_complete() -> None:
 
 def test_a_variant_that_read_no_text_says_so() -> None:
     """Magnitude has no calibration rows, hence no data set, no hash and no seed of theirs."""
-    made = pruned({"id": "a/b"}, settings=settings(selection={"score": "magnitude"}, reconstruction={"steps": []}))
+    made = pruned(
+        {"id": "a/b"}, settings=settings(selection={"score": "magnitude"}, reconstruction={"steps": []})
+    )
     text = card(Pruned(made.variant, made.model, {**made.facts, "calibration": None}))
     assert "datasets" not in metadata(text)
     assert "It was pruned without calibration text." in text

@@ -1,6 +1,8 @@
-"""The `sparseline` command: what it lays out, what it writes into params.yaml, and that results follow the installed library.
+"""The `sparseline` command: what it lays out, what it writes into params.yaml, and that results
+follow the installed library.
 
-`.ci/wheel` tries the same with the wheel. Oracles: this checkout's files, its digests, and what git and DVC say.
+`.ci/wheel` tries the same with the wheel. Oracles: this checkout's files, its digests, and what git
+and DVC say.
 """
 
 import os
@@ -54,20 +56,32 @@ def written(**options: Any) -> Any:
 
 
 def test_a_project_has_what_its_graph_reads() -> None:
-    """Every dep of dvc.yaml that no stage makes. Oracle: the files that git holds here, but for the library."""
+    """Every dep of dvc.yaml that no stage makes. Oracle: the files that git holds here, but for the
+    library.
+    """
     found = layout.shipped()
-    deps = {dep for one in instances(read_params(ROOT)).values() for dep in one.deps if not dep.startswith(("build/", "report/"))}
+    deps = {
+        dep
+        for one in instances(read_params(ROOT)).values()
+        for dep in one.deps
+        if not dep.startswith(("build/", "report/"))
+    }
     assert deps - {"pipeline_lib", "env.lock.json"} == {
         dep for dep in deps if any(name == dep or name.startswith(f"{dep}/") for name in found)
     }
     for name, raw in found.items():
         assert name == layout.GRAPH or raw == (ROOT / name).read_bytes(), name
-    assert not [name for name in found if "__pycache__" in name or name.startswith(("tests", "pipeline_lib", "build"))]
+    assert not [
+        name for name in found if "__pycache__" in name or name.startswith(("tests", "pipeline_lib", "build"))
+    ]
 
 
 def test_the_graph_differs_in_one_stage() -> None:
     """`keys` watches no directory of the library, and so runs always. Oracle: the two files, parsed."""
-    own, checkout = (YAML(typ="safe").load(text) for text in (layout.shipped()[layout.GRAPH].decode(), (ROOT / "dvc.yaml").read_text()))
+    own, checkout = (
+        YAML(typ="safe").load(text)
+        for text in (layout.shipped()[layout.GRAPH].decode(), (ROOT / "dvc.yaml").read_text())
+    )
     keys = checkout["stages"]["keys"]
     keys["deps"].remove("pipeline_lib")
     keys["always_changed"] = True
@@ -92,21 +106,28 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     assert tree(directory).keys() == layout.shipped().keys()
 
 
-def test_an_update_renews_what_belongs_to_the_library(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_update_renews_what_belongs_to_the_library(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     directory = tmp_path / "team"
     assert sparseline(capfd, "init", str(directory), "--no-git")[0] == 0
     fresh = tree(directory)
     for name in ("dvc.yaml", "params.yaml", "stages/prune.py", "data/stdlib.json"):
         (directory / name).write_text("old", encoding="utf-8")
     assert sparseline(capfd, "init", str(directory), "--update")[0] == 0
-    assert {name for name, digest in tree(directory).items() if digest != fresh[name]} == {"params.yaml", "data/stdlib.json"}
+    assert {name for name, digest in tree(directory).items() if digest != fresh[name]} == {
+        "params.yaml",
+        "data/stdlib.json",
+    }
 
 
 # What `prune` is asked for
 
 
 def test_the_file_keeps_its_comments() -> None:
-    """All but those of the variants that go. Oracle: the lines of the shipped file, above the variants and below."""
+    """All but those of the variants that go. Oracle: the lines of the shipped file, above the
+    variants and below.
+    """
     shipped = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
     own = choices.chosen(layout.shipped(), choices.Choices(**OPTIONS))["params.yaml"].decode().splitlines()
     first = next(number for number, line in enumerate(shipped) if line.startswith("variants:"))
@@ -117,15 +138,22 @@ def test_the_file_keeps_its_comments() -> None:
 
 @pytest.mark.parametrize("preset", ["fast", "best"])
 @pytest.mark.parametrize("options", [{}, {"sparsity": 0.3}, {"pattern": "2:4"}, {"pattern": "4:16"}])
-def test_choices_are_a_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, options: Mapping[str, Any]) -> None:
+def test_choices_are_a_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, options: Mapping[str, Any]
+) -> None:
     """The preset and no other, exported for transformers. Oracle: the variant that the stages read."""
     monkeypatch.chdir(tmp_path)
-    layout.lay_out(tmp_path, choices.chosen(layout.shipped(), choices.Choices(**OPTIONS | {"preset": preset} | options)))
+    layout.lay_out(
+        tmp_path, choices.chosen(layout.shipped(), choices.Choices(**OPTIONS | {"preset": preset} | options))
+    )
     (found,) = read_all().values()
     selection = found.recipe.selection
     assert found.name == preset and "dense" in found.export
     assert selection.pattern == options.get("pattern", "unstructured")
-    assert selection.sparsity == {"2:4": 0.5, "4:16": 0.75, None: options.get("sparsity", 0.5)}[options.get("pattern")]
+    assert (
+        selection.sparsity
+        == {"2:4": 0.5, "4:16": 0.75, None: options.get("sparsity", 0.5)}[options.get("pattern")]
+    )
     assert (found.recipe.allocation.method == "uniform") == ("pattern" in options)
 
 
@@ -145,7 +173,14 @@ def test_a_model_of_the_hub() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "field"), [("a.txt", None), ("a.jsonl", "text"), ("a.parquet", "text"), ("texts/a.txt", None), ("texts/a.json.gz", "text")]
+    ("name", "field"),
+    [
+        ("a.txt", None),
+        ("a.jsonl", "text"),
+        ("a.parquet", "text"),
+        ("texts/a.txt", None),
+        ("texts/a.json.gz", "text"),
+    ],
 )
 def test_calibration_text_of_files(tmp_path: Path, name: str, field: str | None) -> None:
     path = tmp_path / name
@@ -172,16 +207,22 @@ BAD = {
     "prune no-such-model --out new": "no-such-model is no directory here",
     "prune empty --out new": "empty has no config.json; give the directory of a Hugging Face checkpoint.",
     "prune model --revision main --out new": "--revision main is for a model of the hub",
-    "prune owner/name --out new": "owner/name is no directory here, and the hub cannot be asked for its newest commit",
+    "prune owner/name --out new": (
+        "owner/name is no directory here, and the hub cannot be asked for its newest commit"
+    ),
     "prune embedded": "Missing option '--out'.",
     "prune --out new": "Missing argument 'MODEL'.",
     "prune embedded --out new --preset slow": "'slow' is not one of 'fast', 'best'.",
     "prune embedded --out new --sparsity 1": "1.0 is not in the range 0<x<1.",
     "prune embedded --out new --sparsity half": "'half' is not a valid float range.",
     "prune embedded --out new --pattern 4:2": "--pattern: a pattern is unstructured or",
-    "prune embedded --out new --pattern 2:4 --sparsity 0.5": "--pattern 2:4 fixes the sparsity; leave --sparsity out.",
+    "prune embedded --out new --pattern 2:4 --sparsity 0.5": (
+        "--pattern 2:4 fixes the sparsity; leave --sparsity out."
+    ),
     "prune embedded --out new --calibration nothing": "no name in data/hub.json: ptb, c4, c4-train.",
-    "prune embedded --out new --calibration wikitext2": "--calibration wikitext2 is no file or directory here",
+    "prune embedded --out new --calibration wikitext2": (
+        "--calibration wikitext2 is no file or directory here"
+    ),
     "prune embedded --out file": "Directory 'file' is a file.",
     "init file/below": "file/below/.dvc: Not a directory",
     "init": "Missing argument 'DIRECTORY'.",
@@ -220,7 +261,12 @@ def test_bad_input_is_told_in_one_sentence(
     ],
 )
 def test_bad_parameters_are_told_in_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], old: str, new: str, said: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    old: str,
+    new: str,
+    said: str,
 ) -> None:
     """DVC adds no line of its own, since it does not run."""
     files = layout.shipped()
@@ -248,7 +294,9 @@ def no_scm(directory: Path) -> bool:
     return bool(Config(str(directory / ".dvc"))["core"].get("no_scm"))
 
 
-def test_dvc_knows_whether_there_is_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_dvc_knows_whether_there_is_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Also when git comes later, and where a repository around the project ignores it."""
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     outer, directory = tmp_path / "outer", tmp_path / "outer/team"
@@ -262,16 +310,21 @@ def test_dvc_knows_whether_there_is_git(tmp_path: Path, monkeypatch: pytest.Monk
     assert no_scm(directory)
 
 
-def test_git_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_git_is_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Oracle: git's own list of what is added."""
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     directory = tmp_path / "team"
     assert sparseline(capfd, "init", str(directory), "--git")[0] == 0
-    listed = subprocess.run(["git", "-C", str(directory), "ls-files"], capture_output=True, text=True, check=True).stdout.split()
+    listed = subprocess.run(
+        ["git", "-C", str(directory), "ls-files"], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert set(listed) == {*layout.shipped(), "env.lock.json"}
     assert not no_scm(directory)
     monkeypatch.setenv("PATH", "")
-    assert sparseline(capfd, "init", str(tmp_path / "other"), "--git")[0] == 0  # without git there is nothing to offer
+    # without git there is nothing to offer
+    assert sparseline(capfd, "init", str(tmp_path / "other"), "--git")[0] == 0
     assert no_scm(tmp_path / "other")
 
 
@@ -282,10 +335,15 @@ def test_git_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
 def installed(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """A project, and an environment in which the library is installed: this checkout's, to change."""
     site, directory = tmp_path / "site", tmp_path / "team"
-    shutil.copytree(ROOT / "pipeline_lib", site / "pipeline_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "pipeline_lib", site / "pipeline_lib", ignore=shutil.ignore_patterns("__pycache__")
+    )
     layout.lay_out(directory, layout.shipped())
     project.settle(directory)
-    return directory, environment(directory) | {"PYTHONPATH": str(site), "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+    return directory, environment(directory) | {
+        "PYTHONPATH": str(site),
+        "GIT_CEILING_DIRECTORIES": str(tmp_path),
+    }
 
 
 def run_in(place: tuple[Path, dict[str, str]], *command: str) -> str:
@@ -299,8 +357,12 @@ def digests(directory: Path) -> dict[str, str]:
     return {stage: found.load(directory / f"build/keys/code/{stage}.json")["sha256"] for stage in STAGES}
 
 
-def test_keys_are_those_of_the_checkout_and_follow_the_library(installed: tuple[Path, dict[str, str]]) -> None:
-    """Equal files, equal keys; after a change of an installed file plain `dvc repro` changes those of the stages that import it, alone."""
+def test_keys_are_those_of_the_checkout_and_follow_the_library(
+    installed: tuple[Path, dict[str, str]],
+) -> None:
+    """Equal files, equal keys; after a change of an installed file plain `dvc repro` changes those
+    of the stages that import it, alone.
+    """
     directory, environ = installed
     run_in(installed, "python", "-m", "dvc", "repro", "keys")
     before = digests(directory)
@@ -310,11 +372,15 @@ def test_keys_are_those_of_the_checkout_and_follow_the_library(installed: tuple[
         file.write("# another line\n")
     run_in(installed, "python", "-m", "dvc", "repro", "keys")
     after = digests(directory)
-    assert {stage for stage in STAGES if after[stage] != before[stage]} == {stage for stage in STAGES if name in code.closure(stage, ROOT)}
+    assert {stage for stage in STAGES if after[stage] != before[stage]} == {
+        stage for stage in STAGES if name in code.closure(stage, ROOT)
+    }
 
 
 def test_kept_blocks_belong_to_the_code_that_made_them(installed: tuple[Path, dict[str, str]]) -> None:
-    """A resume key changes with the installed library and with the project's own stage. Oracle: the checkout's key, and inequality."""
+    """A resume key changes with the installed library and with the project's own stage. Oracle: the
+    checkout's key, and inequality.
+    """
     ask = "from pipeline_lib.core import runtime; print(runtime.resume_key('prune', '', []))"
 
     def key(*, cwd: Path) -> str:
@@ -330,7 +396,9 @@ def test_kept_blocks_belong_to_the_code_that_made_them(installed: tuple[Path, di
     assert len(set(found)) == 3
 
 
-def test_messages_name_the_command_where_there_is_no_makefile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_name_the_command_where_there_is_no_makefile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layout.lay_out(tmp_path, layout.shipped())
     for directory, said in ((tmp_path, "`sparseline plan`"), (ROOT, "`make plan`")):
         monkeypatch.chdir(directory)
@@ -340,19 +408,25 @@ def test_messages_name_the_command_where_there_is_no_makefile(tmp_path: Path, mo
 # Processes
 
 
-@pytest.mark.parametrize(("body", "status"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 15)", 143), ("", 0)])
+@pytest.mark.parametrize(
+    ("body", "status"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 15)", 143), ("", 0)]
+)
 def test_a_command_ends_as_it_ends(tmp_path: Path, body: str, status: int) -> None:
     assert project.call(tmp_path, "python", "-c", body) == status
 
 
-def test_stages_run_with_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stages_run_with_this_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Whether or not its environment is active, and with what the Makefile sets."""
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    ask = f"import os, sys; print(sys.executable, os.environ['OMP_WAIT_POLICY'], *map(os.environ.get, {names}))"
+    ask = (
+        f"import os, sys; print(sys.executable, os.environ['OMP_WAIT_POLICY'], *map(os.environ.get, {names}))"
+    )
     assert project.call(tmp_path, "python", "-c", ask) == 0
     python, policy, *values = capfd.readouterr().out.split()
     assert Path(python).parent == Path(sys.executable).parent and policy == "ACTIVE"

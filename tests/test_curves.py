@@ -1,4 +1,6 @@
-"""Error curves. Oracles: explicit Kronecker products, raw activations of a whole model in transformers, sorted lists; checkpoints, counted."""
+"""Error curves. Oracles: explicit Kronecker products, raw activations of a whole model in
+transformers, sorted lists; checkpoints, counted.
+"""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -42,7 +44,9 @@ def selection(**changes: Any) -> SelectionParams:
 
 
 def test_errors_are_quadratic_forms() -> None:
-    """Oracle: vec(ΔW)ᵀ (M ⊗ G) vec(ΔW) with torch.kron in float64; M = 1 gives the layer error, M = 1 and G = 1 the Frobenius norm."""
+    """Oracle: vec(ΔW)ᵀ (M ⊗ G) vec(ΔW) with torch.kron in float64; M = 1 gives the layer error, M =
+    1 and G = 1 the Frobenius norm.
+    """
     random = torch.Generator().manual_seed(0)
     difference, (_, gram) = torch.randn(5, 7, generator=random), curved_gram(7, seed=1)
     half = torch.randn(5, 9, generator=random)
@@ -62,13 +66,17 @@ def test_errors_are_quadratic_forms() -> None:
 
 @pytest.mark.parametrize("size", [7, COLUMNS, 2 * COLUMNS + 5])
 def test_traces_by_symmetry(size: int) -> None:
-    """Oracles: tr((W − Ŵ) G (W − Ŵ)ᵀ) in float64, rows one by one; and the operations of a plain product W G, of which about half are taken."""
+    """Oracles: tr((W − Ŵ) G (W − Ŵ)ᵀ) in float64, rows one by one; and the operations of a plain
+    product W G, of which about half are taken.
+    """
     random = torch.Generator().manual_seed(1)
     weight, pruned = torch.randn(2, ROWS + 3, size, generator=random)
     _, gram = curved_gram(size, seed=2, spread=0.3)
     change = (weight - pruned).double()
     expected = ((change @ gram.double()) * change).sum(1)
-    torch.testing.assert_close(quadratic(weight - pruned, gram), expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+    torch.testing.assert_close(
+        quadratic(weight - pruned, gram), expected, rtol=1e-4, atol=1e-6 * float(expected.max())
+    )
     with FlopCounterMode(display=False) as counted:
         found = lost(weight, pruned, gram)
     assert float(found) == pytest.approx(float(expected.sum()), rel=1e-6)
@@ -79,7 +87,9 @@ def test_traces_by_symmetry(size: int) -> None:
 
 
 def test_which_counts_are_measured() -> None:
-    """Oracle: by hand. The densities' nearest counts, each once, neither none nor all; every N of M for a pattern."""
+    """Oracle: by hand. The densities' nearest counts, each once, neither none nor all; every N of M
+    for a pattern.
+    """
     assert counts(100, 1, [0.1, 0.5, 0.9]) == [10, 50, 90]
     assert counts(3, 1, [0.1, 0.3, 0.4, 0.9]) == [1]
     assert counts(400, 100, [0.1]) == [100, 200, 300]
@@ -91,14 +101,20 @@ def test_densities_are_checked(densities: list[float]) -> None:
         CurvesParams(densities=densities, outlier_factor=5.0)
 
 
-@pytest.mark.parametrize(("pattern", "compensate"), [("unstructured", True), ("unstructured", False), ("2:4", True)])
+@pytest.mark.parametrize(
+    ("pattern", "compensate"), [("unstructured", True), ("unstructured", False), ("2:4", True)]
+)
 def test_a_curve_is_what_pruning_does(checkpoint: Checkpoint, pattern: str, compensate: bool) -> None:
-    """Oracle: the matrix pruned by hand to each density, and its errors by their definitions, on the fitting rows' Gram."""
+    """Oracle: the matrix pruned by hand to each density, and its errors by their definitions, on
+    the fitting rows' Gram.
+    """
     entry, chosen = checkpoint.architecture.layouts[0], selection(pattern=pattern)
     tensors, sites = checkpoint.block(1), block_statistics(checkpoint)[1]
     left_out = entry.matrices[0]
     moments = {m.label: torch.rand(len(m.view(tensors[m.parameter]))) for m in entry.matrices[2:]}
-    found = measure(DenseBlock(entry, "here", tensors, sites), entry.matrices[1:], moments, chosen, compensate, CURVES)
+    found = measure(
+        DenseBlock(entry, "here", tensors, sites), entry.matrices[1:], moments, chosen, compensate, CURVES
+    )
     assert set(found) == {m.label for m in entry.matrices} - {left_out.label}
     for matrix in entry.matrices[1:]:
         weight, site = matrix.view(tensors[matrix.parameter]), sites[matrix.site]
@@ -110,7 +126,9 @@ def test_a_curve_is_what_pruning_does(checkpoint: Checkpoint, pattern: str, comp
         for i, density in enumerate(curve["density"]):
             kept = int(density * weight.numel())
             new, *_ = (
-                prune_matrix(weight, factorise(site.gram, 0.01, "mean", "here"), kept, Rule.of(chosen), compensate)
+                prune_matrix(
+                    weight, factorise(site.gram, 0.01, "mean", "here"), kept, Rule.of(chosen), compensate
+                )
                 if 0 < density < 1
                 else (weight * density,)
             )
@@ -119,18 +137,34 @@ def test_a_curve_is_what_pruning_does(checkpoint: Checkpoint, pattern: str, comp
             assert curve["frobenius"][i] == pytest.approx(float(change.square().sum()), rel=1e-4)
             assert curve["layer"][i] == pytest.approx(float(rows.sum()), rel=1e-4)
             if matrix.label in moments:
-                assert curve["kronecker"][i] == pytest.approx(float(rows @ moments[matrix.label].double()), rel=1e-4)
+                assert curve["kronecker"][i] == pytest.approx(
+                    float(rows @ moments[matrix.label].double()), rel=1e-4
+                )
         assert curve["layer"][0] > curve["layer"][2] > curve["layer"][4] == 0
     without = {name: replace(site, held_out_gram=None) for name, site in sites.items()}
-    assert measure(DenseBlock(entry, "here", tensors, without), entry.matrices[1:], moments, chosen, compensate, CURVES) == found
+    assert (
+        measure(
+            DenseBlock(entry, "here", tensors, without),
+            entry.matrices[1:],
+            moments,
+            chosen,
+            compensate,
+            CURVES,
+        )
+        == found
+    )
 
 
 def test_errors_that_are_no_numbers_are_told(llama: Checkpoint) -> None:
     """Moments that overflow. Oracle: the matrix is named."""
     entry = llama.architecture.layouts[0]
-    moments = {m.label: torch.full((len(m.view(llama.block(0)[m.parameter])),), float("inf")) for m in entry.matrices}
+    moments = {
+        m.label: torch.full((len(m.view(llama.block(0)[m.parameter])),), float("inf")) for m in entry.matrices
+    }
     block = DenseBlock(entry, "here", llama.block(0), block_statistics(llama)[0])
-    with pytest.raises(SparselineError, match=r"error curve of here\.self_attn\.q_proj holds NaN or infinity"):
+    with pytest.raises(
+        SparselineError, match=r"error curve of here\.self_attn\.q_proj holds NaN or infinity"
+    ):
         measure(block, entry.matrices, moments, selection(), False, CURVES)
 
 
@@ -171,7 +205,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_n_of_m_is_mixed_under_the_budget(workspace: Path) -> None:
-    """Oracle: the checkpoint's non-zeros. One N in all groups of a matrix, several N in the model, half of all weights kept."""
+    """Oracle: the checkpoint's non-zeros. One N in all groups of a matrix, several N in the model,
+    half of all weights kept.
+    """
     path = workspace / "build" / "curves" / "mixed.json"
     curves = load_artifact(path)
     dense, first = sorted(curves)[3], sorted(curves)[0]
@@ -189,11 +225,23 @@ def test_n_of_m_is_mixed_under_the_budget(workspace: Path) -> None:
                 assert len(per_group) == 1, name
                 shares[name.removeprefix("model.").removesuffix(".weight")] = Fraction(per_group[0], 4)
                 total, size = total + int((tensor != 0).sum()), size + tensor.numel()
-    assert shares == {name: Fraction(matrix["kept"], matrix["size"]) for name, matrix in facts["matrices"].items()}
+    assert shares == {
+        name: Fraction(matrix["kept"], matrix["size"]) for name, matrix in facts["matrices"].items()
+    }
     assert (shares[dense], shares[first]) == (1, 0)
     assert len(set(shares.values())) >= 3
     assert abs(2 * total - size) <= max(matrix["size"] for matrix in facts["matrices"].values()) / 4
-    assert curves[first].keys() == {"trace", "stderr", "sensitivity", "block", "kind", "curve", "damping", "outliers", "median"}
+    assert curves[first].keys() == {
+        "trace",
+        "stderr",
+        "sensitivity",
+        "block",
+        "kind",
+        "curve",
+        "damping",
+        "outliers",
+        "median",
+    }
 
 
 def test_grams_over_budget_give_the_same_curves(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +255,9 @@ def test_grams_over_budget_give_the_same_curves(workspace: Path, monkeypatch: py
 
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_stored_moments_are_used(workspace: Path, diagonal: bool) -> None:
-    """Moments c·1 make the Kronecker error c times the layer error, as a matrix or as its diagonal. Oracle: that."""
+    """Moments c·1 make the Kronecker error c times the layer error, as a matrix or as its diagonal.
+    Oracle: that.
+    """
     path = workspace / "build" / "curves" / "mixed.json"
     directory = workspace / "build" / "sensitivity" / "moments"
     Workspace(workspace).leave_empty(directory)

@@ -1,4 +1,6 @@
-"""Where the work is done, and what waits for it. Oracles: the same on the CPU, to the bit; what a device refuses; reads and operations, counted."""
+"""Where the work is done, and what waits for it. Oracles: the same on the CPU, to the bit; what a
+device refuses; reads and operations, counted.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -42,13 +44,19 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def what_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device that it does not compute on it has no autocast (here nothing is computed in another dtype), no fused Adam, and no memory."""
+    """On a device that it does not compute on it has no autocast (here nothing is computed in
+    another dtype), no fused Adam, and no memory.
+    """
     found = products._storage
-    monkeypatch.setattr(products, "_storage", lambda tensor: found(tensor.here if isinstance(tensor, There) else tensor))
+    monkeypatch.setattr(
+        products, "_storage", lambda tensor: found(tensor.here if isinstance(tensor, There) else tensor)
+    )
     real, adam = torch.autocast, torch.optim.Adam
     monkeypatch.setattr(torch.optim, "Adam", lambda *args, **named: adam(*args, **named | {"fused": False}))
     monkeypatch.setattr(
-        torch, "autocast", lambda kind, *args, **named: nullcontext() if kind == DEVICE.type else real(kind, *args, **named)
+        torch,
+        "autocast",
+        lambda kind, *args, **named: nullcontext() if kind == DEVICE.type else real(kind, *args, **named),
     )
 
 
@@ -58,10 +66,14 @@ def model_of(path: Path) -> BlockModel:
 
 def pruned(model: BlockModel, settings: Recipe) -> Iterator[tuple[int, Block]]:
     layouts, checkpoint = model.checkpoint.architecture.layouts, model.checkpoint
-    shapes = {(i, m): checkpoint.matrix_shape(i, m) for i, layout in enumerate(layouts) for m in layout.matrices}
+    shapes = {
+        (i, m): checkpoint.matrix_shape(i, m) for i, layout in enumerate(layouts) for m in layout.matrices
+    }
     kept = {place: rows * columns // 2 for place, (rows, columns) in shapes.items()}
     source = Source(model, [Transform({})] * len(layouts), kept)
-    return prune(source, Rows(FITTING, HELD_OUT, settings.batch_rows), plan(settings, checkpoint.dtype), lambda _: None)
+    return prune(
+        source, Rows(FITTING, HELD_OUT, settings.batch_rows), plan(settings, checkpoint.dtype), lambda _: None
+    )
 
 
 def here(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,9 +88,11 @@ def waits(device: Elsewhere, *others: str) -> Counter[str]:
 
 
 FEW: dict[str, Any] = {"iterations": 3}  # each asks whether it is the last
-LSQ: dict[str, Any] = {"lsq": {"mask_iterations": 6, "mask_penalty": 9.0, **FEW}}  # from a small ρ rounding decides where the search goes
+# from a small ρ rounding decides where the search goes
+LSQ: dict[str, Any] = {"lsq": {"mask_iterations": 6, "mask_penalty": 9.0, **FEW}}
 LITTLE: dict[str, Any] = {"epochs": 2, "batch_rows": 4, "compute_dtype": "float32"}
-# Steps, what else the recipe says, and how often a block of seven matrices at four sites may wait for the device.
+# Steps, what else the recipe says, and how often a block of seven matrices at four sites may wait
+# for the device.
 RECIPES: dict[str, tuple[tuple[str, ...], dict[str, Any], int]] = {
     "wanda": ((), {"selection": {"score": "wanda"}}, 10),
     "magnitude": ((), {"selection": {"score": "magnitude"}}, 10),
@@ -88,13 +102,19 @@ RECIPES: dict[str, tuple[tuple[str, ...], dict[str, Any], int]] = {
     "fast": (("obs", "lsq"), {"reconstruction": LSQ}, 72),
     "towards": (("obs", "lsq"), {"reconstruction": {**LSQ, "collect": "site", "towards_dense": 0.5}}, 74),
     "block": (("obs", "block"), {"reconstruction": {"block": LITTLE}}, 30),
-    "quantised": (("obs", "lsq"), {"quantization": {"bits": 4, "group": 16}, "reconstruction": {"lsq": FEW}}, 52),
+    "quantised": (
+        ("obs", "lsq"),
+        {"quantization": {"bits": 4, "group": 16}, "reconstruction": {"lsq": FEW}},
+        52,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_pruning_on_a_device(path: Path, name: str) -> None:
-    """Oracles: the same on the CPU, to rounding; what the device refuses; and how often a block waits for it."""
+    """Oracles: the same on the CPU, to rounding; what the device refuses; and how often a block
+    waits for it.
+    """
     steps, changes, most = RECIPES[name]
     settings = recipe(steps, batch_rows=4, **merge({"selection": {"block": 16}}, changes))
     expected = dict(pruned(model_of(path), settings))
@@ -107,16 +127,24 @@ def test_pruning_on_a_device(path: Path, name: str) -> None:
             before = waits(device)
             found[index] = next(blocks)[1]
             once = waits(device) - before
-            assert index == 0 or once.total() <= most, once  # on the way to the first block the rows are embedded
+            # on the way to the first block the rows are embedded
+            assert index == 0 or once.total() <= most, once
     for index, block in found.items():
         for label, facts in block.facts["matrices"].items():
             for key, value in expected[index].facts["matrices"][label].items():
                 apart = {"mask_swapped": {"abs": 0.02}, "lsq_iterations": {"abs": 2}}.get(key, {"rel": 0.05})
                 assert facts[key] == (value if isinstance(value, str) else pytest.approx(value, **apart))
-        same = [here(block.tensors[name]) == tensor for name, tensor in expected[index].tensors.items() if name in block.masks]
+        same = [
+            here(block.tensors[name]) == tensor
+            for name, tensor in expected[index].tensors.items()
+            if name in block.masks
+        ]
         assert sum(int(one.sum()) for one in same) >= 0.4 * sum(one.numel() for one in same)
         turned = 0.08 if "lsq" in steps else 0.02  # where rounding decides, what comes after follows
-        assert all(int((block.masks[name] != mask).sum()) <= turned * mask.numel() for name, mask in expected[index].masks.items())
+        assert all(
+            int((block.masks[name] != mask).sum()) <= turned * mask.numel()
+            for name, mask in expected[index].masks.items()
+        )
 
 
 def test_the_device_refuses_what_lies_on_the_cpu() -> None:
@@ -163,20 +191,33 @@ def test_statistics_on_a_device(path: Path) -> None:
             assert own.keys() == statistics.tensors("").keys()
             for key, tensor in statistics.tensors("").items():
                 torch.testing.assert_close(here(own[key]), tensor, rtol=1e-4, atol=1e-5)
-    assert {line.partition(":")[0]: count for line, count in device.reads.items()} == {"models/stream.py": len(found)}
+    assert {line.partition(":")[0]: count for line, count in device.reads.items()} == {
+        "models/stream.py": len(found)
+    }
 
 
 def test_experts_on_a_device(tmp_path: Path) -> None:
-    """Statistics, curves and pruning of experts, which get tokens and weights of their own. Oracle: the same on the CPU."""
-    made, how = make_checkpoint(tmp_path / "experts", "mixtral"), CurvesParams(densities=[0.5], outlier_factor=3.0)
+    """Statistics, curves and pruning of experts, which get tokens and weights of their own. Oracle:
+    the same on the CPU.
+    """
+    made, how = (
+        make_checkpoint(tmp_path / "experts", "mixtral"),
+        CurvesParams(densities=[0.5], outlier_factor=3.0),
+    )
     settings = recipe(("obs",), batch_rows=4, selection={"block": 16})
     model, away = model_of(made), model_of(made)
     away.device = DEVICE
     (_, dense), *_ = walked(made, model.device)
-    expected = measure(dense, dense.layout.matrices, {}, SELECTION, True, how), next(pruned(model, settings))[1].facts["matrices"]
+    expected = (
+        measure(dense, dense.layout.matrices, {}, SELECTION, True, how),
+        next(pruned(model, settings))[1].facts["matrices"],
+    )
     with Elsewhere():
         (_, block), *_ = walked(made, DEVICE)
-        found = measure(block, dense.layout.matrices, {}, SELECTION, True, how), next(pruned(away, settings))[1].facts["matrices"]
+        found = (
+            measure(block, dense.layout.matrices, {}, SELECTION, True, how),
+            next(pruned(away, settings))[1].facts["matrices"],
+        )
     assert found[0].keys() == expected[0].keys()
     for label, facts in expected[0].items():
         assert found[0][label]["curve"]["layer"][0] == pytest.approx(facts["curve"]["layer"][0], rel=1e-3)
@@ -199,7 +240,9 @@ def test_curves_on_a_device(path: Path, full: bool) -> None:
     for label, facts in expected.items():
         for key in ("frobenius", "layer", "kronecker"):
             assert found[label]["curve"][key] == pytest.approx(facts["curve"][key], rel=1e-2)
-        assert (found[label]["outliers"], found[label]["median"]) == pytest.approx((facts["outliers"], facts["median"]), rel=1e-3)
+        assert (found[label]["outliers"], found[label]["median"]) == pytest.approx(
+            (facts["outliers"], facts["median"]), rel=1e-3
+        )
     assert waits(device, "solve/factor.py").total() == 2
 
 
@@ -207,14 +250,25 @@ def test_curves_on_a_device(path: Path, full: bool) -> None:
 def test_induction_on_a_device(path: Path, probes: int) -> None:
     """Oracle: that of the CPU, the gate included."""
     spectral = SpectralParams(weight=0.1, alpha=1.0, order="spectral", iterations=2)
-    values: dict[str, Any] = {"factors": True, "importance": True, "steps": 4, "rate": 0.1, "temperature": 0.5, "limit": 3.0}
-    how = InduceParams.model_validate({**values, "check_every": 2, "patience": 9, "probes": probes, "seed": 0, "spectral": spectral})
+    values: dict[str, Any] = {
+        "factors": True,
+        "importance": True,
+        "steps": 4,
+        "rate": 0.1,
+        "temperature": 0.5,
+        "limit": 3.0,
+    }
+    how = InduceParams.model_validate(
+        {**values, "check_every": 2, "patience": 9, "probes": probes, "seed": 0, "spectral": spectral}
+    )
 
     def induced(device: torch.device) -> Outcome:
         (model, dense), *_ = walked(path, device)
         kept = {m: m.view(dense.tensors[m.parameter]).numel() // 2 for m in dense.layout.matrices}
         judge = Gate(model, HELD_OUT, 4, SELECTION, True).enter(0, dense, kept)
-        start = Transform({coupling.name: torch.linspace(0.5, 2, coupling.size) for coupling in dense.layout.couplings})
+        start = Transform(
+            {coupling.name: torch.linspace(0.5, 2, coupling.size) for coupling in dense.layout.couplings}
+        )
         return induce_block(dense, kept, start, SELECTION, how, judge)
 
     expected = induced(torch.device("cpu"))
@@ -222,17 +276,28 @@ def test_induction_on_a_device(path: Path, probes: int) -> None:
         found = induced(DEVICE)
     for one, other in ((found.judged, expected.judged), (found.held_out, expected.held_out)):
         assert one == pytest.approx(other, rel=0.05)
-    assert [point["loss"] for point in found.curve] == pytest.approx([point["loss"] for point in expected.curve], rel=0.05)
+    assert [point["loss"] for point in found.curve] == pytest.approx(
+        [point["loss"] for point in expected.curve], rel=0.05
+    )
     assert all(type(tensor) is torch.Tensor for tensor in found.transform.tensors(0).values())
 
 
 def test_stages_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the stages put together is on the device. Oracle: their outputs on the CPU, summed up: rounding moves few of so few weights."""
+    """Whatever the stages put together is on the device. Oracle: their outputs on the CPU, summed
+    up: rounding moves few of so few weights.
+    """
     made = make_workspace(tmp_path / "project")
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.chdir(made)
     build(
-        "prepare", "text calibration", "calibrate", "sensitivity", "scale", "curves sparseline", "allocate sparseline", "induce sparseline"
+        "prepare",
+        "text calibration",
+        "calibrate",
+        "sensitivity",
+        "scale",
+        "curves sparseline",
+        "allocate sparseline",
+        "induce sparseline",
     )
     build("prune sparseline")
 
@@ -242,7 +307,14 @@ def test_stages_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         induced = artifacts.read_tensors(workspace / "induce" / "sparseline" / "transform.safetensors")[1]
         facts = [value for one in curves.values() for value in one["curve"]["layer"]]
         return [
-            *map(sum, (facts, [point["loss"] for point in induced["curve"]], [one["layer_error"] for one in pruned["matrices"].values()]))
+            *map(
+                sum,
+                (
+                    facts,
+                    [point["loss"] for point in induced["curve"]],
+                    [one["layer_error"] for one in pruned["matrices"].values()],
+                ),
+            )
         ]
 
     expected = read()
@@ -268,7 +340,9 @@ def test_stages_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_operations_per_row_of_statistics(sums: Any, weighed: bool, most: int) -> None:
-    """Counted on the device: of each row of a batch, a bound that more of them would break; and none waits."""
+    """Counted on the device: of each row of a batch, a bound that more of them would break; and
+    none waits.
+    """
     with Elsewhere() as device:
         x, weights = torch.randn(6, 8).to(DEVICE), torch.rand(6).to(DEVICE) if weighed else None
         found = sums()

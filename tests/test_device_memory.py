@@ -1,8 +1,9 @@
 """What a stage holds on a GPU, foretold from the model's header.
 
-Oracle: the peak of the bytes of all live tensors while the stage's heavy function runs, each storage counted from the operator that made it
-until nobody refers to it: what ``torch.cuda.max_memory_allocated`` would tell, but for what operators use inside. On the CPU, with a
-bfloat16 checkpoint: what computes in float32 is a copy here as it is on a GPU.
+Oracle: the peak of the bytes of all live tensors while the stage's heavy function runs, each
+storage counted from the operator that made it until nobody refers to it: what
+``torch.cuda.max_memory_allocated`` would tell, but for what operators use inside. On the CPU, with
+a bfloat16 checkpoint: what computes in float32 is a copy here as it is on a GPU.
 """
 
 import math
@@ -55,14 +56,18 @@ CLOSED: dict[str, dict[str, Any]] = {  # the shipped variants' closed-form parts
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make while it is open, as long as anything refers to them."""
+    """Counts the bytes of the storages that operators make while it is open, as long as anything
+    refers to them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._known: dict[int, Any] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         with self:  # operators that are made of others, which inference mode hands over whole
             out = func.decompose(*args, **(kwargs or {}))
         if out is not NotImplemented:
@@ -94,7 +99,9 @@ def peak(run: Callable[[], None]) -> int:
 
 
 def test_live_tensors_are_counted() -> None:
-    """By hand: two tensors at once at most, a view none, one that was there before none, one that is gone no more."""
+    """By hand: two tensors at once at most, a view none, one that was there before none, one that
+    is gone no more.
+    """
     before = torch.ones(1000)
 
     def run() -> None:
@@ -111,10 +118,24 @@ def test_live_tensors_are_counted() -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 8}
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 1376,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    }
     place = tmp_path_factory.mktemp("wide")
     return open_checkpoint(
-        make_model(place, "llama", 2, dtype=torch.bfloat16, tokenizer=False, vocab_size=VOCABULARY, max_position_embeddings=512, **sizes)
+        make_model(
+            place,
+            "llama",
+            2,
+            dtype=torch.bfloat16,
+            tokenizer=False,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=512,
+            **sizes,
+        )
     )
 
 
@@ -131,10 +152,14 @@ def settings_of(name: str) -> Recipe:
     return recipe(steps, reconstruction=changes, **own)
 
 
-def pruned(checkpoint: Checkpoint, name: str, length: int, room: Room, dtype: torch.dtype = torch.float32) -> int:
+def pruned(
+    checkpoint: Checkpoint, name: str, length: int, room: Room, dtype: torch.dtype = torch.float32
+) -> int:
     """The peak of a variant's pruning."""
     made, model = plan(settings_of(name), checkpoint.dtype), BlockModel(checkpoint, dtype, CPU)
-    kept = {place: math.prod(checkpoint.matrix_shape(*place)) // 2 for place in checkpoint.architecture.places()}
+    kept = {
+        place: math.prod(checkpoint.matrix_shape(*place)) // 2 for place in checkpoint.architecture.places()
+    }
     source = Source(model, [Transform()] * checkpoint.architecture.depth, kept)
     rows = Rows(*tokens(length), settings_of(name).batch_rows) if made.needs.text else None
 
@@ -145,35 +170,67 @@ def pruned(checkpoint: Checkpoint, name: str, length: int, room: Room, dtype: to
     return peak(run)
 
 
-def foretold(checkpoint: Checkpoint, name: str, length: int, budget: float = math.inf, dtype: torch.dtype = torch.float32) -> Estimate:
+def foretold(
+    checkpoint: Checkpoint,
+    name: str,
+    length: int,
+    budget: float = math.inf,
+    dtype: torch.dtype = torch.float32,
+) -> Estimate:
     made = plan(settings_of(name), checkpoint.dtype)
-    return pruning(name, made, Shapes(checkpoint, ROWS, length, settings_of(name).batch_rows, made.window, dtype, HELD_OUT), budget)
+    return pruning(
+        name,
+        made,
+        Shapes(checkpoint, ROWS, length, settings_of(name).batch_rows, made.window, dtype, HELD_OUT),
+        budget,
+    )
 
 
 @pytest.mark.parametrize("length", [64, 512])
 @pytest.mark.parametrize("name", list(CLOSED))
 def test_pruning_holds_what_is_foretold(checkpoint: Checkpoint, name: str, length: int) -> None:
-    """With short rows weights and solver outweigh activations, with long ones activations and streams outweigh them."""
-    assert foretold(checkpoint, name, length).gpu_bytes == pytest.approx(pruned(checkpoint, name, length, Room()), rel=NEAR)
+    """With short rows weights and solver outweigh activations, with long ones activations and
+    streams outweigh them.
+    """
+    assert foretold(checkpoint, name, length).gpu_bytes == pytest.approx(
+        pruned(checkpoint, name, length, Room()), rel=NEAR
+    )
 
 
 def test_an_mlp_without_a_gate_holds_what_is_foretold(tmp_path: Path) -> None:
     sizes = {"hidden_size": WIDTH, "ffn_dim": 2048, "num_attention_heads": 8, "word_embed_proj_dim": WIDTH}
     made = make_model(
-        tmp_path, "opt", 2, dtype=torch.bfloat16, tokenizer=False, vocab_size=VOCABULARY, max_position_embeddings=514, **sizes
+        tmp_path,
+        "opt",
+        2,
+        dtype=torch.bfloat16,
+        tokenizer=False,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=514,
+        **sizes,
     )
     opt = open_checkpoint(made)
-    assert foretold(opt, "sparsegpt", 256).gpu_bytes == pytest.approx(pruned(opt, "sparsegpt", 256, Room()), rel=NEAR)
+    assert foretold(opt, "sparsegpt", 256).gpu_bytes == pytest.approx(
+        pruned(opt, "sparsegpt", 256, Room()), rel=NEAR
+    )
 
 
 def test_pruning_in_bfloat16_holds_what_is_foretold(checkpoint: Checkpoint) -> None:
     found = pruned(checkpoint, "sparsegpt", 512, Room(), torch.bfloat16)
-    assert foretold(checkpoint, "sparsegpt", 512, dtype=torch.bfloat16).gpu_bytes == pytest.approx(found, rel=NEAR)
+    assert foretold(checkpoint, "sparsegpt", 512, dtype=torch.bfloat16).gpu_bytes == pytest.approx(
+        found, rel=NEAR
+    )
 
 
-def test_streams_beyond_their_budget_are_not_held(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but a few batches lie in files here, as they lie in host memory beside a GPU; what is read counts."""
-    monkeypatch.setattr(places, "load_file", lambda file: {name: tensor.clone() for name, tensor in load_file(file).items()})
+def test_streams_beyond_their_budget_are_not_held(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but a few batches lie in files here, as they lie in host memory beside a GPU; what is
+    read counts.
+    """
+    monkeypatch.setattr(
+        places, "load_file", lambda file: {name: tensor.clone() for name, tensor in load_file(file).items()}
+    )
     everything = foretold(checkpoint, "best", 512).gpu_bytes
     found = pruned(checkpoint, "best", 512, Room(0, 0, tmp_path))
     assert foretold(checkpoint, "best", 512, budget=0).gpu_bytes == pytest.approx(found, rel=NEAR)
@@ -182,7 +239,10 @@ def test_streams_beyond_their_budget_are_not_held(checkpoint: Checkpoint, tmp_pa
 
 @pytest.mark.parametrize("length", [64, 512])
 def test_calibrating_holds_what_is_foretold(checkpoint: Checkpoint, length: int) -> None:
-    model, params = BlockModel(checkpoint, torch.float32, CPU), CalibrateParams(batch_rows=16, median_tokens=MEDIAN)
+    model, params = (
+        BlockModel(checkpoint, torch.float32, CPU),
+        CalibrateParams(batch_rows=16, median_tokens=MEDIAN),
+    )
 
     def run() -> None:
         for _, sites in walk(model, *tokens(length), params, grams=True):
@@ -193,12 +253,20 @@ def test_calibrating_holds_what_is_foretold(checkpoint: Checkpoint, length: int)
 
 
 @pytest.mark.parametrize("length", [64, 512])
-@pytest.mark.parametrize(("estimator", "moments"), [("fisher", "full"), ("fisher", "none"), ("hutchinson", "none"), ("hutchinson", "full")])
-def test_probing_holds_what_is_foretold(checkpoint: Checkpoint, tmp_path: Path, estimator: str, moments: str, length: int) -> None:
+@pytest.mark.parametrize(
+    ("estimator", "moments"),
+    [("fisher", "full"), ("fisher", "none"), ("hutchinson", "none"), ("hutchinson", "full")],
+)
+def test_probing_holds_what_is_foretold(
+    checkpoint: Checkpoint, tmp_path: Path, estimator: str, moments: str, length: int
+) -> None:
     changes = {"estimator": estimator, "output_moments": moments, "probes": 8, "probes_per_pass": 8}
     params = SensitivityParams.model_validate(SHIPPED["sensitivity"] | changes)
     entry = checkpoint.architecture
-    matrices = {index: {entry.matrix_name(index, m): m for m in entry.layouts[index].matrices} for index in range(entry.depth)}
+    matrices = {
+        index: {entry.matrix_name(index, m): m for m in entry.layouts[index].matrices}
+        for index in range(entry.depth)
+    }
     subject = Subject(BlockModel(checkpoint, torch.float32, CPU), tokens(length)[0], matrices)
     sums = fisher.OutputMoments(tmp_path, True) if moments == "full" else None
 
@@ -220,9 +288,15 @@ def test_evaluating_holds_what_is_foretold(checkpoint: Checkpoint, dtype: str, b
     model = load_model(checkpoint.path, dtype, CPU)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     found = peak(lambda: print(perplexity(model, tokens(512)[0], batch_rows)))
-    params = EvaluateParams.model_validate(SHIPPED["evaluate"] | {"compute_dtype": dtype, "batch_rows": batch_rows})
+    params = EvaluateParams.model_validate(
+        SHIPPED["evaluate"] | {"compute_dtype": dtype, "batch_rows": batch_rows}
+    )
     assert evaluating(checkpoint, params, [(ROWS, 512)]).gpu_bytes == pytest.approx(weights + found, rel=NEAR)
     dense = Dense(checkpoint, getattr(torch, dtype), CPU)
     rows = tokens(512)[0]
-    compared = peak(lambda: perplexity(model, rows, batch_rows, see=Divergence(dense.logits(rows, batch_rows), False).add))
-    assert evaluating(checkpoint, params, [(ROWS, 512)], compared=True).gpu_bytes == pytest.approx(weights + compared, rel=NEAR)
+    compared = peak(
+        lambda: perplexity(model, rows, batch_rows, see=Divergence(dense.logits(rows, batch_rows), False).add)
+    )
+    assert evaluating(checkpoint, params, [(ROWS, 512)], compared=True).gpu_bytes == pytest.approx(
+        weights + compared, rel=NEAR
+    )

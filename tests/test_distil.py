@@ -1,4 +1,6 @@
-"""Training of the whole pruned model. Oracles: autograd through transformers' own model, torch's Adam, masks, undisturbed runs."""
+"""Training of the whole pruned model. Oracles: autograd through transformers' own model, torch's
+Adam, masks, undisturbed runs.
+"""
 
 import math
 import shutil
@@ -32,8 +34,21 @@ LENGTH = 12
 
 
 def params(**changes: Any) -> DistilParams:
-    values = {"epochs": 2, "parts": ["weights", "biases", "norms"], "rate": 0.01, "warmup": 0.0, "beta1": 0.9, "beta2": 0.95}
-    values |= {"batch_rows": 4, "compute_dtype": "float32", "state_dtype": "float32", "recompute": True, "seed": 0}
+    values = {
+        "epochs": 2,
+        "parts": ["weights", "biases", "norms"],
+        "rate": 0.01,
+        "warmup": 0.0,
+        "beta1": 0.9,
+        "beta2": 0.95,
+    }
+    values |= {
+        "batch_rows": 4,
+        "compute_dtype": "float32",
+        "state_dtype": "float32",
+        "recompute": True,
+        "seed": 0,
+    }
     return DistilParams(**{**values, **changes})
 
 
@@ -48,7 +63,9 @@ def make(directory: Path, family: str) -> tuple[Checkpoint, Checkpoint, Masks]:
     return source, pruned, Masks(left / "masks", pruned)
 
 
-def begin(models: tuple[Checkpoint, Checkpoint, Masks], how: DistilParams, held_out: int = 4) -> tuple[Lesson, list[Trained]]:
+def begin(
+    models: tuple[Checkpoint, Checkpoint, Masks], how: DistilParams, held_out: int = 4
+) -> tuple[Lesson, list[Trained]]:
     source, pruned, masks = models
     model = BlockModel(source, torch.float32, CPU)
     rows = {"fit": token_rows(12, LENGTH, seed=1), "held_out": token_rows(held_out, LENGTH, seed=2)}
@@ -67,7 +84,9 @@ def test_masks_come_back_from_their_bits(shape: tuple[int, ...]) -> None:
 
 
 def test_zeros_are_held_whatever_came_there() -> None:
-    """Also where a weight became NaN, infinite, or a negative zero; other names are left alone. Oracle: the bytes."""
+    """Also where a weight became NaN, infinite, or a negative zero; other names are left alone.
+    Oracle: the bytes.
+    """
     weight, other = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.ones(2, 2)
     zeros = Zeros.of({"a": weight, "norm": torch.zeros(3), "full": other})
     assert "norm" not in zeros and "full" not in zeros
@@ -91,8 +110,12 @@ def test_the_rate_rises_and_falls() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma", "phi3", "gpt2"])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_gradients_are_those_of_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, recompute: bool) -> None:
-    """Biases, tied embeddings, fused and transposed weights among them. Oracle: transformers' two models and autograd."""
+def test_gradients_are_those_of_the_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, recompute: bool
+) -> None:
+    """Biases, tied embeddings, fused and transposed weights among them. Oracle: transformers' two
+    models and autograd.
+    """
     models = make(tmp_path, family)
     given, blocks = begin(models, params(batch_rows=12, epochs=1, recompute=recompute))
     noted: dict[int, dict[str, torch.Tensor]] = {}
@@ -125,10 +148,15 @@ def test_a_step_is_adam_on_what_is_kept(tmp_path: Path) -> None:
     _, blocks = begin(make(tmp_path, "llama-bias"), how := params())
     block, random = blocks[0], torch.Generator().manual_seed(0)
     masks = {
-        name: block.zeros[name] if name in block.zeros else torch.ones_like(leaf, dtype=torch.bool) for name, leaf in block.leaves.items()
+        name: block.zeros[name] if name in block.zeros else torch.ones_like(leaf, dtype=torch.bool)
+        for name, leaf in block.leaves.items()
     }
-    oracle = {name: leaf.detach()[masks[name]].clone().requires_grad_() for name, leaf in block.leaves.items()}
-    groups = [{"params": [one], "lr": 0.01 * float(one.detach().square().mean().sqrt())} for one in oracle.values()]
+    oracle = {
+        name: leaf.detach()[masks[name]].clone().requires_grad_() for name, leaf in block.leaves.items()
+    }
+    groups = [
+        {"params": [one], "lr": 0.01 * float(one.detach().square().mean().sqrt())} for one in oracle.values()
+    ]
     adam = torch.optim.Adam(groups, betas=(how.beta1, how.beta2), eps=module.EPSILON)
     for done in range(3):
         gradients = [torch.randn(leaf.shape, generator=random) for leaf in block.leaves.values()]
@@ -158,8 +186,12 @@ def test_averages_in_bfloat16_are_close_and_half_as_large(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("family", ["llama", "opt-post", "gemma", "phi3", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_training_brings_the_models_together_and_keeps_zeros(tmp_path: Path, family: str, compute: Any) -> None:
-    """Mixtures of experts and tied embeddings among them. Oracle: the masks; the divergence on the rows themselves."""
+def test_training_brings_the_models_together_and_keeps_zeros(
+    tmp_path: Path, family: str, compute: Any
+) -> None:
+    """Mixtures of experts and tied embeddings among them. Oracle: the masks; the divergence on the
+    rows themselves.
+    """
     models = make(tmp_path, family)
     given, blocks = begin(models, how := params(epochs=6, compute_dtype=compute, warmup=0.1), held_out=0)
     before = judge(given, models[1].block)
@@ -175,7 +207,9 @@ def test_training_brings_the_models_together_and_keeps_zeros(tmp_path: Path, fam
             assert not stored[name][~mask].any() and not torch.signbit(stored[name][~mask]).any()
             moved += int((stored[name] != start[name]).sum())
         assert moved > 100
-        assert {name: one.dtype for name, one in stored.items()} == {name: one.dtype for name, one in start.items()}
+        assert {name: one.dtype for name, one in stored.items()} == {
+            name: one.dtype for name, one in start.items()
+        }
 
 
 def test_a_judgement_is_the_divergence_of_the_whole_models(tmp_path: Path) -> None:
@@ -218,12 +252,28 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A workspace with two pruned variants: one asks for training, the other does not. Read only."""
     home = tmp_path_factory.mktemp("distil")
     trained = {**WANDA, "distil": {"epochs": 3, "rate": 0.01}, "export": ["dense"]}
-    workspace = make_workspace(home / "project", model=MODEL, variants={"trained": trained, "wanda": WANDA}, report={"baseline": "wanda"})
+    workspace = make_workspace(
+        home / "project",
+        model=MODEL,
+        variants={"trained": trained, "wanda": WANDA},
+        report={"baseline": "wanda"},
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSELINE_SCRATCH", str(home / "scratch"))
         patch.chdir(workspace)
-        steps = [f"{stage} {name}" for name in ("trained", "wanda") for stage in ("curves", "allocate", "induce", "prune")]
-        build("keys", "prepare", *(f"text {name}" for name in ("calibration", "validation", "test")), "calibrate", "sensitivity", *steps)
+        steps = [
+            f"{stage} {name}"
+            for name in ("trained", "wanda")
+            for stage in ("curves", "allocate", "induce", "prune")
+        ]
+        build(
+            "keys",
+            "prepare",
+            *(f"text {name}" for name in ("calibration", "validation", "test")),
+            "calibrate",
+            "sensitivity",
+            *steps,
+        )
     yield workspace
 
 
@@ -236,18 +286,33 @@ def workspace(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def outputs(workspace: Path) -> dict[str, str]:
-    return {path: one for path, one in tree(workspace / "build").items() if path.split("/")[0] in ("distil", "training")}
+    return {
+        path: one
+        for path, one in tree(workspace / "build").items()
+        if path.split("/")[0] in ("distil", "training")
+    }
 
 
 def test_a_kept_result_takes_the_place_of_the_pruned_checkpoint(workspace: Path) -> None:
     """What is measured and exported is the trained checkpoint, of the same zeros."""
-    build("distil trained", "evaluate dense", "evaluate trained", "tasks dense", "tasks trained", "export trained")
+    build(
+        "distil trained",
+        "evaluate dense",
+        "evaluate trained",
+        "tasks dense",
+        "tasks trained",
+        "export trained",
+    )
     facts = load_artifact(workspace / "build/training/trained.json")
     assert facts["kept"] and facts["held_out_after"] < facts["held_out_before"]
     assert facts["steps"] == len(facts["curve"]) == 3 * math.ceil(facts["rows"] / 4)
     trained, pruned, exported = (
         all_tensors(workspace / path)
-        for path in ("build/distil/trained/checkpoint", "build/prune/trained/checkpoint", "build/export/trained/dense")
+        for path in (
+            "build/distil/trained/checkpoint",
+            "build/prune/trained/checkpoint",
+            "build/export/trained/dense",
+        )
     )
     assert trained.keys() == pruned.keys() == exported.keys()
     assert all(torch.equal(tensor, exported[name]) for name, tensor in trained.items())
@@ -265,7 +330,9 @@ def test_a_kept_result_takes_the_place_of_the_pruned_checkpoint(workspace: Path)
 
 
 def test_the_gate_refuses_a_result_that_is_worse(workspace: Path) -> None:
-    """Far too high a rate. The pruned checkpoint is measured; oracle: a variant that is pruned alike and not trained."""
+    """Far too high a rate. The pruned checkpoint is measured; oracle: a variant that is pruned
+    alike and not trained.
+    """
     change_params(workspace, "variants.trained.distil.rate", 5.0)
     result = invoke("distil", "trained")
     assert result.exit_code == 0 and "not kept, the pruned checkpoint stands" in result.output, result.output
@@ -288,7 +355,9 @@ def test_training_that_diverges_ends_early_and_is_not_kept(workspace: Path) -> N
 def test_a_killed_run_goes_on_and_writes_the_same_bytes(
     ready: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch, damage: bool
 ) -> None:
-    """Stopped after three of six steps; once with the state damaged since, which is told. Oracle: an undisturbed run."""
+    """Stopped after three of six steps; once with the state damaged since, which is told. Oracle:
+    an undisturbed run.
+    """
     undisturbed = Path(shutil.copytree(ready, workspace.parent / "undisturbed" / "project"))
     with monkeypatch.context() as patch:
         patch.chdir(undisturbed)
@@ -306,7 +375,9 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(scratch(workspace)))
     result = invoke("distil", "trained")
     assert result.exit_code == 0, result.output
-    assert ("what was kept of step 3 is damaged" if damage else "resuming after 3 of 6 steps") in result.output
+    assert (
+        "what was kept of step 3 is damaged" if damage else "resuming after 3 of 6 steps"
+    ) in result.output
     assert outputs(workspace) == outputs(undisturbed)
     assert not tree(scratch(workspace))
 
@@ -333,19 +404,26 @@ def test_without_held_out_rows_the_fitting_rows_decide(workspace: Path) -> None:
     change_params(workspace, "texts.calibration.held_out", 0)
     build("text calibration")
     result = invoke("distil", "trained")
-    assert result.exit_code == 0 and "the fitting rows themselves decide what is kept" in result.output, result.output
+    assert result.exit_code == 0 and "the fitting rows themselves decide what is kept" in result.output, (
+        result.output
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"quantization": {"bits": 4}, "distil": {}}, ("variants.trained is quantised", "take its section `distil` out")),
+        (
+            {"quantization": {"bits": 4}, "distil": {}},
+            ("variants.trained is quantised", "take its section `distil` out"),
+        ),
         ({"distil": {"beta2": 0.999, "state_dtype": "bfloat16"}}, ("beta2", "give beta2 0.99 or less")),
         ({"distil": {"rates": 1}}, ("variants.trained.distil.rates is not a known key",)),
         ({"distil": {"warmup": 1}}, ("variants.trained.distil.warmup = 1 ",)),
     ],
 )
-def test_what_cannot_be_trained_is_refused_by_a_sentence(workspace: Path, change: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_what_cannot_be_trained_is_refused_by_a_sentence(
+    workspace: Path, change: dict[str, Any], words: tuple[str, ...]
+) -> None:
     change_params(workspace, "variants.trained", {**WANDA, **change})
     with pytest.raises(SparselineError) as told:
         read_variant("trained")
@@ -357,12 +435,17 @@ def test_what_cannot_be_trained_is_refused_by_a_sentence(workspace: Path, change
 def test_the_preset_is_best_and_training() -> None:
     """Oracle: the shipped recipes."""
     shipped = read_all(Path(__file__).parent.parent / "params.yaml")
-    assert shipped["distilled"].recipe == shipped["best"].recipe and shipped["distilled"].measured == shipped["best"].measured
+    assert (
+        shipped["distilled"].recipe == shipped["best"].recipe
+        and shipped["distilled"].measured == shipped["best"].measured
+    )
     assert [name for name, variant in shipped.items() if variant.distil is not None] == ["distilled"]
 
 
 def test_the_embedded_model_gains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real, if small, language model: held-out divergence falls in 24 steps. The params are the shipped ones, but for epochs."""
+    """A real, if small, language model: held-out divergence falls in 24 steps. The params are the
+    shipped ones, but for epochs.
+    """
     root = Path(__file__).parent.parent
     source = open_checkpoint(root / "data/tiny-llama")
     left = make_pruned(tmp_path / "pruned", source)
@@ -381,5 +464,7 @@ def test_the_embedded_model_gains(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def tokens(root: Path, text: str) -> list[list[int]]:
     """28 rows of 64 tokens."""
-    ids = load_tokenizer(root / "data/tiny-llama", open_checkpoint(root / "data/tiny-llama").vocabulary)(text)["input_ids"]
+    ids = load_tokenizer(root / "data/tiny-llama", open_checkpoint(root / "data/tiny-llama").vocabulary)(
+        text
+    )["input_ids"]
     return [ids[start : start + 64] for start in range(0, 28 * 64, 64)]

@@ -41,15 +41,24 @@ def templates() -> frozenset[Template]:
 
 
 def says(template: Template, text: str, cut: bool) -> bool:
-    """Whether the template gives the text, or, if it is cut, something that begins so; some of the template's own text must be in it."""
-    pattern = "".join(".*?" if piece is None else regex.escape(piece, literal_spaces=True) for piece in template)
+    """Whether the template gives the text, or, if it is cut, something that begins so; some of the
+    template's own text must be in it.
+    """
+    pattern = "".join(
+        ".*?" if piece is None else regex.escape(piece, literal_spaces=True) for piece in template
+    )
     own = [piece for piece in template if piece and len(piece) >= SHORTEST]
-    seen = any(piece in text or any(text.endswith(piece[:end]) for end in range(SHORTEST, len(piece))) for piece in own)
+    seen = any(
+        piece in text or any(text.endswith(piece[:end]) for end in range(SHORTEST, len(piece)))
+        for piece in own
+    )
     return seen and regex.fullmatch(pattern, text, partial=cut) is not None
 
 
 def exists(message: str) -> bool:
-    """Whether the code has the message. An ellipsis at the end cuts it, one before the end stands for a value."""
+    """Whether the code has the message. An ellipsis at the end cuts it, one before the end stands
+    for a value.
+    """
     text = message.removeprefix("error: ")
     cut = text.endswith("…")
     text = text.removesuffix("…").rstrip() if cut else text

@@ -1,4 +1,6 @@
-"""Perplexity, tasks and completions against independent computations, on tiny models with a byte tokenizer."""
+"""Perplexity, tasks and completions against independent computations, on tiny models with a byte
+tokenizer.
+"""
 
 import importlib.util
 import json
@@ -36,16 +38,32 @@ MADE_WITH = "3.11.7"  # as data/tasks/*.yaml say
 def tokenizer() -> PreTrainedTokenizerFast:
     """End of text = 0, then one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={"<|endoftext|>": 0} | {c: i for i, c in enumerate(alphabet, 1)}, merges=[]))
+    made = Tokenizer(
+        models.BPE(vocab={"<|endoftext|>": 0} | {c: i for i, c in enumerate(alphabet, 1)}, merges=[])
+    )
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
 
 
 def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    rest = {"vocab_size": 257, "max_position_embeddings": 1024, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    rest = {
+        "vocab_size": 257,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     return LlamaForCausalLM(LlamaConfig(**(sizes | rest | changes))).eval()
 
 
@@ -75,7 +93,9 @@ def test_perplexity_is_that_of_a_token_by_token_sum(rows: torch.Tensor) -> None:
         likely = torch.log_softmax(model(input_ids=row[None]).logits[0].detach().double(), dim=-1)
         losses += [-float(likely[i, row[i + 1]]) for i in range(len(row) - 1)]
     assert len(losses) == 7 * 23
-    assert perplexity(model, rows, batch_rows=3) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert perplexity(model, rows, batch_rows=3) == pytest.approx(
+        math.exp(sum(losses) / len(losses)), rel=1e-5
+    )
 
 
 def test_perplexity_of_a_model_that_knows_nothing_is_the_vocabulary(rows: torch.Tensor) -> None:
@@ -87,7 +107,9 @@ def test_perplexity_of_a_model_that_knows_nothing_is_the_vocabulary(rows: torch.
 def test_perplexity_does_not_depend_on_the_batch_size(rows: torch.Tensor) -> None:
     model = tiny_llama()
     whole = perplexity(model, rows, batch_rows=7)
-    assert [perplexity(model, rows, batch_rows=n) for n in (1, 2, 100)] == pytest.approx([whole] * 3, rel=1e-6)
+    assert [perplexity(model, rows, batch_rows=n) for n in (1, 2, 100)] == pytest.approx(
+        [whole] * 3, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -120,12 +142,19 @@ def test_perplexity_needs_something_to_predict(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_divergence_is_that_of_both_models_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    """Oracle: all logits of both models in float64, the definitions written out. In pieces of five tokens of 11; all rows at once, and two by two."""
+def test_divergence_is_that_of_both_models_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Oracle: all logits of both models in float64, the definitions written out. In pieces of five
+    tokens of 11; all rows at once, and two by two.
+    """
     monkeypatch.setattr(divergence, "HEAD_TOKENS", 5)
     paths = [make_model(tmp_path / name, family, seed=seed) for name, seed in (("dense", 0), ("own", 1))]
     rows = token_rows(5, 12)
-    dense, own = (load_full(path)(input_ids=rows, use_cache=False).logits[:, :-1].double().log_softmax(-1) for path in paths)
+    dense, own = (
+        load_full(path)(input_ids=rows, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+        for path in paths
+    )
     forward, reverse = ((p.exp() * (p - q)).sum(-1).flatten() for p, q in ((dense, own), (own, dense)))
     expected = {
         "kl": float(forward.mean()),
@@ -142,7 +171,9 @@ def test_divergence_is_that_of_both_models_in_memory(tmp_path: Path, monkeypatch
         source = Dense(open_checkpoint(paths[0]), torch.float32, torch.device("cpu"))
         logits = source.logits(rows, 2, lambda blocks: read.extend(blocks) or blocks)
         compared = Divergence(logits, reverse=True)
-        assert perplexity(load_full(paths[1]), rows, 2, see=compared.add) == perplexity(load_full(paths[1]), rows, 2)
+        assert perplexity(load_full(paths[1]), rows, 2, see=compared.add) == perplexity(
+            load_full(paths[1]), rows, 2
+        )
         assert next(logits, None) is None
         return compared.summary(), read
 
@@ -156,10 +187,15 @@ def test_divergence_is_that_of_both_models_in_memory(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_model_does_not_diverge_from_itself(tmp_path: Path, family: str, dtype: str) -> None:
-    """The blocks' way gives the logits of the whole model, but for rounding of float32. No reverse where none is asked for."""
+    """The blocks' way gives the logits of the whole model, but for rounding of float32. No reverse
+    where none is asked for.
+    """
     path = make_model(tmp_path, family, dtype=getattr(torch, dtype))
     rows = token_rows(3, 12)
-    compared = Divergence(Dense(open_checkpoint(path), getattr(torch, dtype), torch.device("cpu")).logits(rows, 2), reverse=False)
+    compared = Divergence(
+        Dense(open_checkpoint(path), getattr(torch, dtype), torch.device("cpu")).logits(rows, 2),
+        reverse=False,
+    )
     perplexity(load_full(path, getattr(torch, dtype)), rows, 2, see=compared.add)
     found = compared.summary()
     assert set(found) == {"kl", "kl_99", "agreement"}
@@ -167,7 +203,9 @@ def test_a_model_does_not_diverge_from_itself(tmp_path: Path, family: str, dtype
 
 
 def test_a_known_divergence() -> None:
-    """Oracle: arithmetic. Half against a quarter and three quarters: ½ ln 2 + ½ ln ⅔; the same token where both agree on the second of two."""
+    """Oracle: arithmetic. Half against a quarter and three quarters: ½ ln 2 + ½ ln ⅔; the same
+    token where both agree on the second of two.
+    """
     dense = torch.tensor([[0.5, 0.5], [0.25, 0.75], [0.25, 0.75]]).log()
     own = torch.tensor([[0.25, 0.75], [0.25, 0.75], [0.75, 0.25]]).log()
     compared = Divergence(iter([dense[:2], dense[2:]]), reverse=True)
@@ -176,7 +214,9 @@ def test_a_known_divergence() -> None:
     kl = [0.5 * math.log(2) + 0.5 * math.log(2 / 3), 0.0, 0.5 * math.log(3)]
     assert found["kl"] == pytest.approx(sum(kl) / 3, rel=1e-5)
     assert found["kl_99"] == pytest.approx(kl[2], rel=1e-5)
-    assert found["reverse_kl"] == pytest.approx((0.25 * math.log(0.5) + 0.75 * math.log(1.5) + kl[2]) / 3, rel=1e-5)
+    assert found["reverse_kl"] == pytest.approx(
+        (0.25 * math.log(0.5) + 0.75 * math.log(1.5) + kl[2]) / 3, rel=1e-5
+    )
     assert found["agreement"] == pytest.approx(1 / 3)  # the first of equals is the most likely one
 
 
@@ -206,8 +246,12 @@ def test_a_completion_stops_at_the_end_of_text(tokenizer: PreTrainedTokenizerFas
     assert complete(repeater(), tokenizer, ended, shorter) == [{"prompt": "abc", "completion": "ccc"}]
 
 
-@pytest.mark.parametrize(("change", "problem"), [({"count": 8}, "text 'test' has 7"), ({"new_tokens": 2000}, "1024 positions")])
-def test_completions_that_do_not_fit(tokenizer: PreTrainedTokenizerFast, rows: torch.Tensor, change: dict[str, int], problem: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "problem"), [({"count": 8}, "text 'test' has 7"), ({"new_tokens": 2000}, "1024 positions")]
+)
+def test_completions_that_do_not_fit(
+    tokenizer: PreTrainedTokenizerFast, rows: torch.Tensor, change: dict[str, int], problem: str
+) -> None:
     with pytest.raises(SparselineError, match=problem):
         complete(tiny_llama(), tokenizer, rows, COMPLETIONS.model_copy(update=change))
 
@@ -220,7 +264,10 @@ def test_no_completions(tokenizer: PreTrainedTokenizerFast, rows: torch.Tensor) 
 
 
 def items(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (ROOT / "data/tasks" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (ROOT / "data/tasks" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def squeezed(source: str) -> list[str]:
@@ -231,14 +278,20 @@ def read(module: str) -> str:
     return (STDLIB / module).read_text(encoding="utf-8")
 
 
-made_here = pytest.mark.skipif(platform.python_version() != MADE_WITH, reason=f"the items are from the library of Python {MADE_WITH}")
+made_here = pytest.mark.skipif(
+    platform.python_version() != MADE_WITH, reason=f"the items are from the library of Python {MADE_WITH}"
+)
 
 
-@pytest.mark.parametrize(("name", "texts", "count"), [("next_line", "choices", 4), ("corrupted", "programs", 2)])
+@pytest.mark.parametrize(
+    ("name", "texts", "count"), [("next_line", "choices", 4), ("corrupted", "programs", 2)]
+)
 def test_items_have_one_gold_among_distinct_texts(name: str, texts: str, count: int) -> None:
     made = items(name)
     assert len(made) == 200
-    assert all(len(set(item[texts])) == len(item[texts]) == count and item["gold"] in range(count) for item in made)
+    assert all(
+        len(set(item[texts])) == len(item[texts]) == count and item["gold"] in range(count) for item in made
+    )
     assert len({item.get("context", "") + item[texts][item["gold"]] for item in made}) == 200
     places = [sum(item["gold"] == place for item in made) for place in range(count)]
     assert min(places) > 200 / count - 3 * math.sqrt(200 / count)  # gold stands anywhere
@@ -257,7 +310,9 @@ def test_neither_length_nor_indentation_gives_the_answer_away() -> None:
 @made_here
 def test_every_text_is_from_held_out_test_modules_only() -> None:
     lists = json.loads((ROOT / "data/held_out.json").read_text(encoding="utf-8"))
-    seen_elsewhere = "\n".join(squeezed("\n".join(read(m) for m in lists["calibration"] + lists["validation"])))
+    seen_elsewhere = "\n".join(
+        squeezed("\n".join(read(m) for m in lists["calibration"] + lists["validation"]))
+    )
     lines = {module: set(squeezed(read(module))) for module in lists["test"]}
     made = [(item["module"], item["context"], item["choices"]) for item in items("next_line")]
     made += [(item["module"], item["programs"][item["gold"]], []) for item in items("corrupted")]
@@ -298,15 +353,27 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def params(path: str | Path = "data/tasks", batch_rows: int = 4, **changes: Any) -> tuple[TasksParams, Preset]:
-    preset = {"names": ["next_line", "corrupted"], "limit": 8, "shots": 0, "seed": 0, "chat_template": False, "system": None}
+def params(
+    path: str | Path = "data/tasks", batch_rows: int = 4, **changes: Any
+) -> tuple[TasksParams, Preset]:
+    preset = {
+        "names": ["next_line", "corrupted"],
+        "limit": 8,
+        "shots": 0,
+        "seed": 0,
+        "chat_template": False,
+        "system": None,
+    }
     how = {"path": path, "compute_dtype": "float32", "batch_rows": batch_rows}
     return TasksParams.model_validate(how), Preset.model_validate(preset | changes)
 
 
 @pytest.mark.usefixtures("at_root")
 def test_embedded_tasks_run_offline_and_repeat(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     import datasets
 
@@ -314,9 +381,13 @@ def test_embedded_tasks_run_offline_and_repeat(
     found = run_tasks(tiny_llama(), tokenizer, *params())
     tasks = found.tasks
     assert list(tasks) == ["corrupted", "next_line"] and not found.warnings
-    assert all(0 <= values["metrics"]["acc"][name] <= 1 for values in tasks.values() for name in ("value", "stderr"))
+    assert all(
+        0 <= values["metrics"]["acc"][name] <= 1 for values in tasks.values() for name in ("value", "stderr")
+    )
     assert (tasks["next_line"]["chance"], tasks["corrupted"]["chance"]) == (0.25, 0.5)
-    assert all((values["items"], values["of"], values["truncated"]) == (8, 200, 0) for values in tasks.values())
+    assert all(
+        (values["items"], values["of"], values["truncated"]) == (8, 200, 0) for values in tasks.values()
+    )
     assert run_tasks(tiny_llama(), tokenizer, *params()) == found
     assert run_tasks(tiny_llama(), tokenizer, *params(batch_rows=16)) == found
     assert not (tmp_path / "cache").exists() and Path(datasets.config.HF_DATASETS_CACHE).parent == tmp_path
@@ -329,7 +400,9 @@ def local_task(folder: Path, golds: list[int], **changes: Any) -> None:
     texts = ["aab", "xyz", "foo", "bar"]
     choices = [["b", "c"], ["q", "z"], ["o", "f"], ["b", "r"]]
     records = [{"context": t, "choices": c, "gold": g} for t, c, g in zip(texts, choices, golds, strict=True)]
-    (folder / "letters.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    (folder / "letters.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+    )
     task = {
         "task": "letters",
         "dataset_path": "json",
@@ -347,12 +420,16 @@ def local_task(folder: Path, golds: list[int], **changes: Any) -> None:
 
 
 @pytest.mark.usefixtures("at_root")
-def test_a_known_rule_gives_known_answers_and_data_is_never_stale(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_known_rule_gives_known_answers_and_data_is_never_stale(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     local = params(path=tmp_path, names=["letters"], limit=None)
     local_task(tmp_path, [0, 1, 0, 1])
     counts = {"items": 4, "of": 4, "truncated": 0}
     metrics = {"acc": {"value": 1.0, "stderr": 0.0}}
-    assert run_tasks(repeater(), tokenizer, *local).tasks == {"letters": {"metrics": metrics, "chance": 0.5} | counts}
+    assert run_tasks(repeater(), tokenizer, *local).tasks == {
+        "letters": {"metrics": metrics, "chance": 0.5} | counts
+    }
     local_task(tmp_path, [0, 1, 0, 0])  # same names, same size
     found = run_tasks(repeater(), tokenizer, *local).tasks["letters"]["metrics"]["acc"]
     assert found["value"] == 0.75 and found["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
@@ -361,16 +438,25 @@ def test_a_known_rule_gives_known_answers_and_data_is_never_stale(tokenizer: Pre
 @pytest.mark.usefixtures("at_root")
 def test_chance_may_be_stated(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     local_task(tmp_path, [0, 1, 0, 1], metadata={"version": 1.0, "chance": 0.125})
-    assert run_tasks(repeater(), tokenizer, *params(path=tmp_path, names=["letters"])).tasks["letters"]["chance"] == 0.125
+    assert (
+        run_tasks(repeater(), tokenizer, *params(path=tmp_path, names=["letters"])).tasks["letters"]["chance"]
+        == 0.125
+    )
 
 
 @pytest.mark.usefixtures("at_root")
-def test_an_unknown_task_names_the_local_ones(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_task_names_the_local_ones(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import lm_eval.tasks
 
     everything = lm_eval.tasks.TaskManager
-    quick = lambda include_path, include_defaults: everything(include_path=include_path, include_defaults=False)  # noqa: E731
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", quick)  # without lm-eval's own thousands: ten seconds
+
+    def quick(include_path: Any, include_defaults: bool) -> Any:
+        """Without lm-eval's own thousands, which take ten seconds."""
+        return everything(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", quick)
     with pytest.raises(SparselineError, match=r"'next_lime'.*corrupted, next_line"):
         run_tasks(tiny_llama(), tokenizer, *params(names=["next_lime"]))
 
@@ -379,7 +465,9 @@ def test_an_unknown_task_names_the_local_ones(tokenizer: PreTrainedTokenizerFast
 def test_tasks_that_cannot_be_used(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     local = params(path=tmp_path, names=["letters"])
     local_task(tmp_path, [0, 1, 0, 1], metric_list=[{"metric": "brier_score"}])
-    with pytest.raises(SparselineError, match="nothing that is known here, only: brier_score; known are: acc, exact_match"):
+    with pytest.raises(
+        SparselineError, match="nothing that is known here, only: brier_score; known are: acc, exact_match"
+    ):
         run_tasks(repeater(), tokenizer, *local)
     local_task(tmp_path, [0, 1, 0, 1])
     (tmp_path / "letters.jsonl").unlink()
@@ -399,18 +487,31 @@ def test_data_outside_the_folder_are_told(tokenizer: PreTrainedTokenizerFast, tm
     (folder / "link.jsonl").symlink_to(tmp_path / "else" / "letters.jsonl")
     local = params(path=folder, names=["letters"], limit=None)
     reads = lambda **options: local_task(folder, [0, 1, 0, 1], dataset_kwargs=options)  # noqa: E731
-    for name in (tmp_path / "else" / "letters.jsonl", folder / ".." / "else" / "letters.jsonl", folder / "link" / "letters.jsonl"):
+    for name in (
+        tmp_path / "else" / "letters.jsonl",
+        folder / ".." / "else" / "letters.jsonl",
+        folder / "link" / "letters.jsonl",
+    ):
         for files in ({"test": str(name)}, {"test": [str(folder / "letters.jsonl"), str(name)]}):
             reads(data_files=files)
-            with pytest.raises(SparselineError, match=r"The task letters reads .*, which is outside .*tasks \(tasks\.path\)"):
+            with pytest.raises(
+                SparselineError, match=r"The task letters reads .*, which is outside .*tasks \(tasks\.path\)"
+            ):
                 run_tasks(repeater(), tokenizer, *local)
     reads(data_files={"test": str(folder / "link.jsonl")})
     assert run_tasks(repeater(), tokenizer, *local).tasks["letters"]["metrics"]["acc"]["value"] == 1.0
-    local_task(folder, [0, 1, 0, 1], dataset_path=str(tmp_path / "else"), dataset_kwargs={"data_files": {"test": "letters.jsonl"}})
+    local_task(
+        folder,
+        [0, 1, 0, 1],
+        dataset_path=str(tmp_path / "else"),
+        dataset_kwargs={"data_files": {"test": "letters.jsonl"}},
+    )
     with pytest.raises(SparselineError, match=r"The task letters reads .*else, which is outside"):
         run_tasks(repeater(), tokenizer, *local)
     local_task(folder, [0, 1, 0, 1], include="../else/base.yaml")
-    with pytest.raises(SparselineError, match=r"letters\.yaml: include: \.\./else/base\.yaml, which is outside"):
+    with pytest.raises(
+        SparselineError, match=r"letters\.yaml: include: \.\./else/base\.yaml, which is outside"
+    ):
         run_tasks(repeater(), tokenizer, *local)
 
 
@@ -419,31 +520,49 @@ def test_data_outside_the_folder_are_told(tokenizer: PreTrainedTokenizerFast, tm
 def test_gemmas_requests_begin_with_the_start_token(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model_type: str, begun: bool
 ) -> None:
-    """As its rows do, though this tokenizer adds none by itself. Oracle: the token ids that the model is given."""
+    """As its rows do, though this tokenizer adds none by itself. Oracle: the token ids that the
+    model is given.
+    """
     model, seen = repeater(), []
     model.config.model_type = model_type
     model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs.get("input_ids", args[0] if args else None)), with_kwargs=True
+        lambda _, args, kwargs: seen.append(kwargs.get("input_ids", args[0] if args else None)),
+        with_kwargs=True,
     )
     local_task(tmp_path, [0, 1, 0, 1])
-    found = run_tasks(model, tokenizer, *params(path=tmp_path, names=["letters"], limit=None)).tasks["letters"]
+    found = run_tasks(model, tokenizer, *params(path=tmp_path, names=["letters"], limit=None)).tasks[
+        "letters"
+    ]
     assert found["metrics"]["acc"]["value"] == 1.0
     assert seen and all((batch[:, 0] == 0).all().item() is begun for batch in seen)
 
 
-def test_what_does_not_fit_the_window_is_counted_item_by_item(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Contexts of 5, 300 and 6 bytes, continuations of one: in a window of 16 one item of three is cut. Warnings of it are not told again.
+def test_what_does_not_fit_the_window_is_counted_item_by_item(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Contexts of 5, 300 and 6 bytes, continuations of one: in a window of 16 one item of three is
+    cut. Warnings of it are not told again.
 
     A local word of lm-eval's, that the metric's direction is not stated, is.
     """
     local_task(tmp_path, [0, 1, 0, 1], metric_list=[{"metric": "acc", "aggregation": "mean"}])
     records = [{"context": "x" * size, "choices": ["a", "b"], "gold": 0} for size in (5, 300, 6)]
-    (tmp_path / "letters.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    found = run_tasks(tiny_llama(max_position_embeddings=16), tokenizer, *params(path=tmp_path, names=["letters"]))
-    assert (found.tasks["letters"]["items"], found.tasks["letters"]["of"], found.tasks["letters"]["truncated"]) == (3, 3, 1)
+    (tmp_path / "letters.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+    )
+    found = run_tasks(
+        tiny_llama(max_position_embeddings=16), tokenizer, *params(path=tmp_path, names=["letters"])
+    )
+    assert (
+        found.tasks["letters"]["items"],
+        found.tasks["letters"]["of"],
+        found.tasks["letters"]["truncated"],
+    ) == (3, 3, 1)
     (warning,) = found.warnings
     assert "higher_is_better is not" in warning
-    fits = run_tasks(tiny_llama(max_position_embeddings=300), tokenizer, *params(path=tmp_path, names=["letters"]))
+    fits = run_tasks(
+        tiny_llama(max_position_embeddings=300), tokenizer, *params(path=tmp_path, names=["letters"])
+    )
     assert fits.tasks["letters"]["truncated"] == 0
 
 
@@ -459,7 +578,9 @@ def test_answers_that_mean_nothing_are_refused(tokenizer: PreTrainedTokenizerFas
         run_tasks(broken, tokenizer, *local)
     record = {"context": "x", "choices": ["a" * 40, "b"], "gold": 0}
     (tmp_path / "letters.jsonl").write_text(2 * (json.dumps(record) + "\n"), encoding="utf-8")
-    with pytest.raises(SparselineError, match="letters has a continuation of 40 tokens, more than the model's window of 16"):
+    with pytest.raises(
+        SparselineError, match="letters has a continuation of 40 tokens, more than the model's window of 16"
+    ):
         run_tasks(tiny_llama(max_position_embeddings=16), tokenizer, *local)
     (tmp_path / "letters.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     with pytest.raises(SparselineError, match="letters has fewer than two items"):
@@ -478,22 +599,41 @@ def test_requests_are_as_long_as_their_texts(tokenizer: PreTrainedTokenizerFast,
 
 def written_task(folder: Path, records: list[dict[str, Any]], **task: Any) -> None:
     """A task that generates, or that asks how likely a text is."""
-    (folder / "written.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "written.jsonl")}}, "test_split": "test"}
-    (folder / "written.yaml").write_text(json.dumps({"task": "written", "num_fewshot": 0} | data | task), encoding="utf-8")
+    (folder / "written.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+    )
+    data = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "written.jsonl")}},
+        "test_split": "test",
+    }
+    (folder / "written.yaml").write_text(
+        json.dumps({"task": "written", "num_fewshot": 0} | data | task), encoding="utf-8"
+    )
 
 
 @pytest.mark.usefixtures("at_root")
-def test_accuracy_normalised_by_length_stands_beside_accuracy(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Oracle: likelihoods of the choices from the model's logits: their largest sum, and the largest per byte. Chosen so that both differ."""
+def test_accuracy_normalised_by_length_stands_beside_accuracy(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Oracle: likelihoods of the choices from the model's logits: their largest sum, and the
+    largest per byte. Chosen so that both differ.
+    """
     model, words = tiny_llama(), ["a", "bcdefgh"]
     local_task(
         tmp_path,
         [0, 1, 0, 1],
-        metric_list=[{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
+        metric_list=[
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+        ],
     )
-    records = [{"context": context, "choices": words, "gold": gold} for context, gold in zip("pqrstuvw", [0, 1] * 4, strict=True)]
-    (tmp_path / "letters.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    records = [
+        {"context": context, "choices": words, "gold": gold}
+        for context, gold in zip("pqrstuvw", [0, 1] * 4, strict=True)
+    ]
+    (tmp_path / "letters.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+    )
     right: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
     for record in records:
         sums = []
@@ -504,7 +644,9 @@ def test_accuracy_normalised_by_length_stands_beside_accuracy(tokenizer: PreTrai
         right["acc"].append(sums.index(max(sums)) == record["gold"])
         each = [total / len(word) for total, word in zip(sums, words, strict=True)]
         right["acc_norm"].append(each.index(max(each)) == record["gold"])
-    found = run_tasks(model, tokenizer, *params(path=tmp_path, names=["letters"], limit=None)).tasks["letters"]["metrics"]
+    found = run_tasks(model, tokenizer, *params(path=tmp_path, names=["letters"], limit=None)).tasks[
+        "letters"
+    ]["metrics"]
     assert right["acc"] != right["acc_norm"]
     for name, answers in right.items():
         share = sum(answers) / 8
@@ -515,17 +657,30 @@ def test_accuracy_normalised_by_length_stands_beside_accuracy(tokenizer: PreTrai
 def test_exact_match_is_of_what_the_model_writes(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The repeater writes the last letter three times: two of three answers are right; by the filter of the task's first letter, all."""
-    records = [{"question": "say x", "answer": "xxx"}, {"question": "say y", "answer": "yyy"}, {"question": "say z", "answer": "z"}]
+    """The repeater writes the last letter three times: two of three answers are right; by the
+    filter of the task's first letter, all.
+    """
+    records = [
+        {"question": "say x", "answer": "xxx"},
+        {"question": "say y", "answer": "yyy"},
+        {"question": "say z", "answer": "z"},
+    ]
     first = [{"function": "regex", "regex_pattern": "(.)"}, {"function": "take_first"}]
     same = [{"function": "take_first"}]
     options = {"until": ["\n"], "max_gen_toks": 3, "do_sample": False}
     metrics = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
-    written = {"output_type": "generate_until", "doc_to_text": "question", "doc_to_target": "answer", "generation_kwargs": options}
+    written = {
+        "output_type": "generate_until",
+        "doc_to_text": "question",
+        "doc_to_target": "answer",
+        "generation_kwargs": options,
+    }
     written_task(tmp_path, records, **written, metric_list=metrics)
     asked = params(path=tmp_path, names=["written"], limit=None)
     found = run_tasks(repeater(), tokenizer, *asked).tasks["written"]
-    assert found["metrics"] == {"exact_match": {"value": pytest.approx(2 / 3), "stderr": pytest.approx(1 / 3)}}
+    assert found["metrics"] == {
+        "exact_match": {"value": pytest.approx(2 / 3), "stderr": pytest.approx(1 / 3)}
+    }
     assert (found["chance"], found["items"], found["truncated"]) == (None, 3, 0)
     filters = [{"name": "whole", "filter": same}, {"name": "first", "filter": first}]
     written_task(tmp_path, records, **written, metric_list=metrics, filter_list=filters)
@@ -539,7 +694,9 @@ def test_exact_match_is_of_what_the_model_writes(
 
 @pytest.mark.usefixtures("at_root")
 def test_perplexity_of_texts(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Oracle: the model's own logits after the start token, by words and by bytes; nothing is cut, but read in windows."""
+    """Oracle: the model's own logits after the start token, by words and by bytes; nothing is cut,
+    but read in windows.
+    """
     texts, model = ["one two three", "four five"], tiny_llama()
     names = ("word_perplexity", "byte_perplexity", "bits_per_byte")
     written_task(
@@ -550,7 +707,9 @@ def test_perplexity_of_texts(tokenizer: PreTrainedTokenizerFast, tmp_path: Path)
         doc_to_target="text",
         metric_list=[{"metric": name} for name in names],
     )
-    found = run_tasks(model, tokenizer, *params(path=tmp_path, names=["written"], limit=None)).tasks["written"]
+    found = run_tasks(model, tokenizer, *params(path=tmp_path, names=["written"], limit=None)).tasks[
+        "written"
+    ]
     total = 0.0
     for text in texts:
         ids = torch.tensor([0, *tokenizer.encode(text)])
@@ -564,9 +723,11 @@ def test_perplexity_of_texts(tokenizer: PreTrainedTokenizerFast, tmp_path: Path)
     assert {name: one["value"] for name, one in found["metrics"].items()} == pytest.approx(expected, rel=1e-4)
     assert list(found["metrics"]) == list(names)
     assert all(one["stderr"] is None for one in found["metrics"].values()) and found["truncated"] == 0
-    short = run_tasks(tiny_llama(max_position_embeddings=6), tokenizer, *params(path=tmp_path, names=["written"], limit=None)).tasks[
-        "written"
-    ]
+    short = run_tasks(
+        tiny_llama(max_position_embeddings=6),
+        tokenizer,
+        *params(path=tmp_path, names=["written"], limit=None),
+    ).tasks["written"]
     assert short["truncated"] == 0 and short["metrics"]["word_perplexity"]["value"] > 1
 
 
@@ -574,9 +735,14 @@ def test_perplexity_of_texts(tokenizer: PreTrainedTokenizerFast, tmp_path: Path)
 def test_the_perplexity_of_targets_has_an_error(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As LAMBADA: oracle: the targets' likelihoods from the model's logits. Its error is resampled in this process, without a word."""
+    """As LAMBADA: oracle: the targets' likelihoods from the model's logits. Its error is resampled
+    in this process, without a word.
+    """
     model, records = tiny_llama(), [{"text": text} for text in ("ab", "cd", "ef", "gh")]
-    metrics = [{"metric": "perplexity", "aggregation": "perplexity"}, {"metric": "acc", "aggregation": "mean"}]
+    metrics = [
+        {"metric": "perplexity", "aggregation": "perplexity"},
+        {"metric": "acc", "aggregation": "mean"},
+    ]
     written_task(
         tmp_path,
         records,
@@ -586,11 +752,15 @@ def test_the_perplexity_of_targets_has_an_error(
         target_delimiter="",
         metric_list=[one | {"higher_is_better": one["metric"] == "acc"} for one in metrics],
     )
-    found = run_tasks(model, tokenizer, *params(path=tmp_path, names=["written"], limit=None)).tasks["written"]["metrics"]
+    found = run_tasks(model, tokenizer, *params(path=tmp_path, names=["written"], limit=None)).tasks[
+        "written"
+    ]["metrics"]
     likely = []
     for record in records:
         before, after = tokenizer.encode(record["text"])
-        likely.append(float(model(input_ids=torch.tensor([[before]])).logits[0, -1].detach().log_softmax(-1)[after]))
+        likely.append(
+            float(model(input_ids=torch.tensor([[before]])).logits[0, -1].detach().log_softmax(-1)[after])
+        )
     assert list(found) == ["acc", "perplexity"]
     assert found["perplexity"]["value"] == pytest.approx(math.exp(-sum(likely) / 4), rel=1e-4)
     assert found["perplexity"]["stderr"] > 0
@@ -598,13 +768,24 @@ def test_the_perplexity_of_targets_has_an_error(
 
 
 @pytest.mark.usefixtures("at_root")
-def test_prompts_as_chats(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the template, rendered by hand. Examples are turns of their own; what comes before every prompt is the system's message."""
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+def test_prompts_as_chats(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the template, rendered by hand. Examples are turns of their own; what comes before
+    every prompt is the system's message.
+    """
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt"
+        " %}<assistant>{% endif %}"
+    )
     local_task(tmp_path, [0, 1, 0, 1])
     seen: list[str] = []
     encode = tokenizer.__class__.encode
-    monkeypatch.setattr(tokenizer.__class__, "encode", lambda self, text, **how: [seen.append(text), encode(self, text, **how)][1])
+    monkeypatch.setattr(
+        tokenizer.__class__,
+        "encode",
+        lambda self, text, **how: [seen.append(text), encode(self, text, **how)][1],
+    )
 
     def asked(**changes: Any) -> set[str]:
         """Prompts, choices aside."""
@@ -612,13 +793,21 @@ def test_prompts_as_chats(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, mo
         run_tasks(repeater(), tokenizer, *params(path=tmp_path, names=["letters"], limit=None, **changes))
         return {text for text in seen if len(text) > 1 and text[:-1] not in seen}
 
-    with pytest.raises(SparselineError, match="letters has chat_template: true, but the model's tokenizer has no chat template"):
+    with pytest.raises(
+        SparselineError,
+        match="letters has chat_template: true, but the model's tokenizer has no chat template",
+    ):
         asked(chat_template=True)
     assert any(text.startswith("Say.aab") for text in asked(system="Say."))
     monkeypatch.setattr(tokenizer, "chat_template", template)
     assert any(text.startswith("<user>aab<assistant>") for text in asked(chat_template=True))
-    assert any(text.startswith("<system>Say.<user>aab<assistant>") for text in asked(chat_template=True, system="Say."))
-    lengths = request_lengths(tokenizer, tmp_path, params(names=["letters"], chat_template=True, system="Say.")[1])
+    assert any(
+        text.startswith("<system>Say.<user>aab<assistant>")
+        for text in asked(chat_template=True, system="Say.")
+    )
+    lengths = request_lengths(
+        tokenizer, tmp_path, params(names=["letters"], chat_template=True, system="Say.")[1]
+    )
     assert lengths == [len("<system>Say.<user>aab<assistant>b")] * 8
 
 
@@ -633,7 +822,13 @@ FOUND = {"even": 20.0, "mixed": 18.0, "same": 20.0}
 
 @pytest.mark.parametrize(
     ("candidates", "chosen"),
-    [(["even", "mixed"], "mixed"), (["even", "same"], "even"), (["same", "even"], "same"), (["even"], "even"), ([], None)],
+    [
+        (["even", "mixed"], "mixed"),
+        (["even", "same"], "even"),
+        (["same", "even"], "same"),
+        (["even"], "even"),
+        ([], None),
+    ],
 )
 def test_the_gate_takes_the_lowest_perplexity(candidates: list[str], chosen: str | None) -> None:
     """Oracle: by hand; ties go to the earlier."""
@@ -641,12 +836,18 @@ def test_the_gate_takes_the_lowest_perplexity(candidates: list[str], chosen: str
 
 
 def test_the_gate_reads_the_text_that_choose_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test text, which would choose otherwise, has no say, and neither has a variant that is no candidate. Oracle: by hand."""
+    """Test text, which would choose otherwise, has no say, and neither has a variant that is no
+    candidate. Oracle: by hand.
+    """
     wanda: dict[str, Any] = WANDA | {"candidate": True}
-    monkeypatch.chdir(make_workspace(tmp_path / "project", variants={"wanda": wanda, "mixed": wanda, "other": WANDA}))
+    monkeypatch.chdir(
+        make_workspace(tmp_path / "project", variants={"wanda": wanda, "mixed": wanda, "other": WANDA})
+    )
     perplexities = {"wanda": (20.0, 9.0), "mixed": (18.0, 10.0), "other": (1.0, 1.0)}
     for name, (validation, test) in perplexities.items():
-        Workspace().save(Path(f"build/evaluate/{name}.json"), {"perplexity": {"validation": validation, "test": test}})
+        Workspace().save(
+            Path(f"build/evaluate/{name}.json"), {"perplexity": {"validation": validation, "test": test}}
+        )
     build("choose")
     expected = {"text": "validation", "chosen": "mixed", "perplexity": {"wanda": 20.0, "mixed": 18.0}}
     assert Workspace().load(Path("build/choice.json")) == expected

@@ -1,4 +1,6 @@
-"""The table, family by family: what each config offers, how the parts of fused parameters are addressed, and pruning end to end."""
+"""The table, family by family: what each config offers, how the parts of fused parameters are
+addressed, and pruning end to end.
+"""
 
 import functools
 from pathlib import Path
@@ -64,8 +66,12 @@ NORMS, ATTENTION = {"attention_norm", "mlp_norm"}, {"v_o", "q_k"}
         ("gpt2", {"activation_function": "leaky_relu"}, {*NORMS, *ATTENTION, "fc1_fc2"}),
     ],
 )
-def test_options_of_a_config_change_the_table(family: str, overrides: dict[str, object], couplings: set[str]) -> None:
-    """GELU carries no factor, a norm that also feeds the residual stream or has no weight absorbs none, per-head norms undo Q/K's."""
+def test_options_of_a_config_change_the_table(
+    family: str, overrides: dict[str, object], couplings: set[str]
+) -> None:
+    """GELU carries no factor, a norm that also feeds the residual stream or has no weight absorbs
+    none, per-head norms undo Q/K's.
+    """
     assert offered(family, **overrides) == couplings
 
 
@@ -99,7 +105,9 @@ def test_biases_follow_the_config(family: str, overrides: dict[str, object], bia
 
 
 def test_rotated_pairs_and_grouped_queries_share_a_factor() -> None:
-    """Oracle: the rotary layout i ↔ i + size/2 and the 2 query heads per key head of the tiny Llama (size 8)."""
+    """Oracle: the rotary layout i ↔ i + size/2 and the 2 query heads per key head of the tiny Llama
+    (size 8).
+    """
     q_k = next(c for c in discovered(make_config("llama")).couplings if c.name == "q_k")
     ties = {tie.parameter: tie for tie in q_k.ties}
     keys, queries = ties["self_attn.k_proj.weight"].index, ties["self_attn.q_proj.weight"].index
@@ -112,7 +120,9 @@ def test_rotated_pairs_and_grouped_queries_share_a_factor() -> None:
 
 @pytest.mark.parametrize(("family", "heads"), [("phi3", 2), ("gpt_neox", 4)])
 def test_channels_that_do_not_rotate_are_free(family: str, heads: int) -> None:
-    """Oracle: by hand. Of 8 channels 0–3 rotate (0 with 2, 1 with 3) and 4–7 do not: 6 factors per key head."""
+    """Oracle: by hand. Of 8 channels 0–3 rotate (0 with 2, 1 with 3) and 4–7 do not: 6 factors per
+    key head.
+    """
     q_k = next(c for c in discovered(make_config(family)).couplings if c.name == "q_k")
     assert q_k.size == heads * 6
     assert tuple(q_k.ties[0].index[:16]) == (0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9, 10, 11)
@@ -160,7 +170,12 @@ def test_matrix_scales_are_what_fold_does(model_paths: dict[str, Path], family: 
         logs = {name: factor.log() for name, factor in factors.items()}
         rows, columns = MatrixScales(table, matrix, checkpoint.matrix_shape(0, matrix))(logs)
         assert (len(rows), len(columns)) == weight.shape
-        torch.testing.assert_close(matrix.view(folded[matrix.parameter]), weight * (rows[:, None] + columns).exp(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            matrix.view(folded[matrix.parameter]),
+            weight * (rows[:, None] + columns).exp(),
+            rtol=1e-12,
+            atol=0,
+        )
 
 
 def test_gradients_of_matrix_scales_are_those_of_fold(model_paths: dict[str, Path], family: str) -> None:
@@ -170,9 +185,13 @@ def test_gradients_of_matrix_scales_are_those_of_fold(model_paths: dict[str, Pat
     theta = {c.name: torch.zeros(c.size, requires_grad=True) for c in table.couplings}
     folded = fold(tensors, table, {name: value.exp() for name, value in theta.items()})
     logs = [matrix.view(folded[matrix.parameter]).abs().log().sum() for matrix in table.matrices]
-    scales = [MatrixScales(table, matrix, checkpoint.matrix_shape(0, matrix))(theta) for matrix in table.matrices]
+    scales = [
+        MatrixScales(table, matrix, checkpoint.matrix_shape(0, matrix))(theta) for matrix in table.matrices
+    ]
     sums = [(rows[:, None] + columns).sum() for rows, columns in scales]
-    expected, actual = (torch.autograd.grad(torch.stack(values).sum(), list(theta.values())) for values in (logs, sums))
+    expected, actual = (
+        torch.autograd.grad(torch.stack(values).sum(), list(theta.values())) for values in (logs, sums)
+    )
     torch.testing.assert_close(actual, expected)
 
 
@@ -181,12 +200,21 @@ def test_gradients_of_matrix_scales_are_those_of_fold(model_paths: dict[str, Pat
 
 LITTLE: dict[str, Any] = {"epochs": 2, "batch_rows": 4, "compute_dtype": "float32"}
 EVERYTHING: dict[str, Any] = {"collect": "site", "towards_dense": 1.0, "channel": LITTLE}
-EVERYTHING |= {"block": {**LITTLE, "parts": ["weights", "factors", "biases", "norms"], "window": 2, "refresh_epochs": 1}}
+EVERYTHING |= {
+    "block": {**LITTLE, "parts": ["weights", "factors", "biases", "norms"], "window": 2, "refresh_epochs": 1}
+}
 
 
 def settings(score: str, pattern: str, steps: tuple[str, ...]) -> Recipe:
-    selection = {"score": score, "pattern": pattern, "group": "row" if score == "wanda" else "block", "block": 16}
-    return recipe(steps, batch_rows=4, selection=selection, reconstruction=EVERYTHING if "block" in steps else {})
+    selection = {
+        "score": score,
+        "pattern": pattern,
+        "group": "row" if score == "wanda" else "block",
+        "block": 16,
+    }
+    return recipe(
+        steps, batch_rows=4, selection=selection, reconstruction=EVERYTHING if "block" in steps else {}
+    )
 
 
 @functools.cache
@@ -215,14 +243,28 @@ def last_hidden(checkpoint: Checkpoint, rows: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_pruning_end_to_end(
-    model_paths: dict[str, Path], family: str, tmp_path: Path, score: str, pattern: str, steps: tuple[str, ...]
+    model_paths: dict[str, Path],
+    family: str,
+    tmp_path: Path,
+    score: str,
+    pattern: str,
+    steps: tuple[str, ...],
 ) -> None:
-    """Oracles: counts of zeros in the written files; the whole model that transformers loads from them against the streamed one."""
+    """Oracles: counts of zeros in the written files; the whole model that transformers loads from
+    them against the streamed one.
+    """
     model = block_model(model_paths[family])
     table, depth = model.checkpoint.architecture.layouts[0], model.checkpoint.architecture.depth
     shapes = {matrix: model.checkpoint.matrix_shape(0, matrix) for matrix in table.matrices}
-    kept = {(index, matrix): rows * columns // 2 for index in range(depth) for matrix, (rows, columns) in shapes.items()}
-    factors = {name: factor.float() for name, factor in random_factors({c.name: c.size for c in table.couplings}, 3, decades=1).items()}
+    kept = {
+        (index, matrix): rows * columns // 2
+        for index in range(depth)
+        for matrix, (rows, columns) in shapes.items()
+    }
+    factors = {
+        name: factor.float()
+        for name, factor in random_factors({c.name: c.size for c in table.couplings}, 3, decades=1).items()
+    }
     how = settings(score, pattern, steps)
     progress = Progress(Kept(tmp_path / "scratch", "prune", PARTS), model.checkpoint, how.quantization)
     rows = Rows(*token_rows(6, 12).split((4, 2)), how.batch_rows)
@@ -245,6 +287,8 @@ def test_pruning_end_to_end(
                 assert torch.equal(zeros.reshape(-1, 4).sum(1), torch.full((zeros.numel() // 4,), 2))
     whole, states = load_full(written.path), []
     last = whole.base_model.get_submodule(f"{model.checkpoint.architecture.blocks}.{depth - 1}")
-    last.register_forward_hook(lambda _module, _inputs, out: states.append(out[0] if isinstance(out, tuple) else out))
+    last.register_forward_hook(
+        lambda _module, _inputs, out: states.append(out[0] if isinstance(out, tuple) else out)
+    )
     assert torch.isfinite(whole(token_rows(3, 9)).logits).all()
     assert torch.equal(states[0], last_hidden(written, token_rows(3, 9)))

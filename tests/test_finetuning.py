@@ -1,4 +1,6 @@
-"""Fine-tuning that keeps zeros. Oracles: the lines of docs/fine-tuning.md as they stand, and zeros counted before and after."""
+"""Fine-tuning that keeps zeros. Oracles: the lines of docs/fine-tuning.md as they stand, and zeros
+counted before and after.
+"""
 
 import re
 import shutil
@@ -21,12 +23,18 @@ from pipeline_lib.fit.zeros import Zeros
 from pipeline_lib.models.checkpoint import open_checkpoint
 
 peft = pytest.importorskip("peft")
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8"), re.DOTALL)
+BLOCKS = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8"), re.DOTALL
+)
 
 
 def zeros(path: Path) -> dict[str, torch.Tensor]:
     """Parameter -> where it is zero, of matrices."""
-    return {name: tensor == 0 for name, tensor in load_full(path, torch.bfloat16).named_parameters() if tensor.ndim > 1}
+    return {
+        name: tensor == 0
+        for name, tensor in load_full(path, torch.bfloat16).named_parameters()
+        if tensor.ndim > 1
+    }
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -43,19 +51,35 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in (*COPIED, "data/tiny-llama", "params.yaml"):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile)(ROOT / name, directory / name)
-    wanda = {"selection": {"score": "wanda", "group": "row"}, "reconstruction": {"steps": []}, "export": ["bitmask"]}
+    wanda = {
+        "selection": {"score": "wanda", "group": "row"},
+        "reconstruction": {"steps": []},
+        "export": ["bitmask"],
+    }
     change_params(directory, "variants", {"best": wanda})
     change_params(directory, "report.baseline", "best")
     change_params(directory, "evaluate.completions.count", 1)
     with moved(directory, environment(directory)):
         texts = [f"text {name}" for name in ("calibration", "validation", "test")]
-        build("keys", "prepare", *texts, "allocate best", "induce best", "prune best", "distil best", "evaluate dense", "evaluate best")
+        build(
+            "keys",
+            "prepare",
+            *texts,
+            "allocate best",
+            "induce best",
+            "prune best",
+            "distil best",
+            "evaluate dense",
+            "evaluate best",
+        )
         build("tasks dense", "tasks best", "export best")
         yield directory
 
 
 def test_the_page_keeps_zeros_and_lowers_perplexity(ran: Path) -> None:
-    """Every block of the page in order. Oracles: zeros of the pruned checkpoint, and perplexity on validation text."""
+    """Every block of the page in order. Oracles: zeros of the pruned checkpoint, and perplexity on
+    validation text.
+    """
     from safetensors.torch import load_file
 
     names: dict[str, Any] = {}
@@ -76,14 +100,28 @@ def test_the_page_keeps_zeros_and_lowers_perplexity(ran: Path) -> None:
 def steps(model: Any, directory: Path, callbacks: list[Any], **how: Any) -> None:
     rows = token_rows(8, 12)
     arguments = TrainingArguments(
-        str(directory), max_steps=3, learning_rate=0.01, save_strategy="no", report_to="none", disable_tqdm=True, **how
+        str(directory),
+        max_steps=3,
+        learning_rate=0.01,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **how,
     )
-    Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows], callbacks=callbacks).train()
+    Trainer(
+        model,
+        arguments,
+        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        callbacks=callbacks,
+    ).train()
 
 
 @pytest.fixture
 def pruned(tmp_path: Path, family: str) -> Path:
-    return make_pruned(tmp_path / "prune", open_checkpoint(make_model(tmp_path / "source", family))) / "checkpoint"
+    return (
+        make_pruned(tmp_path / "prune", open_checkpoint(make_model(tmp_path / "source", family)))
+        / "checkpoint"
+    )
 
 
 @pytest.fixture(params=["llama", "gpt2", "phi3"])
@@ -91,7 +129,9 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("how", [{}, {"weight_decay": 0.1, "gradient_accumulation_steps": 2}, {"optim": "sgd"}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"weight_decay": 0.1, "gradient_accumulation_steps": 2}, {"optim": "sgd"}], ids=str
+)
 def test_weights_are_trained_and_zeros_stay(tmp_path: Path, pruned: Path, how: dict[str, Any]) -> None:
     """Zeros as bits: not one −0.0. Without the callback nearly all of them go."""
     found = {}
@@ -110,8 +150,15 @@ def test_weights_are_trained_and_zeros_stay(tmp_path: Path, pruned: Path, how: d
 def test_gradients_of_zeros_enter_no_moment(tmp_path: Path, pruned: Path) -> None:
     model = load_full(pruned).requires_grad_(True)
     rows = token_rows(8, 12)
-    arguments = TrainingArguments(str(tmp_path / "out"), max_steps=2, save_strategy="no", report_to="none", disable_tqdm=True)
-    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows], callbacks=[KeepZeros()])
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), max_steps=2, save_strategy="no", report_to="none", disable_tqdm=True
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        callbacks=[KeepZeros()],
+    )
     trainer.train()
     moments = trainer.optimizer.optimizer.state
     kept = Zeros.of(dict(load_full(pruned).named_parameters()))
@@ -147,7 +194,9 @@ def test_zeros_come_from_a_checkpoint_or_a_bitmask(tmp_path: Path) -> None:
     """The same masks from both, and from the model itself; also of weights that have been changed since."""
     source = open_checkpoint(make_model(tmp_path / "source", "llama"))
     make_pruned(tmp_path / "prune", source)
-    export(source, Variant("mine", "unstructured", tmp_path / "prune"), tmp_path / "export", ["bitmask"], card)
+    export(
+        source, Variant("mine", "unstructured", tmp_path / "prune"), tmp_path / "export", ["bitmask"], card
+    )
     model = load_full(tmp_path / "prune" / "checkpoint")
     own = Zeros.of(dict(model.named_parameters()))
     for path in (tmp_path / "prune" / "checkpoint", tmp_path / "export" / "bitmask"):

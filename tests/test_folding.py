@@ -1,4 +1,6 @@
-"""Folding leaves the model's function alone. Oracle: the logits of the whole model in transformers, before and after."""
+"""Folding leaves the model's function alone. Oracle: the logits of the whole model in transformers,
+before and after.
+"""
 
 import dataclasses
 from functools import cache
@@ -6,7 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, discovered, load_full, load_tensors, make_config, noting, power_of_two_factors, random_factors, token_rows
+from tiny import (
+    ALL_FAMILIES,
+    discovered,
+    load_full,
+    load_tensors,
+    make_config,
+    noting,
+    power_of_two_factors,
+    random_factors,
+    token_rows,
+)
 from transformers import PreTrainedModel
 
 from pipeline_lib.models.architecture import Coupling, Layout, Tie
@@ -22,7 +34,11 @@ MISTAKES = [  # every tie left out; the others once in each coupling
     for family, table in TABLES.items()
     for coupling in table.couplings
     for number, tie in enumerate(coupling.ties)
-    for mistake in ("dropped", *(["power", "index"] if number == 0 else []), *(["positions"] if tie.positions else []))
+    for mistake in (
+        "dropped",
+        *(["power", "index"] if number == 0 else []),
+        *(["positions"] if tie.positions else []),
+    )
 ]
 UNROTATED = ("opt", "opt-post", "gpt2", "gpt2-relu", "bloom")
 
@@ -57,7 +73,9 @@ def folded_logits(
     model = shared_model(checkpoint.path, dtype)
     for block in range(checkpoint.architecture.depth):
         tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.block(block).items()}
-        load_tensors(model, checkpoint, block, fold(tensors, table or checkpoint.architecture.layouts[0], factors))
+        load_tensors(
+            model, checkpoint, block, fold(tensors, table or checkpoint.architecture.layouts[0], factors)
+        )
     return logits(model)
 
 
@@ -66,12 +84,17 @@ def sizes(checkpoint: Checkpoint, only: str | None = None) -> dict[str, int]:
 
 
 def lost_precision(checkpoint: Checkpoint, factors: dict[str, torch.Tensor]) -> float:
-    """By how much Gemma's 1 + w magnifies rounding: w is stored, and of 1 + w = d (1 + w₀) ≪ 1 the unit's last bit is all that is left.
+    """By how much Gemma's 1 + w magnifies rounding: w is stored, and of 1 + w = d (1 + w₀) ≪ 1 the
+    unit's last bit is all that is left.
 
     0 where no tie has an offset: nothing at all is lost.
     """
     kept = [
-        float((tie.offset + tensors[tie.parameter].double()).mul(factors[coupling.name][torch.tensor(tie.index)]).min())
+        float(
+            (tie.offset + tensors[tie.parameter].double())
+            .mul(factors[coupling.name][torch.tensor(tie.index)])
+            .min()
+        )
         for coupling in checkpoint.architecture.layouts[0].couplings
         for tie in coupling.ties
         if tie.offset and coupling.name in factors
@@ -85,7 +108,9 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).abs().max() / b.double().abs().max())
 
 
-def assert_folds_exactly(checkpoint: Checkpoint, factors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+def assert_folds_exactly(
+    checkpoint: Checkpoint, factors: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
     """Bit for bit; with Gemma's norms to one rounding of w, magnified."""
     folded, dense = folded_logits(checkpoint, factors, dtype), dense_logits(checkpoint.path, dtype)
     if lost := lost_precision(checkpoint, factors):
@@ -96,7 +121,9 @@ def assert_folds_exactly(checkpoint: Checkpoint, factors: dict[str, torch.Tensor
 
 @pytest.mark.parametrize(("family", "coupling"), COUPLINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_powers_of_two_fold_bit_for_bit(model_paths: dict[str, Path], family: str, coupling: str, dtype: torch.dtype) -> None:
+def test_powers_of_two_fold_bit_for_bit(
+    model_paths: dict[str, Path], family: str, coupling: str, dtype: torch.dtype
+) -> None:
     """Oracle: the unfolded logits, to the last bit, since powers of two round nowhere."""
     checkpoint = open_checkpoint(model_paths[family])
     assert_folds_exactly(checkpoint, power_of_two_factors(sizes(checkpoint, coupling), seed=1), dtype)
@@ -104,7 +131,9 @@ def test_powers_of_two_fold_bit_for_bit(model_paths: dict[str, Path], family: st
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_couplings_at_once_fold_bit_for_bit(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Oracle: the unfolded logits; each matrix takes up to three factors here (q: norm, Q/K; v: norm, v/o)."""
+    """Oracle: the unfolded logits; each matrix takes up to three factors here (q: norm, Q/K; v:
+    norm, v/o).
+    """
     assert_folds_exactly(checkpoint, power_of_two_factors(sizes(checkpoint), seed=2), dtype)
 
 
@@ -112,9 +141,11 @@ def test_all_couplings_at_once_fold_bit_for_bit(checkpoint: Checkpoint, dtype: t
 def test_random_factors_keep_the_logits(model_paths: dict[str, Path], family: str, coupling: str) -> None:
     """Oracle: the unfolded logits, to rounding, for factors over three orders of magnitude.
 
-    float64: 1e-9 for the families that compute in float64 throughout. RMSNorm and BLOOM's softmax cast to float32, where a double's
-    last bit can tip a value to the neighbouring float32 (6e-8 relative): errors below about 1e-7 are beyond what can be asked of them.
-    bfloat16: three times what bfloat16 itself costs the unfolded model. Gemma's norms: as much more as they magnify the rounding.
+    float64: 1e-9 for the families that compute in float64 throughout. RMSNorm and BLOOM's softmax
+    cast to float32, where a double's last bit can tip a value to the neighbouring float32 (6e-8
+    relative): errors below about 1e-7 are beyond what can be asked of them. bfloat16: three times
+    what bfloat16 itself costs the unfolded model. Gemma's norms: as much more as they magnify the
+    rounding.
     """
     checkpoint = open_checkpoint(model_paths[family])
     factors = random_factors(sizes(checkpoint, coupling), seed=3)
@@ -130,8 +161,12 @@ def test_random_factors_keep_the_logits(model_paths: dict[str, Path], family: st
 
 
 @pytest.mark.parametrize(("family", "coupling", "number", "mistake"), MISTAKES)
-def test_a_wrong_tie_would_be_caught(model_paths: dict[str, Path], family: str, coupling: str, number: int, mistake: str) -> None:
-    """The oracle above has power: one tie with the wrong power, a shifted index, on shifted entries or left out moves the logits."""
+def test_a_wrong_tie_would_be_caught(
+    model_paths: dict[str, Path], family: str, coupling: str, number: int, mistake: str
+) -> None:
+    """The oracle above has power: one tie with the wrong power, a shifted index, on shifted entries
+    or left out moves the logits.
+    """
     checkpoint = open_checkpoint(model_paths[family])
     table = checkpoint.architecture.layouts[0]
     right = next(c for c in table.couplings if c.name == coupling)
@@ -141,7 +176,9 @@ def test_a_wrong_tie_would_be_caught(model_paths: dict[str, Path], family: str, 
         "power": (dataclasses.replace(tie, power=-tie.power),),
         "index": (dataclasses.replace(tie, index=(*tie.index[1:], tie.index[0])),),
         "dropped": (),
-        "positions": (dataclasses.replace(tie, positions=tuple((i - 1) % entries for i in tie.positions or ())),),
+        "positions": (
+            dataclasses.replace(tie, positions=tuple((i - 1) % entries for i in tie.positions or ())),
+        ),
     }
     ties = (*right.ties[:number], *wrong[mistake], *right.ties[number + 1 :])
     changed = tuple(dataclasses.replace(c, ties=ties) if c is right else c for c in table.couplings)
@@ -150,8 +187,15 @@ def test_a_wrong_tie_would_be_caught(model_paths: dict[str, Path], family: str, 
         folded_logits(checkpoint, factors, torch.float32, dataclasses.replace(table, couplings=changed)),
         dense_logits(checkpoint.path, torch.float32),
     )
-    if coupling == "q_k" and family in UNROTATED and tie.parameter.endswith("bias") and tie.power > 0 and mistake != "positions":
-        # Without rotation q·(k_j + b) shifts all of a query's logits alike, and the softmax cannot tell: K's bias does nothing.
+    if (
+        coupling == "q_k"
+        and family in UNROTATED
+        and tie.parameter.endswith("bias")
+        and tie.power > 0
+        and mistake != "positions"
+    ):
+        # Without rotation q·(k_j + b) shifts all of a query's logits alike, and the softmax cannot
+        # tell: K's bias does nothing.
         assert moved < 1e-5
     else:
         assert moved > 1e-4
@@ -169,7 +213,9 @@ def test_fold_checks_shapes_and_leaves_its_input_alone(checkpoint: Checkpoint) -
 
 
 def test_fold_rounds_once_and_honours_an_offset() -> None:
-    """Oracle: the product by hand. Gemma keeps its norm weight as 1 + w, so 2·(1 + w) − 1 is stored; bfloat16 rounds only at the end."""
+    """Oracle: the product by hand. Gemma keeps its norm weight as 1 + w, so 2·(1 + w) − 1 is
+    stored; bfloat16 rounds only at the end.
+    """
     weight = torch.tensor([0.25, -0.5], dtype=torch.bfloat16)
     table = Layout((), (), (Coupling("c", 2, (Tie("w", 0, (1, 0), 1, offset=1.0),)),))
     folded = fold({"w": weight}, table, {"c": torch.tensor([3.0, 1.3])})["w"]
@@ -179,7 +225,9 @@ def test_fold_rounds_once_and_honours_an_offset() -> None:
 
 
 def test_factors_of_ties_cancel(checkpoint: Checkpoint) -> None:
-    """Every coupling divides as well as multiplies, its indices stay in range and reach every factor, and its parameters exist."""
+    """Every coupling divides as well as multiplies, its indices stay in range and reach every
+    factor, and its parameters exist.
+    """
     shapes = {name: tensor.shape for name, tensor in checkpoint.block(0).items()}
     for coupling in checkpoint.architecture.layouts[0].couplings:
         assert {tie.power for tie in coupling.ties} == {1, -1}
@@ -189,24 +237,32 @@ def test_factors_of_ties_cancel(checkpoint: Checkpoint) -> None:
 
 
 def test_table_names_exist_and_cover_every_linear(checkpoint: Checkpoint) -> None:
-    """Oracle: the stored names. Each 2-D parameter of a block is one logical matrix, and its bias is named where there is one."""
+    """Oracle: the stored names. Each 2-D parameter of a block is one logical matrix, and its bias
+    is named where there is one.
+    """
     tensors = checkpoint.block(0)
     matrices = checkpoint.architecture.layouts[0].matrices
     assert {m.parameter for m in matrices} == {name for name, tensor in tensors.items() if tensor.ndim == 2}
     assert len({m.label for m in matrices}) == len(matrices)
-    assert {tie.parameter for c in checkpoint.architecture.layouts[0].couplings for tie in c.ties} <= tensors.keys()
+    assert {
+        tie.parameter for c in checkpoint.architecture.layouts[0].couplings for tie in c.ties
+    } <= tensors.keys()
     stored = {name: tensor.numel() for name, tensor in tensors.items() if tensor.ndim == 2}
     for matrix in matrices:
         stored[matrix.parameter] -= matrix.view(tensors[matrix.parameter]).numel()
         assert (matrix.bias in tensors) == (matrix.bias is not None)
-        assert matrix.bias is None or len(matrix.bias_view(tensors[matrix.bias])) == len(matrix.view(tensors[matrix.parameter]))
+        assert matrix.bias is None or len(matrix.bias_view(tensors[matrix.bias])) == len(
+            matrix.view(tensors[matrix.parameter])
+        )
         assert (matrix.parameter.replace(".weight", ".bias") in tensors) == (matrix.bias is not None)
         assert matrix.site in {site.name for site in checkpoint.architecture.layouts[0].sites}
     assert set(stored.values()) == {0}, "every weight belongs to exactly one logical matrix"
 
 
 def test_sites_capture_what_their_consumers_see(checkpoint: Checkpoint) -> None:
-    """Oracle: hooks on every consumer. All consumers of a site get the tensor that the site's module gets, of len(index) channels."""
+    """Oracle: hooks on every consumer. All consumers of a site get the tensor that the site's
+    module gets, of len(index) channels.
+    """
     model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
     stream = model.embed(ROWS, 2)
     block = model.block(0)
@@ -231,7 +287,8 @@ def test_sites_capture_what_their_consumers_see(checkpoint: Checkpoint) -> None:
 
 
 def test_site_factor_is_what_the_activations_are_multiplied_by(checkpoint: Checkpoint) -> None:
-    """Oracle: the activations of the folded block: X' = D X to the last bit for powers of two, X' = X where nothing scales a site.
+    """Oracle: the activations of the folded block: X' = D X to the last bit for powers of two, X' =
+    X where nothing scales a site.
 
     Gemma's norms, as above: to a few of float32's last bits, magnified.
     """
@@ -250,6 +307,9 @@ def test_site_factor_is_what_the_activations_are_multiplied_by(checkpoint: Check
         factor = site_factor(table, site.name, factors)
         scaled += factor is not None
         expected = captured[0][site.name] * (1 if factor is None else factor)
-        torch.testing.assert_close(captured[1][site.name], expected, rtol=4 * torch.finfo(torch.float32).eps * lost, atol=1e-5 * lost)
+        torch.testing.assert_close(
+            captured[1][site.name], expected, rtol=4 * torch.finfo(torch.float32).eps * lost, atol=1e-5 * lost
+        )
         assert site_factor(table, site.name, {}) is None
-    assert scaled == len(factors) - ("q_k" in factors)  # Q/K factors scale no site; every other coupling scales one
+    # Q/K factors scale no site; every other coupling scales one
+    assert scaled == len(factors) - ("q_k" in factors)

@@ -1,4 +1,6 @@
-"""The gate of induction. Oracles: the whole model in transformers with one block pruned by hand, and judges that are known beforehand."""
+"""The gate of induction. Oracles: the whole model in transformers with one block pruned by hand,
+and judges that are known beforehand.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,32 +30,57 @@ from pipeline_lib.stats.moments import SiteStatistics, refresh
 ROWS = token_rows(6, 12, seed=2)
 SPECTRAL = SpectralParams(weight=0.0, alpha=1.0, order="spectral", iterations=2)
 VARIED = ("llama", "llama-bias", "opt-post", "gpt2-relu", "gpt_neox", "phi3", "bloom")
-# score, compensated; masks compared within rows and damping by the own diagonal, so that no factor can change them
+# score, compensated; masks compared within rows and damping by the own diagonal, so that no factor
+# can change them
 INVARIANT = [("wanda", False), ("obs", False), ("isc", True)]
 
 
 def selection(score: str = "wanda", group: str = "row", pattern: str = "unstructured") -> SelectionParams:
-    values = {"sparsity": 0.5, "pattern": pattern, "score": score, "group": group, "block": 16, "damping": 0.01}
+    values = {
+        "sparsity": 0.5,
+        "pattern": pattern,
+        "score": score,
+        "group": group,
+        "block": 16,
+        "damping": 0.01,
+    }
     return SelectionParams.model_validate(values | {"damping_of": "diagonal"})
 
 
 def induction(**changes: Any) -> InduceParams:
-    values = {"factors": True, "importance": True, "steps": 6, "rate": 0.1, "temperature": 0.5, "limit": 3.0, "check_every": 2}
+    values = {
+        "factors": True,
+        "importance": True,
+        "steps": 6,
+        "rate": 0.1,
+        "temperature": 0.5,
+        "limit": 3.0,
+        "check_every": 2,
+    }
     values |= {"patience": 9, "probes": 0, "seed": 0, "spectral": SPECTRAL}
     return InduceParams.model_validate({**values, **changes})
 
 
 def counts(checkpoint: Checkpoint, block: int) -> dict[Matrix, int]:
     tensors = checkpoint.block(block)
-    return {m: target(0.5, m.view(tensors[m.parameter]).numel()) for m in checkpoint.architecture.layouts[0].matrices}
+    return {
+        m: target(0.5, m.view(tensors[m.parameter]).numel())
+        for m in checkpoint.architecture.layouts[0].matrices
+    }
 
 
-def judges(checkpoint: Checkpoint, statistics: list[dict[str, SiteStatistics]], chosen: SelectionParams, compensate: bool) -> list[Judge]:
+def judges(
+    checkpoint: Checkpoint,
+    statistics: list[dict[str, SiteStatistics]],
+    chosen: SelectionParams,
+    compensate: bool,
+) -> list[Judge]:
     """One per block; the dense stream of ``ROWS`` goes in batches of 4 and 2."""
     model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
     gate = Gate(model, ROWS, 4, chosen, compensate)
     blocks = [
-        DenseBlock(checkpoint.architecture.layouts[0], f"block {i}", checkpoint.block(i), sites) for i, sites in enumerate(statistics)
+        DenseBlock(checkpoint.architecture.layouts[0], f"block {i}", checkpoint.block(i), sites)
+        for i, sites in enumerate(statistics)
     ]
     return [gate.enter(i, block, counts(checkpoint, i)) for i, block in enumerate(blocks)]
 
@@ -69,15 +96,23 @@ def block_outputs(checkpoint: Checkpoint, block: int, tensors: dict[str, torch.T
     load_tensors(model, checkpoint, block, tensors)
     seen: list[torch.Tensor] = []
     module = model.base_model.get_submodule(f"{checkpoint.architecture.blocks}.{block}")
-    module.register_forward_hook(lambda _module, _given, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    module.register_forward_hook(
+        lambda _module, _given, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
     model(ROWS)
     return seen[0].double()
 
 
 @pytest.mark.parametrize("family", VARIED)
-@pytest.mark.parametrize(("score", "compensate", "pattern"), [("wanda", False, "unstructured"), ("obs", True, "2:4")])
-def test_a_judge_gives_the_block_error(checkpoint: Checkpoint, score: str, compensate: bool, pattern: str) -> None:
-    """Oracle: E‖Y − Ŷ‖²/E‖Y − EY‖² of the block inside the whole model, pruned by hand, folded or not, for every block in turn."""
+@pytest.mark.parametrize(
+    ("score", "compensate", "pattern"), [("wanda", False, "unstructured"), ("obs", True, "2:4")]
+)
+def test_a_judge_gives_the_block_error(
+    checkpoint: Checkpoint, score: str, compensate: bool, pattern: str
+) -> None:
+    """Oracle: E‖Y − Ŷ‖²/E‖Y − EY‖² of the block inside the whole model, pruned by hand, folded or
+    not, for every block in turn.
+    """
     table, chosen = checkpoint.architecture.layouts[0], selection(score, "row", pattern)
     statistics = block_statistics(checkpoint)
     for index, judge in enumerate(judges(checkpoint, statistics, chosen, compensate)):
@@ -85,7 +120,10 @@ def test_a_judge_gives_the_block_error(checkpoint: Checkpoint, score: str, compe
         dense = block_outputs(checkpoint, index, tensors)
         for transform in (Transform(), Transform(moderate(checkpoint, 3))):
             folded = fold(tensors, table, transform.factors)
-            moved = {name: refresh(site, site_factor(table, name, transform.factors)).moments for name, site in statistics[index].items()}
+            moved = {
+                name: refresh(site, site_factor(table, name, transform.factors)).moments
+                for name, site in statistics[index].items()
+            }
             pruned = Block(table, "x", transform, counts(checkpoint, index), folded)
             Layerwise(chosen, compensate).prune_block(pruned, moved)
             sparse = block_outputs(checkpoint, index, pruned.tensors)
@@ -96,8 +134,12 @@ def test_a_judge_gives_the_block_error(checkpoint: Checkpoint, score: str, compe
 
 @pytest.mark.parametrize("family", VARIED)
 @pytest.mark.parametrize(("score", "compensate"), INVARIANT)
-def test_judges_do_not_see_factors_that_change_no_mask(checkpoint: Checkpoint, score: str, compensate: bool) -> None:
-    """Oracle: the unfolded block's error. Within rows these scores rank alike whatever is folded; Magnitude, which does not, is seen."""
+def test_judges_do_not_see_factors_that_change_no_mask(
+    checkpoint: Checkpoint, score: str, compensate: bool
+) -> None:
+    """Oracle: the unfolded block's error. Within rows these scores rank alike whatever is folded;
+    Magnitude, which does not, is seen.
+    """
     statistics = block_statistics(checkpoint)
     sizes = {coupling.name: coupling.size for coupling in checkpoint.architecture.layouts[0].couplings}
     judge = judges(checkpoint, statistics, selection(score), compensate)[0]
@@ -108,15 +150,25 @@ def test_judges_do_not_see_factors_that_change_no_mask(checkpoint: Checkpoint, s
     assert abs(magnitude(Transform(moderate(checkpoint, 5))) / magnitude(Transform()) - 1) > 0.03
 
 
-def run(checkpoint: Checkpoint, start: Transform, chosen: SelectionParams, judge: Callable[[Transform], float], **changes: Any) -> Outcome:
+def run(
+    checkpoint: Checkpoint,
+    start: Transform,
+    chosen: SelectionParams,
+    judge: Callable[[Transform], float],
+    **changes: Any,
+) -> Outcome:
     statistics = block_statistics(checkpoint)[0]
     block = DenseBlock(checkpoint.architecture.layouts[0], "block 0", checkpoint.block(0), statistics)
     return induce_block(block, counts(checkpoint, 0), start, chosen, induction(**changes), judge)
 
 
-@pytest.mark.parametrize(("score", "group"), [("magnitude", "matrix"), ("magnitude", "row"), ("wanda", "row"), ("obs", "block")])
+@pytest.mark.parametrize(
+    ("score", "group"), [("magnitude", "matrix"), ("magnitude", "row"), ("wanda", "row"), ("obs", "block")]
+)
 def test_never_judged_worse_than_nothing(checkpoint: Checkpoint, score: str, group: str) -> None:
-    """Oracle: the judge itself, asked again about the transform that came out; a start at random must not get through."""
+    """Oracle: the judge itself, asked again about the transform that came out; a start at random
+    must not get through.
+    """
     chosen = selection(score, group)
     judge = judges(checkpoint, block_statistics(checkpoint), chosen, compensate=score == "obs")[0]
     outcome = run(checkpoint, Transform(moderate(checkpoint, 6)), chosen, judge)
@@ -137,8 +189,12 @@ def test_never_judged_worse_than_nothing(checkpoint: Checkpoint, score: str, gro
         ({"none": 2.0, "start": 1.0, "learned": 1.0}, "start"),
     ],
 )
-def test_the_judge_decides_and_ties_go_to_less(llama: Checkpoint, errors: dict[str, float], choice: str) -> None:
-    """Oracle: errors made up beforehand, told apart by what a transform holds, whatever the layers' errors say."""
+def test_the_judge_decides_and_ties_go_to_less(
+    llama: Checkpoint, errors: dict[str, float], choice: str
+) -> None:
+    """Oracle: errors made up beforehand, told apart by what a transform holds, whatever the layers'
+    errors say.
+    """
     start = Transform(moderate(llama, 6))
 
     def judge(transform: Transform) -> float:
@@ -163,7 +219,9 @@ def test_the_judge_decides_and_ties_go_to_less(llama: Checkpoint, errors: dict[s
 
 @pytest.mark.parametrize("family", ["opt", "llama-bias"])
 def test_only_shifts_that_help_are_kept(checkpoint: Checkpoint) -> None:
-    """Oracle: an effect per site made up beforehand: one harms, one does nothing, the others help; the harm is undone for all candidates."""
+    """Oracle: an effect per site made up beforehand: one harms, one does nothing, the others help;
+    the harm is undone for all candidates.
+    """
     sites = [site.name for site in checkpoint.architecture.layouts[0].sites]
     effects = dict.fromkeys(sites, -0.1) | {sites[1]: 0.2, sites[2]: 0.0}
     statistics = block_statistics(checkpoint)[0]
@@ -184,11 +242,16 @@ def test_only_shifts_that_help_are_kept(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("family", ["opt", "llama-bias", "gpt2", "gpt_neox"])
 def test_kept_shifts_lower_the_real_error(checkpoint: Checkpoint) -> None:
-    """Oracle: the gate on the plain block. Shifts by ten standard deviations as well as by the mean: what is kept is no worse."""
+    """Oracle: the gate on the plain block. Shifts by ten standard deviations as well as by the
+    mean: what is kept is no worse.
+    """
     table, chosen = checkpoint.architecture.layouts[0], selection("wanda")
     statistics = block_statistics(checkpoint)
     judge = judges(checkpoint, statistics, chosen, compensate=False)[0]
-    far = {name: site.mean + 10 * (site.second_moment - site.mean.square()).clamp_min(0).sqrt() for name, site in statistics[0].items()}
+    far = {
+        name: site.mean + 10 * (site.second_moment - site.mean.square()).clamp_min(0).sqrt()
+        for name, site in statistics[0].items()
+    }
     worst = max(judge(Transform({}, {name: far[name]}, {})) for name in far)
     assert worst > judge(Transform())
     for shifts in (far, {site.name: statistics[0][site.name].mean for site in table.sites}):
@@ -198,7 +261,9 @@ def test_kept_shifts_lower_the_real_error(checkpoint: Checkpoint) -> None:
 
 
 def test_an_empty_gate_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``held_out: 0`` asks for it. Oracle: the line of a variant that fits, and of induction; silence where there is no gate or a real one."""
+    """``held_out: 0`` asks for it. Oracle: the line of a variant that fits, and of induction;
+    silence where there is no gate or a real one.
+    """
     fitted = {**WANDA, "induce": {}, "reconstruction": {"steps": ["channel"]}}
     made = make_workspace(tmp_path / "project", variants={"wanda": WANDA, "sparseline": fitted})
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "scratch"))
@@ -206,7 +271,9 @@ def test_an_empty_gate_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for held_out in (0.25, 0):
         change_params(made, "texts.calibration.held_out", held_out)
         build("prepare", "text calibration", "calibrate", "scale", "allocate sparseline")
-        induced, pruned, plain = (invoke(*step) for step in (("induce", "sparseline"), ("prune", "sparseline"), ("prune", "wanda")))
+        induced, pruned, plain = (
+            invoke(*step) for step in (("induce", "sparseline"), ("prune", "sparseline"), ("prune", "wanda"))
+        )
         assert ("induce sparseline: no rows are held out (held_out: 0)" in induced.output) == (held_out == 0)
         assert ("prune sparseline: no rows are held out (held_out: 0)" in pruned.output) == (held_out == 0)
         assert "no rows are held out" not in plain.output

@@ -1,4 +1,6 @@
-"""Text that the source model writes. Oracles: sampling written out token by token, transformers' own greedy decoding, and texts known beforehand."""
+"""Text that the source model writes. Oracles: sampling written out token by token, transformers'
+own greedy decoding, and texts known beforehand.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,18 @@ from pipeline_lib.texts.chat import ask
 from pipeline_lib.texts.prompts import prompts
 from pipeline_lib.texts.texts import GeneratedParams, TextParams, Texts
 
-HOW = {"prompts": "files", "prompt_tokens": 6, "new_tokens": 20, "temperature": 1.0, "batch_rows": 4, "seed": 0}
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+HOW = {
+    "prompts": "files",
+    "prompt_tokens": 6,
+    "new_tokens": 20,
+    "temperature": 1.0,
+    "batch_rows": 4,
+    "seed": 0,
+}
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt"
+    " %}<assistant>{% endif %}"
+)
 
 
 def how(**changes: Any) -> GeneratedParams:
@@ -27,32 +39,71 @@ def how(**changes: Any) -> GeneratedParams:
 
 
 def text(**changes: Any) -> TextParams:
-    values = {"use": "calibrate", "kind": "generated", "path": "t.txt", "name": None, "glob": None, "field": None, "hub": None}
-    values |= {"revision": None, "generated": HOW, "chat_template": False, "start": None, "packing": "concatenate", "rows": 2, "length": 8}
+    values = {
+        "use": "calibrate",
+        "kind": "generated",
+        "path": "t.txt",
+        "name": None,
+        "glob": None,
+        "field": None,
+        "hub": None,
+    }
+    values |= {
+        "revision": None,
+        "generated": HOW,
+        "chat_template": False,
+        "start": None,
+        "packing": "concatenate",
+        "rows": 2,
+        "length": 8,
+    }
     return parse(TextParams, values | {"distinct": 1, "held_out": 0, "seed": None} | changes, "texts.x")
 
 
-@pytest.mark.parametrize(("family", "temperature"), [("llama", 0.7), ("gpt2", 0.7), ("bloom", 0.7), ("opt", 0.7), ("gemma", 20.0)])
-def test_tokens_are_drawn_from_the_models_distribution(tmp_path: Path, family: str, temperature: float) -> None:
-    """Oracle: the largest of logits / temperature − ln E, E the prompt's own exponential noise, whole texts read again for every token, one by one."""
+@pytest.mark.parametrize(
+    ("family", "temperature"), [("llama", 0.7), ("gpt2", 0.7), ("bloom", 0.7), ("opt", 0.7), ("gemma", 20.0)]
+)
+def test_tokens_are_drawn_from_the_models_distribution(
+    tmp_path: Path, family: str, temperature: float
+) -> None:
+    """Oracle: the largest of logits / temperature − ln E, E the prompt's own exponential noise,
+    whole texts read again for every token, one by one.
+    """
     model = load_full(make_model(tmp_path, family))
-    given, drawing = [[5, 6, 7, 8], [9, 10], [11, 12, 13]], Drawing(new_tokens=6, temperature=temperature, seed=3)
+    given, drawing = (
+        [[5, 6, 7, 8], [9, 10], [11, 12, 13]],
+        Drawing(new_tokens=6, temperature=temperature, seed=3),
+    )
     expected = []
     for number, prompt in zip((0, 5, 1), given, strict=True):
         tokens, random = list(prompt), generator(3, f"prompt {number}")
         for _ in range(6):
             logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].detach()
-            tokens.append(int((logits / temperature - torch.empty(len(logits)).exponential_(generator=random).log()).argmax()))
+            tokens.append(
+                int(
+                    (
+                        logits / temperature - torch.empty(len(logits)).exponential_(generator=random).log()
+                    ).argmax()
+                )
+            )
         expected.append(tokens[len(prompt) :])
     assert continued(model, given, (0, 5, 1), drawing, []) == expected
-    assert [continued(model, [one], (number,), drawing, [])[0] for one, number in zip(given, (0, 5, 1), strict=True)] == expected
+    assert [
+        continued(model, [one], (number,), drawing, [])[0]
+        for one, number in zip(given, (0, 5, 1), strict=True)
+    ] == expected
     assert continued(model, given, (0, 5, 1), Drawing(6, temperature, 4), []) != expected
 
 
 def test_without_temperature_the_most_likely_token_is_taken(tmp_path: Path) -> None:
-    """Oracle: transformers' greedy decoding. What the checkpoint's generation config asks for is left aside, and is there again afterwards."""
+    """Oracle: transformers' greedy decoding. What the checkpoint's generation config asks for is
+    left aside, and is there again afterwards.
+    """
     model = load_full(make_model(tmp_path, "llama"))
-    plain = model.generate(torch.tensor([[5, 6, 7]]), generation_config=GenerationConfig(do_sample=False, max_new_tokens=8, pad_token_id=0))
+    plain = model.generate(
+        torch.tensor([[5, 6, 7]]),
+        generation_config=GenerationConfig(do_sample=False, max_new_tokens=8, pad_token_id=0),
+    )
     model.generation_config.repetition_penalty = 50.0
     kept = model.generation_config
     assert continued(model, [[5, 6, 7]], (0,), Drawing(8, 0.0, 0), []) == [plain[0, 3:].tolist()]
@@ -60,7 +111,9 @@ def test_without_temperature_the_most_likely_token_is_taken(tmp_path: Path) -> N
 
 
 def test_frequencies_are_the_models_probabilities(tmp_path: Path) -> None:
-    """Oracle: softmax of the logits over 4000 draws of the next token, within five standard errors for the eight most likely."""
+    """Oracle: softmax of the logits over 4000 draws of the next token, within five standard errors
+    for the eight most likely.
+    """
     model, count = load_full(make_model(tmp_path, "llama")), 4000
     with torch.no_grad():
         model.lm_head.weight.mul_(3)  # a few tokens have most of the probability
@@ -72,7 +125,9 @@ def test_frequencies_are_the_models_probabilities(tmp_path: Path) -> None:
 
 
 def test_a_text_ends_where_the_model_ends_it(tmp_path: Path) -> None:
-    """The end is part of what is written. Which tokens end a text: the generation config's, else the tokenizer's."""
+    """The end is part of what is written. Which tokens end a text: the generation config's, else
+    the tokenizer's.
+    """
     model = load_full(make_model(tmp_path, "llama"))
     (whole,) = continued(model, [[5, 6, 7]], (0,), Drawing(8, 1.0, 0), [])
     end = whole[3]
@@ -84,7 +139,9 @@ def test_a_text_ends_where_the_model_ends_it(tmp_path: Path) -> None:
 
 
 def test_prompts_are_openings_of_documents(tmp_path: Path) -> None:
-    """Oracle: bytes. Documents that are shorter are left out, and without any that is long enough there is one sentence."""
+    """Oracle: bytes. Documents that are shorter are left out, and without any that is long enough
+    there is one sentence.
+    """
     tokenizer = make_tokenizer(tmp_path)
     texts = Texts(["abcdefgh", "xy", "uvwxyz"], [], ["a", "b", "c"], {})
     found = prompts(tokenizer, texts, text(), how(), 100)
@@ -94,7 +151,9 @@ def test_prompts_are_openings_of_documents(tmp_path: Path) -> None:
 
 
 def test_prompts_of_chats_end_before_the_last_answer(tmp_path: Path) -> None:
-    """Oracle: the template by hand. A chat that begins with its only answer has no prompt; one that is too long is left out."""
+    """Oracle: the template by hand. A chat that begins with its only answer has no prompt; one that
+    is too long is left out.
+    """
     tokenizer = make_tokenizer(tmp_path)
     tokenizer.chat_template = TEMPLATE
 
@@ -118,8 +177,15 @@ def test_prompts_of_chats_end_before_the_last_answer(tmp_path: Path) -> None:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace whose calibration text is generated from three openings."""
     monkeypatch.chdir(make_workspace(tmp_path / "project"))
-    (Path() / "data/texts/calibration.jsonl").write_text('{"text": "one two"}\n{"text": "three four"}\n{"text": "five six"}\n')
-    for key, value in {"path": "data/texts/calibration.jsonl", "field": "text", "kind": "generated", "generated": HOW}.items():
+    (Path() / "data/texts/calibration.jsonl").write_text(
+        '{"text": "one two"}\n{"text": "three four"}\n{"text": "five six"}\n'
+    )
+    for key, value in {
+        "path": "data/texts/calibration.jsonl",
+        "field": "text",
+        "kind": "generated",
+        "generated": HOW,
+    }.items():
         change_params(Path(), f"texts.calibration.{key}", value)
     build("prepare")
     return Path()
@@ -127,7 +193,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("packing", ["concatenate", "document"])
 def test_rows_are_cut_from_what_the_model_wrote(project: Path, packing: str) -> None:
-    """Oracle: prompts in turn, continued after the start token by ``continued``; the rows hold these documents and nothing else."""
+    """Oracle: prompts in turn, continued after the start token by ``continued``; the rows hold
+    these documents and nothing else.
+    """
     change_params(project, "texts.calibration.packing", packing)
     change_params(project, "texts.calibration.length", 16)
     build("generate calibration", "text calibration")
@@ -139,7 +207,8 @@ def test_rows_are_cut_from_what_the_model_wrote(project: Path, packing: str) -> 
         opening = openings[number % 3]
         (new,) = continued(model, [[0, *opening]], (number,), Drawing(20, 1.0, 0), [0])
         assert document == opening + [token for token in new if token != 0]
-    assert len({tuple(document) for document in documents}) == len(documents) > 3  # the same prompt is continued otherwise
+    # the same prompt is continued otherwise
+    assert len({tuple(document) for document in documents}) == len(documents) > 3
     tensors = load_file(project / "build/texts/calibrate/calibration.safetensors")
     rows = torch.cat([tensors["fit"], tensors["held_out"]])
     assert rows.shape == (8, 16)
@@ -171,11 +240,23 @@ def test_a_generated_text_does_not_depend_on_the_batch(project: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"generated": None}, "kind = 'generated' with texts.calibration.generated = None cannot be used: kind: generated and the section"),
+        (
+            {"generated": None},
+            (
+                "kind = 'generated' with texts.calibration.generated = None cannot be used: kind: generated"
+                " and the section"
+            ),
+        ),
         ({"kind": "files"}, "give both, or another kind and null"),
         ({"use": "evaluate", "rows": None}, "a generated text has no end; give the number of rows"),
-        ({"generated": HOW | {"temperature": -1}}, "texts.calibration.generated.temperature = -1 cannot be used"),
-        ({"generated": HOW | {"new_tokens": 5000}}, "5000 new tokens do not fit the model's 4096 positions; lower new_tokens"),
+        (
+            {"generated": HOW | {"temperature": -1}},
+            "texts.calibration.generated.temperature = -1 cannot be used",
+        ),
+        (
+            {"generated": HOW | {"new_tokens": 5000}},
+            "5000 new tokens do not fit the model's 4096 positions; lower new_tokens",
+        ),
         ({"generated": HOW | {"prompt_tokens": 11}}, "has no document of 11 tokens; lower prompt_tokens"),
         (
             {"packing": "document", "length": 64},
@@ -197,12 +278,18 @@ def test_another_text_is_not_the_models_own(project: Path) -> None:
     assert load_artifact(project / "build/generated/test.json") == {}
     (project / "build/generated/gone.json").write_text("{}")
     build("keys")
-    assert {path.name for path in (project / "build/generated").iterdir()} == {"test.json", "calibration.json"}
+    assert {path.name for path in (project / "build/generated").iterdir()} == {
+        "test.json",
+        "calibration.json",
+    }
 
 
 def test_a_missing_text_of_the_model_is_told(project: Path) -> None:
     result = invoke("text", "calibration")
-    assert result.exit_code == 2 and "build/generated/calibration.json is missing; run `dvc repro`" in result.output
+    assert (
+        result.exit_code == 2
+        and "build/generated/calibration.json is missing; run `dvc repro`" in result.output
+    )
 
 
 def test_generating_is_planned(project: Path) -> None:

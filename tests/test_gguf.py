@@ -1,4 +1,6 @@
-"""The GGUF export. Oracles: transformers' loading of the file, the gguf package's own reader and dequantisation, and the tokenizer itself."""
+"""The GGUF export. Oracles: transformers' loading of the file, the gguf package's own reader and
+dequantisation, and the tokenizer itself.
+"""
 
 import json
 from pathlib import Path
@@ -12,7 +14,13 @@ from project import ROOT
 from pruned import Rounding, card, make_pruned
 from tiny import VOCABULARY, load_full, make_tokenizer, randomise, token_rows
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.export import blocks, gguf
@@ -24,7 +32,13 @@ from pipeline_lib.solve.grid import Grid, scheme
 from pipeline_lib.solve.settings import QuantizationParams
 
 package = pytest.importorskip("gguf")
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
 GEMMA = SIZES | {"head_dim": 16, "tie_word_embeddings": True}
 # Name -> model type and what differs from its defaults.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,12 +71,16 @@ def make(directory: Path, family: str, dtype: torch.dtype = torch.bfloat16, **ch
     return directory
 
 
-def exported(directory: Path, source: Path, rounding: Rounding | None = None, name: str = "export") -> tuple[Path, dict[str, Any]]:
+def exported(
+    directory: Path, source: Path, rounding: Rounding | None = None, name: str = "export"
+) -> tuple[Path, dict[str, Any]]:
     """The directory of the GGUF file, and what build/sizes would hold."""
     opened = open_checkpoint(source)
     if not (directory / "prune").exists():
         make_pruned(directory / "prune", opened, rounding=rounding)
-    found = export(opened, Variant("mine", "unstructured", directory / "prune"), directory / name, ["gguf"], card)
+    found = export(
+        opened, Variant("mine", "unstructured", directory / "prune"), directory / name, ["gguf"], card
+    )
     return directory / name / "gguf", found
 
 
@@ -77,7 +95,9 @@ def kinds(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("family", WRITTEN)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_transformers_reads_the_pruned_checkpoint_back(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+def test_transformers_reads_the_pruned_checkpoint_back(
+    tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
     """Logits and parameters. Oracle: the checkpoint, loaded as it is."""
     folder, _ = exported(tmp_path, make(tmp_path / "source", family, dtype))
     oracle = load_full(tmp_path / "prune" / "checkpoint", dtype)
@@ -86,7 +106,9 @@ def test_transformers_reads_the_pruned_checkpoint_back(tmp_path: Path, family: s
     shifted = "gemma" in family  # norms are stored as w + 1
     own = dict(model.named_parameters())
     for name, parameter in oracle.named_parameters():
-        torch.testing.assert_close(own[name], parameter, rtol=0, atol=2.0**-22 if shifted and parameter.ndim < 2 else 0)
+        torch.testing.assert_close(
+            own[name], parameter, rtol=0, atol=2.0**-22 if shifted and parameter.ndim < 2 else 0
+        )
     if not shifted:
         assert torch.equal(logits(model), logits(oracle))
 
@@ -96,7 +118,9 @@ def test_float32_is_rounded_once_to_float16(tmp_path: Path) -> None:
     oracle = load_full(tmp_path / "prune" / "checkpoint")
     for parameter in oracle.parameters():
         parameter.copy_(parameter.half() if parameter.ndim > 1 else parameter)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.FILE).eval()), logits(oracle))
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.FILE).eval()), logits(oracle)
+    )
 
 
 GRIDS = {
@@ -109,13 +133,17 @@ GRIDS = {
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "bloom"])
 @pytest.mark.parametrize("kind", list(GRIDS))
 def test_quantised_weights_are_not_rounded_again(tmp_path: Path, family: str, kind: str) -> None:
-    """Read in the checkpoint's dtype the file gives its very logits, and zeros are zeros in float32. Oracle: the checkpoint."""
+    """Read in the checkpoint's dtype the file gives its very logits, and zeros are zeros in
+    float32. Oracle: the checkpoint.
+    """
     folder, found = exported(tmp_path, make(tmp_path / "source", family), GRIDS[kind])
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.FILE, dtype=torch.bfloat16).eval()
     assert torch.equal(logits(model), logits(load_full(tmp_path / "prune" / "checkpoint", torch.bfloat16)))
-    assert {found for name, found in kinds(folder).items() if name.startswith("blk.") and "norm" not in name and "bias" not in name} == {
-        kind
-    }
+    assert {
+        found
+        for name, found in kinds(folder).items()
+        if name.startswith("blk.") and "norm" not in name and "bias" not in name
+    } == {kind}
     assert found["formats"]["gguf"]["bits"] == {"Q4_0": 4.5, "Q4_1": 5, "Q8_0": 8.5}[kind]
     wide = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.FILE, dtype=torch.float32)
     zeros = {name: parameter == 0 for name, parameter in wide.named_parameters()}
@@ -134,20 +162,30 @@ def test_quantised_weights_are_not_rounded_again(tmp_path: Path, family: str, ki
     seed=st.integers(0, 99),
 )
 @settings(deadline=None)
-def test_blocks_hold_the_grid(bits: int, group: int, symmetric: bool, dtype: torch.dtype, columns: int, spread: float, seed: int) -> None:
-    """Every weight is scale·(q − zero point) in float32, exactly. Oracle: the gguf package's dequantisation."""
+def test_blocks_hold_the_grid(
+    bits: int, group: int, symmetric: bool, dtype: torch.dtype, columns: int, spread: float, seed: int
+) -> None:
+    """Every weight is scale·(q − zero point) in float32, exactly. Oracle: the gguf package's
+    dequantisation.
+    """
     if bits == 8 and not symmetric:
         return  # refused: test_bad_input.py
-    how = scheme(QuantizationParams(bits=bits, group=group, symmetric=symmetric, scales="gguf", refit=[]), dtype)
+    how = scheme(
+        QuantizationParams(bits=bits, group=group, symmetric=symmetric, scales="gguf", refit=[]), dtype
+    )
     assert how is not None
     random = torch.Generator().manual_seed(seed)
-    weight = spread * torch.randn(5, columns, generator=random) * (torch.rand(5, columns, generator=random) > 0.5)
+    weight = (
+        spread * torch.randn(5, columns, generator=random) * (torch.rand(5, columns, generator=random) > 0.5)
+    )
     weight = weight.abs() if seed % 2 else weight
     grid = Grid(weight.shape, how, torch.device("cpu"))
     rounded = grid.nearest(weight)
     scale = grid.scale.to(dtype)
     assert torch.equal(scale.float(), grid.scale)  # exact in the checkpoint too
-    groups = Groups(bits, grid.width, scale, None if symmetric else grid.zero.to(torch.uint8), transposed=False)
+    groups = Groups(
+        bits, grid.width, scale, None if symmetric else grid.zero.to(torch.uint8), transposed=False
+    )
     kind = blocks.fitting(groups, columns)
     assert kind == ("Q8_0" if bits > 4 else "Q4_0" if symmetric else "Q4_1")
     data = blocks.pack(groups.codes(rounded.to(dtype)), groups, kind)
@@ -172,7 +210,9 @@ def test_other_grids_have_no_block(groups: Groups, columns: int) -> None:
 
 
 def test_zero_points_that_no_half_holds_are_kept_in_eight_bits() -> None:
-    """3 · 1.0009765625 has twelve significant bits: Q4_1 would round its least weight, and zeros would be no zeros."""
+    """3 · 1.0009765625 has twelve significant bits: Q4_1 would round its least weight, and zeros
+    would be no zeros.
+    """
     groups = Groups(4, 32, torch.full((1, 1), 1 + 2.0**-10), torch.full((1, 1), 3, dtype=torch.uint8), False)
     assert blocks.fitting(groups, 32) == "Q8_0"
 
@@ -234,7 +274,13 @@ def test_what_llama_cpp_asks_for_is_there(tmp_path: Path) -> None:
     assert "output.weight" not in kinds(folder)
     tokens, types = field(read, "tokenizer.ggml.tokens"), field(read, "tokenizer.ggml.token_type")
     assert len(tokens) == len(types) == VOCABULARY
-    assert (tokens[0], types[0], types[1], tokens[-1], types[-1]) == ("<|endoftext|>", 3, 1, f"[PAD{VOCABULARY - 1}]", 5)
+    assert (tokens[0], types[0], types[1], tokens[-1], types[-1]) == (
+        "<|endoftext|>",
+        3,
+        1,
+        f"[PAD{VOCABULARY - 1}]",
+        5,
+    )
 
 
 # Tokenizers
@@ -249,7 +295,10 @@ def test_the_embedded_tokenizer_comes_back(tmp_path: Path) -> None:
         (source / name).write_bytes((ROOT / "data" / "tiny-llama" / name).read_bytes())
     (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
     folder, _ = exported(tmp_path, source)
-    found, own = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.FILE), AutoTokenizer.from_pretrained(source)
+    found, own = (
+        AutoTokenizer.from_pretrained(folder, gguf_file=gguf.FILE),
+        AutoTokenizer.from_pretrained(source),
+    )
     assert found(TEXT).input_ids == own(TEXT).input_ids
     assert found.chat_template == "{{ messages[0]['content'] }}"
 
@@ -259,9 +308,21 @@ def sentencepiece(directory: Path) -> Path:
     trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
     directory.mkdir()
     (directory / "text").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
-    how = {"model_type": "bpe", "vocab_size": 400, "byte_fallback": True, "character_coverage": 1.0, "minloglevel": 2}
+    how = {
+        "model_type": "bpe",
+        "vocab_size": 400,
+        "byte_fallback": True,
+        "character_coverage": 1.0,
+        "minloglevel": 2,
+    }
     trainer.train(input=str(directory / "text"), model_prefix=str(directory / "tokenizer"), **how)
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return directory
 
@@ -276,14 +337,19 @@ def test_sentencepiece_comes_back(tmp_path: Path) -> None:
         (source / name).write_bytes((words / name).read_bytes())
     folder, _ = exported(tmp_path, source)
     read = package.GGUFReader(folder / gguf.FILE)
-    assert field(read, "tokenizer.ggml.model") == "llama" and field(read, "tokenizer.ggml.add_bos_token") is True
+    assert (
+        field(read, "tokenizer.ggml.model") == "llama" and field(read, "tokenizer.ggml.add_bos_token") is True
+    )
     assert len(field(read, "tokenizer.ggml.tokens")) == len(field(read, "tokenizer.ggml.scores")) == 416
     own = LlamaTokenizer.from_pretrained(source)
     text = "Zeros in an ordinary checkpoint: 12 € of them."
     assert AutoTokenizer.from_pretrained(folder, gguf_file=gguf.FILE)(text).input_ids == own(text).input_ids
 
 
-QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 BYTES = {"add_prefix_space": False, "use_regex": True}
 
 
@@ -291,10 +357,19 @@ BYTES = {"add_prefix_space": False, "use_regex": True}
     ("before", "name"),
     [
         (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
-        (pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]), "smollm"),
         (
             pre_tokenizers.Sequence(
-                [pre_tokenizers.Split(pre_tokenizers.Regex(QWEN) if hasattr(pre_tokenizers, "Regex") else QWEN, "isolated")]
+                [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            ),
+            "smollm",
+        ),
+        (
+            pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(
+                        pre_tokenizers.Regex(QWEN) if hasattr(pre_tokenizers, "Regex") else QWEN, "isolated"
+                    )
+                ]
             ),
             None,
         ),
@@ -323,8 +398,16 @@ def broken(path: Path, **changes: Any) -> None:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "another architecture": ("opt", {}, r"opt is not among the architectures that are written \(llama, .*bloom\)"),
-    "biases": ("llama", {"attention_bias": True}, r"GGUF's metadata does not carry attention_bias = True of its config.json \(.*False\)"),
+    "another architecture": (
+        "opt",
+        {},
+        r"opt is not among the architectures that are written \(llama, .*bloom\)",
+    ),
+    "biases": (
+        "llama",
+        {"attention_bias": True},
+        r"GGUF's metadata does not carry attention_bias = True of its config.json \(.*False\)",
+    ),
     "stretched rotation": (
         "llama",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
@@ -344,7 +427,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_what_would_not_be_read_back_is_refused(tmp_path: Path, name: str) -> None:
     """One sentence with the key to change, before anything is written."""
     family, changes, reason = REFUSED[name]
-    with pytest.raises(SparselineError, match=rf"^mine cannot be written as gguf: .*{reason}.*; take it out of variants.mine.export"):
+    with pytest.raises(
+        SparselineError,
+        match=rf"^mine cannot be written as gguf: .*{reason}.*; take it out of variants.mine.export",
+    ):
         exported(tmp_path, make(tmp_path / "source", family, **changes))
     assert not (tmp_path / "export").exists()
 
@@ -352,12 +438,16 @@ def test_what_would_not_be_read_back_is_refused(tmp_path: Path, name: str) -> No
 def test_a_tokenizer_without_a_name_is_refused(tmp_path: Path) -> None:
     source = make(tmp_path / "source", "llama")
     broken(source, normalizer=json.loads(normalizers.Lowercase().__getstate__()))
-    with pytest.raises(SparselineError, match=r"^mine cannot be written as gguf: llama.cpp has no name for .*; take it out"):
+    with pytest.raises(
+        SparselineError, match=r"^mine cannot be written as gguf: llama.cpp has no name for .*; take it out"
+    ):
         exported(tmp_path, source)
 
 
 def test_scales_that_would_be_rounded_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SparselineError, match=r"no block of GGUF holds the grid of \S+, .*set quantization.scales to gguf"):
+    with pytest.raises(
+        SparselineError, match=r"no block of GGUF holds the grid of \S+, .*set quantization.scales to gguf"
+    ):
         exported(tmp_path, make(tmp_path / "source", "llama", torch.float32), Rounding(4, 32))
 
 
@@ -366,7 +456,9 @@ def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
     model = load_full(source)
     model.model.embed_tokens.weight[0, 0] = 1e6
     model.save_pretrained(source)
-    with pytest.raises(SparselineError, match=r"^model.embed_tokens.weight: weights are beyond the range of F16; convert"):
+    with pytest.raises(
+        SparselineError, match=r"^model.embed_tokens.weight: weights are beyond the range of F16; convert"
+    ):
         exported(tmp_path, source)
     assert not (tmp_path / "export").exists()
 

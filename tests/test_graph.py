@@ -1,6 +1,8 @@
-"""What a stage computes with is its key in DVC, and nothing else is: code, parameters and the artifacts of other stages.
+"""What a stage computes with is its key in DVC, and nothing else is: code, parameters and the
+artifacts of other stages.
 
-Oracles: the modules that Python loads, syntax trees, a table of what each parameter is for, and stages that run with their deps alone.
+Oracles: the modules that Python loads, syntax trees, a table of what each parameter is for, and
+stages that run with their deps alone.
 """
 
 import ast
@@ -18,7 +20,19 @@ from typing import Any, NamedTuple
 
 import pytest
 from click.testing import Result
-from project import REMOVED, ROOT, build, change_params, invoke, make_project, make_workspace, read_params, run, tree, write_params
+from project import (
+    REMOVED,
+    ROOT,
+    build,
+    change_params,
+    invoke,
+    make_project,
+    make_workspace,
+    read_params,
+    run,
+    tree,
+    write_params,
+)
 from ruamel.yaml import YAML
 
 from pipeline_lib.core import artifacts, code, files, params
@@ -30,8 +44,10 @@ from pipeline_lib.recipe.variants import read_all
 
 CODE = sorted(path for folder in ("pipeline_lib", "stages") for path in (ROOT / folder).rglob("*.py"))
 MODULES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
-NOT_STAGES = {"convert", "costs", "environment", "plan", "preload", "unpack", "verdict"}  # commands outside the graph
-ALWAYS = {"keys", "report"}  # the stages that depend on params.yaml as a file: every change runs them, in about a second each
+# commands outside the graph
+NOT_STAGES = {"convert", "costs", "environment", "plan", "preload", "unpack", "verdict"}
+# the stages that depend on params.yaml as a file: every change runs them, in about a second each
+ALWAYS = {"keys", "report"}
 
 
 @cache
@@ -53,7 +69,9 @@ def instances(values: Mapping[str, Any]) -> dict[str, Instance]:
     """By the names that DVC gives them: ``prune@wanda``."""
     found = {}
     for stage, definition in graph().items():
-        items = look_up(values, definition["foreach"].strip("${}")) if "foreach" in definition else {None: None}
+        items = (
+            look_up(values, definition["foreach"].strip("${}")) if "foreach" in definition else {None: None}
+        )
         for key, item in items.items():
             scope = {**values, "key": key, "item": item}
 
@@ -62,9 +80,13 @@ def instances(values: Mapping[str, Any]) -> dict[str, Instance]:
 
             body = definition.get("do", definition)
             words = filled(body["cmd"]).replace('"', "").split()
-            assert words[:2] == ["python", "-m"] and words[2].startswith("stages."), "experiments run their own code only by `python -m`"
+            assert words[:2] == ["python", "-m"] and words[2].startswith("stages."), (
+                "experiments run their own code only by `python -m`"
+            )
             outs = [
-                next(iter(out)) if isinstance(out, dict) else out for kind in ("outs", "plots", "metrics") for out in body.get(kind, [])
+                next(iter(out)) if isinstance(out, dict) else out
+                for kind in ("outs", "plots", "metrics")
+                for out in body.get(kind, [])
             ]
             found[stage if key is None else f"{stage}@{key}"] = Instance(
                 words[2].removeprefix("stages."),
@@ -96,11 +118,19 @@ def name(path: Path) -> str:
 
 @pytest.mark.parametrize("stage", sorted(graph()))
 def test_a_stage_depends_on_its_code(stage: str) -> None:
-    """The file that ``keys`` writes for its module holds its code and the packages; ``keys`` itself depends on all the code."""
+    """The file that ``keys`` writes for its module holds its code and the packages; ``keys`` itself
+    depends on all the code.
+    """
     body = graph()[stage].get("do", graph()[stage])
     module = body["cmd"].split()[2].removeprefix("stages.")
-    listed = [dep for dep in body["deps"] if dep.startswith(("build/keys/code", "pipeline_lib", "stages", "env.lock"))]
-    assert listed == (["pipeline_lib", "stages", "env.lock.json"] if stage == "keys" else [f"build/keys/code/{module}.json"])
+    listed = [
+        dep
+        for dep in body["deps"]
+        if dep.startswith(("build/keys/code", "pipeline_lib", "stages", "env.lock"))
+    ]
+    assert listed == (
+        ["pipeline_lib", "stages", "env.lock.json"] if stage == "keys" else [f"build/keys/code/{module}.json"]
+    )
 
 
 def test_keys_are_written_for_the_modules_of_the_stages() -> None:
@@ -118,12 +148,18 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_digest_changes_with_the_closure_and_with_nothing_else(copied: Path, stage: str) -> None:
-    """A line more in a file that the stage may load, and in one that it may not. The digest does not know where the files are."""
+    """A line more in a file that the stage may load, and in one that it may not. The digest does
+    not know where the files are.
+    """
     inside = code.closure(stage, copied)
     outside = [path for path in sorted(copied.rglob("*.py")) if path.relative_to(copied) not in inside]
     before = code.digest(stage, copied)
     assert before == code.digest(stage, ROOT)
-    for path, changes in ((copied / inside[len(inside) // 2], True), (copied / inside[-1], True), (outside[-1], False)):
+    for path, changes in (
+        (copied / inside[len(inside) // 2], True),
+        (copied / inside[-1], True),
+        (outside[-1], False),
+    ):
         text = path.read_text(encoding="utf-8")
         path.write_text(f"{text}\n# another line\n", encoding="utf-8")
         assert (code.digest(stage, copied) != before) == changes, path
@@ -133,7 +169,10 @@ def test_a_digest_changes_with_the_closure_and_with_nothing_else(copied: Path, s
 
 def test_a_moved_file_changes_the_digest(tmp_path: Path) -> None:
     """Two files that swap their contents are other code. Oracle: the digest over names and bytes."""
-    for root, contents in ((tmp_path / "a", ("x = 1\n", "x = 2\n")), (tmp_path / "b", ("x = 2\n", "x = 1\n"))):
+    for root, contents in (
+        (tmp_path / "a", ("x = 1\n", "x = 2\n")),
+        (tmp_path / "b", ("x = 2\n", "x = 1\n")),
+    ):
         for module, text in zip(("one", "two"), contents, strict=True):
             (root / "pipeline_lib").mkdir(parents=True, exist_ok=True)
             (root / "pipeline_lib" / f"{module}.py").write_text(text, encoding="utf-8")
@@ -146,14 +185,19 @@ def test_a_moved_file_changes_the_digest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", MODULES)
 def test_the_closure_is_that_of_the_syntax_trees(stage: str) -> None:
-    """``code`` finds import statements in the text. Oracle: the import nodes of whole syntax trees, wherever they stand."""
+    """``code`` finds import statements in the text. Oracle: the import nodes of whole syntax trees,
+    wherever they stand.
+    """
     todo, seen = {ROOT / "stages" / f"{stage}.py", ROOT / "stages/__init__.py"}, set[Path]()
     while todo:
         path = todo.pop()
         seen.add(path)
         todo |= imports(path) - seen
     templates = {
-        template for path in seen if "import jinja2" in path.read_text(encoding="utf-8") for template in path.parent.glob("*.jinja")
+        template
+        for path in seen
+        if "import jinja2" in path.read_text(encoding="utf-8")
+        for template in path.parent.glob("*.jinja")
     }
     assert {ROOT / path for path in code.closure(stage)} == seen | templates
 
@@ -190,13 +234,21 @@ for stage in sys.argv[1:]:
 
 
 def test_the_closure_is_what_python_loads() -> None:
-    """Oracle: sys.modules after importing each stage. Only imports inside functions may add to the closure."""
-    done = subprocess.run([sys.executable, "-c", LOAD, *MODULES], cwd=ROOT, capture_output=True, text=True, check=True)
+    """Oracle: sys.modules after importing each stage. Only imports inside functions may add to the
+    closure.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *MODULES], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     loaded_by_stage = dict(json.loads(line) for line in done.stdout.splitlines())
     assert sorted(loaded_by_stage) == MODULES
     for stage, paths in loaded_by_stage.items():
         files = {Path(path).relative_to(ROOT) for path in paths}
-        closure = {path for path in code.closure(stage, ROOT) if path.suffix == ".py" and (ROOT / path).stat().st_size}
+        closure = {
+            path
+            for path in code.closure(stage, ROOT)
+            if path.suffix == ".py" and (ROOT / path).stat().st_size
+        }
         assert {path for path in files if (ROOT / path).stat().st_size} <= closure
         assert closure - files <= {late for path in closure for late in late_imports(ROOT / path)}
 
@@ -243,22 +295,33 @@ def test_no_module_is_dead() -> None:
 
 
 def test_only_code_and_templates() -> None:
-    """The closure knows of Python and Jinja files; whatever else the code read from beside itself would be no dep."""
-    files = [path for folder in ("pipeline_lib", "stages") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    """The closure knows of Python and Jinja files; whatever else the code read from beside itself
+    would be no dep.
+    """
+    files = [
+        path for folder in ("pipeline_lib", "stages") for path in (ROOT / folder).rglob("*") if path.is_file()
+    ]
     assert {path.suffix for path in files if "__pycache__" not in path.parts} <= {".py", ".jinja"}
 
 
 def test_packages_are_empty() -> None:
-    """An ``__init__`` with content would tie every module of its package together. That of the stages runs before any module of theirs,
-    and imports nothing of ours but what tells of a failure.
+    """An ``__init__`` with content would tie every module of its package together. That of the
+    stages runs before any module of theirs, and imports nothing of ours but what tells of a
+    failure.
     """
     packages = {path.parent for path in CODE} - {ROOT / "stages"}
     assert all((package / "__init__.py").read_bytes() == b"" for package in packages)
     nodes = ast.walk(parsed(ROOT / "stages" / "__init__.py"))
-    assert [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names] == ["io", "os", "signal", "sys"]
+    assert [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names] == [
+        "io",
+        "os",
+        "signal",
+        "sys",
+    ]
 
 
-# Tells the policy at the moment when torch is first asked for, or after the import where it is not, and stops there.
+# Tells the policy at the moment when torch is first asked for, or after the import where it is not,
+# and stops there.
 WAITING = """
 import importlib, os, sys
 
@@ -282,36 +345,53 @@ for module in sys.argv[1:]:
 
 
 def test_openmp_waits_passively() -> None:
-    """libgomp reads OMP_WAIT_POLICY when torch loads it. Oracle: its value when a stage, a benchmark or the tests ask for torch.
+    """libgomp reads OMP_WAIT_POLICY when torch loads it. Oracle: its value when a stage, a
+    benchmark or the tests ask for torch.
 
-    Stages ask for it only where they have something to do, so that their value counts as soon as they are imported.
+    Stages ask for it only where they have something to do, so that their value counts as soon as
+    they are imported.
     """
     files = (path.stem for path in (ROOT / "benchmarks").glob("*.py"))
     benchmarks = [f"benchmarks.{module}" for module in files if module not in ("__init__", "llm_compressor")]
     stages = [f"stages.{stage}" for stage in MODULES]
-    cases = ((None, [*stages, "tests.conftest", *benchmarks], "PASSIVE"), ("ACTIVE", ["stages.prune", "tests.conftest"], "ACTIVE"))
+    cases = (
+        (None, [*stages, "tests.conftest", *benchmarks], "PASSIVE"),
+        ("ACTIVE", ["stages.prune", "tests.conftest"], "ACTIVE"),
+    )
     for asked, modules, policy in cases:
         environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
         environment |= {"OMP_WAIT_POLICY": asked} if asked else {}
         command = [sys.executable, "-c", WAITING, *modules]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-        told = {module: (when, found) for module, when, found in (line.split() for line in done.stdout.splitlines())}
+        told = {
+            module: (when, found)
+            for module, when, found in (line.split() for line in done.stdout.splitlines())
+        }
         assert told.keys() == set(modules)
-        assert {found for module, (when, found) in told.items() if module in stages or when == "torch"} == {policy}
+        assert {found for module, (when, found) in told.items() if module in stages or when == "torch"} == {
+            policy
+        }
         assert told["tests.conftest"][0] == "torch"
 
 
 @pytest.mark.parametrize("path", [path for path in CODE if path.stat().st_size], ids=name)
 def test_imports_are_static_and_absolute(path: Path) -> None:
-    """Nothing is imported but by an absolute import statement that names what it takes. Oracle: the syntax tree."""
-    starts = path == ROOT / "pipeline_lib" / "core" / "preloaded.py"  # runs a stage's module, and imports installed ones
+    """Nothing is imported but by an absolute import statement that names what it takes. Oracle: the
+    syntax tree.
+    """
+    # runs a stage's module, and imports installed ones
+    starts = path == ROOT / "pipeline_lib" / "core" / "preloaded.py"
     own: set[str] = set()  # names under which whole modules of ours are known
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
             assert all(alias.name != "*" for alias in node.names), "star import"
             taken = {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-            own |= {alias for alias, full in taken.items() if (ROOT / Path(*full.split("."))).with_suffix(".py").exists()}
+            own |= {
+                alias
+                for alias, full in taken.items()
+                if (ROOT / Path(*full.split("."))).with_suffix(".py").exists()
+            }
             imported = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             imported = [alias.name for alias in node.names]
@@ -319,14 +399,38 @@ def test_imports_are_static_and_absolute(path: Path) -> None:
             assert not ours, "import pipeline_lib.x: use from … import"
         else:
             continue
-        dynamic = [full for full in imported if full.split(".")[0] in ("importlib", "runpy", "pkgutil", "imp", "zipimport")]
+        dynamic = [
+            full
+            for full in imported
+            if full.split(".")[0] in ("importlib", "runpy", "pkgutil", "imp", "zipimport")
+        ]
         assert starts or [full for full in dynamic if not full.startswith("importlib.metadata")] == []
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Name):
-            assert node.id not in {"__import__", "exec", "eval", "compile", "globals", "vars", "__builtins__", "__loader__"}, node.id
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr", "delattr"):
-            assert not (isinstance(node.args[0], ast.Name) and node.args[0].id in own), f"{node.func.id} on a module of ours"
-        if isinstance(node, ast.Attribute) and node.attr == "modules" and isinstance(node.value, ast.Name) and node.value.id == "sys":
+            assert node.id not in {
+                "__import__",
+                "exec",
+                "eval",
+                "compile",
+                "globals",
+                "vars",
+                "__builtins__",
+                "__loader__",
+            }, node.id
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("getattr", "setattr", "delattr")
+        ):
+            assert not (isinstance(node.args[0], ast.Name) and node.args[0].id in own), (
+                f"{node.func.id} on a module of ours"
+            )
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr == "modules"
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "sys"
+        ):
             assert starts, "sys.modules"
 
 
@@ -335,7 +439,9 @@ def test_imports_are_static_and_absolute(path: Path) -> None:
 
 @pytest.fixture
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where ``keys`` alone can run, as the current directory; params.yaml is written and read as JSON, which is YAML, and code is not read."""
+    """Where ``keys`` alone can run, as the current directory; params.yaml is written and read as
+    JSON, which is YAML, and code is not read.
+    """
     directory = tmp_path / "quick"
     directory.mkdir()
     shutil.copyfile(ROOT / "env.lock.json", directory / "env.lock.json")
@@ -346,7 +452,8 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def keys_of(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Stage -> its key but for code and other stages' artifacts: the command, the paths, declared params, and what ``keys`` wrote of them.
+    """Stage -> its key but for code and other stages' artifacts: the command, the paths, declared
+    params, and what ``keys`` wrote of them.
 
     Of the current directory with these parameters; None if they are refused.
     """
@@ -474,10 +581,14 @@ def other(key: str, value: Any) -> Any:
     return value + 1 if isinstance(value, int | float) else f"{value}x"
 
 
-LOADS = "prepare generate@* text@* calibrate scale sensitivity curves@* induce@* prune@* distil@* evaluate-dense evaluate@* tasks-dense export@*"
+LOADS = (
+    "prepare generate@* text@* calibrate scale sensitivity curves@* induce@* prune@* distil@* evaluate-dense"
+    " evaluate@* tasks-dense export@*"
+)
 REFUSED = "refused"
-# Which stages a key of params.yaml is for; the pattern with the most letters decides. ``best`` and ``distilled`` alone read curves, ``best``
-# alone is exported and has tasks, ``papers`` alone is induced, ``distilled`` alone is distilled.
+# Which stages a key of params.yaml is for; the pattern with the most letters decides. ``best`` and
+# ``distilled`` alone read curves, ``best`` alone is exported and has tasks, ``papers`` alone is
+# induced, ``distilled`` alone is distilled.
 FOR = {
     "model.path": LOADS,
     "model.id": LOADS,
@@ -508,12 +619,15 @@ FOR = {
     "prune.quantization.bits": REFUSED,  # `distilled` is trained, and training takes weights off their grid
     "prune.selection.sparsity": "allocate@* prune@*",
     "prune.selection.pattern": "curves@best curves@distilled allocate@* induce@papers prune@*",
-    "prune.selection.score": "curves@best curves@distilled prune@sparsegpt prune@fast prune@best prune@distilled",
+    "prune.selection.score": (
+        "curves@best curves@distilled prune@sparsegpt prune@fast prune@best prune@distilled"
+    ),
     "prune.selection.group": "curves@best curves@distilled induce@papers prune@[!mw]*",
     "prune.selection.*": "curves@best curves@distilled induce@papers prune@*",
     "prune.allocation.*": "allocate@* prune@*",
     "prune.allocation.method": "allocate@[mws]* prune@[mws]*",
-    "prune.allocation.weighting": "sensitivity allocate@* prune@*",  # whose output moments only `kronecker` reads
+    # whose output moments only `kronecker` reads
+    "prune.allocation.weighting": "sensitivity allocate@* prune@*",
     "prune.allocation.alpha": "allocate@[!bd]* prune@[!bd]*",
     "prune.reconstruction.*": "prune@*",
     "prune.reconstruction.steps": "prune@sparsegpt",
@@ -565,12 +679,18 @@ def affected(values: Mapping[str, Any]) -> dict[str, set[str]]:
 
 @pytest.mark.usefixtures("quick")
 def test_each_parameter_reruns_what_it_is_for() -> None:
-    """Oracle: the table. Every leaf of params.yaml is changed in turn; no row of the table is without a key."""
+    """Oracle: the table. Every leaf of params.yaml is changed in turn; no row of the table is
+    without a key.
+    """
     stages = valid_keys_of(SHIPPED)
     wanted = {}
     for key in LEAVES:
         said = purpose(key).split()
-        wanted[key] = {REFUSED} if said == [REFUSED] else {stage for stage in stages if any(fnmatchcase(stage, one) for one in said)}
+        wanted[key] = (
+            {REFUSED}
+            if said == [REFUSED]
+            else {stage for stage in stages if any(fnmatchcase(stage, one) for one in said)}
+        )
     found = affected(SHIPPED)
     assert {key: (found[key], wanted[key]) for key in LEAVES if found[key] != wanted[key]} == {}
     assert {pattern for pattern in FOR if not any(fnmatchcase(key, pattern) for key in LEAVES)} == set()
@@ -578,22 +698,34 @@ def test_each_parameter_reruns_what_it_is_for() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_the_order_of_sparsities_by_hand_counts() -> None:
-    """The first pattern that matches wins, so that another order is another budget, and no other selection. Oracle: the keys."""
+    """The first pattern that matches wins, so that another order is another budget, and no other
+    selection. Oracle: the keys.
+    """
     pairs = {"*.v_proj": 0.3, "layers.0.*": 0.4}
     first, second = ({"overall": 0.5, **dict(order)} for order in (pairs.items(), reversed(pairs.items())))
-    before, after = (valid_keys_of(with_value(SHIPPED, "variants.best.selection", {"sparsity": one})) for one in (first, second))
-    assert changed(before, after) == {"allocate@best", "prune@best"} == changed(valid_keys_of(SHIPPED), before)
+    before, after = (
+        valid_keys_of(with_value(SHIPPED, "variants.best.selection", {"sparsity": one}))
+        for one in (first, second)
+    )
+    assert (
+        changed(before, after) == {"allocate@best", "prune@best"} == changed(valid_keys_of(SHIPPED), before)
+    )
 
 
 # A variant is one edit
 
 PER_VARIANT = ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")
-HAND = '{overall: 0.5, "*.v_proj": 0.3, "re:layers.0.*q_proj$": 0}'  # names that DVC might read as something of its own
-ONE_LINE = f"  extra: {{selection: {{sparsity: {HAND}, score: wanda, group: row}}, reconstruction: {{steps: []}}}}\n"
+# names that DVC might read as something of its own
+HAND = '{overall: 0.5, "*.v_proj": 0.3, "re:layers.0.*q_proj$": 0}'
+ONE_LINE = (
+    f"  extra: {{selection: {{sparsity: {HAND}, score: wanda, group: row}}, reconstruction: {{steps: []}}}}\n"
+)
 
 
 def stages_of_dvc(project: Path) -> set[str]:
-    """The names of all stages, once DVC has found that no two write the same file and that there is no circle."""
+    """The names of all stages, once DVC has found that no two write the same file and that there is
+    no circle.
+    """
     from dvc.repo import Repo
 
     with Repo(str(project)) as repo:
@@ -613,11 +745,16 @@ def tracked(quick: Path) -> Path:
 
 @pytest.mark.parametrize("variant", SHIPPED["variants"])
 def test_a_variant_is_deleted_by_one_edit(tracked: Path, variant: str) -> None:
-    """Each of the shipped ones in turn, the report's baseline moved where it was that. Oracle: DVC's stages, and what ``keys`` writes."""
+    """Each of the shipped ones in turn, the report's baseline moved where it was that. Oracle:
+    DVC's stages, and what ``keys`` writes.
+    """
     left = {name: recipe for name, recipe in SHIPPED["variants"].items() if name != variant}
     baseline = SHIPPED["report"]["baseline"] if SHIPPED["report"]["baseline"] in left else next(iter(left))
     rest = instances(SHIPPED).keys() - {f"{stage}@{variant}" for stage in PER_VARIANT}
-    assert valid_keys_of(with_value({**SHIPPED, "variants": left}, "report.baseline", baseline)).keys() == rest - ALWAYS
+    assert (
+        valid_keys_of(with_value({**SHIPPED, "variants": left}, "report.baseline", baseline)).keys()
+        == rest - ALWAYS
+    )
     assert stages_of_dvc(tracked) == rest
     build("keys")
     assert not list((tracked / "build/keys").glob(f"*/{variant}.json"))
@@ -641,15 +778,26 @@ def test_a_variant_is_added_by_one_line(tracked: Path, monkeypatch: pytest.Monke
 
 
 def test_what_is_gone_from_params_is_gone_from_build(tmp_path: Path) -> None:
-    """Stages read whole directories, and DVC leaves outputs of stages that are gone. A state that DVC's run cache knows is no exception.
+    """Stages read whole directories, and DVC leaves outputs of stages that are gone. A state that
+    DVC's run cache knows is no exception.
 
     Oracle: the files, after a text and a variant came and went twice.
     """
     project = make_project(tmp_path / "project")
     values = read_params(project)
     texts, variants = values["texts"], values["variants"]
-    more = values | {"texts": texts | {"more": texts["test"]}, "variants": variants | {"extra": variants["wanda"]}}
-    made = [project / path for path in ("build/texts/evaluate/more.safetensors", "build/evaluate/extra.json", "build/prune/extra")]
+    more = values | {
+        "texts": texts | {"more": texts["test"]},
+        "variants": variants | {"extra": variants["wanda"]},
+    }
+    made = [
+        project / path
+        for path in (
+            "build/texts/evaluate/more.safetensors",
+            "build/evaluate/extra.json",
+            "build/prune/extra",
+        )
+    ]
     for _ in range(2):
         write_params(project, more)
         run(project, "dvc", "repro", "keys")
@@ -687,11 +835,16 @@ def refusal(values: Mapping[str, Any]) -> Result:
 
 @pytest.mark.usefixtures("quick")
 def test_parameters_of_version_1_are_told_one_by_one() -> None:
-    """Version 1's own params.yaml, of which every key that a sentence names is taken out in turn. Oracle: the list of them."""
+    """Version 1's own params.yaml, of which every key that a sentence names is taken out in turn.
+    Oracle: the list of them.
+    """
     values = read_params(Path(__file__).parent / "data" / "version-1")
     values["variants"]["fast"]["activation_budget_bytes"] = 0  # version 1 took it there too
     told: list[str] = []
-    while found := re.fullmatch(r"error: params\.yaml: (\S+) is no key any more: (.*); remove it\.\n", (result := refusal(values)).output):
+    while found := re.fullmatch(
+        r"error: params\.yaml: (\S+) is no key any more: (.*); remove it\.\n",
+        (result := refusal(values)).output,
+    ):
         key, instead = found.groups()
         (row,) = [row for row in RETIRED if fnmatchcase(key, row)]
         assert result.exit_code == 2 and key not in told and RETIRED[row] in instead, result.output
@@ -700,7 +853,9 @@ def test_parameters_of_version_1_are_told_one_by_one() -> None:
         del look_up(values, ".".join(above))[last]
     assert {row for row in RETIRED if any(fnmatchcase(key, row) for key in told)} == RETIRED.keys()
     assert len(told) == 2 * len(values["variants"]) + 1 + 9
-    assert re.fullmatch(r"error: params\.yaml: variants\.\S+ is missing; add it\.\n", result.output), result.output
+    assert re.fullmatch(r"error: params\.yaml: variants\.\S+ is missing; add it\.\n", result.output), (
+        result.output
+    )
     values["prune"] |= {"export": [], "tasks": [], "candidate": False}
     values["prune"]["reconstruction"]["lsq"]["mask_dtype"] = "float32"
     values["evaluate"]["reverse_kl"] = False
@@ -719,13 +874,17 @@ def test_every_retired_key_has_a_row() -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace in which every stage has run: one variant needs nothing that it can do without, the other everything. Read only."""
+    """A workspace in which every stage has run: one variant needs nothing that it can do without,
+    the other everything. Read only.
+    """
     home = tmp_path_factory.mktemp("finished")
     workspace = make_workspace(home / "project")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSELINE_SCRATCH", str(home / "scratch"))
         patch.chdir(workspace)
-        build(*(" ".join((one.module, *one.arguments)) for one in in_order(instances(read_params(workspace)))))
+        build(
+            *(" ".join((one.module, *one.arguments)) for one in in_order(instances(read_params(workspace))))
+        )
     return workspace
 
 
@@ -734,7 +893,11 @@ def in_order(stages: Mapping[str, Instance]) -> Iterator[Instance]:
     todo = dict(stages)
     while todo:
         waiting = {out for one in todo.values() for out in one.outs}
-        ready = [stage for stage, one in todo.items() if not any(overlap(dep, out) for dep in one.deps for out in waiting)]
+        ready = [
+            stage
+            for stage, one in todo.items()
+            if not any(overlap(dep, out) for dep in one.deps for out in waiting)
+        ]
         assert ready, f"a circle of {', '.join(todo)}"
         yield from [todo.pop(stage) for stage in ready]
 
@@ -764,16 +927,25 @@ def unrelated(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 SMALL = instances({**SHIPPED, "variants": {"wanda": {}, "sparseline": {}}})
-ALONE = ("model.revision", "*.pattern", "prune.quantization.scales", "variants.*")  # values that do not go with each other
+# values that do not go with each other
+ALONE = ("model.revision", "*.pattern", "prune.quantization.scales", "variants.*")
 
 
 @pytest.mark.parametrize("stage", [stage for stage in SMALL if stage != "keys"])
 def test_a_stage_reads_nothing_but_its_key(
-    finished: Path, unrelated: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    finished: Path,
+    unrelated: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
 ) -> None:
-    """It runs again with its deps alone, and with another value of every parameter that its key does not hold. Oracle: its outputs' bytes."""
+    """It runs again with its deps alone, and with another value of every parameter that its key
+    does not hold. Oracle: its outputs' bytes.
+    """
     one, project = SMALL[stage], tmp_path / "project"
-    shutil.copytree(finished, project, ignore=lambda folder, _: ["build", "report"] if Path(folder) == finished else [])
+    shutil.copytree(
+        finished, project, ignore=lambda folder, _: ["build", "report"] if Path(folder) == finished else []
+    )
     monkeypatch.chdir(project)
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "scratch"))
     write_params(project, unrelated.get(stage, read_params(finished)))  # report reads all of them
@@ -820,7 +992,8 @@ for step in sys.argv[1:]:
         with contextlib.redirect_stdout(sys.stderr):
             importlib.import_module(f"stages.{stage}").main.main(arguments, standalone_mode=False)
         files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
-        loaded = {name.split(".")[0] for name, file in files.items() if "site-packages" in file and name not in before}
+        new = {name for name, file in files.items() if "site-packages" in file and name not in before}
+        loaded = {name.split(".")[0] for name in new}
         print(json.dumps([step, sorted(loaded)]), flush=True)
         os._exit(0)
     assert os.wait()[1] == 0
@@ -828,18 +1001,27 @@ for step in sys.argv[1:]:
 
 
 def test_a_stage_that_is_not_needed_loads_next_to_nothing(finished: Path, tmp_path: Path) -> None:
-    """Above all no torch, which takes seconds. Oracle: sys.modules after the stage, against what reading parameters takes."""
+    """Above all no torch, which takes seconds. Oracle: sys.modules after the stage, against what
+    reading parameters takes.
+    """
     project = Path(shutil.copytree(finished, tmp_path / "project"))
     output = run(project, "python", "-c", PACKAGES, *NOT_NEEDED)
-    found = {step: set(packages) for step, packages in (json.loads(line) for line in output.splitlines() if line.startswith("["))}
+    found = {
+        step: set(packages)
+        for step, packages in (json.loads(line) for line in output.splitlines() if line.startswith("["))
+    }
     assert found.keys() == NOT_NEEDED.keys()
     needless = {step: packages - NOT_NEEDED[step] for step, packages in found.items()}
     assert not any(needless.values()), needless
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "scale", "sensitivity"])
-def test_what_no_variant_needs_is_not_measured(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    """With the other variant gone. Oracle: every output that dvc.yaml lists, none of them a measurement; no record of a cost."""
+def test_what_no_variant_needs_is_not_measured(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """With the other variant gone. Oracle: every output that dvc.yaml lists, none of them a
+    measurement; no record of a cost.
+    """
     project = Path(shutil.copytree(finished, tmp_path / "project"))
     monkeypatch.chdir(project)
     change_params(project, "variants.sparseline", REMOVED)
@@ -871,7 +1053,9 @@ def test_stages_are_described(stage: str) -> None:
 
 
 def test_results_depend_on_the_packages(finished: Path) -> None:
-    """Packages are no deps of their own: their versions stand beside the code's digest. Oracle: env.lock.json."""
+    """Packages are no deps of their own: their versions stand beside the code's digest. Oracle:
+    env.lock.json.
+    """
     versions = artifacts.read_json(finished / "env.lock.json")
     for stage in STAGES:
         assert artifacts.read_json(finished / f"build/keys/code/{stage}.json") == {
@@ -881,18 +1065,25 @@ def test_results_depend_on_the_packages(finished: Path) -> None:
 
 
 def test_outputs_are_apart() -> None:
-    """No stage writes below another's output, nothing persists, and only what git holds is outside the cache. Oracle: the paths.
+    """No stage writes below another's output, nothing persists, and only what git holds is outside
+    the cache. Oracle: the paths.
 
-    ``build/keys`` is outside too, since the run cache must not take the place of its stage; it is small and quickly made again.
+    ``build/keys`` is outside too, since the run cache must not take the place of its stage; it is
+    small and quickly made again.
     """
     paths: list[str] = []
     for body in (stage.get("do", stage) for stage in graph().values()):
         for kind in ("outs", "plots", "metrics"):
             for out in body.get(kind, []):
                 path, options = next(iter(out.items())) if isinstance(out, dict) else (out, {})
-                # outs without the cache, or persistent ones, switch the run cache off; metrics do not, but are not pushed
+                # outs without the cache, or persistent ones, switch the run cache off; metrics do
+                # not, but are not pushed
                 kept = kind == "plots" and set(options) == {"template", "x", "y", "title"}
-                assert options == {} or kept or (path in ("report/summary.json", "build/keys") and options == {"cache": False}), path
+                assert (
+                    options == {}
+                    or kept
+                    or (path in ("report/summary.json", "build/keys") and options == {"cache": False})
+                ), path
                 paths.append(path)
     assert len(set(paths)) == len(paths)
     assert not [(a, b) for a in paths for b in paths if b.startswith(f"{a}/")]

@@ -1,4 +1,6 @@
-"""Models, texts and bitmask files from strangers. Oracles: one sentence and exit code 2; a digest of everything around them; a limit of time."""
+"""Models, texts and bitmask files from strangers. Oracles: one sentence and exit code 2; a digest
+of everything around them; a limit of time.
+"""
 
 import gzip
 import hashlib
@@ -36,7 +38,13 @@ def around(directory: Path) -> dict[str, tuple[int, str]]:
     found = {}
     for path in sorted(directory.rglob("*")):
         mode = path.lstat().st_mode
-        told = str(path.readlink()) if path.is_symlink() else hashlib.sha256(path.read_bytes()).hexdigest() if stat.S_ISREG(mode) else ""
+        told = (
+            str(path.readlink())
+            if path.is_symlink()
+            else hashlib.sha256(path.read_bytes()).hexdigest()
+            if stat.S_ISREG(mode)
+            else ""
+        )
         found[str(path.relative_to(directory))] = (stat.S_IFMT(mode), told)
     return found
 
@@ -47,7 +55,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("hostile")
     (home / "neighbour").mkdir()
     (home / "neighbour" / "weights.safetensors").write_bytes(b"the user's own")
-    project = make_workspace(home / "project", model={"shard_size": "20kB"}, variants={"wanda": WANDA | {"export": ["dense", "bitmask"]}})
+    project = make_workspace(
+        home / "project",
+        model={"shard_size": "20kB"},
+        variants={"wanda": WANDA | {"export": ["dense", "bitmask"]}},
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
         patch.setenv("SPARSELINE_SCRATCH", str(home / "scratch"))
@@ -85,7 +97,9 @@ def index(name: str) -> Change:
     def change(model: Path) -> None:
         def renamed(value: Any) -> None:
             first = min(value["weight_map"].values())
-            value["weight_map"] = {tensor: name if file == first else file for tensor, file in value["weight_map"].items()}
+            value["weight_map"] = {
+                tensor: name if file == first else file for tensor, file in value["weight_map"].items()
+            }
 
         change_json(model / "model.safetensors.index.json", renamed)
 
@@ -111,7 +125,10 @@ def written(name: str, text: str) -> Change:
 MODELS: dict[str, tuple[Change, str]] = {
     "an absolute path in the index": (index("/tmp/weights.safetensors"), "weights.safetensors"),
     "a path upwards in the index": (index("../../../neighbour/weights.safetensors"), "weights.safetensors"),
-    "a link to another's weights": (link("model-00001-of-00009.safetensors", "../../../neighbour/weights.safetensors"), "outside"),
+    "a link to another's weights": (
+        link("model-00001-of-00009.safetensors", "../../../neighbour/weights.safetensors"),
+        "outside",
+    ),
     "a link to a system's file": (link("vocab.txt", "/etc/passwd"), "/etc/passwd"),
     "a link to a device": (link("merges.txt", "/dev/zero"), "no regular file"),
     "a circle of links": (link("merges.txt", "merges.txt"), "merges.txt"),
@@ -139,7 +156,10 @@ def test_hostile_models(home: Path, name: str) -> None:
     refused(home, "prepare", word)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "config" not in name and "header" not in name and "number" not in name])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in MODELS if "config" not in name and "header" not in name and "number" not in name],
+)
 def test_hostile_models_at_the_last_stage(home: Path, name: str) -> None:
     """`prepare` saw the model before it was hostile."""
     change, _ = MODELS[name]
@@ -172,16 +192,24 @@ def test_links_of_the_hub_and_of_dvc_are_followed(home: Path) -> None:
 def test_code_of_a_model_is_never_run_or_asked_for(home: Path) -> None:
     """Whoever answers y to all questions."""
     model = home / "project/data/model"
-    evil = f"import pathlib\npathlib.Path({str(home / 'ran')!r}).write_text('x')\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+    evil = (
+        f"import pathlib\npathlib.Path({str(home / 'ran')!r}).write_text('x')\nfrom transformers import"
+        " LlamaConfig as C, LlamaForCausalLM as M\n"
+    )
     (model / "evil.py").write_text(evil, encoding="utf-8")
     named = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", "evil.T"]}
     for file in ("config.json", "tokenizer_config.json"):
         change_json(model / file, lambda found: found | {"auto_map": named})
     for stage, *arguments in (("prepare",), ("text", "test"), ("evaluate", "dense"), ("export", "wanda")):
-        said = CliRunner().invoke(__import__(f"stages.{stage}", fromlist=["main"]).main, arguments, input="y\n" * 9)
+        said = CliRunner().invoke(
+            __import__(f"stages.{stage}", fromlist=["main"]).main, arguments, input="y\n" * 9
+        )
         assert said.exit_code in (0, 2) and "[y/N]" not in said.output
     change_json(model / "config.json", lambda found: found | {"model_type": "unheard"})
-    assert CliRunner().invoke(__import__("stages.prepare", fromlist=["main"]).main, [], input="y\n").exit_code == 2
+    assert (
+        CliRunner().invoke(__import__("stages.prepare", fromlist=["main"]).main, [], input="y\n").exit_code
+        == 2
+    )
     assert not (home / "ran").exists()
 
 
@@ -194,8 +222,16 @@ def test_a_matrix_of_zeros(home: Path, sparsity: float) -> None:
             if "layers.0.mlp.up_proj" in name:
                 tensors[name].zero_()
         save_file(tensors, path, {"format": "pt"})
-    change_params(home / "project", "variants.wanda.selection", {"score": "magnitude", "group": "matrix", "sparsity": sparsity})
-    change_params(home / "project", "variants.wanda.allocation", {"method": "depth", "alpha": 1.0, "density_bounds": [0.0, 1.0]})
+    change_params(
+        home / "project",
+        "variants.wanda.selection",
+        {"score": "magnitude", "group": "matrix", "sparsity": sparsity},
+    )
+    change_params(
+        home / "project",
+        "variants.wanda.allocation",
+        {"method": "depth", "alpha": 1.0, "density_bounds": [0.0, 1.0]},
+    )
     texts = (f"text {name}" for name in ("calibration", "validation", "test"))
     build(
         "prepare",
@@ -226,7 +262,10 @@ TEXTS: dict[str, tuple[Change, str]] = {
     "a pipe": (lambda folder: os.mkfifo(folder / "more.txt"), "named pipe"),
     "a link to a device": (link("more.txt", "/dev/zero"), "no regular file"),
     "a link to a system's file": (link("more.txt", "/etc/passwd"), "/etc/passwd"),
-    "a bomb": (lambda folder: (folder / "more.txt.gz").write_bytes(gzip.compress(bytes(2**29), 1)), "no text"),
+    "a bomb": (
+        lambda folder: (folder / "more.txt.gz").write_bytes(gzip.compress(bytes(2**29), 1)),
+        "no text",
+    ),
 }
 
 
@@ -257,21 +296,34 @@ class Template:
     "text",
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% set ns = namespace(x='aaaaaaaaaaaaaaaa') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+        (
+            "{% set ns = namespace(x='aaaaaaaaaaaaaaaa') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x"
+            " %}{% endfor %}{{ ns.x }}"
+        ),
     ],
     ids=["time", "memory"],
 )
 def test_a_chat_template_comes_to_an_end(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(bounded.each, "__defaults__", (2.0,))
     tokenizer: Any = Template(text)
-    with pytest.raises(SparselineError, match=r"a\.jsonl, line 7: the model's chat template (comes to no end|does not take this record)"):
+    with pytest.raises(
+        SparselineError,
+        match=r"a\.jsonl, line 7: the model's chat template (comes to no end|does not take this record)",
+    ):
         chat.render(tokenizer, [[{"role": "user", "content": "hello"}]], ["a.jsonl, line 7"])
     whole: Any = Template("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
-    assert chat.render(whole, [[{"role": "user", "content": f"{i}"}] for i in range(3)], ["a"] * 3) == ["<user>0", "<user>1", "<user>2"]
+    assert chat.render(whole, [[{"role": "user", "content": f"{i}"}] for i in range(3)], ["a"] * 3) == [
+        "<user>0",
+        "<user>1",
+        "<user>2",
+    ]
 
 
 def test_a_bomb_of_aliases(home: Path) -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]
+    lines = [
+        "a0: &a0 [x, x, x, x, x, x, x, x, x]",
+        *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)),
+    ]
     path = home / "project/params.yaml"
     path.write_text("\n".join(lines) + "\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
     refused(home, "keys", "params.yaml", "values")
@@ -319,7 +371,9 @@ def forge(directory: Path, change: Callable[[dict[str, Any], dict[str, Any]], An
     manifest.pop("sha256")
     whole = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     manifest["sha256"] = hashlib.sha256(whole.encode()).hexdigest()
-    (directory / "bitmask.json").write_text(json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    (directory / "bitmask.json").write_text(
+        json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def manifest(**values: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
@@ -377,7 +431,9 @@ FORGED: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
     "offsets in the wrong order": tensor(".mask", data_offsets=[8, 0]),
     "a shape of texts": tensor(".mask", shape=["8"]),
     "a part of another type": tensor(".mask", dtype="F32"),
-    "a part that is missing": lambda _, header: header.pop(next(name for name in sorted(header) if name.endswith(".mask"))),
+    "a part that is missing": lambda _, header: header.pop(
+        next(name for name in sorted(header) if name.endswith(".mask"))
+    ),
     "metadata of another kind": lambda _, header: header["told"].update(tensors=[1]),
 }
 
@@ -411,7 +467,11 @@ def test_unpack_takes_no_place_that_is_taken(bitmask: Path, tmp_path: Path, out:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda path: link("README.md", "/etc/passwd")(path), lambda path: link("config.json", "/dev/zero")(path)]
+    "change",
+    [
+        lambda path: link("README.md", "/etc/passwd")(path),
+        lambda path: link("config.json", "/dev/zero")(path),
+    ],
 )
 def test_links_in_bitmask_directories(bitmask: Path, tmp_path: Path, change: Change) -> None:
     change(bitmask)

@@ -1,4 +1,6 @@
-"""Induction and what it starts from. Oracles: really folded weights with refreshed statistics, and the masks that pruning then takes."""
+"""Induction and what it starts from. Oracles: really folded weights with refreshed statistics, and
+the masks that pruning then takes.
+"""
 
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -34,9 +36,19 @@ SPECTRAL = SpectralParams(weight=0.0, alpha=1.0, order="spectral", iterations=2)
 Statistics = dict[str, SiteStatistics]
 
 
-def selection(score: str, group: str = "matrix", pattern: str = "unstructured", of: str = "diagonal") -> SelectionParams:
+def selection(
+    score: str, group: str = "matrix", pattern: str = "unstructured", of: str = "diagonal"
+) -> SelectionParams:
     return SelectionParams.model_validate(
-        {"sparsity": 0.5, "pattern": pattern, "score": score, "group": group, "block": 16, "damping": 0.01, "damping_of": of}
+        {
+            "sparsity": 0.5,
+            "pattern": pattern,
+            "score": score,
+            "group": group,
+            "block": 16,
+            "damping": 0.01,
+            "damping_of": of,
+        }
     )
 
 
@@ -58,7 +70,14 @@ def induction(**changes: Any) -> InduceParams:
 
 
 def scaling(start: str = "second_moment", **changes: Any) -> ScaleParams:
-    values = {"start": start, "monotone": "identity", "power": 0.5, "limit": 50.0, "pairs": "inputs", "shift": "none"}
+    values = {
+        "start": start,
+        "monotone": "identity",
+        "power": 0.5,
+        "limit": 50.0,
+        "pairs": "inputs",
+        "shift": "none",
+    }
     return ScaleParams(**{**values, **changes})
 
 
@@ -72,7 +91,10 @@ def statistics(checkpoint: Checkpoint) -> Statistics:
 
 
 def refreshed(table: Layout, statistics: Statistics, factors: dict[str, torch.Tensor]) -> Statistics:
-    return {site.name: refresh(statistics[site.name], site_factor(table, site.name, factors)) for site in table.sites}
+    return {
+        site.name: refresh(statistics[site.name], site_factor(table, site.name, factors))
+        for site in table.sites
+    }
 
 
 def moderate(table: Layout, seed: int, decades: float = 1.5) -> dict[str, torch.Tensor]:
@@ -82,7 +104,10 @@ def moderate(table: Layout, seed: int, decades: float = 1.5) -> dict[str, torch.
 
 def uniform(table: Layout, tensors: dict[str, torch.Tensor], chosen: SelectionParams) -> dict[Matrix, int]:
     """Every matrix at the overall density."""
-    return {matrix: target(chosen.sparsity, matrix.view(tensors[matrix.parameter]).numel()) for matrix in table.matrices}
+    return {
+        matrix: target(chosen.sparsity, matrix.view(tensors[matrix.parameter]).numel())
+        for matrix in table.matrices
+    }
 
 
 def run(
@@ -94,7 +119,13 @@ def run(
     params: InduceParams,
 ) -> Outcome:
     kept = uniform(checkpoint.architecture.layouts[0], tensors, chosen)
-    return induce_block(DenseBlock(checkpoint.architecture.layouts[0], "block 0", tensors, statistics), kept, start, chosen, params)
+    return induce_block(
+        DenseBlock(checkpoint.architecture.layouts[0], "block 0", tensors, statistics),
+        kept,
+        start,
+        chosen,
+        params,
+    )
 
 
 def masks_of_pruning(
@@ -105,7 +136,9 @@ def masks_of_pruning(
     chosen: SelectionParams,
     kept: dict[Matrix, int] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The masks that ``prune`` takes for the folded block: the real thing that induction foretells. Counts are uniform unless given."""
+    """The masks that ``prune`` takes for the folded block: the real thing that induction foretells.
+    Counts are uniform unless given.
+    """
     table, factors = checkpoint.architecture.layouts[0], dict(transform.factors)
     kept = uniform(table, tensors, chosen) if kept is None else kept
     block = Block(table, "block 0", transform, kept, fold(tensors, table, factors))
@@ -121,7 +154,9 @@ def held_out_error(
     masks: dict[str, torch.Tensor],
     matrices: Sequence[Matrix] = (),
 ) -> float:
-    """Mean over matrices (all, unless they are given) of tr(ΔW G ΔWᵀ)/tr(W G Wᵀ) on the held-out rows, in float64 and original coordinates (Eq. 4)."""
+    """Mean over matrices (all, unless they are given) of tr(ΔW G ΔWᵀ)/tr(W G Wᵀ) on the held-out
+    rows, in float64 and original coordinates (Eq. 4).
+    """
     errors = []
     for matrix in matrices or checkpoint.architecture.layouts[0].matrices:
         gram = statistics[matrix.site].held_out_gram
@@ -133,7 +168,9 @@ def held_out_error(
 
 
 def test_random_signs_are_keyed_by_the_block(llama: Checkpoint, statistics: Statistics) -> None:
-    """Oracle: the same name, the same bits; another block's name or another seed, other signs and another loss."""
+    """Oracle: the same name, the same bits; another block's name or another seed, other signs and
+    another loss.
+    """
     table, tensors = llama.architecture.layouts[0], llama.block(0)
 
     def losses(where: str, seed: int) -> list[float]:
@@ -155,7 +192,9 @@ def test_random_signs_are_keyed_by_the_block(llama: Checkpoint, statistics: Stat
 def test_refreshed_scores_are_those_of_the_folded_block(
     checkpoint: Checkpoint, statistics: Statistics, score: Score, with_importance: bool
 ) -> None:
-    """Oracle: scores of really folded weights under refreshed and newly factorised statistics (fast Hessian update, Eqs. 9–11)."""
+    """Oracle: scores of really folded weights under refreshed and newly factorised statistics (fast
+    Hessian update, Eqs. 9–11).
+    """
     table, tensors, chosen = checkpoint.architecture.layouts[0], checkpoint.block(0), selection(score)
     factors = moderate(table, 3)
     curvatures = {}
@@ -163,20 +202,33 @@ def test_refreshed_scores_are_those_of_the_folded_block(
         assert found.gram is not None
         curvatures[name] = factorise(found.gram, chosen.damping, chosen.damping_of, name).whole()
     kept = uniform(table, tensors, chosen)
-    layers = [_Layer(m, tensors[m.parameter], kept[m], statistics[m.site], curvatures[m.site], chosen) for m in table.matrices]
+    layers = [
+        _Layer(m, tensors[m.parameter], kept[m], statistics[m.site], curvatures[m.site], chosen)
+        for m in table.matrices
+    ]
     random = torch.Generator().manual_seed(4)
-    log_u = {site.name: torch.randn(len(site.index), generator=random) for site in table.sites} if with_importance else {}
-    found_scores = _Block(table, layers).log_scores({name: factor.log() for name, factor in factors.items()}, log_u)
+    log_u = (
+        {site.name: torch.randn(len(site.index), generator=random) for site in table.sites}
+        if with_importance
+        else {}
+    )
+    found_scores = _Block(table, layers).log_scores(
+        {name: factor.log() for name, factor in factors.items()}, log_u
+    )
     folded, new = fold(tensors, table, factors), refreshed(table, statistics, factors)
     for matrix, log_score in zip(table.matrices, found_scores, strict=True):
         gram = new[matrix.site].gram
         assert gram is not None
-        expected = saliency(score, folded[matrix.parameter], factorise(gram, chosen.damping, "diagonal", "x").whole())
+        expected = saliency(
+            score, folded[matrix.parameter], factorise(gram, chosen.damping, "diagonal", "x").whole()
+        )
         expected = expected * (2 * log_u[matrix.site]).exp() if with_importance else expected
         torch.testing.assert_close(log_score.exp(), expected, rtol=1e-2, atol=1e-9 * float(expected.max()))
 
 
-def layer_of(score: Score, group: str, pattern: str, sparsity: float = 0.5, rows: int = 6, columns: int = 24) -> _Layer:
+def layer_of(
+    score: Score, group: str, pattern: str, sparsity: float = 0.5, rows: int = 6, columns: int = 24
+) -> _Layer:
     random = torch.Generator().manual_seed(5)
     _, gram = curved_gram(columns, seed=5)
     ones = torch.ones(columns)
@@ -184,14 +236,24 @@ def layer_of(score: Score, group: str, pattern: str, sparsity: float = 0.5, rows
     chosen = selection(score, group, pattern).model_copy(update={"sparsity": sparsity})
     weight = torch.randn(rows, columns, generator=random)
     kept = target(sparsity, weight.numel())
-    return _Layer(Matrix("q", "w", "x"), weight, kept, SiteStatistics(ones, ones, ones, ones, ones, gram), curvature, chosen)
+    return _Layer(
+        Matrix("q", "w", "x"),
+        weight,
+        kept,
+        SiteStatistics(ones, ones, ones, ones, ones, gram),
+        curvature,
+        chosen,
+    )
 
 
 def moved(layer: _Layer, seed: int) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Log scales of rows and columns, and log u, that require gradients."""
     random = torch.Generator().manual_seed(seed)
     rows, columns = layer.weight.shape
-    tensors = [torch.randn(size, generator=random).mul_(0.3).requires_grad_(True) for size in (rows, columns, columns)]
+    tensors = [
+        torch.randn(size, generator=random).mul_(0.3).requires_grad_(True)
+        for size in (rows, columns, columns)
+    ]
     return (tensors[0], tensors[1]), tensors[2]
 
 
@@ -204,9 +266,13 @@ def soft_error(layer: _Layer, scores: torch.Tensor, temperature: float) -> torch
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("group", ["row", "matrix", "block"])
-@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.5), ("unstructured", 0.6), ("2:4", 0.5)])
+@pytest.mark.parametrize(
+    ("pattern", "sparsity"), [("unstructured", 0.5), ("unstructured", 0.6), ("2:4", 0.5)]
+)
 def test_removed_is_the_soft_masks_error(score: Score, group: str, pattern: str, sparsity: float) -> None:
-    """Oracle: autograd through the whole matrix; thresholds lie between kept and pruned in every comparison group."""
+    """Oracle: autograd through the whole matrix; thresholds lie between kept and pruned in every
+    comparison group.
+    """
     layer = layer_of(score, group, pattern, sparsity)
     scales, log_u = moved(layer, 6)
     scores = layer.log_scores(scales, log_u)
@@ -224,15 +290,23 @@ def test_removed_is_the_soft_masks_error(score: Score, group: str, pattern: str,
 
 @pytest.mark.parametrize("group", ["row", "matrix"])
 def test_probes_estimate_the_error_without_bias(group: str) -> None:
-    """Oracle: all 2^R sign vectors average to the exact error and gradient; the diagonal of G is exact with one."""
+    """Oracle: all 2^R sign vectors average to the exact error and gradient; the diagonal of G is
+    exact with one.
+    """
     layer = layer_of("wanda", group, "unstructured", rows=6)
     scales, log_u = moved(layer, 7)
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 6)
-    results = [(f, *torch.autograd.grad(f, (*scales, log_u))) for s in (None, signs) for f in (layer.removed(scales, log_u, 0.5, s),)]
+    results = [
+        (f, *torch.autograd.grad(f, (*scales, log_u)))
+        for s in (None, signs)
+        for f in (layer.removed(scales, log_u, 0.5, s),)
+    ]
     for exact, estimated in zip(*results, strict=True):
         torch.testing.assert_close(estimated, exact, rtol=1e-4, atol=1e-6)
     layer.gram = layer.gram.diagonal().diag()
-    assert layer.removed(scales, log_u, 0.5, signs[:1]).item() == pytest.approx(layer.removed(scales, log_u, 0.5, None).item(), rel=1e-5)
+    assert layer.removed(scales, log_u, 0.5, signs[:1]).item() == pytest.approx(
+        layer.removed(scales, log_u, 0.5, None).item(), rel=1e-5
+    )
 
 
 def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +317,11 @@ def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "parts", lambda step: (slice(i, i + 3) for i in (0, 3, 6)))
     for before, s in zip(whole, (None, signs), strict=True):
         after = layer.removed(scales, log_u, 0.5, s)
-        for a, b in zip(torch.autograd.grad(after, (*scales, log_u)), torch.autograd.grad(before, (*scales, log_u)), strict=True):
+        for a, b in zip(
+            torch.autograd.grad(after, (*scales, log_u)),
+            torch.autograd.grad(before, (*scales, log_u)),
+            strict=True,
+        ):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
@@ -280,25 +358,35 @@ def test_layer_error_is_eq_4() -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(
-    ("group", "pattern"), [("row", "unstructured"), ("matrix", "unstructured"), ("block", "unstructured"), ("row", "2:4")]
+    ("group", "pattern"),
+    [("row", "unstructured"), ("matrix", "unstructured"), ("block", "unstructured"), ("row", "2:4")],
 )
 def test_the_choice_is_never_worse_than_nothing(
     checkpoint: Checkpoint, statistics: Statistics, score: str, group: str, pattern: str
 ) -> None:
     """Oracles: the masks that pruning then takes, and their error on the held-out rows in float64.
 
-    The factors are positive, inside the box, with geometric mean 1; what induction reports is what pruning will do.
+    The factors are positive, inside the box, with geometric mean 1; what induction reports is what
+    pruning will do.
     """
     chosen, tensors = selection(score, group, pattern), checkpoint.block(0)
-    start = Transform(starting_factors(checkpoint.architecture.layouts[0], tensors, statistics, scaling("eq5", limit=1.0)))
+    start = Transform(
+        starting_factors(checkpoint.architecture.layouts[0], tensors, statistics, scaling("eq5", limit=1.0))
+    )
     outcome = run(checkpoint, tensors, statistics, start, chosen, induction(limit=1.0))
     assert outcome.held_out.keys() == {"none", "start", "learned"}
     assert outcome.held_out[outcome.choice] == min(outcome.held_out.values())
     before = masks_of_pruning(checkpoint, tensors, statistics, Transform(), chosen)
     after = masks_of_pruning(checkpoint, tensors, statistics, outcome.transform, chosen)
-    assert held_out_error(checkpoint, tensors, statistics, before) == pytest.approx(outcome.held_out["none"], rel=0.01)
-    assert held_out_error(checkpoint, tensors, statistics, after) == pytest.approx(outcome.held_out[outcome.choice], rel=0.01)
-    moved = sum(int((after[name] != before[name]).sum()) for name in after) / sum(mask.numel() for mask in after.values())
+    assert held_out_error(checkpoint, tensors, statistics, before) == pytest.approx(
+        outcome.held_out["none"], rel=0.01
+    )
+    assert held_out_error(checkpoint, tensors, statistics, after) == pytest.approx(
+        outcome.held_out[outcome.choice], rel=0.01
+    )
+    moved = sum(int((after[name] != before[name]).sum()) for name in after) / sum(
+        mask.numel() for mask in after.values()
+    )
     assert moved == pytest.approx(outcome.mask_changed, abs=0.005)
     for values in (*outcome.transform.factors.values(), *outcome.transform.importance.values()):
         assert (values > 0).all()
@@ -309,9 +397,17 @@ def test_the_choice_is_never_worse_than_nothing(
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("group", ["row", "matrix", "block"])
-def test_masks_are_learned_at_the_counts_that_are_given(checkpoint: Checkpoint, statistics: Statistics, group: str, pattern: str) -> None:
-    """Counts of its own for every matrix, none and all among them, one matrix left out. Oracles: the masks that pruning takes at these counts."""
-    table, tensors, chosen = checkpoint.architecture.layouts[0], checkpoint.block(0), selection("wanda", group, pattern)
+def test_masks_are_learned_at_the_counts_that_are_given(
+    checkpoint: Checkpoint, statistics: Statistics, group: str, pattern: str
+) -> None:
+    """Counts of its own for every matrix, none and all among them, one matrix left out. Oracles:
+    the masks that pruning takes at these counts.
+    """
+    table, tensors, chosen = (
+        checkpoint.architecture.layouts[0],
+        checkpoint.block(0),
+        selection("wanda", group, pattern),
+    )
     sizes = {matrix: matrix.view(tensors[matrix.parameter]).numel() for matrix in table.matrices[1:]}
     kept = {matrix: size // 4 * (number % 5) for number, (matrix, size) in enumerate(sizes.items())}
     assert {kept[matrix] / size for matrix, size in sizes.items()} >= {0, 0.25, 0.5, 0.75, 1}
@@ -321,7 +417,9 @@ def test_masks_are_learned_at_the_counts_that_are_given(checkpoint: Checkpoint, 
     before = masks_of_pruning(checkpoint, tensors, statistics, Transform(), chosen, kept)
     after = masks_of_pruning(checkpoint, tensors, statistics, outcome.transform, chosen, kept)
     assert after.keys() == {matrix.parameter for matrix in kept}
-    moved = sum(int((after[name] != before[name]).sum()) for name in after) / sum(mask.numel() for mask in after.values())
+    moved = sum(int((after[name] != before[name]).sum()) for name in after) / sum(
+        mask.numel() for mask in after.values()
+    )
     assert moved == pytest.approx(outcome.mask_changed, abs=0.005)
     for masks, candidate in ((before, "none"), (after, outcome.choice)):
         errors = [held_out_error(checkpoint, tensors, statistics, masks, [matrix]) for matrix in kept]
@@ -330,7 +428,9 @@ def test_masks_are_learned_at_the_counts_that_are_given(checkpoint: Checkpoint, 
 
 
 def test_importance_helps_somewhere(checkpoint: Checkpoint, statistics: Statistics) -> None:
-    """Not vacuous: on a scrambled block selection weights tell Magnitude what it cannot see: learned, positive, not all 1; no factors."""
+    """Not vacuous: on a scrambled block selection weights tell Magnitude what it cannot see:
+    learned, positive, not all 1; no factors.
+    """
     scramble = moderate(checkpoint.architecture.layouts[0], 8)
     scrambled, new = (
         fold(checkpoint.block(0), checkpoint.architecture.layouts[0], scramble),
@@ -350,8 +450,11 @@ def test_importance_helps_somewhere(checkpoint: Checkpoint, statistics: Statisti
 
 
 @pytest.mark.parametrize("group", ["row", "matrix"])
-def test_a_scrambled_block_is_set_right_for_magnitude(checkpoint: Checkpoint, statistics: Statistics, group: str) -> None:
-    """Magnitude sees every factor: random ones ruin its masks, the start and what is learned from it repair them.
+def test_a_scrambled_block_is_set_right_for_magnitude(
+    checkpoint: Checkpoint, statistics: Statistics, group: str
+) -> None:
+    """Magnitude sees every factor: random ones ruin its masks, the start and what is learned from
+    it repair them.
 
     Oracle: the unscrambled block's own error, from which Wanda's closed form (s = sqrt G_jj) must not be far.
     """
@@ -361,7 +464,9 @@ def test_a_scrambled_block_is_set_right_for_magnitude(checkpoint: Checkpoint, st
     start = Transform(starting_factors(table, scrambled, new, scaling()))
     chosen = selection("magnitude", group)
     outcome = run(checkpoint, scrambled, new, start, chosen, induction(limit=8.0, importance=False))
-    plain = run(checkpoint, tensors, statistics, Transform(), chosen, induction(factors=False, importance=False))
+    plain = run(
+        checkpoint, tensors, statistics, Transform(), chosen, induction(factors=False, importance=False)
+    )
     assert plain.choice == "none"
     assert outcome.held_out["none"] > 1.2 * plain.held_out["none"]
     assert outcome.choice in ("start", "learned")
@@ -375,7 +480,9 @@ def test_a_scrambled_block_is_set_right_for_magnitude(checkpoint: Checkpoint, st
 
 
 def test_learning_moves_on_from_a_bad_start(llama: Checkpoint) -> None:
-    """Factors alone, from the identity on a scrambled block: the loss falls and the held-out error with it."""
+    """Factors alone, from the identity on a scrambled block: the loss falls and the held-out error
+    with it.
+    """
     model = BlockModel(llama, torch.float32, torch.device("cpu"))
     params = CalibrateParams(batch_rows=8, median_tokens=1000)
     _, found = next(walk(model, token_rows(16, 12, seed=1), token_rows(8, 12, seed=2), params, grams=True))
@@ -397,7 +504,9 @@ def test_learning_moves_on_from_a_bad_start(llama: Checkpoint) -> None:
 
 
 def test_the_start_comes_back_as_it_went_in(checkpoint: Checkpoint, statistics: Statistics) -> None:
-    """Oracle: the start's own factors. When learning only makes it worse, ``start`` is chosen and must not have been learned upon."""
+    """Oracle: the start's own factors. When learning only makes it worse, ``start`` is chosen and
+    must not have been learned upon.
+    """
     table, tensors = checkpoint.architecture.layouts[0], checkpoint.block(0)
     scramble = moderate(table, 8)
     scrambled, new = fold(tensors, table, scramble), refreshed(table, statistics, scramble)
@@ -416,12 +525,23 @@ def test_the_start_comes_back_as_it_went_in(checkpoint: Checkpoint, statistics: 
         torch.testing.assert_close(factor, kept[name], rtol=1e-4, atol=0)
         assert torch.equal(factors[name], kept[name])
     masks = masks_of_pruning(checkpoint, scrambled, new, outcome.transform, selection("magnitude", "row"))
-    assert held_out_error(checkpoint, scrambled, new, masks) == pytest.approx(outcome.held_out["start"], rel=0.01)
+    assert held_out_error(checkpoint, scrambled, new, masks) == pytest.approx(
+        outcome.held_out["start"], rel=0.01
+    )
 
 
-def test_with_nothing_to_learn_the_better_of_none_and_start_is_taken(checkpoint: Checkpoint, statistics: Statistics) -> None:
+def test_with_nothing_to_learn_the_better_of_none_and_start_is_taken(
+    checkpoint: Checkpoint, statistics: Statistics
+) -> None:
     """No factors, no importance: no steps, no curve; equal errors mean ``none``, and an empty transform."""
-    outcome = run(checkpoint, checkpoint.block(0), statistics, Transform(), selection("wanda"), induction(factors=False, importance=False))
+    outcome = run(
+        checkpoint,
+        checkpoint.block(0),
+        statistics,
+        Transform(),
+        selection("wanda"),
+        induction(factors=False, importance=False),
+    )
     assert outcome.choice == "none"
     assert outcome.curve == []
     assert outcome.transform == Transform()
@@ -430,7 +550,9 @@ def test_with_nothing_to_learn_the_better_of_none_and_start_is_taken(checkpoint:
 
 
 def test_shifts_pass_through_and_count(statistics: Statistics, checkpoint: Checkpoint) -> None:
-    """A shift centres the moments that pruning scores with; induction must foretell those masks, not the uncentred ones."""
+    """A shift centres the moments that pruning scores with; induction must foretell those masks,
+    not the uncentred ones.
+    """
     tensors, chosen = checkpoint.block(0), selection("wanda", "row")
     start = Transform({}, shifts(checkpoint.architecture.layouts[0], statistics, scaling(shift="mean")))
     outcome = run(checkpoint, tensors, statistics, start, chosen, induction(factors=False, steps=10))
@@ -443,23 +565,33 @@ def test_shifts_pass_through_and_count(statistics: Statistics, checkpoint: Check
 
 
 @pytest.mark.parametrize("score", ["wanda", "obd", "obs", "isc"])
-def test_induction_foretells_pruning_under_mean_damping(checkpoint: Checkpoint, statistics: Statistics, score: str) -> None:
-    """Oracle: the masks that pruning takes. Damping by the mean diagonal is not invariant under factors: both must mean the same one."""
+def test_induction_foretells_pruning_under_mean_damping(
+    checkpoint: Checkpoint, statistics: Statistics, score: str
+) -> None:
+    """Oracle: the masks that pruning takes. Damping by the mean diagonal is not invariant under
+    factors: both must mean the same one.
+    """
     tensors, chosen = checkpoint.block(0), selection(score, of="mean")
     start = Transform(moderate(checkpoint.architecture.layouts[0], 3, decades=3.0))
     outcome = run(checkpoint, tensors, statistics, start, chosen, induction(factors=False, importance=False))
     masks = masks_of_pruning(checkpoint, tensors, statistics, start, chosen)
-    assert held_out_error(checkpoint, tensors, statistics, masks) == pytest.approx(outcome.held_out["start"], rel=0.01)
+    assert held_out_error(checkpoint, tensors, statistics, masks) == pytest.approx(
+        outcome.held_out["start"], rel=0.01
+    )
 
 
 @pytest.mark.parametrize("order", ["spectral", "frobenius", "nuclear"])
 def test_the_regulariser_makes_norms_grow(llama: Checkpoint, order: str) -> None:
-    """Where the error has no gradient in the factors (Wanda within rows), R_p alone drives them (digest, 4): still inside the box."""
+    """Where the error has no gradient in the factors (Wanda within rows), R_p alone drives them
+    (digest, 4): still inside the box.
+    """
     model = BlockModel(llama, torch.float32, torch.device("cpu"))
     params = CalibrateParams(batch_rows=8, median_tokens=1000)
     _, found = next(walk(model, token_rows(8, 12, seed=1), token_rows(4, 12, seed=2), params, grams=True))
     spectral = SpectralParams.model_validate({"weight": 1.0, "alpha": 1.0, "order": order, "iterations": 3})
-    identity = Transform({coupling.name: torch.ones(coupling.size) for coupling in llama.architecture.layouts[0].couplings})
+    identity = Transform(
+        {coupling.name: torch.ones(coupling.size) for coupling in llama.architecture.layouts[0].couplings}
+    )
     outcome = run(
         llama,
         llama.block(0),
@@ -513,8 +645,12 @@ def test_maximum_start(checkpoint: Checkpoint, statistics: Statistics) -> None:
     torch.testing.assert_close(factor, s.log().mean().exp() / s, rtol=1e-3, atol=0)
 
 
-def test_second_moment_start_turns_magnitude_into_wanda(checkpoint: Checkpoint, statistics: Statistics) -> None:
-    """Oracle: Wanda's masks on the unfolded block, row by row (digest, 1a), at every site with one factor per channel."""
+def test_second_moment_start_turns_magnitude_into_wanda(
+    checkpoint: Checkpoint, statistics: Statistics
+) -> None:
+    """Oracle: Wanda's masks on the unfolded block, row by row (digest, 1a), at every site with one
+    factor per channel.
+    """
     table, tensors = checkpoint.architecture.layouts[0], checkpoint.block(0)
     folded = fold(tensors, table, starting_factors(table, tensors, statistics, scaling()))
     compared = 0
@@ -533,7 +669,12 @@ def test_second_moment_start_turns_magnitude_into_wanda(checkpoint: Checkpoint, 
 def test_identity_start_is_ones(checkpoint: Checkpoint, statistics: Statistics) -> None:
     """Every coupling, pairs and Q/K included, whatever ``pairs`` says."""
     for pairs in ("inputs", "balance"):
-        factors = starting_factors(checkpoint.architecture.layouts[0], checkpoint.block(0), statistics, scaling("identity", pairs=pairs))
+        factors = starting_factors(
+            checkpoint.architecture.layouts[0],
+            checkpoint.block(0),
+            statistics,
+            scaling("identity", pairs=pairs),
+        )
         assert factors.keys() == {coupling.name for coupling in checkpoint.architecture.layouts[0].couplings}
         assert all(torch.equal(factor, torch.ones_like(factor)) for factor in factors.values())
 
@@ -545,7 +686,13 @@ def test_grouped_queries_share_the_mean_log(llama: Checkpoint) -> None:
     s = torch.linspace(1, 3, width)
     found = {
         name: SiteStatistics(
-            s.square() if name == site.name else torch.ones(len(llama.architecture.layouts[0].site(name).index)), ones, ones, ones, ones
+            s.square()
+            if name == site.name
+            else torch.ones(len(llama.architecture.layouts[0].site(name).index)),
+            ones,
+            ones,
+            ones,
+            ones,
         )
         for name in (x.name for x in llama.architecture.layouts[0].sites)
     }
@@ -557,7 +704,9 @@ def test_grouped_queries_share_the_mean_log(llama: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("shift", ["none", "mean", "median"])
-def test_shifts_only_where_a_bias_can_take_them(checkpoint: Checkpoint, statistics: Statistics, shift: str) -> None:
+def test_shifts_only_where_a_bias_can_take_them(
+    checkpoint: Checkpoint, statistics: Statistics, shift: str
+) -> None:
     """Oracle: the sites all of whose consumers have a bias: none in a plain Llama, all in OPT."""
     found = shifts(checkpoint.architecture.layouts[0], statistics, scaling(shift=shift))
     biased = checkpoint.architecture.layouts[0].matrices[0].bias is not None

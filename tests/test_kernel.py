@@ -1,4 +1,6 @@
-"""The sweep's kernel for GPUs, run by Triton's interpreter on the CPU. Oracle: the plain loop over columns, on the same inputs."""
+"""The sweep's kernel for GPUs, run by Triton's interpreter on the CPU. Oracle: the plain loop over
+columns, on the same inputs.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,7 +42,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def problem(seed: int = 0) -> tuple[torch.Tensor, Factorisation]:
     random = torch.Generator().manual_seed(seed)
     inputs = torch.randn(400, COLUMNS, generator=random) @ torch.randn(COLUMNS, COLUMNS, generator=random)
-    return torch.randn(ROWS, COLUMNS, generator=random), factorise(inputs.T @ inputs / 400, 0.01, "mean", "here")
+    return torch.randn(ROWS, COLUMNS, generator=random), factorise(
+        inputs.T @ inputs / 400, 0.01, "mean", "here"
+    )
 
 
 def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +61,12 @@ def swept(pattern: str, group: Group, block: int, grid: Grid | None) -> tuple[to
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(("group", "block"), [("block", 32), ("row", 32), ("matrix", 48)])
-def test_the_same_weights_and_masks(pattern: str, group: Group, block: int, launches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to rounding, for N:M chosen within the kernel and for masks given to it; one launch per column block."""
+def test_the_same_weights_and_masks(
+    pattern: str, group: Group, block: int, launches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to rounding, for N:M chosen within the kernel and for masks given to it; one launch per
+    column block.
+    """
     weight, mask, lost = swept(pattern, group, block, None)
     assert launches == [block] * (COLUMNS // block)
     plainly(monkeypatch)
@@ -80,15 +88,20 @@ def test_the_same_weights_and_masks(pattern: str, group: Group, block: int, laun
         ("1:16", 24, True),
     ],
 )
-def test_the_same_grid(pattern: str, width: int | None, symmetric: bool, launches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stays is rounded within the kernel; a launch ends where a group of the grid starts. Some groups tear N:M groups apart."""
+def test_the_same_grid(
+    pattern: str, width: int | None, symmetric: bool, launches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stays is rounded within the kernel; a launch ends where a group of the grid starts. Some
+    groups tear N:M groups apart.
+    """
     scheme = Scheme(4, width, symmetric, torch.float32)
     grids = [Grid((ROWS, COLUMNS), scheme, torch.device("cpu")) for _ in range(2)]
     weight, mask, _ = swept(pattern, "block", 32, grids[0])
     assert launches
     plainly(monkeypatch)
     expected, chosen, _ = swept(pattern, "block", 32, grids[1])
-    assert (mask != chosen).sum() <= 2  # a rounding apart at a tie of the grid may turn one weight, and what comes after it
+    # a rounding apart at a tie of the grid may turn one weight, and what comes after it
+    assert (mask != chosen).sum() <= 2
     assert not weight[~mask].any()
     same = (weight - expected).abs() < 1e-4
     assert same.float().mean() > 0.98
@@ -98,7 +111,12 @@ def test_the_same_grid(pattern: str, width: int | None, symmetric: bool, launche
 
 def test_quantised_on_a_mask_in_an_order(launches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns in another order than stored, the grid's groups scattered over it."""
-    order = torch.cat([32 * block + torch.randperm(32, generator=torch.Generator().manual_seed(int(block))) for block in (2, 0, 1)])
+    order = torch.cat(
+        [
+            32 * block + torch.randperm(32, generator=torch.Generator().manual_seed(int(block)))
+            for block in (2, 0, 1)
+        ]
+    )
     scheme = Scheme(8, 16, True, torch.float32)
     weight, factorisation = problem()
     hessian = torch.linalg.inv(factorisation.upper.T @ factorisation.upper)[order][:, order]

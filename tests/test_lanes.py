@@ -1,5 +1,6 @@
-"""The order of sums over rows. Oracles: sums in float64, the same rows in other batches, and lanes that are summed up each by itself, as if by
-several processes, to the last bit."""
+"""The order of sums over rows. Oracles: sums in float64, the same rows in other batches, and lanes
+that are summed up each by itself, as if by several processes, to the last bit.
+"""
 
 import functools
 import itertools
@@ -20,7 +21,17 @@ from tiny import make_model, token_rows
 
 from pipeline_lib.core.artifacts import read_tensors
 from pipeline_lib.core.random import generator
-from pipeline_lib.fit.fit import Pairs, Sparse, _Free, block_error, fit, minibatches, rate_share, spread, squares
+from pipeline_lib.fit.fit import (
+    Pairs,
+    Sparse,
+    _Free,
+    block_error,
+    fit,
+    minibatches,
+    rate_share,
+    spread,
+    squares,
+)
 from pipeline_lib.measure.fisher import OutputMoments
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
@@ -48,7 +59,9 @@ def activations(rows: int, length: int = 7, width: int = 33, seed: int = 0) -> t
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(rows=st.integers(0, 40), batch_rows=st.integers(1, 12), first=st.integers(0, 5))
 def test_every_row_is_dealt_once(rows: int, batch_rows: int, first: int) -> None:
-    """Oracle: the rows themselves, cut at the lanes' borders; lanes differ by one row at most, whatever the batches."""
+    """Oracle: the rows themselves, cut at the lanes' borders; lanes differ by one row at most,
+    whatever the batches.
+    """
     found = [list(range(rows))[part] for part in parts(rows)]
     assert [row for lane in found for row in lane] == list(range(rows))
     assert max(map(len, found)) - min(map(len, found)) <= 1
@@ -64,12 +77,19 @@ def test_every_row_is_dealt_once(rows: int, batch_rows: int, first: int) -> None
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(rows=st.integers(1, 40), batch_rows=st.integers(1, 12), seed=st.integers(0, 9))
 def test_steps_take_rows_evenly_from_the_lanes(rows: int, batch_rows: int, seed: int) -> None:
-    """Oracle: counted. Every row once an epoch; as many of each lane as can be, fewer rows than lanes by turns."""
+    """Oracle: counted. Every row once an epoch; as many of each lane as can be, fewer rows than
+    lanes by turns.
+    """
 
     def steps(seed: int) -> list[list[list[int]]]:
-        return list(minibatches(rows, batch_rows, {lane: generator(seed, str(lane)) for lane in range(LANES)}))
+        return list(
+            minibatches(rows, batch_rows, {lane: generator(seed, str(lane)) for lane in range(LANES)})
+        )
 
-    found, lane_of = steps(seed), {row: lane for lane, part in enumerate(parts(rows)) for row in range(rows)[part]}
+    found, lane_of = (
+        steps(seed),
+        {row: lane for lane, part in enumerate(parts(rows)) for row in range(rows)[part]},
+    )
     assert sorted(row for step in found for lane in step for row in lane) == list(range(rows))
     assert all(sum(map(len, step)) == batch_rows for step in found[:-1])
     for step in found:
@@ -91,12 +111,18 @@ def test_steps_take_rows_evenly_from_the_lanes(rows: int, batch_rows: int, seed:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(rows=st.integers(1, 19), order=st.sampled_from(ORDERS))
 def test_total(rows: int, order: tuple[int, ...]) -> None:
-    """Oracles: the sum in float64 by torch; and lanes summed up in any order, then folded. Nothing that was given changes."""
+    """Oracles: the sum in float64 by torch; and lanes summed up in any order, then folded. Nothing
+    that was given changes.
+    """
     values = [*activations(rows, 1, 5)[:, 0].double()]
     before = [value.clone() for value in values]
     found = total(values)
     torch.testing.assert_close(found, torch.stack(values).sum(0), rtol=1e-12, atol=1e-10)
-    lanes = {lane: functools.reduce(torch.add, values[parts(rows)[lane]]) for lane in order if values[parts(rows)[lane]]}
+    lanes = {
+        lane: functools.reduce(torch.add, values[parts(rows)[lane]])
+        for lane in order
+        if values[parts(rows)[lane]]
+    }
     assert torch.equal(fold(lanes[lane].clone() for lane in sorted(lanes)).view(BITS), found.view(BITS))
     assert total([float(value[0]) for value in values]) == float(found[0])
     assert all(torch.equal(value, old) for value, old in zip(values, before, strict=True))
@@ -149,7 +175,11 @@ def summed(kind: type[MomentSums] | type[DiagonalSums]) -> Callable[[list[torch.
 
 def finished(sums: Any) -> list[torch.Tensor]:
     found = sums.finish(True) if isinstance(sums, MomentSums) else sums.finish()
-    return [found] if isinstance(found, torch.Tensor) else [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
+    return (
+        [found]
+        if isinstance(found, torch.Tensor)
+        else [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
+    )
 
 
 WAYS = {"accumulator": accumulated, "moments": summed(MomentSums), "diagonal": summed(DiagonalSums)}
@@ -157,13 +187,25 @@ WAYS = {"accumulator": accumulated, "moments": summed(MomentSums), "diagonal": s
 
 @pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(rows=st.integers(1, 13), batch_rows=st.integers(1, 5), order=st.sampled_from(ORDERS), seed=st.integers(0, 9))
-def test_moments_of_lanes_in_other_batches_and_places(way: str, rows: int, batch_rows: int, order: tuple[int, ...], seed: int) -> None:
-    """Lanes collected each by itself, as if by four processes, in any order and in other batches; fewer rows than lanes among them.
-    Oracles: one process that holds every lane in one batch, to the bit; and float64."""
+@given(
+    rows=st.integers(1, 13),
+    batch_rows=st.integers(1, 5),
+    order=st.sampled_from(ORDERS),
+    seed=st.integers(0, 9),
+)
+def test_moments_of_lanes_in_other_batches_and_places(
+    way: str, rows: int, batch_rows: int, order: tuple[int, ...], seed: int
+) -> None:
+    """Lanes collected each by itself, as if by four processes, in any order and in other batches;
+    fewer rows than lanes among them. Oracles: one process that holds every lane in one batch, to
+    the bit; and float64.
+    """
     x = activations(rows, seed=seed)
     whole = fold(WAYS[way]([x[part]] if part.start < part.stop else [], part, rows) for part in parts(rows))
-    lanes = {lane: WAYS[way](list(x[parts(rows)[lane]].split(batch_rows)), parts(rows)[lane], rows) for lane in order}
+    lanes = {
+        lane: WAYS[way](list(x[parts(rows)[lane]].split(batch_rows)), parts(rows)[lane], rows)
+        for lane in order
+    }
     found = finished(whole)
     for one, other in zip(found, finished(fold(lanes[lane] for lane in range(LANES))), strict=True):
         assert torch.equal(one, other)
@@ -183,12 +225,18 @@ def test_the_median_sample_is_that_of_all_rows() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> BlockModel:
-    return BlockModel(open_checkpoint(make_model(tmp_path_factory.mktemp("lanes"), "llama", 2, tokenizer=False)), torch.float32, CPU)
+    return BlockModel(
+        open_checkpoint(make_model(tmp_path_factory.mktemp("lanes"), "llama", 2, tokenizer=False)),
+        torch.float32,
+        CPU,
+    )
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_what_pruning_collects_from_processes_of_their_own(model: BlockModel, processes: int) -> None:
-    """Oracle: one process. Each of the others embeds its lanes' rows alone, and hands over its sums before they are means."""
+    """Oracle: one process. Each of the others embeds its lanes' rows alone, and hands over its sums
+    before they are means.
+    """
     rows, sites = token_rows(11, 9), [site.name for site in model.checkpoint.architecture.layouts[0].sites]
     dealt, block = deal(11, 2), model.block(0)
     expected = collect(model, (0, block), model.embed(rows, dealt.sizes).hidden, dealt.lanes, sites)
@@ -201,7 +249,13 @@ def test_what_pruning_collects_from_processes_of_their_own(model: BlockModel, pr
             own = deal(len(rows[parts(11)[lane]]), 2)
             sizes = [dealt.sizes[number] for number in dealt.lanes[lane]]
             assert sum(sizes) == sum(own.sizes)
-            taken |= collect(model, (0, block), model.embed(rows[parts(11)[lane]], sizes).hidden, [range(len(sizes))], sites)  # type: ignore[arg-type]
+            taken |= collect(
+                model,
+                (0, block),
+                model.embed(rows[parts(11)[lane]], sizes).hidden,
+                [range(len(sizes))],
+                sites,
+            )  # type: ignore[arg-type]
             keep.undo()
             lanes[lane] = taken
     found = fold(lanes[lane] for lane in range(LANES))
@@ -234,14 +288,21 @@ def test_a_walk_over_fewer_rows_than_lanes(model: BlockModel, count: int) -> Non
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(rows=st.integers(1, 11), batch_rows=st.integers(1, 11), order=st.sampled_from(ORDERS))
-def test_losses_of_lanes_in_other_batches_and_places(rows: int, batch_rows: int, order: tuple[int, ...]) -> None:
-    """Oracles: the error in float64; the same rows in other batches; and lanes whose rows are summed up elsewhere, in any order; to the bit."""
+def test_losses_of_lanes_in_other_batches_and_places(
+    rows: int, batch_rows: int, order: tuple[int, ...]
+) -> None:
+    """Oracles: the error in float64; the same rows in other batches; and lanes whose rows are
+    summed up elsewhere, in any order; to the bit.
+    """
     y = activations(rows) + 3
 
     def run(hidden: torch.Tensor, _tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return hidden * 0.9
 
-    found, *others = (block_error(run, {}, Pairs(list(y.split(size)), list(y.split(size)))) for size in (rows, batch_rows, 1))
+    found, *others = (
+        block_error(run, {}, Pairs(list(y.split(size)), list(y.split(size))))
+        for size in (rows, batch_rows, 1)
+    )
     assert others == [found, found]
     wide = y.double()
     expected = float((0.1 * wide).square().sum() / (wide - wide.mean((0, 1))).square().sum())
@@ -266,7 +327,9 @@ def threads(count: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_lanes_side_by_side(count: int) -> None:
-    """Oracle: as many at a time as there are threads, at most the lanes; in order; and torch's threads shared among them, then as before."""
+    """Oracle: as many at a time as there are threads, at most the lanes; in order; and torch's
+    threads shared among them, then as before.
+    """
     together, lock, most = [0], threading.Lock(), [0]
 
     def work(lane: int) -> tuple[int, int]:
@@ -289,7 +352,9 @@ def test_lanes_side_by_side(count: int) -> None:
 def lane_by_lane(
     run: Any, tensors: dict[str, torch.Tensor], matrices: tuple[Matrix, ...], rows: Pairs, processes: int
 ) -> dict[str, torch.Tensor]:
-    """What ``fit`` does in an epoch, written out: every lane's gradients are taken by themselves, by processes whose turn is drawn by lot."""
+    """What ``fit`` does in an epoch, written out: every lane's gradients are taken by themselves,
+    by processes whose turn is drawn by lot.
+    """
     how = block_params(epochs=1, batch_rows=6, parts=["weights", "norms"])
     free = _Free(masks_of(tensors, matrices), tensors, how.parts)
     groups = free.groups(how)
@@ -297,7 +362,9 @@ def lane_by_lane(
     optimiser, steps = torch.optim.Adam(groups, eps=1e-12, fused=True), -(-len(rows) // 6)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate_share(done, steps))
     each, lot = spread(rows.targets) / len(rows), random.Random(processes)
-    for lanes in minibatches(len(rows), 6, {lane: generator(how.seed, f"x:1:{lane}") for lane in range(LANES)}):
+    for lanes in minibatches(
+        len(rows), 6, {lane: generator(how.seed, f"x:1:{lane}") for lane in range(LANES)}
+    ):
         taken: dict[int, Sums[torch.Tensor]] = {}
         turns = list(range(len(lanes)))
         lot.shuffle(turns)
@@ -318,7 +385,9 @@ def lane_by_lane(
 @pytest.mark.parametrize("family", ["llama"])
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_gradients_of_lanes_by_themselves(checkpoint: Checkpoint, processes: int) -> None:
-    """Oracle: the loop written out, in which lanes know nothing of each other until their gradients are folded; to the bit."""
+    """Oracle: the loop written out, in which lanes know nothing of each other until their gradients
+    are folded; to the bit.
+    """
     run, tensors, inputs = setting(checkpoint)
     matrices = checkpoint.architecture.layouts[0].matrices
     rows = Pairs(inputs[:6], targets_of(run, tensors, inputs[:6]))
@@ -335,7 +404,9 @@ def test_gradients_of_lanes_by_themselves(checkpoint: Checkpoint, processes: int
 @pytest.mark.parametrize("family", ["llama"])
 @pytest.mark.parametrize("batch_rows", [1, 3])
 def test_a_fit_does_not_see_how_its_rows_are_stored(checkpoint: Checkpoint, batch_rows: int) -> None:
-    """Oracle: the fit of the same rows in batches of four, to the bit: steps are made of rows, wherever these lie."""
+    """Oracle: the fit of the same rows in batches of four, to the bit: steps are made of rows,
+    wherever these lie.
+    """
     run, tensors, inputs = setting(checkpoint)
     matrices = checkpoint.architecture.layouts[0].matrices
     targets, broken = targets_of(run, tensors, inputs), noisy(tensors, matrices)
@@ -356,7 +427,12 @@ def test_a_fit_of_fewer_rows_than_lanes(checkpoint: Checkpoint) -> None:
     matrices = checkpoint.architecture.layouts[0].matrices
     rows = Pairs([inputs[0][:3]], targets_of(run, tensors, [inputs[0][:3]]))
     broken = noisy(tensors, matrices)
-    found = fit(Sparse(run, dict(broken), masks_of(broken, matrices), "x"), rows, Pairs([], []), block_params(epochs=8, batch_rows=4))
+    found = fit(
+        Sparse(run, dict(broken), masks_of(broken, matrices), "x"),
+        rows,
+        Pairs([], []),
+        block_params(epochs=8, batch_rows=4),
+    )
     assert found.facts["held_out_after"] < 0.7 * found.facts["held_out_before"]
 
 
@@ -365,7 +441,9 @@ def test_a_fit_of_fewer_rows_than_lanes(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("at_once", [1, 3, 5, 11])
-def test_output_moments_do_not_see_how_many_probes_share_a_pass(model: BlockModel, tmp_path: Path, full: bool, at_once: int) -> None:
+def test_output_moments_do_not_see_how_many_probes_share_a_pass(
+    model: BlockModel, tmp_path: Path, full: bool, at_once: int
+) -> None:
     """Eleven probes. Oracles: all of them in one pass, to the bit; and float64."""
     matrix = model.checkpoint.architecture.layouts[0].matrices[0]
     gradients = activations(22, 5, 9).split(2)
@@ -387,5 +465,10 @@ def test_output_moments_do_not_see_how_many_probes_share_a_pass(model: BlockMode
         assert facts == {"full": full, "tokens": 110}
         wide = torch.cat(gradients).flatten(0, 1).double()
         expected = wide.T @ wide / 110
-        torch.testing.assert_close(mean.double(), expected if full else expected.diagonal(), rtol=1e-5, atol=1e-6 * float(expected.max()))
+        torch.testing.assert_close(
+            mean.double(),
+            expected if full else expected.diagonal(),
+            rtol=1e-5,
+            atol=1e-6 * float(expected.max()),
+        )
     assert found[0] == found[1]

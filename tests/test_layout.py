@@ -1,4 +1,6 @@
-"""The shape of the house. Oracles: the syntax trees of its files; and small made-up houses that break each rule."""
+"""The shape of the house. Oracles: the syntax trees of its files; and small made-up houses that
+break each rule.
+"""
 
 import ast
 import dataclasses
@@ -20,7 +22,9 @@ STAGE_LINES = 60
 
 
 def packages(root: Path) -> list[str]:
-    return sorted(path.name for path in (root / LIBRARY).iterdir() if path.is_dir() and any(path.glob("*.py")))
+    return sorted(
+        path.name for path in (root / LIBRARY).iterdir() if path.is_dir() and any(path.glob("*.py"))
+    )
 
 
 def imported(path: Path, root: Path) -> Iterator[tuple[int, str]]:
@@ -50,7 +54,9 @@ def upward(root: Path) -> list[str]:
 
 
 def long_functions(directory: Path) -> list[str]:
-    """Functions and methods with too many parameters, lambdas among them; ``self`` and ``cls`` do not count. Kernels take pointers and sizes only."""
+    """Functions and methods with too many parameters, lambdas among them; ``self`` and ``cls`` do
+    not count. Kernels take pointers and sizes only.
+    """
     found = []
 
     def visit(node: ast.AST, path: Path, method: bool) -> None:
@@ -59,7 +65,13 @@ def long_functions(directory: Path) -> list[str]:
                 given = child.args
                 named = [*given.posonlyargs, *given.args]
                 bound = method and bool(named) and named[0].arg in ("self", "cls")
-                count = len(named) - bound + len(given.kwonlyargs) + (given.vararg is not None) + (given.kwarg is not None)
+                count = (
+                    len(named)
+                    - bound
+                    + len(given.kwonlyargs)
+                    + (given.vararg is not None)
+                    + (given.kwarg is not None)
+                )
                 kernel = any("triton.jit" in ast.unparse(one) for one in getattr(child, "decorator_list", ()))
                 if count > PARAMETERS and not kernel:
                     name = "lambda" if isinstance(child, ast.Lambda) else child.name
@@ -72,7 +84,10 @@ def long_functions(directory: Path) -> list[str]:
 
 
 def long_stages(root: Path) -> list[str]:
-    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in sorted((root / "stages").glob("*.py"))}
+    lines = {
+        path.name: len(path.read_text(encoding="utf-8").splitlines())
+        for path in sorted((root / "stages").glob("*.py"))
+    }
     return [f"{name} has {count} lines" for name, count in lines.items() if count > STAGE_LINES]
 
 
@@ -127,7 +142,10 @@ def house(root: Path, **files: str) -> Path:
 )
 def test_an_import_that_points_up_is_found(tmp_path: Path, text: str, name: str) -> None:
     root = house(
-        tmp_path, pipeline_lib__solve__bad=text, pipeline_lib__solve__good="from pipeline_lib.masks import rule\n", stages__prune=""
+        tmp_path,
+        pipeline_lib__solve__bad=text,
+        pipeline_lib__solve__good="from pipeline_lib.masks import rule\n",
+        stages__prune="",
     )
     line = next(number for number, one in enumerate(text.splitlines(), 1) if "import" in one)
     assert upward(root) == [f"pipeline_lib/solve/bad.py:{line} imports {name}"]
@@ -137,20 +155,25 @@ def test_the_core_imports_nothing_of_ours(tmp_path: Path) -> None:
     root = house(
         tmp_path,
         pipeline_lib__core__bad="import torch\nfrom pipeline_lib.masks import rule\n",
-        pipeline_lib__core__good="import json\nfrom pipeline_lib.core.errors import SparselineError\nfrom .params import Params\n",
+        pipeline_lib__core__good=(
+            "import json\nfrom pipeline_lib.core.errors import SparselineError\nfrom .params import Params\n"
+        ),
     )
     assert upward(root) == ["pipeline_lib/core/bad.py:2 imports pipeline_lib.masks.rule"]
 
 
 def test_what_is_below_may_be_imported(tmp_path: Path) -> None:
     files = {
-        f"pipeline_lib__{name}__a": "".join(f"import pipeline_lib.{one}.a\n" for one in ORDER[: i + 1]) for i, name in enumerate(ORDER)
+        f"pipeline_lib__{name}__a": "".join(f"import pipeline_lib.{one}.a\n" for one in ORDER[: i + 1])
+        for i, name in enumerate(ORDER)
     }
     assert upward(house(tmp_path, **files)) == []
 
 
 def test_a_package_without_a_place_is_found(tmp_path: Path) -> None:
-    assert upward(house(tmp_path, pipeline_lib__core__a="", pipeline_lib__utils__a="")) == ["utils has no place in the order"]
+    assert upward(house(tmp_path, pipeline_lib__core__a="", pipeline_lib__utils__a="")) == [
+        "utils has no place in the order"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -168,13 +191,20 @@ def test_a_package_without_a_place_is_found(tmp_path: Path) -> None:
     ],
 )
 def test_a_function_with_seven_parameters_is_found(tmp_path: Path, text: str, told: str) -> None:
-    good = "import dataclasses\n\n@dataclasses.dataclass\nclass A:\n" + "".join(f"    {name}: int\n" for name in "abcdefgh")
+    good = "import dataclasses\n\n@dataclasses.dataclass\nclass A:\n" + "".join(
+        f"    {name}: int\n" for name in "abcdefgh"
+    )
     good += "    def f(self, a, b, c, d, e, *, f): ...\ndef g(a, b, c, d, *e, **f): ...\n"
     assert long_functions(house(tmp_path, bad=text, deep__good=good)) == [f"bad.py:{told}"]
 
 
 def test_a_stage_of_61_lines_is_found(tmp_path: Path) -> None:
-    root = house(tmp_path, stages__good="pass\n" * 60, stages__bad="pass\n" * 61, pipeline_lib__core__long="pass\n" * 500)
+    root = house(
+        tmp_path,
+        stages__good="pass\n" * 60,
+        stages__bad="pass\n" * 61,
+        pipeline_lib__core__long="pass\n" * 500,
+    )
     assert long_stages(root) == ["bad.py has 61 lines"]
 
 
@@ -204,7 +234,9 @@ def test_files_are_opened_in_one_place() -> None:
     for path in (ROOT / "pipeline_lib").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
-                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                name = (
+                    node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                )
                 method = (
                     isinstance(node.func, ast.Attribute)
                     and isinstance(node.func.value, ast.Attribute)

@@ -1,4 +1,6 @@
-"""Least squares on a mask and the search for a better mask. Oracles: torch.linalg.lstsq, enumeration of all masks, ADMM written out."""
+"""Least squares on a mask and the search for a better mask. Oracles: torch.linalg.lstsq,
+enumeration of all masks, ADMM written out.
+"""
 
 import functools
 import itertools
@@ -25,7 +27,9 @@ def normal(rows: int, columns: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def activations(columns: int, seed: int, tokens: int = 60, dead: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+def activations(
+    columns: int, seed: int, tokens: int = 60, dead: tuple[int, ...] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
     """X [tokens, C] and H = E[X Xᵀ] in float64, nothing damped."""
     x = curved_gram(columns, seed, tokens)[0].double()
     x[:, dead] = 0
@@ -46,7 +50,9 @@ def masks(rows: int, columns: int, seed: int) -> dict[str, torch.Tensor]:
 
 
 def by_lstsq(target: torch.Tensor, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Row by row, the weights on the mask whose outputs X w come nearest to X w₀; the smallest such weights."""
+    """Row by row, the weights on the mask whose outputs X w come nearest to X w₀; the smallest such
+    weights.
+    """
     out = torch.zeros_like(target)
     for r in range(len(target)):
         kept = mask[r].nonzero()[:, 0]
@@ -64,7 +70,9 @@ def energy(target: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) ->
 @pytest.mark.parametrize("name", ["2:4", "1:4", "uneven", "all", "none"])
 @pytest.mark.parametrize("dead", [(), (0, 7)])
 def test_solve_is_least_squares(name: str, dead: tuple[int, ...]) -> None:
-    """Oracle: torch.linalg.lstsq on the activations of the kept inputs; always-zero inputs keep the 0 they start with."""
+    """Oracle: torch.linalg.lstsq on the activations of the kept inputs; always-zero inputs keep the
+    0 they start with.
+    """
     x, hessian = activations(12, seed=1, dead=dead)
     target, mask = normal(7, 12, seed=2), masks(7, 12, seed=3)[name]
     start = normal(7, 12, seed=4)
@@ -76,7 +84,9 @@ def test_solve_is_least_squares(name: str, dead: tuple[int, ...]) -> None:
 
 
 def test_solve_stops_at_its_tolerance() -> None:
-    """Oracle: what the gradient promises by each weight alone, against E at the start; and one iteration less would not do. E is told."""
+    """Oracle: what the gradient promises by each weight alone, against E at the start; and one
+    iteration less would not do. E is told.
+    """
     _, hessian = activations(24, seed=5)
     target, mask = normal(9, 24, seed=6), masks(9, 24, seed=7)["uneven"]
     start = torch.zeros_like(target)
@@ -97,7 +107,9 @@ def test_solve_stops_at_its_tolerance() -> None:
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("case", ["unstructured-block", "unstructured-row", "unstructured-matrix", "2:4-row"])
 def test_solve_never_loses_to_the_sweep(score: Score, case: str) -> None:
-    """On the sweep's own masks, in float32, whatever the iterations: E of no row grows (but for rounding), the layer error falls clearly."""
+    """On the sweep's own masks, in float32, whatever the iterations: E of no row grows (but for
+    rounding), the layer error falls clearly.
+    """
     text, group = case.split("-")
     pattern = Pattern.parse(text)
     for seed in range(6):
@@ -115,7 +127,9 @@ def test_solve_never_loses_to_the_sweep(score: Score, case: str) -> None:
 
 
 def test_more_iterations_are_better() -> None:
-    """E of every row falls with every iteration (14 kept weights need 14); none leaves the start as it is, and an empty row has none to take."""
+    """E of every row falls with every iteration (14 kept weights need 14); none leaves the start as
+    it is, and an empty row has none to take.
+    """
     _, hessian = activations(28, seed=8)
     target, mask = normal(5, 28, seed=9), masks(5, 28, seed=10)["2:4"]
     mask[2] = False
@@ -142,7 +156,9 @@ def test_rows_at_a_time_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_scales_of_inputs_do_not_matter() -> None:
-    """W₀ D⁻¹ with D H D takes the same steps, to the last bit for powers of two: that is what the preconditioner is for."""
+    """W₀ D⁻¹ with D H D takes the same steps, to the last bit for powers of two: that is what the
+    preconditioner is for.
+    """
     _, gram = curved_gram(24, seed=15)
     target, mask = normal(6, 24, seed=16).float(), masks(6, 24, seed=17)["2:4"]
     d = 2.0 ** torch.randint(-6, 7, (24,), generator=torch.Generator().manual_seed(15))
@@ -155,7 +171,9 @@ def test_scales_of_inputs_do_not_matter() -> None:
 
 
 def test_solved_rows_stand_still() -> None:
-    """A row that starts at its minimum stays there, finite, while others go on; what the start holds off the mask does not count."""
+    """A row that starts at its minimum stays there, finite, while others go on; what the start
+    holds off the mask does not count.
+    """
     _, hessian = activations(16, seed=18)
     target, mask = normal(6, 16, seed=19), masks(6, 16, seed=20)["2:4"]
     best, *_ = solve(target, mask, hessian, torch.zeros_like(target), lsq(200, 1e-13))
@@ -170,8 +188,10 @@ def test_solved_rows_stand_still() -> None:
 
 
 def test_an_indefinite_hessian_moves_no_row_beyond_its_start() -> None:
-    """The undamped Gram of fewer tokens than inputs is singular, and rounded to float32 has eigenvalues just below 0: E falls for ever along
-    them. What comes back is finite, and E no larger in absolute value than where a row started; other rows are solved all the same."""
+    """The undamped Gram of fewer tokens than inputs is singular, and rounded to float32 has
+    eigenvalues just below 0: E falls for ever along them. What comes back is finite, and E no
+    larger in absolute value than where a row started; other rows are solved all the same.
+    """
     for seed in range(8):
         x = curved_gram(24, seed, tokens=8)[0]
         gram = (x.T @ x / 8).double()
@@ -196,17 +216,26 @@ def test_solve_leaves_its_inputs_alone() -> None:
 
 
 def literal_admm(
-    target: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, start: torch.Tensor, kept: int, penalties: list[float]
+    target: torch.Tensor,
+    mask: torch.Tensor,
+    hessian: torch.Tensor,
+    start: torch.Tensor,
+    kept: int,
+    penalties: list[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Algorithm 1 of 2406.07831 on Ĥ = S⁻¹HS⁻¹ with unit diagonal, a linear system solved per iteration (each with its ρ), masks by sorting the
-    matrix. The dual starts as the gradient off the mask."""
+    """Algorithm 1 of 2406.07831 on Ĥ = S⁻¹HS⁻¹ with unit diagonal, a linear system solved per
+    iteration (each with its ρ), masks by sorting the matrix. The dual starts as the gradient off
+    the mask.
+    """
     s = hessian.diagonal().sqrt()
     unit = hessian / s[:, None] / s
     goal, d = target * s, start * s
     v = (goal - d) @ unit * ~mask
     support = mask
     for rho in penalties:
-        b = torch.linalg.solve(unit + rho * torch.eye(len(s), dtype=s.dtype), (unit @ goal.T - v.T + rho * d.T)).T
+        b = torch.linalg.solve(
+            unit + rho * torch.eye(len(s), dtype=s.dtype), (unit @ goal.T - v.T + rho * d.T)
+        ).T
         d = b + v / rho
         support = torch.zeros_like(mask)
         support.view(-1)[d.abs().flatten().argsort(descending=True)[:kept]] = True
@@ -222,7 +251,9 @@ def searched(pick: Callable[[torch.Tensor], torch.Tensor], independence: float =
 @pytest.mark.parametrize("spectral", [0, 16])
 @pytest.mark.parametrize("steps", [1, 2, 8, 9])
 def test_admm_equals_algorithm_1(steps: int, spectral: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: ``literal_admm``, whichever way inverses are taken. ρ is in the middle of 0.1 · 0.5 … 1, or doubles around it after five of nine."""
+    """Oracle: ``literal_admm``, whichever way inverses are taken. ρ is in the middle of 0.1 · 0.5 …
+    1, or doubles around it after five of nine.
+    """
     monkeypatch.setattr("pipeline_lib.solve.lsq.SPECTRAL", spectral)
     monkeypatch.setattr("pipeline_lib.solve.lsq.ROWS", 7)
     _, hessian = activations(16, seed=26)
@@ -233,7 +264,9 @@ def test_admm_equals_algorithm_1(steps: int, spectral: int, monkeypatch: pytest.
     middle = 0.05**0.5
     penalties = [middle] * steps if steps < 9 else [middle / 2**0.5] * 5 + [middle * 2**0.5] * 4
     expected, support = literal_admm(target, mask, hessian, start, 64, penalties)
-    found, chosen, taken = _alternate(target, mask, hessian, start, searched(pick, 0.5), lsq(0, 0.0, mask_iterations=steps))
+    found, chosen, taken = _alternate(
+        target, mask, hessian, start, searched(pick, 0.5), lsq(0, 0.0, mask_iterations=steps)
+    )
     assert torch.equal(chosen, support)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
     assert taken == steps
@@ -266,7 +299,9 @@ def test_iterations_cost_no_more_than_some_passes_of_the_tokens() -> None:
 
 
 def test_a_search_in_bfloat16_finds_as_good_masks() -> None:
-    """The refit is float32: what the search loses by rounding is below a hundredth of the error. Correlated inputs, many seeds."""
+    """The refit is float32: what the search loses by rounding is below a hundredth of the error.
+    Correlated inputs, many seeds.
+    """
     errors: dict[str, float] = {"float32": 0.0, "bfloat16": 0.0}
     for seed in range(6):
         _, gram = curved_gram(96, seed, tokens=400)
@@ -276,8 +311,12 @@ def test_a_search_in_bfloat16_finds_as_good_masks() -> None:
         swept, mask, _ = sweep(weight, factorisation, kept=64 * 48, rule=rule("obs", PLAIN, "block", 32))
         pick = functools.partial(rule("obs", PLAIN, "block", 32).mask, kept=64 * 48)
         for dtype in errors:
-            params = lsq(100, 1e-3, mask_iterations=30, mask_penalty=0.6).model_copy(update={"mask_dtype": dtype})
-            found, support, facts = admm(weight, mask, hessian, swept, searched(pick, factorisation.independence), params)
+            params = lsq(100, 1e-3, mask_iterations=30, mask_penalty=0.6).model_copy(
+                update={"mask_dtype": dtype}
+            )
+            found, support, facts = admm(
+                weight, mask, hessian, swept, searched(pick, factorisation.independence), params
+            )
             assert int(support.sum()) == 64 * 48
             assert not found[~support].any()
             errors[dtype] += float(facts["error"]) / float(energy(weight, swept, hessian).sum())
@@ -286,17 +325,25 @@ def test_a_search_in_bfloat16_finds_as_good_masks() -> None:
 
 
 def test_independence_of_inputs() -> None:
-    """1 without correlation; of two inputs with correlation ρ it is 1 − ρ². Always-zero inputs take no part."""
+    """1 without correlation; of two inputs with correlation ρ it is 1 − ρ². Always-zero inputs take
+    no part.
+    """
     gram = torch.eye(6)
     assert factorise(gram, 1e-9, "mean", "x").independence == pytest.approx(1)
     gram[0, 1] = gram[1, 0] = 0.6
     gram[5] = gram[:, 5] = 0
-    assert factorise(gram, 1e-9, "mean", "x").independence == pytest.approx((2 * (1 - 0.36) + 3) / 5, rel=1e-5)
+    assert factorise(gram, 1e-9, "mean", "x").independence == pytest.approx(
+        (2 * (1 - 0.36) + 3) / 5, rel=1e-5
+    )
 
 
-@pytest.mark.parametrize("case", ["unstructured-block", "unstructured-row", "unstructured-matrix", "2:4-row", "1:4-row"])
+@pytest.mark.parametrize(
+    "case", ["unstructured-block", "unstructured-row", "unstructured-matrix", "2:4-row", "1:4-row"]
+)
 def test_admm_keeps_exact_counts_and_never_loses(case: str) -> None:
-    """Against ``solve`` on the sweep's mask, many seeds in float32: never worse, on the whole much better; counts as the variant's own."""
+    """Against ``solve`` on the sweep's mask, many seeds in float32: never worse, on the whole much
+    better; counts as the variant's own.
+    """
     text, group = case.split("-")
     pattern = Pattern.parse(text)
     gains = []
@@ -316,7 +363,9 @@ def test_admm_keeps_exact_counts_and_never_loses(case: str) -> None:
         elif group == "row":
             assert support.sum(1).max() - support.sum(1).min() <= 1
         elif group == "block":
-            assert [int(part.sum()) for part in support.split(10, 1)] == [int(part.sum()) for part in mask.split(10, 1)]
+            assert [int(part.sum()) for part in support.split(10, 1)] == [
+                int(part.sum()) for part in mask.split(10, 1)
+            ]
         assert not found[~support].any()
         fitted, *_ = solve(weight, support, hessian, torch.zeros_like(weight), lsq(200, 1e-10))
         torch.testing.assert_close(found, fitted, rtol=1e-3, atol=1e-3)
@@ -343,24 +392,35 @@ def best_of_all(target: torch.Tensor, hessian: torch.Tensor, kept: int) -> torch
 
 
 def test_admm_comes_near_the_best_mask_of_all() -> None:
-    """Oracle: all 70 masks of 4 of 8 per row. It closes most of the way from the sweep's refitted mask to the optimum, and never passes it."""
+    """Oracle: all 70 masks of 4 of 8 per row. It closes most of the way from the sweep's refitted
+    mask to the optimum, and never passes it.
+    """
     closed = []
     for seed in range(5):
         _, hessian = activations(8, seed)
         target = normal(12, 8, seed)
-        swept, mask, _ = sweep(target, factorise(hessian, 1e-9, "mean", "x"), kept=48, rule=rule("obs", PLAIN, "row", 8))
+        swept, mask, _ = sweep(
+            target, factorise(hessian, 1e-9, "mean", "x"), kept=48, rule=rule("obs", PLAIN, "row", 8)
+        )
         start, *_ = solve(target, mask, hessian, swept, lsq(100, 1e-10))
         pick = functools.partial(rule("obs", PLAIN, "row", 8).mask, kept=48)
         found, _, _ = admm(target, mask, hessian, start, searched(pick), ADMM)
         old, new, best = (
-            float(e.sum()) for e in (energy(target, start, hessian), energy(target, found, hessian), best_of_all(target, hessian, 4))
+            float(e.sum())
+            for e in (
+                energy(target, start, hessian),
+                energy(target, found, hessian),
+                best_of_all(target, hessian, 4),
+            )
         )
         assert best * (1 - 1e-9) <= new <= old
         closed.append((old - new) / (old - best))
     assert sum(closed) / len(closed) > 0.5
 
 
-@pytest.mark.parametrize("pick", [lambda scores: select(-scores, 40, "row", 8), lambda scores: select(-scores, 40, "matrix", 8)])
+@pytest.mark.parametrize(
+    "pick", [lambda scores: select(-scores, 40, "row", 8), lambda scores: select(-scores, 40, "matrix", 8)]
+)
 def test_a_worse_mask_is_refused(pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """If what is chosen are the worst places, the old mask and its weights come back."""
     _, hessian = activations(8, seed=29)
@@ -389,7 +449,9 @@ def test_admm_with_nothing_to_choose(density: float) -> None:
 
 @pytest.mark.parametrize("damped", [True, False])
 def test_dead_inputs_take_no_places(damped: bool) -> None:
-    """Their columns of W₀ are 0: with enough others to choose from none is kept, damped (H_mm is then a stand-in) or not (H_mm = 0)."""
+    """Their columns of W₀ are 0: with enough others to choose from none is kept, damped (H_mm is
+    then a stand-in) or not (H_mm = 0).
+    """
     _, hessian = activations(12, seed=33, dead=(1, 4))
     if damped:
         hessian = hessian_of(factorise(hessian, 0.01, "mean", "x"), hessian)

@@ -1,7 +1,8 @@
 """Calibration, sensitivity, pruning and export hold one or two blocks, whatever the model's depth.
 
-Oracle: the kernel's high-water mark of resident memory (mapped pages of the checkpoint included), reset before each stage, for 4 and
-for 12 equal blocks; and, so that the mark is known to see a whole model, the mark of one that is loaded whole.
+Oracle: the kernel's high-water mark of resident memory (mapped pages of the checkpoint included),
+reset before each stage, for 4 and for 12 equal blocks; and, so that the mark is known to see a
+whole model, the mark of one that is loaded whole.
 """
 
 import json
@@ -21,23 +22,41 @@ SHALLOW, DEEP = 4, 12
 STAGES = ("calibrate", "prune sparsegpt", "prune channel", "prune block", "prune dense", "export sparsegpt")
 ESTIMATORS = ("fisher", "hutchinson")
 VARIANTS: dict[str, Any] = {
-    "sparsegpt": WANDA
-    | {"selection": {"score": "obs", "group": "block"}, "reconstruction": {"steps": ["obs"]}, "export": ["dense", "bitmask"]},
+    "sparsegpt": (
+        WANDA
+        | {
+            "selection": {"score": "obs", "group": "block"},
+            "reconstruction": {"steps": ["obs"]},
+            "export": ["dense", "bitmask"],
+        }
+    ),
     "channel": WANDA | {"reconstruction": {"steps": ["channel"], "channel": {"epochs": 1}}},
     "block": WANDA | {"reconstruction": {"steps": ["obs", "block"], "block": {"epochs": 1}}},
-    "dense": WANDA | {"reconstruction": {"steps": ["lsq"], "collect": "site", "towards_dense": 1.0, "lsq": {"iterations": 3}}},
+    "dense": (
+        WANDA
+        | {
+            "reconstruction": {
+                "steps": ["lsq"],
+                "collect": "site",
+                "towards_dense": 1.0,
+                "lsq": {"iterations": 3},
+            }
+        }
+    ),
 }
 # Freed memory goes back at once: what the allocator keeps for later would blur the mark by a block or two.
 MALLOC = ("MALLOC_MMAP_THRESHOLD_=65536", "MALLOC_TRIM_THRESHOLD_=65536")
-# Each stage in a fork of one process that has loaded the packages: a clean heap, an equal start. Writing 5 to clear_refs sets
-# VmHWM back to the present size; from there it is exact, with nothing sampled.
+# Each stage in a fork of one process that has loaded the packages: a clean heap, an equal start.
+# Writing 5 to clear_refs sets VmHWM back to the present size; from there it is exact, with nothing
+# sampled.
 MEASURE = """
 import contextlib, importlib, json, os, sys
 from pathlib import Path
 import torch
 from transformers.models.llama import modeling_llama  # loaded late, by whoever first makes a model
 from pipeline_lib.models.checkpoint import open_checkpoint
-modules = {stage: importlib.import_module("stages." + stage) for stage in ("calibrate", "sensitivity", "prune", "export")}
+stages = ("calibrate", "sensitivity", "prune", "export")
+modules = {stage: importlib.import_module("stages." + stage) for stage in stages}
 for job in ("calibrate", "sensitivity", "prune", "export"):  # stages load them late
     importlib.import_module("pipeline_lib.jobs." + job)
 
@@ -70,18 +89,27 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, int]]
     """Depth -> stage -> bytes by which the stage raised the process's memory at its peak."""
     found = {}
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_key_value_heads": 4}
-    # One that induces and one that reads sensitivities and output moments, so that both stages have something to do.
-    needy = {"induced": WANDA | {"induce": {}}, "weighed": WANDA | {"allocation": {"method": "predicted", "weighting": "kronecker"}}}
+    # One that induces and one that reads sensitivities and output moments, so that both stages have
+    # something to do.
+    needy = {
+        "induced": WANDA | {"induce": {}},
+        "weighed": WANDA | {"allocation": {"method": "predicted", "weighting": "kronecker"}},
+    }
     others: dict[str, Any] = {"texts": {"calibration": {"length": 16}}}
     for depth in (SHALLOW, DEEP):
         home = tmp_path_factory.mktemp(f"depth-{depth}")
-        workspace = make_workspace(home / "project", model={"layers": depth, **sizes}, variants=VARIANTS | needy, **others)
+        workspace = make_workspace(
+            home / "project", model={"layers": depth, **sizes}, variants=VARIANTS | needy, **others
+        )
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(workspace)
             build("prepare", "text calibration", *(f"allocate {name}" for name in VARIANTS))
         for name in ("dense", "sparsegpt"):  # for the card that export writes
             made, divergence = Workspace(workspace), {"test": {"kl": 0.1}}
-            made.save(made.evaluation(name), {"perplexity": {"test": 1.0}, "divergence": {} if name == "dense" else divergence})
+            made.save(
+                made.evaluation(name),
+                {"perplexity": {"test": 1.0}, "divergence": {} if name == "dense" else divergence},
+            )
             made.save(made.tasks(name), {})
         made.save(made.training("sparsegpt"), {})
         made.leave_empty(made.distilled("sparsegpt"))
@@ -102,13 +130,16 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, int]]
 def test_peak_memory_does_not_grow_with_depth(peaks: dict[int, dict[str, int]], stage: str) -> None:
     """Weights that are held would be eight blocks more. Tolerance: one (measured: a quarter).
 
-    The export writes dense and bitmask, both as one file, since the source is one: the shards are not what bounds it.
-    Sensitivity also keeps every block's inputs: at 2 probes of 2 rows of 16 tokens, with tangents, a thirtieth of a block each.
+    The export writes dense and bitmask, both as one file, since the source is one: the shards are
+    not what bounds it. Sensitivity also keeps every block's inputs: at 2 probes of 2 rows of 16
+    tokens, with tangents, a thirtieth of a block each.
     """
     assert (peaks[DEEP][stage] - peaks[SHALLOW][stage]) / BLOCK < 1
 
 
 def test_a_whole_model_would_show(peaks: dict[int, dict[str, int]]) -> None:
-    """What the test above rests on: the mark sees the eight more blocks of a model that is held whole, to within one."""
+    """What the test above rests on: the mark sees the eight more blocks of a model that is held
+    whole, to within one.
+    """
     growth = (peaks[DEEP]["whole"] - peaks[SHALLOW]["whole"]) / BLOCK
     assert abs(growth - (DEEP - SHALLOW)) < 1

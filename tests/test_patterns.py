@@ -1,4 +1,6 @@
-"""Masks have exactly the counts asked for, and keep the larger scores. Oracles: counting, sorting by hand, properties over all shapes."""
+"""Masks have exactly the counts asked for, and keep the larger scores. Oracles: counting, sorting
+by hand, properties over all shapes.
+"""
 
 from collections.abc import Callable
 from typing import get_args
@@ -10,7 +12,16 @@ from hypothesis import strategies as st
 
 from pipeline_lib.core.counts import shares
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.masks.select import SAMPLED, _best, _best_of_few, _first, _thresholds, bounds, select, select_n_of_m
+from pipeline_lib.masks.select import (
+    SAMPLED,
+    _best,
+    _best_of_few,
+    _first,
+    _thresholds,
+    bounds,
+    select,
+    select_n_of_m,
+)
 from pipeline_lib.masks.settings import Group, Pattern
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
@@ -30,9 +41,15 @@ def fair(kept: int, total: int, size: int) -> tuple[int, int]:
 
 
 @PROPERTY
-@given(ROWS, COLUMNS, st.integers(0, 99), st.sampled_from([1, 2, 1000]), GROUPS, st.integers(1, 25), st.data())
-def test_exact_counts_everywhere(rows: int, columns: int, seed: int, levels: int, group: Group, block: int, data: st.DataObject) -> None:
-    """Any shape, count, group and block width, ties included: exactly ``kept``, every row (column block) its rounded share."""
+@given(
+    ROWS, COLUMNS, st.integers(0, 99), st.sampled_from([1, 2, 1000]), GROUPS, st.integers(1, 25), st.data()
+)
+def test_exact_counts_everywhere(
+    rows: int, columns: int, seed: int, levels: int, group: Group, block: int, data: st.DataObject
+) -> None:
+    """Any shape, count, group and block width, ties included: exactly ``kept``, every row (column
+    block) its rounded share.
+    """
     kept = data.draw(st.integers(0, rows * columns))
     mask = select(scores_of(rows, columns, seed, levels), kept, group, block)
     assert mask.dtype == torch.bool
@@ -49,8 +66,12 @@ def test_exact_counts_everywhere(rows: int, columns: int, seed: int, levels: int
 
 @PROPERTY
 @given(ROWS, COLUMNS, st.integers(0, 99), st.sampled_from([3, 1000]), GROUPS, st.integers(1, 25), st.data())
-def test_larger_scores_are_kept(rows: int, columns: int, seed: int, levels: int, group: Group, block: int, data: st.DataObject) -> None:
-    """Inside a comparison group nothing kept scores less than anything pruned; among equals the earlier position is kept."""
+def test_larger_scores_are_kept(
+    rows: int, columns: int, seed: int, levels: int, group: Group, block: int, data: st.DataObject
+) -> None:
+    """Inside a comparison group nothing kept scores less than anything pruned; among equals the
+    earlier position is kept.
+    """
     kept = data.draw(st.integers(0, rows * columns))
     scores = scores_of(rows, columns, seed, levels)
     mask = select(scores, kept, group, block)
@@ -68,8 +89,12 @@ def test_larger_scores_are_kept(rows: int, columns: int, seed: int, levels: int,
 
 
 @PROPERTY
-@given(ROWS, st.integers(2, 8), st.integers(1, 5), st.integers(0, 99), st.sampled_from([1, 2, 1000]), st.data())
-def test_exactly_n_of_every_m(rows: int, m: int, groups: int, seed: int, levels: int, data: st.DataObject) -> None:
+@given(
+    ROWS, st.integers(2, 8), st.integers(1, 5), st.integers(0, 99), st.sampled_from([1, 2, 1000]), st.data()
+)
+def test_exactly_n_of_every_m(
+    rows: int, m: int, groups: int, seed: int, levels: int, data: st.DataObject
+) -> None:
     """N:M means N kept of M (docs: house.md), in every group, and they are the largest."""
     n = data.draw(st.integers(1, m - 1))
     scores = scores_of(rows, m * groups, seed, levels)
@@ -78,7 +103,9 @@ def test_exactly_n_of_every_m(rows: int, m: int, groups: int, seed: int, levels:
         for g in range(groups):
             part = slice(g * m, (g + 1) * m)
             assert int(mask[r, part].sum()) == n
-            assert sorted(scores[r, part][mask[r, part]].tolist()) == sorted(scores[r, part].tolist())[m - n :]
+            assert (
+                sorted(scores[r, part][mask[r, part]].tolist()) == sorted(scores[r, part].tolist())[m - n :]
+            )
 
 
 def sorted_best(scores: torch.Tensor, kept: list[int]) -> torch.Tensor:
@@ -91,14 +118,19 @@ def sorted_best(scores: torch.Tensor, kept: list[int]) -> torch.Tensor:
 
 
 def sorted_select(scores: torch.Tensor, kept: int, group: Group, block: int) -> torch.Tensor:
-    """The same for whole matrices; rows' spare weights to the first ones, blocks' shares as ``shares`` has them."""
+    """The same for whole matrices; rows' spare weights to the first ones, blocks' shares as
+    ``shares`` has them.
+    """
     rows, columns = scores.shape
     if group == "matrix":
         return sorted_best(scores.reshape(1, -1), [kept]).reshape(rows, columns)
     if group == "block":
         parts = scores.split(block, 1)
         quotas = shares(kept, [part.numel() for part in parts])
-        return torch.cat([sorted_best(p.reshape(1, -1), [q]).reshape(p.shape) for p, q in zip(parts, quotas, strict=True)], 1)
+        return torch.cat(
+            [sorted_best(p.reshape(1, -1), [q]).reshape(p.shape) for p, q in zip(parts, quotas, strict=True)],
+            1,
+        )
     base, spare = divmod(kept, rows)
     return sorted_best(scores, [base + (r < spare) for r in range(rows)])
 
@@ -106,7 +138,9 @@ def sorted_select(scores: torch.Tensor, kept: int, group: Group, block: int) -> 
 @PROPERTY
 @given(ROWS, COLUMNS, st.integers(0, 99), st.sampled_from([1, 2, 5, 1000]), st.data())
 def test_best_is_a_stable_sort(rows: int, columns: int, seed: int, levels: int, data: st.DataObject) -> None:
-    """Oracle: ``sorted_best``; any count, 0 and all among them, and many ties. Of a few, all pairs are compared."""
+    """Oracle: ``sorted_best``; any count, 0 and all among them, and many ties. Of a few, all pairs
+    are compared.
+    """
     scores = scores_of(rows, columns, seed, levels)
     kept = data.draw(st.integers(0, columns))
     assert torch.equal(_best(scores, kept), sorted_best(scores, [kept] * rows))
@@ -145,8 +179,12 @@ def test_nan_is_never_kept(best: Callable[[torch.Tensor, int], torch.Tensor]) ->
 
 
 @PROPERTY
-@given(ROWS, COLUMNS, st.integers(0, 99), st.sampled_from([1, 3, 1000]), GROUPS, st.integers(1, 25), st.data())
-def test_selection_is_a_stable_sort(rows: int, columns: int, seed: int, levels: int, group: Group, block: int, data: st.DataObject) -> None:
+@given(
+    ROWS, COLUMNS, st.integers(0, 99), st.sampled_from([1, 3, 1000]), GROUPS, st.integers(1, 25), st.data()
+)
+def test_selection_is_a_stable_sort(
+    rows: int, columns: int, seed: int, levels: int, group: Group, block: int, data: st.DataObject
+) -> None:
     """Oracle: ``sorted_select``, for every group and any count; none and all besides."""
     scores = scores_of(rows, columns, seed, levels)
     for kept in {0, rows * columns, data.draw(st.integers(0, rows * columns))}:
@@ -164,8 +202,12 @@ def test_n_of_m_is_a_stable_sort(n: int, m: int, levels: int) -> None:
 
 @PROPERTY
 @given(ROWS, st.integers(2, 20), st.integers(0, 99), st.sampled_from([1, 2, 5, 1000]), st.data())
-def test_bounds_are_best_with_a_threshold(rows: int, columns: int, seed: int, levels: int, data: st.DataObject) -> None:
-    """Oracle: ``sorted_best``; the threshold is midway between the weakest kept and the strongest pruned score of each row."""
+def test_bounds_are_best_with_a_threshold(
+    rows: int, columns: int, seed: int, levels: int, data: st.DataObject
+) -> None:
+    """Oracle: ``sorted_best``; the threshold is midway between the weakest kept and the strongest
+    pruned score of each row.
+    """
     scores = scores_of(rows, columns, seed, levels)
     kept = data.draw(st.integers(1, columns - 1))
     mask, threshold = bounds(scores, kept)
@@ -175,7 +217,9 @@ def test_bounds_are_best_with_a_threshold(rows: int, columns: int, seed: int, le
 
 
 def test_thresholds_are_order_statistics() -> None:
-    """Oracle: torch.sort. The partition finds several ranks at once, repeated values and infinities included; scores stay as they are."""
+    """Oracle: torch.sort. The partition finds several ranks at once, repeated values and infinities
+    included; scores stay as they are.
+    """
     scores = scores_of(6, 11, 3, 4)
     scores[2, 5], scores[3, 1] = float("inf"), -float("inf")
     before = scores.clone()
@@ -187,7 +231,9 @@ def test_thresholds_are_order_statistics() -> None:
 
 @PROPERTY
 @given(ROWS, COLUMNS, st.integers(0, 99), st.data())
-def test_rows_are_not_compared_with_one_another(rows: int, columns: int, seed: int, data: st.DataObject) -> None:
+def test_rows_are_not_compared_with_one_another(
+    rows: int, columns: int, seed: int, data: st.DataObject
+) -> None:
     """Scaling a row's scores moves no entry of its mask, spare weights included."""
     scores, kept = scores_of(rows, columns, seed, 1000), data.draw(st.integers(0, rows * columns))
     scale = 2.0 ** torch.arange(rows)[:, None]
@@ -214,13 +260,34 @@ def test_selection_does_not_depend_on_memory_layout() -> None:
     assert torch.equal(select_n_of_m(scores, 1, 4), select_n_of_m(scores.contiguous(), 1, 4))
 
 
-@pytest.mark.parametrize(("text", "n", "m"), [("unstructured", 0, 0), ("2:4", 2, 4), ("1:2", 1, 2), ("4:8", 4, 8), ("15:16", 15, 16)])
+@pytest.mark.parametrize(
+    ("text", "n", "m"),
+    [("unstructured", 0, 0), ("2:4", 2, 4), ("1:2", 1, 2), ("4:8", 4, 8), ("15:16", 15, 16)],
+)
 def test_patterns_are_read(text: str, n: int, m: int) -> None:
     assert Pattern.parse(text) == Pattern(n, m)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "2", "2:", ":4", "4:4", "4:2", "0:4", "-1:4", "2:4:8", "2 : 4", "2:4\n", "a:b", "2.0:4", "124", "Unstructured", "1e0:4"]
+    "text",
+    [
+        "",
+        "2",
+        "2:",
+        ":4",
+        "4:4",
+        "4:2",
+        "0:4",
+        "-1:4",
+        "2:4:8",
+        "2 : 4",
+        "2:4\n",
+        "a:b",
+        "2.0:4",
+        "124",
+        "Unstructured",
+        "1e0:4",
+    ],
 )
 def test_garbage_is_no_pattern(text: str) -> None:
     with pytest.raises(ValueError, match='unstructured or "N:M"'):
@@ -242,5 +309,8 @@ def test_quantum() -> None:
     """One step of an N:M matrix is one weight more in every group."""
     assert Pattern.parse("unstructured").quantum("w", (3, 5)) == 1
     assert Pattern.parse("2:4").quantum("w", (3, 8)) == 6
-    with pytest.raises(SparselineError, match=r"Pattern 2:4 does not divide the 6 inputs of layers\.0\.w; choose another M, or exclude it"):
+    with pytest.raises(
+        SparselineError,
+        match=r"Pattern 2:4 does not divide the 6 inputs of layers\.0\.w; choose another M, or exclude it",
+    ):
         Pattern.parse("2:4").quantum("layers.0.w", (4, 6))

@@ -1,4 +1,6 @@
-"""The whole graph under DVC, on a tiny random model. Oracles: DVC's own account of what it ran, and readers that share no code with ours."""
+"""The whole graph under DVC, on a tiny random model. Oracles: DVC's own account of what it ran, and
+readers that share no code with ours.
+"""
 
 import hashlib
 import json
@@ -48,7 +50,12 @@ def of(*stages: str, variants: tuple[str, ...] = ("wanda", "sparseline")) -> set
 PRUNINGS = of("prune")
 EVALUATIONS = {"evaluate-dense"} | of("evaluate")
 SUMMARIES = {"choose", "report"}
-SHARED = TEXTS | GENERATED | {"prepare", "calibrate", "scale", "sensitivity", "evaluate-dense", "tasks-dense"} | SUMMARIES
+SHARED = (
+    TEXTS
+    | GENERATED
+    | {"prepare", "calibrate", "scale", "sensitivity", "evaluate-dense", "tasks-dense"}
+    | SUMMARIES
+)
 ALL = SHARED | of(*PER_VARIANT)
 OWN = of(
     "allocate", "induce", "prune", "distil", "evaluate", "tasks", "export", variants=("sparseline",)
@@ -84,7 +91,9 @@ def copy(ran: Ran, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def edited(copy: Path) -> Iterator[Path]:
-    """A copy whose inputs may be changed: git puts them back after each test. No stage runs in it, so that DVC hashes its outputs once."""
+    """A copy whose inputs may be changed: git puts them back after each test. No stage runs in it,
+    so that DVC hashes its outputs once.
+    """
     yield copy
     run(copy, "git", "checkout", "--quiet", "--", ".")
 
@@ -134,7 +143,9 @@ def checkpoint(directory: Path) -> dict[str, np.ndarray]:
 
 
 def masks(variant: Path) -> dict[str, np.ndarray]:
-    """Read as docs/artifacts.md says: bits, row-major, first entry in the highest bit, 1 = kept; shapes in the header's facts."""
+    """Read as docs/artifacts.md says: bits, row-major, first entry in the highest bit, 1 = kept;
+    shapes in the header's facts.
+    """
     found = {}
     for path in sorted((variant / "masks").glob("*.safetensors")):
         raw = path.read_bytes()
@@ -161,30 +172,57 @@ def test_every_stage_runs_once(ran: Ran) -> None:
 def test_the_documented_files_are_there(ran: Ran) -> None:
     """Oracle: the table in docs/artifacts.md. Nothing else lies below build/, no temporary file stays."""
     variants, blocks = ("wanda", "sparseline"), range(LAYERS)
-    source = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"}
+    source = {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors.index.json",
+    }
     shards = {f"model-{number:05d}-of-{LAYERS + 1:05d}.safetensors" for number in range(1, LAYERS + 2)}
     others = source - {"model.safetensors.index.json"}
     expected = {
-        *(f"keys/{stage}.json" for stage in ("calibrate", "scale", "sensitivity", "evaluate", "choose", "tasks/dense")),
+        *(
+            f"keys/{stage}.json"
+            for stage in ("calibrate", "scale", "sensitivity", "evaluate", "choose", "tasks/dense")
+        ),
         *(f"keys/{stage}/{variant}.json" for stage in {*PER_VARIANT} - {"evaluate"} for variant in variants),
         *(f"keys/code/{re.split('[@-]', stage)[0]}.json" for stage in ALL),
         *("prepare/model.json", "prepare/matrices.json"),
         *(f"generated/{name}.json" for name in ("calibration", "validation", "test")),
-        *("texts/calibrate/calibration.safetensors", "texts/evaluate/test.safetensors", "texts/evaluate/validation.safetensors"),
+        *(
+            "texts/calibrate/calibration.safetensors",
+            "texts/evaluate/test.safetensors",
+            "texts/evaluate/validation.safetensors",
+        ),
         *(f"calibrate/block-{block:03d}.safetensors" for block in blocks),
         *("scale/transform.safetensors", "induce/sparseline/transform.safetensors"),
         *(f"induce/{variant}/curve.json" for variant in variants),
         *(f"sensitivity/{name}.json" for name in ("sensitivity", "estimate", "by_depth")),
         *(f"sensitivity/moments/block-{block:03d}.safetensors" for block in blocks),
-        *(f"{kind}/{variant}.json" for kind in ("curves", "allocate", "facts", "training") for variant in variants),
+        *(
+            f"{kind}/{variant}.json"
+            for kind in ("curves", "allocate", "facts", "training")
+            for variant in variants
+        ),
         *(f"prune/{variant}/checkpoint/{name}" for variant in variants for name in source | shards),
         *(f"distil/sparseline/checkpoint/{name}" for name in source | shards),
         *(f"prune/{variant}/masks/block-{block:03d}.safetensors" for variant in variants for block in blocks),
         *(f"export/sparseline/dense/{name}" for name in {*others, "model.safetensors", "README.md"}),
-        *(f"export/sparseline/bitmask/{name}" for name in {*others, "model.bitmask.safetensors", "bitmask.json", "README.md"}),
-        *(f"{kind}/{model}.json" for kind in ("evaluate", "completions", "tasks", "sizes") for model in ("dense", *variants)),
+        *(
+            f"export/sparseline/bitmask/{name}"
+            for name in {*others, "model.bitmask.safetensors", "bitmask.json", "README.md"}
+        ),
+        *(
+            f"{kind}/{model}.json"
+            for kind in ("evaluate", "completions", "tasks", "sizes")
+            for model in ("dense", *variants)
+        ),
         *(f"costs/{re.sub('@', '-', stage)}.json" for stage in ALL - SUMMARIES - TEXTS),
-        *(f"{place}/seal.json" for place in ("prepare", "calibrate", "scale", "sensitivity/moments", "export/wanda")),
+        *(
+            f"{place}/seal.json"
+            for place in ("prepare", "calibrate", "scale", "sensitivity/moments", "export/wanda")
+        ),
         *(f"{kind}/{variant}/seal.json" for kind in ("induce", "prune", "distil") for variant in variants),
         "choice.json",
     }
@@ -194,8 +232,9 @@ def test_the_documented_files_are_there(ran: Ran) -> None:
 
 
 def test_the_summary_has_its_schema(ran: Ran) -> None:
-    """Oracle: {variant: {sparsity, perplexity{text}, of the pruned zeros, kl{text} and agreement{text}, and where there are any gap{text}, bytes, accuracy{task}}},
-    and build/evaluate's figures.
+    """Oracle: {variant: {sparsity, perplexity{text}, of the pruned zeros, kl{text} and
+    agreement{text}, and where there are any gap{text}, bytes, accuracy{task}}}, and
+    build/evaluate's figures.
     """
     summary = read(ran.project / "report" / "summary.json")
     assert set(summary) == {"dense", "wanda", "sparseline"}
@@ -211,16 +250,25 @@ def test_the_summary_has_its_schema(ran: Ran) -> None:
             told = {task: round(found["metrics"]["acc"]["value"], 6) for task, found in tasks.items()}
             assert variant["accuracy"] == told and set(told) == {"corrupted"}
         measured = read(ran.project / "build" / "evaluate" / f"{name}.json")
-        assert all(math.isclose(value, measured["perplexity"][one], rel_tol=1e-6) for one, value in variant["perplexity"].items())
+        assert all(
+            math.isclose(value, measured["perplexity"][one], rel_tol=1e-6)
+            for one, value in variant["perplexity"].items()
+        )
         for figure in {"kl", "agreement"} & set(variant):
-            assert variant[figure] == {text: round(found[figure], 6) for text, found in measured["divergence"].items()}
-            assert set(variant[figure]) == {"test", "validation"} and all(value > 0 for value in variant[figure].values())
+            assert variant[figure] == {
+                text: round(found[figure], 6) for text, found in measured["divergence"].items()
+            }
+            assert set(variant[figure]) == {"test", "validation"} and all(
+                value > 0 for value in variant[figure].values()
+            )
 
 
 def test_the_report_names_every_variant_and_text(ran: Ran) -> None:
     """Oracle: the names."""
     content = (ran.project / "report" / "index.html").read_text(encoding="utf-8")
-    assert all(name in content for name in ("dense", "wanda", "sparseline", "test", "validation", "corrupted"))
+    assert all(
+        name in content for name in ("dense", "wanda", "sparseline", "test", "validation", "corrupted")
+    )
 
 
 def test_dvc_shows_the_metrics(ran: Ran) -> None:
@@ -242,7 +290,9 @@ def test_dvc_shows_the_plots(ran: Ran, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", ["wanda", "sparseline"])
 def test_exactly_the_budget_is_kept(ran: Ran, variant: str) -> None:
-    """Oracle: round((1 − p)·N) with N from the config's sizes; non-zeros and mask bits counted by a reader of our own."""
+    """Oracle: round((1 − p)·N) with N from the config's sizes; non-zeros and mask bits counted by a
+    reader of our own.
+    """
     out = ran.project / "build" / "prune" / variant
     weights = {name: tensor for name, tensor in checkpoint(out / "checkpoint").items() if prunable(name)}
     assert sum(tensor.size for tensor in weights.values()) == PRUNABLE
@@ -261,14 +311,20 @@ def test_exactly_the_budget_is_kept(ran: Ran, variant: str) -> None:
 
 
 def test_the_rest_of_the_model_is_untouched(ran: Ran) -> None:
-    """Oracle: the source's tensors. Wanda changes no kept weight; no variant changes names, shapes, dtypes, embeddings or head."""
+    """Oracle: the source's tensors. Wanda changes no kept weight; no variant changes names, shapes,
+    dtypes, embeddings or head.
+    """
     source = checkpoint(ran.project / "data" / "model")
     wanda = checkpoint(ran.project / "build" / "prune" / "wanda" / "checkpoint")
     for name, tensor in wanda.items():
-        assert np.array_equal(tensor, np.where(tensor == 0, 0, source[name]) if prunable(name) else source[name]), name
+        assert np.array_equal(
+            tensor, np.where(tensor == 0, 0, source[name]) if prunable(name) else source[name]
+        ), name
     sparseline = checkpoint(ran.project / "build" / "prune" / "sparseline" / "checkpoint")
     for variant in (wanda, sparseline):
-        assert {name: (t.shape, t.dtype) for name, t in variant.items()} == {name: (t.shape, t.dtype) for name, t in source.items()}
+        assert {name: (t.shape, t.dtype) for name, t in variant.items()} == {
+            name: (t.shape, t.dtype) for name, t in source.items()
+        }
     outside = [name for name in source if ".layers." not in name]
     assert len(outside) == 3
     assert all(np.array_equal(sparseline[name], source[name]) for name in outside)
@@ -276,11 +332,15 @@ def test_the_rest_of_the_model_is_untouched(ran: Ran) -> None:
 
 @pytest.mark.parametrize("variant", ["wanda", "sparseline"])
 def test_checkpoints_are_for_transformers(ran: Ran, variant: str) -> None:
-    """Oracle: transformers' own loss on the saved checkpoint gives the perplexity that evaluate wrote; source files byte for byte."""
+    """Oracle: transformers' own loss on the saved checkpoint gives the perplexity that evaluate
+    wrote; source files byte for byte.
+    """
     path = Workspace(ran.project).checkpoint(variant)
     model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    rows = torch.from_numpy(load_file(ran.project / "build" / "texts" / "evaluate" / "test.safetensors")["rows"])
+    rows = torch.from_numpy(
+        load_file(ran.project / "build" / "texts" / "evaluate" / "test.safetensors")["rows"]
+    )
     with torch.no_grad():
         losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in rows]
     measured = read(ran.project / "build" / "evaluate" / f"{variant}.json")["perplexity"]["test"]
@@ -296,15 +356,24 @@ def test_checkpoints_are_for_transformers(ran: Ran, variant: str) -> None:
 
 
 def test_what_is_exported_is_what_was_trained(ran: Ran) -> None:
-    """Oracle: the trained checkpoint, with the zeros of the pruned one. Dense is one file, as the source is; the bitmask one unpacks to the same."""
-    before, pruned = (checkpoint(ran.project / "build" / stage / "sparseline" / "checkpoint") for stage in ("prune", "distil"))
-    assert all(np.array_equal(pruned[name] == 0, tensor == 0) for name, tensor in before.items() if prunable(name))
+    """Oracle: the trained checkpoint, with the zeros of the pruned one. Dense is one file, as the
+    source is; the bitmask one unpacks to the same.
+    """
+    before, pruned = (
+        checkpoint(ran.project / "build" / stage / "sparseline" / "checkpoint")
+        for stage in ("prune", "distil")
+    )
+    assert all(
+        np.array_equal(pruned[name] == 0, tensor == 0) for name, tensor in before.items() if prunable(name)
+    )
     out = ran.project / "build" / "export" / "sparseline"
     dense = checkpoint(out / "dense")
     assert dense.keys() == pruned.keys()
     assert all(np.array_equal(dense[name], tensor) for name, tensor in pruned.items())
     assert invoke("unpack", str(out / "bitmask"), str(ran.project.parent / "unpacked")).exit_code == 0
-    assert (ran.project.parent / "unpacked" / "model.safetensors").read_bytes() == (out / "dense" / "model.safetensors").read_bytes()
+    assert (ran.project.parent / "unpacked" / "model.safetensors").read_bytes() == (
+        out / "dense" / "model.safetensors"
+    ).read_bytes()
     sizes = read(ran.project / "build" / "sizes" / "sparseline.json")
     assert (sizes["weights"], sizes["zeros"]) == (PRUNABLE, PRUNABLE - round(0.5 * PRUNABLE))
     assert sizes["formats"]["bitmask"]["matrix_bytes"] == PRUNABLE // 8 + 4 * round(0.5 * PRUNABLE)  # float32
@@ -313,14 +382,24 @@ def test_what_is_exported_is_what_was_trained(ran: Ran) -> None:
 def test_cards_tell_what_was_measured(ran: Ran) -> None:
     """Oracles: build/evaluate, the source's bytes, the documented table."""
     build, name = ran.project / "build", "README.md"
-    for path in (build / "export" / "sparseline" / "dense" / name, build / "export" / "sparseline" / "bitmask" / name):
+    for path in (
+        build / "export" / "sparseline" / "dense" / name,
+        build / "export" / "sparseline" / "bitmask" / name,
+    ):
         card = path.read_text(encoding="utf-8")
-        values = [read(build / "evaluate" / f"{one}.json")["perplexity"]["test"] for one in ("dense", "sparseline")]
+        values = [
+            read(build / "evaluate" / f"{one}.json")["perplexity"]["test"] for one in ("dense", "sparseline")
+        ]
         row = next(line for line in card.splitlines() if line.startswith("| test |")).split(" | ")
         assert [row[1], row[2].removesuffix(" |")] == [f"{value:.2f}" for value in values]
         for original in (ran.project / "data" / "model").glob("*.safetensors"):
             assert hashlib.sha256(original.read_bytes()).hexdigest() in card
-        assert hashlib.sha256((build / "texts" / "calibrate" / "calibration.safetensors").read_bytes()).hexdigest() in card
+        assert (
+            hashlib.sha256(
+                (build / "texts" / "calibrate" / "calibration.safetensors").read_bytes()
+            ).hexdigest()
+            in card
+        )
         assert "rows 0, induction 0, channel 0" in card
 
 
@@ -335,32 +414,45 @@ def test_nothing_reruns(ran: Ran) -> None:
 
 
 def test_what_a_recipe_does_not_need_is_not_made(ran: Ran) -> None:
-    """Wanda reads no curves, learns nothing, and asks for neither files nor tasks. Oracle: the empty artifacts of docs/artifacts.md."""
+    """Wanda reads no curves, learns nothing, and asks for neither files nor tasks. Oracle: the
+    empty artifacts of docs/artifacts.md.
+    """
     build = ran.project / "build"
     assert read(build / "induce/wanda/curve.json") == []
-    assert all(Workspace(ran.project).load(build / name) == {} for name in ("curves/wanda.json", "tasks/wanda.json", "sizes/wanda.json"))
+    assert all(
+        Workspace(ran.project).load(build / name) == {}
+        for name in ("curves/wanda.json", "tasks/wanda.json", "sizes/wanda.json")
+    )
     assert Workspace(ran.project).load(build / "export/wanda/seal.json") == {"files": {}}
 
 
 def test_an_experiment_reruns_its_variant(project: Path) -> None:
-    """Oracle: a variant's sparsity matters to its allocation, induction (mask in the loop), pruning, evaluation, and the report; not to its
-    curves, which are measured at sparsities of their own.
+    """Oracle: a variant's sparsity matters to its allocation, induction (mask in the loop),
+    pruning, evaluation, and the report; not to its curves, which are measured at sparsities of
+    their own.
     """
     commit(project)
-    output = run(project, "dvc", "exp", "run", "-S", "+variants.sparseline.selection.sparsity=0.6", "prune@sparseline")
+    output = run(
+        project, "dvc", "exp", "run", "-S", "+variants.sparseline.selection.sparsity=0.6", "prune@sparseline"
+    )
     ran = of("allocate", "induce", "prune", variants=("sparseline",))
     assert executed(output) == ran
     assert not restored(output)
-    assert stale(project) == OWN - ran | {"report"}  # choose follows from the evaluation (tests/test_experiments.py)
+    # choose follows from the evaluation (tests/test_experiments.py)
+    assert stale(project) == OWN - ran | {"report"}
     weights = checkpoint(project / "build" / "prune" / "sparseline" / "checkpoint")
-    assert sum(np.count_nonzero(tensor) for name, tensor in weights.items() if prunable(name)) == round(0.4 * PRUNABLE)
+    assert sum(np.count_nonzero(tensor) for name, tensor in weights.items() if prunable(name)) == round(
+        0.4 * PRUNABLE
+    )
     with chdir(project):
         build("report")
     assert read(project / "report" / "summary.json")["sparseline"]["sparsity"] == 0.6
 
 
 def test_a_missing_key_is_told_before_anything_runs(project: Path) -> None:
-    """Oracle: DVC's account of what it ran, and the stage's sentence (what else is refused: tests/test_bad_input.py)."""
+    """Oracle: DVC's account of what it ran, and the stage's sentence (what else is refused:
+    tests/test_bad_input.py).
+    """
     change_params(project, "prune.reconstruction.steps", REMOVED)
     change_params(project, "variants.sparseline.reconstruction", {})
     output = run(project, "dvc", "repro", code=255)
@@ -375,17 +467,24 @@ SPARSELINE = ("sparseline",)
     ("key", "value", "expected"),
     [
         ("variants.sparseline.allocation.alpha", 0.05, of("allocate", "prune", variants=SPARSELINE)),
-        ("prune.allocation.alpha", 0.05, of("allocate", "prune", variants=("wanda",))),  # the other has its own
+        # the other has its own
+        ("prune.allocation.alpha", 0.05, of("allocate", "prune", variants=("wanda",))),
         ("prune.reconstruction.channel.epochs", 1, PRUNINGS),
         (
             "variants.sparseline.allocation",
             {"method": "predicted", "weighting": "trace"},
-            {"sensitivity"} | of("allocate", "prune", variants=SPARSELINE),  # output moments are for `kronecker` alone
+            # output moments are for `kronecker` alone
+            {"sensitivity"} | of("allocate", "prune", variants=SPARSELINE),
         ),
         ("prune.allocation.weighting", "trace", {"sensitivity"} | of("allocate", "prune")),
         ("prune.selection.sparsity", 0.6, of("allocate", "prune")),  # induction follows from the allocation
         ("variants.sparseline.reconstruction.steps", ["obs"], of("prune", variants=SPARSELINE)),
-        ("variants.sparseline.reconstruction.steps", ["channel"], of("curves", "induce", "prune", variants=SPARSELINE)),  # no sweep
+        # no sweep
+        (
+            "variants.sparseline.reconstruction.steps",
+            ["channel"],
+            of("curves", "induce", "prune", variants=SPARSELINE),
+        ),
         ("prune.reconstruction.steps", [], set()),  # both have their own
         ("prune.selection.damping", 0.02, of("curves", "induce", variants=SPARSELINE) | PRUNINGS),
         ("calibrate.batch_rows", 2, {"calibrate"} | of("curves", "induce")),
@@ -393,7 +492,11 @@ SPARSELINE = ("sparseline",)
         ("curves.densities", [0.5], of("curves", variants=SPARSELINE)),
         ("induce.steps", 3, of("induce", "prune", variants=SPARSELINE)),
         ("sensitivity.probes", 3, {"sensitivity"}),
-        ("model.compute_dtype", "bfloat16", {"prepare", "calibrate"} | GENERATED | PRUNING_CODE | of("distil")),
+        (
+            "model.compute_dtype",
+            "bfloat16",
+            {"prepare", "calibrate"} | GENERATED | PRUNING_CODE | of("distil"),
+        ),
         ("model.exclude", ["*.q_proj"], {"prepare"}),
         ("texts.test.rows", 7, {"text@test", "generate@test"}),
         ("evaluate.completions.count", 0, EVALUATIONS),
@@ -416,17 +519,24 @@ def test_a_knob_concerns_its_stages(edited: Path, key: str, value: Any, expected
 def test_another_preset_concerns_who_asks_for_it(project: Path) -> None:
     """Oracles: DVC's words; the report's two sets of columns."""
     change_params(
-        project, "presets.more", {"names": ["next_line"], "limit": 2, "shots": 0, "seed": 0, "chat_template": False, "system": None}
+        project,
+        "presets.more",
+        {"names": ["next_line"], "limit": 2, "shots": 0, "seed": 0, "chat_template": False, "system": None},
     )
     change_params(project, "variants.sparseline.tasks", ["embedded", "more"])
     assert stale(project) == {"tasks-dense", "tasks@sparseline", "report"}
     with chdir(project):
         build("tasks dense", "tasks sparseline", "report")
-    assert set(read(project / "report" / "summary.json")["sparseline"]["accuracy"]) == {"embedded corrupted", "more next_line"}
+    assert set(read(project / "report" / "summary.json")["sparseline"]["accuracy"]) == {
+        "embedded corrupted",
+        "more next_line",
+    }
 
 
 def test_sensitivities_concern_the_variants_that_use_them(project: Path) -> None:
-    """Oracle: what the two allocations read. That of wanda reads none, so that its stages end with the bytes that they had."""
+    """Oracle: what the two allocations read. That of wanda reads none, so that its stages end with
+    the bytes that they had.
+    """
     change_params(project, "sensitivity.probes", 3)
     with chdir(project):
         build("keys")
@@ -437,16 +547,22 @@ def test_sensitivities_concern_the_variants_that_use_them(project: Path) -> None
 
 
 def test_another_allocation_prunes_and_nothing_else(project: Path) -> None:
-    """Neither calibration nor curves run again for another method or α (what follows from pruning: the experiment above).
+    """Neither calibration nor curves run again for another method or α (what follows from pruning:
+    the experiment above).
 
-    Oracles: DVC's words; the kept counts, which change. With `trace` nobody reads output moments; OWL reads curves alone, and then nobody
-    reads sensitivities.
+    Oracles: DVC's words; the kept counts, which change. With `trace` nobody reads output moments;
+    OWL reads curves alone, and then nobody reads sensitivities.
     """
     counts = []
-    for allocation in ({"method": "predicted", "alpha": 1.0, "weighting": "trace"}, {"method": "owl", "alpha": 0.2}):
+    for allocation in (
+        {"method": "predicted", "alpha": 1.0, "weighting": "trace"},
+        {"method": "owl", "alpha": 0.2},
+    ):
         change_params(project, "variants.sparseline.allocation", allocation)
         found = stale(project) - SUMMARIES
-        assert {"sensitivity"} | of("allocate", "prune", variants=SPARSELINE) <= found <= {"sensitivity"} | OWN
+        assert (
+            {"sensitivity"} | of("allocate", "prune", variants=SPARSELINE) <= found <= {"sensitivity"} | OWN
+        )
         with chdir(project):
             build("allocate sparseline", "prune sparseline")
         facts = read(project / "build" / "facts" / "sparseline.json")
@@ -471,7 +587,9 @@ def test_an_edited_calibration_text_concerns_those_who_read_it(project: Path) ->
 
 
 def test_edited_weights_concern_everything(project: Path) -> None:
-    """Same path, same size, other bytes. Oracle: every stage that reads the model hangs on prepare's hashes."""
+    """Same path, same size, other bytes. Oracle: every stage that reads the model hangs on
+    prepare's hashes.
+    """
     path = project / "data" / "model" / "model.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-2] ^= 1
@@ -486,7 +604,8 @@ def test_edited_weights_concern_everything(project: Path) -> None:
     [
         ("pipeline_lib/solve/sweep.py", PRUNING_CODE),
         ("pipeline_lib/masks/select.py", PRUNING_CODE),
-        ("pipeline_lib/fit/fit.py", of("induce", "prune", "distil")),  # the fit of a block has induction's spectral term
+        # the fit of a block has induction's spectral term
+        ("pipeline_lib/fit/fit.py", of("induce", "prune", "distil")),
         ("pipeline_lib/induce/induce.py", of("induce")),
         ("pipeline_lib/prune/run.py", PRUNINGS),
         ("pipeline_lib/allocate/methods.py", of("allocate")),
@@ -523,13 +642,19 @@ def test_byte_code_concerns_nothing(project: Path) -> None:
 
 
 def test_a_variant_is_one_entry(ran: Ran, project: Path) -> None:
-    """An entry is changed, one is added, and taken away again. Oracles: DVC's account of what it ran, and the files of the first run."""
+    """An entry is changed, one is added, and taken away again. Oracles: DVC's account of what it
+    ran, and the files of the first run.
+    """
     change_params(project, "variants.sparseline.allocation.alpha", 0.05)
     output = run(project, "dvc", "repro")
     assert executed(output) == OWN | SUMMARIES
     assert not restored(output)
     change_params(project, "variants.sparseline.allocation.alpha", 0.15)
-    change_params(project, "variants.magnitude", {"selection": {"score": "magnitude", "group": "matrix"}, "reconstruction": {"steps": []}})
+    change_params(
+        project,
+        "variants.magnitude",
+        {"selection": {"score": "magnitude", "group": "matrix"}, "reconstruction": {"steps": []}},
+    )
     output = run(project, "dvc", "repro")
     assert executed(output) == of(*PER_VARIANT, variants=("magnitude",)) | SUMMARIES
     assert restored(output) == OWN
@@ -545,7 +670,9 @@ def test_a_variant_is_one_entry(ran: Ran, project: Path) -> None:
 
 
 def test_a_second_process_writes_the_same_bytes(ran: Ran, project: Path) -> None:
-    """Oracle: the first run's files, written by another process in another directory, one stage after the other."""
+    """Oracle: the first run's files, written by another process in another directory, one stage
+    after the other.
+    """
     code = """
 import shutil, sys
 from importlib import import_module
@@ -569,7 +696,9 @@ for step in sys.argv[1:]:
 
 
 def test_a_clone_is_served_from_the_shared_cache(ran: Ran, tmp_path: Path) -> None:
-    """A fresh clone without dvc.lock restores every stage, metrics outside the cache included. Oracles: DVC's words, the first run's files."""
+    """A fresh clone without dvc.lock restores every stage, metrics outside the cache included.
+    Oracles: DVC's words, the first run's files.
+    """
     clone = tmp_path / "clone"
     run(tmp_path, "git", "clone", "--quiet", str(ran.project), str(clone))
     assert not (clone / "dvc.lock").exists()
@@ -599,7 +728,10 @@ def test_the_plan_writes_nothing(project: Path, monkeypatch: pytest.MonkeyPatch)
         ({"variants": {"../up": WANDA}}, ("'../up'", "letters, digits")),
         ({"variants": {True: WANDA}}, ("True", "letters, digits")),
         ({"presets": {"a b": {"names": []}}}, ("the preset name 'a b'", "letters, digits")),
-        ({"variants": {"wanda": {"tasks": ["none"]}}}, ("variants.wanda.tasks names 'none', which is no preset", "embedded")),
+        (
+            {"variants": {"wanda": {"tasks": ["none"]}}},
+            ("variants.wanda.tasks names 'none', which is no preset", "embedded"),
+        ),
         ({"exported": {"wanda": {}}}, ("exported is no key any more", "export: [dense, bitmask]")),
         ({"curved": []}, ("curved is no key any more",)),
         ({"tasks": {"presets": ["embedded"]}}, ("tasks.presets is no key any more", "tasks: [<preset>]")),
@@ -620,7 +752,9 @@ def test_a_name_that_cannot_be_used_is_refused(
 
 
 def test_dvc_refuses_a_variant_of_the_name_of_the_source(project: Path) -> None:
-    """Before it builds its graph, in which two stages would write one file. Oracle: DVC's exit code and words."""
+    """Before it builds its graph, in which two stages would write one file. Oracle: DVC's exit code
+    and words.
+    """
     change_params(project, "variants.dense", WANDA)
     assert "data/errors/name-is-taken.yaml" in run(project, "dvc", "repro", code=255)
 

@@ -1,4 +1,6 @@
-"""The prediction before a run. Oracles: what must not depend on depth, sizes on disk, and the arithmetic of a linear's FLOPs."""
+"""The prediction before a run. Oracles: what must not depend on depth, sizes on disk, and the
+arithmetic of a linear's FLOPs.
+"""
 
 import re
 from pathlib import Path
@@ -6,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from project import REMOVED, ROOT, WANDA, build, change_params, invoke, make_workspace, read_params, recipe, run, text
+from project import (
+    REMOVED,
+    ROOT,
+    WANDA,
+    build,
+    change_params,
+    invoke,
+    make_workspace,
+    read_params,
+    recipe,
+    run,
+    text,
+)
 from pruned import card, make_pruned
 from tiny import make_model
 
@@ -14,7 +28,16 @@ from pipeline_lib.export.export import Variant, export
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.measure.settings import CurvesParams, SensitivityParams
 from pipeline_lib.models.checkpoint import open_checkpoint
-from pipeline_lib.planning.estimate import Estimate, Work, distilling, estimate, exporting, inducing, measuring, pruning
+from pipeline_lib.planning.estimate import (
+    Estimate,
+    Work,
+    distilling,
+    estimate,
+    exporting,
+    inducing,
+    measuring,
+    pruning,
+)
 from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.recipe.settings import Format, InduceParams, Recipe
@@ -23,7 +46,8 @@ from pipeline_lib.stats.settings import CalibrateParams
 SHIPPED = read_params(ROOT)
 CALIBRATE = CalibrateParams(batch_rows=4, median_tokens=64)
 SENSITIVITY = SensitivityParams.model_validate(
-    SHIPPED["sensitivity"] | {"estimator": "hutchinson", "probes": 2, "probes_per_pass": 2, "output_moments": "none"}
+    SHIPPED["sensitivity"]
+    | {"estimator": "hutchinson", "probes": 2, "probes_per_pass": 2, "output_moments": "none"}
 )
 
 
@@ -35,7 +59,10 @@ def work(path: Path, **changes: Any) -> Work:
 
 def test_memory_of_block_wise_stages_does_not_grow_with_depth(tmp_path: Path) -> None:
     shallow, deep = (work(make_model(tmp_path / str(layers), "llama", layers)) for layers in (2, 8))
-    induce, curves = (kind.model_validate(SHIPPED[name]) for kind, name in ((InduceParams, "induce"), (CurvesParams, "curves")))
+    induce, curves = (
+        kind.model_validate(SHIPPED[name])
+        for kind, name in ((InduceParams, "induce"), (CurvesParams, "curves"))
+    )
     for few, many in (
         (estimate(shallow)["calibrate"], estimate(deep)["calibrate"]),
         (inducing(shallow, "induce", induce), inducing(deep, "induce", induce)),
@@ -47,7 +74,9 @@ def test_memory_of_block_wise_stages_does_not_grow_with_depth(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("estimator", "copies"), [("fisher", 1), ("hutchinson", 2)])
 def test_sensitivity_keeps_the_blocks_inputs_and_no_more(tmp_path: Path, estimator: str, copies: int) -> None:
-    """Six more blocks: their inputs [2 probes, 1 row, 32 tokens, 32 channels] in float32, with second derivatives their tangents too."""
+    """Six more blocks: their inputs [2 probes, 1 row, 32 tokens, 32 channels] in float32, with
+    second derivatives their tangents too.
+    """
     paths = [make_model(tmp_path / str(n), "llama", n) for n in (2, 8)]
     shallow, deep = (estimate(work(path, estimator=estimator))["sensitivity"] for path in paths)
     assert deep.memory_bytes - shallow.memory_bytes == 6 * copies * 4 * 2 * 32 * 32
@@ -55,12 +84,15 @@ def test_sensitivity_keeps_the_blocks_inputs_and_no_more(tmp_path: Path, estimat
 
 
 def test_probing_may_stop_after_its_first_pass(tmp_path: Path) -> None:
-    """Of 128 probes, 16 a pass; with an agreement of 1 all are used, and no other stage ends early. Time is that of all, in proportion to them."""
+    """Of 128 probes, 16 a pass; with an agreement of 1 all are used, and no other stage ends early.
+    Time is that of all, in proportion to them.
+    """
     path = make_model(tmp_path / "model", "llama", 2)
     many = estimate(work(path, probes=128, probes_per_pass=16))
     assert {name: step.least for name, step in many.items() if step.least < 1} == {"sensitivity": 16 / 128}
     assert estimate(work(path, probes=128, probes_per_pass=16, agreement=1.0))["sensitivity"].least == 1
-    assert estimate(work(path, probes=128, probes_per_pass=1))["sensitivity"].least == 2 / 128  # one has no halves
+    # one has no halves
+    assert estimate(work(path, probes=128, probes_per_pass=1))["sensitivity"].least == 2 / 128
     assert many["sensitivity"].flops == pytest.approx(64 * estimate(work(path))["sensitivity"].flops)
 
 
@@ -69,7 +101,9 @@ def test_grams_over_budget_are_not_counted(tmp_path: Path, monkeypatch: pytest.M
     stored = estimate(work(path))["calibrate"].disk_bytes
     monkeypatch.setenv("SPARSELINE_GRAM_BYTES", "0")
     left_out = estimate(work(path))["calibrate"].disk_bytes
-    grams = 2 * 2 * 4 * sum(len(site.index) ** 2 for site in open_checkpoint(path).architecture.layouts[0].sites)
+    grams = (
+        2 * 2 * 4 * sum(len(site.index) ** 2 for site in open_checkpoint(path).architecture.layouts[0].sites)
+    )
     assert stored - left_out == grams
 
 
@@ -77,13 +111,20 @@ def test_grams_over_budget_are_not_counted(tmp_path: Path, monkeypatch: pytest.M
 
 
 def needs(
-    path: Path, steps: tuple[str, ...], rows: int = 8, length: int = 32, dtype: torch.dtype = torch.float32, **changes: Any
+    path: Path,
+    steps: tuple[str, ...],
+    rows: int = 8,
+    length: int = 32,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> Estimate:
     """Of the shipped section with these steps and ``changes`` of ``reconstruction``."""
     return needs_of(path, recipe(steps, reconstruction=changes), rows, length, dtype)
 
 
-def needs_of(path: Path, made: Recipe, rows: int = 8, length: int = 32, dtype: torch.dtype = torch.float32) -> Estimate:
+def needs_of(
+    path: Path, made: Recipe, rows: int = 8, length: int = 32, dtype: torch.dtype = torch.float32
+) -> Estimate:
     checkpoint = open_checkpoint(path)
     found = plan(made, checkpoint.dtype)
     return pruning("prune x", found, Shapes(checkpoint, rows, length, made.batch_rows, found.window, dtype))
@@ -95,7 +136,10 @@ WAYS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("obs",), {}),
     (("obs", "channel"), {}),
     (("obs", "lsq"), TOWARDS_DENSE),
-    (("obs", "lsq", "channel", "block"), {**TOWARDS_DENSE, "block": {"window": 2}, "lsq": {"mask_iterations": 10}}),
+    (
+        ("obs", "lsq", "channel", "block"),
+        {**TOWARDS_DENSE, "block": {"window": 2}, "lsq": {"mask_iterations": 10}},
+    ),
 )
 
 
@@ -103,8 +147,12 @@ WAYS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
 def test_prune_holds_as_much_at_any_depth_and_takes_time_in_proportion(
     tmp_path: Path, steps: tuple[str, ...], changes: dict[str, Any]
 ) -> None:
-    """Four times as many blocks: the same memory, four times the FLOPs, four times the blocks' bytes on disk."""
-    shallow, deep = (needs(make_model(tmp_path / str(layers), "llama", layers), steps, **changes) for layers in (2, 8))
+    """Four times as many blocks: the same memory, four times the FLOPs, four times the blocks'
+    bytes on disk.
+    """
+    shallow, deep = (
+        needs(make_model(tmp_path / str(layers), "llama", layers), steps, **changes) for layers in (2, 8)
+    )
     assert deep.memory_bytes == shallow.memory_bytes
     assert deep.flops == pytest.approx(4 * shallow.flops)
     assert shallow.disk_bytes < deep.disk_bytes < 4 * shallow.disk_bytes  # embeddings and head are there once
@@ -117,17 +165,24 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_fitted_is_what_takes_memory_and_time(wide: Path) -> None:
-    """Weights bring a gradient and two moments of their own, and masks with a bfloat16 copy; any window brings a block; each step adds to the time."""
+    """Weights bring a gradient and two moments of their own, and masks with a bfloat16 copy; any
+    window brings a block; each step adds to the time.
+    """
 
     def own(*steps: str, **changes: Any) -> Estimate:
         return needs(wide, steps, rows=1, length=8, **changes)
 
     channel, block = own("obs", "channel"), own("obs", "block")
     factors, two = own("obs", "block", block={"parts": ["factors"]}), own("obs", "block", block={"window": 2})
-    matrices = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 128)  # bytes: Q, O; K, V of two of four heads; gate, up, down
+    # bytes: Q, O; K, V of two of four heads; gate, up, down
+    matrices = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 128)
     assert factors.memory_bytes == channel.memory_bytes
-    assert block.memory_bytes - channel.memory_bytes == pytest.approx((23 - 16) / 4 * matrices)  # small blocks: both with three more lanes
-    assert two.memory_bytes - block.memory_bytes == pytest.approx((23 + 30) / 4 * matrices + 4 * 8 * 128, rel=1e-3)  # and a stream
+    # small blocks: both with three more lanes
+    assert block.memory_bytes - channel.memory_bytes == pytest.approx((23 - 16) / 4 * matrices)
+    # and a stream
+    assert two.memory_bytes - block.memory_bytes == pytest.approx(
+        (23 + 30) / 4 * matrices + 4 * 8 * 128, rel=1e-3
+    )
     plain, swept, solved = own(), own("obs"), own("obs", "lsq")
     assert plain.flops < swept.flops < solved.flops
     assert solved.flops < own("obs", "lsq", lsq={"mask_iterations": 10}).flops
@@ -135,7 +190,8 @@ def test_what_is_fitted_is_what_takes_memory_and_time(wide: Path) -> None:
     assert swept.flops < own("obs", collect="site").flops
     assert channel.flops < block.flops < own("obs", "channel", "block").flops
     twice = own("obs", "block", block={"epochs": 16})
-    assert twice.flops - block.flops == pytest.approx(8 * 4 * 2 * 8 * 2 * matrices / 4)  # epochs, passes, FLOPs, tokens, blocks, weights
+    # epochs, passes, FLOPs, tokens, blocks, weights
+    assert twice.flops - block.flops == pytest.approx(8 * 4 * 2 * 8 * 2 * matrices / 4)
 
 
 @pytest.mark.parametrize(
@@ -172,14 +228,18 @@ def test_streams_weigh_what_the_computing_dtype_weighs(wide: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [(), ("obs", "lsq", "block")])
-def test_a_pruned_checkpoint_takes_what_the_source_takes_and_a_bit_per_weight(tmp_path: Path, steps: tuple[str, ...]) -> None:
+def test_a_pruned_checkpoint_takes_what_the_source_takes_and_a_bit_per_weight(
+    tmp_path: Path, steps: tuple[str, ...]
+) -> None:
     path = make_model(tmp_path / "model", "opt", 2)
     source = (path / "model.safetensors").stat().st_size
     assert source * 0.9 < needs(path, steps).disk_bytes < source * 1.1
 
 
 def test_exported_files_take_what_was_predicted(tmp_path: Path) -> None:
-    """Oracle: what a bitmask and a dense export leave on disk; headers and other files are what is not predicted."""
+    """Oracle: what a bitmask and a dense export leave on disk; headers and other files are what is
+    not predicted.
+    """
     source = open_checkpoint(make_model(tmp_path / "source", "llama", hidden_size=128, intermediate_size=512))
     make_pruned(tmp_path / "prune", source)
     formats: list[Format] = ["dense", "bitmask"]
@@ -189,17 +249,23 @@ def test_exported_files_take_what_was_predicted(tmp_path: Path) -> None:
 
 
 def test_quantising_takes_the_sweeps_it_makes(wide: Path) -> None:
-    """In the sweep itself it is free; after least squares it is one more of R·C² FLOPs; after a fit, also passes for its moments and another fit."""
+    """In the sweep itself it is free; after least squares it is one more of R·C² FLOPs; after a
+    fit, also passes for its moments and another fit.
+    """
 
     def flops(steps: tuple[str, ...], **quantization: Any) -> float:
         return needs_of(wide, recipe(steps, quantization=quantization)).flops
 
-    each = 2 * (2 * 128 * 128**2 + 2 * 64 * 128**2 + 3 * 128 * 128**2)  # both blocks' matrices, all of 128 inputs
+    # both blocks' matrices, all of 128 inputs
+    each = 2 * (2 * 128 * 128**2 + 2 * 64 * 128**2 + 3 * 128 * 128**2)
     assert flops((), bits=4) == flops(())
     assert flops(("obs",), bits=4) == flops(("obs",))
     assert flops(("obs", "lsq"), bits=4) - flops(("obs", "lsq")) == each
     assert flops(("lsq",), bits=4) == flops(("lsq",))
-    plain, once, again = (flops(("obs", "block"), **how) for how in ({}, {"bits": 4, "refit": []}, {"bits": 4, "refit": ["scales"]}))
+    plain, once, again = (
+        flops(("obs", "block"), **how)
+        for how in ({}, {"bits": 4, "refit": []}, {"bits": 4, "refit": ["scales"]})
+    )
     tokens, weights = 8 * 32, 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 128)
     assert again - once == pytest.approx(8 * 4 * 2 * tokens * weights)  # epochs, passes, FLOPs
     assert once - plain > each
@@ -226,42 +292,66 @@ def planned(output: str) -> dict[str, float]:
 
 
 def test_what_evaluate_and_tasks_take_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the kernel's high-water mark of each stage. Beyond the libraries, the logits are nearly all of it."""
+    """Oracle: the kernel's high-water mark of each stage. Beyond the libraries, the logits are
+    nearly all of it.
+    """
     tasks: dict[str, Any] = {"tasks": {"batch_rows": 4}, "presets": {"embedded": {"limit": 3}}}
-    project = make_workspace(tmp_path / "project", model={"vocab_size": VOCABULARY}, evaluate={"batch_rows": 4}, **tasks)
+    project = make_workspace(
+        tmp_path / "project", model={"vocab_size": VOCABULARY}, evaluate={"batch_rows": 4}, **tasks
+    )
     monkeypatch.chdir(project)
     (project / "data/texts/test.txt").write_text(text(5, 1500), encoding="utf-8")
     change_params(project, "texts.test", read_params(project)["texts"]["test"] | {"rows": 4, "length": 512})
-    build("prepare", "text test", "text validation", "text calibration", "allocate wanda", "prune wanda", "distil wanda")
+    build(
+        "prepare",
+        "text test",
+        "text validation",
+        "text calibration",
+        "allocate wanda",
+        "prune wanda",
+        "distil wanda",
+    )
     foreseen = planned(invoke("plan").output)
     for name, stage, model in (
         ("evaluate dense", "evaluate", "dense"),
         ("evaluate", "evaluate", "wanda"),
         ("tasks embedded", "tasks", "dense"),
     ):
-        took = int(re.findall(r"^peak (\d+)", run(project, "python", "-c", PEAK, stage, model), re.MULTILINE)[0])
+        took = int(
+            re.findall(r"^peak (\d+)", run(project, "python", "-c", PEAK, stage, model), re.MULTILINE)[0]
+        )
         assert 0.8 * took < foreseen[name] < 1.3 * took, (name, took, foreseen)
 
 
 def test_what_distil_takes_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the kernel's high-water mark. Beyond the libraries the weights that move, Adam's averages and the logits are nearly all of it."""
+    """Oracle: the kernel's high-water mark. Beyond the libraries the weights that move, Adam's
+    averages and the logits are nearly all of it.
+    """
     shape = {"vocab_size": 16000, "hidden_size": 512, "intermediate_size": 2048, "layers": 6}
     variants = {"wanda": {**WANDA, "distil": {"compute_dtype": "float32"}}}
     project = make_workspace(tmp_path / "project", model=shape, variants=variants, distil={"epochs": 1})
     monkeypatch.chdir(project)
     build("prepare", "text calibration", "curves wanda", "allocate wanda", "induce wanda", "prune wanda")
     foreseen = planned(invoke("plan").output)["distil wanda"]
-    took = int(re.findall(r"^peak (\d+)", run(project, "python", "-c", PEAK, "distil", "wanda"), re.MULTILINE)[0])
+    took = int(
+        re.findall(r"^peak (\d+)", run(project, "python", "-c", PEAK, "distil", "wanda"), re.MULTILINE)[0]
+    )
     assert 0.8 * took < foreseen < 1.3 * took, (took, foreseen)
 
 
 def test_training_weighs_what_moves(tmp_path: Path) -> None:
-    """Six more blocks: in float32 with two averages and a bit of mask for each weight, and the inputs of the blocks. Oracle: by hand."""
+    """Six more blocks: in float32 with two averages and a bit of mask for each weight, and the
+    inputs of the blocks. Oracle: by hand.
+    """
     how = DistilParams.model_validate(SHIPPED["distil"])
     shallow, deep = (work(make_model(tmp_path / str(layers), "llama", layers)).shapes for layers in (2, 8))
     for kind, each in (("float32", 12 + 1 / 8), ("bfloat16", 8 + 1 / 8)):
-        few, many = (distilling("distil", how.model_copy(update={"state_dtype": kind}), one) for one in (shallow, deep))
-        assert many.memory_bytes - few.memory_bytes == pytest.approx(6 * (each * shallow.block + 4 * how.batch_rows * 32 * 32))
+        few, many = (
+            distilling("distil", how.model_copy(update={"state_dtype": kind}), one) for one in (shallow, deep)
+        )
+        assert many.memory_bytes - few.memory_bytes == pytest.approx(
+            6 * (each * shallow.block + 4 * how.batch_rows * 32 * 32)
+        )
     all_graphs = distilling("distil", how.model_copy(update={"recompute": False}), deep)
     once = distilling("distil", how, deep)
     assert all_graphs.memory_bytes > once.memory_bytes and all_graphs.flops < once.flops
@@ -277,28 +367,46 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_run_of_every_preset_is_planned(project: Path) -> None:
-    """Two variants and the dense model are evaluated; the preset is measured on one variant and the dense model."""
+    """Two variants and the dense model are evaluated; the preset is measured on one variant and the
+    dense model.
+    """
     output = invoke("plan").output
     runs = {name: int(count) for name, count in re.findall(r"^(\w+(?: \w+)?) +(\d+) ", output, re.MULTILINE)}
     assert (runs["evaluate dense"], runs["evaluate"], runs["tasks embedded"]) == (1, 2, 2)
-    assert {"prune wanda", "prune sparseline", "distil sparseline", "induce sparseline", "curves sparseline", "export sparseline"} <= set(
-        runs
-    )
+    assert {
+        "prune wanda",
+        "prune sparseline",
+        "distil sparseline",
+        "induce sparseline",
+        "curves sparseline",
+        "export sparseline",
+    } <= set(runs)
     assert not {"induce wanda", "curves wanda", "distil wanda", "export wanda"} & set(runs)
 
 
 def test_a_gpu_that_is_too_small_is_told(project: Path) -> None:
-    """Of stages that hold more than there is, with what to lower; a large one is too small for none. Oracle: the column of the table."""
-    large, small = (invoke("plan", "--device", "cuda", "--gpu-memory", memory).output for memory in ("24e9", "0.6e9"))
+    """Of stages that hold more than there is, with what to lower; a large one is too small for
+    none. Oracle: the column of the table.
+    """
+    large, small = (
+        invoke("plan", "--device", "cuda", "--gpu-memory", memory).output for memory in ("24e9", "0.6e9")
+    )
     assert "does not fit" not in large and "on the GPU" in large
-    sizes = {name: gpu != "0.0 MB" for name, gpu in re.findall(r"^(\w+(?: \w+)?) +\d+ +[\d.]+ [MG]B +([\d.]+ [MG]B)", small, re.MULTILINE)}
+    sizes = {
+        name: gpu != "0.0 MB"
+        for name, gpu in re.findall(
+            r"^(\w+(?: \w+)?) +\d+ +[\d.]+ [MG]B +([\d.]+ [MG]B)", small, re.MULTILINE
+        )
+    }
     told = set(re.findall(r"^(\w+(?: \w+)?) does not fit into the GPU's 0.60 GB: ", small, re.MULTILINE))
     assert told == {name for name, some in sizes.items() if some} >= {"calibrate", "prune wanda", "evaluate"}
     assert "Lower prune.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES, model.compute_dtype: bfloat16" in small
     assert "Lower evaluate.batch_rows" in small
 
 
-def test_hidden_states_beyond_a_gpus_budget_are_the_hosts(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_states_beyond_a_gpus_budget_are_the_hosts(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the GPU holds falls with the budget, and the host's memory grows by no more."""
 
     def needs(budget: str) -> tuple[float, float]:
@@ -307,7 +415,11 @@ def test_hidden_states_beyond_a_gpus_budget_are_the_hosts(project: Path, monkeyp
         (found,) = re.findall(r"^prune sparseline +\d+ +([\d.]+) GB +([\d.]+) MB", output, re.MULTILINE)
         return float(found[0]), float(found[1])
 
-    change_params(project, "texts.calibration", read_params(project)["texts"]["calibration"] | {"rows": 1024, "length": 128})
+    change_params(
+        project,
+        "texts.calibration",
+        read_params(project)["texts"]["calibration"] | {"rows": 1024, "length": 128},
+    )
     (host, gpu), (more, less) = needs("10000000000"), needs("0")
     assert less < gpu and more > host
 
@@ -315,11 +427,16 @@ def test_hidden_states_beyond_a_gpus_budget_are_the_hosts(project: Path, monkeyp
 def test_what_is_not_known_of_a_gpu_is_asked_for(project: Path) -> None:
     result = invoke("plan", "--device", "cuda")
     assert result.exit_code == 2
-    assert "cuda is not a device of this machine; say what memory it has, for instance --gpu-memory 24e9." in result.output
+    assert (
+        "cuda is not a device of this machine; say what memory it has, for instance --gpu-memory 24e9."
+        in result.output
+    )
 
 
 def test_what_no_variant_needs_is_not_planned(project: Path) -> None:
-    """Wanda alone reads no sensitivities, no curves and no factors. Oracle: the stages that do something for it."""
+    """Wanda alone reads no sensitivities, no curves and no factors. Oracle: the stages that do
+    something for it.
+    """
     change_params(project, "variants.sparseline", REMOVED)
     assert set(planned(invoke("plan").output)) == {"prepare", "prune wanda", "evaluate dense", "evaluate"}
 
@@ -345,19 +462,28 @@ def test_sections_may_be_empty(project: Path) -> None:
         (
             "variants.wanda.tasks",
             ["gone"],
-            "variants.wanda.tasks names 'gone', which is no preset; presets: embedded, induction, sensitivity.",
+            (
+                "variants.wanda.tasks names 'gone', which is no preset; presets: embedded, induction,"
+                " sensitivity."
+            ),
         ),
         ("presets.embedded.names", ["next_lime"], "No task is called 'next_lime'"),
         ("variants", ["wanda"], "variants = ['wanda'] is not a mapping"),
         ("texts", {}, "texts must hold exactly one text with use: calibrate, not 0"),
     ],
 )
-def test_wrong_names_are_told(project: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, said: str) -> None:
+def test_wrong_names_are_told(
+    project: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, said: str
+) -> None:
     import lm_eval.tasks
 
     everything = lm_eval.tasks.TaskManager
-    quick = lambda include_path, include_defaults: everything(include_path=include_path, include_defaults=False)  # noqa: E731
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", quick)  # without lm-eval's own thousands: ten seconds
+
+    def quick(include_path: Any, include_defaults: bool) -> Any:
+        """Without lm-eval's own thousands, which take ten seconds."""
+        return everything(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", quick)
     change_params(project, key, value)
     result = invoke("plan")
     assert result.exit_code == 2 and said in result.output, result.output

@@ -11,9 +11,22 @@ from pathlib import Path
 
 import psutil
 import pytest
-from project import ROOT, WANDA, change_params, environment, holder, make_workspace, preloaded, run, scratch, start, tree
+from project import (
+    ROOT,
+    WANDA,
+    change_params,
+    environment,
+    holder,
+    make_workspace,
+    preloaded,
+    run,
+    scratch,
+    start,
+    tree,
+)
 
-LONG = {"channel": {"epochs": 40, "patience": 40}, "steps": ["obs", "channel"]}  # a block takes most of a second
+# a block takes most of a second
+LONG = {"channel": {"epochs": 40, "patience": 40}, "steps": ["obs", "channel"]}
 PRUNE = ("python", "-m", "stages.prune", "slow")
 
 
@@ -26,7 +39,15 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
         variants={"slow": {"reconstruction": LONG}, "wanda": WANDA},
         report={"baseline": "slow"},
     )
-    for stage in ("keys", "prepare", "text calibration", "allocate slow", "allocate wanda", "induce slow", "induce wanda"):
+    for stage in (
+        "keys",
+        "prepare",
+        "text calibration",
+        "allocate slow",
+        "allocate wanda",
+        "induce slow",
+        "induce wanda",
+    ):
         run(workspace, "python", "-m", f"stages.{stage.split()[0]}", *stage.split()[1:])
     return workspace
 
@@ -37,7 +58,9 @@ def workspace(ready: Path, tmp_path: Path) -> Path:
 
 
 def results(workspace: Path) -> dict[str, str]:
-    return {path: digest for path, digest in tree(workspace / "build").items() if not path.startswith("costs/")}
+    return {
+        path: digest for path, digest in tree(workspace / "build").items() if not path.startswith("costs/")
+    }
 
 
 def forked(pid: int, client: int) -> bool:
@@ -60,11 +83,16 @@ def test_it_computes_the_same(workspace: Path, tmp_path: Path) -> None:
 
 
 def test_the_project_is_the_clients(workspace: Path) -> None:
-    """Its code, its parameters and its environment, as they are at that moment. Oracle: a line that the changed code says."""
+    """Its code, its parameters and its environment, as they are at that moment. Oracle: a line that
+    the changed code says.
+    """
     stage = workspace / "stages" / "prune.py"
     text = stage.read_text(encoding="utf-8")
     stage.write_text(
-        text.replace('click.echo(f"', "import os; click.echo(f\"{os.environ['SPARSELINE_THREADS']} {os.getcwd()} "), encoding="utf-8"
+        text.replace(
+            'click.echo(f"', "import os; click.echo(f\"{os.environ['SPARSELINE_THREADS']} {os.getcwd()} "
+        ),
+        encoding="utf-8",
     )
     change_params(workspace, "variants.wanda.selection.sparsity", 0.75)
     said = run(workspace, "python", "-m", "stages.prune", "wanda")
@@ -87,9 +115,14 @@ def test_it_ends_as_the_stage_ends(workspace: Path, arguments: tuple[str, ...], 
 def test_a_bug_is_told(workspace: Path) -> None:
     """Oracle: the file that the sentence names."""
     stage = workspace / "stages" / "prune.py"
-    stage.write_text(stage.read_text(encoding="utf-8").replace("        recipe =", "        1 / 0\n        recipe ="), encoding="utf-8")
+    stage.write_text(
+        stage.read_text(encoding="utf-8").replace("        recipe =", "        1 / 0\n        recipe ="),
+        encoding="utf-8",
+    )
     said = run(workspace, "python", "-m", "stages.prune", "wanda", code=3)
-    (named,) = re.findall(r"^error: .*ZeroDivisionError: division by zero.* Attach (\S+) ", said, re.MULTILINE)
+    (named,) = re.findall(
+        r"^error: .*ZeroDivisionError: division by zero.* Attach (\S+) ", said, re.MULTILINE
+    )
     assert "Traceback" not in said and "Traceback" in (workspace / named).read_text(encoding="utf-8")
 
 
@@ -103,7 +136,10 @@ def test_a_signal_reaches_it(workspace: Path, number: signal.Signals) -> None:
     process.send_signal(number)
     said, _ = process.communicate()
     assert process.returncode == 128 + number
-    assert said.splitlines()[-1] == f"error: {number.name} came; run the same command again: what is finished is kept."
+    assert (
+        said.splitlines()[-1]
+        == f"error: {number.name} came; run the same command again: what is finished is kept."
+    )
     assert not psutil.pid_exists(pid)
 
 
@@ -118,7 +154,9 @@ def test_a_signal_that_the_client_ignores_is_ignored(workspace: Path) -> None:
 
 @pytest.mark.parametrize("who", ["client", "fork"])
 def test_one_of_the_two_is_killed(workspace: Path, who: str) -> None:
-    """The fork ends with its client, the client as the fork did. Oracle: no process, no lock and no output is left."""
+    """The fork ends with its client, the client as the fork did. Oracle: no process, no lock and no
+    output is left.
+    """
     before = tree(workspace / "build")
     process = start(workspace, *PRUNE, **preloaded())
     pid = holder(workspace, process)
@@ -132,9 +170,13 @@ def test_one_of_the_two_is_killed(workspace: Path, who: str) -> None:
 
 
 def test_the_server_is_killed(tmp_path: Path) -> None:
-    """Its command must not go on by itself: the next run would meet it. Oracle: the command's process, which would sleep for minutes."""
+    """Its command must not go on by itself: the next run would meet it. Oracle: the command's
+    process, which would sleep for minutes.
+    """
     command = ["python", "-m", "stages.preload", "sh", "-c", "echo $$; exec sleep 300"]
-    server = subprocess.Popen(command, cwd=ROOT, env=environment(ROOT), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    server = subprocess.Popen(
+        command, cwd=ROOT, env=environment(ROOT), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert server.stdout
     sleeping = psutil.Process(int(server.stdout.readline()))
     server.kill()
@@ -150,12 +192,18 @@ def test_the_keeper_is_killed(workspace: Path) -> None:
     psutil.Process(psutil.Process(pid).ppid()).kill()
     said, _ = process.communicate()
     assert process.returncode == 4
-    assert "error: The process that ran this stage is gone; run the same command again: what is finished is kept.\n" in said
+    assert (
+        "error: The process that ran this stage is gone; run the same command again: what is finished is"
+        " kept.\n" in said
+    )
     while psutil.pid_exists(pid):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("changed", [{"OMP_NUM_THREADS": "2"}, {"HF_HOME": "elsewhere"}, {"SPARSELINE_PRELOADED": "/nowhere/socket"}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"OMP_NUM_THREADS": "2"}, {"HF_HOME": "elsewhere"}, {"SPARSELINE_PRELOADED": "/nowhere/socket"}],
+)
 def test_another_environment_gets_a_process_of_its_own(workspace: Path, changed: dict[str, str]) -> None:
     process = start(workspace, *PRUNE, **(preloaded() | changed))
     assert holder(workspace, process) == process.pid
@@ -165,10 +213,14 @@ def test_another_environment_gets_a_process_of_its_own(workspace: Path, changed:
 @pytest.fixture
 def served(workspace: Path) -> Callable[..., subprocess.Popen[str]]:
     """Starts a command under a server of its own."""
-    return lambda *command, **settings: start(workspace, "python", "-m", "stages.preload", *command, **settings)
+    return lambda *command, **settings: start(
+        workspace, "python", "-m", "stages.preload", *command, **settings
+    )
 
 
-@pytest.mark.parametrize(("command", "code"), [(("true",), 0), (("sh", "-c", "exit 7"), 7), ((), 2), (("gone",), 2)])
+@pytest.mark.parametrize(
+    ("command", "code"), [(("true",), 0), (("sh", "-c", "exit 7"), 7), ((), 2), (("gone",), 2)]
+)
 def test_a_server_ends_with_its_command(
     served: Callable[..., subprocess.Popen[str]], tmp_path: Path, command: tuple[str, ...], code: int
 ) -> None:
@@ -186,22 +238,33 @@ def test_a_server_on_a_gpu_is_none(served: Callable[..., subprocess.Popen[str]])
 def test_a_server_ends_in_the_midst_of_its_imports(workspace: Path) -> None:
     """Oracle: a module that is never done."""
     (workspace / "endless.py").write_text("while True: pass", encoding="utf-8")
-    code = "from pipeline_lib.core import preloaded; preloaded.MODULES = ('endless',); preloaded.serve(['sh', '-c', 'exit 7'])"
+    code = (
+        "from pipeline_lib.core import preloaded; preloaded.MODULES = ('endless',); preloaded.serve(['sh',"
+        " '-c', 'exit 7'])"
+    )
     assert start(workspace, "python", "-c", code).wait() == 7
 
 
 @pytest.mark.parametrize("long", ["/nowhere", "l" * 100])
-def test_a_server_without_a_place_is_none(served: Callable[..., subprocess.Popen[str]], tmp_path: Path, long: str) -> None:
-    """Python takes the next directory for one that does not exist, and a socket's path may have about a hundred characters."""
+def test_a_server_without_a_place_is_none(
+    served: Callable[..., subprocess.Popen[str]], tmp_path: Path, long: str
+) -> None:
+    """Python takes the next directory for one that does not exist, and a socket's path may have
+    about a hundred characters.
+    """
     if not long.startswith("/"):
         (tmp_path / long).mkdir()
-    said, _ = served("sh", "-c", "echo place: $SPARSELINE_PRELOADED", TMPDIR=str(tmp_path / long)).communicate()
+    said, _ = served(
+        "sh", "-c", "echo place: $SPARSELINE_PRELOADED", TMPDIR=str(tmp_path / long)
+    ).communicate()
     assert said.startswith("place:")
     assert not list(tmp_path.rglob("sparseline-*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_server_hands_signals_on(served: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: signal.Signals) -> None:
+def test_a_server_hands_signals_on(
+    served: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: signal.Signals
+) -> None:
     process = served("sh", "-c", "echo ready; exec sleep 1000", TMPDIR=str(tmp_path))
     assert process.stdout and process.stdout.readline() == "ready\n"
     process.send_signal(number)

@@ -45,9 +45,15 @@ def wrong_when_large(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return in_bfloat16(a, b) if len(a) > 500 else a @ b
 
 
-@pytest.mark.parametrize(("product", "good"), [(torch.mm, True), (in_bfloat16, False), (wrong_when_large, False)])
-def test_rounding_inside_products_is_noticed(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], good: bool) -> None:
-    """Oracle: products of bfloat16 factors, which have 8 bits; also where a library rounds large products only."""
+@pytest.mark.parametrize(
+    ("product", "good"), [(torch.mm, True), (in_bfloat16, False), (wrong_when_large, False)]
+)
+def test_rounding_inside_products_is_noticed(
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], good: bool
+) -> None:
+    """Oracle: products of bfloat16 factors, which have 8 bits; also where a library rounds large
+    products only.
+    """
     with products.rounding(False):
         assert products.exact(product) == good
 
@@ -75,7 +81,9 @@ def test_rounding_is_put_back() -> None:
 
 
 def test_attention_is_left_to_mkl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused kernel runs with rounding off and gives what transformers' own function gives; around it the setting stays."""
+    """The fused kernel runs with rounding off and gives what transformers' own function gives;
+    around it the setting stays.
+    """
     seen = []
     plain = torch.nn.functional.scaled_dot_product_attention
 
@@ -115,7 +123,9 @@ def test_every_stage_starts_with_exact_products(monkeypatch: pytest.MonkeyPatch)
         ("cpu", "bfloat16", "ieee", 0),
     ],
 )
-def test_what_may_round_is_asked_for(monkeypatch: pytest.MonkeyPatch, device: str, how: products.Products, inside: str, casts: int) -> None:
+def test_what_may_round_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, device: str, how: products.Products, inside: str, casts: int
+) -> None:
     """On a GPU, and while it is open; afterwards all is as before, also where the body fails."""
     opened = []
     products.exact_on_gpu()
@@ -133,8 +143,12 @@ def test_what_may_round_is_asked_for(monkeypatch: pytest.MonkeyPatch, device: st
     assert opened == casts * [("cuda", torch.bfloat16)]
 
 
-def test_blocks_and_their_statistics_round_and_solves_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU. Oracles: the setting as the block's products, the second moments and the factorisation find it."""
+def test_blocks_and_their_statistics_round_and_solves_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU. Oracles: the setting as the block's products, the second moments and the
+    factorisation find it.
+    """
     rows, seen = token_rows(8, 12), {name: set[str]() for name in ("block", "moments", "solves")}
 
     def watched(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -154,7 +168,10 @@ def test_blocks_and_their_statistics_round_and_solves_do_not(tmp_path: Path, mon
     made = plan(recipe(("obs",)), checkpoint.dtype)
     for how, expected in (("float32", "ieee"), ("tf32", "tf32")):
         model = BlockModel(checkpoint, torch.float32, CPU, how)  # type: ignore[arg-type]
-        kept = {place: math.prod(checkpoint.matrix_shape(*place)) // 2 for place in checkpoint.architecture.places()}
+        kept = {
+            place: math.prod(checkpoint.matrix_shape(*place)) // 2
+            for place in checkpoint.architecture.places()
+        }
         source = Source(model, [Transform()] * checkpoint.architecture.depth, kept)
         list(prune(source, Rows(rows[:6], rows[6:], 4), made, lambda _: None))
         assert seen == {"block": {expected}, "moments": {expected}, "solves": {"ieee"}}

@@ -1,4 +1,6 @@
-"""Progress in a terminal and in a log. Oracles: times by hand on a clock that a test turns, and what a terminal would show."""
+"""Progress in a terminal and in a log. Oracles: times by hand on a clock that a test turns, and
+what a terminal would show.
+"""
 
 import io
 import os
@@ -48,7 +50,10 @@ def test_a_log_of_many_quick_steps_stays_short() -> None:
     """10,000 steps in 100 s: nine lines on the way and the last one."""
     lines = log([0.01] * 10_000, total=10_000)
     assert len(lines) == 10
-    assert lines[0].startswith("prune wanda: 1") and lines[-1] == "prune wanda: 10000 of 10000 blocks, took 1 min 40 s"
+    assert (
+        lines[0].startswith("prune wanda: 1")
+        and lines[-1] == "prune wanda: 10000 of 10000 blocks, took 1 min 40 s"
+    )
 
 
 def test_a_moment_is_not_worth_a_line() -> None:
@@ -57,7 +62,10 @@ def test_a_moment_is_not_worth_a_line() -> None:
 
 def test_a_resumed_run_reckons_with_its_own_blocks() -> None:
     """30 of 32 were there; the 31st took 20 s, so the last one has 20 s left."""
-    assert log([20.0, 20.0], total=32, done=30) == ["prune wanda: 31 of 32 blocks, 20 s left", "prune wanda: 32 of 32 blocks, took 40 s"]
+    assert log([20.0, 20.0], total=32, done=30) == [
+        "prune wanda: 31 of 32 blocks, 20 s left",
+        "prune wanda: 32 of 32 blocks, took 40 s",
+    ]
 
 
 def test_an_early_end_says_how_far_it_came() -> None:
@@ -94,15 +102,29 @@ def test_track_hands_on_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(0.04, "0.0 s"), (4.51, "4.5 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.7, "1 min 0 s"), (80, "1 min 20 s"), (3599.6, "1 h 0 min"), (7530, "2 h 5 min")],
-)  # fmt: skip
+    [
+        (0.04, "0.0 s"),
+        (4.51, "4.5 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.7, "1 min 0 s"),
+        (80, "1 min 20 s"),
+        (3599.6, "1 h 0 min"),
+        (7530, "2 h 5 min"),
+    ],
+)
 def test_durations(seconds: float, said: str) -> None:
     assert duration(seconds) == said
 
 
 def test_no_stage_draws_a_bar_of_its_own() -> None:
     """Oracle: the sources. A bare tqdm would be one endless line in a log."""
-    users = [path.name for folder in ("pipeline_lib", "stages") for path in (ROOT / folder).rglob("*.py") if "tqdm" in path.read_text()]
+    users = [
+        path.name
+        for folder in ("pipeline_lib", "stages")
+        for path in (ROOT / folder).rglob("*.py")
+        if "tqdm" in path.read_text()
+    ]
     assert users == ["progress.py"]
 
 

@@ -1,4 +1,6 @@
-"""Pruning block by block. Oracles: the same steps written out, the whole stream through dense and pruned blocks, and runs that differ in one knob."""
+"""Pruning block by block. Oracles: the same steps written out, the whole stream through dense and
+pruned blocks, and runs that differ in one knob.
+"""
 
 import math
 from collections import Counter
@@ -51,9 +53,15 @@ def model_of(path: Path) -> BlockModel:
 def half(model: BlockModel, *whole: int) -> Kept:
     """Half of every matrix, and all of those in the blocks ``whole``."""
     checkpoint = model.checkpoint
-    sizes = {matrix: checkpoint.matrix_shape(0, matrix) for matrix in checkpoint.architecture.layouts[0].matrices}
+    sizes = {
+        matrix: checkpoint.matrix_shape(0, matrix) for matrix in checkpoint.architecture.layouts[0].matrices
+    }
     depth = checkpoint.architecture.depth
-    return {(i, m): rows * columns // (1 if i in whole else 2) for i in range(depth) for m, (rows, columns) in sizes.items()}
+    return {
+        (i, m): rows * columns // (1 if i in whole else 2)
+        for i in range(depth)
+        for m, (rows, columns) in sizes.items()
+    }
 
 
 def params(steps: tuple[str, ...], **reconstruction: Any) -> Recipe:
@@ -76,7 +84,9 @@ def run(
 def pruned(path: Path, settings: Recipe, *whole: int, room: Room | None = None) -> dict[int, Block]:
     model = model_of(path)
     rows = Rows(FITTING, HELD_OUT, settings.batch_rows)
-    found = list(prune(source(model, *whole), rows, plan(settings, model.checkpoint.dtype), lambda _: None, room))
+    found = list(
+        prune(source(model, *whole), rows, plan(settings, model.checkpoint.dtype), lambda _: None, room)
+    )
     assert [index for index, _ in found] == list(range(DEPTH))
     return dict(found)
 
@@ -92,8 +102,12 @@ def assert_same(a: Mapping[int, Block], b: Mapping[int, Block]) -> None:
         assert a[index].facts == b[index].facts
 
 
-def passed(model: BlockModel, rows: torch.Tensor, blocks: Mapping[int, Mapping[str, torch.Tensor]], upto: int = DEPTH) -> torch.Tensor:
-    """Hidden states [B, T, D] after the blocks before ``upto``, the given ones in the place of the dense ones."""
+def passed(
+    model: BlockModel, rows: torch.Tensor, blocks: Mapping[int, Mapping[str, torch.Tensor]], upto: int = DEPTH
+) -> torch.Tensor:
+    """Hidden states [B, T, D] after the blocks before ``upto``, the given ones in the place of the
+    dense ones.
+    """
     stream = model.embed(rows, len(rows))
     for index in range(upto):
         model.advance(model.block(index, blocks.get(index)), index, stream)
@@ -111,23 +125,33 @@ def relative(out: torch.Tensor, target: torch.Tensor) -> float:
 @pytest.mark.parametrize("refresh_epochs", [0, 1])
 @pytest.mark.parametrize("window", [1, 2, 3, 5])
 def test_every_block_once_with_exact_counts(path: Path, window: int, refresh_epochs: int) -> None:
-    """Three blocks in windows of one to five. Oracles: the counts asked for, masks and zeros against each other, the facts' own inequality."""
+    """Three blocks in windows of one to five. Oracles: the counts asked for, masks and zeros
+    against each other, the facts' own inequality.
+    """
     model = model_of(path)
     kept = half(model)
     block = {"window": window, "refresh_epochs": refresh_epochs, "parts": ["weights", "norms"]}
     found = pruned(path, params(("obs", "block"), block=block))
     for index, result in found.items():
-        assert result.masks.keys() == {matrix.parameter for matrix in model.checkpoint.architecture.layouts[0].matrices}
+        assert result.masks.keys() == {
+            matrix.parameter for matrix in model.checkpoint.architecture.layouts[0].matrices
+        }
         for matrix in model.checkpoint.architecture.layouts[0].matrices:
-            mask, left = matrix.view(result.masks[matrix.parameter]), matrix.view(result.tensors[matrix.parameter])
+            mask, left = (
+                matrix.view(result.masks[matrix.parameter]),
+                matrix.view(result.tensors[matrix.parameter]),
+            )
             assert int(mask.sum()) == kept[index, matrix]
             assert torch.equal(left != 0, mask)
             assert not left[~mask].view(torch.int32).any()
         facts = result.facts["block"]
         assert facts["held_out_after"] <= facts["held_out_before"]
         assert facts["epochs"] > 0
-        assert facts == found[index - index % window].facts["block"]  # a window is fitted, and told of, as one
-    assert len({found[first].facts["block"]["held_out_before"] for first in range(0, DEPTH, window)}) == -(-DEPTH // window)
+        # a window is fitted, and told of, as one
+        assert facts == found[index - index % window].facts["block"]
+    assert len({found[first].facts["block"]["held_out_before"] for first in range(0, DEPTH, window)}) == -(
+        -DEPTH // window
+    )
 
 
 def test_one_block_at_a_time_as_written_out(path: Path) -> None:
@@ -140,16 +164,29 @@ def test_one_block_at_a_time_as_written_out(path: Path) -> None:
     dense, wanted = sparse.copy(), judging.copy()
     for index, result in pruned(path, settings).items():
         own = {matrix: kept[index, matrix] for matrix in table.matrices}
-        block, selected = model.block(index), Block(table, "here", Transform({}), own, dict(model.checkpoint.block(index)))
-        moments = collect(model, (index, block), sparse.hidden, dealt.lanes, [site.name for site in table.sites])
+        block, selected = (
+            model.block(index),
+            Block(table, "here", Transform({}), own, dict(model.checkpoint.block(index))),
+        )
+        moments = collect(
+            model, (index, block), sparse.hidden, dealt.lanes, [site.name for site in table.sites]
+        )
         Layerwise(settings.selection, True).prune_block(selected, moments)
-        tensors, masks = selected.tensors, {matrix: matrix.view(selected.masks[matrix.parameter]) for matrix in table.matrices}
+        tensors, masks = (
+            selected.tensors,
+            {matrix: matrix.view(selected.masks[matrix.parameter]) for matrix in table.matrices},
+        )
         model.advance(block, index, dense)
         model.advance(block, index, wanted)
         stages = Pairs(sparse.hidden, dense.hidden), Pairs(judging.hidden, wanted.hidden)
         for step in (settings.reconstruction.channel, settings.reconstruction.block):
 
-            def through(hidden: torch.Tensor, given: Mapping[str, torch.Tensor], block: Any = block, index: int = index) -> torch.Tensor:
+            def through(
+                hidden: torch.Tensor,
+                given: Mapping[str, torch.Tensor],
+                block: Any = block,
+                index: int = index,
+            ) -> torch.Tensor:
                 return model.call(block, index, hidden, given)
 
             found = fit(Sparse(through, tensors, masks, f"layers.{index}"), *stages, step)
@@ -167,7 +204,9 @@ def test_one_block_at_a_time_as_written_out(path: Path) -> None:
 
 @pytest.mark.parametrize("batch_rows", [1, 5, 8, 64])
 def test_the_gate_judges_on_the_held_out_rows_whatever_the_batches(path: Path, batch_rows: int) -> None:
-    """19 fitting and 11 held-out rows: several batches of each, or one. Oracle: the held-out rows, and no others, through the blocks."""
+    """19 fitting and 11 held-out rows: several batches of each, or one. Oracle: the held-out rows,
+    and no others, through the blocks.
+    """
     model, settings = model_of(path), params(("obs", "block")).model_copy(update={"batch_rows": batch_rows})
     fit_rows, gate = FITTING[:19], token_rows(11, 12, seed=2)
     found = dict(run(model, settings, fit_rows, gate))
@@ -191,7 +230,9 @@ GATED: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
 def test_no_statistic_of_the_gate_s_rows_enters_a_candidate(
     path: Path, steps: tuple[str, ...], changes: dict[str, Any], bits: int | None
 ) -> None:
-    """Oracle: the same run with other held-out rows, to the bit where both gates keep the one epoch there is; without a fit all rows count."""
+    """Oracle: the same run with other held-out rows, to the bit where both gates keep the one epoch
+    there is; without a fit all rows count.
+    """
     one_epoch = {"epochs": 1, "patience": 1, "rate": 0.002, "bias_rate": 0.002}
     block = {**LITTLE, **one_epoch, **changes.get("block", {})}
     how: dict[str, Any] = {**changes, "channel": {**LITTLE, **one_epoch}, "block": block}
@@ -199,7 +240,9 @@ def test_no_statistic_of_the_gate_s_rows_enters_a_candidate(
     model = model_of(path)
 
     def first(names: tuple[str, ...], gate: torch.Tensor) -> Block:
-        settings = recipe(names, batch_rows=5, selection={"block": 16}, reconstruction=how, quantization=quantization)
+        settings = recipe(
+            names, batch_rows=5, selection={"block": 16}, reconstruction=how, quantization=quantization
+        )
         return next(run(model, settings, held_out=gate))[1]
 
     one, other = (first(steps, gate) for gate in (HELD_OUT, UNSEEN))
@@ -224,14 +267,22 @@ def test_without_held_out_rows_all_rows_are_fitted_and_judge(path: Path) -> None
 
 
 @pytest.mark.parametrize("refresh_epochs", [0, 1])
-def test_a_fit_gets_the_masks_that_were_chosen(path: Path, refresh_epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A matrix with three quarters of zeros, half of whose weights are kept. Oracle: its mask: those move, the others stay zero."""
+def test_a_fit_gets_the_masks_that_were_chosen(
+    path: Path, refresh_epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A matrix with three quarters of zeros, half of whose weights are kept. Oracle: its mask:
+    those move, the others stay zero.
+    """
     model = model_of(path)
     dense = model.checkpoint.block(0)
-    parameter = next(m.parameter for m in model.checkpoint.architecture.layouts[0].matrices if m.kind == "down")
+    parameter = next(
+        m.parameter for m in model.checkpoint.architecture.layouts[0].matrices if m.kind == "down"
+    )
     dense[parameter][:, dense[parameter].shape[1] // 4 :] = 0
     monkeypatch.setattr(model.checkpoint.__class__, "block", lambda *_: dict(dense))
-    settings = params(("block",), block={"epochs": 1, "refresh_epochs": refresh_epochs, "parts": ["weights", "norms"]})
+    settings = params(
+        ("block",), block={"epochs": 1, "refresh_epochs": refresh_epochs, "parts": ["weights", "norms"]}
+    )
     _, result = next(run(model, settings))
     assert result.facts["block"]["epochs"] == 1
     assert result.tensors[parameter][result.masks[parameter]].all()
@@ -245,7 +296,9 @@ def test_a_fit_gets_the_masks_that_were_chosen(path: Path, refresh_epochs: int, 
 @pytest.mark.parametrize("steps", [(), ("obs",), ("obs", "lsq")])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_layer_errors_are_told_without_the_damping(path: Path, steps: tuple[str, ...], shifted: bool) -> None:
-    """Half of the mean diagonal added, one input always zero. Oracle: E‖(W − Ŵ) X‖² / E‖W X‖² from the activations themselves, in float64."""
+    """Half of the mean diagonal added, one input always zero. Oracle: E‖(W − Ŵ) X‖² / E‖W X‖² from
+    the activations themselves, in float64.
+    """
     table, tensors = open_checkpoint(path).architecture.layouts[0], open_checkpoint(path).block(0)
     site = table.sites[-1].name
     (matrix,) = table.consumers(site)
@@ -256,7 +309,9 @@ def test_layer_errors_are_told_without_the_damping(path: Path, steps: tuple[str,
     sums.add(x)
     shift = 0.5 * x.mean(0) if shifted else None
     settings = recipe(steps, selection={"block": 16, "damping": 0.5})
-    step = Layerwise(settings.selection, "obs" in steps, lsq=settings.reconstruction.lsq if "lsq" in steps else None)
+    step = Layerwise(
+        settings.selection, "obs" in steps, lsq=settings.reconstruction.lsq if "lsq" in steps else None
+    )
     transform = Transform({}, {} if shift is None else {site: shift})
     block = Block(table, "x", transform, {matrix: weight.numel() // 2}, dict(tensors))
     step.prune_site(block, site, {site: sums.finish()})
@@ -267,7 +322,9 @@ def test_layer_errors_are_told_without_the_damping(path: Path, steps: tuple[str,
 
 
 def test_a_window_is_fitted_to_what_its_last_block_gives(path: Path) -> None:
-    """Oracle: the held-out rows through the dense model and through the blocks as they came out, with and without the fit."""
+    """Oracle: the held-out rows through the dense model and through the blocks as they came out,
+    with and without the fit.
+    """
     model = model_of(path)
     fitted = pruned(path, params(("obs", "block"), block={"window": 2}))
     plain = dict(run(model, params(("obs",)), held_out=FITTING[:0]))
@@ -276,13 +333,18 @@ def test_a_window_is_fitted_to_what_its_last_block_gives(path: Path) -> None:
         dense = passed(model, HELD_OUT, {}, last + 1)
         after = {**blocks, **{index: fitted[index].tensors for index in window}}
         facts = fitted[last].facts["block"]
-        assert facts["held_out_after"] == pytest.approx(relative(passed(model, HELD_OUT, after, last + 1), dense), rel=1e-4)
+        assert facts["held_out_after"] == pytest.approx(
+            relative(passed(model, HELD_OUT, after, last + 1), dense), rel=1e-4
+        )
         if last == 1:  # afterwards the streams differ
             before = {index: plain[index].tensors for index in window}
-            assert facts["held_out_before"] == pytest.approx(relative(passed(model, HELD_OUT, before, 2), dense), rel=1e-4)
+            assert facts["held_out_before"] == pytest.approx(
+                relative(passed(model, HELD_OUT, before, 2), dense), rel=1e-4
+            )
         blocks = after
     assert relative(passed(model, UNSEEN, blocks), passed(model, UNSEEN, {})) < relative(
-        passed(model, UNSEEN, {index: result.tensors for index, result in plain.items()}), passed(model, UNSEEN, {})
+        passed(model, UNSEEN, {index: result.tensors for index, result in plain.items()}),
+        passed(model, UNSEEN, {}),
     )
 
 
@@ -302,24 +364,38 @@ TOWARDS_DENSE: dict[str, Any] = {"collect": "site", "towards_dense": 1.0}
 def test_streams_on_disk_change_no_bit(
     path: Path, tmp_path: Path, steps: tuple[str, ...], changes: dict[str, Any], streams: set[str]
 ) -> None:
-    """Oracle: the run that holds them in memory. All of them are files, one for each batch: 8, 4 and 2 rows of each lane, and take what is foretold."""
+    """Oracle: the run that holds them in memory. All of them are files, one for each batch: 8, 4
+    and 2 rows of each lane, and take what is foretold.
+    """
     settings = params(steps, **changes)
     assert_same(pruned(path, settings, room=Room(0, 0, tmp_path / "spill")), pruned(path, settings))
     files = list((tmp_path / "spill").iterdir())
     assert sorted(file.name.rpartition("-")[0] for file in files) == sorted(12 * list(streams))
     tokens = (len(FITTING) + len(HELD_OUT)) * 12
     held = sum(load_file(file)["hidden"].nbytes for file in files)
-    assert stream_bytes(plan(settings, torch.float32), tokens, 32, 4) == held == len(streams) * 4 * tokens * 32
+    assert (
+        stream_bytes(plan(settings, torch.float32), tokens, 32, 4) == held == len(streams) * 4 * tokens * 32
+    )
 
 
-@pytest.mark.parametrize(("device", "host"), [(0, math.inf), (20_000, math.inf), (20_000, 30_000), (9_000, 0)])
-def test_streams_in_several_places_change_no_bit(path: Path, tmp_path: Path, device: float, host: float) -> None:
-    """The first batches on the device, then in host memory, then in files. Oracle: the run that has all on the device."""
+@pytest.mark.parametrize(
+    ("device", "host"), [(0, math.inf), (20_000, math.inf), (20_000, 30_000), (9_000, 0)]
+)
+def test_streams_in_several_places_change_no_bit(
+    path: Path, tmp_path: Path, device: float, host: float
+) -> None:
+    """The first batches on the device, then in host memory, then in files. Oracle: the run that has
+    all on the device.
+    """
     settings = params(("obs", "lsq", "block"), **TOWARDS_DENSE, block={"window": 2})
     where = Room(device, host, tmp_path / "spill")
     assert_same(pruned(path, settings, room=where), pruned(path, settings))
     taken = Counter(where._places.values())
-    assert (taken["device"] > 0, taken["host"] > 0, taken["disk"] > 0) == (device > 0, host > 0, host < math.inf)
+    assert (taken["device"] > 0, taken["host"] > 0, taken["disk"] > 0) == (
+        device > 0,
+        host > 0,
+        host < math.inf,
+    )
     assert taken.total() == 3 * 12 and where.device >= 0 and where.host >= 0
 
 
@@ -333,7 +409,9 @@ def test_streams_have_the_dtype_of_the_computation(path: Path, tmp_path: Path) -
     assert stream_bytes(made, tokens, 32, model.dtype.itemsize) == held == 2 * tokens * 32
 
 
-def test_without_a_directory_streams_stay_in_memory(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_directory_streams_stay_in_memory(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nowhere to put them is no error. Oracle: the working directory."""
     monkeypatch.chdir(tmp_path)
     pruned(path, params(()))
@@ -355,7 +433,9 @@ class Counts:
             self.calls.append(index)
             return call(model, block, index, *rest)
 
-        def factorised(gram: torch.Tensor, damping: float, of: DampingOf, where: str, *rest: Any) -> Factorisation:
+        def factorised(
+            gram: torch.Tensor, damping: float, of: DampingOf, where: str, *rest: Any
+        ) -> Factorisation:
             self.sites.append(where)
             return one(gram, damping, of, where, *rest)
 
@@ -369,17 +449,25 @@ def forbidden(*_: Any, **__: Any) -> Any:
 
 def chosen(score: str, steps: tuple[str, ...] = (), group: str = "row", **reconstruction: Any) -> Recipe:
     changes = {"channel": LITTLE, **reconstruction, "block": {**LITTLE, **reconstruction.get("block", {})}}
-    return recipe(steps, batch_rows=8, selection={"score": score, "group": group, "block": 12}, reconstruction=changes)
+    return recipe(
+        steps, batch_rows=8, selection={"score": score, "group": group, "block": 12}, reconstruction=changes
+    )
 
 
 def with_factorisations(made: Plan) -> Plan:
     """The same masks chosen the long way, through a factorisation of every site."""
     assert isinstance(made.select, Choose)
-    return replace(made, select=Layerwise(made.select.selection, False, made.select.by_site, dtype=made.select.dtype))
+    return replace(
+        made, select=Layerwise(made.select.selection, False, made.select.by_site, dtype=made.select.dtype)
+    )
 
 
-def test_magnitude_reads_no_text_and_runs_no_forward_pass(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that would do either is forbidden. Oracle: the largest weights of each matrix, sorted; they stay as they are."""
+def test_magnitude_reads_no_text_and_runs_no_forward_pass(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that would do either is forbidden. Oracle: the largest weights of each matrix,
+    sorted; they stay as they are.
+    """
     for name in ("embed", "call", "advance"):
         monkeypatch.setattr(BlockModel, name, forbidden)
     monkeypatch.setattr("pipeline_lib.solve.factor.cholesky_in_place", forbidden)
@@ -396,7 +484,9 @@ def test_magnitude_reads_no_text_and_runs_no_forward_pass(path: Path, monkeypatc
             assert torch.equal(matrix.view(result.tensors[matrix.parameter]), weight * mask)
             facts = {"kind": matrix.kind, "size": weight.numel(), "kept": weight.numel() // 2}
             assert result.facts["matrices"][matrix.label] == facts
-        others = dense.keys() - {matrix.parameter for matrix in model.checkpoint.architecture.layouts[0].matrices}
+        others = dense.keys() - {
+            matrix.parameter for matrix in model.checkpoint.architecture.layouts[0].matrices
+        }
         assert others
         assert all(torch.equal(result.tensors[name], dense[name]) for name in others)
 
@@ -406,15 +496,25 @@ def test_wanda_and_obd_factorise_nothing(path: Path, score: str, monkeypatch: py
     """Two passes through each block, and no Cholesky factorisation at all. Oracle: batches, counted."""
     counts = Counts(monkeypatch)
     monkeypatch.setattr("pipeline_lib.solve.factor.cholesky_in_place", forbidden)
-    monkeypatch.setattr("pipeline_lib.stats.moments.MomentSums.add", forbidden)  # nor is a matrix of moments collected
+    # nor is a matrix of moments collected
+    monkeypatch.setattr("pipeline_lib.stats.moments.MomentSums.add", forbidden)
     found = pruned(path, chosen(score))
     assert counts.sites == []
-    assert counts.calls == [0] * 24 + [1] * 24 + [2] * 13  # 12 batches of one lane; what comes after the last block is looked at in one
-    assert all(facts.keys() == {"kind", "size", "kept"} for result in found.values() for facts in result.facts["matrices"].values())
+    # 12 batches of one lane; what comes after the last block is looked at in one
+    assert counts.calls == [0] * 24 + [1] * 24 + [2] * 13
+    assert all(
+        facts.keys() == {"kind", "size", "kept"}
+        for result in found.values()
+        for facts in result.facts["matrices"].values()
+    )
 
 
-def test_sparsegpt_runs_two_passes_a_block_and_one_factorisation_a_site(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: batches and sites, counted. To collect and to pass on; after the last block one batch shows that all is finite."""
+def test_sparsegpt_runs_two_passes_a_block_and_one_factorisation_a_site(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: batches and sites, counted. To collect and to pass on; after the last block one batch
+    shows that all is finite.
+    """
     counts = Counts(monkeypatch)
     pruned(path, params(("obs",)))
     sites = [site.name for site in open_checkpoint(path).architecture.layouts[0].sites]
@@ -434,11 +534,17 @@ def test_sparsegpt_runs_two_passes_a_block_and_one_factorisation_a_site(path: Pa
         ("obd", "row", "site"),
     ],
 )
-def test_masks_are_those_of_the_long_way(model_paths: dict[str, Path], family: str, score: str, group: str, collect: str) -> None:
-    """Oracle: ``prune_matrix`` with a factorisation of the whole second moment; fused and transposed matrices too, to the last bit."""
+def test_masks_are_those_of_the_long_way(
+    model_paths: dict[str, Path], family: str, score: str, group: str, collect: str
+) -> None:
+    """Oracle: ``prune_matrix`` with a factorisation of the whole second moment; fused and
+    transposed matrices too, to the last bit.
+    """
     model, settings = model_of(model_paths[family]), chosen(score, group=group, collect=collect)
     made, rows = plan(settings, torch.float32), Rows(FITTING, HELD_OUT, 8)
-    short, long = (dict(prune(source(model), rows, way, lambda _: None)) for way in (made, with_factorisations(made)))
+    short, long = (
+        dict(prune(source(model), rows, way, lambda _: None)) for way in (made, with_factorisations(made))
+    )
     for index, result in short.items():
         assert result.masks.keys() == long[index].masks.keys()
         assert all(torch.equal(mask, long[index].masks[name]) for name, mask in result.masks.items())
@@ -447,13 +553,21 @@ def test_masks_are_those_of_the_long_way(model_paths: dict[str, Path], family: s
 
 @pytest.mark.parametrize("score", ["magnitude", "wanda", "obd"])
 @pytest.mark.parametrize(
-    ("steps", "how"), [(("channel",), {}), (("block",), {"block": {"window": 2, "refresh_epochs": 1, "parts": ["weights", "norms"]}})]
+    ("steps", "how"),
+    [
+        (("channel",), {}),
+        (("block",), {"block": {"window": 2, "refresh_epochs": 1, "parts": ["weights", "norms"]}}),
+    ],
 )
-def test_what_is_chosen_can_be_fitted(path: Path, score: str, steps: tuple[str, ...], how: dict[str, Any]) -> None:
+def test_what_is_chosen_can_be_fitted(
+    path: Path, score: str, steps: tuple[str, ...], how: dict[str, Any]
+) -> None:
     """Masks chosen anew among it. Oracle: the run whose masks were chosen the long way, to the last bit."""
     model, settings = model_of(path), chosen(score, steps, **how)
     made, rows = plan(settings, torch.float32), Rows(FITTING, HELD_OUT, 8)
-    short, long = (dict(prune(source(model), rows, way, lambda _: None)) for way in (made, with_factorisations(made)))
+    short, long = (
+        dict(prune(source(model), rows, way, lambda _: None)) for way in (made, with_factorisations(made))
+    )
     for index, result in short.items():
         assert result.facts[steps[0]] == long[index].facts[steps[0]]
         assert all(torch.equal(mask, long[index].masks[name]) for name, mask in result.masks.items())
@@ -469,10 +583,16 @@ def test_a_matrix_without_a_count_stays_dense(path: Path, score: str) -> None:
     left_out = [matrix for matrix in table.matrices if matrix.kind in ("q", "down")]
     kept = {place: count for place, count in whole.kept.items() if place[1] not in left_out}
     rows = Rows(FITTING, HELD_OUT, 8)
-    for index, result in prune(replace(whole, kept=kept), rows, plan(chosen(score), torch.float32), lambda _: None):
-        assert result.masks.keys() == {matrix.parameter for matrix in table.matrices if matrix not in left_out}
+    for index, result in prune(
+        replace(whole, kept=kept), rows, plan(chosen(score), torch.float32), lambda _: None
+    ):
+        assert result.masks.keys() == {
+            matrix.parameter for matrix in table.matrices if matrix not in left_out
+        }
         for matrix in left_out:
-            assert torch.equal(result.tensors[matrix.parameter], model.checkpoint.block(index)[matrix.parameter])
+            assert torch.equal(
+                result.tensors[matrix.parameter], model.checkpoint.block(index)[matrix.parameter]
+            )
 
 
 def test_scores_that_are_no_numbers_are_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,26 +602,46 @@ def test_scores_that_are_no_numbers_are_told(path: Path, monkeypatch: pytest.Mon
     dense["mlp.up_proj.weight"][1] = float("nan")
     for score, tensors, match in (
         ("magnitude", dense, r"scores of layers\.0\.mlp\.up_proj hold NaN or infinity"),
-        ("wanda", model_of(path).checkpoint.block(0), r"second moment of layers\.0 attention_input holds NaN or infinity"),
+        (
+            "wanda",
+            model_of(path).checkpoint.block(0),
+            r"second moment of layers\.0 attention_input holds NaN or infinity",
+        ),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(Checkpoint, "block", lambda *_, tensors=tensors: dict(tensors))
             model, made = model_of(path), plan(chosen(score), torch.float32)
             if score == "wanda":
-                patch.setattr("pipeline_lib.stats.moments.DiagonalSums.finish", lambda sums: sums.squares.float() * float("inf"))
+                patch.setattr(
+                    "pipeline_lib.stats.moments.DiagonalSums.finish",
+                    lambda sums: sums.squares.float() * float("inf"),
+                )
             with pytest.raises(SparselineError, match=match):
-                next(prune(source(model), Rows(FITTING, HELD_OUT, 8) if made.needs.text else None, made, lambda _: None))
+                next(
+                    prune(
+                        source(model),
+                        Rows(FITTING, HELD_OUT, 8) if made.needs.text else None,
+                        made,
+                        lambda _: None,
+                    )
+                )
 
 
 @pytest.mark.parametrize("steps", [("obs",), ("obs", "lsq")])
-def test_the_first_of_several_failures_is_told(path: Path, steps: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weight that is NaN, and a later site that cannot be factorised. Oracle: the matrix is named, though masks are counted last."""
+def test_the_first_of_several_failures_is_told(
+    path: Path, steps: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight that is NaN, and a later site that cannot be factorised. Oracle: the matrix is
+    named, though masks are counted last.
+    """
     dense, real = model_of(path).checkpoint.block(0), layerwise.factorise
     dense["self_attn.o_proj.weight"] = dense["self_attn.o_proj.weight"].clone()
     dense["self_attn.o_proj.weight"][1] = float("nan")
     last = open_checkpoint(path).architecture.layouts[0].sites[-1].name
 
-    def factorised(gram: torch.Tensor, damping: float, of: DampingOf, where: str, *rest: Any) -> Factorisation:
+    def factorised(
+        gram: torch.Tensor, damping: float, of: DampingOf, where: str, *rest: Any
+    ) -> Factorisation:
         return real(gram * float("nan") if where.endswith(last) else gram, damping, of, where, *rest)
 
     monkeypatch.setattr(layerwise, "factorise", factorised)
@@ -520,9 +660,13 @@ def test_the_first_of_several_failures_is_told(path: Path, steps: tuple[str, ...
 
 
 def test_streams_that_do_not_differ_yet_change_nothing(path: Path) -> None:
-    """Block 0 keeps all: until block 1's first site is pruned both streams are one. Oracle: the run that does not look at the dense one."""
+    """Block 0 keeps all: until block 1's first site is pruned both streams are one. Oracle: the run
+    that does not look at the dense one.
+    """
     table = open_checkpoint(path).architecture.layouts[0]
-    own, towards = (pruned(path, params(("obs",), collect="site", towards_dense=share), 0) for share in (0.0, 1.0))
+    own, towards = (
+        pruned(path, params(("obs",), collect="site", towards_dense=share), 0) for share in (0.0, 1.0)
+    )
     first = {matrix.parameter for matrix in table.consumers(table.sites[0].name)}
     dense = open_checkpoint(path).block(0)
     for name in dense:
@@ -530,7 +674,9 @@ def test_streams_that_do_not_differ_yet_change_nothing(path: Path) -> None:
         assert torch.equal(towards[0].tensors[name], dense[name])
     assert len(first) == 3
     for parameter in {matrix.parameter for matrix in table.matrices}:
-        assert torch.equal(own[1].tensors[parameter], towards[1].tensors[parameter]) == (parameter in first), parameter
+        assert torch.equal(own[1].tensors[parameter], towards[1].tensors[parameter]) == (
+            parameter in first
+        ), parameter
 
 
 @pytest.mark.parametrize("steps", [("obs",), ("obs", "lsq")])
@@ -544,7 +690,9 @@ def test_aiming_at_the_dense_stream_comes_nearer_to_it(path: Path, steps: tuple[
         for facts in blocks[1].facts["matrices"].values():
             assert ("lsq_iterations" in facts) == ("lsq" in steps)
             assert facts["layer_error"] <= facts.get("selected_error", facts["layer_error"]) * 1.001
-        errors[share] = relative(passed(model, UNSEEN, {index: result.tensors for index, result in blocks.items()}), dense)
+        errors[share] = relative(
+            passed(model, UNSEEN, {index: result.tensors for index, result in blocks.items()}), dense
+        )
     assert errors[1.0] < errors[0.0]
 
 
@@ -554,21 +702,30 @@ def test_statistics_site_by_site_see_what_was_pruned_before(path: Path) -> None:
     at_once, by_site = (pruned(path, params(("obs",), collect=way), 0) for way in ("block", "site"))
     first = {matrix.parameter for matrix in table.consumers(table.sites[0].name)}
     for parameter in {matrix.parameter for matrix in table.matrices}:
-        assert torch.equal(at_once[1].tensors[parameter], by_site[1].tensors[parameter]) == (parameter in first), parameter
+        assert torch.equal(at_once[1].tensors[parameter], by_site[1].tensors[parameter]) == (
+            parameter in first
+        ), parameter
 
 
-def inputs_of(model: BlockModel, block: torch.nn.Module, index: int, stream: Stream) -> dict[str, list[torch.Tensor]]:
+def inputs_of(
+    model: BlockModel, block: torch.nn.Module, index: int, stream: Stream
+) -> dict[str, list[torch.Tensor]]:
     """Every site's inputs [tokens, d], batch by batch."""
     sites = model.checkpoint.architecture.layouts[0].sites
     taken: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
-    with torch.no_grad(), tapped(block, sites, lambda site, x, _: taken[site.name].append(x.reshape(-1, x.shape[-1]))):
+    with (
+        torch.no_grad(),
+        tapped(block, sites, lambda site, x, _: taken[site.name].append(x.reshape(-1, x.shape[-1]))),
+    ):
         for hidden in stream.hidden:
             model.call(block, index, hidden)
     return taken
 
 
 def test_towards_the_dense_stream_as_written_out(path: Path) -> None:
-    """Oracle: each site's inputs in both streams by hooks: the dense block's in the dense one, the half-pruned block's in the pruned one."""
+    """Oracle: each site's inputs in both streams by hooks: the dense block's in the dense one, the
+    half-pruned block's in the pruned one.
+    """
     settings = params(("obs",), collect="site", towards_dense=0.7)
     model = model_of(path)
     table, kept = model.checkpoint.architecture.layouts[0], half(model)

@@ -1,5 +1,6 @@
-"""Quantisation. Oracles: every level of a grid by enumeration, GPTQ and SparseGPT written out column by column in float64 with explicit inverses, and the
-stored weights themselves, read back."""
+"""Quantisation. Oracles: every level of a grid by enumeration, GPTQ and SparseGPT written out
+column by column in float64 with explicit inverses, and the stored weights themselves, read back.
+"""
 
 import json
 import math
@@ -54,7 +55,11 @@ def weights(rows: int, columns: int, seed: int = 0, spread: float = 1.0) -> torc
 
 def levels(scheme: Scheme, scale: float, zero: float) -> torch.Tensor:
     """Every weight that a group can hold, in float64."""
-    least, most = (-(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1) if scheme.symmetric else (0, 2**scheme.bits - 1)
+    least, most = (
+        (-(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1)
+        if scheme.symmetric
+        else (0, 2**scheme.bits - 1)
+    )
     return scale * (torch.arange(least, most + 1, dtype=torch.float64) - zero)
 
 
@@ -85,7 +90,9 @@ def test_rounding_finds_the_nearest_level(scheme: Scheme) -> None:
     width = scheme.group or 19
     assert grid.scale.shape == (9, -(-19 // min(width, 19)))
     whole = Grid(weight.shape, replace(scheme), CPU).nearest(weight)
-    for group, (part, own, full) in enumerate(zip(*(t.split(width, dim=1) for t in (weight, found, whole)), strict=True)):
+    for group, (part, own, full) in enumerate(
+        zip(*(t.split(width, dim=1) for t in (weight, found, whole)), strict=True)
+    ):
         assert ((own - part).square().sum(1) <= (full - part).square().sum(1)).all()
         for r in range(9):
             scale, zero = float(grid.scale[r, group]), float(grid.zero[r, group])
@@ -95,7 +102,9 @@ def test_rounding_finds_the_nearest_level(scheme: Scheme) -> None:
                 possible = levels(scheme, scale, zero)
                 assert float((possible - q).abs().min()) < 1e-6 * scale
                 assert abs(w - q) <= abs(w - nearest(w, scheme, scale, zero)) + 1e-6 * scale
-    assert float(grid.error) == pytest.approx(float((weight - found).square().sum() / weight.square().sum()), rel=1e-5)
+    assert float(grid.error) == pytest.approx(
+        float((weight - found).square().sum() / weight.square().sum()), rel=1e-5
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -110,12 +119,25 @@ def test_rounding_finds_the_nearest_level(scheme: Scheme) -> None:
     seed=st.integers(0, 99),
 )
 def test_codes_come_back_from_what_is_stored(
-    bits: int, group: int | None, symmetric: bool, dtype: torch.dtype, rows: int, columns: int, spread: float, seed: int
+    bits: int,
+    group: int | None,
+    symmetric: bool,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    spread: float,
+    seed: int,
 ) -> None:
-    """Rounded to the checkpoint's dtype and read back, every weight gives its code, and code and scale give it back to the bit; zeros are +0."""
-    how = QuantizationParams(bits=bits, group=group or "row", symmetric=symmetric, scales="checkpoint", refit=[])
+    """Rounded to the checkpoint's dtype and read back, every weight gives its code, and code and
+    scale give it back to the bit; zeros are +0.
+    """
+    how = QuantizationParams(
+        bits=bits, group=group or "row", symmetric=symmetric, scales="checkpoint", refit=[]
+    )
     if bits == 8 and not symmetric and dtype == torch.bfloat16:
-        with pytest.raises(SparselineError, match=r"bfloat16 .* asymmetric codes of 8 bits; set quantization.symmetric"):
+        with pytest.raises(
+            SparselineError, match=r"bfloat16 .* asymmetric codes of 8 bits; set quantization.symmetric"
+        ):
             scheme(how, dtype)
         return
     chosen = scheme(how, dtype)
@@ -131,7 +153,9 @@ def test_codes_come_back_from_what_is_stored(
     assert tensors.keys() == ({"x.scale"} if symmetric else {"x.scale", "x.zero_point"})
     width = min(group or columns, columns)
     scale = tensors["x.scale"].repeat_interleave(width, 1)[:, :columns]
-    zero = 0 if symmetric else tensors["x.zero_point"].to(torch.int32).repeat_interleave(width, 1)[:, :columns]
+    zero = (
+        0 if symmetric else tensors["x.zero_point"].to(torch.int32).repeat_interleave(width, 1)[:, :columns]
+    )
     codes = (stored.float() / scale).round().to(torch.int32) + zero
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
     assert low <= int(codes.min()) <= int(codes.max()) <= high
@@ -141,7 +165,9 @@ def test_codes_come_back_from_what_is_stored(
 
 
 def test_scales_are_never_rounded_to_nothing() -> None:
-    """Float16 has no number between 0 and 6e-8: weights below it are 0, but scales are not. Oracle: finite codes."""
+    """Float16 has no number between 0 and 6e-8: weights below it are 0, but scales are not. Oracle:
+    finite codes.
+    """
     grid = Grid((1, 4), replace(FOUR, group=None, dtype=torch.float16), CPU)
     found = grid.nearest(torch.tensor([[1e-9, -1e-9, 0, 2e-9]]))
     assert float(grid.scale) == 2**-24
@@ -178,12 +204,14 @@ def literal(
     choose_at: Mapping[int, tuple[int, int]],
     order: list[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """SparseGPT with quantisation (2301.00774, Algorithm 1 and Section 3.5) as GPTQ's first form: one column after the other, in float64, the inverse of
-    what is left of H anew for every column, no blocks.
+    """SparseGPT with quantisation (2301.00774, Algorithm 1 and Section 3.5) as GPTQ's first form:
+    one column after the other, in float64, the inverse of what is left of H anew for every column,
+    no blocks.
 
     Args:
         mask: given; or None, where the best by w²/[H⁻¹]_mm are chosen on the way.
-        choose_at: column -> how many columns from there are chosen from then, and how many of them a row keeps; 0: of all rows together, half.
+        choose_at: column -> how many columns from there are chosen from then, and how many of them
+            a row keeps; 0: of all rows together, half.
         order: the columns as they are taken.
     """
     order = order or list(range(weight.shape[1]))
@@ -198,7 +226,9 @@ def literal(
         if i in choose_at:
             count, each = choose_at[i]
             columns = order[i : i + count]
-            trailing = [torch.linalg.inv(hessian[order[place[c] :]][:, order[place[c] :]])[0, 0] for c in columns]
+            trailing = [
+                torch.linalg.inv(hessian[order[place[c] :]][:, order[place[c] :]])[0, 0] for c in columns
+            ]
             scores = w[:, columns].square() / torch.stack(trailing)
             best = torch.zeros_like(scores, dtype=torch.bool)
             if each:
@@ -207,9 +237,13 @@ def literal(
                 best.view(-1)[scores.flatten().argsort(descending=True)[: scores.numel() // 2]] = True
             chosen[:, columns] = best
         group = m // width
-        if group not in scales:  # from all that is left of the group: pruned weights count as zeros as far as they are known
+        # from all that is left of the group: pruned weights count as zeros as far as they are known
+        if group not in scales:
             members = [c for c in order if c // width == group]
-            scales[group] = [ranged(scheme, torch.where(row, part, 0)) for part, row in zip(w[:, members], chosen[:, members], strict=True)]
+            scales[group] = [
+                ranged(scheme, torch.where(row, part, 0))
+                for part, row in zip(w[:, members], chosen[:, members], strict=True)
+            ]
         for r in range(len(w)):
             new = nearest(float(w[r, m]), scheme, *scales[group][r]) if chosen[r, m] else 0.0
             w[r, left] -= (w[r, m] - new) / inverse[0, 0] * inverse[0]
@@ -220,7 +254,11 @@ def literal(
 def problem(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """W, G and H = G with 1% of its mean diagonal, in float64, so that no rounding can go another way."""
     gram = curved_gram(columns, seed=seed)[1].double()
-    return weights(rows, columns, seed).double(), gram, gram + 0.01 * gram.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    return (
+        weights(rows, columns, seed).double(),
+        gram,
+        gram + 0.01 * gram.diagonal().mean() * torch.eye(columns, dtype=torch.float64),
+    )
 
 
 WHOLE = [replace(scheme) for scheme in SCHEMES]
@@ -229,13 +267,17 @@ WHOLE = [replace(scheme) for scheme in SCHEMES]
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("block", [24, 8, 5])
 def test_gptq_as_written_out(scheme: Scheme, block: int) -> None:
-    """Nothing is pruned, all is rounded; groups within, astride and beyond the column blocks. Oracle: ``literal``."""
+    """Nothing is pruned, all is rounded; groups within, astride and beyond the column blocks.
+    Oracle: ``literal``.
+    """
     weight, gram, hessian = problem(5, 24, seed=3)
     factorisation = factorise(gram, 0.01, "mean", "here")
     full = torch.ones_like(weight, dtype=torch.bool)
     expected, _ = literal(weight, hessian, scheme, full, {})
     grid = Grid(weight.shape, scheme, CPU)
-    found, mask, _ = sweep(weight, factorisation, kept=weight.numel(), rule=rule("obs", PLAIN, "block", block), grid=grid)
+    found, mask, _ = sweep(
+        weight, factorisation, kept=weight.numel(), rule=rule("obs", PLAIN, "block", block), grid=grid
+    )
     assert mask.all()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     again = Grid(weight.shape, scheme, CPU)
@@ -266,8 +308,12 @@ def test_joint_sweep_for_n_of_m_as_written_out(scheme: Scheme, text: str, block:
     grid = Grid(weight.shape, scheme, CPU)
     kept = 4 * 24 * pattern.n // pattern.m
     factorisation = factorise(gram, 0.01, "mean", "here")
-    found, mask, _ = sweep(weight, factorisation, kept=kept, rule=rule("obs", pattern, "row", block), grid=grid)
-    expected, chosen = literal(weight, hessian, scheme, None, dict.fromkeys(range(0, 24, pattern.m), (pattern.m, pattern.n)))
+    found, mask, _ = sweep(
+        weight, factorisation, kept=kept, rule=rule("obs", pattern, "row", block), grid=grid
+    )
+    expected, chosen = literal(
+        weight, hessian, scheme, None, dict.fromkeys(range(0, 24, pattern.m), (pattern.m, pattern.n))
+    )
     assert torch.equal(mask, chosen)
     assert (mask.view(4, -1, pattern.m).sum(2) == pattern.n).all()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -276,26 +322,37 @@ def test_joint_sweep_for_n_of_m_as_written_out(scheme: Scheme, text: str, block:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("group", ["row", "matrix"])
 def test_a_mask_that_is_there_before(scheme: Scheme, group: Group) -> None:
-    """Chosen from the whole matrix, by the sweep or beforehand. Oracle: ``literal`` on that mask; no width of the column blocks changes it."""
+    """Chosen from the whole matrix, by the sweep or beforehand. Oracle: ``literal`` on that mask;
+    no width of the column blocks changes it.
+    """
     weight, gram, hessian = problem(4, 24, seed=6)
     factorisation = factorise(gram, 0.01, "mean", "here")
     mask = select(saliency("wanda", weight, factorisation.whole()), 40, group, 128)
     expected, _ = literal(weight, hessian, scheme, mask, {})
     for block in (1, 7, 24, 128):
         grid = Grid(weight.shape, scheme, CPU)
-        found, chosen, _ = sweep(weight, factorisation, kept=40, rule=rule("wanda", PLAIN, group, block), grid=grid)
+        found, chosen, _ = sweep(
+            weight, factorisation, kept=40, rule=rule("wanda", PLAIN, group, block), grid=grid
+        )
         assert torch.equal(chosen, mask)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(
-            quantise(weight, mask, factorisation, Grid(weight.shape, scheme, CPU), block), expected, rtol=1e-6, atol=1e-6
+            quantise(weight, mask, factorisation, Grid(weight.shape, scheme, CPU), block),
+            expected,
+            rtol=1e-6,
+            atol=1e-6,
         )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_another_order_of_the_columns(scheme: Scheme) -> None:
-    """Groups stay those of the matrix's own columns, and a scale is taken when the first of them is reached. Oracle: ``literal`` in that order."""
+    """Groups stay those of the matrix's own columns, and a scale is taken when the first of them is
+    reached. Oracle: ``literal`` in that order.
+    """
     weight, gram, hessian = problem(4, 24, seed=7)
-    factorisation = factorise(gram, 0.01, "mean", "here", None, lambda curvature: rose_order(curvature.second_moment, 6, 1, 0.0))
+    factorisation = factorise(
+        gram, 0.01, "mean", "here", None, lambda curvature: rose_order(curvature.second_moment, 6, 1, 0.0)
+    )
     assert factorisation.order is not None
     order = factorisation.order.tolist()
     assert order != sorted(order)
@@ -305,7 +362,9 @@ def test_another_order_of_the_columns(scheme: Scheme) -> None:
     assert torch.equal(mask, chosen)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     again = quantise(weight, mask, factorisation, Grid(weight.shape, scheme, CPU), 6)
-    torch.testing.assert_close(again, literal(weight, hessian, scheme, mask, {}, order)[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        again, literal(weight, hessian, scheme, mask, {}, order)[0], rtol=1e-6, atol=1e-6
+    )
 
 
 def test_always_zero_inputs_and_whole_groups_of_zeros() -> None:
@@ -314,7 +373,9 @@ def test_always_zero_inputs_and_whole_groups_of_zeros() -> None:
     gram[8:16], gram[:, 8:16] = 0, 0
     for symmetric in (True, False):
         grid = Grid(weight.shape, replace(FOUR, symmetric=symmetric), CPU)
-        found, _, _ = sweep(weight, factorise(gram, 0.01, "mean", "here"), 48, rule("obs", PLAIN, "block", 8), grid)
+        found, _, _ = sweep(
+            weight, factorise(gram, 0.01, "mean", "here"), 48, rule("obs", PLAIN, "block", 8), grid
+        )
         assert torch.isfinite(found).all()
         assert not found[:, 8:16].view(torch.int64).any()
         assert (grid.scale[:, 1] == 1).all()
@@ -330,7 +391,9 @@ def test_compensation_beats_rounding_to_nearest_on_inputs_it_did_not_see(bits: i
     weight, scheme = weights(32, 48, seed=9), replace(FOUR, bits=bits, symmetric=symmetric, group=16)
     full = torch.ones_like(weight, dtype=torch.bool)
     swept = quantise(weight, full, factorise(gram, 0.01, "mean", "here"), Grid(weight.shape, scheme, CPU), 16)
-    assert layer_error(weight, swept, unseen) < 0.8 * layer_error(weight, Grid(weight.shape, scheme, CPU).nearest(weight), unseen)
+    assert layer_error(weight, swept, unseen) < 0.8 * layer_error(
+        weight, Grid(weight.shape, scheme, CPU).nearest(weight), unseen
+    )
 
 
 # Whole blocks
@@ -341,7 +404,13 @@ LITTLE: dict[str, Any] = {"epochs": 2, "batch_rows": 4, "compute_dtype": "float3
 AIMED: dict[str, Any] = {"collect": "site", "towards_dense": 1.0, "lsq": {"mask_iterations": 12}}
 
 
-def params(steps: tuple[str, ...], sparsity: float = 0.5, pattern: str = "unstructured", quantization: Any = None, **how: Any) -> Recipe:
+def params(
+    steps: tuple[str, ...],
+    sparsity: float = 0.5,
+    pattern: str = "unstructured",
+    quantization: Any = None,
+    **how: Any,
+) -> Recipe:
     return recipe(
         steps,
         batch_rows=8,
@@ -351,23 +420,40 @@ def params(steps: tuple[str, ...], sparsity: float = 0.5, pattern: str = "unstru
     )
 
 
-def pruned(path: Path, how: Recipe, transforms: list[Transform] | None = None) -> tuple[BlockModel, dict[int, Block]]:
+def pruned(
+    path: Path, how: Recipe, transforms: list[Transform] | None = None
+) -> tuple[BlockModel, dict[int, Block]]:
     model = BlockModel(open_checkpoint(path), torch.float32, CPU)
-    shapes = {matrix: model.checkpoint.matrix_shape(0, matrix) for matrix in model.checkpoint.architecture.layouts[0].matrices}
-    kept = {(i, m): round(rows * columns * (1 - how.selection.sparsity)) for i in range(DEPTH) for m, (rows, columns) in shapes.items()}
-    given, rows = Source(model, transforms or [Transform()] * DEPTH, kept), Rows(FITTING, HELD_OUT, how.batch_rows)
+    shapes = {
+        matrix: model.checkpoint.matrix_shape(0, matrix)
+        for matrix in model.checkpoint.architecture.layouts[0].matrices
+    }
+    kept = {
+        (i, m): round(rows * columns * (1 - how.selection.sparsity))
+        for i in range(DEPTH)
+        for m, (rows, columns) in shapes.items()
+    }
+    given, rows = (
+        Source(model, transforms or [Transform()] * DEPTH, kept),
+        Rows(FITTING, HELD_OUT, how.batch_rows),
+    )
     found = dict(prune(given, rows, plan(how, model.checkpoint.dtype), lambda _: None))
     return model, found
 
 
 def assert_on_grids(model: BlockModel, found: Mapping[int, Block], how: Recipe) -> None:
-    """Every matrix's stored weights are scale·(q − zero point) with q in range, exactly zero off the mask, and as many kept as asked for."""
+    """Every matrix's stored weights are scale·(q − zero point) with q in range, exactly zero off
+    the mask, and as many kept as asked for.
+    """
     chosen = scheme(how.quantization, model.checkpoint.dtype)
     assert chosen is not None
     for result in found.values():
         assert result.grids.keys() == set(model.checkpoint.architecture.layouts[0].matrices)
         for matrix, grid in result.grids.items():
-            stored, mask = matrix.view(result.tensors[matrix.parameter]), matrix.view(result.masks[matrix.parameter])
+            stored, mask = (
+                matrix.view(result.tensors[matrix.parameter]),
+                matrix.view(result.masks[matrix.parameter]),
+            )
             assert stored.dtype == model.checkpoint.dtype
             tensors = grid.tensors(matrix.label)
             scale = tensors[f"{matrix.label}.scale"]
@@ -377,7 +463,9 @@ def assert_on_grids(model: BlockModel, found: Mapping[int, Block], how: Recipe) 
             assert scale.shape == (len(stored), -(-columns // width))
             wide = scale.repeat_interleave(width, 1)[:, :columns]
             zero = (
-                tensors.get(f"{matrix.label}.zero_point", torch.zeros_like(scale)).to(torch.int32).repeat_interleave(width, 1)[:, :columns]
+                tensors.get(f"{matrix.label}.zero_point", torch.zeros_like(scale))
+                .to(torch.int32)
+                .repeat_interleave(width, 1)[:, :columns]
             )
             codes = (stored.float() / wide).round().to(torch.int32) + zero
             assert int(codes.min()) >= chosen.levels[0]
@@ -414,8 +502,12 @@ def test_every_step_leaves_weights_on_their_grids(
 
 @pytest.mark.parametrize(("dtype", "symmetric"), [(torch.bfloat16, True), (torch.float16, False)])
 @pytest.mark.parametrize("steps", [("obs",), ("obs", "block")])
-def test_sixteen_bit_checkpoints(tmp_path: Path, dtype: torch.dtype, symmetric: bool, steps: tuple[str, ...]) -> None:
-    """Scales that the checkpoint's dtype can hold, also after they were fitted, and weights that give their codes back."""
+def test_sixteen_bit_checkpoints(
+    tmp_path: Path, dtype: torch.dtype, symmetric: bool, steps: tuple[str, ...]
+) -> None:
+    """Scales that the checkpoint's dtype can hold, also after they were fitted, and weights that
+    give their codes back.
+    """
     settings = params(steps, quantization={"bits": 8, "symmetric": symmetric})
     model, found = pruned(make_model(tmp_path, "llama", DEPTH, dtype=dtype, tokenizer=False), settings)
     assert_on_grids(model, found, settings)
@@ -433,7 +525,9 @@ def test_patterns_bits_and_groups(model_paths: dict[str, Path], pattern: str, bi
             assert all((mask.view(-1, 4).sum(1) == 2).all() for mask in result.masks.values())
 
 
-@pytest.mark.parametrize(("steps", "how"), [((), {}), (("obs",), {}), (("obs", "block"), {}), (("obs", "lsq"), AIMED)])
+@pytest.mark.parametrize(
+    ("steps", "how"), [((), {}), (("obs",), {}), (("obs", "block"), {}), (("obs", "lsq"), AIMED)]
+)
 def test_nothing_pruned(model_paths: dict[str, Path], steps: tuple[str, ...], how: dict[str, Any]) -> None:
     """Sparsity 0: RTN, GPTQ, and both with what comes after. Oracle: the codes; masks keep all."""
     settings = params(steps, 0.0, **how)
@@ -451,12 +545,19 @@ def test_rounding_to_nearest_is_just_that(model_paths: dict[str, Path]) -> None:
             weight, stored = (matrix.view(tensors[matrix.parameter]) for tensors in (source, result.tensors))
             for part, own in zip(weight.split(20, dim=1), stored.split(20, dim=1), strict=True):
                 scale = 2 * part.abs().amax(1, keepdim=True) / 15
-                torch.testing.assert_close(own, (part / scale).round().clamp(-8, 7) * scale, rtol=1e-5, atol=1e-7)
+                torch.testing.assert_close(
+                    own, (part / scale).round().clamp(-8, 7) * scale, rtol=1e-5, atol=1e-7
+                )
 
 
 def test_zeros_are_counted_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is pruned, and of three-bit weights many are zero. Oracle: the tensors on disk, excluded matrices left aside."""
-    only = {"selection": {"sparsity": 0.0, "score": "obs", "group": "block"}, "reconstruction": {"steps": ["obs"]}}
+    """Nothing is pruned, and of three-bit weights many are zero. Oracle: the tensors on disk,
+    excluded matrices left aside.
+    """
+    only = {
+        "selection": {"sparsity": 0.0, "score": "obs", "group": "block"},
+        "reconstruction": {"steps": ["obs"]},
+    }
     gptq = WANDA | only | {"quantization": {"bits": 3, "group": 16}}
     workspace = make_workspace(tmp_path / "project", variants={"gptq": gptq})
     change_params(workspace, "model.exclude", ["*.down_proj"])
@@ -466,7 +567,10 @@ def test_zeros_are_counted_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest
     tensors = all_tensors(Path("build/prune/gptq/checkpoint"))
     for name, matrix in facts["matrices"].items():
         assert matrix["zeros"] == int((tensors[f"model.{name}.weight"] == 0).sum())
-    assert (facts["sparsity"], facts["zeros"]) == (0, sum(matrix["zeros"] for matrix in facts["matrices"].values()))
+    assert (facts["sparsity"], facts["zeros"]) == (
+        0,
+        sum(matrix["zeros"] for matrix in facts["matrices"].values()),
+    )
     assert facts["zeros"] > 0.1 * facts["prunable"]
 
 
@@ -474,18 +578,30 @@ def test_without_bits_there_are_no_grids(model_paths: dict[str, Path]) -> None:
     """Oracle: no group, symmetry or range changes a bit of the result."""
     results = []
     for group, symmetric in ((16, True), ("row", False)):
-        settings = params(("obs", "lsq", "block"), quantization={"bits": None, "group": group, "symmetric": symmetric}, **AIMED)
+        settings = params(
+            ("obs", "lsq", "block"),
+            quantization={"bits": None, "group": group, "symmetric": symmetric},
+            **AIMED,
+        )
         _, found = pruned(model_paths["llama"], settings)
         assert not any(result.grids for result in found.values())
-        assert all("rounding_error" not in facts for result in found.values() for facts in result.facts["matrices"].values())
+        assert all(
+            "rounding_error" not in facts
+            for result in found.values()
+            for facts in result.facts["matrices"].values()
+        )
         results.append(found)
     for index, result in results[0].items():
         assert result.facts == results[1][index].facts
-        assert all(torch.equal(tensor, results[1][index].tensors[name]) for name, tensor in result.tensors.items())
+        assert all(
+            torch.equal(tensor, results[1][index].tensors[name]) for name, tensor in result.tensors.items()
+        )
 
 
 def test_after_least_squares_the_sweep_starts_from_its_weights(model_paths: dict[str, Path]) -> None:
-    """Oracle: the unquantised run's weights and mask at the first site, put on the grid by ``quantise``; errors in order."""
+    """Oracle: the unquantised run's weights and mask at the first site, put on the grid by
+    ``quantise``; errors in order.
+    """
     steps = ("obs", "lsq")
     model, found = pruned(model_paths["llama"], params(steps, **AIMED))
     _, plain = pruned(model_paths["llama"], params(steps, quantization={"bits": None}, **AIMED))
@@ -493,13 +609,18 @@ def test_after_least_squares_the_sweep_starts_from_its_weights(model_paths: dict
     first = table.consumers(table.sites[0].name)
     gram = torch.zeros(0)
     for matrix in first:
-        weight, mask = matrix.view(plain[0].tensors[matrix.parameter]), matrix.view(plain[0].masks[matrix.parameter])
+        weight, mask = (
+            matrix.view(plain[0].tensors[matrix.parameter]),
+            matrix.view(plain[0].masks[matrix.parameter]),
+        )
         assert torch.equal(matrix.view(found[0].masks[matrix.parameter]), mask)
         if not len(gram):
             gram = second_moment(model, table.sites[0].name)
         grid = Grid(weight.shape, found[0].grids[matrix].scheme, CPU)
         expected = quantise(weight, mask, factorise(gram, 0.01, "mean", "here"), grid, 16)
-        torch.testing.assert_close(matrix.view(found[0].tensors[matrix.parameter]), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            matrix.view(found[0].tensors[matrix.parameter]), expected, rtol=1e-5, atol=1e-6
+        )
     for facts in found[0].facts["matrices"].values():
         assert facts["unquantised_error"] < facts["layer_error"]
 
@@ -516,9 +637,16 @@ def second_moment(model: BlockModel, site: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["llama-bias", "gpt2"])
 @pytest.mark.parametrize("refit", [["scales"], ["biases", "norms"], ["scales", "biases", "norms"]])
-def test_what_is_fitted_again_after_quantising(model_paths: dict[str, Path], family: str, refit: list[str]) -> None:
-    """Oracle: the run that fits nothing again. In the first block codes and masks are its, and only what is named moves; the error on held-out rows falls."""
-    how: dict[str, Any] = {"quantization": {"bits": 3, "symmetric": False}, "block": {"epochs": 4, "rate": 0.01}}
+def test_what_is_fitted_again_after_quantising(
+    model_paths: dict[str, Path], family: str, refit: list[str]
+) -> None:
+    """Oracle: the run that fits nothing again. In the first block codes and masks are its, and only
+    what is named moves; the error on held-out rows falls.
+    """
+    how: dict[str, Any] = {
+        "quantization": {"bits": 3, "symmetric": False},
+        "block": {"epochs": 4, "rate": 0.01},
+    }
     plain_how = params(("obs", "block"), **{**how, "quantization": {**how["quantization"], "refit": []}})
     model, plain = pruned(model_paths[family], plain_how)
     settings = params(("obs", "block"), **{**how, "quantization": {**how["quantization"], "refit": refit}})
@@ -532,22 +660,34 @@ def test_what_is_fitted_again_after_quantising(model_paths: dict[str, Path], fam
     parameters = {matrix.parameter for matrix in matrices}
     for matrix in matrices:
         before, after = plain[0].grids[matrix], found[0].grids[matrix]
-        steps = [grid.steps(matrix.view(run[0].tensors[matrix.parameter])) for grid, run in ((before, plain), (after, found))]
+        steps = [
+            grid.steps(matrix.view(run[0].tensors[matrix.parameter]))
+            for grid, run in ((before, plain), (after, found))
+        ]
         assert torch.equal(*steps)
         assert torch.equal(before.zero, after.zero)
         assert torch.equal(before.scale, after.scale) == ("scales" not in refit)
     biases = {matrix.bias for matrix in matrices}
-    moved = {name for name in found[0].tensors if not torch.equal(found[0].tensors[name], plain[0].tensors[name])}
+    moved = {
+        name for name in found[0].tensors if not torch.equal(found[0].tensors[name], plain[0].tensors[name])
+    }
     assert bool(moved & parameters) == ("scales" in refit)
     assert bool(moved & biases) == ("biases" in refit)
     assert bool(moved - parameters - biases) == ("norms" in refit)
 
 
 def test_a_fitted_block_is_quantised_towards_its_own_outputs(model_paths: dict[str, Path]) -> None:
-    """Oracle: the same fit, rounded to nearest instead; and both blocks' errors on held-out rows, which the next fit starts from."""
+    """Oracle: the same fit, rounded to nearest instead; and both blocks' errors on held-out rows,
+    which the next fit starts from.
+    """
     errors = {}
     for steps in (("lsq", "block"), ("obs", "lsq", "block")):
-        settings = params(steps, 0.3, quantization={"bits": 3, "refit": ["norms"]}, lsq={"tolerance": 1e-6, "iterations": 400})
+        settings = params(
+            steps,
+            0.3,
+            quantization={"bits": 3, "refit": ["norms"]},
+            lsq={"tolerance": 1e-6, "iterations": 400},
+        )
         _, found = pruned(model_paths["llama"], settings)
         facts = found[0].facts
         assert all(one["quantised_error"] > 0 for one in facts["matrices"].values())
@@ -556,7 +696,9 @@ def test_a_fitted_block_is_quantised_towards_its_own_outputs(model_paths: dict[s
 
 
 def test_shifts_go_into_the_biases(model_paths: dict[str, Path]) -> None:
-    """Every linear of OPT has a bias, so that inputs can be centred. Oracle: with the shift, the mean of what quantisation changes vanishes at the first site."""
+    """Every linear of OPT has a bias, so that inputs can be centred. Oracle: with the shift, the
+    mean of what quantisation changes vanishes at the first site.
+    """
     model = BlockModel(open_checkpoint(model_paths["opt"]), torch.float32, CPU)
     table = model.checkpoint.architecture.layouts[0]
     site = table.sites[0].name
@@ -567,7 +709,10 @@ def test_shifts_go_into_the_biases(model_paths: dict[str, Path]) -> None:
     model.call(block, 0, stream.hidden[0])
     mean = taken[0].mean(0)
     source = model.checkpoint.block(0)
-    for steps, how in ((("obs",), {}), (("obs", "channel"), {"channel": {**LITTLE, "parts": ["norms"], "rate": 1e-9}})):
+    for steps, how in (
+        (("obs",), {}),
+        (("obs", "channel"), {"channel": {**LITTLE, "parts": ["norms"], "rate": 1e-9}}),
+    ):
         shifts = [Transform(shifts={site: mean}), Transform()]
         settings = params(steps, 0.0, quantization={"bits": 3, "refit": []}, **how)
         _, found = pruned(model_paths["opt"], settings, shifts)
@@ -586,10 +731,14 @@ def test_scales_alone_give_the_weights_back(model_paths: dict[str, Path]) -> Non
     tensors = {name: tensor.float() for name, tensor in result.tensors.items()}
     scales = Scales(tensors, result.grids)
     free = scales.free()
-    same, twice = (scales.joined({**tensors, **{name: by * scale for name, scale in free.items()}}) for by in (1, 2))
+    same, twice = (
+        scales.joined({**tensors, **{name: by * scale for name, scale in free.items()}}) for by in (1, 2)
+    )
     assert same.keys() == twice.keys() == tensors.keys()
     parameters: set[Matrix] = set(model.checkpoint.architecture.layouts[0].matrices)
     for name, tensor in tensors.items():
         assert torch.equal(same[name], tensor)
-        assert torch.equal(twice[name], 2 * tensor if name in {matrix.parameter for matrix in parameters} else tensor)
+        assert torch.equal(
+            twice[name], 2 * tensor if name in {matrix.parameter for matrix in parameters} else tensor
+        )
     assert math.prod(scales.free()[f"{next(iter(result.grids)).label}.scale"].shape) > 1

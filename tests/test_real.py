@@ -1,4 +1,6 @@
-"""The harness of the real testbed, on a tiny model with texts of made-up words. Oracles: the protocol's numbers, and the library's own functions."""
+"""The harness of the real testbed, on a tiny model with texts of made-up words. Oracles: the
+protocol's numbers, and the library's own functions.
+"""
 
 import dataclasses
 import functools
@@ -33,7 +35,10 @@ FIELDS = [
     "device",
     "commit",
 ]
-SCORES = {"real_copa": {"acc": [1.0, 0.0, 1.0, 1.0]}, "real_sciq": {"acc": [0.0, 1.0, 0.0, 0.0], "acc_norm": [1.0, 1.0, 0.0, 1.0]}}
+SCORES = {
+    "real_copa": {"acc": [1.0, 0.0, 1.0, 1.0]},
+    "real_sciq": {"acc": [0.0, 1.0, 0.0, 0.0], "acc_norm": [1.0, 1.0, 0.0, 1.0]},
+}
 
 
 @pytest.fixture
@@ -41,7 +46,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The testbed's folder; the record is in ``record``, and work is done in this process."""
     make_model(tmp_path / "model", "llama", max_position_embeddings=1024, dtype=real.torch.bfloat16)
     words = functools.partial(text, words=12_000)
-    names = ("real/texts/wikitext2.test", "real/texts/wikitext2.train-part", "texts/mix.test", "texts/mix.valid", "texts/mix.calib")
+    names = (
+        "real/texts/wikitext2.test",
+        "real/texts/wikitext2.train-part",
+        "texts/mix.test",
+        "texts/mix.valid",
+        "texts/mix.calib",
+    )
     for seed, name in enumerate(names):
         said = f"<|doc|>\n{words(seed)}" if "mix" in name else words(seed)
         path = tmp_path / f"{name}.txt"
@@ -87,33 +98,48 @@ def test_every_cell_can_be_computed(monkeypatch: pytest.MonkeyPatch) -> None:
             one.recipe(arm)
     main = [one.key for one in cells if one.key["table"] == "main"]
     assert {(key["method"], key["pattern"]) for key in main if key["method"] != "dense"} == {
-        (method, pattern) for method in real.MAIN if method != "dense" for pattern in ("50%", "60%", "70%", "2:4")
+        (method, pattern)
+        for method in real.MAIN
+        if method != "dense"
+        for pattern in ("50%", "60%", "70%", "2:4")
     }
     assert {key["table"] for key in (one.key for one in cells)} == set(real.TABLES)
-    assert all(one.rows == 128 and one.source == "c4.calib" for one in cells if one.key["table"] != "ablation")
+    assert all(
+        one.rows == 128 and one.source == "c4.calib" for one in cells if one.key["table"] != "ablation"
+    )
 
 
 @pytest.mark.usefixtures("here")
 def test_rows_are_those_of_the_protocol() -> None:
-    """Pages that choose are none that calibrate; a quarter of the rows judges. Oracle: sizes, and the pages themselves."""
+    """Pages that choose are none that calibrate; a quarter of the rows judges. Oracle: sizes, and
+    the pages themselves.
+    """
     bed = real.Real()
     rows = bed.calibration("c4.calib", 128, 0)
     assert rows["fit"].shape == (96, 512) and rows["held_out"].shape == (32, 512)
     assert not {*real._documents("c4.calib")} & {*real._documents("c4.valid")}
-    assert [len(real._documents(name)) for name in ("c4.calib", "c4.valid", "wikitext2.test", "mix.test")] == [100, 100, 1, 1]
+    assert [
+        len(real._documents(name)) for name in ("c4.calib", "c4.valid", "wikitext2.test", "mix.test")
+    ] == [100, 100, 1, 1]
     assert {
         **dict.fromkeys(("wikitext2.test", "mix.test"), (32, 1024)),
         **dict.fromkeys(("c4.valid", "mix.valid"), (32, 512)),
     } == {**real.REPORTED, **real.CHOSEN}
 
 
-def test_cells_are_recorded_one_by_one_and_not_computed_twice(ran: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_are_recorded_one_by_one_and_not_computed_twice(
+    ran: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: the fields that readers rely on; transformers' own model for the perplexity."""
     _, first = ran("--only", "method=dense")
     assert [record["text"] for record in first] == ["wikitext2.test", "mix.test"]
     for record in first:
         assert sorted(record) == sorted(FIELDS)
-        assert record["ppl"] == record["dense"] == perplexity(load_full(here / "model"), real.Real(1024).rows(record["text"], 32), 8)
+        assert (
+            record["ppl"]
+            == record["dense"]
+            == perplexity(load_full(here / "model"), real.Real(1024).rows(record["text"], 32), 8)
+        )
         assert record["tasks"]["mean"] == 0.75
         assert record["tasks"]["each"]["real_sciq"] == {"metric": "acc_norm", "value": 0.75, "items": "1101"}
     kept = ran("--only", "table=main", "--only", "pattern=50%", "--only", "method=magnitude")[1]
@@ -122,22 +148,39 @@ def test_cells_are_recorded_one_by_one_and_not_computed_twice(ran: Callable[...,
     assert ran("--only", "method=dense")[1] == kept
 
 
-def test_a_distilled_model_starts_from_what_was_kept(ran: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_distilled_model_starts_from_what_was_kept(
+    ran: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its cost is that of both. Oracle: the record of the base; nothing is pruned a second time."""
     cell = ("--only", "table=main", "--only", "pattern=50%", "--only", "seed=0")
     base = ran(*cell, "--only", "method=sparsegpt")[1]
     (kept,) = (path.parent for path in here.glob("record/cells/real/*/cost.json"))
     assert len(list(kept.glob("*.safetensors"))) == open_checkpoint(here / "model").architecture.depth
     monkeypatch.setattr(real, "prune", None)
-    found = [record for record in ran(*cell, "--only", "method=sparsegpt+distil")[1] if record["method"] == "sparsegpt+distil"]
-    assert found[0]["training"]["kept"] and found[0]["training"]["held_out_after"] < found[0]["training"]["held_out_before"]
+    found = [
+        record
+        for record in ran(*cell, "--only", "method=sparsegpt+distil")[1]
+        if record["method"] == "sparsegpt+distil"
+    ]
+    assert (
+        found[0]["training"]["kept"]
+        and found[0]["training"]["held_out_after"] < found[0]["training"]["held_out_before"]
+    )
     assert found[0]["wall_s"] > base[0]["wall_s"]
     assert found[0]["ppl"] != base[0]["ppl"]
 
 
-def test_what_fails_does_not_keep_the_others(ran: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(real.compressed.__globals__["Path"], "exists", lambda path: "rivals" not in str(path) and path.is_file())
-    output, records = ran("--only", "table=main", "--only", "pattern=2:4", "--only", "method=llm-compressor wanda", code=1)
+def test_what_fails_does_not_keep_the_others(
+    ran: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        real.compressed.__globals__["Path"],
+        "exists",
+        lambda path: "rivals" not in str(path) and path.is_file(),
+    )
+    output, records = ran(
+        "--only", "table=main", "--only", "pattern=2:4", "--only", "method=llm-compressor wanda", code=1
+    )
     assert "run `make rivals-environment`" in output and "1 cells failed" in output
     assert records == []
     del here
@@ -149,7 +192,15 @@ def test_an_unknown_cell_is_refused(ran: Callable[..., Any]) -> None:
 
 
 def test_differences_are_paired() -> None:
-    """Oracle: by hand: the second task differs in one item of four, so the mean of two by an eighth; its variance is 1/4 over 4 items, of two means."""
-    each = {name: {"metric": "acc", "value": 0.5, "items": items} for name, items in (("a", "0101"), ("b", "1101"))}
+    """Oracle: by hand: the second task differs in one item of four, so the mean of two by an
+    eighth; its variance is 1/4 over 4 items, of two means.
+    """
+    each = {
+        name: {"metric": "acc", "value": 0.5, "items": items}
+        for name, items in (("a", "0101"), ("b", "1101"))
+    }
     other = {"a": each["a"], "b": {**each["b"], "items": "1100"}}
-    assert real._apart({"mean": 0.625, "each": each}, {"mean": 0.5, "each": other}) == f"+12.50 ± {100 * (0.25 / 4) ** 0.5 / 2:.2f}"
+    assert (
+        real._apart({"mean": 0.625, "each": each}, {"mean": 0.5, "each": other})
+        == f"+12.50 ± {100 * (0.25 / 4) ** 0.5 / 2:.2f}"
+    )

@@ -1,4 +1,6 @@
-"""The report from synthetic facts. Oracles: arithmetic by hand, the HTML parser, and the bytes of a second run."""
+"""The report from synthetic facts. Oracles: arithmetic by hand, the HTML parser, and the bytes of a
+second run.
+"""
 
 import hashlib
 import json
@@ -34,7 +36,8 @@ from pipeline_lib.reporting.table import Column, Results
 
 KINDS = {"q": 1000, "v": 1000, "down": 2000}  # kind -> size
 # ln ppl dense = 2, baseline = 3 (test) and 2.5 (validation): gaps are easy to tell
-LOG_PERPLEXITY = {"dense": (2.0, 2.0), "plain": (3.0, 2.5), "base": (3.0, 2.5), "full": (2.75, 2.125)}  # name -> (test, validation)
+# name -> (test, validation)
+LOG_PERPLEXITY = {"dense": (2.0, 2.0), "plain": (3.0, 2.5), "base": (3.0, 2.5), "full": (2.75, 2.125)}
 DIVERGENCE = {  # the same on both texts
     "plain": {"kl": 0.5, "kl_99": 2.0, "agreement": 0.5},
     "base": {"kl": 0.125, "kl_99": 1.0, "agreement": 0.625},
@@ -46,10 +49,16 @@ EVIL = '<script>alert("x")</script> & <b>bold</b> ```` {{ 7 * 7 }}'
 def settings(name: str) -> dict[str, Any]:
     """A recipe as prune writes it into the facts."""
     full = name == "full"
-    changes: dict[str, Any] = {"selection": {"sparsity": 0.5, "group": "block", "block": 128}, "allocation": {"alpha": 0.15}}
+    changes: dict[str, Any] = {
+        "selection": {"sparsity": 0.5, "group": "block", "block": 128},
+        "allocation": {"alpha": 0.15},
+    }
     if full:
         changes["allocation"]["method"] = "weight"
-        changes |= {"quantization": {"bits": 4, "group": 64, "symmetric": False}, "induce": read_params(ROOT)["induce"]}
+        changes |= {
+            "quantization": {"bits": 4, "group": 64, "symmetric": False},
+            "induce": read_params(ROOT)["induce"],
+        }
     return recipe(("obs", "channel") if full else (), **changes).model_dump(mode="json")
 
 
@@ -58,7 +67,9 @@ def induction(block: int) -> dict[str, Any]:
     choice = ("learned", "start", "none")[block % 3]
     return {
         "choice": choice,
-        "judged": {"none": 0.06, "start": 0.08, "learned": 0.07} | ({choice: 0.05} if choice != "none" else {}),
+        "judged": (
+            {"none": 0.06, "start": 0.08, "learned": 0.07} | ({choice: 0.05} if choice != "none" else {})
+        ),
         "held_out": {"none": 0.04, "start": 0.05, "learned": 0.03},
         "mask_changed": 0.03 if choice != "none" else 0.0,
     }
@@ -70,7 +81,8 @@ def facts(name: str, depth: int) -> dict[str, Any]:
     for block in range(depth):
         for number, (kind, size) in enumerate(KINDS.items()):
             density = 0.5 + (0.1 * (number - 1) if full and kind != "down" else 0)
-            density += 0.05 if full and kind == "down" else 0  # 1000·0.4 + 1000·0.5 + 2000·0.55 = half of 4000
+            # 1000·0.4 + 1000·0.5 + 2000·0.55 = half of 4000
+            density += 0.05 if full and kind == "down" else 0
             matrices[f"layers.{block}.{kind}"] = {
                 "block": block,
                 "kind": kind,
@@ -80,7 +92,10 @@ def facts(name: str, depth: int) -> dict[str, Any]:
                 "damping": 0.01,
             }
     # The last block's fit was of no use: its block came back unfitted.
-    fits = [{"fit_before": 0.05, "fit_after": 0.04, "held_out_before": 0.06, "held_out_after": 0.05, "epochs": 3} for _ in range(depth)]
+    fits = [
+        {"fit_before": 0.05, "fit_after": 0.04, "held_out_before": 0.06, "held_out_after": 0.05, "epochs": 3}
+        for _ in range(depth)
+    ]
     fits[-1] |= {"fit_after": 0.05, "held_out_after": 0.06, "epochs": 0}
     transform: dict[str, Any] = {}
     if full:
@@ -105,7 +120,13 @@ def sensitivities(depth: int) -> dict[str, Any]:
     for block in range(depth):
         for number, kind in enumerate(KINDS):
             trace = (-1) ** block * 10.0 ** -(number + 1)
-            entry = {"trace": trace, "stderr": 0.004, "sensitivity": max(trace, 0.004), "block": block, "kind": kind}
+            entry = {
+                "trace": trace,
+                "stderr": 0.004,
+                "sensitivity": max(trace, 0.004),
+                "block": block,
+                "kind": kind,
+            }
             found[f"layers.{block}.{kind}"] = entry
     return found
 
@@ -141,20 +162,31 @@ def make(build: Path, depth: int = 3) -> Path:
         "dtype": "float32",
         "parameters": 12345,
         "versions": {"torch": "2.13"},
-        "architecture": to_json(Architecture("llama", "layers", 32, (discovered(make_config("llama")),) * depth, frozenset())),
+        "architecture": to_json(
+            Architecture("llama", "layers", 32, (discovered(make_config("llama")),) * depth, frozenset())
+        ),
     }
     write("prepare/model.json", source | {"sha256": hashes})
     for name, (test, validation) in LOG_PERPLEXITY.items():
         better = 0.1 if name == "full" else 0.0
         tasks = {
             "next_line": {
-                "metrics": {"acc": {"value": 0.6 + better, "stderr": 0.0123456789}, "acc_norm": {"value": 0.7 - better, "stderr": 0.01}},
+                "metrics": {
+                    "acc": {"value": 0.6 + better, "stderr": 0.0123456789},
+                    "acc_norm": {"value": 0.7 - better, "stderr": 0.01},
+                },
                 "chance": 0.25,
                 "items": 100,
                 "of": 200,
                 "truncated": 0,
             },
-            "free": {"metrics": {"acc": {"value": 0.5, "stderr": 0.02}}, "chance": None, "items": 50, "of": 50, "truncated": 3},
+            "free": {
+                "metrics": {"acc": {"value": 0.5, "stderr": 0.02}},
+                "chance": None,
+                "items": 50,
+                "of": 50,
+                "truncated": 3,
+            },
             "wiki": {
                 "metrics": {
                     "exact_match, strict": {"value": 0.25, "stderr": 0.05},
@@ -166,7 +198,10 @@ def make(build: Path, depth: int = 3) -> Path:
                 "truncated": 0,
             },
         }
-        measured = {"perplexity": {"test": math.exp(test), "validation": math.exp(validation)}, "divergence": {}}
+        measured = {
+            "perplexity": {"test": math.exp(test), "validation": math.exp(validation)},
+            "divergence": {},
+        }
         if name != "dense":
             measured["divergence"] = dict.fromkeys(measured["perplexity"], DIVERGENCE[name])
         write(f"evaluate/{name}.json", measured)
@@ -178,13 +213,40 @@ def make(build: Path, depth: int = 3) -> Path:
             write(f"training/{name}.json", {})
         write(f"sizes/{name}.json", {} if name == "plain" else sizes(name))
     for name, use in (("calibration", "calibrate"), ("validation", "evaluate"), ("test", "evaluate")):
-        rows = {"rows": 8, "length": 32, "documents": 1, "tokens": 1234, "seed": 0 if use == "calibrate" else None, "kind": "files"}
+        rows = {
+            "rows": 8,
+            "length": 32,
+            "documents": 1,
+            "tokens": 1234,
+            "seed": 0 if use == "calibrate" else None,
+            "kind": "files",
+        }
         rows |= {"start": "document"}
-        workspace.save_tensors(build / "texts" / use / f"{name}.safetensors", {}, rows | {"sha256": {f"{name}.txt": f"{len(name):064d}"}})
-    write("choice.json", {"text": "validation", "chosen": "full", "perplexity": {"base": math.exp(2.5), "full": math.exp(2.125)}})
+        workspace.save_tensors(
+            build / "texts" / use / f"{name}.safetensors",
+            {},
+            rows | {"sha256": {f"{name}.txt": f"{len(name):064d}"}},
+        )
+    write(
+        "choice.json",
+        {
+            "text": "validation",
+            "chosen": "full",
+            "perplexity": {"base": math.exp(2.5), "full": math.exp(2.125)},
+        },
+    )
     write("sensitivity/sensitivity.json", sensitivities(depth))
-    probed = {"estimator": "fisher", "probes": 24, "rows_per_probe": 2, "output_moments": "diagonal", "wanted_moments": "full"}
-    write("sensitivity/estimate.json", probed | {"agreement": 0.876, "wanted": 0.9, "reached": False, "relative_error": 0.31})
+    probed = {
+        "estimator": "fisher",
+        "probes": 24,
+        "rows_per_probe": 2,
+        "output_moments": "diagonal",
+        "wanted_moments": "full",
+    }
+    write(
+        "sensitivity/estimate.json",
+        probed | {"agreement": 0.876, "wanted": 0.9, "reached": False, "relative_error": 0.31},
+    )
     allocations = {f"allocate-{name}": 1 for name in LOG_PERPLEXITY if name != "dense"}
     stages = allocations | {
         "prune-plain": 10,
@@ -198,11 +260,15 @@ def make(build: Path, depth: int = 3) -> Path:
     for number, (stage, wall) in enumerate(stages.items()):
         record = {"wall_s": wall, "cpu_s": wall / 2, "peak_rss_bytes": (number + 1) * 10**9}
         made = build / "choice.json"
-        write_json(build / f"costs/{stage}.json", record | {"output": {"path": str(made), "sha256": sha256(made)}})
+        write_json(
+            build / f"costs/{stage}.json", record | {"output": {"path": str(made), "sha256": sha256(made)}}
+        )
     return build
 
 
-def collect(build: Path, names: tuple[str, ...] = ("plain", "base", "full"), baseline: str = "base") -> Results:
+def collect(
+    build: Path, names: tuple[str, ...] = ("plain", "base", "full"), baseline: str = "base"
+) -> Results:
     """What a params.yaml beside ``build`` asks for."""
     rows = {"validation": ("evaluate", 8), "test": ("evaluate", 16), "calibration": ("calibrate", 4)}
     values = {
@@ -211,7 +277,8 @@ def collect(build: Path, names: tuple[str, ...] = ("plain", "base", "full"), bas
         "variants": {name: {} for name in names},
         "texts": {name: {"use": use, "rows": count, "length": 32} for name, (use, count) in rows.items()},
     }
-    (build.parent / "params.yaml").write_text(json.dumps(values) + "\n# <of the rows>\n", encoding="utf-8")  # JSON is YAML
+    # JSON is YAML
+    (build.parent / "params.yaml").write_text(json.dumps(values) + "\n# <of the rows>\n", encoding="utf-8")
     return table.collect(build.parent)
 
 
@@ -244,7 +311,11 @@ def drawn(html: str) -> dict[str, str]:
 
 
 def tables(results: Results, section: str) -> list[list[Column]]:
-    return [block.content for block in content.SECTIONS[section](results) if not isinstance(block, str) and block.kind == "table"]
+    return [
+        block.content
+        for block in content.SECTIONS[section](results)
+        if not isinstance(block, str) and block.kind == "table"
+    ]
 
 
 # The table
@@ -272,7 +343,9 @@ def test_no_gap_where_the_baseline_is_no_worse(build: Path) -> None:
     """Equal perplexities would divide by zero; a baseline better than the dense model would turn the sign."""
     for text, value in (("test", 2.0), ("validation", 1.9)):
         worse = {text: math.exp(value)}
-        change_artifact(build / "evaluate" / "base.json", lambda found, worse=worse: found["perplexity"].update(worse))
+        change_artifact(
+            build / "evaluate" / "base.json", lambda found, worse=worse: found["perplexity"].update(worse)
+        )
     results = collect(build)
     assert table.gap_closed(results, results.pruned[2], "test") is None
     assert table.gap_closed(results, results.pruned[2], "validation") is None
@@ -280,9 +353,18 @@ def test_no_gap_where_the_baseline_is_no_worse(build: Path) -> None:
 
 
 def test_costs_are_of_what_a_variant_needs(build: Path) -> None:
-    """full: calibrate 5 + scale 1 + sensitivity 60 + allocate 1 + induce 40 + prune 30; its largest memory is that of sensitivity."""
+    """full: calibrate 5 + scale 1 + sensitivity 60 + allocate 1 + induce 40 + prune 30; its largest
+    memory is that of sensitivity.
+    """
     results, measured = collect(build), costs.collect(build / "costs")
-    assert table.stages(results.pruned[2]) == ["calibrate", "scale", "sensitivity", "allocate-full", "induce-full", "prune-full"]
+    assert table.stages(results.pruned[2]) == [
+        "calibrate",
+        "scale",
+        "sensitivity",
+        "allocate-full",
+        "induce-full",
+        "prune-full",
+    ]
     seconds, peak = costs.by_variant(results, measured)
     assert (seconds.head, peak.head) == ("seconds", "peak GB")
     assert seconds.cells == ("–", "11.0", "21.0", "137")
@@ -291,10 +373,15 @@ def test_costs_are_of_what_a_variant_needs(build: Path) -> None:
 
 
 def test_a_gpus_memory_is_shown_where_one_was_used(build: Path) -> None:
-    """Of ``full``: sensitivity took 5 GB of a GPU, prune 4; the stages of the others ran on a CPU, and older records name no GPU at all."""
+    """Of ``full``: sensitivity took 5 GB of a GPU, prune 4; the stages of the others ran on a CPU,
+    and older records name no GPU at all.
+    """
     for name, count in (("sensitivity", 5e9), ("prune-full", 4e9), ("prune-base", None)):
         path = build / "costs" / f"{name}.json"
-        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"peak_gpu_bytes": count}), encoding="utf-8")
+        path.write_text(
+            json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"peak_gpu_bytes": count}),
+            encoding="utf-8",
+        )
     results, measured = collect(build), costs.collect(build / "costs")
     _, peak, gpu = costs.by_variant(results, measured)
     assert (gpu.head, gpu.cells) == ("peak GPU GB", ("–", "–", "–", "5.00"))
@@ -303,7 +390,9 @@ def test_a_gpus_memory_is_shown_where_one_was_used(build: Path) -> None:
 
 
 def test_costs_of_another_run_are_not_shown(build: Path) -> None:
-    """A record belongs to the output that its run wrote. Oracles: a changed output, a missing record, a missing output."""
+    """A record belongs to the output that its run wrote. Oracles: a changed output, a missing
+    record, a missing output.
+    """
     record = build / "costs" / "induce-full.json"
     told = json.loads(record.read_text(encoding="utf-8"))
     for output in ({"path": str(build / "gone"), "sha256": ""}, {**told["output"], "sha256": "0" * 64}, None):
@@ -313,7 +402,9 @@ def test_costs_of_another_run_are_not_shown(build: Path) -> None:
 
 
 def test_the_script_completes_the_page(build: Path) -> None:
-    """Oracles: the page's section and the script's text, which hold the same anchor; the page itself holds no cost."""
+    """Oracles: the page's section and the script's text, which hold the same anchor; the page
+    itself holds no cost.
+    """
     results = collect(build)
     page, script = render(results), render_costs(results, costs.collect(build / "costs"))
     assert (
@@ -321,7 +412,9 @@ def test_the_script_completes_the_page(build: Path) -> None:
         and '<script src="costs.js"></script>' in page
         and "137" not in page.split('id="costs"')[1].split("</section>")[0]
     )
-    shown = json.loads(script.removeprefix("document.getElementById('costs').innerHTML = ").removesuffix(";\n"))
+    shown = json.loads(
+        script.removeprefix("document.getElementById('costs').innerHTML = ").removesuffix(";\n")
+    )
     assert "<h2>Costs</h2>" in shown and ">137<" in shown and ">full<" in shown
 
 
@@ -337,27 +430,43 @@ def test_the_script_completes_the_page(build: Path) -> None:
 )
 def test_stages_that_a_recipe_needs(build: Path, method: str, induced: bool, expected: list[str]) -> None:
     """Oracle: what each allocation reads, and where learned factors come from, in the graph's order."""
-    change_artifact(build / "facts" / "full.json", lambda found: found["settings"]["allocation"].update(method=method))
+    change_artifact(
+        build / "facts" / "full.json", lambda found: found["settings"]["allocation"].update(method=method)
+    )
     if not induced:
         change_artifact(build / "facts" / "full.json", lambda found: found["settings"].update(induce=None))
     assert table.stages(collect(build).pruned[2]) == [*expected, "prune-full"]
 
 
-TRAINED = {"settings": {"epochs": 4}, "rows": 6, "steps": 24, "held_out_before": 0.5, "held_out_after": 0.25, "curve": [0.6], "zeros": 2000}
+TRAINED = {
+    "settings": {"epochs": 4},
+    "rows": 6,
+    "steps": 24,
+    "held_out_before": 0.5,
+    "held_out_after": 0.25,
+    "curve": [0.6],
+    "zeros": 2000,
+}
 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_what_is_trained_is_told_from_what_is_one_shot(build: Path, kept: bool) -> None:
-    """In the table of recipes and in a section of its own; its stage counts. Zeros are those of the checkpoint that is measured."""
+    """In the table of recipes and in a section of its own; its stage counts. Zeros are those of the
+    checkpoint that is measured.
+    """
     result = {} if kept else {"held_out_after": None, "zeros": None}
-    change_artifact(build / "training" / "full.json", lambda found: found.update(TRAINED | result | {"kept": kept}))
+    change_artifact(
+        build / "training" / "full.json", lambda found: found.update(TRAINED | result | {"kept": kept})
+    )
     results = collect(build)
     full = results.pruned[2]
     assert table.stages(full)[-2:] == ["prune-full", "distil-full"]
     assert full.zeros == (2000 if kept else full.facts["zeros"]) / full.facts["prunable"]
     page = " ".join(render(results).split())
     assert page.count("none: one-shot") == 2
-    assert ("24 steps of distillation<" in page) == kept and ("24 steps of distillation, not kept" in page) != kept
+    assert ("24 steps of distillation<" in page) == kept and (
+        "24 steps of distillation, not kept" in page
+    ) != kept
     assert ("it was kept." in page) == kept and ("training diverged" in page) != kept
     assert "Settings of the distillation of full" in page
 
@@ -388,7 +497,11 @@ def test_the_best_pruned_cell_is_marked(build: Path) -> None:
 
 def test_figures_of_tasks_with_and_without_an_error(build: Path) -> None:
     """Shares in percent, others as they are; a filter stands behind its task. Accuracy first."""
-    columns = [column for column in table.comparison(collect(build)) if column.head in ("next_line", "free") or "wiki" in column.head]
+    columns = [
+        column
+        for column in table.comparison(collect(build))
+        if column.head in ("next_line", "free") or "wiki" in column.head
+    ]
     assert [(column.group, column.head, column.cells[3]) for column in columns] == [
         ("accuracy, %", "free", "50.0 ± 2.0"),
         ("accuracy, %", "next_line", "70.0 ± 1.2"),
@@ -407,7 +520,9 @@ def test_the_plain_table_is_aligned(build: Path) -> None:
 
 
 def test_pruned_and_zero_are_told_apart(build: Path) -> None:
-    """Half of 12,000 weights are pruned; of those kept in full another 100 are zero. Of the dense model's nothing was counted."""
+    """Half of 12,000 weights are pruned; of those kept in full another 100 are zero. Of the dense
+    model's nothing was counted.
+    """
     columns = {column.head: column.cells for column in table.comparison(collect(build))}
     assert columns["pruned"] == ("0.00%", "50.00%", "50.00%", "50.00%")
     assert columns["zeros"] == ("–", "50.00%", "50.00%", "50.83%")
@@ -421,8 +536,8 @@ def test_what_the_table_leaves_out_is_told(build: Path) -> None:
     told = said(render(collect(build)))
     assert cut in told and moments in told
     assert (
-        "`free`: all of 50 items, guessing gives an unknown share; `next_line`: 100 of 200 items, guessing gives 25%; `wiki`: all of 5 items"
-        in told
+        "`free`: all of 50 items, guessing gives an unknown share; `next_line`: 100 of 200 items, guessing"
+        " gives 25%; `wiki`: all of 5 items" in told
     )
     assert "Not exported, so not weighed: `plain`." in told
     forget(build, "tasks")
@@ -455,7 +570,9 @@ def test_summary_is_pure_metrics(build: Path) -> None:
 
 
 def test_divergence_beside_perplexity(build: Path) -> None:
-    """A table of the pruned variants, the best marked. Oracle: ``DIVERGENCE``; the reverse where it was measured of all."""
+    """A table of the pruned variants, the best marked. Oracle: ``DIVERGENCE``; the reverse where it
+    was measured of all.
+    """
     name, *columns = table.divergence(collect(build))
     assert name.cells == ("plain", "base", "full")
     assert [(column.group, column.head) for column in columns] == [
@@ -471,17 +588,27 @@ def test_divergence_beside_perplexity(build: Path) -> None:
             build / "evaluate" / f"{variant}.json",
             lambda found: [one.update(reverse_kl=0.25) for one in found["divergence"].values()] and None,
         )
-    assert {column.cells for column in table.divergence(collect(build)) if column.head == "reverse KL"} == {("0.2500",) * 3}
+    assert {column.cells for column in table.divergence(collect(build)) if column.head == "reverse KL"} == {
+        ("0.2500",) * 3
+    }
     assert table.summary(collect(build))["plain"]["reverse_kl"]["test"] == 0.25
 
 
 def test_the_verdict_on_each_variant(build: Path) -> None:
-    """e^1 and e^0.5 times the dense perplexity against 2.5, KL against a quarter. Oracle: by hand; without thresholds there is no table."""
+    """e^1 and e^0.5 times the dense perplexity against 2.5, KL against a quarter. Oracle: by hand;
+    without thresholds there is no table.
+    """
     found = table.verdicts(collect(build))
     assert [verdict.word for verdict in found.values()] == ["REGRESSION", "REGRESSION", "ACCEPT"]
-    assert found["plain"].reasons == "perplexity ratio test 2.718 > 2.5, KL test 0.5 > 0.25, KL validation 0.5 > 0.25"
+    assert (
+        found["plain"].reasons
+        == "perplexity ratio test 2.718 > 2.5, KL test 0.5 > 0.25, KL validation 0.5 > 0.25"
+    )
     assert found["base"].reasons == "perplexity ratio test 2.718 > 2.5"
-    assert "perplexity ratio test 2.117 <= 2.5" in found["full"].reasons and "accuracy drop wiki 0 <= 3" in found["full"].reasons
+    assert (
+        "perplexity ratio test 2.117 <= 2.5" in found["full"].reasons
+        and "accuracy drop wiki 0 <= 3" in found["full"].reasons
+    )
     assert [column.cells for column in tables(collect(build), "Comparison")[2]][:2] == [
         ("plain", "base", "full"),
         ("REGRESSION", "REGRESSION", "ACCEPT"),
@@ -493,12 +620,16 @@ def test_the_verdict_on_each_variant(build: Path) -> None:
 
 
 def test_the_points_for_dvc(build: Path) -> None:
-    """Every model on every text, dense first: e^2 and the exponents of ``LOG_PERPLEXITY``; what was pruned of each."""
+    """Every model on every text, dense first: e^2 and the exponents of ``LOG_PERPLEXITY``; what was
+    pruned of each.
+    """
     points = table.points(collect(build))
     assert [(point["text"], point["variant"]) for point in points] == [
         (text, name) for text in ("validation", "test") for name in LOG_PERPLEXITY
     ]
-    assert [math.log(point["perplexity"]) for point in points] == pytest.approx([2, 2.5, 2.5, 2.125, 2, 3, 3, 2.75])
+    assert [math.log(point["perplexity"]) for point in points] == pytest.approx(
+        [2, 2.5, 2.5, 2.125, 2, 3, 3, 2.75]
+    )
     assert [point["sparsity"] for point in points] == [0, 0.5, 0.5, 0.5] * 2
 
 
@@ -506,7 +637,9 @@ def test_the_plot_names_fields_of_the_points(build: Path) -> None:
     """Oracle: DVC's own renderer, which refuses a template without data or with unknown axes."""
     plot = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]["report"]["plots"][0]["report/perplexity.json"]
     points = [{"rev": "one", **point} for point in table.points(collect(build))]
-    filled = VegaRenderer(points, "report/perplexity.json", template_dir=str(ROOT / ".dvc" / "plots"), **plot).get_filled_template()
+    filled = VegaRenderer(
+        points, "report/perplexity.json", template_dir=str(ROOT / ".dvc" / "plots"), **plot
+    ).get_filled_template()
     assert filled["data"]["values"] == points and "<DVC_METRIC" not in json.dumps(filled)
     fields = set(re.findall(r'"field": "(\w+)"', json.dumps({**filled, "data": None})))
     assert fields == {"text", "variant", "sparsity", "perplexity", "rev"} == set(points[0])
@@ -514,7 +647,9 @@ def test_the_plot_names_fields_of_the_points(build: Path) -> None:
 
 def test_the_gate_is_told(build: Path) -> None:
     """e^2.125 against e^2.5."""
-    assert "names `full`: perplexity 8.37 on `validation`, against `base` 12.18." in said(render(collect(build)))
+    assert "names `full`: perplexity 8.37 on `validation`, against `base` 12.18." in said(
+        render(collect(build))
+    )
     change_artifact(build / "choice.json", lambda _: {"text": "validation", "chosen": None, "perplexity": {}})
     assert "The gate (" not in said(render(collect(build)))
 
@@ -530,7 +665,11 @@ def test_recipes_are_in_words(build: Path) -> None:
 
 def test_only_the_named_variants_are_reported(build: Path) -> None:
     (build / "facts" / "stale.json").write_text("not even JSON", encoding="utf-8")
-    assert [variant.name for variant in collect(build, ("full", "base")).variants] == ["dense", "full", "base"]
+    assert [variant.name for variant in collect(build, ("full", "base")).variants] == [
+        "dense",
+        "full",
+        "base",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -562,7 +701,9 @@ def test_a_damaged_file_is_told(build: Path) -> None:
 
 
 def test_the_size_table_by_hand(build: Path) -> None:
-    """4500 of 8000 bytes, 6600 of 10000; the variant that is not exported has no row, and perplexities are the variants' own."""
+    """4500 of 8000 bytes, 6600 of 10000; the variant that is not exported has no row, and
+    perplexities are the variants' own.
+    """
     columns = {(column.group, column.head): column.cells for column in content.sizes(collect(build))}
     assert columns["", "variant"] == ("dense", "base", "full", "full")
     assert columns["", "format"] == ("dense", "dense", "dense", "bitmask")
@@ -578,9 +719,14 @@ def test_sizes_are_on_the_page(build: Path) -> None:
     html = render(collect(build))
     assert ">bits per weight<" in html and "no smaller than the same" not in html
     compressed = {"matrix_bytes": 2062, "file_bytes": 4200, "bits": 4.125}
-    change_artifact(build / "sizes" / "full.json", lambda found: found["formats"].update({"compressed-tensors": compressed}))
+    change_artifact(
+        build / "sizes" / "full.json",
+        lambda found: found["formats"].update({"compressed-tensors": compressed}),
+    )
     assert "no smaller than the same quantisation without pruning" in render(collect(build))
-    change_artifact(build / "sizes" / "full.json", lambda found: found["formats"].update({"gguf": compressed}))
+    change_artifact(
+        build / "sizes" / "full.json", lambda found: found["formats"].update({"gguf": compressed})
+    )
     assert "So does <code>gguf</code>" in render(collect(build))
     forget(build, "sizes")
     nothing = render(collect(build))
@@ -631,7 +777,9 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_self_contained(rendered: str) -> None:
-    """All that it refers to is in it, but for the script that adds the costs; every element is closed, nothing else runs."""
+    """All that it refers to is in it, but for the script that adds the costs; every element is
+    closed, nothing else runs.
+    """
     page = Page(rendered)
     assert not page.open
     inside = [address for address in page.addresses if address.startswith("#")]
@@ -648,7 +796,9 @@ def test_completions_are_escaped(rendered: str) -> None:
     """The parser gives back the very text, with its first line break, and no element comes of it."""
     page = Page(rendered)
     assert f"\n\nof {EVIL}" in page.pre  # the parser of a browser drops the first of the two
-    assert [text[1:] for text in page.pre if "same then" in text] == [f"same then {name} {EVIL}" for name in LOG_PERPLEXITY]
+    assert [text[1:] for text in page.pre if "same then" in text] == [
+        f"same then {name} {EVIL}" for name in LOG_PERPLEXITY
+    ]
     assert "<b>" not in rendered
     assert "49" not in "".join(text for text in page.pre if "alert" in text)
 
@@ -656,7 +806,11 @@ def test_completions_are_escaped(rendered: str) -> None:
 def test_samples_split_where_they_leave_the_dense_model(build: Path) -> None:
     """The split never loses a character."""
     results = collect(build)
-    samples = [block.content for block in content.SECTIONS["Sample completions"](results) if not isinstance(block, str)]
+    samples = [
+        block.content
+        for block in content.SECTIONS["Sample completions"](results)
+        if not isinstance(block, str)
+    ]
     dense, plain, _, full = samples[0]["continuations"]
     assert dense == ("dense", "", f"same then dense {EVIL}")
     assert plain == ("plain", "same then ", f"plain {EVIL}")
@@ -673,7 +827,9 @@ def test_every_figure_is_there_and_is_xml(rendered: str) -> None:
 
 
 def test_errors_that_were_not_measured_stay_empty(build: Path) -> None:
-    """Magnitude runs no forward pass and Wanda factorises nothing: their matrices have neither error nor damping. Oracle: the figure's texts."""
+    """Magnitude runs no forward pass and Wanda factorises nothing: their matrices have neither
+    error nor damping. Oracle: the figure's texts.
+    """
 
     def unmeasured(found: Any) -> None:
         found["transform"] = found["transform"] or None
@@ -721,12 +877,17 @@ def test_without_tasks_and_completions(build: Path) -> None:
 
 
 def test_what_induction_did_by_hand(rendered: str) -> None:
-    """Three blocks kept one each; judged (6 + 6 + 6)/3 → (5 + 5 + 6)/3, masks (3 + 3 + 0)/3; one of three fits was thrown away."""
+    """Three blocks kept one each; judged (6 + 6 + 6)/3 → (5 + 5 + 6)/3, masks (3 + 3 + 0)/3; one of
+    three fits was thrown away.
+    """
     told = said(rendered)
     assert "`full`: the gate kept what was learned in 1 of 3 blocks, the start in 1, nothing in 1" in told
     assert "the mean error of a block's output goes from 6.00% to 5.33%" in told
     assert "changed 2.00% of the mask entries on average (0.00% to 3.00% by block)" in told
-    assert "on held-out rows from 6.00% to 5.33%, on rows it was fitted to from 5.00% to 4.33% (squared distance" in told
+    assert (
+        "on held-out rows from 6.00% to 5.33%, on rows it was fitted to from 5.00% to 4.33% (squared distance"
+        in told
+    )
     assert "it was kept in 2 of 3 blocks" in told
 
 
@@ -759,7 +920,9 @@ def test_shares_of_every_matrix(build: Path) -> None:
     assert [column.head for column in shares] == ["plain", "base", "full"]
     assert by_matrix["layers.0.q"] == ("50.00%", "50.00%", "60.00%")
     assert by_matrix["layers.2.down"] == ("50.00%", "50.00%", "45.00%")
-    assert "`full` prunes from 45.00% (`layers.0.down`) to 60.00% (`layers.0.q`)." in said(render(collect(build)))
+    assert "`full` prunes from 45.00% (`layers.0.down`) to 60.00% (`layers.0.q`)." in said(
+        render(collect(build))
+    )
 
 
 def test_a_deep_model(tmp_path: Path) -> None:
@@ -797,7 +960,9 @@ def test_a_damaged_text_is_told(build: Path) -> None:
 
 def digests(folder: Path) -> dict[str, str]:
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
 
 
@@ -809,12 +974,21 @@ def test_two_runs_give_the_same_bytes(build: Path) -> None:
     seen = []
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
-        run = subprocess.run([sys.executable, "-m", "stages.report"], cwd=work, env=environment, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-m", "stages.report"],
+            cwd=work,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         seen.append(digests(work / "report"))
     assert seen[0] == seen[1]
     files, output = seen[0], run.stdout
     assert {"index.html", "table.txt", "summary.json", "perplexity.json"} == set(files)
-    assert re.search(r"report: 3 pruned variants; read report/index\.html, or report/table\.txt; \d+(\.\d)? s\n$", output)
+    assert re.search(
+        r"report: 3 pruned variants; read report/index\.html, or report/table\.txt; \d+(\.\d)? s\n$", output
+    )
     written = (work / "report" / "table.txt").read_text(encoding="utf-8").splitlines()
     assert len(written) == 5 + 2  # variants, and two notes on what is left out
     assert all(f"report: {note}" in output.splitlines() for note in written[5:])
@@ -825,7 +999,8 @@ def test_two_runs_give_the_same_bytes(build: Path) -> None:
 def test_the_library_starts_fast() -> None:
     """Neither torch nor transformers nor pyplot comes with it."""
     code = (
-        "import sys, pipeline_lib.reporting.render; print([m for m in ('torch', 'transformers', 'matplotlib.pyplot') if m in sys.modules])"
+        "import sys, pipeline_lib.reporting.render; print([m for m in ('torch', 'transformers',"
+        " 'matplotlib.pyplot') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

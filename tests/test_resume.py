@@ -1,4 +1,5 @@
-"""A killed prune or induction goes on where it was, two at once do not disturb each other, and a stage ends with its `dvc`.
+"""A killed prune or induction goes on where it was, two at once do not disturb each other, and a
+stage ends with its `dvc`.
 
 Oracle: the bytes of a run that nobody killed or disturbed.
 """
@@ -19,7 +20,18 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from project import build, change_params, environment, holder, invoke, make_workspace, run, scratch, start, tree
+from project import (
+    build,
+    change_params,
+    environment,
+    holder,
+    invoke,
+    make_workspace,
+    run,
+    scratch,
+    start,
+    tree,
+)
 
 from pipeline_lib.core import artifacts, process, runtime
 from pipeline_lib.core.artifacts import block_file, read_tensors
@@ -32,11 +44,13 @@ COMMAND = ("python", "-m", "stages.prune", "sparseline")
 BLOCKS = 4
 EPOCHS = 40  # a block takes most of a second, a look at the scratch directory a hundredth of one
 VARIANT: dict[str, Any] = {
-    "induce": {"steps": 100},  # a block takes about a second; pruning starts from ``ready``'s factors, which nothing learned
+    # a block takes about a second; pruning starts from ``ready``'s factors, which nothing learned
+    "induce": {"steps": 100},
     "selection": {"score": "obs", "group": "block"},
     "reconstruction": {"steps": ["obs", "channel"], "channel": {"epochs": EPOCHS, "patience": EPOCHS}},
 }
-# Blocks in windows of two, aiming at the dense stream, quantised after the fit; with FILES, streams are files beside the finished blocks.
+# Blocks in windows of two, aiming at the dense stream, quantised after the fit; with FILES, streams
+# are files beside the finished blocks.
 WINDOWS: dict[str, Any] = {
     "induce": {},
     "quantization": {"bits": 4, "group": 20, "symmetric": False},
@@ -60,9 +74,18 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         variants = {"sparseline": VARIANT, "windows": WINDOWS}
         report = {"baseline": "sparseline"}
-        workspace = make_workspace(home / "project", model={"layers": BLOCKS}, report=report, variants=variants)
+        workspace = make_workspace(
+            home / "project", model={"layers": BLOCKS}, report=report, variants=variants
+        )
         patch.chdir(workspace)
-        build("keys", "prepare", "text calibration", "calibrate", "scale", *(f"allocate {name}" for name in variants))
+        build(
+            "keys",
+            "prepare",
+            "text calibration",
+            "calibrate",
+            "scale",
+            *(f"allocate {name}" for name in variants),
+        )
         for name in variants:
             with Workspace().directory(Path("build/induce") / name) as made:
                 shutil.copyfile("build/scale/transform.safetensors", made / "transform.safetensors")
@@ -76,7 +99,11 @@ def workspace(ready: Path, tmp_path: Path) -> Path:
 
 def results(workspace: Path) -> dict[str, str]:
     """All that prune and induce write, costs aside."""
-    return {path: digest for path, digest in tree(workspace / "build").items() if path.split("/")[0] in ("prune", "facts", "induce")}
+    return {
+        path: digest
+        for path, digest in tree(workspace / "build").items()
+        if path.split("/")[0] in ("prune", "facts", "induce")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +149,8 @@ def kill_after(workspace: Path, blocks: int) -> int:
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(workspace: Path, undisturbed: dict[str, str]) -> None:
-    """Killed after the first block and again after the third. A kill can also come between a block's files: without its checksums a block
-    is done again, whatever else of it lies there.
+    """Killed after the first block and again after the third. A kill can also come between a
+    block's files: without its checksums a block is done again, whatever else of it lies there.
     """
     before = tree(workspace / "build")
     for blocks in (1, 3):
@@ -132,9 +159,14 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(workspace: Path, undistur
         assert tree(workspace / "build") == before  # no output, whole or partial
     (directory,) = scratch(workspace).glob("prune/*/")
     (directory / f"finished-{done - 1:03d}.json").unlink()
-    for path in (*directory.glob(f"checkpoint/model-{done:05d}-*"), *directory.glob(f"masks/block-{done - 1:03d}.*")):
+    for path in (
+        *directory.glob(f"checkpoint/model-{done:05d}-*"),
+        *directory.glob(f"masks/block-{done - 1:03d}.*"),
+    ):
         path.write_bytes(path.read_bytes()[:100])
-    (directory / "checkpoint" / f".model-{done + 1:05d}-of-{BLOCKS + 1:05d}.safetensors.partial").write_bytes(b"half")
+    (directory / "checkpoint" / f".model-{done + 1:05d}-of-{BLOCKS + 1:05d}.safetensors.partial").write_bytes(
+        b"half"
+    )
     output = run(workspace, *COMMAND)
     assert f"prune sparseline: resuming after {done - 1} of {BLOCKS} blocks" in output
     assert results(workspace) == undisturbed
@@ -142,7 +174,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(workspace: Path, undistur
 
 
 def test_another_run_does_not_resume(workspace: Path) -> None:
-    """Oracle: the log, and the interrupted run's blocks, which stay for whoever goes on with it. Other parameters, then other code."""
+    """Oracle: the log, and the interrupted run's blocks, which stay for whoever goes on with it.
+    Other parameters, then other code.
+    """
     kill_after(workspace, 1)
     kept = tree(scratch(workspace))
     key = "variants.sparseline.reconstruction.channel.epochs"
@@ -157,14 +191,17 @@ def test_another_run_does_not_resume(workspace: Path) -> None:
 
 
 def test_a_kill_while_results_move_into_place(workspace: Path, undisturbed: dict[str, str]) -> None:
-    """Between file systems a move takes long. Oracle: what was there before, then the bytes of an undisturbed run."""
+    """Between file systems a move takes long. Oracle: what was there before, then the bytes of an
+    undisturbed run.
+    """
     code = r"""
 import os, re, sys
 from stages.prune import main
 
 def kill(event, arguments):
     # an audit hook sees whichever way the files take: the checkpoint is in place, the masks would follow
-    if event != "import" and any(re.search(r"\.sparseline\.[^/]+\.partial/masks", str(argument)) for argument in arguments):
+    masks = r"\.sparseline\.[^/]+\.partial/masks"
+    if event != "import" and any(re.search(masks, str(argument)) for argument in arguments):
         os.kill(os.getpid(), 9)
 
 sys.addaudithook(kill)
@@ -173,15 +210,19 @@ main(["sparseline"], standalone_mode=False)
     before = results(workspace)
     run(workspace, "python", "-c", code, code=-9)
     assert finished(workspace) == BLOCKS
-    assert results(workspace).keys() - {path for path in results(workspace) if ".partial" in path} == before.keys()
+    assert (
+        results(workspace).keys() - {path for path in results(workspace) if ".partial" in path}
+        == before.keys()
+    )
     run(workspace, *COMMAND)
     assert results(workspace) == undisturbed
     assert not tree(scratch(workspace))
 
 
 def test_a_window_that_was_killed_is_done_again(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after the first block of a window, after its last, and after the first of the next. Oracles: the bytes of a run that nobody
-    killed, which comes first; and which blocks are kept each time: a window that is not whole is done again as a whole.
+    """Killed after the first block of a window, after its last, and after the first of the next.
+    Oracles: the bytes of a run that nobody killed, which comes first; and which blocks are kept
+    each time: a window that is not whole is done again as a whole.
     """
     code = """
 import json, os
@@ -219,7 +260,18 @@ for last in (None, 0, 1, 2, None):
     output = run(workspace, "python", "-c", code)
     told = [json.loads(line) for line in output.splitlines() if re.match(r"[\[\d-]", line)]
     streams = ["ahead", "dense", "pruned"]
-    assert told == [[[0, 1, 2, 3], []], 0, [[0], streams], -9, [[0, 1], streams], -9, [[2], streams], -9, [[2, 3], []], 0]
+    assert told == [
+        [[0, 1, 2, 3], []],
+        0,
+        [[0], streams],
+        -9,
+        [[0, 1], streams],
+        -9,
+        [[2], streams],
+        -9,
+        [[2, 3], []],
+        0,
+    ]
     assert [int(done) for done in re.findall(r"resuming after (\d) of 4 blocks", output)] == [1, 2, 3]
     undisturbed, resumed = (tree(workspace / "build" / f"prune-{number}") for number in (0, 1))
     assert resumed == undisturbed
@@ -230,21 +282,34 @@ for last in (None, 0, 1, 2, None):
     assert 0 < told["quantization"]["rounding_error"] < 0.1
     for index, steps in told["blocks"].items():
         assert steps.keys() == {"block", "refit"}
-        scales, facts = read_tensors(block_file(workspace / "build" / "prune-0" / "windows" / "quantization", int(index)))
+        scales, facts = read_tensors(
+            block_file(workspace / "build" / "prune-0" / "windows" / "quantization", int(index))
+        )
         assert (facts["bits"], facts["group"], facts["symmetric"]) == (4, 20, False)
-        assert scales.keys() == {f"{label}.{part}" for label in facts["shapes"] for part in ("scale", "zero_point")}
+        assert scales.keys() == {
+            f"{label}.{part}" for label in facts["shapes"] for part in ("scale", "zero_point")
+        }
         for label, (rows, columns) in facts["shapes"].items():
-            assert scales[f"{label}.scale"].shape == scales[f"{label}.zero_point"].shape == (rows, -(-columns // 20))
+            assert (
+                scales[f"{label}.scale"].shape
+                == scales[f"{label}.zero_point"].shape
+                == (rows, -(-columns // 20))
+            )
         sizes = [rows * columns for rows, columns in facts["shapes"].values()]
         groups = [scales[f"{label}.scale"].numel() for label in facts["shapes"]]
-        expected = 1 + 4 * 0.5 + 20 * sum(groups) / sum(sizes)  # mask, half of the codes, scales and zero points
+        # mask, half of the codes, scales and zero points
+        expected = 1 + 4 * 0.5 + 20 * sum(groups) / sum(sizes)
         assert told["quantization"]["bits_per_weight"] == pytest.approx(expected)
     assert not tree(scratch(workspace))
 
 
 def test_a_killed_induction_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
-    """Killed once two of four blocks are kept. Oracle: a run that nobody killed; only the other two blocks are learned again, and the kill left build/ as it was."""
-    workspace = make_workspace(tmp_path / "project", model={"layers": BLOCKS}, variants={"sparseline": {"induce": {}}})
+    """Killed once two of four blocks are kept. Oracle: a run that nobody killed; only the other two
+    blocks are learned again, and the kill left build/ as it was.
+    """
+    workspace = make_workspace(
+        tmp_path / "project", model={"layers": BLOCKS}, variants={"sparseline": {"induce": {}}}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace)
         build("prepare", "text calibration", "calibrate", "scale", "allocate sparseline")
@@ -270,7 +335,7 @@ before = files()
 for number, killed in enumerate((True, False, False)):
     if os.fork() == 0:
         if killed:
-            job.keep = lambda directory, index, outcome: (last if index == 1 else keep)(directory, index, outcome)
+            job.keep = lambda at, index, outcome: (last if index == 1 else keep)(at, index, outcome)
         stage.main(["sparseline"], standalone_mode=False)
         sys.stdout.flush()
         os._exit(0)
@@ -282,7 +347,15 @@ for number, killed in enumerate((True, False, False)):
     told = re.findall(r"learning (\S+)|ended (.+)|(resuming after .+)", output)
     blocks = [f"layers.{index}" for index in range(BLOCKS)]
     goes_on = f"resuming after 2 of {BLOCKS} blocks"
-    assert ["".join(parts) for parts in told] == [*blocks[:2], "-9 True", goes_on, *blocks[2:], "0 False", *blocks, "0 False"]
+    assert ["".join(parts) for parts in told] == [
+        *blocks[:2],
+        "-9 True",
+        goes_on,
+        *blocks[2:],
+        "0 False",
+        *blocks,
+        "0 False",
+    ]
     resumed, undisturbed = (tree(workspace / "build" / f"induce-{number}") for number in (1, 2))
     assert resumed == undisturbed
     assert not tree(scratch(workspace))
@@ -300,7 +373,9 @@ def line_of(process: subprocess.Popen[str], part: str) -> str:
     raise AssertionError(f"ended without {part!r}")
 
 
-@pytest.mark.parametrize(("stage", "killed"), [("prune sparseline", True), ("prune windows", False), ("induce sparseline", False)])
+@pytest.mark.parametrize(
+    ("stage", "killed"), [("prune sparseline", True), ("prune windows", False), ("induce sparseline", False)]
+)
 def test_two_runs_at_once(
     ready: Path,
     tmp_path: Path,
@@ -309,8 +384,8 @@ def test_two_runs_at_once(
     stage: str,
     killed: bool,
 ) -> None:
-    """Two clones, one scratch. The second says whom it waits for, and takes over what is finished, all of it or what was so at a kill.
-    Streams are in memory, or files (windows).
+    """Two clones, one scratch. The second says whom it waits for, and takes over what is finished,
+    all of it or what was so at a kill. Streams are in memory, or files (windows).
     """
     name, variant = stage.split()
     if variant == "windows":
@@ -364,12 +439,15 @@ def ended(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("stage", "number", "stays"), [("prune sparseline", signal.SIGKILL, True), ("induce sparseline", signal.SIGTERM, False)]
+    ("stage", "number", "stays"),
+    [("prune sparseline", signal.SIGKILL, True), ("induce sparseline", signal.SIGTERM, False)],
 )
 def test_a_stage_ends_with_its_dvc(
     project: Path, alone: Callable[[str], dict[str, str]], stage: str, number: signal.Signals, stays: bool
 ) -> None:
-    """`dvc` alone is killed. Oracles: the processes, and the same command again, which gives an undisturbed run's bytes."""
+    """`dvc` alone is killed. Oracles: the processes, and the same command again, which gives an
+    undisturbed run's bytes.
+    """
     shell = project.parent / "shell"  # that stays beside its last command, as fish does
     shell.write_text('#!/bin/sh\n/bin/sh "$@"\nexit $?\n', encoding="utf-8")
     shell.chmod(0o755)
@@ -389,7 +467,9 @@ def test_a_stage_ends_with_its_dvc(
 
 
 def test_a_stage_whose_dvc_is_gone_before_it_looks(project: Path) -> None:
-    """`dvc` dies while the stage imports torch, when it cannot know yet who started it. Oracle: no output, no scratch."""
+    """`dvc` dies while the stage imports torch, when it cannot know yet who started it. Oracle: no
+    output, no scratch.
+    """
     before = tree(project / "build")
     dvc = start(project, "dvc", "repro", "--single-item", "prune@sparseline")
     while not (stages := psutil.Process(dvc.pid).children(recursive=True)):
@@ -398,15 +478,21 @@ def test_a_stage_whose_dvc_is_gone_before_it_looks(project: Path) -> None:
     said, _ = dvc.communicate()
     assert all(ended(stage.pid) for stage in stages)  # its pipes close a moment before it is gone
     assert "error: The `dvc` that started this stage is gone; run the same command again" in said
-    assert tree(project / "build") == {path: digest for path, digest in before.items() if path in tree(project / "build")}
+    assert tree(project / "build") == {
+        path: digest for path, digest in before.items() if path in tree(project / "build")
+    }
     assert not tree(scratch(project))
 
 
 @pytest.mark.parametrize("parent", ["ends", "lives"])
 def test_a_stage_by_hand_lives_on(project: Path, undisturbed: dict[str, str], parent: str) -> None:
-    """Started from a shell that then ends, at once or in the midst, and that has DVC's variables from wherever. Oracle: an undisturbed run."""
+    """Started from a shell that then ends, at once or in the midst, and that has DVC's variables
+    from wherever. Oracle: an undisturbed run.
+    """
     wait = "" if parent == "ends" else "; sleep 1000"
-    (project / "script").write_text(f"nohup {' '.join(COMMAND)} >log 2>&1 & echo $!{wait}\n", encoding="utf-8")
+    (project / "script").write_text(
+        f"nohup {' '.join(COMMAND)} >log 2>&1 & echo $!{wait}\n", encoding="utf-8"
+    )
     shell = start(project, "sh", "script", DVC_STAGE="prune@sparseline", DVC_ROOT=str(project))
     assert shell.stdout
     pid = int(shell.stdout.readline())
@@ -422,8 +508,12 @@ def test_a_stage_by_hand_lives_on(project: Path, undisturbed: dict[str, str], pa
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
-def test_a_signal_ends_a_stage_in_one_line(workspace: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, name: str) -> None:
-    """In the midst of a block. Oracles: exit code, last line, and that nothing half-written or of the process's own is left."""
+def test_a_signal_ends_a_stage_in_one_line(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, name: str
+) -> None:
+    """In the midst of a block. Oracles: exit code, last line, and that nothing half-written or of
+    the process's own is left.
+    """
     monkeypatch.setenv(*FILES)
     before = tree(workspace / "build")
     process = start(workspace, "python", "-m", "stages.prune", "windows")
@@ -433,7 +523,9 @@ def test_a_signal_ends_a_stage_in_one_line(workspace: Path, monkeypatch: pytest.
     process.send_signal(number)
     said, _ = process.communicate()
     assert pid == process.pid and process.returncode == 128 + number
-    assert said.splitlines()[-1] == f"error: {name} came; run the same command again: what is finished is kept."
+    assert (
+        said.splitlines()[-1] == f"error: {name} came; run the same command again: what is finished is kept."
+    )
     assert "Traceback" not in said
     assert tree(workspace / "build") == before
     assert not [path for path in scratch(workspace).rglob("*") if re.search(r"partial|lock", path.name)]
@@ -441,8 +533,12 @@ def test_a_signal_ends_a_stage_in_one_line(workspace: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("number", process.SIGNALS)
 @pytest.mark.parametrize("library", ["turns it into an error", "calls a file damaged", "swallows it"])
-def test_a_signal_in_a_library_call(tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, library: str) -> None:
-    """Safetensors in torch does the first with Ctrl-C. Oracles: exit code, the line, and that what came of it is not written."""
+def test_a_signal_in_a_library_call(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, library: str
+) -> None:
+    """Safetensors in torch does the first with Ctrl-C. Oracles: exit code, the line, and that what
+    came of it is not written.
+    """
     with pytest.raises(SystemExit) as ended, runtime.told():
         try:
             os.kill(os.getpid(), number)
@@ -453,7 +549,10 @@ def test_a_signal_in_a_library_call(tmp_path: Path, capsys: pytest.CaptureFixtur
                 raise SparselineError("a file is damaged") from error
         artifacts.write_json(tmp_path / "result.json", 1)
     assert ended.value.code == 128 + number
-    assert capsys.readouterr().err == f"error: {number.name} came; run the same command again: what is finished is kept.\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {number.name} came; run the same command again: what is finished is kept.\n"
+    )
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
     artifacts.write_json(tmp_path / "result.json", 1)
@@ -471,8 +570,12 @@ class _Removed:
 
 
 @pytest.mark.parametrize("number", process.SIGNALS)
-def test_a_signal_while_an_object_is_removed(capsys: pytest.CaptureFixture[str], number: signal.Signals) -> None:
-    """Python drops what is raised there. Oracles: the body ends all the same, at once, and nothing but the line is told."""
+def test_a_signal_while_an_object_is_removed(
+    capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    """Python drops what is raised there. Oracles: the body ends all the same, at once, and nothing
+    but the line is told.
+    """
     began = time.monotonic()
     with pytest.raises(SystemExit) as ended, runtime.told():
         thing = _Removed(number)
@@ -480,7 +583,10 @@ def test_a_signal_while_an_object_is_removed(capsys: pytest.CaptureFixture[str],
         time.sleep(20)
     assert ended.value.code == 128 + number
     assert time.monotonic() - began < 10
-    assert capsys.readouterr().err == f"error: {number.name} came; run the same command again: what is finished is kept.\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {number.name} came; run the same command again: what is finished is kept.\n"
+    )
 
 
 def test_an_interrupt_before_a_stage_begins(workspace: Path) -> None:
@@ -489,21 +595,27 @@ def test_an_interrupt_before_a_stage_begins(workspace: Path) -> None:
 import os, runpy, signal, sys
 import click
 make = click.Command.make_context
-click.Command.make_context = lambda *given, **named: (os.kill(os.getpid(), signal.SIGINT), make(*given, **named))[1]
+kill = lambda: os.kill(os.getpid(), signal.SIGINT)
+click.Command.make_context = lambda *given, **named: (kill(), make(*given, **named))[1]
 sys.orig_argv = ["python", "-m", "stages.prune", "sparseline"]
 runpy.run_module("stages.prune", run_name="__main__", alter_sys=True)
 """
     process = start(workspace, "python", "-c", code, "sparseline")
     said, _ = process.communicate()
-    assert process.returncode == -signal.SIGINT and said == "error: SIGINT came; run the same command again.\n"
+    assert (
+        process.returncode == -signal.SIGINT and said == "error: SIGINT came; run the same command again.\n"
+    )
 
 
 @pytest.mark.parametrize(("module", "status"), [("pydantic", -signal.SIGINT), ("torch", 128 + signal.SIGINT)])
 def test_an_interrupt_while_importing(workspace: Path, module: str, status: int) -> None:
-    """Ctrl-C in the seconds before a stage begins, or before it has torch. Oracle: one line, and a status that a shell calls 130."""
+    """Ctrl-C in the seconds before a stage begins, or before it has torch. Oracle: one line, and a
+    status that a shell calls 130.
+    """
     code = f"""
 import os, runpy, signal, sys
-sys.addaudithook(lambda event, given: event == "import" and given[0] == "{module}" and os.kill(os.getpid(), signal.SIGINT))
+kill = lambda: os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(lambda event, given: event == "import" and given[0] == "{module}" and kill())
 sys.orig_argv = ["python", "-m", "stages.prune", "sparseline"]
 runpy.run_module("stages.prune", run_name="__main__", alter_sys=True)
 """
@@ -516,7 +628,9 @@ runpy.run_module("stages.prune", run_name="__main__", alter_sys=True)
 
 
 def test_a_mask_that_misses_the_budget_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The count is taken again from the masks. Oracle: one entry is lost when a mask is put into the block."""
+    """The count is taken again from the masks. Oracle: one entry is lost when a mask is put into
+    the block.
+    """
     take = Block.take
 
     def lose_one(block: Block, matrix: Matrix, mask: torch.Tensor, dtype: torch.dtype | None = None) -> None:

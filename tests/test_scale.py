@@ -1,4 +1,6 @@
-"""Balanced starts of pairs of matrices. Oracle: norms of the folded entries, summed over the table's ties, in every family."""
+"""Balanced starts of pairs of matrices. Oracle: norms of the folded entries, summed over the
+table's ties, in every family.
+"""
 
 from typing import Any
 
@@ -27,12 +29,21 @@ def statistics(checkpoint: Checkpoint) -> dict[str, SiteStatistics]:
 
 
 def scaling(pairs: str = "balance", **changes: Any) -> ScaleParams:
-    values = {"start": "second_moment", "monotone": "identity", "power": 0.5, "limit": 50.0, "pairs": pairs, "shift": "none"}
+    values = {
+        "start": "second_moment",
+        "monotone": "identity",
+        "power": 0.5,
+        "limit": 50.0,
+        "pairs": pairs,
+        "shift": "none",
+    }
     return ScaleParams.model_validate({**values, **changes})
 
 
 def norms(coupling: Coupling, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared norms of the matrices' entries behind each factor, on the multiplied and on the divided side, one entry after another."""
+    """Squared norms of the matrices' entries behind each factor, on the multiplied and on the
+    divided side, one entry after another.
+    """
     sides = torch.zeros(2, coupling.size, dtype=torch.float64)
     for tie in coupling.ties:
         tensor = tensors[tie.parameter].double()
@@ -48,8 +59,12 @@ def balanced_names(checkpoint: Checkpoint, pairs: str) -> set[str]:
 
 
 @pytest.mark.parametrize("pairs", ["balance", "inputs"])
-def test_pairs_start_with_equal_norms(checkpoint: Checkpoint, statistics: dict[str, SiteStatistics], pairs: str) -> None:
-    """Once everything is folded both sides' norms have one ratio over all of a pair's channels (its geometric mean is 1, not the ratio's)."""
+def test_pairs_start_with_equal_norms(
+    checkpoint: Checkpoint, statistics: dict[str, SiteStatistics], pairs: str
+) -> None:
+    """Once everything is folded both sides' norms have one ratio over all of a pair's channels (its
+    geometric mean is 1, not the ratio's).
+    """
     table, tensors = checkpoint.architecture.layouts[0], checkpoint.block(0)
     factors = starting_factors(table, tensors, statistics, scaling(pairs))
     assert factors.keys() == {coupling.name for coupling in table.couplings}
@@ -58,18 +73,23 @@ def test_pairs_start_with_equal_norms(checkpoint: Checkpoint, statistics: dict[s
     for coupling in table.couplings:
         assert abs(float(factors[coupling.name].log().mean())) < 1e-4
         if coupling.name in wanted:
-            up, down = norms(coupling, fold(tensors, table, norm_factors | {coupling.name: factors[coupling.name]}))
+            up, down = norms(
+                coupling, fold(tensors, table, norm_factors | {coupling.name: factors[coupling.name]})
+            )
             ratio = up / down
             torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=0)
             before, after = norms(coupling, fold(tensors, table, norm_factors))
             assert float((before / after).log().std()) > 0.01  # not balanced as it was
-    assert wanted or (checkpoint.architecture.family, pairs) == ("qwen3", "inputs")  # per-head norms: no Q/K pair
+    # per-head norms: no Q/K pair
+    assert wanted or (checkpoint.architecture.family, pairs) == ("qwen3", "inputs")
 
 
 def test_a_dead_unit_takes_no_factor(checkpoint: Checkpoint, statistics: dict[str, SiteStatistics]) -> None:
-    """Rows of zeros on one side: the factor is that of an already balanced channel, all are finite, and folding keeps zeros zero.
+    """Rows of zeros on one side: the factor is that of an already balanced channel, all are finite,
+    and folding keeps zeros zero.
 
-    Oracle: log of the factor is minus the mean of what the other channels need, as geometric mean 1 leaves it.
+    Oracle: log of the factor is minus the mean of what the other channels need, as geometric mean 1
+    leaves it.
     """
     table, tensors = checkpoint.architecture.layouts[0], checkpoint.block(0)
     for coupling in table.couplings:
@@ -88,12 +108,16 @@ def test_a_dead_unit_takes_no_factor(checkpoint: Checkpoint, statistics: dict[st
             assert float((up, down)[0 if power > 0 else 1][0]) == 0
             needed = (down[1:] / up[1:]).log() / 4
             expected = torch.cat([torch.zeros(1, dtype=torch.float64), needed])
-            torch.testing.assert_close(factors[coupling.name].double().log(), expected - expected.mean(), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                factors[coupling.name].double().log(), expected - expected.mean(), rtol=1e-3, atol=1e-3
+            )
             folded = fold(dead, table, factors)
             assert all(bool(torch.isfinite(tensor).all()) for tensor in folded.values())
 
 
-def test_all_zero_matrices_start_at_one(checkpoint: Checkpoint, statistics: dict[str, SiteStatistics]) -> None:
+def test_all_zero_matrices_start_at_one(
+    checkpoint: Checkpoint, statistics: dict[str, SiteStatistics]
+) -> None:
     """Oracle: 1 everywhere: nothing to balance."""
     table = checkpoint.architecture.layouts[0]
     tensors = {name: tensor * (tensor.ndim == 1) for name, tensor in checkpoint.block(0).items()}

@@ -1,4 +1,6 @@
-"""Damaged and exchanged artifacts are noticed by the stage that reads them, whoever runs it. Oracles: the sentence, the exit code, the outputs."""
+"""Damaged and exchanged artifacts are noticed by the stage that reads them, whoever runs it.
+Oracles: the sentence, the exit code, the outputs.
+"""
 
 import json
 import os
@@ -92,10 +94,16 @@ DAMAGES: list[Damage] = [flip, Path.unlink, truncate, null, pipe, endless, folde
 
 
 def tried(files: Iterable[str]) -> list[tuple[str, Damage]]:
-    """The first two on every file; all of them on the first of each kind, and in the first directory that has a seal of its own."""
+    """The first two on every file; all of them on the first of each kind, and in the first
+    directory that has a seal of its own.
+    """
     first = {file.rpartition(".")[2]: file for file in reversed(list(files))}
     sealed = next((file for file in files if file.startswith("prune/")), "")
-    return [(file, damage) for file in files for damage in (DAMAGES if file in (*first.values(), sealed) else DAMAGES[:2])]
+    return [
+        (file, damage)
+        for file in files
+        for damage in (DAMAGES if file in (*first.values(), sealed) else DAMAGES[:2])
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +117,21 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
         texts = [f"text {name}" for name in ("calibration", "validation", "test")]
         build("keys", "prepare", *texts, "calibrate", "scale", "sensitivity", "evaluate dense", "tasks dense")
         for name in VARIANTS:
-            build(*(f"{stage} {name}" for stage in ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")))
+            build(
+                *(
+                    f"{stage} {name}"
+                    for stage in (
+                        "curves",
+                        "allocate",
+                        "induce",
+                        "prune",
+                        "distil",
+                        "evaluate",
+                        "tasks",
+                        "export",
+                    )
+                )
+            )
         build("choose", "report")
     return project
 
@@ -125,7 +147,11 @@ def project(ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 def content(directory: Path) -> dict[str, object]:
     """What is below a directory, without opening pipes and devices."""
     found = {path: path.lstat() for path in sorted(directory.rglob("*"))}
-    return {str(path): (stat.S_IFMT(one.st_mode), one.st_size, one.st_mtime_ns) for path, one in found.items() if not path.is_dir()}
+    return {
+        str(path): (stat.S_IFMT(one.st_mode), one.st_size, one.st_mtime_ns)
+        for path, one in found.items()
+        if not path.is_dir()
+    }
 
 
 def refused(project: Path, stage: str, *words: str) -> None:
@@ -161,7 +187,11 @@ def test_damage_is_named(project: Path, file: str, damage: Damage) -> None:
         ("texts/evaluate/test.safetensors", "texts/evaluate/validation.safetensors", "evaluate one"),
         ("calibrate/block-000.safetensors", "calibrate/block-001.safetensors", "scale"),
         ("prune/one/masks/block-000.safetensors", "prune/one/masks/block-001.safetensors", "export one"),
-        ("prune/one/checkpoint/model-00001-of-00003.safetensors", "prune/two/checkpoint/model-00001-of-00003.safetensors", "evaluate one"),
+        (
+            "prune/one/checkpoint/model-00001-of-00003.safetensors",
+            "prune/two/checkpoint/model-00001-of-00003.safetensors",
+            "evaluate one",
+        ),
         ("induce/one", "induce/two", "prune one"),
         ("prune/one", "prune/two", "evaluate one"),
     ],
@@ -174,7 +204,9 @@ def test_another_s_artifact_is_named(project: Path, here: str, there: str, stage
 
 
 def test_a_file_too_many_is_named(project: Path) -> None:
-    (project / "build/prune/one/checkpoint/chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    (project / "build/prune/one/checkpoint/chat_template.jinja").write_text(
+        "{{ messages }}", encoding="utf-8"
+    )
     refused(project, "evaluate one", "chat_template.jinja", "no stage wrote")
 
 
@@ -210,7 +242,9 @@ def test_a_seal_belongs_to_a_place(tmp_path: Path) -> None:
     other = moved.rename(moved.with_name("y.json"))
     with pytest.raises(SparselineError, match=r"y\.json was written as build/facts/x\.json"):
         Workspace(tmp_path / "b").load(other)
-    other.write_text(other.read_text(encoding="utf-8").replace('"schema": 1', '"schema": 9'), encoding="utf-8")
+    other.write_text(
+        other.read_text(encoding="utf-8").replace('"schema": 1', '"schema": 9'), encoding="utf-8"
+    )
     with pytest.raises(SparselineError, match="another version of Sparseline"):
         Workspace(tmp_path / "b").load(other)
 
@@ -248,14 +282,20 @@ def interrupted(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def outputs(project: Path) -> dict[str, str]:
-    return {path: digest for path, digest in tree(project / "build").items() if path.split("/")[0] in ("prune", "induce", "facts")}
+    return {
+        path: digest
+        for path, digest in tree(project / "build").items()
+        if path.split("/")[0] in ("prune", "induce", "facts")
+    }
 
 
 @pytest.mark.parametrize(("file", "damage"), tried(KEPT), ids=lambda value: getattr(value, "__name__", value))
 def test_a_damaged_block_is_computed_again(
     ran: Path, project: Path, tmp_path: Path, interrupted: Callable[[str], Path], file: str, damage: Damage
 ) -> None:
-    """Oracles: the bytes of a run that nobody interrupted, and the log. Without its list of checksums a block was never finished."""
+    """Oracles: the bytes of a run that nobody interrupted, and the log. Without its list of
+    checksums a block was never finished.
+    """
     kept = interrupted(KEPT[file])
     damage(kept / file)
     result = invoke(*KEPT[file].split())

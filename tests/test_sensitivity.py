@@ -1,4 +1,6 @@
-"""Sensitivities. Oracles: transformers' whole model under autograd, exact Hessians and Fisher matrices of small models, arithmetic by hand."""
+"""Sensitivities. Oracles: transformers' whole model under autograd, exact Hessians and Fisher
+matrices of small models, arithmetic by hand.
+"""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +31,8 @@ from pipeline_lib.models.stream import BlockModel
 
 CPU = torch.device("cpu")
 DISTRIBUTIONS = get_args(SensitivityParams.model_fields["distribution"].annotation)
-# float64 throughout: LayerNorm and scaled-dot-product attention; the others cast to float32 inside (RMSNorm, eager softmax).
+# float64 throughout: LayerNorm and scaled-dot-product attention; the others cast to float32 inside
+# (RMSNorm, eager softmax).
 FLOAT64 = ("opt", "opt-post", "gpt_neox", "gpt_neox-serial", "gpt2", "gpt2-relu")
 
 
@@ -48,16 +51,28 @@ def params(**values: Any) -> SensitivityParams:
     return SensitivityParams.model_validate(shipped | values)
 
 
-def subject(checkpoint: Checkpoint, rows: torch.Tensor, dtype: torch.dtype = torch.float32, leave_out: Sequence[str] = ()) -> Subject:
+def subject(
+    checkpoint: Checkpoint,
+    rows: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    leave_out: Sequence[str] = (),
+) -> Subject:
     entry = checkpoint.architecture
-    matrices = {i: {entry.matrix_name(i, m): m for m in entry.layouts[0].matrices if m.kind not in leave_out} for i in range(entry.depth)}
+    matrices = {
+        i: {entry.matrix_name(i, m): m for m in entry.layouts[0].matrices if m.kind not in leave_out}
+        for i in range(entry.depth)
+    }
     return Subject(BlockModel(checkpoint, dtype, CPU), rows, matrices)
 
 
 def parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Every parameter of the whole model that holds a matrix, by its name in the base model, ready to differentiate."""
+    """Every parameter of the whole model that holds a matrix, by its name in the base model, ready
+    to differentiate.
+    """
     entry = checkpoint.architecture
-    names = sorted({f"{entry.blocks}.{i}.{m.parameter}" for i in range(entry.depth) for m in entry.layouts[0].matrices})
+    names = sorted(
+        {f"{entry.blocks}.{i}.{m.parameter}" for i in range(entry.depth) for m in entry.layouts[0].matrices}
+    )
     return {name: model.base_model.get_parameter(name).requires_grad_(True) for name in names}
 
 
@@ -69,12 +84,16 @@ def by_matrix(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> dict[
 
 
 def labels_of(scores: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Labels for scores [T, V], one by one: the first whose probability and those before it come to more than a uniform number."""
+    """Labels for scores [T, V], one by one: the first whose probability and those before it come to
+    more than a uniform number.
+    """
     uniform = torch.rand(len(scores), generator=random, dtype=torch.float64).tolist()
     found = []
     for number, probabilities in zip(uniform, scores.detach().softmax(-1).double().tolist(), strict=True):
         whole = math.fsum(probabilities)
-        found.append(next(label for label, before in enumerate(accumulate(probabilities)) if before > number * whole))
+        found.append(
+            next(label for label, before in enumerate(accumulate(probabilities)) if before > number * whole)
+        )
     return torch.tensor(found)
 
 
@@ -83,8 +102,12 @@ def labels_of(scores: torch.Tensor, random: torch.Generator) -> torch.Tensor:
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_products_are_those_of_the_whole_model(model_paths: dict[str, Path], family: str, distribution: str) -> None:
-    """Oracle: double backward through transformers' own model and loss, eager attention, with the same z and rows."""
+def test_products_are_those_of_the_whole_model(
+    model_paths: dict[str, Path], family: str, distribution: str
+) -> None:
+    """Oracle: double backward through transformers' own model and loss, eager attention, with the
+    same z and rows.
+    """
     checkpoint = open_checkpoint(model_paths[family])
     dtype = torch.float64 if family in FLOAT64 else torch.float32
     rows, settings = token_rows(5, 9, seed=1), params(distribution=distribution)
@@ -103,14 +126,18 @@ def test_products_are_those_of_the_whole_model(model_paths: dict[str, Path], fam
         scale = max(map(abs, exact.values()))
         assert exact.keys() == sample.keys()
         for name, value in exact.items():
-            assert sample[name] == pytest.approx(value, rel=1e-9 if family in FLOAT64 else 2e-3, abs=1e-6 * scale), name
+            assert sample[name] == pytest.approx(
+                value, rel=1e-9 if family in FLOAT64 else 2e-3, abs=1e-6 * scale
+            ), name
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_gradients_are_those_of_the_whole_model(model_paths: dict[str, Path], family: str) -> None:
-    """Oracle: ‖∂ℓ/∂W‖² of transformers' own model, row by row, for the labels that its logits and the keyed generator give.
+    """Oracle: ‖∂ℓ/∂W‖² of transformers' own model, row by row, for the labels that its logits and
+    the keyed generator give.
 
-    Row slices and transposed parameters (Phi-3, GPT-2) included; and the gradients of the outputs, from the biases' where there are any.
+    Row slices and transposed parameters (Phi-3, GPT-2) included; and the gradients of the outputs,
+    from the biases' where there are any.
     """
     checkpoint = open_checkpoint(model_paths[family])
     dtype = torch.float64 if family in FLOAT64 else torch.float32
@@ -124,16 +151,22 @@ def test_gradients_are_those_of_the_whole_model(model_paths: dict[str, Path], fa
         for row in ids.split(1):
             scores = model(row, use_cache=False).logits[0, :-1]
             labels = labels_of(scores, random)
-            gradients = torch.autograd.grad(cross_entropy(scores, labels, reduction="sum"), list(tensors.values()))
+            gradients = torch.autograd.grad(
+                cross_entropy(scores, labels, reduction="sum"), list(tensors.values())
+            )
             parts = by_matrix(checkpoint, dict(zip(tensors, gradients, strict=True)))
             squares = {name: squares[name] + float(part.square().mean()) for name, part in parts.items()}
         for name, value in squares.items():
-            assert sample[name] == pytest.approx(value / (2 * 8), rel=1e-9 if family in FLOAT64 else 1e-4), name
+            assert sample[name] == pytest.approx(value / (2 * 8), rel=1e-9 if family in FLOAT64 else 1e-4), (
+                name
+            )
 
 
 @pytest.mark.parametrize("estimator", [hutchinson, fisher])
 def test_sharing_a_pass_changes_nothing(llama: Checkpoint, estimator: Any) -> None:
-    """Oracle: each probe by itself; matrices that are left out take no part (fisher) or change no other's expectation."""
+    """Oracle: each probe by itself; matrices that are left out take no part (fisher) or change no
+    other's expectation.
+    """
     whole = subject(llama, token_rows(5, 9))
     alone = [estimator.samples(whole, params(), [probe])[0] for probe in range(3)]
     assert estimator.samples(whole, params(), range(3)) == alone
@@ -158,12 +191,18 @@ def test_how_many_probes_share_a_batch() -> None:
 
 
 def test_probes_of_a_lane_share_a_batch(llama: Checkpoint, tmp_path: Path) -> None:
-    """Oracle: each probe by itself, within rounding of the activations; passes of 16 probes and of 32 to the bit, moments included."""
+    """Oracle: each probe by itself, within rounding of the activations; passes of 16 probes and of
+    32 to the bit, moments included.
+    """
     whole, settings = subject(llama, token_rows(40, 9)), params(rows_per_probe=1)
     once = OutputMoments(tmp_path / "once", True)
     together = fisher.samples(whole, settings, range(32), once)
     twice = OutputMoments(tmp_path / "twice", True)
-    halves = [sample for probes in (range(16), range(16, 32)) for sample in fisher.samples(whole, settings, probes, twice)]
+    halves = [
+        sample
+        for probes in (range(16), range(16, 32))
+        for sample in fisher.samples(whole, settings, probes, twice)
+    ]
     for moments in (once, twice):
         moments.finish(llama.architecture.depth)
     assert together == halves
@@ -175,8 +214,13 @@ def test_probes_of_a_lane_share_a_batch(llama: Checkpoint, tmp_path: Path) -> No
 @pytest.mark.parametrize("model_type", ["mixtral"])
 def test_probes_of_a_mixture_go_alone(model_type: str, tmp_path: Path) -> None:
     """An expert's tokens do not say whose they are. Oracle: each probe by itself, to the bit."""
-    whole, settings = subject(open_checkpoint(make_checkpoint(tmp_path, model_type)), token_rows(9, 9)), params(rows_per_probe=1)
-    assert fisher.samples(whole, settings, [0, 4, 8]) == [fisher.samples(whole, settings, [probe])[0] for probe in (0, 4, 8)]
+    whole, settings = (
+        subject(open_checkpoint(make_checkpoint(tmp_path, model_type)), token_rows(9, 9)),
+        params(rows_per_probe=1),
+    )
+    assert fisher.samples(whole, settings, [0, 4, 8]) == [
+        fisher.samples(whole, settings, [probe])[0] for probe in (0, 4, 8)
+    ]
 
 
 def test_the_head_takes_a_row_in_pieces(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,14 +235,18 @@ def test_each_probe_takes_the_next_rows(llama: Checkpoint) -> None:
     """Three rows a probe out of five: 0 1 2, 3 4 0, 1 2 3."""
     rows = token_rows(5, 9)
     one = subject(llama, rows)
-    assert [one.batch(probe, 3)[:, 0].tolist() for probe in range(3)] == [rows[i, 0].tolist() for i in ([0, 1, 2], [3, 4, 0], [1, 2, 3])]
+    assert [one.batch(probe, 3)[:, 0].tolist() for probe in range(3)] == [
+        rows[i, 0].tolist() for i in ([0, 1, 2], [3, 4, 0], [1, 2, 3])
+    ]
 
 
 # Expectations
 
 
 def test_labels_are_drawn_from_the_probabilities() -> None:
-    """Oracle: the multinomial's own spread; what has probability 0 is never drawn, first and last included."""
+    """Oracle: the multinomial's own spread; what has probability 0 is never drawn, first and last
+    included.
+    """
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
     labels = drawn(probabilities.expand(40_000, -1), generator(0, "labels"))
     assert labels.shape == (40_000, 1)
@@ -219,7 +267,9 @@ def small(directory: Path, family: str) -> Checkpoint:
 
 
 def power(found: dict[str, dict[str, float]], exact: dict[str, float]) -> None:
-    """Every estimate within four standard errors, and the errors small against the values, so that a wrong factor of 2 would show."""
+    """Every estimate within four standard errors, and the errors small against the values, so that
+    a wrong factor of 2 would show.
+    """
     assert found.keys() == exact.keys()
     for name, value in exact.items():
         assert abs(found[name]["trace"] - value) < 4 * found[name]["stderr"], name
@@ -229,7 +279,9 @@ def power(found: dict[str, dict[str, float]], exact: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_hutchinson_estimates_the_hessian(tmp_path: Path, family: str) -> None:
-    """Oracle: the exact Hessian's diagonal, by one product per unit vector, of the mean loss over the rows."""
+    """Oracle: the exact Hessian's diagonal, by one product per unit vector, of the mean loss over
+    the rows.
+    """
     checkpoint, rows = small(tmp_path / "model", family), token_rows(2, 6) % 11
     settings = params(probes=200)
     found = Estimate(hutchinson.samples(subject(checkpoint, rows), settings, range(200)), 0, False).summary()
@@ -237,10 +289,15 @@ def test_hutchinson_estimates_the_hessian(tmp_path: Path, family: str) -> None:
     model.set_attn_implementation("eager")
     tensors = parameters(model, checkpoint)
     loss = cross_entropy(model(rows, use_cache=False).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
-    gradients = dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values()), create_graph=True), strict=True))
+    gradients = dict(
+        zip(tensors, torch.autograd.grad(loss, list(tensors.values()), create_graph=True), strict=True)
+    )
     diagonals = {}
     for name, tensor in tensors.items():
-        entries = [torch.autograd.grad(g, tensor, retain_graph=True)[0].flatten()[i] for i, g in enumerate(gradients[name].flatten())]
+        entries = [
+            torch.autograd.grad(g, tensor, retain_graph=True)[0].flatten()[i]
+            for i, g in enumerate(gradients[name].flatten())
+        ]
         diagonals[name] = torch.stack(entries).view(tensor.shape)
     power(found, {name: float(part.mean()) for name, part in by_matrix(checkpoint, diagonals).items()})
 
@@ -249,7 +306,9 @@ def test_hutchinson_estimates_the_hessian(tmp_path: Path, family: str) -> None:
 def test_fisher_estimates_the_fisher(tmp_path: Path, family: str) -> None:
     """Oracle: the exact Fisher diagonal: every label at every position, weighted with its probability."""
     checkpoint, rows = small(tmp_path / "model", family), token_rows(4, 6) % 11
-    found = Estimate(fisher.samples(subject(checkpoint, rows), params(probes=400), range(400)), 0, False).summary()
+    found = Estimate(
+        fisher.samples(subject(checkpoint, rows), params(probes=400), range(400)), 0, False
+    ).summary()
     model = load_full(checkpoint.path)
     tensors = parameters(model, checkpoint)
     scores = model(rows, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
@@ -264,7 +323,9 @@ def test_fisher_estimates_the_fisher(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_the_standard_error_is_calibrated(distribution: Any) -> None:
-    """Oracle: z-scores (estimate − exact)/stderr over 60 independent seeds: spread 1, centre 0 within their own errors."""
+    """Oracle: z-scores (estimate − exact)/stderr over 60 independent seeds: spread 1, centre 0
+    within their own errors.
+    """
     random = torch.Generator().manual_seed(0)
     root = torch.randn(12, 12, generator=random)
     hessian = root + root.T
@@ -282,7 +343,10 @@ def test_the_standard_error_is_calibrated(distribution: Any) -> None:
 def test_rademacher_is_exact_for_a_diagonal_hessian() -> None:
     """Oracle: z_i² = 1, so that zᵀ diag(h) z is Σ h_i at every probe; a Gaussian's only in the mean."""
     h = torch.arange(6.0)
-    by_kind = {d: [float((h * probe_vector("w", h, d, 0, probe) ** 2).sum()) for probe in range(3)] for d in DISTRIBUTIONS}
+    by_kind = {
+        d: [float((h * probe_vector("w", h, d, 0, probe) ** 2).sum()) for probe in range(3)]
+        for d in DISTRIBUTIONS
+    }
     assert by_kind["rademacher"] == [15, 15, 15]
     assert len(set(by_kind["gaussian"])) == 3
 
@@ -306,9 +370,15 @@ def test_probe_vectors_are_white_and_keyed(distribution: Any) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "bloom"])
 def test_output_moments(model_paths: dict[str, Path], tmp_path: Path, family: str) -> None:
-    """Oracle: gradients at the outputs of the whole model's own linears, from hooks; the diagonal is that of the full one."""
+    """Oracle: gradients at the outputs of the whole model's own linears, from hooks; the diagonal
+    is that of the full one.
+    """
     checkpoint = open_checkpoint(model_paths[family])
-    rows, full, diagonal = token_rows(6, 9), OutputMoments(tmp_path / "full", True), OutputMoments(tmp_path / "diagonal", False)
+    rows, full, diagonal = (
+        token_rows(6, 9),
+        OutputMoments(tmp_path / "full", True),
+        OutputMoments(tmp_path / "diagonal", False),
+    )
     for moments in (full, diagonal):
         for probes in ([0], [1, 2]):
             fisher.samples(subject(checkpoint, rows), params(), probes, moments)
@@ -341,7 +411,9 @@ def test_output_moments(model_paths: dict[str, Path], tmp_path: Path, family: st
             g = torch.cat(taken[module])[:, slice(*(matrix.rows or (None,)))]
             expected = g.T @ g / (6 * 8)
             found = tensors[matrix.label]
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.diagonal().max()))
+            torch.testing.assert_close(
+                found, expected, rtol=1e-3, atol=1e-5 * float(expected.diagonal().max())
+            )
             torch.testing.assert_close(diagonals[matrix.label], found.diagonal(), rtol=1e-4, atol=0)
 
 
@@ -394,7 +466,9 @@ def noisy(noise: float, asked: list[list[int]] | None = None) -> Any:
 
 
 def test_probes_are_added_until_the_halves_agree() -> None:
-    """Oracle: the asked-for probe numbers. Without noise one group is enough; with much, the cap ends it, in a smaller last group."""
+    """Oracle: the asked-for probe numbers. Without noise one group is enough; with much, the cap
+    ends it, in a smaller last group.
+    """
     asked: list[list[int]] = []
     (only,) = estimates(noisy(0.0, asked), most=20, at_once=3, agreement=0.9)
     assert asked == [[0, 1, 2]]
@@ -420,8 +494,12 @@ def test_a_single_probe_at_once_waits_for_a_second() -> None:
 
 
 def test_summary_by_hand() -> None:
-    """Oracle: mean 2, sample variance 4, three probes: standard error 2/√3. A negative estimate stands at its error."""
-    found = Estimate([{"a": 0.0, "b": -3.0}, {"a": 2.0, "b": -1.0}, {"a": 4.0, "b": 1.0}], 0.0, False).summary()
+    """Oracle: mean 2, sample variance 4, three probes: standard error 2/√3. A negative estimate
+    stands at its error.
+    """
+    found = Estimate(
+        [{"a": 0.0, "b": -3.0}, {"a": 2.0, "b": -1.0}, {"a": 4.0, "b": 1.0}], 0.0, False
+    ).summary()
     assert found["a"] == pytest.approx({"trace": 2, "stderr": 2 / 3**0.5, "sensitivity": 2})
     assert found["b"] == pytest.approx({"trace": -1, "stderr": 2 / 3**0.5, "sensitivity": 2 / 3**0.5})
     assert relative_error(found) == pytest.approx((1 / 3**0.5 + 1) / 2)
@@ -434,7 +512,9 @@ def test_summary_by_hand() -> None:
 def test_infinite_activations_are_named(llama: Checkpoint, estimator: Any) -> None:
     broken = subject(llama, token_rows(2, 6))
     first = broken.model.block
-    broken.model.block = lambda index: first(index, {n: t * 1e30 if t.ndim == 2 else t for n, t in llama.block(index).items()})  # type: ignore[method-assign]
+    broken.model.block = lambda index: first(
+        index, {n: t * 1e30 if t.ndim == 2 else t for n, t in llama.block(index).items()}
+    )  # type: ignore[method-assign]
     with pytest.raises(SparselineError, match=r"layers\.\d hold NaN or infinity"):
         estimator.samples(broken, params(), [0])
 
@@ -450,7 +530,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("estimator", ["fisher", "hutchinson"])
 def test_the_stage_writes_what_it_estimated(workspace: Path, estimator: str) -> None:
-    """Oracle: the library called by hand on the fitting rows with the same settings; the moments of a fisher pass either way."""
+    """Oracle: the library called by hand on the fitting rows with the same settings; the moments of
+    a fisher pass either way.
+    """
     for key, value in {"estimator": estimator, "probes": 4, "agreement": 1, "output_moments": "full"}.items():
         change_params(workspace, f"sensitivity.{key}", value)
     build("sensitivity")
@@ -463,11 +545,17 @@ def test_the_stage_writes_what_it_estimated(workspace: Path, estimator: str) -> 
     samples = []
     for probes in ([0, 1], [2, 3]):
         gradients = fisher.samples(subject(checkpoint, rows), settings, probes, moments)
-        samples += gradients if estimator == "fisher" else hutchinson.samples(subject(checkpoint, rows), settings, probes)
+        samples += (
+            gradients
+            if estimator == "fisher"
+            else hutchinson.samples(subject(checkpoint, rows), settings, probes)
+        )
     moments.finish(checkpoint.architecture.depth)
     written = load_artifact(out / "sensitivity.json")
     expected = Estimate(samples, 0, False).summary()
-    assert {name: {key: one[key] for key in ("trace", "stderr", "sensitivity")} for name, one in written.items()} == expected
+    assert {
+        name: {key: one[key] for key in ("trace", "stderr", "sensitivity")} for name, one in written.items()
+    } == expected
     assert written["layers.1.mlp.down_proj"]["kind"] == "down"
     assert written["layers.1.mlp.down_proj"]["block"] == 1
     facts = read_json(out / "estimate.json")
@@ -479,7 +567,9 @@ def test_the_stage_writes_what_it_estimated(workspace: Path, estimator: str) -> 
     }
     assert facts["agreement"] == split_half(samples)
     assert facts["reached"] == (split_half(samples) >= 1)
-    assert {name: digest for name, digest in tree(out / "moments").items() if name != "seal.json"} == tree(workspace / "moments")
+    assert {name: digest for name, digest in tree(out / "moments").items() if name != "seal.json"} == tree(
+        workspace / "moments"
+    )
     assert read_tensors(out / "moments" / "block-001.safetensors")[1] == {"full": True, "tokens": 8 * 31}
 
 

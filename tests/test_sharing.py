@@ -1,5 +1,6 @@
-"""A cache directory for two clones, link types, and remotes over SSH and S3: real servers on this machine. Oracles: DVC's own account of
-what it ran, the first clone's files, and the MD5 sums that name the objects of a cache.
+"""A cache directory for two clones, link types, and remotes over SSH and S3: real servers on this
+machine. Oracles: DVC's own account of what it ran, the first clone's files, and the MD5 sums that
+name the objects of a cache.
 """
 
 import configparser
@@ -19,16 +20,37 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from project import ROOT, WANDA, build, change_params, commit, environment, make_project, read_params, results, run, tree
+from project import (
+    ROOT,
+    WANDA,
+    build,
+    change_params,
+    commit,
+    environment,
+    make_project,
+    read_params,
+    results,
+    run,
+    tree,
+)
 from ruamel.yaml import YAML
 from test_pipeline import executed, restored, stale
 
-ALL = {f"{stage}@{name}" for stage in ("generate", "text") for name in ("calibration", "validation", "test")} | {
+ALL = {
+    f"{stage}@{name}" for stage in ("generate", "text") for name in ("calibration", "validation", "test")
+} | {
     *("prepare", "calibrate", "scale", "sensitivity", "evaluate-dense", "tasks-dense", "choose", "report"),
-    *(f"{stage}@wanda" for stage in ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")),
+    *(
+        f"{stage}@wanda"
+        for stage in ("curves", "allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")
+    ),
 }
 CHANGE = ("variants.wanda.selection", {**WANDA["selection"], "sparsity": 0.6})
-CONCERNED = {*(f"{stage}@wanda" for stage in ("allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")), "choose", "report"}
+CONCERNED = {
+    *(f"{stage}@wanda" for stage in ("allocate", "induce", "prune", "distil", "evaluate", "tasks", "export")),
+    "choose",
+    "report",
+}
 STEPS = (
     *(
         "keys",
@@ -53,7 +75,9 @@ SHIPPED.read_string((ROOT / ".dvc" / "config").read_text(encoding="utf-8").repla
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project in which every stage has run, with dvc.lock committed and the runs in the cache. Read only."""
+    """A project in which every stage has run, with dvc.lock committed and the runs in the cache.
+    Read only.
+    """
     variants = {"wanda": WANDA | {"candidate": True}}
     project = make_project(tmp_path_factory.mktemp("sharing") / "project", variants=variants)
     with chdir(project):
@@ -69,13 +93,25 @@ def cache_of(project: Path) -> Path:
 
 
 def clone_of(project: Path, clone: Path, *config: str, cache: Path | None = None) -> Path:
-    """A clone as on another machine: nothing of DVC's is shared. ``config`` is what a user would add to .dvc/config.local."""
+    """A clone as on another machine: nothing of DVC's is shared. ``config`` is what a user would
+    add to .dvc/config.local.
+    """
     run(project, "git", "clone", "--quiet", str(project), str(clone))
-    for key, value in {"user.name": "test", "user.email": "test@localhost", "commit.gpgsign": "false"}.items():
+    for key, value in {
+        "user.name": "test",
+        "user.email": "test@localhost",
+        "commit.gpgsign": "false",
+    }.items():
         run(clone, "git", "config", key, value)
     beside = clone.parent / f"{clone.name}.dvc"
     remote = ["remote = team"] if any("remote" in line for line in config) else []
-    own = ("[core]", *remote, f"site_cache_dir = {beside / 'site'}", "[cache]", f"dir = {cache or beside / 'cache'}")
+    own = (
+        "[core]",
+        *remote,
+        f"site_cache_dir = {beside / 'site'}",
+        "[cache]",
+        f"dir = {cache or beside / 'cache'}",
+    )
     (clone / ".dvc" / "config.local").write_text("\n".join((*own, *config)) + "\n", encoding="utf-8")
     return clone
 
@@ -87,7 +123,11 @@ def objects(store: Path) -> list[Path]:
 
 def damaged(store: Path) -> list[Path]:
     """Objects whose bytes are not those that their names promise."""
-    return [p for p in objects(store) if hashlib.md5(p.read_bytes()).hexdigest() != p.parent.name + p.name.removesuffix(".dir")]
+    return [
+        p
+        for p in objects(store)
+        if hashlib.md5(p.read_bytes()).hexdigest() != p.parent.name + p.name.removesuffix(".dir")
+    ]
 
 
 def same_results(a: Path, b: Path) -> bool:
@@ -107,13 +147,19 @@ def kind_of(path: Path, store: Path) -> str:
 
 def reflinks(directory: Path) -> bool:
     (directory / "original").write_bytes(b"x" * 4096)
-    made = subprocess.run(("cp", "--reflink=always", "original", "twin"), cwd=directory, capture_output=True, check=False)
+    made = subprocess.run(
+        ("cp", "--reflink=always", "original", "twin"), cwd=directory, capture_output=True, check=False
+    )
     return made.returncode == 0
 
 
 @pytest.mark.parametrize("kind", ["reflink", "hardlink", "symlink"])
-def test_stages_write_beside_links_never_through_them(ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Stages called by hand, on outputs that are links into a cache. Oracle: the names of the objects there."""
+def test_stages_write_beside_links_never_through_them(
+    ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Stages called by hand, on outputs that are links into a cache. Oracle: the names of the
+    objects there.
+    """
     if kind == "reflink" and not reflinks(tmp_path):
         pytest.skip("this file system has no reflinks (Btrfs, XFS and ZFS do)")
     store = Path(shutil.copytree(cache_of(ran), tmp_path / "cache"))
@@ -136,12 +182,14 @@ def test_stages_write_beside_links_never_through_them(ran: Path, tmp_path: Path,
 
 
 def test_two_clones_share_a_cache_and_hold_a_model_once(ran: Path, tmp_path: Path) -> None:
-    """With the commands of docs/sharing.md and the link types of .dvc/config. Oracle: the file that a clone computed, the other clone's
-    and the cache's are one inode.
+    """With the commands of docs/sharing.md and the link types of .dvc/config. Oracle: the file that
+    a clone computed, the other clone's and the cache's are one inode.
     """
     store = Path(shutil.copytree(cache_of(ran), tmp_path / "team"))
     earlier = set(store.rglob("*"))
-    first, second = (clone_of(ran, tmp_path / name, f"type = {SHIPPED['cache']['type']}") for name in ("first", "second"))
+    first, second = (
+        clone_of(ran, tmp_path / name, f"type = {SHIPPED['cache']['type']}") for name in ("first", "second")
+    )
     for clone in (first, second):
         run(clone, "dvc", "cache", "dir", "--local", str(store))
         run(clone, "dvc", "config", "--local", "cache.shared", "group")
@@ -162,12 +210,15 @@ def test_two_clones_share_a_cache_and_hold_a_model_once(ran: Path, tmp_path: Pat
 
 
 def test_a_second_clone_of_what_is_shipped_computes_nothing(tmp_path: Path) -> None:
-    """The tracked files, the embedded model and, of the variants, one that needs few stages. Oracle: DVC's account of both clones.
+    """The tracked files, the embedded model and, of the variants, one that needs few stages.
+    Oracle: DVC's account of both clones.
 
     A dvc.lock among them would name outputs that no cache has, and then DVC looks no further.
     """
     shipped = tmp_path / "shipped"
-    for name in subprocess.run(("git", "ls-files"), cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+    for name in subprocess.run(
+        ("git", "ls-files"), cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines():
         if (ROOT / name).exists() and not name.startswith(("benchmarks/", "docs/")):
             (shipped / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, shipped / name)
@@ -178,7 +229,9 @@ def test_a_second_clone_of_what_is_shipped_computes_nothing(tmp_path: Path) -> N
     run(shipped, "git", "config", "user.name", "test")
     run(shipped, "git", "config", "user.email", "test@localhost")
     commit(shipped)
-    first, second = (clone_of(shipped, tmp_path / name, cache=tmp_path / "cache") for name in ("first", "second"))
+    first, second = (
+        clone_of(shipped, tmp_path / name, cache=tmp_path / "cache") for name in ("first", "second")
+    )
     computed = executed(run(first, "dvc", "repro", "evaluate@magnitude"))
     assert {"prepare", "prune@magnitude", "evaluate@magnitude"} <= computed
     again = run(second, "dvc", "repro", "evaluate@magnitude")
@@ -237,9 +290,16 @@ def ssh(tmp_path: Path) -> Iterator[Remote]:
         "PasswordAuthentication": "no",
         "Subsystem": "sftp internal-sftp",
     }
-    (home / "sshd_config").write_text("".join(f"{key} {value}\n" for key, value in settings.items()), encoding="utf-8")
+    (home / "sshd_config").write_text(
+        "".join(f"{key} {value}\n" for key, value in settings.items()), encoding="utf-8"
+    )
     store = home / "store"
-    section = (f"['remote \"team\"']\nurl = ssh://127.0.0.1:{port}{store}\nuser = {getpass.getuser()}\nkeyfile = {home / 'user'}",)
+    section = (
+        (
+            f"['remote \"team\"']\nurl = ssh://127.0.0.1:{port}{store}\nuser = {getpass.getuser()}\nkeyfile ="
+            f" {home / 'user'}"
+        ),
+    )
     with (home / "log").open("w", encoding="utf-8") as log:
         server = subprocess.Popen((sshd, "-D", "-e", "-f", str(home / "sshd_config")), stdout=log, stderr=log)
         try:
@@ -264,10 +324,16 @@ def s3(tmp_path: Path) -> Iterator[Remote]:
             wait_for((home / "port").exists, server, home / "log")
             endpoint = f"http://127.0.0.1:{(home / 'port').read_text()}"
             section = (
-                f"['remote \"team\"']\nurl = s3://models/sparseline\nendpointurl = {endpoint}\nregion = us-east-1",
+                (
+                    f"['remote \"team\"']\nurl = s3://models/sparseline\nendpointurl = {endpoint}\nregion ="
+                    " us-east-1"
+                ),
                 "access_key_id = test:tester\nsecret_access_key = testing",
             )
-            make = "import sys, s3fs; s3fs.S3FileSystem(endpoint_url=sys.argv[1], key='test:tester', secret='testing').mkdir('models')"
+            make = (
+                "import sys, s3fs; s3fs.S3FileSystem(endpoint_url=sys.argv[1], key='test:tester',"
+                " secret='testing').mkdir('models')"
+            )
             run(home, "python", "-c", make, endpoint)
             yield Remote(section, lambda: len(list(home.glob("disk/objects/**/*.data"))), None)
         finally:
@@ -288,8 +354,12 @@ def kill_when(project: Path, *command: str, enough: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ssh", "s3"])
-def test_an_empty_clone_pulls_what_another_computed(ran: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str) -> None:
-    """Push and pull are both killed half-way first. Then nothing is computed, and after a changed parameter only what depends on it."""
+def test_an_empty_clone_pulls_what_another_computed(
+    ran: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    """Push and pull are both killed half-way first. Then nothing is computed, and after a changed
+    parameter only what depends on it.
+    """
     remote: Remote = request.getfixturevalue(kind)
     first = clone_of(ran, tmp_path / "first", *remote.config, cache=cache_of(ran))
     everything = len(objects(cache_of(ran)))  # of which the runs that other tests added are not pushed
@@ -320,8 +390,8 @@ def test_an_empty_clone_pulls_what_another_computed(ran: Path, tmp_path: Path, r
 
 
 def test_a_clone_without_lock_file_finds_the_runs(ran: Path, tmp_path: Path, ssh: Remote) -> None:
-    """A branch that never ran: `dvc fetch --run-cache`, then `dvc repro --pull`. The report's figures are in git, not in the cache, so that
-    the report, and it alone, is written again.
+    """A branch that never ran: `dvc fetch --run-cache`, then `dvc repro --pull`. The report's
+    figures are in git, not in the cache, so that the report, and it alone, is written again.
     """
     first = clone_of(ran, tmp_path / "first", *ssh.config, cache=cache_of(ran))
     run(first, "dvc", "push", "--run-cache")
@@ -335,15 +405,28 @@ def test_a_clone_without_lock_file_finds_the_runs(ran: Path, tmp_path: Path, ssh
 
 
 def test_what_git_ignores_is_in_the_cache() -> None:
-    """DVC pushes cached outputs only: one that is neither in the cache nor in git makes every clone run its stage again, as `keys` is to."""
+    """DVC pushes cached outputs only: one that is neither in the cache nor in git makes every clone
+    run its stage again, as `keys` is to.
+    """
     stages = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].values()
     uncached = [
         path
         for stage in (stage.get("do", stage) for stage in stages)
-        for out in (out for kind in ("outs", "metrics", "plots") for out in stage.get(kind, []) if isinstance(out, dict))
+        for out in (
+            out
+            for kind in ("outs", "metrics", "plots")
+            for out in stage.get(kind, [])
+            if isinstance(out, dict)
+        )
         for path, options in out.items()
         if options.get("cache") is False
     ]
-    ignored = subprocess.run(("git", "check-ignore", "--no-index", *uncached), cwd=ROOT, capture_output=True, text=True, check=False)
+    ignored = subprocess.run(
+        ("git", "check-ignore", "--no-index", *uncached),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ignored.stdout.splitlines() == ["build/keys"]
     assert uncached == ["build/keys", "report/summary.json"]

@@ -1,4 +1,6 @@
-"""Norms and the regulariser of 2602.21652, Eq. 8. Oracles: torch.linalg and autograd through the singular value decomposition."""
+"""Norms and the regulariser of 2602.21652, Eq. 8. Oracles: torch.linalg and autograd through the
+singular value decomposition.
+"""
 
 import math
 
@@ -24,7 +26,9 @@ def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 def test_norm_equals_linalg(order: Order, oracle: int | str, shape: tuple[int, int]) -> None:
     """Oracle: torch.linalg.matrix_norm, for the first matrix and for one that has changed since."""
     norm = Norm(matrix(*shape), params(order))
-    assert float(norm.initial) == pytest.approx(float(torch.linalg.matrix_norm(matrix(*shape), oracle)), rel=1e-5)
+    assert float(norm.initial) == pytest.approx(
+        float(torch.linalg.matrix_norm(matrix(*shape), oracle)), rel=1e-5
+    )
     changed = matrix(*shape, seed=1)
     assert float(norm(changed)) == pytest.approx(float(torch.linalg.matrix_norm(changed, oracle)), rel=1e-3)
     assert float(norm.relative(3 * matrix(*shape))) == pytest.approx(3, rel=1e-3)
@@ -37,13 +41,17 @@ def test_gradient_equals_autograd_through_the_decomposition(order: Order, oracle
     norm = Norm(weight, params(order, iterations=100))
     (found,) = torch.autograd.grad(norm(weight), weight)
     values = torch.linalg.svdvals(weight)
-    expected = {"spectral": values.max(), "frobenius": values.square().sum().sqrt(), "nuclear": values.sum()}[order]
+    expected = {"spectral": values.max(), "frobenius": values.square().sum().sqrt(), "nuclear": values.sum()}[
+        order
+    ]
     (gradient,) = torch.autograd.grad(expected, weight)
     torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_power_iteration_follows_a_slowly_changing_matrix() -> None:
-    """One iteration a call is enough when the matrix moves little between calls: it starts where it last stopped."""
+    """One iteration a call is enough when the matrix moves little between calls: it starts where it
+    last stopped.
+    """
     weight, step = matrix(8, 8, seed=3), 0.01 * matrix(8, 8, seed=4)
     norm = Norm(weight, params("spectral", iterations=1))
     for _ in range(60):
@@ -58,11 +66,15 @@ def test_regulariser_is_its_formula(alpha: float) -> None:
     weights = [matrix(4, 5, seed=5), matrix(7, 3, seed=6)]
     settings = params("spectral", alpha)
     norms = [Norm(weight, settings) for weight in weights]
-    assert float(regulariser(norms, [2 * weights[0], weights[1]], settings)) == pytest.approx(math.exp(-1.5 * alpha), rel=1e-5)
+    assert float(regulariser(norms, [2 * weights[0], weights[1]], settings)) == pytest.approx(
+        math.exp(-1.5 * alpha), rel=1e-5
+    )
 
 
 def test_regulariser_falls_as_norms_grow_and_does_not_underflow() -> None:
-    """Relative norms: a hundred matrices of norm 1000 still give a gradient (exp(−Σ‖W‖) would be exactly 0)."""
+    """Relative norms: a hundred matrices of norm 1000 still give a gradient (exp(−Σ‖W‖) would be
+    exactly 0).
+    """
     settings = params("frobenius")
     weights = [1000 * matrix(4, 4, seed=number).float() for number in range(100)]
     norms = [Norm(weight, settings) for weight in weights]
@@ -84,8 +96,14 @@ def test_a_zero_matrix_does_not_poison_the_mean() -> None:
 def test_rescaled_is_relative_of_the_scaled_matrix(order: Order) -> None:
     """Oracle: the scaled matrix itself, value and gradient."""
     weight, random = matrix(6, 9, seed=5), torch.Generator().manual_seed(6)
-    scales = [torch.randn(size, generator=random, dtype=torch.float64).requires_grad_(True) for size in (6, 9)]
+    scales = [
+        torch.randn(size, generator=random, dtype=torch.float64).requires_grad_(True) for size in (6, 9)
+    ]
     expected = Norm(weight, params(order)).relative(weight * (scales[0][:, None] + scales[1]).exp())
     found = Norm(weight, params(order)).rescaled(weight, scales[0], scales[1])
-    for a, b in zip((found, *torch.autograd.grad(found, scales)), (expected, *torch.autograd.grad(expected, scales)), strict=True):
+    for a, b in zip(
+        (found, *torch.autograd.grad(found, scales)),
+        (expected, *torch.autograd.grad(expected, scales)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)

@@ -45,7 +45,10 @@ def layer_outputs(
         states.append(output[0] if isinstance(output, tuple) else output)
 
     layers = list(model.base_model.get_submodule(checkpoint.architecture.blocks))
-    handles = [layers[0].register_forward_pre_hook(before, with_kwargs=True), *(layer.register_forward_hook(after) for layer in layers)]
+    handles = [
+        layers[0].register_forward_pre_hook(before, with_kwargs=True),
+        *(layer.register_forward_hook(after) for layer in layers),
+    ]
     with torch.no_grad():
         model(rows, use_cache=False)
     for handle in handles:
@@ -55,8 +58,11 @@ def layer_outputs(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("count", "length"), [(5, 12), (4, 2)])
-def test_streaming_equals_the_whole_model(checkpoint: Checkpoint, dtype: torch.dtype, count: int, length: int) -> None:
-    """Oracle: hooks on the whole model, batch by batch, to the last bit. 4 rows of 2 tokens: batch size and length are alike.
+def test_streaming_equals_the_whole_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, count: int, length: int
+) -> None:
+    """Oracle: hooks on the whole model, batch by batch, to the last bit. 4 rows of 2 tokens: batch
+    size and length are alike.
 
     Rows of 12 are longer than the sliding windows of the tiny Mistral (all layers) and Qwen2 (the second).
     """
@@ -76,7 +82,9 @@ def test_streaming_equals_the_whole_model(checkpoint: Checkpoint, dtype: torch.d
 
 @pytest.mark.parametrize("length", [7, 4])
 def test_fewer_rows_than_any_batch_get_fitting_arguments(checkpoint: Checkpoint, length: int) -> None:
-    """Oracle: the same rows inside their batch. With 4 tokens a row, a batch of 4 must not be mistaken for a row."""
+    """Oracle: the same rows inside their batch. With 4 tokens a row, a batch of 4 must not be
+    mistaken for a row.
+    """
     rows = token_rows(4, length, seed=2)
     model = BlockModel(checkpoint, torch.float32, CPU)
     stream = model.embed(rows, batch_rows=4)
@@ -84,7 +92,9 @@ def test_fewer_rows_than_any_batch_get_fitting_arguments(checkpoint: Checkpoint,
     with torch.no_grad():
         whole = model.call(block, 0, stream.hidden[0])
         for count in (3, 1):
-            torch.testing.assert_close(model.call(block, 0, stream.hidden[0][:count]), whole[:count], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                model.call(block, 0, stream.hidden[0][:count]), whole[:count], rtol=1e-5, atol=1e-5
+            )
 
 
 def same(a: Any, b: Any) -> bool:
@@ -97,7 +107,9 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("length", [9, 4, 3, 12])
 def test_arguments_for_fewer_rows_are_what_the_model_gives_them(checkpoint: Checkpoint, length: int) -> None:
-    """Oracle: the arguments noted for so many rows. Lengths that equal the batch, the part, and batch · heads (12: 3 · 4, ALiBi)."""
+    """Oracle: the arguments noted for so many rows. Lengths that equal the batch, the part, and
+    batch · heads (12: 3 · 4, ALiBi).
+    """
     model, fresh = (BlockModel(checkpoint, torch.float32, CPU) for _ in range(2))
     model.embed(token_rows(4, length), batch_rows=4)
     for count in (3, 1):
@@ -117,18 +129,26 @@ def streamed_logits(model: BlockModel, rows: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_streamed_logits_equal_the_whole_model_s(family: str, tmp_path: Path, dtype: torch.dtype, layers: int) -> None:
-    """Oracle: transformers' logits, to the last bit: last norm, projection, tied or untied head. Afterwards nothing is held."""
+def test_streamed_logits_equal_the_whole_model_s(
+    family: str, tmp_path: Path, dtype: torch.dtype, layers: int
+) -> None:
+    """Oracle: transformers' logits, to the last bit: last norm, projection, tied or untied head.
+    Afterwards nothing is held.
+    """
     checkpoint = open_checkpoint(make_model(tmp_path, family, layers))
     rows = token_rows(3, 12, seed=1)
     model = BlockModel(checkpoint, dtype, CPU)
     with torch.no_grad():
-        assert torch.equal(streamed_logits(model, rows), load_full(checkpoint.path, dtype)(rows, use_cache=False).logits)
+        assert torch.equal(
+            streamed_logits(model, rows), load_full(checkpoint.path, dtype)(rows, use_cache=False).logits
+        )
     assert {parameter.device.type for parameter in model.whole.parameters()} == {"meta"}
 
 
 def test_the_head_is_differentiable_in_the_hidden_states(checkpoint: Checkpoint) -> None:
-    """Oracle: differences of the logits along a random direction, in float64 (the norms' float32 inside sets the tolerance)."""
+    """Oracle: differences of the logits along a random direction, in float64 (the norms' float32
+    inside sets the tolerance).
+    """
     model = BlockModel(checkpoint, torch.float64, CPU)
     hidden = model.embed(token_rows(2, 6), 2).hidden[0].requires_grad_(True)
     direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -152,7 +172,9 @@ def test_a_deep_model_whose_blocks_return_tuples(tmp_path: Path) -> None:
 
 
 def test_the_sliding_window_is_honoured(copy_of: Callable[[str], Path], model_paths: dict[str, Path]) -> None:
-    """Oracle: the same weights without a window, which agree on rows within it (5 tokens) and on no longer ones."""
+    """Oracle: the same weights without a window, which agree on rows within it (5 tokens) and on no
+    longer ones.
+    """
     path = copy_of("mistral")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
@@ -166,7 +188,9 @@ def test_the_sliding_window_is_honoured(copy_of: Callable[[str], Path], model_pa
 
 
 def test_rows_of_another_length_get_arguments_of_their_own(checkpoint: Checkpoint) -> None:
-    """Oracle: the whole model. The arguments noted for 9 tokens must not serve rows of 5, whatever the batch sizes."""
+    """Oracle: the whole model. The arguments noted for 9 tokens must not serve rows of 5, whatever
+    the batch sizes.
+    """
     model = BlockModel(checkpoint, torch.float32, CPU)
     model.embed(token_rows(4, 9, seed=3), batch_rows=4)
     rows = token_rows(6, 5, seed=4)
@@ -205,7 +229,9 @@ def test_only_asked_for_blocks_hold_memory(checkpoint: Checkpoint) -> None:
 def test_infinite_activations_are_named(checkpoint: Checkpoint) -> None:
     model = BlockModel(checkpoint, torch.float32, CPU)
     stream = model.embed(token_rows(2, 6), batch_rows=2)
-    huge = {name: tensor * 1e30 if tensor.ndim == 2 else tensor for name, tensor in checkpoint.block(1).items()}
+    huge = {
+        name: tensor * 1e30 if tensor.ndim == 2 else tensor for name, tensor in checkpoint.block(1).items()
+    }
     with pytest.raises(SparselineError, match=rf"{checkpoint.architecture.blocks}\.1 hold NaN or infinity"):
         model.advance(model.block(1, huge), 1, stream)
 
@@ -228,7 +254,9 @@ def numbered(count: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("where", ["device", "host", "disk", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batches_are_a_list_wherever_they_lie(tmp_path: Path, dtype: torch.dtype, where: str) -> None:
-    """Oracle: a list that is used the same way. Bits, dtypes and shapes come back, transposed tensors included; slices share the places."""
+    """Oracle: a list that is used the same way. Bits, dtypes and shapes come back, transposed
+    tensors included; slices share the places.
+    """
     random = torch.Generator().manual_seed(0)
     model = [torch.randn(size, 4, 3, generator=random).to(dtype) for size in (2, 2, 1)]
     model[1] = model[1].transpose(0, 2)
@@ -257,16 +285,22 @@ def test_batches_are_a_list_wherever_they_lie(tmp_path: Path, dtype: torch.dtype
 
 
 def rooms(directory: Path, size: int) -> dict[str, Room]:
-    """A room for every kind of place; and one for a batch of ``size`` bytes on the device, one in host memory, and the rest in files."""
+    """A room for every kind of place; and one for a batch of ``size`` bytes on the device, one in
+    host memory, and the rest in files.
+    """
     mixed = Room(size, size + size // 4, directory / "mixed")  # what is left would not hold half a batch
     return {"device": Room(), "host": Room(0), "disk": Room(0, 0, directory), "mixed": mixed}
 
 
 def test_what_comes_ahead_of_its_turn_is_what_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In host memory, the next batch is on its way as one is read; what is written meanwhile is read, and each is copied once. Oracle: copies counted."""
+    """In host memory, the next batch is on its way as one is read; what is written meanwhile is
+    read, and each is copied once. Oracle: copies counted.
+    """
     fetched = []
     fetch = _Link.fetch
-    monkeypatch.setattr(_Link, "fetch", lambda link, cell: fetched.append(cell.buffer[0, 0].item()) or fetch(link, cell))
+    monkeypatch.setattr(
+        _Link, "fetch", lambda link, cell: fetched.append(cell.buffer[0, 0].item()) or fetch(link, cell)
+    )
     batches = Batches(4, CPU, Room(0), "x")
     for number, hidden in enumerate(numbered(4)):
         batches[number] = hidden
@@ -301,7 +335,9 @@ def test_copies_of_streams_are_apart(tmp_path: Path) -> None:
 def test_streams_pass_blocks_alike_wherever_they_lie(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Oracle: the same rows on the device, to the bit; a short last batch included."""
     model = BlockModel(checkpoint, torch.float32, CPU)
-    streams = [model.embed(token_rows(5, 8), 2, "x", place) for place in rooms(tmp_path, 4 * 2 * 8 * 32).values()]
+    streams = [
+        model.embed(token_rows(5, 8), 2, "x", place) for place in rooms(tmp_path, 4 * 2 * 8 * 32).values()
+    ]
     for index in range(checkpoint.architecture.depth):
         for stream in streams:
             model.advance(model.block(index), index, stream)
@@ -311,17 +347,39 @@ def test_streams_pass_blocks_alike_wherever_they_lie(checkpoint: Checkpoint, tmp
 
 
 def test_a_room_is_given_batch_by_batch() -> None:
-    """The first that fit the device, then host memory, then files, or host memory all the same; a name's places are given once."""
+    """The first that fit the device, then host memory, then files, or host memory all the same; a
+    name's places are given once.
+    """
     mixed = Room(10, 10, Path("files"))
-    assert [mixed.place("a", number, 4) for number in range(6)] == ["device", "device", "host", "host", "disk", "disk"]
-    assert (mixed.place("b", 0, 2), mixed.place("b", 1, 3), mixed.place("b", 2, 2)) == ("device", "disk", "host")
-    assert [mixed.place("a", number, 4) for number in range(6)] == ["device", "device", "host", "host", "disk", "disk"]
+    assert [mixed.place("a", number, 4) for number in range(6)] == [
+        "device",
+        "device",
+        "host",
+        "host",
+        "disk",
+        "disk",
+    ]
+    assert (mixed.place("b", 0, 2), mixed.place("b", 1, 3), mixed.place("b", 2, 2)) == (
+        "device",
+        "disk",
+        "host",
+    )
+    assert [mixed.place("a", number, 4) for number in range(6)] == [
+        "device",
+        "device",
+        "host",
+        "host",
+        "disk",
+        "disk",
+    ]
     crowded = Room(4, 4)
     assert [crowded.place("a", number, 4) for number in range(4)] == ["device", "host", "host", "host"]
 
 
 def test_settings_decide_where_hidden_states_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On a CPU all in memory or all in files; on a GPU a quarter of what is free there, or what the setting says. Oracle: by hand."""
+    """On a CPU all in memory or all in files; on a GPU a quarter of what is free there, or what the
+    setting says. Oracle: by hand.
+    """
     for name in ("SPARSELINE_ACTIVATION_BYTES", "SPARSELINE_GPU_ACTIVATION_BYTES"):
         monkeypatch.delenv(name, raising=False)
     gpu = torch.device("cuda:1")
@@ -334,7 +392,9 @@ def test_settings_decide_where_hidden_states_lie(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SPARSELINE_ACTIVATION_BYTES", "7")
     assert room(gpu, None, 1) == Room(123, 7, None)
     monkeypatch.setenv("SPARSELINE_GPU_ACTIVATION_BYTES", "4GB")
-    with pytest.raises(SparselineError, match="SPARSELINE_GPU_ACTIVATION_BYTES=4GB is not a whole number of bytes"):
+    with pytest.raises(
+        SparselineError, match="SPARSELINE_GPU_ACTIVATION_BYTES=4GB is not a whole number of bytes"
+    ):
         room(gpu)
 
 
@@ -360,7 +420,10 @@ def test_bad_weights_are_named(copy_of: Callable[[str], Path], family: str, valu
     rewrite(path, damage)
     checkpoint = open_checkpoint(path)
     checkpoint.block(0)
-    with pytest.raises(SparselineError, match=r"model\.safetensors: weights of .*1\.self_attn\.v_proj\.weight hold NaN or infinity"):
+    with pytest.raises(
+        SparselineError,
+        match=r"model\.safetensors: weights of .*1\.self_attn\.v_proj\.weight hold NaN or infinity",
+    ):
         checkpoint.block(1)
 
 
@@ -381,7 +444,9 @@ def test_a_truncated_shard_is_named(copy_of: Callable[[str], Path], left: int) -
     path = copy_of("llama")
     file = path / "model.safetensors"
     os.truncate(file, left if left >= 0 else file.stat().st_size + left)
-    with pytest.raises(SparselineError, match=r"model\.safetensors is missing or truncated .*fetch the checkpoint again"):
+    with pytest.raises(
+        SparselineError, match=r"model\.safetensors is missing or truncated .*fetch the checkpoint again"
+    ):
         open_checkpoint(path)
 
 
@@ -411,7 +476,9 @@ def test_missing_weights_are_told(copy_of: Callable[[str], Path]) -> None:
     with pytest.raises(SparselineError, match=r"holds no model\.safetensors.*convert it"):
         open_checkpoint(path)
     (path / "pytorch_model.bin").unlink()
-    with pytest.raises(SparselineError, match=r"holds no model\.safetensors and no .*; give a directory with the weights"):
+    with pytest.raises(
+        SparselineError, match=r"holds no model\.safetensors and no .*; give a directory with the weights"
+    ):
         open_checkpoint(path)
 
 
@@ -444,7 +511,9 @@ def test_a_tensor_of_another_shape_is_named(copy_of: Callable[[str], Path]) -> N
 
 
 def test_buffers_of_old_checkpoints_do_no_harm(copy_of: Callable[[str], Path], tmp_path: Path) -> None:
-    """LLaMA checkpoints from before 2023-08 store rotary_emb.inv_freq in every layer: not a parameter, neither read nor written."""
+    """LLaMA checkpoints from before 2023-08 store rotary_emb.inv_freq in every layer: not a
+    parameter, neither read nor written.
+    """
     path = copy_of("llama")
     extra = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(path, lambda tensors: tensors.__setitem__(extra, torch.ones(4)))
@@ -458,10 +527,14 @@ def test_buffers_of_old_checkpoints_do_no_harm(copy_of: Callable[[str], Path], t
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bloom"])
-def test_checkpoints_as_the_hub_has_them(copy_of: Callable[[str], Path], model_paths: dict[str, Path], tmp_path: Path, family: str) -> None:
-    """GPT-2 and BLOOM without ``transformer.``, GPT-2 and GPT-NeoX with causal masks and a −inf in every layer.
+def test_checkpoints_as_the_hub_has_them(
+    copy_of: Callable[[str], Path], model_paths: dict[str, Path], tmp_path: Path, family: str
+) -> None:
+    """GPT-2 and BLOOM without ``transformer.``, GPT-2 and GPT-NeoX with causal masks and a −inf in
+    every layer.
 
-    Oracle: the same weights as transformers writes them. What was no parameter is not counted, and the result is without it.
+    Oracle: the same weights as transformers writes them. What was no parameter is not counted, and
+    the result is without it.
     """
     path, plain = copy_of(family), open_checkpoint(model_paths[family])
     attention = {"gpt2": "attn", "gpt_neox": "attention"}.get(family)
@@ -490,7 +563,9 @@ def test_checkpoints_as_the_hub_has_them(copy_of: Callable[[str], Path], model_p
         assert torch.equal(load_full(tmp_path / "out")(rows).logits, load_full(plain.path)(rows).logits)
 
 
-@pytest.mark.parametrize("missing", ["embed_out.weight", "gpt_neox.embed_in.weight", "gpt_neox.layers.1.attention.dense.bias"])
+@pytest.mark.parametrize(
+    "missing", ["embed_out.weight", "gpt_neox.embed_in.weight", "gpt_neox.layers.1.attention.dense.bias"]
+)
 def test_a_missing_tensor_is_named_as_files_name_it(copy_of: Callable[[str], Path], missing: str) -> None:
     """Files of GPT-NeoX call the head ``embed_out``, whatever transformers calls it."""
     path = copy_of("gpt_neox")
@@ -518,7 +593,9 @@ def test_integer_tensors_are_refused(copy_of: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 @pytest.mark.parametrize(("family", "kernel"), [("llama", "sdpa"), ("bloom", "eager")])
-def test_the_attention_kernel_is_not_the_config_s(copy_of: Callable[[str], Path], family: str, kernel: str, key: str) -> None:
+def test_the_attention_kernel_is_not_the_config_s(
+    copy_of: Callable[[str], Path], family: str, kernel: str, key: str
+) -> None:
     """A config written on a machine with flash-attention loads on one without; BLOOM has no sdpa."""
     path = copy_of(family)
     config = json.loads((path / "config.json").read_text())
@@ -540,12 +617,15 @@ def test_an_unreadable_config_is_told(copy_of: Callable[[str], Path], text: str 
 
 
 def test_locate(model_paths: dict[str, Path], tmp_path: Path) -> None:
-    """A hub model is looked for in the cache alone: told with the id and the revision, as is a path that is no directory."""
+    """A hub model is looked for in the cache alone: told with the id and the revision, as is a path
+    that is no directory.
+    """
     assert locate(model_paths["opt"], None, None) == model_paths["opt"]
     with pytest.raises(SparselineError, match="is not a directory; give the directory"):
         locate(tmp_path / "absent", None, None)
     with pytest.raises(
-        SparselineError, match=r"model\.id = 'sparseline/no-such-model' \(revision 'abc'\) is not in this machine's hub cache"
+        SparselineError,
+        match=r"model\.id = 'sparseline/no-such-model' \(revision 'abc'\) is not in this machine's hub cache",
     ):
         locate(tmp_path, "sparseline/no-such-model", "abc")
     with pytest.raises(SparselineError, match="is no name of a model on the hub"):
@@ -564,14 +644,18 @@ def write_unchanged(source: Checkpoint, directory: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_written_checkpoint_equals_its_source(family: str, tmp_path: Path, dtype: torch.dtype) -> None:
-    """Oracle: the source's tensors and its state dict through transformers, bit for bit; peak memory is a block, so a shard is one."""
+    """Oracle: the source's tensors and its state dict through transformers, bit for bit; peak
+    memory is a block, so a shard is one.
+    """
     source = open_checkpoint(make_model(tmp_path / "source", family, layers=3, dtype=dtype))
     assert source.dtype == dtype
     write_unchanged(source, tmp_path / "out")
     again, before = all_tensors(tmp_path / "out"), all_tensors(source.path)
     assert again.keys() == before.keys()
     assert all(torch.equal(again[name], before[name]) and again[name].dtype == dtype for name in before)
-    written, original = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "out", source.path))
+    written, original = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "out", source.path)
+    )
     assert written.keys() == original.keys()
     assert all(torch.equal(written[name], original[name]) for name in original)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == source.architecture.depth + 1
@@ -579,13 +663,22 @@ def test_written_checkpoint_equals_its_source(family: str, tmp_path: Path, dtype
 
 
 def test_other_files_are_copied_verbatim(tmp_path: Path) -> None:
-    """Oracle: the bytes. Config, generation config, tokenizer and chat template; the source's own index is replaced."""
+    """Oracle: the bytes. Config, generation config, tokenizer and chat template; the source's own
+    index is replaced.
+    """
     source = sharded(tmp_path / "source")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "merges.txt").write_text("#version: 0.2\n")
     (source / "README.md").write_text("what the source is")  # never to be taken for what comes of it
     write_unchanged(open_checkpoint(source), tmp_path / "out")
-    names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"}
+    names = {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "merges.txt",
+    }
     assert names <= {path.name for path in source.iterdir()}
     assert not (tmp_path / "out" / "README.md").exists()
     for name in names:
@@ -604,10 +697,14 @@ def test_index_total_is_the_tensors_bytes(model_paths: dict[str, Path], tmp_path
     source = open_checkpoint(model_paths["llama"])
     write_unchanged(source, tmp_path / "out")
     total = json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]["total_size"]
-    assert total == sum(tensor.numel() * tensor.element_size() for tensor in all_tensors(source.path).values())
+    assert total == sum(
+        tensor.numel() * tensor.element_size() for tensor in all_tensors(source.path).values()
+    )
 
 
-def test_written_bytes_do_not_depend_on_the_source_layout(model_paths: dict[str, Path], tmp_path: Path) -> None:
+def test_written_bytes_do_not_depend_on_the_source_layout(
+    model_paths: dict[str, Path], tmp_path: Path
+) -> None:
     """One file or many: the same tensors give the same shards."""
     one = open_checkpoint(model_paths["llama"])
     many_path = tmp_path / "many"
@@ -623,18 +720,24 @@ def test_written_bytes_do_not_depend_on_the_source_layout(model_paths: dict[str,
 def test_names_without_the_model_prefix_are_read(model_paths: dict[str, Path], tmp_path: Path) -> None:
     """The hub's OPT checkpoints store ``decoder.layers…``: same blocks, and written under the same names."""
     path = Path(shutil.copytree(model_paths["opt"], tmp_path / "bare"))
-    bare = {name.removeprefix("model."): tensor for name, tensor in load_file(path / "model.safetensors").items()}
+    bare = {
+        name.removeprefix("model."): tensor for name, tensor in load_file(path / "model.safetensors").items()
+    }
     save_file(bare, path / "model.safetensors", metadata={"format": "pt"})
     checkpoint, prefixed = open_checkpoint(path), open_checkpoint(model_paths["opt"])
     assert checkpoint.prefixes[0] == "decoder.layers.0."
     assert all(torch.equal(tensor, prefixed.block(1)[name]) for name, tensor in checkpoint.block(1).items())
-    streams = [BlockModel(c, torch.float32, CPU).embed(token_rows(1, 5), 1).hidden[0] for c in (checkpoint, prefixed)]
+    streams = [
+        BlockModel(c, torch.float32, CPU).embed(token_rows(1, 5), 1).hidden[0] for c in (checkpoint, prefixed)
+    ]
     assert torch.equal(*streams)
     write_unchanged(checkpoint, tmp_path / "out")
     assert all_tensors(tmp_path / "out").keys() == bare.keys()
 
 
-def test_a_finished_shard_survives_and_no_partial_file_stays(model_paths: dict[str, Path], tmp_path: Path) -> None:
+def test_a_finished_shard_survives_and_no_partial_file_stays(
+    model_paths: dict[str, Path], tmp_path: Path
+) -> None:
     """A block that cannot be written leaves the earlier shard's bytes and nothing under a final name."""
     source = open_checkpoint(model_paths["llama"])
     writer = ShardWriter(source, tmp_path / "out")
@@ -657,14 +760,18 @@ def test_tokenizer_round_trip(tmp_path: Path) -> None:
 
 
 def test_threads_call_a_block_with_tensors_of_their_own(model_paths: dict[str, Path]) -> None:
-    """Each puts its tensors into the block while another runs it. Oracle: the same calls one after another."""
+    """Each puts its tensors into the block while another runs it. Oracle: the same calls one after
+    another.
+    """
     model = BlockModel(open_checkpoint(model_paths["llama"]), torch.float32, torch.device("cpu"))
     hidden = model.embed(token_rows(4, 12), 4).hidden[0]
     block, tensors = model.block(0), dict(model.checkpoint.block(0))
 
     def call(number: int) -> torch.Tensor:
         with torch.no_grad():
-            return model.call(block, 0, hidden, {name: tensor * (1 + number % 7 / 10) for name, tensor in tensors.items()})
+            return model.call(
+                block, 0, hidden, {name: tensor * (1 + number % 7 / 10) for name, tensor in tensors.items()}
+            )
 
     expected = [call(number) for number in range(7)]
     with ThreadPoolExecutor(4) as pool:

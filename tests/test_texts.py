@@ -1,4 +1,6 @@
-"""Texts to rows. Oracles: hand-made documents in every source's own layout, and the protocol spelt out token by token."""
+"""Texts to rows. Oracles: hand-made documents in every source's own layout, and the protocol spelt
+out token by token.
+"""
 
 import bz2
 import gzip
@@ -68,7 +70,8 @@ def records(path: Path, values: list[Any]) -> Path:
 
 
 def test_the_three_lists_exist_and_are_disjoint() -> None:
-    """Calibration, validation and test text share no module, Python here has all of them, and the model was trained on none.
+    """Calibration, validation and test text share no module, Python here has all of them, and the
+    model was trained on none.
 
     Oracle of the last: data/held_out.json, which training left out, has each of them for the same use.
     """
@@ -90,7 +93,9 @@ def test_stdlib_texts_are_the_modules(name: str) -> None:
     raw = [(Path(sysconfig.get_paths()["stdlib"]) / module).read_bytes() for module in modules]
     texts = read_texts(params("stdlib", path, name=name))
     assert texts.documents == [content.decode() for content in raw]
-    assert texts.provenance["sha256"] == {m: hashlib.sha256(c).hexdigest() for m, c in zip(modules, raw, strict=True)}
+    assert texts.provenance["sha256"] == {
+        m: hashlib.sha256(c).hexdigest() for m, c in zip(modules, raw, strict=True)
+    }
     assert texts.provenance["kind"] == "stdlib"
     assert texts.provenance["documents"] == len(modules)
 
@@ -147,7 +152,10 @@ def test_a_directory_gives_its_files_in_order(tmp_path: Path) -> None:
     assert read_texts(params(path=tmp_path)).documents == ["a.txt", "b.txt", "d.md", "deep/c.txt"]
     assert read_texts(params(path=tmp_path, glob="*.txt")).documents == ["a.txt", "b.txt"]
     assert read_texts(params(path=tmp_path, glob="**/*.txt")).documents == ["a.txt", "b.txt", "deep/c.txt"]
-    with pytest.raises(SparselineError, match=r"No file matches .*\.rst; .* path or glob: it has, for example, a\.txt and b\.txt\."):
+    with pytest.raises(
+        SparselineError,
+        match=r"No file matches .*\.rst; .* path or glob: it has, for example, a\.txt and b\.txt\.",
+    ):
         read_texts(params(path=tmp_path, glob="*.rst"))
     with pytest.raises(SparselineError, match="No file matches"):
         read_texts(params(path=tmp_path / "absent.txt"))
@@ -181,10 +189,14 @@ def test_jsonl_gives_one_document_a_record(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\u001c"])
 def test_unicode_line_separators_do_not_end_a_record(tmp_path: Path, separator: str) -> None:
-    """Oracle: RFC 8259 allows U+2028, U+2029 and U+0085 raw inside strings, and web text holds them; only \\n ends a record."""
+    """Oracle: RFC 8259 allows U+2028, U+2029 and U+0085 raw inside strings, and web text holds
+    them; only \\n ends a record.
+    """
     text = f"before{separator}after"
     line = json.dumps({"text": text}, ensure_ascii=separator < " ")
-    assert read_texts(params(path=file(tmp_path / "a.jsonl", line + "\r\n" + line), field="text")).documents == [text, text]
+    assert read_texts(
+        params(path=file(tmp_path / "a.jsonl", line + "\r\n" + line), field="text")
+    ).documents == [text, text]
 
 
 RECORDS = [{"text": "one", "id": 1}, {"text": " "}, {"text": "two\nlines é", "id": [2]}]
@@ -194,33 +206,56 @@ def write_records(path: Path) -> None:
     """RECORDS in the format that the name says; all written by other code than what reads them."""
     inner = path.with_suffix("") if path.suffix.lower() in (".gz", ".bz2", ".xz") else path
     if inner.suffix == ".parquet":
-        Dataset.from_list([{"text": record["text"], "id": str(record.get("id"))} for record in RECORDS]).to_parquet(path)
+        Dataset.from_list(
+            [{"text": record["text"], "id": str(record.get("id"))} for record in RECORDS]
+        ).to_parquet(path)
         return
-    lines = json.dumps(RECORDS, indent=1) if inner.suffix == ".json" else "\r\n".join(map(json.dumps, RECORDS))
+    lines = (
+        json.dumps(RECORDS, indent=1) if inner.suffix == ".json" else "\r\n".join(map(json.dumps, RECORDS))
+    )
     packers = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
     path.write_bytes(packers.get(path.suffix.lower(), bytes)(lines.encode()))
 
 
-NAMES = ("a.jsonl", "a.JSONL", "a.ndjson", "a.json", "a.parquet", "a.jsonl.gz", "a.json.bz2", "a.ndjson.xz", "A.JSON.GZ")
+NAMES = (
+    "a.jsonl",
+    "a.JSONL",
+    "a.ndjson",
+    "a.json",
+    "a.parquet",
+    "a.jsonl.gz",
+    "a.json.bz2",
+    "a.ndjson.xz",
+    "A.JSON.GZ",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_records_are_read_in_every_format(tmp_path: Path, name: str) -> None:
-    """The same documents in the same order, the empty one counted; a field is asked for, and the fields there are named."""
+    """The same documents in the same order, the empty one counted; a field is asked for, and the
+    fields there are named.
+    """
     write_records(tmp_path / name)
     texts = read_texts(params(path=tmp_path, field="text"))
     assert texts.documents == ["one", "two\nlines é"]
     assert (texts.provenance["documents"], texts.provenance["empty"]) == (2, 1)
     assert texts.provenance["sha256"] == {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}
     for field in (None, "body"):
-        with pytest.raises(SparselineError, match=rf"no record with the field {field!r}; set .* one of its fields: text, id"):
+        with pytest.raises(
+            SparselineError, match=rf"no record with the field {field!r}; set .* one of its fields: text, id"
+        ):
             read_texts(params(path=tmp_path / name, field=field))
 
 
 def test_json_lines_in_a_json_file(tmp_path: Path) -> None:
     """C4's files are so; and a record over several lines is one, too."""
-    assert read_texts(params(path=records(tmp_path / "a.json", RECORDS), field="text")).documents == ["one", "two\nlines é"]
-    path = file(tmp_path / "b.json", json.dumps(RECORDS[0], indent=2) + "\n\n" + json.dumps(RECORDS[2], indent=2))
+    assert read_texts(params(path=records(tmp_path / "a.json", RECORDS), field="text")).documents == [
+        "one",
+        "two\nlines é",
+    ]
+    path = file(
+        tmp_path / "b.json", json.dumps(RECORDS[0], indent=2) + "\n\n" + json.dumps(RECORDS[2], indent=2)
+    )
     assert read_texts(params(path=path, field="text")).places == [f"{path}, line 1", f"{path}, line 6"]
 
 
@@ -230,13 +265,22 @@ def test_a_nested_field(tmp_path: Path) -> None:
         {"meta": {"text": "inner"}, "meta.text": "literal", "meta.x": "y"},
         {"meta": {"text": "second"}, "meta.text": "other", "meta.x": "z"},
     ]
-    assert read_texts(params(path=records(tmp_path / "a.jsonl", values), field="meta.text")).documents == ["literal", "other"]
+    assert read_texts(params(path=records(tmp_path / "a.jsonl", values), field="meta.text")).documents == [
+        "literal",
+        "other",
+    ]
     bare = [{"meta": value["meta"]} for value in values]
-    assert read_texts(params(path=records(tmp_path / "b.jsonl", bare), field="meta.text")).documents == ["inner", "second"]
+    assert read_texts(params(path=records(tmp_path / "b.jsonl", bare), field="meta.text")).documents == [
+        "inner",
+        "second",
+    ]
     Dataset.from_list(bare).to_parquet(tmp_path / "b.parquet")
     Dataset.from_list(values).to_parquet(tmp_path / "a.parquet")
     assert read_texts(params(path=tmp_path / "b.parquet", field="meta.text")).documents == ["inner", "second"]
-    assert read_texts(params(path=tmp_path / "a.parquet", field="meta.text")).documents == ["literal", "other"]
+    assert read_texts(params(path=tmp_path / "a.parquet", field="meta.text")).documents == [
+        "literal",
+        "other",
+    ]
     for name in ("b.jsonl", "b.parquet"):
         with pytest.raises(SparselineError, match=r"no record with the field 'meta\.body'"):
             read_texts(params(path=tmp_path / name, field="meta.body"))
@@ -247,7 +291,9 @@ def test_a_field_is_never_ignored(tmp_path: Path, name: str) -> None:
     """A file that is read as one plain text has no fields, alone or beside record files."""
     raw = b'{"text": "one"}\n'
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-    with pytest.raises(SparselineError, match=r"is read as one plain text, but the text's `field` is 'text'; .*glob"):
+    with pytest.raises(
+        SparselineError, match=r"is read as one plain text, but the text's `field` is 'text'; .*glob"
+    ):
         read_texts(params(path=tmp_path / name, field="text"))
     records(tmp_path / "b.jsonl", RECORDS)
     with pytest.raises(SparselineError, match="is read as one plain text"):
@@ -256,27 +302,50 @@ def test_a_field_is_never_ignored(tmp_path: Path, name: str) -> None:
     assert read_texts(params(path=tmp_path / name)).documents == ['{"text": "one"}\n']
 
 
-@pytest.mark.parametrize(("kind", "key", "value"), [
-    ("stdlib", "glob", "*"), ("stdlib", "field", "text"), ("stdlib", "revision", "0" * 40), ("stdlib", "hub", {"id": "a/b"}),
-    ("files", "revision", "main"), ("files", "hub", {"id": "a/b"}), ("hub", "glob", "*"), ("hub", "field", "text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("stdlib", "glob", "*"),
+        ("stdlib", "field", "text"),
+        ("stdlib", "revision", "0" * 40),
+        ("stdlib", "hub", {"id": "a/b"}),
+        ("files", "revision", "main"),
+        ("files", "hub", {"id": "a/b"}),
+        ("hub", "glob", "*"),
+        ("hub", "field", "text"),
+    ],
+)
 def test_keys_that_a_kind_does_not_read_are_told(kind: str, key: str, value: Any) -> None:
-    with pytest.raises(SparselineError, match=f"has `{key}`, which kind: {kind} does not read; set it to null"):
+    with pytest.raises(
+        SparselineError, match=f"has `{key}`, which kind: {kind} does not read; set it to null"
+    ):
         read_texts(params(kind, **{key: value}))
 
 
-@pytest.mark.parametrize(("content", "problem"), [
-    ('{"text": "one"}\n{"body": "two"}\n', r"a\.jsonl, line 2: no record with the field 'text'; set .* one of its fields: body\."),
-    ('{"text": "one"}\n{"text": \n', "line 2: no JSON record begins here"),
-    ('{"text": "one"}\n\n\n"two"\n', "line 4: a record must be an object with fields, not a string"),
-    ('["one"]\n', "record 1: a record must be an object with fields, not a string"),
-    ('{"text": "one"} {"text": "a\nb"}', "line 1: no JSON record begins here"),
-    ("[" * 100_000, "line 1: no JSON record begins here"),
-    ('{"text": 1' + "0" * 5000 + "}", "line 1: no JSON record begins here"),
-    ('{"text": "one"}\n{"text": "a \\ud83d b"}', r"line 2: the text holds \\ud83d, half of a surrogate pair"),
-    ('{"text": "one"}\n{"text": [{"role": "user", "content": "\\udc00"}]}', r"line 2: the text holds \\udc00"),
-    ('{"text": "one", "a": "\0"}', "is not UTF-8 text .it holds NUL bytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (
+            '{"text": "one"}\n{"body": "two"}\n',
+            r"a\.jsonl, line 2: no record with the field 'text'; set .* one of its fields: body\.",
+        ),
+        ('{"text": "one"}\n{"text": \n', "line 2: no JSON record begins here"),
+        ('{"text": "one"}\n\n\n"two"\n', "line 4: a record must be an object with fields, not a string"),
+        ('["one"]\n', "record 1: a record must be an object with fields, not a string"),
+        ('{"text": "one"} {"text": "a\nb"}', "line 1: no JSON record begins here"),
+        ("[" * 100_000, "line 1: no JSON record begins here"),
+        ('{"text": 1' + "0" * 5000 + "}", "line 1: no JSON record begins here"),
+        (
+            '{"text": "one"}\n{"text": "a \\ud83d b"}',
+            r"line 2: the text holds \\ud83d, half of a surrogate pair",
+        ),
+        (
+            '{"text": "one"}\n{"text": [{"role": "user", "content": "\\udc00"}]}',
+            r"line 2: the text holds \\udc00",
+        ),
+        ('{"text": "one", "a": "\0"}', "is not UTF-8 text .it holds NUL bytes"),
+    ],
+)
 def test_record_mistakes_are_told_with_their_line(tmp_path: Path, content: str, problem: str) -> None:
     with pytest.raises(SparselineError, match=problem):
         read_texts(params(path=file(tmp_path / "a.jsonl", content), field="text"))
@@ -294,7 +363,9 @@ def test_damaged_files_are_told(tmp_path: Path, name: str) -> None:
 def test_zstd_without_its_package_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
     (tmp_path / "a.jsonl.zst").write_bytes(b"x")
-    with pytest.raises(SparselineError, match=r"a\.jsonl\.zst: zstd is read by the package zstandard, which is not installed"):
+    with pytest.raises(
+        SparselineError, match=r"a\.jsonl\.zst: zstd is read by the package zstandard, which is not installed"
+    ):
         read_texts(params(path=tmp_path, field="text"))
 
 
@@ -303,7 +374,11 @@ def test_a_field_that_is_no_text_is_told(tmp_path: Path, value: Any) -> None:
     """Neither text nor a chat."""
     path = records(tmp_path / "a.jsonl", [{"text": "one"}, {"text": value}])
     with pytest.raises(
-        SparselineError, match=r"line 2: the text's `field` holds (a number|an object|true or false), neither text nor a list of messages"
+        SparselineError,
+        match=(
+            r"line 2: the text's `field` holds (a number|an object|true or false), neither text nor a list of"
+            r" messages"
+        ),
     ):
         read_texts(params(path=path, field="text"))
 
@@ -319,19 +394,32 @@ def test_hidden_files_are_no_texts(tmp_path: Path) -> None:
 
 
 def test_what_is_no_regular_file_is_told(tmp_path: Path) -> None:
-    """A pipe would be waited for, a device has no end, a link to nothing has no text; a directory of a file's name is no file."""
+    """A pipe would be waited for, a device has no end, a link to nothing has no text; a directory
+    of a file's name is no file.
+    """
     file(tmp_path / "x.jsonl" / "inner.txt", "inner")
-    with pytest.raises(SparselineError, match=r"No file matches .*it has, for example, x\.jsonl/inner\.txt\."):
+    with pytest.raises(
+        SparselineError, match=r"No file matches .*it has, for example, x\.jsonl/inner\.txt\."
+    ):
         read_texts(params(path=tmp_path, glob="*.jsonl", field="text"))
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    for path, glob in ((tmp_path, "p*"), (tmp_path / "pipe", None), (tmp_path, "l*"), (Path("/dev/zero"), None)):
-        with pytest.raises(SparselineError, match=r"is no regular file|is a link to a file that is not there"):
+    for path, glob in (
+        (tmp_path, "p*"),
+        (tmp_path / "pipe", None),
+        (tmp_path, "l*"),
+        (Path("/dev/zero"), None),
+    ):
+        with pytest.raises(
+            SparselineError, match=r"is no regular file|is a link to a file that is not there"
+        ):
             read_texts(params(path=path, glob=glob))
 
 
 def test_what_dvc_does_not_watch_is_told(tmp_path: Path) -> None:
-    """Oracle: DVC's hash of a directory, which has the content of linked files, but nothing of linked directories (tried on 3.67)."""
+    """Oracle: DVC's hash of a directory, which has the content of linked files, but nothing of
+    linked directories (tried on 3.67).
+    """
     file(tmp_path / "other" / "b.txt", "b")
     file(tmp_path / "texts" / "a.txt", "a")
     (tmp_path / "texts" / "c.txt").symlink_to("a.txt")
@@ -414,7 +502,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_wikitext_like(hub: Path) -> None:
-    """A dataset of configs and parquet splits; all rows of a split are one text, joined by blank lines (the papers' protocol)."""
+    """A dataset of configs and parquet splits; all rows of a split are one text, joined by blank
+    lines (the papers' protocol).
+    """
     for config, split_name, lines in (
         ("wikitext-2-raw-v1", "test", ["", " = Title = \n", "some text\n"]),
         ("wikitext-2-raw-v1", "train", ["training\n"]),
@@ -424,7 +514,8 @@ def test_wikitext_like(hub: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         Dataset.from_dict({"text": lines}).to_parquet(path)
     card = "---\nconfigs:\n" + "".join(
-        f"- config_name: {config}\n  data_files:\n" + "".join(f"  - split: {s}\n    path: {config}/{s}-*\n" for s in splits)
+        f"- config_name: {config}\n  data_files:\n"
+        + "".join(f"  - split: {s}\n    path: {config}/{s}-*\n" for s in splits)
         for config, splits in (("wikitext-2-raw-v1", ("test", "train")), ("wikitext-103-raw-v1", ("test",)))
     )
     file(hub / "README.md", card + "---\n")
@@ -443,7 +534,9 @@ def test_ptb_like(hub: Path) -> None:
     records(hub / "test.jsonl", [{"sentence": "no it was <unk>"}, {"sentence": "a second one"}])
     entry = {"id": "some/set", "split": "test", "field": "sentence", "revision": COMMIT}
     assert read_texts(params("hub", hub=entry)).documents == ["no it was <unk>", "a second one"]
-    assert read_texts(params("hub", hub={**entry, "join": True})).documents == ["no it was <unk>\n\na second one"]
+    assert read_texts(params("hub", hub={**entry, "join": True})).documents == [
+        "no it was <unk>\n\na second one"
+    ]
 
 
 def test_c4_like(hub: Path, tmp_path: Path) -> None:
@@ -470,13 +563,23 @@ def test_the_shipped_hub_entries_are_complete() -> None:
     entries = json.loads((ROOT / "data" / "hub.json").read_text())
     assert {"wikitext2", "ptb", "c4", "c4-train"} <= entries.keys()
     for entry in entries.values():
-        assert {"id", "split", "field"} <= entry.keys() <= {"id", "config", "split", "field", "files", "join", "revision"}
+        assert (
+            {"id", "split", "field"}
+            <= entry.keys()
+            <= {"id", "config", "split", "field", "files", "join", "revision"}
+        )
         assert len(entry.get("revision", COMMIT)) == 40
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"split": "absent"}, {"field": "absent"}, {"id": "some/other"}, {"config": "absent"}, {"files": "absent.json.gz"}],
+    [
+        {"split": "absent"},
+        {"field": "absent"},
+        {"id": "some/other"},
+        {"config": "absent"},
+        {"files": "absent.json.gz"},
+    ],
 )
 def test_hub_mistakes_are_told(hub: Path, change: dict[str, str]) -> None:
     records(hub / "test.jsonl", [{"text": "one"}])
@@ -499,7 +602,9 @@ def test_hub_mistakes_are_told(hub: Path, change: dict[str, str]) -> None:
     ({"files": "/a/b.json"}, "outside the dataset's repository"),
     ({"files": "en/../../b.json"}, "outside the dataset's repository"),
 ])  # fmt: skip
-def test_what_the_hub_does_not_have_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], problem: str) -> None:
+def test_what_the_hub_does_not_have_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], problem: str
+) -> None:
     """``datasets`` takes a directory or an address for an id or a file; DVC watches none of them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a" / "texts").mkdir(parents=True)
@@ -517,9 +622,13 @@ def test_a_dataset_without_a_commit_is_told(monkeypatch: pytest.MonkeyPatch, rev
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
-    with pytest.raises(SparselineError, match=r"no commit and may move .* 40 hexadecimal digits .*Files, History\)\.$"):
+    with pytest.raises(
+        SparselineError, match=r"no commit and may move .* 40 hexadecimal digits .*Files, History\)\.$"
+    ):
         read_texts(params("hub", hub=entry, revision=revision))
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: type("Info", (), {"sha": "abc"}))
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.dataset_info", lambda *_, **__: type("Info", (), {"sha": "abc"})
+    )
     with pytest.raises(SparselineError, match=r"the newest commit is abc"):
         read_texts(params("hub", hub=entry, revision=revision))
 
@@ -589,7 +698,9 @@ def test_a_chats_own_start_token_is_not_doubled() -> None:
 
 
 def test_the_familys_usual_place(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gemma is evaluated with the token before every row (lm-eval forces it), the others before every document."""
+    """Gemma is evaluated with the token before every row (lm-eval forces it), the others before
+    every document.
+    """
     assert start(None, "gemma", tokenizer) == Start("row", 0)
     assert start(None, "llama", tokenizer) == Start("document", 0)
     assert start("none", "gemma", tokenizer) == Start("none", 0)
@@ -597,13 +708,17 @@ def test_the_familys_usual_place(tokenizer: PreTrainedTokenizerBase) -> None:
     assert start(None, "opt", tokenizer) == Start("document", 0)  # EOS stands in
     tokenizer.eos_token = None
     assert start(None, "gemma", tokenizer) == NONE
-    with pytest.raises(SparselineError, match="start: row, but the model's tokenizer has no start token; set start: none"):
+    with pytest.raises(
+        SparselineError, match="start: row, but the model's tokenizer has no start token; set start: none"
+    ):
         start("row", "llama", tokenizer)
 
 
 def test_text_of_too_few_tokens_is_told() -> None:
     """A letter again and again, start tokens alone, and rows that are all the same."""
-    with pytest.raises(SparselineError, match="has only 2 different tokens in 3 rows, fewer than its `distinct` of 3"):
+    with pytest.raises(
+        SparselineError, match="has only 2 different tokens in 3 rows, fewer than its `distinct` of 3"
+    ):
         rows_of([[1] * 20, [1] * 20], params(rows=3, distinct=3), Start("document", 0))
     with pytest.raises(SparselineError, match="has only 1 different tokens"):
         rows_of([[0]] * 20, params(rows=3, distinct=2, chat_template=True), Start("document", 0))
@@ -613,7 +728,9 @@ def test_text_of_too_few_tokens_is_told() -> None:
 
 
 def test_concatenation_and_cut() -> None:
-    """Oracle: by hand. Documents run on into one stream, cut into rows of 4; the rest is dropped; the first rows are taken."""
+    """Oracle: by hand. Documents run on into one stream, cut into rows of 4; the rest is dropped;
+    the first rows are taken.
+    """
     documents = [[0, 1, 2], [0, 3], [0, 4, 5, 6, 7], [0]]
     assert rows_of(documents, params(rows=2), NONE).tolist() == [[0, 1, 2, 0], [3, 0, 4, 5]]
     assert rows_of(documents, params(rows=1), NONE).tolist() == [[0, 1, 2, 0]]
@@ -625,7 +742,9 @@ def test_concatenation_and_cut() -> None:
 
 
 def test_drawing_is_by_seed_and_without_replacement() -> None:
-    """All 50 rows drawn are all 50 rows; a seed repeats, another seed differs; fewer rows are the first of the same draw."""
+    """All 50 rows drawn are all 50 rows; a seed repeats, another seed differs; fewer rows are the
+    first of the same draw.
+    """
     documents = [list(range(200))]
     first = rows_of(documents, params(rows=50, seed=1), NONE)
     assert sorted(row[0] for row in first.tolist()) == list(range(0, 200, 4))
@@ -645,17 +764,25 @@ def test_document_packing() -> None:
         assert row == list(range(row[0], row[0] + 4))
         assert row[-1] in documents[row[0] // 100]
     assert torch.equal(rows, rows_of(documents, params(rows=3, packing="document", seed=3), NONE))
-    starts = {rows_of(documents, params(rows=3, packing="document", seed=seed), NONE).sort(0).values[-1, 0].item() for seed in range(40)}
+    starts = {
+        rows_of(documents, params(rows=3, packing="document", seed=seed), NONE).sort(0).values[-1, 0].item()
+        for seed in range(40)
+    }
     assert len(starts) > 5
     assert len(rows_of(documents, params(rows=2, packing="document"), NONE)) == 2
 
 
-@pytest.mark.parametrize(("documents", "found"), [([], 0), ([[]], 0), ([[0, 1, 2]], 0), ([list(range(11))], 2)])
+@pytest.mark.parametrize(
+    ("documents", "found"), [([], 0), ([[]], 0), ([[0, 1, 2]], 0), ([list(range(11))], 2)]
+)
 @pytest.mark.parametrize("packing", ["concatenate", "document"])
 def test_too_little_text_is_told(documents: list[list[int]], found: int, packing: str) -> None:
     expected = min(found, 1) if packing == "document" else found
     with pytest.raises(
-        SparselineError, match=rf"gives {expected} rows of 4 tokens, but 3 are asked for; give more text or lower rows or length"
+        SparselineError,
+        match=(
+            rf"gives {expected} rows of 4 tokens, but 3 are asked for; give more text or lower rows or length"
+        ),
     ):
         rows_of(documents, params(rows=3, packing=packing, seed=0), NONE)
 
@@ -685,7 +812,10 @@ def test_split_leaves_neither_side_empty(count: int, share: float) -> None:
 
 def test_a_single_row_cannot_be_split() -> None:
     with pytest.raises(
-        SparselineError, match="has 1 row, which cannot be split into fitting and held-out rows; raise rows, or set held_out: 0"
+        SparselineError,
+        match=(
+            "has 1 row, which cannot be split into fitting and held-out rows; raise rows, or set held_out: 0"
+        ),
     ):
         split(torch.zeros(1, 2), 0.25)
     assert len(split(torch.zeros(1, 2), 0.0)["fit"]) == 1
@@ -700,43 +830,64 @@ CALL = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
 
 def chats(path: Path, *values: Any) -> Any:
     return read_texts(
-        params(path=records(path / "chat.jsonl", [{"messages": value} for value in values]), field="messages", chat_template=True)
+        params(
+            path=records(path / "chat.jsonl", [{"messages": value} for value in values]),
+            field="messages",
+            chat_template=True,
+        )
     )
 
 
 def test_chat_template(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Oracle: the template rendered by hand; the template alone decides on special tokens."""
     tokenizer.chat_template = TEMPLATE
-    parts = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}], "name": None}, MESSAGES[1]]
+    parts = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}],
+            "name": None,
+        },
+        MESSAGES[1],
+    ]
     texts = chats(tmp_path, MESSAGES, [], parts)
     assert texts.chats == [MESSAGES, MESSAGES]
     assert texts.provenance["empty"] == 1
     written = render(tokenizer, texts.chats, texts.places)
     assert written == ["user: hi\nassistant: yo\n"] * 2
-    assert encode(tokenizer, written)[0] == tokenizer.apply_chat_template(MESSAGES, tokenize=True, return_dict=False)
+    assert encode(tokenizer, written)[0] == tokenizer.apply_chat_template(
+        MESSAGES, tokenize=True, return_dict=False
+    )
 
 
 def test_tool_calls_have_no_content(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Null is no text: not "None" in the rendering."""
-    tokenizer.chat_template = TEMPLATE.replace("\n", "{{ m['tool_calls'] | length if m['tool_calls'] else '' }}\n")
+    tokenizer.chat_template = TEMPLATE.replace(
+        "\n", "{{ m['tool_calls'] | length if m['tool_calls'] else '' }}\n"
+    )
     texts = chats(tmp_path, [MESSAGES[0], {"role": "assistant", "content": None, "tool_calls": CALL}])
     assert render(tokenizer, texts.chats, texts.places) == ["user: hi\nassistant: 1\n"]
 
 
-@pytest.mark.parametrize(("message", "problem"), [
-    ("hi", " is a string; "),
-    ({"from": "human", "value": "hi"}, "has 'from', 'value'; .* rename 'from' to 'role' and 'value' to 'content'"),
-    ({"content": "hi"}, "a message is an object with 'role' and 'content'"),
-    ({"role": "user"}, "a message is an object with 'role' and 'content'"),
-    ({"role": None, "content": "hi"}, "a message is an object with 'role' and 'content'"),
-    ({"role": "user", "content": None}, "has null as content"),
-    ({"role": "user", "content": None, "tool_calls": []}, "has null as content"),
-    ({"role": "user", "content": 5}, "has a number as content"),
-    ({"role": "user", "content": {"text": "hi"}}, "has an object as content"),
-    ({"role": "user", "content": [{"type": "image"}]}, "has a part that is no text"),
-    ({"role": "user", "content": ["hi"]}, "has a part that is no text"),
-    ({}, "has no keys"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ("hi", " is a string; "),
+        (
+            {"from": "human", "value": "hi"},
+            "has 'from', 'value'; .* rename 'from' to 'role' and 'value' to 'content'",
+        ),
+        ({"content": "hi"}, "a message is an object with 'role' and 'content'"),
+        ({"role": "user"}, "a message is an object with 'role' and 'content'"),
+        ({"role": None, "content": "hi"}, "a message is an object with 'role' and 'content'"),
+        ({"role": "user", "content": None}, "has null as content"),
+        ({"role": "user", "content": None, "tool_calls": []}, "has null as content"),
+        ({"role": "user", "content": 5}, "has a number as content"),
+        ({"role": "user", "content": {"text": "hi"}}, "has an object as content"),
+        ({"role": "user", "content": [{"type": "image"}]}, "has a part that is no text"),
+        ({"role": "user", "content": ["hi"]}, "has a part that is no text"),
+        ({}, "has no keys"),
+    ],
+)
 def test_messages_are_checked_before_a_template_sees_them(tmp_path: Path, message: Any, problem: str) -> None:
     with pytest.raises(SparselineError, match=rf"chat\.jsonl, line 2: message 2.*{problem}"):
         chats(tmp_path, MESSAGES, [MESSAGES[0], message])
@@ -751,22 +902,36 @@ def test_messages_are_checked_before_a_template_sees_them(tmp_path: Path, messag
     ("{{ messages | no_such_filter }}", "TemplateAssertionError: "),
     ({"tool_use": TEMPLATE}, "ValueError: "),
 ])  # fmt: skip
-def test_a_templates_own_error_is_told(tokenizer: PreTrainedTokenizerBase, template: Any, reason: str) -> None:
+def test_a_templates_own_error_is_told(
+    tokenizer: PreTrainedTokenizerBase, template: Any, reason: str
+) -> None:
     tokenizer.chat_template = template
-    with pytest.raises(SparselineError, match=rf"a\.jsonl, line 7: the model's chat template does not take this record \({reason}.*\)"):
+    with pytest.raises(
+        SparselineError,
+        match=rf"a\.jsonl, line 7: the model's chat template does not take this record \({reason}.*\)",
+    ):
         render(tokenizer, [MESSAGES], ["a.jsonl, line 7"])
 
 
 def test_a_template_that_leaves_text_out_is_told(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Roles that the template does not know, wherever they first appear, and tool calls. Oracle: what the template prints."""
-    known = "{% for m in messages %}{% if m['role'] in ['user', 'assistant'] %}{{ m['content'] | trim }}{% endif %}{% endfor %}"
+    """Roles that the template does not know, wherever they first appear, and tool calls. Oracle:
+    what the template prints.
+    """
+    known = (
+        "{% for m in messages %}{% if m['role'] in ['user', 'assistant'] %}{{ m['content'] | trim }}{% endif"
+        " %}{% endfor %}"
+    )
     tokenizer.chat_template = known
     assert render(tokenizer, [MESSAGES, MESSAGES], ["1", "2"]) == ["hiyo", "hiyo"]
     other = [MESSAGES[0], {"role": "gpt", "content": "yo"}]
-    with pytest.raises(SparselineError, match=r"^line 2: .* leaves out the content of messages with the role 'gpt'"):
+    with pytest.raises(
+        SparselineError, match=r"^line 2: .* leaves out the content of messages with the role 'gpt'"
+    ):
         render(tokenizer, [MESSAGES, other], ["line 1", "line 2"])
     called = [MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": CALL}]
-    with pytest.raises(SparselineError, match=r"^line 2: .* leaves out the tool calls of messages with the role 'assistant'"):
+    with pytest.raises(
+        SparselineError, match=r"^line 2: .* leaves out the tool calls of messages with the role 'assistant'"
+    ):
         render(tokenizer, [MESSAGES, called], ["line 1", "line 2"])
 
 
@@ -782,7 +947,10 @@ def test_chat_mistakes_are_told(tokenizer: PreTrainedTokenizerBase, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["my text", "a.b", "a/b", "..", "", "é", "a:b", 5, True])
 def test_names_that_cannot_be_used_are_told(name: Any) -> None:
-    with pytest.raises(SparselineError, match=r"the text name .* cannot be used: a name may have letters, digits, '-' and '_'"):
+    with pytest.raises(
+        SparselineError,
+        match=r"the text name .* cannot be used: a name may have letters, digits, '-' and '_'",
+    ):
         check_name("text", name)
 
 
@@ -798,8 +966,13 @@ def test_the_models_tokenizer_is_loaded(model_paths: dict[str, Path]) -> None:
 
 
 def test_a_tokenizer_of_another_model_is_told(model_paths: dict[str, Path]) -> None:
-    """Letters without an embedding are certain to be met; one rare byte without one is not (its rows are refused)."""
-    with pytest.raises(SparselineError, match=r"the tokenizer does not match the model: plain text gives ids up to \d+, .* has 80"):
+    """Letters without an embedding are certain to be met; one rare byte without one is not (its
+    rows are refused).
+    """
+    with pytest.raises(
+        SparselineError,
+        match=r"the tokenizer does not match the model: plain text gives ids up to \d+, .* has 80",
+    ):
         load_tokenizer(model_paths["opt"], 80)
     assert load_tokenizer(model_paths["opt"], 256) is not None
 

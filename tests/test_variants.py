@@ -1,4 +1,5 @@
-"""Plug and play: every shipped criterion takes induction before it and any reconstruction after it, without a word in the code about which.
+"""Plug and play: every shipped criterion takes induction before it and any reconstruction after it,
+without a word in the code about which.
 
 Oracles: the saved checkpoints, counted; the facts' own inequalities; and the same variant without either.
 """
@@ -16,7 +17,8 @@ from pipeline_lib.models.transform import read_transforms
 
 CRITERIA = ("magnitude", "wanda", "sparsegpt", "papers")
 PATTERNS = {"unstructured": "unstructured", "2of4": "2:4"}
-# What comes after the criterion's own steps: one fit, or two of a window that aim at the dense stream, with masks chosen anew.
+# What comes after the criterion's own steps: one fit, or two of a window that aim at the dense
+# stream, with masks chosen anew.
 AFTER: dict[str, Any] = {
     "unstructured": {"steps": ["channel"]},
     "2of4": {
@@ -39,7 +41,8 @@ def variants() -> dict[str, Any]:
         own = values["variants"][criterion]
         steps = merge(values["prune"]["reconstruction"], own.get("reconstruction", {}))["steps"]
         steps = [step for step in steps if step not in AFTER[short]["steps"]]
-        aims = {} if "obs" in steps else {"towards_dense": 0.0}  # where no weight changes there is nothing to aim
+        # where no weight changes there is nothing to aim
+        aims = {} if "obs" in steps else {"towards_dense": 0.0}
         changes = {
             "induce": {},
             "selection": {"pattern": PATTERNS[short]},
@@ -51,9 +54,13 @@ def variants() -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=["llama", "gpt_neox"])
 def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every variant induced and pruned; GPT-NeoX has biases, a fused projection and an uncoupled site. Read only."""
+    """Every variant induced and pruned; GPT-NeoX has biases, a fused projection and an uncoupled
+    site. Read only.
+    """
     directory = tmp_path_factory.mktemp("variants")
-    made = make_workspace(directory / "project", model={"family": request.param, "layers": LAYERS}, variants=variants())
+    made = make_workspace(
+        directory / "project", model={"family": request.param, "layers": LAYERS}, variants=variants()
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSELINE_SCRATCH", str(directory / "scratch"))
         patch.chdir(made)
@@ -64,7 +71,9 @@ def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_criterion_is_induced_and_fitted(workspace: Path, name: str) -> None:
-    """The gate judged three candidates in every block and took the best, no fit made a block worse, and zeros are as many as asked for."""
+    """The gate judged three candidates in every block and took the best, no fit made a block worse,
+    and zeros are as many as asked for.
+    """
     _, written = read_transforms(workspace / "build" / "induce" / name / "transform.safetensors", LAYERS)
     facts = artifacts.read_json(workspace / "build" / "facts" / f"{name}.json")
     assert facts["transform"] == written
@@ -94,6 +103,9 @@ def test_something_came_of_it(workspace: Path) -> None:
     """Not vacuous: some gate kept more than nothing, and some fit was kept."""
     facts = [artifacts.read_json(workspace / "build" / "facts" / f"{name}.json") for name in NAMES]
     assert any(block["choice"] != "none" for one in facts for block in one["transform"]["induction"].values())
-    kept = [{step for block in one["blocks"].values() for step, fitted in block.items() if fitted["epochs"] > 0} for one in facts]
+    kept = [
+        {step for block in one["blocks"].values() for step, fitted in block.items() if fitted["epochs"] > 0}
+        for one in facts
+    ]
     assert all(kept)
     assert set().union(*kept) == {"channel", "block"}

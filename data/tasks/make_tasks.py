@@ -2,21 +2,21 @@
 
     python data/tasks/make_tasks.py --output data/tasks
 
-Reads the modules that ``data/held_out.json`` lists under "test" from this Python's own library (the committed files: 3.11.7) and
-writes, next to the lm-eval task definitions:
+Reads the modules that ``data/held_out.json`` lists under "test" from this Python's own library (the
+committed files: 3.11.7) and writes, next to the lm-eval task definitions:
 
-``next_line.jsonl``  consecutive lines of a function, then which of four lines follows. The three others begin statements elsewhere in
-                     the same module, are about as long, and get the true line's indentation. Chance 1/4.
-``corrupted.jsonl``  a function without its docstring, and the same function with one corruption of equal length that still parses.
-                     Which is the real one? Chance 1/2. ``kind`` tells the corruption:
-                     lines      two adjacent statements exchanged, of which the second uses a name that the first assigns
-                     names      two identifiers on different lines exchanged
-                     arguments  two positional arguments of a call exchanged
-                     operator   a comparison or an arithmetic operator replaced by its opposite
+``next_line.jsonl``  consecutive lines of a function, then which of four lines follows. The three
+others begin statements elsewhere in the same module, are about as long, and get the true line's
+indentation. Chance 1/4. ``corrupted.jsonl``  a function without its docstring, and the same
+function with one corruption of equal length that still parses. Which is the real one? Chance 1/2.
+``kind`` tells the corruption: lines      two adjacent statements exchanged, of which the second
+uses a name that the first assigns names      two identifiers on different lines exchanged arguments
+two positional arguments of a call exchanged operator   a comparison or an arithmetic operator
+replaced by its opposite
 
-Only complete functions found with ``ast`` are used, dedented, at most one item of each task from each; text that the calibration or
-validation modules also contain is dropped. One seed and one Python version give one result. The text is the Python Software
-Foundation's, under the PSF licence.
+Only complete functions found with ``ast`` are used, dedented, at most one item of each task from
+each; text that the calibration or validation modules also contain is dropped. One seed and one
+Python version give one result. The text is the Python Software Foundation's, under the PSF licence.
 """
 
 import ast
@@ -64,12 +64,16 @@ class Function:
 
 
 def functions(module: str, source: str) -> Iterator[Function]:
-    """A module's functions and methods (nested ones stay parts of theirs), without decorators, comment lines and docstrings."""
+    """A module's functions and methods (nested ones stay parts of theirs), without decorators,
+    comment lines and docstrings.
+    """
     lines = source.splitlines()
     for node in _outermost(ast.parse(source)):
         docstring = node.body[0] if ast.get_docstring(node) is not None else None
         skip = range(docstring.lineno, (docstring.end_lineno or 0) + 1) if docstring else range(0)
-        kept = [lines[i - 1].rstrip() for i in range(node.lineno, (node.end_lineno or 0) + 1) if i not in skip]
+        kept = [
+            lines[i - 1].rstrip() for i in range(node.lineno, (node.end_lineno or 0) + 1) if i not in skip
+        ]
         text = textwrap.dedent("\n".join(line for line in kept if line and not line.lstrip().startswith("#")))
         if text.isascii() and "\t" not in text and _parses(text):  # ASCII: ast counts columns in bytes
             yield Function(module, node.name, tuple(text.splitlines()))
@@ -92,16 +96,28 @@ def _parses(text: str) -> bool:
 
 
 def _statements(function: Function) -> list[tuple[int, str]]:
-    """Index and stripped text of the lines that begin a statement and say something: no else, nested def, or bare word."""
+    """Index and stripped text of the lines that begin a statement and say something: no else,
+    nested def, or bare word.
+    """
     nodes = [n for n in ast.walk(ast.parse(function.text)) if isinstance(n, ast.stmt)]
-    found = {n.lineno - 1 for n in nodes if not isinstance(n, ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom)}
+    found = {
+        n.lineno - 1
+        for n in nodes
+        if not isinstance(n, ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom)
+    }
     lines = [(i, function.lines[i].strip()) for i in sorted(found)]
     low, high = LINE_CHARACTERS
-    return [(i, line) for i, line in lines if low <= len(line) <= high and not line.startswith(("elif", "else", "except", "finally"))]
+    return [
+        (i, line)
+        for i, line in lines
+        if low <= len(line) <= high and not line.startswith(("elif", "else", "except", "finally"))
+    ]
 
 
 def next_line(function: Function, others: dict[str, None], rng: random.Random) -> Item | None:
-    """An item whose true line is a random statement with enough lines of the function before it; ``others``: the module's lines."""
+    """An item whose true line is a random statement with enough lines of the function before it;
+    ``others``: the module's lines.
+    """
     targets = [(i, line) for i, line in _statements(function) if i >= CONTEXT_LINES[0]]
     rng.shuffle(targets)
     for index, line in targets:
@@ -110,7 +126,8 @@ def next_line(function: Function, others: dict[str, None], rng: random.Random) -
             continue
         here = {text.strip() for text in function.lines}
         alike = [o for o in others if o not in here and abs(len(o) - len(line)) <= max(3, len(line) // 8)]
-        # A line that opens a block, where none is opened (or the reverse), would need no understanding to reject.
+        # A line that opens a block, where none is opened (or the reverse), would need no
+        # understanding to reject.
         alike = [o for o in alike if o.endswith(":") == line.endswith(":")]
         if len(alike) < 3:
             continue
@@ -132,14 +149,19 @@ Span = tuple[int, int, int]  # line index, first column, end column
 
 def _span(node: ast.expr) -> Span | None:
     """Where an expression stands, if on one line."""
-    return (node.lineno - 1, node.col_offset, node.end_col_offset or 0) if node.lineno == node.end_lineno else None
+    return (
+        (node.lineno - 1, node.col_offset, node.end_col_offset or 0)
+        if node.lineno == node.end_lineno
+        else None
+    )
 
 
 def _exchange(lines: tuple[str, ...], one: Span, two: Span) -> str:
     """The text with two disjoint spans exchanged, which may stand on one line."""
     changed = list(lines)
     texts = {span: lines[span[0]][span[1] : span[2]] for span in (one, two)}
-    for span, text in sorted([(one, texts[two]), (two, texts[one])], reverse=True):  # from the end, so that columns hold
+    # from the end, so that columns hold
+    for span, text in sorted([(one, texts[two]), (two, texts[one])], reverse=True):
         line = changed[span[0]]
         changed[span[0]] = line[: span[1]] + text + line[span[2] :]
     return "\n".join(changed)
@@ -157,7 +179,9 @@ def _bodies(tree: ast.AST) -> Iterator[list[ast.stmt]]:
 
 
 def corrupt_lines(function: Function, tree: ast.AST) -> list[str]:
-    """Every text that exchanges an assignment and the one-line statement after it, which uses what is assigned."""
+    """Every text that exchanges an assignment and the one-line statement after it, which uses what
+    is assigned.
+    """
     results = []
     for body in _bodies(tree):
         for one, two in pairwise(body):
@@ -217,15 +241,28 @@ CORRUPTIONS: dict[str, Callable[[Function, ast.AST], list[str]]] = {
 def corrupted(function: Function, kind: str, rng: random.Random) -> Item | None:
     """An item with a random corruption of the kind, if the function allows one."""
     text = function.text
-    fits = PROGRAM_LINES[0] <= len(function.lines) <= PROGRAM_LINES[1] and PROGRAM_CHARACTERS[0] <= len(text) <= PROGRAM_CHARACTERS[1]
+    fits = (
+        PROGRAM_LINES[0] <= len(function.lines) <= PROGRAM_LINES[1]
+        and PROGRAM_CHARACTERS[0] <= len(text) <= PROGRAM_CHARACTERS[1]
+    )
     if not fits:
         return None
-    wrong = [w for w in CORRUPTIONS[kind](function, ast.parse(text)) if len(w) == len(text) and w != text and _parses(w)]
+    wrong = [
+        w
+        for w in CORRUPTIONS[kind](function, ast.parse(text))
+        if len(w) == len(text) and w != text and _parses(w)
+    ]
     if not wrong:
         return None
     gold = rng.randrange(2)
     programs = [rng.choice(wrong), text] if gold else [text, rng.choice(wrong)]
-    return {"programs": programs, "gold": gold, "kind": kind, "module": function.module, "function": function.name}
+    return {
+        "programs": programs,
+        "gold": gold,
+        "kind": kind,
+        "module": function.module,
+        "function": function.name,
+    }
 
 
 def _fair(items: dict[str, list[Item]], count: int, rng: random.Random) -> list[Item]:
@@ -258,7 +295,11 @@ def _write(path: Path, items: list[Item]) -> None:
 def main(output: Path, count: int, seed: int) -> None:
     root = Path(sysconfig.get_paths()["stdlib"])
     names = json.loads((Path(__file__).parent.parent / "held_out.json").read_text(encoding="utf-8"))
-    copied = _known("\n".join((root / name).read_text(encoding="utf-8") for name in names["calibration"] + names["validation"]))
+    copied = _known(
+        "\n".join(
+            (root / name).read_text(encoding="utf-8") for name in names["calibration"] + names["validation"]
+        )
+    )
     lines: dict[str, list[Item]] = {}
     programs: dict[str, list[Item]] = {}
     seen: set[str] = set()

@@ -2,9 +2,10 @@
 
     python data/tiny-llama/train.py --output data/tiny-llama
 
-Reads the standard library and the installed packages' ``.py`` files, without the modules that ``data/held_out.json`` holds out
-for calibration, validation and test, and without any file that repeats them. Writes tokenizer, config, bf16 safetensors and
-``training.json``, from which the model card quotes. The first run leaves its tokens in ``--work``, so a repeat starts at once.
+Reads the standard library and the installed packages' ``.py`` files, without the modules that
+``data/held_out.json`` holds out for calibration, validation and test, and without any file that
+repeats them. Writes tokenizer, config, bf16 safetensors and ``training.json``, from which the model
+card quotes. The first run leaves its tokens in ``--work``, so a repeat starts at once.
 """
 
 import hashlib
@@ -46,7 +47,9 @@ def _lines(text: str) -> set[str]:
 
 
 def collect(held_out: list[str], seed: int) -> tuple[list[str], list[str], dict[str, int]]:
-    """Training files: all of the standard library first, then packages in random order; copies of held-out modules dropped."""
+    """Training files: all of the standard library first, then packages in random order; copies of
+    held-out modules dropped.
+    """
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     packages = Path(sysconfig.get_paths()["purelib"])
     held_lines = set().union(*(_lines((stdlib / name).read_text(encoding="utf-8")) for name in held_out))
@@ -57,7 +60,9 @@ def collect(held_out: list[str], seed: int) -> tuple[list[str], list[str], dict[
         files = sorted(root.rglob("*.py"))
         random.Random(seed).shuffle(files)
         for path in files:
-            if kind == "stdlib" and ("site-packages" in path.parts or str(path.relative_to(stdlib)) in held_out):
+            if kind == "stdlib" and (
+                "site-packages" in path.parts or str(path.relative_to(stdlib)) in held_out
+            ):
                 continue
             raw = path.read_bytes()
             digest = hashlib.sha256(raw).hexdigest()
@@ -85,7 +90,10 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG.vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=CONFIG.vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
@@ -106,14 +114,28 @@ def loss_of(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(input_ids=rows).last_hidden_state[:, :-1]
         logits = model.lm_head(hidden)
-    return torch.nn.functional.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), rows[:, 1:].reshape(-1))
+    return torch.nn.functional.cross_entropy(
+        logits.float().reshape(-1, logits.shape[-1]), rows[:, 1:].reshape(-1)
+    )
 
 
 @click.command(help=__doc__)
 @click.option("--output", type=click.Path(path_type=Path), required=True)
-@click.option("--work", type=click.Path(path_type=Path), default=Path("/tmp/sparseline-train"), show_default=True)
-@click.option("--minutes", default=55.0, show_default=True, help="Training time at the measured speed; fixes the number of steps.")
-@click.option("--steps", default=0, show_default=True, help="Exact number of steps instead of --minutes (to repeat a run).")
+@click.option(
+    "--work", type=click.Path(path_type=Path), default=Path("/tmp/sparseline-train"), show_default=True
+)
+@click.option(
+    "--minutes",
+    default=55.0,
+    show_default=True,
+    help="Training time at the measured speed; fixes the number of steps.",
+)
+@click.option(
+    "--steps",
+    default=0,
+    show_default=True,
+    help="Exact number of steps instead of --minutes (to repeat a run).",
+)
 @click.option("--batch", default=32, show_default=True, help="Rows of 256 tokens in one step.")
 @click.option("--rate", default=4e-3, show_default=True, help="Peak learning rate of AdamW.")
 @click.option("--seed", default=0, show_default=True)
@@ -155,7 +177,9 @@ def main(output: Path, work: Path, minutes: float, steps: int, batch: int, rate:
             break
         progress = step / steps if steps else 0.0
         for group in optimiser.param_groups:
-            group["lr"] = rate * min((step + 1) / 100, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = (
+                rate * min((step + 1) / 100, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            )
         pick = torch.arange(step * batch, (step + 1) * batch) % len(rows)
         loss = loss_of(model, rows[pick])
         loss.backward()
@@ -169,7 +193,10 @@ def main(output: Path, work: Path, minutes: float, steps: int, batch: int, rate:
             click.echo(f"step {step}/{steps} loss {loss.item():.3f} {speed:.0f} tokens/s")
         if step % 500 == 0:
             with torch.no_grad():
-                click.echo(f"  validation perplexity {math.exp(np.mean([loss_of(model, part).item() for part in valid.split(16)])):.3f}")
+                click.echo(
+                    "  validation perplexity"
+                    f" {math.exp(np.mean([loss_of(model, part).item() for part in valid.split(16)])):.3f}"
+                )
     model = model.to(torch.bfloat16)
     with torch.no_grad():
         perplexity = math.exp(np.mean([loss_of(model, part).item() for part in valid.split(16)]))
@@ -177,7 +204,14 @@ def main(output: Path, work: Path, minutes: float, steps: int, batch: int, rate:
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     facts = json.loads((work / "facts.json").read_text())
-    facts |= {"steps": steps, "batch": batch, "tokens": steps * batch * 256, "rate": rate, "seed": seed, "torch": torch.__version__}
+    facts |= {
+        "steps": steps,
+        "batch": batch,
+        "tokens": steps * batch * 256,
+        "rate": rate,
+        "seed": seed,
+        "torch": torch.__version__,
+    }
     facts |= {"validation_perplexity": round(perplexity, 3), "python": platform.python_version()}
     (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     click.echo(f"validation perplexity {perplexity:.3f}")

@@ -1,4 +1,6 @@
-"""How many weights each matrix keeps: Algorithm 1 of 2310.09499 under an overall budget that is met exactly."""
+"""How many weights each matrix keeps: Algorithm 1 of 2310.09499 under an overall budget that is met
+exactly.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +31,9 @@ def ranks(values: Sequence[float]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Room:
-    """What every allocation has to keep to: bounds of each kept count, multiples of its quantum, and the overall number."""
+    """What every allocation has to keep to: bounds of each kept count, multiples of its quantum,
+    and the overall number.
+    """
 
     sizes: np.ndarray
     quanta: np.ndarray
@@ -52,23 +56,28 @@ def room(units: Sequence[Unit], sparsity: float, bounds: tuple[float, float]) ->
     slack = quanta.max() / 2 if quanta.max() > 1 else 0
     if (low > high).any() or not low.sum() - slack <= wanted <= high.sum() + slack:
         raise SparselineError(
-            f"No allocation with densities between {bounds[0]:g} and {bounds[1]:g} meets sparsity {sparsity:g}; "
-            "widen allocation.density_bounds, or alpha where `predicted` is bound by it."
+            f"No allocation with densities between {bounds[0]:g} and {bounds[1]:g} meets sparsity"
+            f" {sparsity:g}; widen allocation.density_bounds, or alpha where `predicted` is bound by it."
         )
     return Room(sizes, quanta, low, high, wanted)
 
 
-def allocate(units: Sequence[Unit], sparsity: float, t: np.ndarray, alpha: float, bounds: tuple[float, float]) -> list[int]:
-    """Weights kept per matrix: density_i = clip(c + α·t_i, bounds), c solved so that the overall sparsity is met.
+def allocate(
+    units: Sequence[Unit], sparsity: float, t: np.ndarray, alpha: float, bounds: tuple[float, float]
+) -> list[int]:
+    """Weights kept per matrix: density_i = clip(c + α·t_i, bounds), c solved so that the overall
+    sparsity is met.
 
     Args:
-        t: each matrix's place in [−1, 1] (by sensitivity rank in Algorithm 1; zeros for a uniform allocation).
+        t: each matrix's place in [−1, 1] (by sensitivity rank in Algorithm 1; zeros for a uniform
+            allocation).
         alpha: half-width of the density interval (Algorithm 1).
         bounds: least and greatest density of a matrix.
 
     Returns:
-        Kept counts, multiples of each matrix's quantum. With quantum 1 they sum to ``target`` exactly; otherwise within half
-        of the largest quantum. Rounding is by largest remainder, ties to the earlier matrix.
+        Kept counts, multiples of each matrix's quantum. With quantum 1 they sum to ``target``
+            exactly; otherwise within half of the largest quantum. Rounding is by largest remainder,
+            ties to the earlier matrix.
 
     Raises:
         SparselineError: no densities within the bounds meet the budget.

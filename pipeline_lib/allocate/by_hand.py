@@ -8,15 +8,19 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.names import Names, hits
 
 
-def by_hand(units: Sequence[Unit], names: Sequence[Names], patterns: Sequence[tuple[str, float]], key: str) -> dict[str, int]:
-    """Matrix -> weights kept, of those that a pattern matches: round((1 − p)·n) with the sparsity p of the first such pattern.
+def by_hand(
+    units: Sequence[Unit], names: Sequence[Names], patterns: Sequence[tuple[str, float]], key: str
+) -> dict[str, int]:
+    """Matrix -> weights kept, of those that a pattern matches: round((1 − p)·n) with the sparsity p
+    of the first such pattern.
 
     Args:
         names: every name of each unit.
         key: where the patterns stand in params.yaml, for errors.
 
     Raises:
-        SparselineError: a pattern matches no matrix, or only such as an earlier one has taken; an N:M pattern has no such sparsity.
+        SparselineError: a pattern matches no matrix, or only such as an earlier one has taken; an
+            N:M pattern has no such sparsity.
     """
     kept: dict[str, int] = {}
     for pattern, sparsity in patterns:
@@ -24,20 +28,23 @@ def by_hand(units: Sequence[Unit], names: Sequence[Names], patterns: Sequence[tu
         taken = [unit for unit in found if unit.name not in kept]
         if not taken:
             raise SparselineError(
-                f"params.yaml: {key}: patterns before {pattern!r} take all that it matches, {found[0].name} for example; put it before them."
+                f"params.yaml: {key}: patterns before {pattern!r} take all that it matches,"
+                f" {found[0].name} for example; put it before them."
             )
         for unit in taken:
             count = target(sparsity, unit.size)
             if count % unit.quantum:
                 raise SparselineError(
-                    f"params.yaml: {key}: {pattern!r} gives {unit.name} a sparsity of {sparsity:g}, but its N:M pattern needs a multiple of "
-                    f"{unit.quantum / unit.size:g}."
+                    f"params.yaml: {key}: {pattern!r} gives {unit.name} a sparsity of {sparsity:g}, but its"
+                    f" N:M pattern needs a multiple of {unit.quantum / unit.size:g}."
                 )
             kept[unit.name] = count
     return kept
 
 
-def left(units: Sequence[Unit], kept: Mapping[str, int], sparsity: float, key: str) -> tuple[list[Unit], float]:
+def left(
+    units: Sequence[Unit], kept: Mapping[str, int], sparsity: float, key: str
+) -> tuple[list[Unit], float]:
     """The units without a count in ``kept``, and the sparsity at which all units together have ``sparsity``.
 
     Raises:
@@ -47,9 +54,15 @@ def left(units: Sequence[Unit], kept: Mapping[str, int], sparsity: float, key: s
     if not kept:
         return rest, sparsity
     total, size = sum(unit.size for unit in units), sum(unit.size for unit in rest)
-    given = f"the patterns give {len(kept)} of {len(units)} matrices a sparsity, {1 - sum(kept.values()) / (total - size):.4g} together"
+    given = (
+        f"the patterns give {len(kept)} of {len(units)} matrices a sparsity,"
+        f" {1 - sum(kept.values()) / (total - size):.4g} together"
+    )
     wanted = target(sparsity, total) - sum(kept.values())
     if not rest or not 0 <= wanted <= size:
         why = "the others cannot make up for it" if rest else "no other is left"
-        raise SparselineError(f"params.yaml: {key}: overall = {sparsity:g} is not met: {given}, and {why}; change overall or a pattern.")
+        raise SparselineError(
+            f"params.yaml: {key}: overall = {sparsity:g} is not met: {given}, and {why}; change overall or a"
+            " pattern."
+        )
     return rest, 1 - wanted / size

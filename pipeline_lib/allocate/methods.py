@@ -10,7 +10,8 @@ from pipeline_lib.allocate.predicted import Curve, minimise
 from pipeline_lib.allocate.settings import AllocationParams
 from pipeline_lib.core.errors import SparselineError
 
-Measured = Mapping[str, Mapping[str, Any]]  # matrix name -> its entry of sensitivity.json, or of a variant's curves
+# matrix name -> its entry of sensitivity.json, or of a variant's curves
+Measured = Mapping[str, Mapping[str, Any]]
 KEYS = {
     "weight": "sensitivity",
     "layer": "sensitivity",
@@ -23,19 +24,22 @@ KEYS = {
 def counts(units: Sequence[Unit], sparsity: float, params: AllocationParams, measured: Measured) -> list[int]:
     """Kept weights per matrix.
 
-    ``uniform``: the same density everywhere. ``weight``, ``layer``: Algorithm 1 of 2310.09499, by the rank of a matrix's or block's sensitivity.
-    ``owl``, ``dlp``, ``depth``: cheap references, a density per block, half-width α like Algorithm 1's (``_places``).
-    ``predicted``: least sum of tempered predicted losses, every density within α of the overall one (``minimise``).
+    ``uniform``: the same density everywhere. ``weight``, ``layer``: Algorithm 1 of 2310.09499, by
+    the rank of a matrix's or block's sensitivity. ``owl``, ``dlp``, ``depth``: cheap references, a
+    density per block, half-width α like Algorithm 1's (``_places``). ``predicted``: least sum of
+    tempered predicted losses, every density within α of the overall one (``minimise``).
 
     Raises:
-        SparselineError: something that the method needs was not measured or is NaN or infinite, or no allocation meets the budget.
+        SparselineError: something that the method needs was not measured or is NaN or infinite, or
+            no allocation meets the budget.
     """
     if key := KEYS.get(params.method):
         missing = [unit.name for unit in units if measured.get(unit.name, {}).get(key) is None]
         if missing:
             what = {"sensitivity": "sensitivities", "curve": "error curves"}.get(key, f"{key} per block")
             raise SparselineError(
-                f"allocation.method = {params.method!r} needs {what}, but there is none for {missing[0]}; run `dvc repro`."
+                f"allocation.method = {params.method!r} needs {what}, but there is none for {missing[0]}; run"
+                " `dvc repro`."
             )
         if key != "curve":
             for unit in units:
@@ -43,15 +47,19 @@ def counts(units: Sequence[Unit], sparsity: float, params: AllocationParams, mea
     if params.method == "predicted":
         low, high = params.density_bounds
         within = max(low, 1 - sparsity - params.alpha), min(high, 1 - sparsity + params.alpha)
-        return minimise(units, sparsity, [predicted(unit.name, measured[unit.name], params) for unit in units], within)
+        return minimise(
+            units, sparsity, [predicted(unit.name, measured[unit.name], params) for unit in units], within
+        )
     return allocate(units, sparsity, _places(units, params, measured), params.alpha, params.density_bounds)
 
 
 def predicted(name: str, entry: Mapping[str, Any], params: AllocationParams) -> Curve:
-    """One matrix's predicted loss increase [nats/token], second order, at its measured densities, to the power τ = ``temper``.
+    """One matrix's predicted loss increase [nats/token], second order, at its measured densities,
+    to the power τ = ``temper``.
 
-    ``trace``: ½·(Tr H/n)·‖ΔW‖², the Hessian as a multiple of the identity. ``kronecker``: ½·tr(E[ggᵀ] ΔW G ΔWᵀ), the Fisher matrix as E[ggᵀ] ⊗ G.
-    τ = 1 takes the predictions at their word; towards 0 only each curve's own relative fall counts, Σ log f.
+    ``trace``: ½·(Tr H/n)·‖ΔW‖², the Hessian as a multiple of the identity. ``kronecker``:
+    ½·tr(E[ggᵀ] ΔW G ΔWᵀ), the Fisher matrix as E[ggᵀ] ⊗ G. τ = 1 takes the predictions at their
+    word; towards 0 only each curve's own relative fall counts, Σ log f.
 
     Raises:
         SparselineError: ``kronecker`` without output moments, or an error that is NaN or infinite.
@@ -59,10 +67,15 @@ def predicted(name: str, entry: Mapping[str, Any], params: AllocationParams) -> 
     curve = entry["curve"]
     if params.weighting == "kronecker" and curve["kronecker"] is None:
         raise SparselineError(
-            f"allocation.weighting = 'kronecker' needs output moments, but there are none for {name}; set sensitivity.output_moments, or weighting: trace."
+            f"allocation.weighting = 'kronecker' needs output moments, but there are none for {name}; set"
+            " sensitivity.output_moments, or weighting: trace."
         )
     with np.errstate(invalid="ignore", over="ignore"):  # what comes of it is refused below
-        errors = np.array(curve["kronecker"]) if params.weighting == "kronecker" else entry["sensitivity"] * np.array(curve["frobenius"])
+        errors = (
+            np.array(curve["kronecker"])
+            if params.weighting == "kronecker"
+            else entry["sensitivity"] * np.array(curve["frobenius"])
+        )
     _check_finite(name, "error curve", errors)
     return Curve(np.array(curve["density"]), errors / 2, params.temper)
 
@@ -74,15 +87,19 @@ def _check_finite(name: str, what: str, values: Any) -> None:
         SparselineError: a value is NaN or infinite.
     """
     if not np.isfinite(values).all():
-        raise SparselineError(f"The {what} of {name} holds NaN or infinity; check the model, or compute in float32.")
+        raise SparselineError(
+            f"The {what} of {name} holds NaN or infinity; check the model, or compute in float32."
+        )
 
 
 def _places(units: Sequence[Unit], params: AllocationParams, measured: Measured) -> np.ndarray:
     """Each matrix's place in [−1, 1]; 1 is densest.
 
-    OWL (2310.05175): linear in the block's outlier ratio, over a width of 2λ (our α is λ). DLP (2505.23807): the median S of the block's |w|·‖X‖
-    measures how *un*important it is, and the density is linear in the importance 1 − S/ΣS over a width of 2α: it falls linearly with S.
-    ``depth``: ATP (2502.14770), sparsities in arithmetic progression from the first block up to the last; its difference β is 2α/(blocks − 1).
+    OWL (2310.05175): linear in the block's outlier ratio, over a width of 2λ (our α is λ). DLP
+    (2505.23807): the median S of the block's |w|·‖X‖ measures how *un*important it is, and the
+    density is linear in the importance 1 − S/ΣS over a width of 2α: it falls linearly with S.
+    ``depth``: ATP (2502.14770), sparsities in arithmetic progression from the first block up to the
+    last; its difference β is 2α/(blocks − 1).
     """
     if params.method == "uniform":
         return np.zeros(len(units))
@@ -91,7 +108,10 @@ def _places(units: Sequence[Unit], params: AllocationParams, measured: Measured)
     blocks = sorted({unit.block for unit in units})
 
     def by_block(combine: Callable[[list[float]], Any], key: str) -> list[float]:
-        return [float(combine([measured[unit.name][key] for unit in units if unit.block == block])) for block in blocks]
+        return [
+            float(combine([measured[unit.name][key] for unit in units if unit.block == block]))
+            for block in blocks
+        ]
 
     if params.method == "layer":
         t = ranks(by_block(sum if params.layer_sensitivity == "sum" else np.mean, "sensitivity"))

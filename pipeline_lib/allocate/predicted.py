@@ -13,7 +13,8 @@ KNOTS = 256  # counts at which a curve is looked up, evenly spread; between them
 
 @dataclass(frozen=True)
 class Curve:
-    """One matrix's predicted increase of the loss over its density, measured at increasing densities from 0 to 1, to the power ``temper``.
+    """One matrix's predicted increase of the loss over its density, measured at increasing
+    densities from 0 to 1, to the power ``temper``.
 
     No increase is negative: one that is, by rounding, counts as 0.
     """
@@ -28,15 +29,19 @@ class Curve:
     def at(self, density: np.ndarray) -> np.ndarray:
         """Between two measured points linear in the logarithm, since errors fall by orders of magnitude.
 
-        Towards 0 at density 1, with the cube of the pruned share: with a density of weights around zero that is not zero, the smallest share s lies
-        below a threshold ∝ s, and its squares sum to ∝ s³.
+        Towards 0 at density 1, with the cube of the pruned share: with a density of weights around
+        zero that is not zero, the smallest share s lies below a threshold ∝ s, and its squares sum
+        to ∝ s³.
         """
         i = np.clip(np.searchsorted(self.density, density, side="right") - 1, 0, len(self.density) - 2)
         before, after = self.loss[i], self.loss[i + 1]
         share = (density - self.density[i]) / (self.density[i + 1] - self.density[i])
         positive = (before > 0) & (after > 0)
         logs = [np.log(np.where(positive, end, 1.0)) for end in (before, after)]
-        return np.where(positive, np.exp((1 - share) * logs[0] + share * logs[1]), before * (1 - share) ** 3) ** self.temper
+        return (
+            np.where(positive, np.exp((1 - share) * logs[0] + share * logs[1]), before * (1 - share) ** 3)
+            ** self.temper
+        )
 
 
 def hull(x: np.ndarray, y: np.ndarray) -> list[int]:
@@ -52,14 +57,20 @@ def hull(x: np.ndarray, y: np.ndarray) -> list[int]:
     return kept
 
 
-def minimise(units: Sequence[Unit], sparsity: float, curves: Sequence[Curve], bounds: tuple[float, float]) -> list[int]:
-    """Weights kept per matrix with the least sum of predicted losses: steepest descent per weight, along each curve's lower convex hull.
+def minimise(
+    units: Sequence[Unit], sparsity: float, curves: Sequence[Curve], bounds: tuple[float, float]
+) -> list[int]:
+    """Weights kept per matrix with the least sum of predicted losses: steepest descent per weight,
+    along each curve's lower convex hull.
 
-    Exact for the hulls f_i. All starts at the lower bounds; the hulls' segments, over all matrices, are taken by increasing slope (loss per weight,
-    the most negative first) until the budget is spent, the last one in part. Within a matrix slopes increase, so that its segments come in
-    order. Let λ be the slope of the last segment: every weight taken lowers the loss at a slope ≤ λ, every weight left out would at ≥ λ, so
-    that each k_i minimises f_i(k) − λk within its bounds. For any other k' with the same sum, Σ f_i(k'_i) ≥ Σ f_i(k_i) + λ·Σ (k'_i − k_i) = Σ f_i(k_i).
-    With equal quanta the same holds for whole quanta, since segments break at them; unequal ones are rounded as in ``allocate``.
+    Exact for the hulls f_i. All starts at the lower bounds; the hulls' segments, over all matrices,
+    are taken by increasing slope (loss per weight, the most negative first) until the budget is
+    spent, the last one in part. Within a matrix slopes increase, so that its segments come in
+    order. Let λ be the slope of the last segment: every weight taken lowers the loss at a slope ≤
+    λ, every weight left out would at ≥ λ, so that each k_i minimises f_i(k) − λk within its bounds.
+    For any other k' with the same sum, Σ f_i(k'_i) ≥ Σ f_i(k_i) + λ·Σ (k'_i − k_i) = Σ f_i(k_i).
+    With equal quanta the same holds for whole quanta, since segments break at them; unequal ones
+    are rounded as in ``allocate``.
 
     Returns:
         Kept counts as in ``allocate``; equal slopes are taken in turns.
@@ -68,7 +79,8 @@ def minimise(units: Sequence[Unit], sparsity: float, curves: Sequence[Curve], bo
         SparselineError: no densities within the bounds meet the budget.
     """
     given = room(units, sparsity, bounds)
-    segments: list[tuple[float, int, int, int]] = []  # slope, place in a straight part, matrix, quanta: equal matrices go along together
+    # slope, place in a straight part, matrix, quanta: equal matrices go along together
+    segments: list[tuple[float, int, int, int]] = []
     for i, curve in enumerate(curves):
         quanta = int((given.high[i] - given.low[i]) // given.quanta[i])
         steps = np.unique(np.linspace(0, quanta, min(quanta, KNOTS) + 1).round().astype(np.int64))
@@ -82,7 +94,8 @@ def minimise(units: Sequence[Unit], sparsity: float, curves: Sequence[Curve], bo
     missing = given.wanted - int(counts.sum())
     for *_, i, quanta in sorted(segments):
         quantum = int(given.quanta[i])
-        taken = min(quanta, (2 * missing + quantum) // (2 * quantum))  # to the nearest; of one weight: as many as are missing
+        # to the nearest; of one weight: as many as are missing
+        taken = min(quanta, (2 * missing + quantum) // (2 * quantum))
         if taken > 0:
             counts[i] += taken * quantum
             missing -= taken * quantum

@@ -24,5 +24,8 @@ class AllocationParams(Params):
     def _ordered(self) -> "AllocationParams":
         low, high = self.density_bounds
         if not 0 <= low <= high <= 1:
-            raise Conflict(f"it must be two numbers with 0 <= low <= high <= 1, not [{low:g}, {high:g}]", "density_bounds")
+            raise Conflict(
+                f"it must be two numbers with 0 <= low <= high <= 1, not [{low:g}, {high:g}]",
+                "density_bounds",
+            )
         return self

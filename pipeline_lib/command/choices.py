@@ -20,7 +20,8 @@ from pipeline_lib.texts.records import holds_records
 EMBEDDED = "embedded"  # in the place of a model: the tiny one that comes along
 HUB = "data/hub.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-EVALUATED = {"validation": "wikitext2-validation", "test": "wikitext2"}  # with calibration text from the hub, as both papers
+# with calibration text from the hub, as both papers
+EVALUATED = {"validation": "wikitext2-validation", "test": "wikitext2"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class _Representer(RoundTripRepresenter):
     """As params.yaml is written: null is a word."""
 
 
-_Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
+_Representer.add_representer(
+    type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null")
+)
 
 
 def _yaml() -> YAML:
@@ -75,17 +78,26 @@ def _model(choices: Choices) -> dict[str, str | None]:
     path = Path(name)
     if path.exists():
         if not (path / "config.json").is_file():
-            raise SparselineError(f"{name} has no config.json; give the directory of a Hugging Face checkpoint.")
+            raise SparselineError(
+                f"{name} has no config.json; give the directory of a Hugging Face checkpoint."
+            )
         if choices.revision is not None:
-            raise SparselineError(f"--revision {choices.revision} is for a model of the hub, but {name} is a directory; leave it out.")
+            raise SparselineError(
+                f"--revision {choices.revision} is for a model of the hub, but {name} is a directory; leave"
+                " it out."
+            )
         return {"path": str(path.resolve()), "id": None, "revision": None}
     if not HUB_ID.fullmatch(name) or name.startswith("."):
-        raise SparselineError(f"{name} is no directory here, no name on the hub (owner/name), and not `{EMBEDDED}`; correct it.")
+        raise SparselineError(
+            f"{name} is no directory here, no name on the hub (owner/name), and not `{EMBEDDED}`; correct it."
+        )
     return {"path": HUB, "id": name, "revision": _commit(name, choices.revision)}
 
 
 def _commit(hub_id: str, revision: str | None) -> str:
-    """The full hash of a commit. A branch or a tag is looked up once, here: later it may name other weights."""
+    """The full hash of a commit. A branch or a tag is looked up once, here: later it may name other
+    weights.
+    """
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi  # imported here: only hub models need it
@@ -95,7 +107,8 @@ def _commit(hub_id: str, revision: str | None) -> str:
     except Exception as error:  # of the hub or the network
         told = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SparselineError(
-            f"{hub_id} is no directory here, and the hub cannot be asked for its newest commit ({told}); give --revision with 40 hexadecimal digits."
+            f"{hub_id} is no directory here, and the hub cannot be asked for its newest commit ({told}); give"
+            " --revision with 40 hexadecimal digits."
         ) from error
     return str(found)
 
@@ -115,7 +128,8 @@ def _selection(values: Any, choices: Choices) -> None:
             pattern = Pattern.parse(choices.pattern)
         except ValueError as error:
             raise SparselineError(f"--pattern: {error}.") from error
-        selection["pattern"] = _yaml().load(f'"{choices.pattern}"')  # quoted: DVC and others may read a number
+        # quoted: DVC and others may read a number
+        selection["pattern"] = _yaml().load(f'"{choices.pattern}"')
         variant["allocation"] = _yaml().load("{method: uniform}")  # hardware needs the same N everywhere
         if pattern.m:
             selection["sparsity"] = 1 - pattern.n / pattern.m
@@ -132,6 +146,8 @@ def _calibration(texts: Any, given: str, hub: Mapping[str, Any]) -> None:
         return
     names = [name for name in hub if name not in EVALUATED.values()]
     if given not in names:
-        raise SparselineError(f"--calibration {given} is no file or directory here, and no name in {HUB}: {', '.join(names)}.")
+        raise SparselineError(
+            f"--calibration {given} is no file or directory here, and no name in {HUB}: {', '.join(names)}."
+        )
     for text, name in {"calibration": given, **EVALUATED}.items():
         texts[text] |= {"kind": "hub", "path": HUB, "name": name}

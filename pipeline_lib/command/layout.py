@@ -1,4 +1,6 @@
-"""The files that a project is made of. The wheel holds them beside the library, and pyproject.toml lists them."""
+"""The files that a project is made of. The wheel holds them beside the library, and pyproject.toml
+lists them.
+"""
 
 import tomllib
 from collections.abc import Mapping
@@ -9,11 +11,14 @@ from pipeline_lib.core.errors import SparselineError
 
 INSTALLED = Path(__file__).parents[1] / "project"  # only in an installed package
 MODEL, GRAPH, PARAMS = "data/tiny-llama", "dvc.yaml", "params.yaml"
-RENEWED = (GRAPH, "stages/", "data/errors/", ".dvc/plots/")  # what belongs to the library's version, not to the user
+# what belongs to the library's version, not to the user
+RENEWED = (GRAPH, "stages/", "data/errors/", ".dvc/plots/")
 JOINED = (".gitignore", ".dvcignore")  # an existing file of this name gets the lines that it lacks
-WATCHED = "    deps: [params.yaml, pipeline_lib, stages, env.lock.json]\n"  # of the stage `keys`, in a checkout
+# of the stage `keys`, in a checkout
+WATCHED = "    deps: [params.yaml, pipeline_lib, stages, env.lock.json]\n"
 INSTEAD = """    deps: [params.yaml, stages, env.lock.json]
-    always_changed: true # the library is installed, where DVC does not watch it: this stage hashes its files whenever DVC runs
+    # The library is installed, where DVC does not watch it: this stage hashes its files whenever DVC runs.
+    always_changed: true
 """
 
 
@@ -28,7 +33,9 @@ def shipped() -> dict[str, bytes]:
 
 
 def graph(checkout: str) -> str:
-    """The text of a project's dvc.yaml, from that of a checkout: the library is no directory of the project."""
+    """The text of a project's dvc.yaml, from that of a checkout: the library is no directory of the
+    project.
+    """
     return checkout.replace(WATCHED, INSTEAD)
 
 
@@ -42,8 +49,15 @@ def lay_out(directory: Path, wanted: Mapping[str, bytes]) -> None:
     found = {name: _joined(directory, name, raw) for name, raw in wanted.items()}
     for name, raw in found.items():
         path = directory / name
-        if name not in JOINED and (path.is_symlink() or path.exists()) and (not path.is_file() or files.read(path) != raw):
-            raise SparselineError(f"{path} is there already, with other contents; choose another directory, or move that file away.")
+        if (
+            name not in JOINED
+            and (path.is_symlink() or path.exists())
+            and (not path.is_file() or files.read(path) != raw)
+        ):
+            raise SparselineError(
+                f"{path} is there already, with other contents; choose another directory, or move that file"
+                " away."
+            )
     write(directory, found)
 
 

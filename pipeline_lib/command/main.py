@@ -1,6 +1,7 @@
 """Prune Hugging Face language models in one shot, in a DVC project that uses the installed library.
 
-`prune` does the common case in one line. `init` lays out a project for a team, and `run`, `plan` and `report` work in it.
+`prune` does the common case in one line. `init` lays out a project for a team, and `run`, `plan`
+and `report` work in it.
 """
 
 import shlex
@@ -20,7 +21,13 @@ PASSED = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 def _in(command: Callable[..., Any]) -> Callable[..., Any]:
     """The option of a command that works in a project."""
-    return click.option("-C", "directory", type=DIRECTORY, default=Path(), help="The project's directory; else the current one.")(command)
+    return click.option(
+        "-C",
+        "directory",
+        type=DIRECTORY,
+        default=Path(),
+        help="The project's directory; else the current one.",
+    )(command)
 
 
 @click.group(help=__doc__, invoke_without_command=True, context_settings={"max_content_width": 100})
@@ -33,8 +40,14 @@ def commands(context: click.Context) -> None:
 
 @commands.command()
 @click.argument("directory", type=DIRECTORY)
-@click.option("--git/--no-git", default=None, help="Whether to run `git init`, which `dvc exp` needs; else a terminal is asked.")
-@click.option("--update", is_flag=True, help="Renew dvc.yaml and stages/ of a project after the library was upgraded.")
+@click.option(
+    "--git/--no-git",
+    default=None,
+    help="Whether to run `git init`, which `dvc exp` needs; else a terminal is asked.",
+)
+@click.option(
+    "--update", is_flag=True, help="Renew dvc.yaml and stages/ of a project after the library was upgraded."
+)
 def init(directory: Path, git: bool | None, update: bool) -> None:
     """Lay out a project in DIRECTORY: parameters, the graph, and thin stages."""
     if update:
@@ -46,11 +59,16 @@ def init(directory: Path, git: bool | None, update: bool) -> None:
     environment.write(directory / environment.FILE)
     possible = project.can_begin(directory)
     if git is None and possible and sys.stdin.isatty():
-        git = click.confirm(f"Run `git init` in {directory}? `dvc exp` needs git; all else works without", default=True)
+        git = click.confirm(
+            f"Run `git init` in {directory}? `dvc exp` needs git; all else works without", default=True
+        )
     if git and possible:
         project.begin(directory)
     project.settle(directory)
-    click.echo(f"{directory} is a project. Set the model, the texts and the variants in {directory / layout.PARAMS}. Then:")
+    click.echo(
+        f"{directory} is a project. Set the model, the texts and the variants in {directory / layout.PARAMS}."
+        " Then:"
+    )
     within = "" if directory.resolve() == Path.cwd() else f" -C {shlex.quote(str(directory))}"
     click.echo(f"  sparseline plan{within}    # memory, disk and rough time of every stage")
     click.echo(f"  sparseline run{within}     # run what is out of date, and print the table")
@@ -63,11 +81,22 @@ def init(directory: Path, git: bool | None, update: bool) -> None:
 @commands.command()
 @click.argument("model")
 @click.option("--out", "directory", type=DIRECTORY, required=True, help="Directory of the new project.")
-@click.option("--preset", type=click.Choice(["fast", "best"]), default="fast", show_default=True, help="How to prune.")
-@click.option("--sparsity", type=click.FloatRange(0, 1, True, True), help="Share of the prunable weights that become zero; else 0.5.")
+@click.option(
+    "--preset", type=click.Choice(["fast", "best"]), default="fast", show_default=True, help="How to prune."
+)
+@click.option(
+    "--sparsity",
+    type=click.FloatRange(0, 1, True, True),
+    help="Share of the prunable weights that become zero; else 0.5.",
+)
 @click.option("--pattern", help="N:M, N weights kept of every M inputs, such as 2:4.")
-@click.option("--calibration", help="A file or directory of text, or a name in data/hub.json; else Python's standard library.")
-@click.option("--revision", help="Commit of a model from the hub; else the newest one is taken and written down.")
+@click.option(
+    "--calibration",
+    help="A file or directory of text, or a name in data/hub.json; else Python's standard library.",
+)
+@click.option(
+    "--revision", help="Commit of a model from the hub; else the newest one is taken and written down."
+)
 def prune(directory: Path, **options: Any) -> None:
     """Prune MODEL: a directory, a name on the hub, or `embedded`, the tiny model that comes along."""
     layout.lay_out(directory, choices.chosen(layout.shipped(), choices.Choices(**options)))
@@ -103,7 +132,9 @@ def report(directory: Path) -> None:
 @commands.command(name="environment")
 @_in
 def write_environment(directory: Path) -> None:
-    """Write the versions that run here into env.lock.json, a part of every result's key. `run` does it too."""
+    """Write the versions that run here into env.lock.json, a part of every result's key. `run` does
+    it too.
+    """
     sys.exit(project.call(project.opened(directory), "python", "-m", "stages.environment"))
 
 

@@ -16,7 +16,11 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.preloaded import SIGNALS
 
 # As in the Makefile: threads that wait sleep, and glibc keeps freed blocks of up to 32 MiB.
-DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+DEFAULTS = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_TRIM_THRESHOLD_": "2000000000",
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+}
 DVC = ("python", "-m", "dvc")
 FAILED = 255  # DVC's exit code where a stage fails
 
@@ -29,7 +33,8 @@ def opened(directory: Path) -> Path:
     """
     if not (directory / GRAPH).is_file() or not (directory / "stages").is_dir():
         raise SparselineError(
-            f"{directory} is no project, since it has no {GRAPH} or no stages/; `sparseline init {directory}` lays one out."
+            f"{directory} is no project, since it has no {GRAPH} or no stages/; `sparseline init {directory}`"
+            " lays one out."
         )
     return directory
 
@@ -48,12 +53,15 @@ def settle(directory: Path) -> None:
             with config.edit("local") as local:
                 local.setdefault("core", {})["no_scm"] = alone
     except ConfigError as error:
-        raise SparselineError(f"{directory}/.dvc: DVC's configuration cannot be read ({error}); correct it.") from error
+        raise SparselineError(
+            f"{directory}/.dvc: DVC's configuration cannot be read ({error}); correct it."
+        ) from error
 
 
 def tracked(directory: Path) -> bool:
     """Whether a git repository is around the directory and does not ignore what is in it."""
-    return _git(directory, "check-ignore", "--quiet", GRAPH) == 1  # 0: ignored; 128: no repository; None: no git
+    # 0: ignored; 128: no repository; None: no git
+    return _git(directory, "check-ignore", "--quiet", GRAPH) == 1
 
 
 def can_begin(directory: Path) -> bool:
@@ -69,12 +77,16 @@ def begin(directory: Path) -> None:
     """
     for arguments in (("init", "--quiet"), ("add", "--all")):
         if _git(directory, *arguments) != 0:
-            raise SparselineError(f"`git {' '.join(arguments)}` does not work in {directory}; run it there to see why.")
+            raise SparselineError(
+                f"`git {' '.join(arguments)}` does not work in {directory}; run it there to see why."
+            )
 
 
 def _git(directory: Path, *arguments: str) -> int | None:
     try:
-        return subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, check=False).returncode
+        return subprocess.run(
+            ["git", "-C", str(directory), *arguments], capture_output=True, check=False
+        ).returncode
     except FileNotFoundError:
         return None
 
@@ -82,7 +94,8 @@ def _git(directory: Path, *arguments: str) -> int | None:
 def run(directory: Path, *targets: str) -> int:
     """`dvc repro`, with faster starts of its stages; the exit code.
 
-    The stage `keys` runs once before: of parameters that cannot be used it says one sentence, to which DVC would add its own lines.
+    The stage `keys` runs once before: of parameters that cannot be used it says one sentence, to
+    which DVC would add its own lines.
     """
     if code := call(directory, "python", "-m", "stages.keys", quiet=True):
         return code
@@ -108,7 +121,11 @@ def call(directory: Path, *command: str, quiet: bool = False) -> int:
             if number != signal.SIGINT:
                 process.send_signal(number)
 
-        before = {number: signal.signal(number, forward) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+        before = {
+            number: signal.signal(number, forward)
+            for number in SIGNALS
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
         try:
             code = process.wait()
         finally:
@@ -122,6 +139,7 @@ def _environ(given: Mapping[str, str]) -> dict[str, str]:
     place = Path(sys.executable).parent
     if not (place / "python").exists():
         raise SparselineError(
-            f"There is no `python` beside {sys.executable}, and stages run as `python -m`; install sparseline into a virtual environment."
+            f"There is no `python` beside {sys.executable}, and stages run as `python -m`; install sparseline"
+            " into a virtual environment."
         )
     return {**DEFAULTS, **given, "PATH": os.pathsep.join([str(place), given.get("PATH", os.defpath)])}

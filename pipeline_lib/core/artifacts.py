@@ -1,4 +1,6 @@
-"""Files and directories that appear in one step, under bytes that equal contents share: text, JSON, safetensors."""
+"""Files and directories that appear in one step, under bytes that equal contents share: text, JSON,
+safetensors.
+"""
 
 import errno
 import glob
@@ -29,7 +31,8 @@ ABANDONED = 14 * 24 * 3600  # seconds after which what a process left on a share
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of ``path`` to write (file or directory), which takes its place only when the body ends well.
+    """A temporary sibling of ``path`` to write (file or directory), which takes its place only when
+    the body ends well.
 
     No two processes have the same one. Those of killed processes are removed on the way.
 
@@ -67,7 +70,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def temporary_name(path: Path) -> Path:
-    """A sibling that no other process has, on this host or another; it says whose it is: see ``_abandoned``."""
+    """A sibling that no other process has, on this host or another; it says whose it is: see
+    ``_abandoned``.
+    """
     return path.with_name(f".{path.name}.{_here()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
@@ -76,7 +81,10 @@ def _here() -> str:
     """Where this process's number tells it from all others: this boot of this host, and its container."""
     parts = [platform.node()]
     with suppress(OSError):  # Linux
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"), str(Path("/proc/self/ns/pid").readlink())]
+        parts += [
+            Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"),
+            str(Path("/proc/self/ns/pid").readlink()),
+        ]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
 
 
@@ -87,7 +95,9 @@ def final_name(name: str) -> str:
 
 
 def _abandoned(temporary: Path) -> bool:
-    """Whether the process that wrote it is gone: by its number if it was a process here, else by the file's age."""
+    """Whether the process that wrote it is gone: by its number if it was a process here, else by
+    the file's age.
+    """
     found = re.search(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.partial$", temporary.name)
     if found and found[1] == _here():
         return not psutil.pid_exists(int(found[2]))
@@ -97,7 +107,8 @@ def _abandoned(temporary: Path) -> bool:
 def newest(path: Path) -> float:
     """When the newest file of a tree was written, in seconds since the epoch; 0 where there is nothing."""
     found = [str(path)]
-    for folder, below, names in os.walk(path):  # unlike rglob, it passes over what another process removes meanwhile
+    # unlike rglob, it passes over what another process removes meanwhile
+    for folder, below, names in os.walk(path):
         found += [os.path.join(folder, name) for name in (*below, *names)]  # noqa: PTH118
     times = [0.0]
     for one in found:
@@ -107,14 +118,18 @@ def newest(path: Path) -> float:
 
 
 def remove(path: Path) -> None:
-    """A file, a link (not what it leads to), or a directory with all that it holds; nothing where there is nothing."""
+    """A file, a link (not what it leads to), or a directory with all that it holds; nothing where
+    there is nothing.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None
+) -> None:
     """``save_file``, with the system's errors as what they are.
 
     Raises:
@@ -155,7 +170,8 @@ def dumps(value: Any, path: Path) -> str:
         return json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
     except ValueError as error:
         raise SparselineError(
-            f"{path} would hold NaN or infinity: what was computed overflows; check the model, the stage's parameters (such as rates), or compute in float32."
+            f"{path} would hold NaN or infinity: what was computed overflows; check the model, the stage's"
+            " parameters (such as rates), or compute in float32."
         ) from error
 
 
@@ -163,11 +179,17 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(files.text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise SparselineError(f"{path} cannot be read ({error}); run `dvc repro` to make it again.") from error
+        raise SparselineError(
+            f"{path} cannot be read ({error}); run `dvc repro` to make it again."
+        ) from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], facts: Mapping[str, Any] | None = None) -> None:
-    """One safetensors file. Facts go into a single metadata key, since several keys come out in random order."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, "torch.Tensor"], facts: Mapping[str, Any] | None = None
+) -> None:
+    """One safetensors file. Facts go into a single metadata key, since several keys come out in
+    random order.
+    """
     metadata = {"sparseline": json.dumps(dict(facts or {}), sort_keys=True)}
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with replacing(path) as temporary:
@@ -187,7 +209,9 @@ def read_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]
             facts = json.loads((file.metadata() or {})["sparseline"])
             return {name: file.get_tensor(name) for name in file.keys()}, facts
     except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
-        raise SparselineError(f"{path} cannot be read ({error}); run `dvc repro` to make it again.") from error
+        raise SparselineError(
+            f"{path} cannot be read ({error}); run `dvc repro` to make it again."
+        ) from error
 
 
 def block_file(directory: Path, block: int) -> Path:

@@ -1,4 +1,6 @@
-"""Run a stranger's program, such as a chat template, in a process of its own, within limits of time and memory."""
+"""Run a stranger's program, such as a chat template, in a process of its own, within limits of time
+and memory.
+"""
 
 import os
 import pickle
@@ -58,7 +60,11 @@ def _serve(function: Callable[[In], Any], items: Iterable[In], writing: int) -> 
     with suppress(BaseException):
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) if Path("/proc/self/statm").exists() else None
+        pages = (
+            int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+            if Path("/proc/self/statm").exists()
+            else None
+        )
         if pages is not None:
             most = pages * resource.getpagesize() + BYTES
             resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -12,14 +12,27 @@ CODE = 3  # of a process that ends by such a fault
 
 
 def tell(error: BaseException) -> str:
-    """Write the traceback into a file (in DVC's directory of temporary files, where there is one); the sentence that names it."""
+    """Write the traceback into a file (in DVC's directory of temporary files, where there is one);
+    the sentence that names it.
+    """
     kind = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-    text = "".join([f"{sys.orig_argv}\nPython {platform.python_version()}\n", *traceback.format_exception(error)])
+    text = "".join(
+        [f"{sys.orig_argv}\nPython {platform.python_version()}\n", *traceback.format_exception(error)]
+    )
     for place in (Path(".dvc/tmp"), Path(tempfile.gettempdir())):
         with suppress(OSError):
             if place.is_dir():
-                path = place / f"sparseline-bug-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}.txt"
+                path = (
+                    place
+                    / f"sparseline-bug-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}.txt"
+                )
                 path.write_text(text, encoding="utf-8", errors="backslashreplace")
-                return f"This is a fault of Sparseline, not of your input ({kind}). Attach {path} to a report of it."
+                return (
+                    f"This is a fault of Sparseline, not of your input ({kind}). Attach {path} to a report"
+                    " of it."
+                )
     print(text, file=sys.stderr)
-    return f"This is a fault of Sparseline, not of your input ({kind}). Attach the lines above to a report of it."
+    return (
+        f"This is a fault of Sparseline, not of your input ({kind}). Attach the lines above to a report"
+        " of it."
+    )

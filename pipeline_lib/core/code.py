@@ -1,4 +1,6 @@
-"""Which code a stage runs: the import closure of its module, by its import statements, those inside functions included."""
+"""Which code a stage runs: the import closure of its module, by its import statements, those inside
+functions included.
+"""
 
 import ast
 import hashlib
@@ -9,20 +11,24 @@ from functools import cache
 from pathlib import Path
 
 OWN = ("pipeline_lib", "stages")
-IMPORT = re.compile(r"^[ \t]*((?:from|import) (?:[^\n(]|\([^)]*\))*)", re.MULTILINE)  # prose may begin like that; it does not parse
+# prose may begin like that; it does not parse
+IMPORT = re.compile(r"^[ \t]*((?:from|import) (?:[^\n(]|\([^)]*\))*)", re.MULTILINE)
 
 
 def closure(stage: str, root: Path = Path()) -> list[Path]:
     """Every file of ours that ``python -m stages.<stage>`` may read as code; templates included.
 
     Returns:
-        Names: paths from the directory that holds the file's package. In a checkout that is the root for all of them.
+        Names: paths from the directory that holds the file's package. In a checkout that is the
+            root for all of them.
     """
     return sorted(_sources(stage, root))
 
 
 def digest(stage: str, root: Path = Path()) -> str:
-    """SHA-256 over names and bytes of a stage's closure. A project and a checkout with equal files have equal digests."""
+    """SHA-256 over names and bytes of a stage's closure. A project and a checkout with equal files
+    have equal digests.
+    """
     found = hashlib.sha256()
     for name, path in sorted(_sources(stage, root).items()):
         found.update(f"{name}\n".encode() + path.read_bytes())
@@ -30,12 +36,16 @@ def digest(stage: str, root: Path = Path()) -> str:
 
 
 def is_project(root: Path = Path()) -> bool:
-    """Whether a directory is laid out by `sparseline init`: it has the stages, and the library is the installed one."""
+    """Whether a directory is laid out by `sparseline init`: it has the stages, and the library is
+    the installed one.
+    """
     return (root / "stages").is_dir() and not (root / "pipeline_lib").is_dir()
 
 
 def _home(package: str, root: Path) -> Path:
-    """The directory that holds a package of ours: the root; of the library, where a project has none, the place where it is installed."""
+    """The directory that holds a package of ours: the root; of the library, where a project has
+    none, the place where it is installed.
+    """
     return Path(__file__).parents[2] if package == "pipeline_lib" and is_project(root) else root
 
 
@@ -50,7 +60,10 @@ def _sources(stage: str, root: Path) -> dict[Path, Path]:
     folders = {path.parent for path in seen if "import jinja2" in path.read_text(encoding="utf-8")}
     seen |= {template for folder in folders for template in folder.glob("*.jinja")}
     stages = root / "stages"
-    return {path.relative_to(root if path.is_relative_to(stages) else _home("pipeline_lib", root)): path for path in seen}
+    return {
+        path.relative_to(root if path.is_relative_to(stages) else _home("pipeline_lib", root)): path
+        for path in seen
+    }
 
 
 @cache
@@ -68,7 +81,9 @@ def _imports(path: Path, root: Path) -> set[Path]:
 
 
 def _names(text: str) -> Iterator[str]:
-    """Dotted names that may be modules. Only the import statements are parsed: a whole file takes twenty times as long."""
+    """Dotted names that may be modules. Only the import statements are parsed: a whole file takes
+    twenty times as long.
+    """
     for statement in IMPORT.findall(text):
         with suppress(SyntaxError):
             for node in ast.parse(statement).body:

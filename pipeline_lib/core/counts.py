@@ -9,7 +9,9 @@ def target(sparsity: float, total: int) -> int:
 
 
 def shares(kept: int, sizes: Sequence[int]) -> list[int]:
-    """Split ``kept`` over parts in proportion to their sizes, by largest remainder (ties to the earlier part); exact."""
+    """Split ``kept`` over parts in proportion to their sizes, by largest remainder (ties to the
+    earlier part); exact.
+    """
     total = sum(sizes)
     exact = [kept * size / total for size in sizes]
     floor = [kept * size // total for size in sizes]

@@ -1,4 +1,6 @@
-"""The versions that results are made with: env.lock.json, which is a dep of every numeric stage and so a part of its key."""
+"""The versions that results are made with: env.lock.json, which is a dep of every numeric stage and
+so a part of its key.
+"""
 
 import json
 import platform
@@ -13,7 +15,9 @@ PACKAGES = ("numpy", "torch", "transformers")
 
 
 def command(target: str) -> str:
-    """How a user runs a target of the Makefile here, in backquotes: with make, or in a project with the installed command."""
+    """How a user runs a target of the Makefile here, in backquotes: with make, or in a project with
+    the installed command.
+    """
     return f"`sparseline {target}`" if code.is_project() else f"`make {target}`"
 
 
@@ -41,15 +45,18 @@ def check(path: Path = FILE) -> None:
     try:
         locked = json.loads(files.text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise SparselineError(f"{path} cannot be read as JSON ({error}); run {command('environment')}, which writes it.") from error
+        raise SparselineError(
+            f"{path} cannot be read as JSON ({error}); run {command('environment')}, which writes it."
+        ) from error
     here = running()
     if locked == here:
         return
     known = locked if isinstance(locked, dict) else {}
     name = next((name for name in (*known, *here) if known.get(name) != here.get(name)), "versions")
     raise SparselineError(
-        f"{path} names {name} {known.get(name, 'not at all')}, but {here.get(name, 'no such package')} runs here; run {command('environment')}, "
-        "which writes the versions that run into it (results of other versions stay in the cache)."
+        f"{path} names {name} {known.get(name, 'not at all')}, but {here.get(name, 'no such package')} runs"
+        f" here; run {command('environment')}, which writes the versions that run into it (results of other"
+        " versions stay in the cache)."
     )
 
 

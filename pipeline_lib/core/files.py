@@ -1,4 +1,6 @@
-"""Files are read here: regular ones only, so that no pipe and no device is waited for; a stranger's only where they lie in its directory."""
+"""Files are read here: regular ones only, so that no pipe and no device is waited for; a stranger's
+only where they lie in its directory.
+"""
 
 import hashlib
 import os
@@ -54,7 +56,8 @@ def read(path: Path, most: int | None = None) -> bytes:
     with opened(path) as file:
         if most is not None and os.fstat(file.fileno()).st_size > most:
             raise SparselineError(
-                f"{path} has more than {most:,} bytes, which is too much for such a file; take it away or fetch it again."
+                f"{path} has more than {most:,} bytes, which is too much for such a file; take it away or"
+                " fetch it again."
             )
         return file.read()
 
@@ -84,11 +87,18 @@ def sha256(path: Path) -> str:
 def is_plain(name: str) -> bool:
     """Whether a name from a file stays below the directory that it is taken in."""
     path = PurePosixPath(name)
-    return path.as_posix() == name and name != "." and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    return (
+        path.as_posix() == name
+        and name != "."
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and "\0" not in name
+    )
 
 
 def check_inside(directory: Path, path: Path) -> None:
-    """Refuse what is no regular file, and links that leave the directory. The hub's and DVC's caches are made of links; those are followed.
+    """Refuse what is no regular file, and links that leave the directory. The hub's and DVC's
+    caches are made of links; those are followed.
 
     Raises:
         SparselineError: as above, or a link to nothing.
@@ -109,7 +119,9 @@ def check_inside(directory: Path, path: Path) -> None:
         return
     stores = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
     if not any(real.is_relative_to(store) for store in (*stores, *_dvc_cache(Path.cwd()))):
-        raise SparselineError(f"{path} is a link to {real}, which is outside {directory}; put the file itself there.")
+        raise SparselineError(
+            f"{path} is a link to {real}, which is outside {directory}; put the file itself there."
+        )
 
 
 @cache

@@ -1,4 +1,6 @@
-"""Finished blocks of an interrupted stage: files in its scratch, each with a checksum, since nothing else vouches for them."""
+"""Finished blocks of an interrupted stage: files in its scratch, each with a checksum, since
+nothing else vouches for them.
+"""
 
 import hashlib
 import json
@@ -13,7 +15,9 @@ from pipeline_lib.core.errors import SparselineError
 
 
 class Kept:
-    """Blocks below a directory that a stage holds (``scratch.hold``). A block is finished when its list of checksums is there, and right."""
+    """Blocks below a directory that a stage holds (``scratch.hold``). A block is finished when its
+    list of checksums is there, and right.
+    """
 
     def __init__(self, directory: Path, what: str, folders: Sequence[str] = (), unit: str = "block") -> None:
         """
@@ -49,7 +53,9 @@ class Kept:
             self._right[block] = self._checked(block)
         except (OSError, SparselineError, ValueError, TypeError, KeyError, AttributeError):
             artifacts.remove(self._list(block))
-            click.echo(f"{self._what}: what was kept of {self._unit} {block} is damaged; it is computed again")
+            click.echo(
+                f"{self._what}: what was kept of {self._unit} {block} is damaged; it is computed again"
+            )
             return False
         return True
 
@@ -65,7 +71,11 @@ class Kept:
 
     def latest(self) -> int | None:
         """The largest number of what is there, whole; None where there is nothing."""
-        listed = [int(path.stem.removeprefix("finished-")) for path in self.directory.glob("finished-*.json") if path.stem[9:].isdigit()]
+        listed = [
+            int(path.stem.removeprefix("finished-"))
+            for path in self.directory.glob("finished-*.json")
+            if path.stem[9:].isdigit()
+        ]
         return next((number for number in sorted(listed, reverse=True) if self.finished(number)), None)
 
     def forget(self, block: int) -> None:

@@ -30,7 +30,9 @@ SHOWN = 60  # characters of a value in an error
 
 
 class Conflict(ValueError):
-    """What a validator raises when values of several keys (of the section that it validates) do not go together."""
+    """What a validator raises when values of several keys (of the section that it validates) do not
+    go together.
+    """
 
     def __init__(self, reason: str, *keys: str) -> None:
         super().__init__(reason)
@@ -40,7 +42,9 @@ class Conflict(ValueError):
 class Merged(dict[str, Any]):
     """One section laid over another, which knows where each value was written."""
 
-    def __init__(self, defaults: str, overrides: str, below: Mapping[str, Any], above: Mapping[str, Any]) -> None:
+    def __init__(
+        self, defaults: str, overrides: str, below: Mapping[str, Any], above: Mapping[str, Any]
+    ) -> None:
         super().__init__(merge(below, above))
         self.defaults, self.overrides, self.above = defaults, overrides, above
 
@@ -62,7 +66,8 @@ class Merged(dict[str, Any]):
 
 
 def check_name(kind: str, name: object) -> None:
-    """A name becomes part of file names, of DVC's stage names and of dotted keys, so that it may not hold everything.
+    """A name becomes part of file names, of DVC's stage names and of dotted keys, so that it may
+    not hold everything.
 
     Args:
         kind: what is named, for the message ("variant", "text").
@@ -72,8 +77,15 @@ def check_name(kind: str, name: object) -> None:
         SparselineError: the name has other characters than ASCII letters, digits, '-' and '_', or none.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        quotes = "" if isinstance(name, str) else "; put it in quotes, since YAML reads it as something else than a name"
-        raise SparselineError(f"{FILE}: the {kind} name {name!r} cannot be used: a name may have letters, digits, '-' and '_'{quotes}.")
+        quotes = (
+            ""
+            if isinstance(name, str)
+            else "; put it in quotes, since YAML reads it as something else than a name"
+        )
+        raise SparselineError(
+            f"{FILE}: the {kind} name {name!r} cannot be used: a name may have letters, digits, '-' and"
+            f" '_'{quotes}."
+        )
 
 
 @lru_cache(maxsize=4)
@@ -84,7 +96,8 @@ def _loaded(text: str) -> Any:
 
 
 def _check_size(value: Any) -> None:
-    """Refuse what a few aliases of aliases make: a text of a line that is a million values, or one that holds itself.
+    """Refuse what a few aliases of aliases make: a text of a line that is a million values, or one
+    that holds itself.
 
     Raises:
         ValueError: there are too many values.
@@ -110,13 +123,17 @@ def section(name: str, path: Path = FILE) -> Any:
         raise SparselineError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     for key in name.split("."):
         if not isinstance(value, Mapping) or key not in value:
-            raise SparselineError(f"{path} has no section {name!r}; add it (git shows the shipped one: git show HEAD:{path}).")
+            raise SparselineError(
+                f"{path} has no section {name!r}; add it (git shows the shipped one: git show HEAD:{path})."
+            )
         value = value[key]
     return value
 
 
 def merge(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """``defaults`` with ``overrides`` laid over them, mapping by mapping; a mapping's name with nothing behind it changes nothing."""
+    """``defaults`` with ``overrides`` laid over them, mapping by mapping; a mapping's name with
+    nothing behind it changes nothing.
+    """
     merged = dict(defaults)
     for key, value in overrides.items():
         both = (value is None or isinstance(value, Mapping)) and isinstance(merged.get(key), Mapping)
@@ -134,13 +151,15 @@ def merged(defaults: str, overrides: str, path: Path = FILE) -> Merged:
     for name, value in zip((defaults, overrides), values, strict=True):
         if not isinstance(value, Mapping):
             raise SparselineError(
-                f"{path}: {name} = {value!r} is not a mapping of keys to values; write `{name.split('.')[-1]}: {{}}` or keys below it."
+                f"{path}: {name} = {value!r} is not a mapping of keys to values; write"
+                f" `{name.split('.')[-1]}: {{}}` or keys below it."
             )
     return Merged(defaults, overrides, *values)
 
 
 def parse(model: type[P], value: Any, name: str) -> P:
-    """Validate ``value`` as ``model``; ``name`` is where the value stands in params.yaml (a ``Merged`` knows better).
+    """Validate ``value`` as ``model``; ``name`` is where the value stands in params.yaml (a
+    ``Merged`` knows better).
 
     Raises:
         SparselineError: the first violation, with its key, its value and what is allowed.
@@ -151,7 +170,8 @@ def parse(model: type[P], value: Any, name: str) -> P:
         return ".".join([start, *map(str, location)])
 
     try:
-        # As JSON, of which the strict mode takes lists as tuples and texts as paths, but no "0.5" for 0.5 and no true for 1.
+        # As JSON, of which the strict mode takes lists as tuples and texts as paths, but no "0.5"
+        # for 0.5 and no true for 1.
         return model.model_validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -159,7 +179,9 @@ def parse(model: type[P], value: Any, name: str) -> P:
         key = place(location)
         if first["type"] == "extra_forbidden":
             known = ", ".join(sorted(_submodel(model, location[:-1]).model_fields))
-            raise SparselineError(f"{FILE}: {key} is not a known key; remove it or use one of: {known}.") from error
+            raise SparselineError(
+                f"{FILE}: {key} is not a known key; remove it or use one of: {known}."
+            ) from error
         if first["type"] == "missing":
             above = ".".join([value.overrides, *map(str, location)]) if isinstance(value, Merged) else key
             raise SparselineError(f"{FILE}: {above} is missing; add it.") from error
@@ -169,14 +191,18 @@ def parse(model: type[P], value: Any, name: str) -> P:
             message = "it must be a mapping of keys to values"
         conflict = first.get("ctx", {}).get("error")
         if isinstance(conflict, Conflict) and isinstance(given, Mapping):
-            shown = " with ".join(f"{place((*location, part))} = {_shown(given[part])}" for part in conflict.keys)
+            shown = " with ".join(
+                f"{place((*location, part))} = {_shown(given[part])}" for part in conflict.keys
+            )
         else:
             shown = key if isinstance(given, Mapping) else f"{key} = {_shown(given)}"
         raise SparselineError(f"{FILE}: {shown} cannot be used: {message}.") from error
 
 
 def _keys(value: Any, location: Location) -> Location:
-    """The part of a location that is keys and places of lists; pydantic adds which kind of a union it tried."""
+    """The part of a location that is keys and places of lists; pydantic adds which kind of a union
+    it tried.
+    """
     for count, part in enumerate(location):
         if isinstance(value, Mapping):
             value = value.get(part)

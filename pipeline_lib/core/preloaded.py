@@ -1,7 +1,9 @@
-"""Stages that start at once: a process has torch imported already, runs a command such as `dvc repro`, and each stage is a fork of it.
+"""Stages that start at once: a process has torch imported already, runs a command such as `dvc
+repro`, and each stage is a fork of it.
 
-Only what is installed is imported beforehand, and nothing of it has run. A fork imports the project's own code anew, in the directory and
-with the environment of the process that asked for it (the client): it computes what the client would have computed itself.
+Only what is installed is imported beforehand, and nothing of it has run. A fork imports the
+project's own code anew, in the directory and with the environment of the process that asked for it
+(the client): it computes what the client would have computed itself.
 """
 
 import atexit
@@ -29,7 +31,16 @@ from pipeline_lib.core.code import OWN
 
 PLACE = "SPARSELINE_PRELOADED"  # environment variable: the socket of the process that forks
 CLIENT = "SPARSELINE_CLIENT"  # environment variable of a fork: the client's number; the fork ends with it
-MODULES = ("click", "numpy", "psutil", "pydantic", "torch", "safetensors.torch", "transformers.modeling_utils", "transformers.models.auto")
+MODULES = (
+    "click",
+    "numpy",
+    "psutil",
+    "pydantic",
+    "torch",
+    "safetensors.torch",
+    "transformers.modeling_utils",
+    "transformers.models.auto",
+)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # that ask a process to end
 LOOK = 0.1  # seconds between two looks whether the command has ended
@@ -48,23 +59,33 @@ class _Client:
     ignored: list[int]  # signals
 
     def alike(self, environ: dict[str, str]) -> bool:
-        """Whether it has this process's interpreter, and the environment in which the modules were imported, but for what no library reads."""
+        """Whether it has this process's interpreter, and the environment in which the modules were
+        imported, but for what no library reads.
+        """
         return self.interpreter == sys.executable and _fixed(self.environ) == _fixed(environ)
 
 
 def _fixed(environ: dict[str, str]) -> dict[str, str]:
     free = ("PWD", "OLDPWD", "SHLVL", "_")
-    return {name: value for name, value in environ.items() if name not in free and not name.startswith(("DVC_", "SPARSELINE_"))}
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in free and not name.startswith(("DVC_", "SPARSELINE_"))
+    }
 
 
 def hand_over() -> None:
-    """Have this process's command, `python -m …`, run by a fork, and end as that ends; return where nobody forks for it."""
+    """Have this process's command, `python -m …`, run by a fork, and end as that ends; return where
+    nobody forks for it.
+    """
     ignored = [int(number) for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
     with socket.socket(socket.AF_UNIX) as server:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it is known whom they are for
         fork = None
         with suppress(OSError):
-            client = _Client(os.getpid(), sys.executable, sys.orig_argv, str(Path.cwd()), dict(os.environ), ignored)
+            client = _Client(
+                os.getpid(), sys.executable, sys.orig_argv, str(Path.cwd()), dict(os.environ), ignored
+            )
             server.connect(os.environ[PLACE])
             text = json.dumps(asdict(client)).encode()
             socket.send_fds(server, [_NUMBER.pack(len(text))], [0, 1, 2])
@@ -90,9 +111,15 @@ def _forward(fork: int, ignored: list[int]) -> None:
 
 
 def _end(status: int | None) -> NoReturn:
-    """End as another process ended: with this exit status, or by the signal of which it is the negative number."""
+    """End as another process ended: with this exit status, or by the signal of which it is the
+    negative number.
+    """
     if status is None:
-        print("error: The process that ran this stage is gone; run the same command again: what is finished is kept.", file=sys.stderr)
+        print(
+            "error: The process that ran this stage is gone; run the same command again: what is finished is"
+            " kept.",
+            file=sys.stderr,
+        )
         os._exit(4)
     if status < 0:
         with suppress(OSError):  # SIGKILL has no other handler
@@ -127,7 +154,11 @@ def serve(command: list[str]) -> NoReturn:
         signal.signal(number, forward)
     signal.signal(signal.SIGCHLD, end)
     with listener:
-        started.append(subprocess.Popen(command, env=environ | {PLACE: listener.getsockname()}, preexec_fn=_ending_with(os.getpid())))
+        started.append(
+            subprocess.Popen(
+                command, env=environ | {PLACE: listener.getsockname()}, preexec_fn=_ending_with(os.getpid())
+            )
+        )
         for early in came:  # while the command was being started
             started[0].send_signal(early)
         end()  # if it has ended already
@@ -143,7 +174,9 @@ def serve(command: list[str]) -> NoReturn:
 
 
 def _ending_with(parent: int) -> Callable[[], None]:
-    """For a child, before it runs a command: SIGTERM comes to it when its parent is killed, where the system can do that (Linux)."""
+    """For a child, before it runs a command: SIGTERM comes to it when its parent is killed, where
+    the system can do that (Linux).
+    """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
 
     def ask() -> None:
@@ -219,7 +252,8 @@ def _become(client: _Client) -> None:
     os.environ.update(client.environ | {CLIENT: str(client.pid)})
     del os.environ[PLACE]
     sys.orig_argv, sys.argv, sys.path[0] = client.command, client.command[2:], client.directory
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):  # the server's may have been files, where these are pipes
+    # the server's may have been files, where these are pipes
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
         shown = open(descriptor, "w", encoding=getattr(sys, name).encoding, closefd=False)  # noqa: SIM115 - a descriptor, for good
         shown.reconfigure(line_buffering=descriptor == 2 or shown.isatty())
         setattr(sys, name, shown)
@@ -231,7 +265,9 @@ def _become(client: _Client) -> None:
 
 
 def _run(module: str) -> NoReturn:
-    """The module as `python -m` runs it; the process ends. What Python does as it ends takes a second with torch: only what matters is done."""
+    """The module as `python -m` runs it; the process ends. What Python does as it ends takes a
+    second with torch: only what matters is done.
+    """
     status: Any = None
     try:
         if find_spec(module) is None:

@@ -26,7 +26,9 @@ _came: list["Stopped"] = []  # the signal that came, if one did
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the process to end. Raised in the main thread, so that temporary files are removed on the way out."""
+    """A signal asked the process to end. Raised in the main thread, so that temporary files are
+    removed on the way out.
+    """
 
     def __init__(self, number: int, cause: str | None = None) -> None:
         cause = cause or f"{signal.Signals(number).name} came"
@@ -36,16 +38,20 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """In the body SIGTERM, SIGHUP and SIGINT raise ``Stopped``, once; the next one kills. What is ignored (nohup) or has a handler stays so.
+    """In the body SIGTERM, SIGHUP and SIGINT raise ``Stopped``, once; the next one kills. What is
+    ignored (nohup) or has a handler stays so.
 
-    The signal may come in the midst of a library's call. Some turn what is raised there into an error of their own: what leaves this body
-    after a signal is ``Stopped``, whatever the error was. Some go on as if nothing had been: see ``heed``. Where Python itself cannot let
-    an exception pass (while an object is removed), it is raised again a moment later.
+    The signal may come in the midst of a library's call. Some turn what is raised there into an
+    error of their own: what leaves this body after a signal is ``Stopped``, whatever the error was.
+    Some go on as if nothing had been: see ``heed``. Where Python itself cannot let an exception
+    pass (while an object is removed), it is raised again a moment later.
     """
 
     def stop(number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        _came.append(Stopped(number, "The `dvc` that started this stage is gone" if _orphaned.is_set() else None))
+        _came.append(
+            Stopped(number, "The `dvc` that started this stage is gone" if _orphaned.is_set() else None)
+        )
         raise _came[0]
 
     def again(_number: int, _frame: FrameType | None) -> None:
@@ -84,18 +90,25 @@ def stoppable() -> Iterator[None]:
 
 def _is_usual(handler: Any) -> bool:
     """Whether it is Python's own, or that of the `stages` package before a stage's body."""
-    return handler in (signal.SIG_DFL, signal.default_int_handler) or getattr(handler, "__module__", None) == "stages"
+    return (
+        handler in (signal.SIG_DFL, signal.default_int_handler)
+        or getattr(handler, "__module__", None) == "stages"
+    )
 
 
 def heed() -> None:
-    """Raise a signal again that came and that a library swallowed: what was computed since may be wrong, so no file of it may appear."""
+    """Raise a signal again that came and that a library swallowed: what was computed since may be
+    wrong, so no file of it may appear.
+    """
     if _came:
         raise _came[0]
 
 
 @contextmanager
 def following_dvc() -> Iterator[None]:
-    """While open, this process ends as soon as the `dvc` that started it is gone. One that was started by hand is left alone."""
+    """While open, this process ends as soon as the `dvc` that started it is gone. One that was
+    started by hand is left alone.
+    """
     chain = _chain()
     if chain is None:
         yield
@@ -122,14 +135,16 @@ def following_dvc() -> Iterator[None]:
 
 
 def _chain() -> list[int] | None:
-    """Process numbers from our parent (a fork's: its client) up to the `dvc` that started us; empty where that is gone already, None where
-    there was none.
+    """Process numbers from our parent (a fork's: its client) up to the `dvc` that started us; empty
+    where that is gone already, None where there was none.
 
-    DVC_STAGE alone does not tell: a shell may have it from elsewhere. The `dvc` that runs a stage is named in DVC's own lock file, and
-    it is our parent, or above the shells that it called us by (some shells stay beside their last command, and some are scripts).
+    DVC_STAGE alone does not tell: a shell may have it from elsewhere. The `dvc` that runs a stage
+    is named in DVC's own lock file, and it is our parent, or above the shells that it called us by
+    (some shells stay beside their last command, and some are scripts).
     """
     client = os.environ.get(CLIENT, "")
-    chain = [int(client)] if re.fullmatch("[0-9]{1,9}", client) else []  # else it is nobody's: a fork's is a number
+    # else it is nobody's: a fork's is a number
+    chain = [int(client)] if re.fullmatch("[0-9]{1,9}", client) else []
     by_hand = chain or None
     with suppress(psutil.Error):
         chain = [*chain, psutil.Process(chain[0]).ppid() if chain else os.getppid()]
@@ -137,7 +152,11 @@ def _chain() -> list[int] | None:
         return by_hand
     runners = _runners()
     with suppress(psutil.Error):
-        while chain[-1] > 1 and chain[-1] not in runners and "-c" in (shell := psutil.Process(chain[-1])).cmdline():
+        while (
+            chain[-1] > 1
+            and chain[-1] not in runners
+            and "-c" in (shell := psutil.Process(chain[-1])).cmdline()
+        ):
             chain.append(shell.ppid())
     if chain[-1] in runners:
         return chain
@@ -146,7 +165,9 @@ def _chain() -> list[int] | None:
 
 
 def _runners() -> set[int]:
-    """Numbers of the processes that run stages of this project, by DVC's lock file; not all of them need be alive."""
+    """Numbers of the processes that run stages of this project, by DVC's lock file; not all of them
+    need be alive.
+    """
     here = Path.cwd()
     root = next((directory for directory in (here, *here.parents) if (directory / ".dvc").is_dir()), here)
     for _ in range(5):
@@ -161,7 +182,9 @@ def _runners() -> set[int]:
 
 
 def _unbroken(chain: list[int]) -> bool:
-    """Whether each of them still is the parent of the one before it: a process whose parent ends gets another."""
+    """Whether each of them still is the parent of the one before it: a process whose parent ends
+    gets another.
+    """
     if not chain or not (_runs(chain[0]) if CLIENT in os.environ else os.getppid() == chain[0]):
         return False
     try:

@@ -1,4 +1,6 @@
-"""How far a stage is and how long is left: a bar in a terminal, elsewhere (a log, a pipe) a plain line now and then."""
+"""How far a stage is and how long is left: a bar in a terminal, elsewhere (a log, a pipe) a plain
+line now and then.
+"""
 
 import shutil
 import sys
@@ -9,14 +11,15 @@ from typing import Self, TextIO, TypeVar
 
 EVERY = 10.0  # seconds between two lines of a log
 T = TypeVar("T")
-Watched = Callable[[range], Iterable[int]]  # what a loop's numbers go through, for whoever counts them: ``iter`` where nobody does
+# what a loop's numbers go through, for whoever counts them: ``iter`` where nobody does
+Watched = Callable[[range], Iterable[int]]
 
 
 class Progress:
     """Counts what is done of ``total``; a context manager, so that its end is told too.
 
-    A terminal gets tqdm's bar. Anything else gets at most a line every ten seconds, and a last one if it took that long:
-    ``prune wanda: 3 of 32 blocks, 1 min 20 s left``.
+    A terminal gets tqdm's bar. Anything else gets at most a line every ten seconds, and a last one
+    if it took that long: ``prune wanda: 3 of 32 blocks, 1 min 20 s left``.
     """
 
     def __init__(
@@ -28,7 +31,9 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``done`` of ``total`` were so before the clock started (a resumed run); ``stream`` is standard error."""
+        """``done`` of ``total`` were so before the clock started (a resumed run); ``stream`` is
+        standard error.
+        """
         self._what, self._total, self._units = what, total, units
         self._before, self._done = done, done
         self._stream, self._clock = stream or sys.stderr, clock
@@ -39,7 +44,9 @@ class Progress:
 
             size = shutil.get_terminal_size()  # tqdm draws nothing where a terminal does not know its own
             shape = {"ncols": size.columns, "nrows": size.lines}
-            self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {units}", file=self._stream, **shape)
+            self._bar = tqdm(
+                total=total, initial=done, desc=what, unit=f" {units}", file=self._stream, **shape
+            )
 
     def advance(self, count: int = 1) -> None:
         """``count`` more are done."""
@@ -55,14 +62,20 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
         elif kind is None and (took := self._clock() - self._started) >= EVERY:
             self._line(f"took {duration(took)}")
 
     def _line(self, time: str) -> None:
-        print(f"{self._what}: {self._done} of {self._total} {self._units}, {time}", file=self._stream, flush=True)
+        print(
+            f"{self._what}: {self._done} of {self._total} {self._units}, {time}",
+            file=self._stream,
+            flush=True,
+        )
 
 
 def track(items: Iterable[T], what: str, units: str, total: int | None = None, done: int = 0) -> Iterator[T]:

@@ -1,4 +1,6 @@
-"""How a stage runs: one-sentence errors, costs, and torch as the settings want it, which is imported only where it is needed."""
+"""How a stage runs: one-sentence errors, costs, and torch as the settings want it, which is
+imported only where it is needed.
+"""
 
 import errno
 import hashlib
@@ -28,7 +30,8 @@ _used: "set[torch.device]" = set()  # by this process, which is one stage
 
 
 def compute() -> "torch.device":
-    """Make torch ready as the settings say (threads, the library of its products, exact products on a GPU); the device.
+    """Make torch ready as the settings say (threads, the library of its products, exact products on
+    a GPU); the device.
 
     Raises:
         SparselineError: no such device here, or a setting cannot be used.
@@ -46,15 +49,17 @@ def compute() -> "torch.device":
         _used.add(device := torch.empty(0, device=name).device)
         return device
     except (RuntimeError, AssertionError) as error:
-        raise SparselineError(f"SPARSELINE_DEVICE={name} is not a device of this machine; use cpu, or cuda where one is.") from error
+        raise SparselineError(
+            f"SPARSELINE_DEVICE={name} is not a device of this machine; use cpu, or cuda where one is."
+        ) from error
 
 
 @contextmanager
 def told() -> Iterator[None]:
     """What ends the body early is told in one sentence.
 
-    Exit codes: 2 for a SparselineError, the system's refusal of a file and too little memory; 128 + its number for a signal; 3 for anything
-    else, which is a bug.
+    Exit codes: 2 for a SparselineError, the system's refusal of a file and too little memory; 128 +
+    its number for a signal; 3 for anything else, which is a bug.
     """
     status = 2
     try:
@@ -76,12 +81,14 @@ def told() -> Iterator[None]:
     except Exception as error:
         if _is_gpu_memory(error):
             message = (
-                f"The GPU's memory ran out; {environment.command('plan')} says what each stage takes there, SPARSELINE_GPU_ACTIVATION_BYTES=0 keeps hidden "
-                "states out of it, and docs/cluster.md says what else makes it less."
+                f"The GPU's memory ran out; {environment.command('plan')} says what each stage takes there,"
+                " SPARSELINE_GPU_ACTIVATION_BYTES=0 keeps hidden states out of it, and docs/cluster.md says"
+                " what else makes it less."
             )
         elif _is_memory(error):
             message = (
-                f"The memory ran out; {environment.command('plan')} says what each stage takes, and docs/cluster.md what makes that less."
+                f"The memory ran out; {environment.command('plan')} says what each stage takes, and"
+                " docs/cluster.md what makes that less."
             )
         else:
             message, status = bugs.tell(error), bugs.CODE
@@ -95,7 +102,10 @@ def _refused(error: OSError) -> str:
     room = f"make room, {environment.command('plan')} says what a run takes"
     mend = room if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that place"
     where = error.filename2 or error.filename or "A file of this run"  # the second: where something was to go
-    return f"{where}: {os.strerror(error.errno or 0)}; {mend}, then run the same command again: what is finished is kept."
+    return (
+        f"{where}: {os.strerror(error.errno or 0)}; {mend}, then run the same command again: what is finished"
+        " is kept."
+    )
 
 
 def _is_memory(error: Exception) -> bool:
@@ -106,11 +116,17 @@ def _is_memory(error: Exception) -> bool:
 def _is_gpu_memory(error: Exception) -> bool:
     """The allocator's error, the driver's, or that of a library for which no memory was left."""
     said = str(error)
-    return type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in said or "STATUS_ALLOC_FAILED" in said
+    return (
+        type(error).__name__ == "OutOfMemoryError"
+        or "CUDA error: out of memory" in said
+        or "STATUS_ALLOC_FAILED" in said
+    )
 
 
 def _peak_gpu() -> int | None:
-    """The most bytes of tensors that were on the stage's GPU at once; None where it used none. torch is not imported for it."""
+    """The most bytes of tensors that were on the stage's GPU at once; None where it used none.
+    torch is not imported for it.
+    """
     gpus = [device for device in _used if device.type == "cuda"]
     if not gpus:
         return None
@@ -121,15 +137,18 @@ def _peak_gpu() -> int | None:
 
 @contextmanager
 def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str], None]]:
-    """The body of a stage: environment checked, what goes wrong told in one sentence (``told``), cost written.
+    """The body of a stage: environment checked, what goes wrong told in one sentence (``told``),
+    cost written.
 
     Yields what tells the stage's last line: a sentence on what was done, to which the seconds are added.
     A stage that `dvc` started ends with it.
 
     Args:
-        name: of the cost record ``build/costs/<name>.json``: wall seconds, CPU seconds, peak memory, and peak GPU memory (null on a CPU). DVC
-            does not track it, since equal runs must write equal outputs.
-        output: one of the stage's outputs. The record holds its SHA-256, so that a reader can tell whether the output still is this run's.
+        name: of the cost record ``build/costs/<name>.json``: wall seconds, CPU seconds, peak
+            memory, and peak GPU memory (null on a CPU). DVC does not track it, since equal runs
+            must write equal outputs.
+        output: one of the stage's outputs. The record holds its SHA-256, so that a reader can tell
+            whether the output still is this run's.
     """
     started = time.monotonic()
 
@@ -143,9 +162,15 @@ def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str]
         usage = resource.getrusage(resource.RUSAGE_SELF)
         if output is not None and output.exists():
             peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            figures = {"wall_s": round(time.monotonic() - started, 2), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2)}
+            figures = {
+                "wall_s": round(time.monotonic() - started, 2),
+                "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
+            }
             made = {"path": str(output), "sha256": sha256(output)}
-            write_json(COSTS / f"{name}.json", figures | {"peak_rss_bytes": peak, "peak_gpu_bytes": _peak_gpu(), "output": made})
+            write_json(
+                COSTS / f"{name}.json",
+                figures | {"peak_rss_bytes": peak, "peak_gpu_bytes": _peak_gpu(), "output": made},
+            )
 
 
 def resume_key(name: str, facts: str, inputs: list[Path]) -> str:
@@ -159,5 +184,7 @@ def resume_key(name: str, facts: str, inputs: list[Path]) -> str:
         digest.update(path.read_bytes())
     root = Path() if code.is_project() else Path(__file__).parents[2]
     digest.update(code.digest(name, root).encode())
-    digest.update(f"{torch.__version__} {compute().type} {torch.get_num_threads()} {products.choose()}".encode())
+    digest.update(
+        f"{torch.__version__} {compute().type} {torch.get_num_threads()} {products.choose()}".encode()
+    )
     return digest.hexdigest()[:32]

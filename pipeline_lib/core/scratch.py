@@ -1,8 +1,10 @@
-"""Where an interrupted stage keeps finished blocks: a directory per key, outside the graph and outside any experiment's copy.
+"""Where an interrupted stage keeps finished blocks: a directory per key, outside the graph and
+outside any experiment's copy.
 
-One process at a time holds a key. The lock is the operating system's (flock), which is free as soon as its owner is gone, however that
-ended. On a network file system that may fail (a partition, a lost lease): so each process has a directory of its own for what it
-overwrites, and finished files appear in one step under bytes that are the same whoever writes them.
+One process at a time holds a key. The lock is the operating system's (flock), which is free as soon
+as its owner is gone, however that ended. On a network file system that may fail (a partition, a
+lost lease): so each process has a directory of its own for what it overwrites, and finished files
+appear in one step under bytes that are the same whoever writes them.
 """
 
 import errno
@@ -34,7 +36,9 @@ LOOK = 0.5  # seconds between two looks at a lock that another process has
 
 @dataclass(frozen=True)
 class Scratch:
-    """What the holder of a key may write to: ``kept`` outlives a kill, ``own`` is this process's and is removed when it ends."""
+    """What the holder of a key may write to: ``kept`` outlives a kill, ``own`` is this process's
+    and is removed when it ends.
+    """
 
     kept: Path
     own: Path
@@ -44,8 +48,9 @@ class Scratch:
 def hold(name: str, key: str, what: str) -> Iterator[Scratch]:
     """The scratch of this key, for this process alone; waits for another that has it, and says so once.
 
-    What is kept is dropped when the body ends well, unless others wait: the next of them finds all blocks finished. It is kept when the
-    body fails. Keys that nobody has used for two weeks are removed.
+    What is kept is dropped when the body ends well, unless others wait: the next of them finds all
+    blocks finished. It is kept when the body fails. Keys that nobody has used for two weeks are
+    removed.
 
     Args:
         name: of the stage.
@@ -68,7 +73,9 @@ def hold(name: str, key: str, what: str) -> Iterator[Scratch]:
         for left in kept.rglob(".*.partial"):  # of dead processes, since the lock is ours
             remove(left)
         try:
-            with tempfile.TemporaryDirectory(prefix=".own.", suffix=".partial", dir=kept, ignore_cleanup_errors=True) as own:
+            with tempfile.TemporaryDirectory(
+                prefix=".own.", suffix=".partial", dir=kept, ignore_cleanup_errors=True
+            ) as own:
                 yield Scratch(kept, Path(own))
         finally:
             with suppress(OSError):  # where no block was finished
@@ -96,7 +103,8 @@ def _acquire(place: Path, key: str, what: str) -> IO[str]:
             if waiting is None:
                 click.echo(f"{what}: {_owner(_lock(place, key))} has these blocks; waiting until it ends")
                 waiting = _waiting(place, key).open("a+")
-                with suppress(BlockingIOError):  # the owner is just looking whether anybody waits: then it drops them
+                # the owner is just looking whether anybody waits: then it drops them
+                with suppress(BlockingIOError):
                     fcntl.flock(waiting, fcntl.LOCK_SH | fcntl.LOCK_NB)
             time.sleep(LOOK)
     finally:
@@ -108,14 +116,21 @@ def _acquire(place: Path, key: str, what: str) -> IO[str]:
 def _sign(lock: IO[str]) -> None:
     """For those who wait."""
     command = " ".join(shlex.join(sys.orig_argv).split())[:200]
-    owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "directory": str(Path.cwd())}
+    owner = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "command": command,
+        "directory": str(Path.cwd()),
+    }
     lock.truncate(0)
     lock.write(json.dumps(owner | {"since": time.time()}))
     lock.flush()
 
 
 def _try(path: Path) -> IO[str] | None:
-    """The locked file, or None where another process has it. It must still be the one of this name: the owner before removed its own."""
+    """The locked file, or None where another process has it. It must still be the one of this name:
+    the owner before removed its own.
+    """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         remove(path)
     file = path.open("a+", encoding="utf-8")
@@ -138,7 +153,10 @@ def _owner(lock: Path) -> str:
     try:
         found: dict[str, Any] = json.loads(lock.read_text(encoding="utf-8"))
         run = duration(max(0.0, time.time() - found["since"]))
-        return f"process {found['pid']} on {found['host']} (`{found['command']}` in {found['directory']}, for {run})"
+        return (
+            f"process {found['pid']} on {found['host']} (`{found['command']}` in {found['directory']}, for"
+            f" {run})"
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"  # which has only just begun, or ended
 
@@ -185,11 +203,14 @@ def _old(path: Path) -> bool:
 
 
 def _root(what: str) -> Path:
-    """SPARSELINE_SCRATCH, or the user's cache directory; without one that can be written a directory of the project or the system's own."""
+    """SPARSELINE_SCRATCH, or the user's cache directory; without one that can be written a
+    directory of the project or the system's own.
+    """
     if chosen := os.environ.get("SPARSELINE_SCRATCH"):
         if reason := _unusable(Path(chosen)):
             raise SparselineError(
-                f"SPARSELINE_SCRATCH={chosen} cannot be used ({reason}); give a directory that can be written, on a file system with locks."
+                f"SPARSELINE_SCRATCH={chosen} cannot be used ({reason}); give a directory that can be"
+                " written, on a file system with locks."
             )
         return Path(chosen)
     reasons: list[str] = []
@@ -201,11 +222,15 @@ def _root(what: str) -> Path:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         if not reason:
             if reasons:
-                click.echo(f"{what}: no cache directory in this user's home ({reasons[0]}); finished blocks are kept in {root}")
+                click.echo(
+                    f"{what}: no cache directory in this user's home ({reasons[0]}); finished blocks are kept"
+                    f" in {root}"
+                )
             return root
         reasons.append(reason.rstrip("."))
     raise SparselineError(
-        f"There is no directory for finished blocks ({reasons[0]}); set SPARSELINE_SCRATCH to one that can be written, on a file system with locks."
+        f"There is no directory for finished blocks ({reasons[0]}); set SPARSELINE_SCRATCH to one that can be"
+        " written, on a file system with locks."
     )
 
 

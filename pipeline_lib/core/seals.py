@@ -1,7 +1,7 @@
 """Seals: by them a reader notices that an artifact is damaged, or is another's.
 
-A file's seal stands in the file: its schema, its path in the project, the model that it was made for, and its SHA-256. A directory has the
-seal in ``seal.json``, with the SHA-256 of every file.
+A file's seal stands in the file: its schema, its path in the project, the model that it was made
+for, and its SHA-256. A directory has the seal in ``seal.json``, with the SHA-256 of every file.
 """
 
 import hashlib
@@ -89,7 +89,9 @@ def parse_json(raw: bytes, file: str) -> tuple[dict[str, Any], Seal]:
 
 
 def sealed_tensors(tensors: Mapping[str, "torch.Tensor"], facts: Mapping[str, Any], seal: Seal) -> bytes:
-    """A safetensors file. Facts and seal go into a single metadata key, since several keys come out in random order."""
+    """A safetensors file. Facts and seal go into a single metadata key, since several keys come out
+    in random order.
+    """
     from safetensors.torch import save
 
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
@@ -111,7 +113,8 @@ def parse_facts(raw: bytes, file: str) -> tuple[dict[str, Any], Seal]:
 
 
 def digests(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Path below the directory -> SHA-256, of all files but hidden ones and the seal; ``known`` ones are not read.
+    """Path below the directory -> SHA-256, of all files but hidden ones and the seal; ``known``
+    ones are not read.
 
     Raises:
         SparselineError: something there is no regular file.

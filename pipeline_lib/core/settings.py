@@ -1,4 +1,6 @@
-"""Settings that change no result, so that they are part of no stage's key: environment variables, see README."""
+"""Settings that change no result, so that they are part of no stage's key: environment variables,
+see README.
+"""
 
 import os
 import re
@@ -17,7 +19,9 @@ def device_name() -> str:
     """
     name = os.environ.get("SPARSELINE_DEVICE", "cpu")
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
-        raise SparselineError(f"SPARSELINE_DEVICE={name} is no device that can be used; use cpu, cuda, or cuda:1 and so on.")
+        raise SparselineError(
+            f"SPARSELINE_DEVICE={name} is no device that can be used; use cpu, cuda, or cuda:1 and so on."
+        )
     return name
 
 
@@ -30,13 +34,15 @@ def threads() -> int | None:
     found, most = _whole("SPARSELINE_THREADS", 1), 4 * (os.cpu_count() or 1)
     if found is not None and found > most:
         raise SparselineError(
-            f"SPARSELINE_THREADS={found} is more than this machine can use; give at most {most}, four for each processor."
+            f"SPARSELINE_THREADS={found} is more than this machine can use; give at most {most}, four for"
+            " each processor."
         )
     return found
 
 
 def activation_bytes() -> int:
-    """SPARSELINE_ACTIVATION_BYTES: streams of hidden states stay in memory up to this size, else they are files (same results).
+    """SPARSELINE_ACTIVATION_BYTES: streams of hidden states stay in memory up to this size, else
+    they are files (same results).
 
     Raises:
         SparselineError: it is no whole number.
@@ -46,7 +52,8 @@ def activation_bytes() -> int:
 
 
 def gpu_activation_bytes() -> int | None:
-    """SPARSELINE_GPU_ACTIVATION_BYTES: hidden states stay on the GPU up to this size, the rest in host memory (same results).
+    """SPARSELINE_GPU_ACTIVATION_BYTES: hidden states stay on the GPU up to this size, the rest in
+    host memory (same results).
 
     None: ``GPU_SHARE`` of what is free there when the stage begins.
 
@@ -57,7 +64,8 @@ def gpu_activation_bytes() -> int | None:
 
 
 def gram_bytes() -> int:
-    """SPARSELINE_GRAM_BYTES: Gram matrices are stored up to this size, else taken again where they are needed (same results).
+    """SPARSELINE_GRAM_BYTES: Gram matrices are stored up to this size, else taken again where they
+    are needed (same results).
 
     Raises:
         SparselineError: it is no whole number.

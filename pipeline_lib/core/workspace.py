@@ -1,4 +1,6 @@
-"""Where the artifacts of a project are: every path of the pipeline, in one place, and how they are read and written."""
+"""Where the artifacts of a project are: every path of the pipeline, in one place, and how they are
+read and written.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +22,8 @@ class Workspace:
     """A project's directory; stages run in it. docs/artifacts.md says what the files hold."""
 
     root: Path = Path()
-    _models: list[str] = field(default_factory=list, init=False, compare=False, repr=False)  # at most one: see ``made_for``
+    # at most one: see ``made_for``
+    _models: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
 
     @property
     def build(self) -> Path:
@@ -28,7 +31,9 @@ class Workspace:
 
     @property
     def keys(self) -> Path:
-        """What each stage reads of params.yaml: ``<stage>.json``, or ``<stage>/<variant>.json``; of the code: ``code/<stage>.json``."""
+        """What each stage reads of params.yaml: ``<stage>.json``, or ``<stage>/<variant>.json``; of
+        the code: ``code/<stage>.json``.
+        """
         return self.build / "keys"
 
     @property
@@ -80,7 +85,9 @@ class Workspace:
         return self.build / "prune" / variant
 
     def distilled(self, variant: str) -> Path:
-        """Directory of the checkpoint after its training as a whole; empty but for its seal where there was none, or none that was kept."""
+        """Directory of the checkpoint after its training as a whole; empty but for its seal where
+        there was none, or none that was kept.
+        """
         return self.build / "distil" / variant
 
     def training(self, variant: str) -> Path:
@@ -88,7 +95,8 @@ class Workspace:
         return self.build / "training" / f"{variant}.json"
 
     def checkpoint(self, variant: str) -> Path:
-        """Directory of the checkpoint that is measured and taken elsewhere: the trained one if there is one, else the pruned one.
+        """Directory of the checkpoint that is measured and taken elsewhere: the trained one if
+        there is one, else the pruned one.
 
         Raises:
             SparselineError: as ``opened``.
@@ -132,7 +140,15 @@ class Workspace:
 
     def of_models(self) -> list[Path]:
         """All that is there of any variant, or of ``dense``."""
-        places = (self.curves, self.allocation, self.induced, self.pruned, self.facts, self.distilled, self.training)
+        places = (
+            self.curves,
+            self.allocation,
+            self.induced,
+            self.pruned,
+            self.facts,
+            self.distilled,
+            self.training,
+        )
         measured = (self.evaluation, self.completions, self.tasks, self.export, self.sizes)
         folders = {place(DENSE).parent for place in (*places, *measured)}
         return [path for folder in sorted(folders) for path in folder.glob("[!.]*")]
@@ -140,7 +156,8 @@ class Workspace:
     # Reading and writing
 
     def made_for(self, model: str | None, path: Path) -> None:
-        """Take note of the model that an artifact is of, by its digest. All that a stage reads must be of the same one; so is what it writes.
+        """Take note of the model that an artifact is of, by its digest. All that a stage reads must
+        be of the same one; so is what it writes.
 
         Raises:
             SparselineError: an artifact of another model was read before.
@@ -149,7 +166,8 @@ class Workspace:
             self._models.append(model)
         if model not in (None, *self._models):
             raise SparselineError(
-                f"{path} was made for another model than the other artifacts in build/; run `dvc repro` to make it again."
+                f"{path} was made for another model than the other artifacts in build/; run `dvc repro` to"
+                " make it again."
             )
 
     def save(self, path: Path, value: Mapping[str, Any]) -> None:
@@ -160,11 +178,14 @@ class Workspace:
         """A JSON object, without its seal.
 
         Raises:
-            SparselineError: it is missing, damaged, another artifact, or of another model than what was read before.
+            SparselineError: it is missing, damaged, another artifact, or of another model than what
+                was read before.
         """
         return self._checked(path, seals.parse_json)[0]
 
-    def save_tensors(self, path: Path, tensors: Mapping[str, "torch.Tensor"], facts: Mapping[str, Any]) -> None:
+    def save_tensors(
+        self, path: Path, tensors: Mapping[str, "torch.Tensor"], facts: Mapping[str, Any]
+    ) -> None:
         """Write a safetensors file with its seal; it is made in memory."""
         artifacts.write_bytes(path, seals.sealed_tensors(tensors, facts, self._seal(path)))
 
@@ -189,7 +210,8 @@ class Workspace:
 
     @contextmanager
     def directory(self, path: Path, known: Mapping[str, str] | None = None) -> Iterator[Path]:
-        """A directory to write an artifact's files to; with its seal it takes the old one's place when the body ends well.
+        """A directory to write an artifact's files to; with its seal it takes the old one's place
+        when the body ends well.
 
         Args:
             known: SHA-256 of files that need not be read again, by their paths in the directory.
@@ -218,13 +240,18 @@ class Workspace:
         return path
 
     def included(self) -> list[dict[str, Any]]:
-        """The logical matrices that are to be pruned, as prepare listed them: name, block, label, kind, shape.
+        """The logical matrices that are to be pruned, as prepare listed them: name, block, label,
+        kind, shape.
 
         Raises:
             SparselineError: as ``opened``.
         """
         self.load(self.model)  # which says for which model they are
-        return [matrix for matrix in artifacts.read_json(self.opened(self.matrices.parent) / self.matrices.name) if matrix["included"]]
+        return [
+            matrix
+            for matrix in artifacts.read_json(self.opened(self.matrices.parent) / self.matrices.name)
+            if matrix["included"]
+        ]
 
     def _seal(self, path: Path) -> seals.Seal:
         return seals.Seal(self._file(path), next(iter(self._models), None))
@@ -234,14 +261,18 @@ class Workspace:
         parts = path.relative_to(self.root).parts
         return "/".join(artifacts.final_name(part) for part in parts)
 
-    def _checked(self, path: Path, parse: Callable[[bytes, str], tuple[dict[str, Any], seals.Seal]]) -> tuple[dict[str, Any], bytes]:
+    def _checked(
+        self, path: Path, parse: Callable[[bytes, str], tuple[dict[str, Any], seals.Seal]]
+    ) -> tuple[dict[str, Any], bytes]:
         try:
             raw = files.read(path)
             value, seal = parse(raw, self._file(path))
         except FileNotFoundError as error:
             raise SparselineError(f"{path} is missing; run `dvc repro` to make it.") from error
         except OSError as error:
-            raise SparselineError(f"{path} cannot be read ({error.strerror}); run `dvc repro` to make it again.") from error
+            raise SparselineError(
+                f"{path} cannot be read ({error.strerror}); run `dvc repro` to make it again."
+            ) from error
         except seals.BrokenSealError as error:
             raise SparselineError(f"{path} {error}; run `dvc repro` to make it again.") from error
         self.made_for(seal.model, path)

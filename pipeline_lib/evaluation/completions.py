@@ -12,12 +12,18 @@ from pipeline_lib.evaluation.settings import CompletionsParams
 
 
 def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: torch.Tensor, params: CompletionsParams, watched: Watched = iter
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: torch.Tensor,
+    params: CompletionsParams,
+    watched: Watched = iter,
 ) -> list[dict[str, str]]:
-    """The most likely token, again and again, after the first ``prompt_tokens`` of the first ``count`` rows [N, T].
+    """The most likely token, again and again, after the first ``prompt_tokens`` of the first
+    ``count`` rows [N, T].
 
-    A completion ends before the end-of-text token, or after ``new_tokens``. The loop is ours, because ``generate`` adds whatever the
-    checkpoint's generation config asks for (repetition penalties, sampling). ``watched`` sees every token pass.
+    A completion ends before the end-of-text token, or after ``new_tokens``. The loop is ours,
+    because ``generate`` adds whatever the checkpoint's generation config asks for (repetition
+    penalties, sampling). ``watched`` sees every token pass.
 
     Raises:
         SparselineError: rows or the model's window are too short.
@@ -26,14 +32,14 @@ def complete(
         return []
     if len(rows) < params.count or rows.shape[1] < params.prompt_tokens:
         raise SparselineError(
-            f"Completions want {params.count} rows of {params.prompt_tokens} tokens, but the text {params.text!r} has {len(rows)} of "
-            f"{rows.shape[1]}; lower count or prompt_tokens."
+            f"Completions want {params.count} rows of {params.prompt_tokens} tokens, but the text"
+            f" {params.text!r} has {len(rows)} of {rows.shape[1]}; lower count or prompt_tokens."
         )
     window = getattr(model.config, "max_position_embeddings", None)
     if window is not None and params.prompt_tokens + params.new_tokens > window:
         raise SparselineError(
-            f"Completions of {params.prompt_tokens} + {params.new_tokens} tokens do not fit the model's {window} positions; "
-            "lower prompt_tokens or new_tokens."
+            f"Completions of {params.prompt_tokens} + {params.new_tokens} tokens do not fit the model's"
+            f" {window} positions; lower prompt_tokens or new_tokens."
         )
     prompts = rows[: params.count, : params.prompt_tokens]
     sequence = prompts.to(model.device)
@@ -42,7 +48,10 @@ def complete(
         for _ in watched(range(params.new_tokens)):
             sequence = torch.cat([sequence, following(sequence)], dim=1)
     pairs = zip(prompts.tolist(), sequence[:, params.prompt_tokens :].tolist(), strict=True)
-    return [{"prompt": _text(tokenizer, p), "completion": _text(tokenizer, _until_end(tokenizer, c))} for p, c in pairs]
+    return [
+        {"prompt": _text(tokenizer, p), "completion": _text(tokenizer, _until_end(tokenizer, c))}
+        for p, c in pairs
+    ]
 
 
 class _Following:
@@ -55,14 +64,17 @@ class _Following:
         self.keep = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
     def __call__(self, sequence: torch.Tensor) -> torch.Tensor:
-        """[B, 1]. Models without the usual cache, and those whose cache fails, read the whole sequence again."""
+        """[B, 1]. Models without the usual cache, and those whose cache fails, read the whole
+        sequence again.
+        """
         if self.cached:
             try:
                 new = sequence if self.cache is None else sequence[:, -1:]
                 output = self.model(input_ids=new, past_key_values=self.cache, use_cache=True, **self.keep)
                 self.cache = output.past_key_values
                 return output.logits[:, -1:].argmax(-1)
-            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # of transformers: not every model's is whole
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+                # of transformers: not every model's is whole
                 self.cached = False
         return self.model(input_ids=sequence, use_cache=False, **self.keep).logits[:, -1:].argmax(-1)
 

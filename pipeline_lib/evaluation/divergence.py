@@ -1,7 +1,8 @@
 """How far a model's predictions are from the dense model's, token by token.
 
-Of the dense model one block is in memory at a time, then its head. Nothing of its predictions is stored: they are computed beside the model's own.
-Shape letters: ``N`` rows, ``T`` tokens in a row, ``t`` tokens of a piece, ``V`` tokens of the vocabulary.
+Of the dense model one block is in memory at a time, then its head. Nothing of its predictions is
+stored: they are computed beside the model's own. Shape letters: ``N`` rows, ``T`` tokens in a row,
+``t`` tokens of a piece, ``V`` tokens of the vocabulary.
 """
 
 from collections.abc import Iterator
@@ -27,10 +28,11 @@ class Dense:
     device: torch.device
 
     def logits(self, rows: torch.Tensor, batch_rows: int, watched: Watched = iter) -> Iterator[torch.Tensor]:
-        """The logits [t, V] of the first T - 1 tokens of every row of ``rows`` [N, T], row by row, in pieces of ``HEAD_TOKENS`` tokens.
+        """The logits [t, V] of the first T - 1 tokens of every row of ``rows`` [N, T], row by row,
+        in pieces of ``HEAD_TOKENS`` tokens.
 
-        Hidden states of as many rows as SPARSELINE_ACTIVATION_BYTES hold are there at once; the blocks are read once for these. ``watched`` sees
-        every block pass.
+        Hidden states of as many rows as SPARSELINE_ACTIVATION_BYTES hold are there at once; the
+        blocks are read once for these. ``watched`` sees every block pass.
         """
         size = rows.shape[1] * self.checkpoint.architecture.width * self.dtype.itemsize
         together = max(1, settings.activation_bytes() // (batch_rows * size)) * batch_rows
@@ -70,8 +72,9 @@ class Divergence:
         self._found["agreement"].append(p.argmax(-1) == q.argmax(-1))
 
     def summary(self) -> dict[str, float]:
-        """``kl`` and ``reverse_kl``: means over the tokens; ``kl_99``, ``reverse_kl_99``: the least value that 99% of the tokens do not exceed;
-        ``agreement``: the share of tokens with the same most likely token.
+        """``kl`` and ``reverse_kl``: means over the tokens; ``kl_99``, ``reverse_kl_99``: the least
+        value that 99% of the tokens do not exceed; ``agreement``: the share of tokens with the same
+        most likely token.
         """
         found: dict[str, float] = {}
         for name, pieces in self._found.items():
@@ -79,10 +82,14 @@ class Divergence:
                 values = torch.cat(pieces).double().cpu()
                 found[name] = float(values.mean())
                 if name != "agreement":
-                    found[f"{name}_{PERCENT}"] = float(values.kthvalue(-(-PERCENT * len(values) // 100)).values)
+                    found[f"{name}_{PERCENT}"] = float(
+                        values.kthvalue(-(-PERCENT * len(values) // 100)).values
+                    )
         return found
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) [t] of log-probabilities [t, V]; where rounding leaves less than zero, zero. Tokens that neither model can give count nothing."""
+    """KL(p ‖ q) [t] of log-probabilities [t, V]; where rounding leaves less than zero, zero. Tokens
+    that neither model can give count nothing.
+    """
     return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).nansum(-1).clamp(min=0)

@@ -29,9 +29,17 @@ def metric(name: str) -> Metric:
     return METRICS[name.split(", ")[0]]
 
 
-def by_task(presets: Mapping[str, Mapping[str, Mapping[str, Any]]], several: bool) -> dict[str, Mapping[str, Any]]:
-    """Task -> its facts, from preset -> task -> facts; with the preset's name before it if models are measured on ``several``."""
-    return {f"{preset} {task}" if several else task: facts for preset, tasks in presets.items() for task, facts in tasks.items()}
+def by_task(
+    presets: Mapping[str, Mapping[str, Mapping[str, Any]]], several: bool
+) -> dict[str, Mapping[str, Any]]:
+    """Task -> its facts, from preset -> task -> facts; with the preset's name before it if models
+    are measured on ``several``.
+    """
+    return {
+        f"{preset} {task}" if several else task: facts
+        for preset, tasks in presets.items()
+        for task, facts in tasks.items()
+    }
 
 
 def ordered(names: Iterable[str]) -> list[str]:

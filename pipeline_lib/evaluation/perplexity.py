@@ -11,13 +11,19 @@ from pipeline_lib.core.progress import Watched
 
 
 def perplexity(
-    model: PreTrainedModel, rows: torch.Tensor, batch_rows: int, watched: Watched = iter, see: Callable[[torch.Tensor], None] | None = None
+    model: PreTrainedModel,
+    rows: torch.Tensor,
+    batch_rows: int,
+    watched: Watched = iter,
+    see: Callable[[torch.Tensor], None] | None = None,
 ) -> float:
-    """exp of the mean negative log-likelihood, in nats per token, over the T - 1 predicted tokens of every row of ``rows`` [N, T].
+    """exp of the mean negative log-likelihood, in nats per token, over the T - 1 predicted tokens
+    of every row of ``rows`` [N, T].
 
-    Rows are independent: no overlap, no context from the row before. ``batch_rows`` rows go through the blocks at a time; losses are
-    taken from float32 logits and summed in float64, row by row, so that the batch size leaves only the model's own rounding, and the
-    logits of one row alone are in memory.
+    Rows are independent: no overlap, no context from the row before. ``batch_rows`` rows go through
+    the blocks at a time; losses are taken from float32 logits and summed in float64, row by row, so
+    that the batch size leaves only the model's own rounding, and the logits of one row alone are in
+    memory.
 
     ``watched`` sees every batch pass; ``see`` is given the logits [T - 1, V] of each row.
 
@@ -26,7 +32,9 @@ def perplexity(
     """
     count, length = rows.shape
     if count < 1 or length < 2:
-        raise SparselineError(f"Perplexity needs at least one row of two tokens, not {count} rows of {length}; give more text.")
+        raise SparselineError(
+            f"Perplexity needs at least one row of two tokens, not {count} rows of {length}; give more text."
+        )
     total = torch.zeros((), dtype=torch.float64)
     with torch.inference_mode():
         for start in watched(range(0, count, batch_rows)):
@@ -39,23 +47,26 @@ def perplexity(
     mean = float(total) / (count * (length - 1))
     if not math.isfinite(mean) or mean > 700:  # exp(709) is the last double
         raise SparselineError(
-            f"The model's mean loss is {mean:.4g}: its weights hold NaN or infinite values, or it overflows in {model.dtype}; "
-            "prune less, or evaluate in float32."
+            f"The model's mean loss is {mean:.4g}: its weights hold NaN or infinite values, or it overflows"
+            f" in {model.dtype}; prune less, or evaluate in float32."
         )
     return math.exp(mean)
 
 
 def row_logits(model: PreTrainedModel, batch: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The logits [T, V] of each row of ``batch`` [B, T], one after another: with V in the hundred thousands, those of a batch outweigh the model.
+    """The logits [T, V] of each row of ``batch`` [B, T], one after another: with V in the hundred
+    thousands, those of a batch outweigh the model.
 
-    The blocks run once, on the whole batch. Then the model's own forward code computes the logits of each row (head, scaling, capping),
-    with the decoder standing in that returns the row's hidden states.
+    The blocks run once, on the whole batch. Then the model's own forward code computes the logits
+    of each row (head, scaling, capping), with the decoder standing in that returns the row's hidden
+    states.
     """
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel):  # some call their head so
         decoder = model.base_model
     states = None if decoder is model else decoder(input_ids=batch, use_cache=False)
-    if states is None or getattr(states, "last_hidden_state", None) is None:  # no module of its own stands before the head
+    # no module of its own stands before the head
+    if states is None or getattr(states, "last_hidden_state", None) is None:
         for row in batch.split(1):
             yield model(input_ids=row, use_cache=False).logits[0]
         return

@@ -59,7 +59,8 @@ class Preset(Params):
 
     names: list[str]  # local tasks, or lm-eval's own, which need the network or a filled cache
     limit: int | None = Field(ge=2)  # items of each task; a standard error needs two
-    shots: int = Field(ge=0)  # examples before each item; lm-eval keeps 0 for tasks that state it, as the embedded ones do
+    # examples before each item; lm-eval keeps 0 for tasks that state it, as the embedded ones do
+    shots: int = Field(ge=0)
     seed: int  # choice of the examples
     chat_template: bool  # prompts as chats, in the model's own template
     system: str | None  # said before every prompt; with ``chat_template`` by the role ``system``
@@ -76,4 +77,5 @@ class VerdictParams(Params):
 
     perplexity_ratio: float | None = Field(gt=0)  # to the dense model's, on every evaluation text
     kl: float | None = Field(ge=0)  # mean KL(dense ‖ pruned) in nats per token, on every evaluation text
-    accuracy_drop: float | None = Field(ge=0)  # below the dense model's, in units of the difference's standard error, on every task
+    # below the dense model's, in units of the difference's standard error, on every task
+    accuracy_drop: float | None = Field(ge=0)

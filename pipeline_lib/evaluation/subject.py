@@ -10,7 +10,9 @@ from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.models.whole import load_model
 
 
-def open_subject(workspace: Workspace, source: ModelParams, name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def open_subject(
+    workspace: Workspace, source: ModelParams, name: str, dtype: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, on the device that the settings name, and its tokenizer."""
     device = runtime.compute()
     directory = open_source(workspace, source).path if name == DENSE else workspace.checkpoint(name)

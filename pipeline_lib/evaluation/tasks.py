@@ -1,4 +1,6 @@
-"""Zero- and few-shot tasks through lm-eval, on a model in memory: local YAML tasks, or any of lm-eval's own by name."""
+"""Zero- and few-shot tasks through lm-eval, on a model in memory: local YAML tasks, or any of
+lm-eval's own by name.
+"""
 
 import copy
 import io
@@ -42,7 +44,8 @@ class Measured:
 
     tasks: dict[str, dict[str, Any]]
     warnings: Mapping[str, int]  # message -> how often
-    scores: Mapping[str, Mapping[str, list[float]]]  # task -> metric of single items (acc, acc_norm) -> each item's, in order
+    # task -> metric of single items (acc, acc_norm) -> each item's, in order
+    scores: Mapping[str, Mapping[str, list[float]]]
 
 
 class Unread(SparselineError):
@@ -50,19 +53,27 @@ class Unread(SparselineError):
 
 
 def run_tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: TasksParams, preset: Preset, what: str = "tasks"
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    params: TasksParams,
+    preset: Preset,
+    what: str = "tasks",
 ) -> Measured:
-    """Figures of each task: ``{name: {"metrics", "chance", "items", "of", "truncated"}}``, sorted by name; a group or tag gives its members.
+    """Figures of each task: ``{name: {"metrics", "chance", "items", "of", "truncated"}}``, sorted
+    by name; a group or tag gives its members.
 
-    ``metrics`` has those of ``METRICS`` that the task measures, by name: ``value``, and its standard error ``stderr`` (None where lm-eval gives none).
-    ``chance`` is what guessing gives of the accuracy, in [0, 1] (None where it is not known). ``items`` were
-    measured ``of`` those that the task has; ``truncated`` of them do not fit the model's window, so that lm-eval leaves out their beginning.
-    Nothing that depends on date or host is kept. Tasks that read files touch neither the network nor the user's datasets cache. Seeds
-    Python's, numpy's and torch's global generators, as lm-eval does. Progress is told under the name ``what``.
+    ``metrics`` has those of ``METRICS`` that the task measures, by name: ``value``, and its
+    standard error ``stderr`` (None where lm-eval gives none). ``chance`` is what guessing gives of
+    the accuracy, in [0, 1] (None where it is not known). ``items`` were measured ``of`` those that
+    the task has; ``truncated`` of them do not fit the model's window, so that lm-eval leaves out
+    their beginning. Nothing that depends on date or host is kept. Tasks that read files touch
+    neither the network nor the user's datasets cache. Seeds Python's, numpy's and torch's global
+    generators, as lm-eval does. Progress is told under the name ``what``.
 
     Raises:
-        SparselineError: no such task, one that measures nothing known, or one whose data cannot be read or are not below ``params.path``;
-            an item without an answer (its continuation does not fit the window, or its likelihood is NaN or infinite); fewer than two items; a chat
+        SparselineError: no such task, one that measures nothing known, or one whose data cannot be
+            read or are not below ``params.path``; an item without an answer (its continuation does
+            not fit the window, or its likelihood is NaN or infinite); fewer than two items; a chat
             without a template.
     """
     if not preset.names:
@@ -73,7 +84,8 @@ def run_tasks(
     from lm_eval.models.utils import normalize_gen_kwargs
 
     class Watched(HFLM):  # type: ignore[misc]
-        """Counts what lm-eval cuts, and refuses answers that mean nothing. Its own bar is among what is held back.
+        """Counts what lm-eval cuts, and refuses answers that mean nothing. Its own bar is among
+        what is held back.
 
         Where the family's rows begin with the start token, every request does.
         """
@@ -82,9 +94,13 @@ def run_tasks(
             self.cut: set[int] = set()  # id() of requests
             self.asked: Sequence[Any] = ()  # requests that are being answered, if lm-eval may cut them
             own = copy.deepcopy(tokenizer)  # HFLM gives it a padding token
-            super().__init__(pretrained=model, tokenizer=own, batch_size=params.batch_rows, softmax_dtype="float32")
+            super().__init__(
+                pretrained=model, tokenizer=own, batch_size=params.batch_rows, softmax_dtype="float32"
+            )
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **options: Any
+        ) -> list[int]:
             tokens: list[int] = super().tok_encode(string, add_special_tokens, **options)
             bare = begins and add_special_tokens is not False and tokens[:1] != [self.prefix_token_id]
             return [self.prefix_token_id, *tokens] if bare else tokens
@@ -99,8 +115,8 @@ def run_tasks(
             for request, (_, context, continuation) in zip(self.asked, requests, strict=bool(self.asked)):
                 if len(continuation) > self.max_length:
                     raise SparselineError(
-                        f"The task {request.task_name} has a continuation of {len(continuation)} tokens, more than the model's window of "
-                        f"{self.max_length}; leave the task out."
+                        f"The task {request.task_name} has a continuation of {len(continuation)} tokens, more"
+                        f" than the model's window of {self.max_length}; leave the task out."
                     )
                 if len(context) + len(continuation) > self.max_length + 1:
                     self.cut.add(id(request))
@@ -108,8 +124,8 @@ def run_tasks(
                 found = super()._loglikelihood_tokens(requests, **options)
             if not all(math.isfinite(likelihood) for likelihood, _ in found):
                 raise SparselineError(
-                    f"The model's log-likelihoods of {what} are NaN or infinite: its weights are, or it overflows in {model.dtype}; "
-                    "prune less, or set tasks.compute_dtype to float32."
+                    f"The model's log-likelihoods of {what} are NaN or infinite: its weights are, or it"
+                    f" overflows in {model.dtype}; prune less, or set tasks.compute_dtype to float32."
                 )
             return found
 
@@ -119,7 +135,8 @@ def run_tasks(
                 room = self.max_length - int(normalize_gen_kwargs(how, self.max_gen_toks)["max_gen_toks"])
                 if room <= 0:
                     raise SparselineError(
-                        f"The task {request.task_name} generates more tokens than the model's window of {self.max_length} holds; leave the task out."
+                        f"The task {request.task_name} generates more tokens than the model's window of"
+                        f" {self.max_length} holds; leave the task out."
                     )
                 if len(self.tok_encode(context)) > room:
                     self.cut.add(id(request))
@@ -149,18 +166,29 @@ def run_tasks(
         with _one_process(), _datasets(private=all(_reads_files(manager, name) for name in preset.names)):
             tasks = _load(manager, preset, params.path)
             # the standard error of a mean has a formula, but with 0 bootstrap_iters lm-eval leaves it out
-            how: dict[str, Any] = {"limit": preset.limit, "bootstrap_iters": 100, "log_samples": True, "system_instruction": preset.system}
-            results = evaluate(lm, {"tasks": tasks}, apply_chat_template=chats, fewshot_as_multiturn=chats, **how)
+            how: dict[str, Any] = {
+                "limit": preset.limit,
+                "bootstrap_iters": 100,
+                "log_samples": True,
+                "system_instruction": preset.system,
+            }
+            results = evaluate(
+                lm, {"tasks": tasks}, apply_chat_template=chats, fewshot_as_multiturn=chats, **how
+            )
             assert results is not None
             chances = {name: chance(task) for name, task in tasks.items()}
     flat: dict[str, dict[str, Any]] = {}
     for name, found in sorted(results["results"].items()):
         metrics, items = _figures(found), int(found["sample_len"])
-        wrong = {figure: one["value"] for figure, one in metrics.items() if not math.isfinite(one["value"] or 0)}
+        wrong = {
+            figure: one["value"] for figure, one in metrics.items() if not math.isfinite(one["value"] or 0)
+        }
         if items < 2 or wrong:
             shown = wrong or {figure: one["value"] for figure, one in metrics.items()}
             told = ", ".join(f"{figure} {value}" for figure, value in shown.items())
-            raise SparselineError(f"The task {name} gives {told} on {items} items; a figure needs two, and a number.")
+            raise SparselineError(
+                f"The task {name} gives {told} on {items} items; a figure needs two, and a number."
+            )
         flat[name] = {
             "metrics": metrics,
             "chance": chances[name],
@@ -172,13 +200,23 @@ def run_tasks(
 
 
 def _scores(items: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Each item once, by its number; where a task filters answers in several ways, as the first of them does."""
-    ordered = sorted((item for item in items if item["filter"] == items[0]["filter"]), key=lambda item: item["doc_id"])
-    return {metric: [float(item[metric]) for item in ordered] for metric in ("acc", "acc_norm") if all(metric in item for item in ordered)}
+    """Each item once, by its number; where a task filters answers in several ways, as the first of
+    them does.
+    """
+    ordered = sorted(
+        (item for item in items if item["filter"] == items[0]["filter"]), key=lambda item: item["doc_id"]
+    )
+    return {
+        metric: [float(item[metric]) for item in ordered]
+        for metric in ("acc", "acc_norm")
+        if all(metric in item for item in ordered)
+    }
 
 
 def _figures(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """The metrics that are read of lm-eval's results of a task: ``{"acc,none": …, "acc_stderr,none": …}``, by metric and, if it is not "none", filter."""
+    """The metrics that are read of lm-eval's results of a task: ``{"acc,none": …,
+    "acc_stderr,none": …}``, by metric and, if it is not "none", filter.
+    """
     figures: dict[str, dict[str, float | None]] = {}
     for key, value in found.items():
         name, _, kind = key.partition(",")
@@ -199,13 +237,15 @@ def _chats(tokenizer: PreTrainedTokenizerBase, preset: Preset) -> bool:
     """
     if preset.chat_template and not tokenizer.chat_template:
         raise SparselineError(
-            f"The preset of {', '.join(preset.names)} has chat_template: true, but the model's tokenizer has no chat template; set it to false."
+            f"The preset of {', '.join(preset.names)} has chat_template: true, but the model's tokenizer has"
+            " no chat template; set it to false."
         )
     return preset.chat_template
 
 
 def request_lengths(tokenizer: PreTrainedTokenizerBase, path: Path, preset: Preset) -> list[int]:
-    """Tokens of every request of a preset, context and continuation together, the longest first: what a run of it passes through the model.
+    """Tokens of every request of a preset, context and continuation together, the longest first:
+    what a run of it passes through the model.
 
     Nothing is fetched.
 
@@ -228,14 +268,19 @@ def request_lengths(tokenizer: PreTrainedTokenizerBase, path: Path, preset: Pres
                     fewshot_as_multiturn=chats,
                     chat_template=partial(tokenizer.apply_chat_template, tokenize=False) if chats else None,
                 )
-                texts = ["".join(part for part in request.args if isinstance(part, str)) for request in task.instances]
+                texts = [
+                    "".join(part for part in request.args if isinstance(part, str))
+                    for request in task.instances
+                ]
                 # what ``verbose`` would say is that a text is too long: the run counts those
                 lengths += [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
     return sorted(lengths, reverse=True)
 
 
 def chance(task: "Task") -> float | None:
-    """Accuracy of guessing: the task's ``metadata.chance``, else the mean of 1 / number of choices, else None."""
+    """Accuracy of guessing: the task's ``metadata.chance``, else the mean of 1 / number of choices,
+    else None.
+    """
     stated = (task.config.metadata or {}).get("chance")
     if stated is not None:
         return float(stated)
@@ -256,7 +301,9 @@ def _manager(path: Path, names: Sequence[str]) -> "TaskManager":
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         here = ", ".join(local.all_tasks) or "none"
-        raise SparselineError(f"No task is called {unknown[0]!r}; local tasks in {path} are: {here}; the others are lm-eval's.")
+        raise SparselineError(
+            f"No task is called {unknown[0]!r}; local tasks in {path} are: {here}; the others are lm-eval's."
+        )
     return manager
 
 
@@ -288,7 +335,9 @@ def _check_data(folder: Path, name: str, config: "TaskConfig") -> None:
     dataset, options = str(config.dataset_path or ""), config.dataset_kwargs or {}
     files = options.get("data_files") or []
     named = [
-        one for value in (files.values() if isinstance(files, dict) else [files]) for one in ([value] if isinstance(value, str) else value)
+        one
+        for value in (files.values() if isinstance(files, dict) else [files])
+        for one in ([value] if isinstance(value, str) else value)
     ]
     if dataset in READERS:
         local = [*named, *filter(None, [options.get("data_dir")])]
@@ -297,7 +346,10 @@ def _check_data(folder: Path, name: str, config: "TaskConfig") -> None:
         local += [dataset] if Path(dataset).exists() else []
     for one in local:
         if "://" in one:
-            raise SparselineError(f"The task {name} reads {one}, which may change under cached results; copy the file into {folder}.")
+            raise SparselineError(
+                f"The task {name} reads {one}, which may change under cached results; copy the file into"
+                f" {folder}."
+            )
         _check_watched(folder, Path(one), f"The task {name} reads {one}")
 
 
@@ -305,7 +357,9 @@ def _check_watched(folder: Path, path: Path, what: str) -> None:
     """A link to a file is watched, a link to a directory is not."""
     place = path.parent.resolve() / path.name
     if not place.is_relative_to(folder.resolve()) or (place.is_dir() and place.is_symlink()):
-        raise SparselineError(f"{what}, which is outside {folder} (tasks.path), where DVC watches nothing; copy it there.")
+        raise SparselineError(
+            f"{what}, which is outside {folder} (tasks.path), where DVC watches nothing; copy it there."
+        )
 
 
 def _load(manager: "TaskManager", preset: Preset, folder: Path) -> dict[str, "Task"]:
@@ -321,10 +375,15 @@ def _load(manager: "TaskManager", preset: Preset, folder: Path) -> dict[str, "Ta
         if defined is None or defined.resolve().is_relative_to(folder.resolve()):
             _check_data(folder, name, task.config)
         if not (task.has_test_docs() or task.has_validation_docs()) or len(task.eval_docs) < 2:
-            raise SparselineError(f"The task {name} has fewer than two items to measure; a standard error needs two.")
+            raise SparselineError(
+                f"The task {name} has fewer than two items to measure; a standard error needs two."
+            )
         if not METRICS.keys() & task.aggregation().keys():
             only = ", ".join(task.aggregation())
-            raise SparselineError(f"The task {name} measures nothing that is known here, only: {only}; known are: {', '.join(METRICS)}.")
+            raise SparselineError(
+                f"The task {name} measures nothing that is known here, only: {only}; known are:"
+                f" {', '.join(METRICS)}."
+            )
         if task.get_config("num_fewshot") != 0:
             task.set_config("num_fewshot", preset.shots)
         task.set_fewshot_seed(preset.seed)
@@ -347,7 +406,9 @@ def _one_process() -> Iterator[None]:
 
 @contextmanager
 def _datasets(private: bool, offline: bool = False) -> Iterator[None]:
-    """``private``: a cache of our own that lasts as long as the run (so it cannot be stale), and no network. ``offline``: no network."""
+    """``private``: a cache of our own that lasts as long as the run (so it cannot be stale), and no
+    network. ``offline``: no network.
+    """
     import datasets
 
     config = datasets.config
@@ -380,7 +441,9 @@ class _Heard(logging.Handler):
 
 @contextmanager
 def _listening() -> Iterator[Mapping[str, int]]:
-    """Progress bars and lm-eval's lines are held back, since ours say the same. Warnings are counted instead of printed once per item; errors are exceptions."""
+    """Progress bars and lm-eval's lines are held back, since ours say the same. Warnings are
+    counted instead of printed once per item; errors are exceptions.
+    """
     handler = _Heard()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     kept = [(logger.level, logger.handlers, logger.propagate) for logger in loggers]
@@ -388,7 +451,11 @@ def _listening() -> Iterator[Mapping[str, int]]:
         logger.setLevel(logging.WARNING)
         logger.handlers, logger.propagate = [handler], False
     try:
-        with warnings.catch_warnings(record=True) as caught, redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            redirect_stderr(io.StringIO()),
+            redirect_stdout(io.StringIO()),
+        ):
             yield handler.said
         for warning in caught:
             handler.hear(f"{warning.category.__name__}: {warning.message}")

@@ -58,7 +58,9 @@ class Verdict:
 
 
 def judge(params: VerdictParams, own: Measured, dense: Measured) -> Verdict:
-    """Every text's perplexity and divergence, and the main accuracy of every task that both models were measured on."""
+    """Every text's perplexity and divergence, and the main accuracy of every task that both models
+    were measured on.
+    """
     return Verdict(tuple(_findings(params, own, dense)))
 
 
@@ -74,10 +76,17 @@ def _findings(params: VerdictParams, own: Measured, dense: Measured) -> Iterator
             name = ordered(own.tasks[task]["metrics"])[0]
             if metric(name).share:
                 mine, theirs = (one.tasks[task]["metrics"][name] for one in (own, dense))
-                yield Finding("accuracy drop", task, _errors(theirs["value"] - mine["value"], mine, theirs), params.accuracy_drop)
+                yield Finding(
+                    "accuracy drop",
+                    task,
+                    _errors(theirs["value"] - mine["value"], mine, theirs),
+                    params.accuracy_drop,
+                )
 
 
 def _errors(drop: float, *figures: Mapping[str, float | None]) -> float:
-    """A difference of two means in units of its standard error, as if the two were independent: of the same items it is smaller."""
+    """A difference of two means in units of its standard error, as if the two were independent: of
+    the same items it is smaller.
+    """
     error = math.hypot(*(figure["stderr"] or 0.0 for figure in figures))
     return drop / error if error else math.inf if drop > 0 else 0.0

@@ -1,4 +1,6 @@
-"""``bitmask``: one bit per weight, and the weights whose bit is 1. docs/artifacts.md specifies it; ``load`` reads it."""
+"""``bitmask``: one bit per weight, and the weights whose bit is 1. docs/artifacts.md specifies it;
+``load`` reads it.
+"""
 
 import hashlib
 import json
@@ -20,9 +22,15 @@ from pipeline_lib.models.checkpoint import Checkpoint, copy_files
 
 
 def write(
-    out: Path, shards: Mapping[str, Mapping[str, Plan]], pruned: Checkpoint, quantisation: Quantisation, others: Others, indexed: bool
+    out: Path,
+    shards: Mapping[str, Mapping[str, Plan]],
+    pruned: Checkpoint,
+    quantisation: Quantisation,
+    others: Others,
+    indexed: bool,
 ) -> None:
-    """A directory for ``load.load_model`` and ``stages.unpack``, read back and compared bit by bit before it gets its name.
+    """A directory for ``load.load_model`` and ``stages.unpack``, read back and compared bit by bit
+    before it gets its name.
 
     Args:
         shards: file name of the dense checkpoint -> plan of each tensor.

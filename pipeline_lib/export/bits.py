@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 2**20  # codes expanded to bits at a time; a multiple of 8, so that every chunk ends with a whole byte
+# codes expanded to bits at a time; a multiple of 8, so that every chunk ends with a whole byte
+_CHUNK = 2**20
 
 
 def words(tensor: torch.Tensor) -> torch.Tensor:
@@ -22,7 +23,9 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes below 2^bits (uint8 or bool), row-major, as one string of bits: first code first, its highest bit first; zeros at the end."""
+    """Codes below 2^bits (uint8 or bool), row-major, as one string of bits: first code first, its
+    highest bit first; zeros at the end.
+    """
     flat = codes.contiguous().view(torch.uint8).reshape(-1).numpy()
     if bits == 1:
         return torch.from_numpy(np.packbits(flat))
@@ -42,6 +45,8 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     for start in range(0, count, _CHUNK):
         part = codes[start : start + _CHUNK]
         first = start * bits // 8
-        expanded = np.unpackbits(flat[first : first + packed_bytes(len(part), bits)], count=len(part) * bits).reshape(-1, bits)
+        expanded = np.unpackbits(
+            flat[first : first + packed_bytes(len(part), bits)], count=len(part) * bits
+        ).reshape(-1, bits)
         part[:] = np.packbits(np.pad(expanded, ((0, 0), (8 - bits, 0))), axis=None)
     return torch.from_numpy(codes)

@@ -1,4 +1,5 @@
-"""GGUF's blocks: 32 weights of a row behind their scale, in float16. Codes in, bytes out; nothing is rounded again.
+"""GGUF's blocks: 32 weights of a row behind their scale, in float16. Codes in, bytes out; nothing
+is rounded again.
 
 Layouts: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h
 """
@@ -46,7 +47,9 @@ def _halves(values: torch.Tensor) -> bool:
 
 
 def pack(codes: torch.Tensor, groups: Groups, kind: Kind) -> torch.Tensor:
-    """Bytes [..., R, columns / 32 · bytes of a block] of codes in the parameter's orientation, in the kind that is ``fitting``."""
+    """Bytes [..., R, columns / 32 · bytes of a block] of codes in the parameter's orientation, in
+    the kind that is ``fitting``.
+    """
     logical = groups.logical(codes)
     *rows, columns = logical.shape
     scale = _of_blocks(groups.scale.float(), groups.size, columns)

@@ -1,4 +1,6 @@
-"""The model card of a pruned checkpoint: README.md with the metadata that the Hugging Face hub reads, from the report's data."""
+"""The model card of a pruned checkpoint: README.md with the metadata that the Hugging Face hub
+reads, from the report's data.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,9 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
 ```"""
 LOADING = {
     "dense": f"An ordinary checkpoint; zeros are stored like any weight.\n\n{DENSE}",
-    "bitmask": """A bit per weight and the weights that are not zero; Sparseline reads it, and `docs/artifacts.md` there specifies it.
+    "bitmask": (
+        """A bit per weight and the weights that are not zero; Sparseline reads it,
+and `docs/artifacts.md` there specifies it.
 
 ```python
 from pathlib import Path
@@ -28,8 +32,12 @@ from pipeline_lib.export.load import load_model
 model = load_model(Path("path/to/this/directory"))
 ```
 
-`python -m stages.unpack <this directory> <out>` makes an ordinary checkpoint of it, for `AutoModelForCausalLM.from_pretrained`.""",
-    "gguf": """For llama.cpp and what is built on it, with tokenizer and chat template; zeros are stored like any weight.
+`python -m stages.unpack <this directory> <out>` makes an ordinary checkpoint of it, for
+`AutoModelForCausalLM.from_pretrained`."""
+    ),
+    "gguf": (
+        """For llama.cpp and what is built on it, with tokenizer and chat template;
+zeros are stored like any weight.
 
 ```sh
 llama-cli -m path/to/this/directory/model.gguf -p "Once upon a time"
@@ -41,13 +49,17 @@ transformers reads it too, after `pip install gguf`:
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", gguf_file="model.gguf")
-```""",
-    "compressed-tensors": f"For vLLM, and for transformers after `pip install compressed-tensors`.\n\n{DENSE}",
+```"""
+    ),
+    "compressed-tensors": (
+        f"For vLLM, and for transformers after `pip install compressed-tensors`.\n\n{DENSE}"
+    ),
 }
 LIBRARIES = {"bitmask": "sparseline", "gguf": "gguf"}
 ZERO_POINTS = (
-    "Because of its zero points, transformers 5.23 with compressed-tensors up to 0.20 has to be told to dequantise at once: "
-    "`from_pretrained(path, quantization_config=CompressedTensorsConfig(dequantize=True))`."
+    "Because of its zero points, transformers 5.23 with compressed-tensors up to 0.20 has to be told to"
+    " dequantise at once: `from_pretrained(path,"
+    " quantization_config=CompressedTensorsConfig(dequantize=True))`."
 )
 
 
@@ -71,7 +83,12 @@ class Measured:
     verdict: Verdict
 
 
-def card(pruned: Pruned, measured: Measured | None = None, form: str = "dense", sizes: Mapping[str, Any] | None = None) -> str:
+def card(
+    pruned: Pruned,
+    measured: Measured | None = None,
+    form: str = "dense",
+    sizes: Mapping[str, Any] | None = None,
+) -> str:
     """The whole file.
 
     Args:
@@ -89,7 +106,11 @@ def card(pruned: Pruned, measured: Measured | None = None, form: str = "dense", 
         *(["## Size", _size(form, sizes)] if sizes else []),
         "## Loading",
         LOADING[form],
-        *([ZERO_POINTS] if form == "compressed-tensors" and not pruned.facts["settings"]["quantization"]["symmetric"] else []),
+        *(
+            [ZERO_POINTS]
+            if form == "compressed-tensors" and not pruned.facts["settings"]["quantization"]["symmetric"]
+            else []
+        ),
         "## Provenance",
         *_provenance(pruned),
     ]
@@ -98,7 +119,11 @@ def card(pruned: Pruned, measured: Measured | None = None, form: str = "dense", 
 
 def _recipe(pruned: Pruned) -> list[tuple[str, str]]:
     rows = words.rows(Recipe.model_validate(pruned.facts["settings"]))
-    return [("pruned", _sparsity(pruned.facts)), *rows.items(), ("trained afterwards", words.training(pruned.training))]
+    return [
+        ("pruned", _sparsity(pruned.facts)),
+        *rows.items(),
+        ("trained afterwards", words.training(pruned.training)),
+    ]
 
 
 def _name(model: Mapping[str, Any]) -> str:
@@ -106,7 +131,9 @@ def _name(model: Mapping[str, Any]) -> str:
 
 
 def _metadata(pruned: Pruned, form: str) -> str:
-    """YAML front matter; JSON's strings and lists are YAML's. Only what is known: a local directory is no ``base_model``."""
+    """YAML front matter; JSON's strings and lists are YAML's. Only what is known: a local directory
+    is no ``base_model``.
+    """
     bits = pruned.facts["settings"]["quantization"]["bits"]
     sparse = ["pruned", "sparse"] if pruned.facts["sparsity"] else []
     dataset = (pruned.facts["calibration"] or {}).get("dataset")
@@ -115,10 +142,17 @@ def _metadata(pruned: Pruned, form: str) -> str:
         "base_model_relation": "quantized" if pruned.model.get("id") and bits else None,
         "library_name": LIBRARIES.get(form, "transformers"),
         "pipeline_tag": "text-generation",
-        "tags": ["sparseline", *sparse, *(["quantized", f"{bits}-bit"] if bits else []), pruned.model["family"]],
+        "tags": [
+            "sparseline",
+            *sparse,
+            *(["quantized", f"{bits}-bit"] if bits else []),
+            pruned.model["family"],
+        ],
         "datasets": [dataset["id"]] if dataset else None,
     }
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in known.items() if value is not None]
+    lines = [
+        f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in known.items() if value is not None
+    ]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -130,28 +164,42 @@ def _what(pruned: Pruned) -> str:
         commit = f" at `{model['revision']}`" if model.get("revision") else ""
         source = f"[{model['id']}](https://huggingface.co/{model['id']}){commit}"
     return (
-        f"Made by Sparseline from {source}, a {model['family']} model with {model['parameters']:,} parameters ({model['dtype']}): "
-        f"of the {facts['prunable']:,} prunable ones {'all' if not facts['sparsity'] else format(facts['kept'], ',')} are kept, and {zeros:,} are zero. Tokenizer, chat template and configuration are the "
-        "base model's, and so are its licence, its uses and its limits: see there."
+        f"Made by Sparseline from {source}, a {model['family']} model with {model['parameters']:,} parameters"
+        f" ({model['dtype']}): of the {facts['prunable']:,} prunable ones"
+        f" {'all' if not facts['sparsity'] else format(facts['kept'], ',')} are kept, and {zeros:,} are zero."
+        " Tokenizer, chat template and configuration are the base model's, and so are its licence, its uses"
+        " and its limits: see there."
     )
 
 
 def _sparsity(facts: Mapping[str, Any]) -> str:
     pattern = facts["settings"]["selection"]["pattern"]
     return (
-        f"{wording.sparsity(facts['sparsity'])} of the prunable weights, {pattern if pattern == 'unstructured' else f'{pattern} pattern'}"
+        f"{wording.sparsity(facts['sparsity'])} of the prunable weights,"
+        f" {pattern if pattern == 'unstructured' else f'{pattern} pattern'}"
     )
 
 
 def _perplexity(measured: Measured) -> Sequence[str]:
-    said = "Perplexity is exp of the mean negative log-likelihood per token, over rows without shared context; lower is better."
-    figures = [name for name in wording.DIVERGENCE if all(name in found for found in measured.divergence.values())]
+    said = (
+        "Perplexity is exp of the mean negative log-likelihood per token, over rows without shared context;"
+        " lower is better."
+    )
+    figures = [
+        name for name in wording.DIVERGENCE if all(name in found for found in measured.divergence.values())
+    ]
     rows = []
     for text, value in measured.own.items():
         found = measured.divergence[text]
-        far = [wording.share(found[name]) if name == "agreement" else wording.kl(found[name]) for name in figures]
+        far = [
+            wording.share(found[name]) if name == "agreement" else wording.kl(found[name]) for name in figures
+        ]
         rows.append((text, wording.perplexity(measured.dense[text]), wording.perplexity(value), *far))
-    judged = [f"Verdict: **{measured.verdict.word}** ({measured.verdict.reasons})."] if measured.verdict.findings else []
+    judged = (
+        [f"Verdict: **{measured.verdict.word}** ({measured.verdict.reasons})."]
+        if measured.verdict.findings
+        else []
+    )
     return [
         *judged,
         f"{said} {wording.DIVERGES}",
@@ -162,8 +210,9 @@ def _perplexity(measured: Measured) -> Sequence[str]:
 def _size(form: str, sizes: Mapping[str, Any]) -> str:
     own, dense = sizes["formats"][form], sizes["formats"]["dense"]
     return (
-        f"All weights take {wording.size(own['file_bytes'])} (dense: {wording.size(dense['file_bytes'])}), the pruned matrices "
-        f"{wording.size(own['matrix_bytes'])} of them: {own['bits']:.3f} bits per weight, {sizes['theoretical_bits']:.3f} in theory."
+        f"All weights take {wording.size(own['file_bytes'])} (dense: {wording.size(dense['file_bytes'])}),"
+        f" the pruned matrices {wording.size(own['matrix_bytes'])} of them: {own['bits']:.3f} bits per"
+        f" weight, {sizes['theoretical_bits']:.3f} in theory."
     )
 
 
@@ -190,8 +239,8 @@ def _calibration(text: Mapping[str, Any] | None) -> str:
     if text is None:
         return "It was pruned without calibration text."
     return (
-        f"Calibrated on {text['rows']} rows of {text['length']} tokens from {text['documents']} documents (`{text['text']}`); "
-        f"SHA-256 of the rows: `{text['file_sha256']}`."
+        f"Calibrated on {text['rows']} rows of {text['length']} tokens from {text['documents']} documents"
+        f" (`{text['text']}`); SHA-256 of the rows: `{text['file_sha256']}`."
     )
 
 
@@ -203,7 +252,9 @@ def _seeds(pruned: Pruned) -> str:
     named |= {"induction": facts["transform"]["settings"]["seed"]} if facts["transform"] else {}
     named |= {step: steps[step]["seed"] for step in steps["steps"] if "seed" in steps.get(step, {})}
     named |= {"distillation": pruned.training["settings"]["seed"]} if pruned.training else {}
-    return ", ".join(f"{name} {'none (taken in order)' if seed is None else seed}" for name, seed in named.items())
+    return ", ".join(
+        f"{name} {'none (taken in order)' if seed is None else seed}" for name, seed in named.items()
+    )
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

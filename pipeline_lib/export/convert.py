@@ -1,4 +1,6 @@
-"""pytorch_model.bin to safetensors, shard by shard; torch reads tensors only (``weights_only``) and never runs what a pickle asks for."""
+"""pytorch_model.bin to safetensors, shard by shard; torch reads tensors only (``weights_only``) and
+never runs what a pickle asks for.
+"""
 
 import json
 import math
@@ -22,19 +24,25 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 
 def convert(source: Path, out: Path) -> dict[str, str]:
-    """Write the weights of ``source`` as safetensors into ``out``, its other files beside them; what was left out, and why.
+    """Write the weights of ``source`` as safetensors into ``out``, its other files beside them;
+    what was left out, and why.
 
-    One shard is in memory at a time (mapped, where its format allows). Tensors that share their memory are one in the result if
-    config.json ties the head to the embedding, else a copy each. Buffers that transformers computes are left out.
+    One shard is in memory at a time (mapped, where its format allows). Tensors that share their
+    memory are one in the result if config.json ties the head to the embedding, else a copy each.
+    Buffers that transformers computes are left out.
 
     Raises:
-        SparselineError: no such weights, or safetensors already; a file is damaged or holds more than tensors; ``out`` is in use.
+        SparselineError: no such weights, or safetensors already; a file is damaged or holds more
+            than tensors; ``out`` is in use.
     """
     dense.check_unused(out)
     if not source.is_dir():
-        raise SparselineError(f"{source} is not a directory; give the one that holds config.json and {PICKLED}.")
+        raise SparselineError(
+            f"{source} is not a directory; give the one that holds config.json and {PICKLED}."
+        )
     names, left_out = list_files(source)
-    if card := next((name for name in left_out if name.lower() == CARD), None):  # it is still the same model's
+    # it is still the same model's
+    if card := next((name for name in left_out if name.lower() == CARD), None):
         names.append(card)
         del left_out[card]
     if stored := [name for name in names if name.endswith(".safetensors")]:
@@ -52,9 +60,14 @@ def convert(source: Path, out: Path) -> dict[str, str]:
                 left_out[name] = BUFFER
                 continue
             if tensor.dtype not in tensorfile.NAMES:
-                raise SparselineError(f"{path}: {name} is of type {tensor.dtype}; give an unquantised floating-point checkpoint.")
+                raise SparselineError(
+                    f"{path}: {name} is of type {tensor.dtype}; give an unquantised floating-point"
+                    " checkpoint."
+                )
             if name in held:
-                raise SparselineError(f"{held[name]} and {path} both hold {name}; fetch the checkpoint again.")
+                raise SparselineError(
+                    f"{held[name]} and {path} both hold {name}; fetch the checkpoint again."
+                )
             held[name] = str(path)
             kept[name] = blob(tensor)
         shards[target] = kept
@@ -62,7 +75,9 @@ def convert(source: Path, out: Path) -> dict[str, str]:
     def tensors(target: str) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, tensor) for name, tensor in _tensors(targets[target], tied) if name in shards[target])
 
-    dense.write(out, shards, tensors, (source, [name for name in names if name != INDEX]), indexed=len(files) > 1)
+    dense.write(
+        out, shards, tensors, (source, [name for name in names if name != INDEX]), indexed=len(files) > 1
+    )
     return left_out
 
 
@@ -73,14 +88,18 @@ def _files(source: Path) -> list[str]:
         return [PICKLED]
     path = source / PICKLED_INDEX
     if not path.is_file():
-        raise SparselineError(f"{source} holds no {PICKLED} and no {PICKLED_INDEX}; give a directory with one of them.")
+        raise SparselineError(
+            f"{source} holds no {PICKLED} and no {PICKLED_INDEX}; give a directory with one of them."
+        )
     try:
         names = sorted(set(json.loads(text(path))["weight_map"].values()))
         safe = all(PurePosixPath(name).name == name and name.endswith(".bin") for name in names)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise SparselineError(f"{path} is damaged ({error}); fetch the checkpoint again.") from error
     if not names or not safe:
-        raise SparselineError(f"{path} does not name .bin files of its own directory; fetch the checkpoint again.")
+        raise SparselineError(
+            f"{path} does not name .bin files of its own directory; fetch the checkpoint again."
+        )
     for name in names:
         check_inside(source, source / name)
     return names
@@ -93,7 +112,9 @@ def _target(name: str, count: int) -> str:
 
 
 def _tensors(path: Path, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """A file's tensors, sorted by name; of a tied head and embedding that share their memory, the embedding."""
+    """A file's tensors, sorted by name; of a tied head and embedding that share their memory, the
+    embedding.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):  # of odd pickles, to whoever wrote them
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
@@ -101,19 +122,33 @@ def _tensors(path: Path, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if isinstance(error, UnpicklingError):  # torch's words for it advise to run what the file asks for
             reason = "it is damaged, or asks for code, which is never run"
-        raise SparselineError(f"{path} cannot be read as weights alone ({reason}); fetch the checkpoint again, or another one.") from error
-    if isinstance(found, Mapping) and any(isinstance(v, torch.Tensor) and v.layout != torch.strided for v in found.values()):
+        raise SparselineError(
+            f"{path} cannot be read as weights alone ({reason}); fetch the checkpoint again, or another one."
+        ) from error
+    if isinstance(found, Mapping) and any(
+        isinstance(v, torch.Tensor) and v.layout != torch.strided for v in found.values()
+    ):
         raise SparselineError(f"{path} holds sparse tensors; give a dense checkpoint.")
-    if not isinstance(found, Mapping) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()):
-        raise SparselineError(f"{path} is no mapping of names to tensors; give a model's weights, not a training state.")
+    if not isinstance(found, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()
+    ):
+        raise SparselineError(
+            f"{path} is no mapping of names to tensors; give a model's weights, not a training state."
+        )
     size = path.stat().st_size
     if large := next((name for name, tensor in found.items() if tensor.nbytes > size), None):
-        raise SparselineError(f"{path}: {large} has more bytes than the file; fetch the checkpoint again, or another one.")
+        raise SparselineError(
+            f"{path}: {large} has more bytes than the file; fetch the checkpoint again, or another one."
+        )
     first: dict[tuple[object, ...], str] = {}
     heads = {name for name in found if name in ("lm_head.weight", "embed_out.weight")}
     for name in sorted(found, key=lambda name: (name in heads, name)):
         tensor = found[name].detach()
-        memory = (tensor.data_ptr(), tensor.dtype, *tensor.shape, *tensor.stride()) if math.prod(tensor.shape) else (name,)
+        memory = (
+            (tensor.data_ptr(), tensor.dtype, *tensor.shape, *tensor.stride())
+            if math.prod(tensor.shape)
+            else (name,)
+        )
         if tied and name in heads and memory in first:
             continue
         first.setdefault(memory, name)

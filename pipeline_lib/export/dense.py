@@ -40,7 +40,9 @@ def write(
             tensorfile.write(directory / name, blobs, METADATA, tensors(name))
         if indexed:
             files = {tensor: name for name, blobs in shards.items() for tensor in blobs}
-            write_index(directory, files, sum(blob.bytes for blobs in shards.values() for blob in blobs.values()))
+            write_index(
+                directory, files, sum(blob.bytes for blobs in shards.values() for blob in blobs.values())
+            )
         copy_files(others[1], others[0], directory)
         if config:
             write_json(directory / CONFIG, read_json(directory / CONFIG) | dict(config))

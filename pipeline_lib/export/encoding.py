@@ -1,6 +1,8 @@
-"""How one tensor lies in a bitmask file: as it is, or a bit per weight and the stored values, or a bit per weight and codes.
+"""How one tensor lies in a bitmask file: as it is, or a bit per weight and the stored values, or a
+bit per weight and codes.
 
-Whichever is smallest, and always exact: what is decoded has the same bits. docs/artifacts.md specifies the format.
+Whichever is smallest, and always exact: what is decoded has the same bits. docs/artifacts.md
+specifies the format.
 """
 
 import math
@@ -16,7 +18,8 @@ from pipeline_lib.export.bits import pack, packed_bytes, stored, unpack
 from pipeline_lib.export.groups import Groups
 from pipeline_lib.export.tensorfile import DTYPES, NAMES, Blob, blob
 
-VERBATIM, MASK, VALUES, CODES, SCALE, ZERO_POINT = "", ".mask", ".values", ".codes", ".scale", ".zero_point"  # behind the tensor's name
+# behind the tensor's name
+VERBATIM, MASK, VALUES, CODES, SCALE, ZERO_POINT = "", ".mask", ".values", ".codes", ".scale", ".zero_point"
 PARTS = (VERBATIM, CODES, MASK, SCALE, VALUES, ZERO_POINT)  # in the order of their checksum
 
 
@@ -46,7 +49,9 @@ def plan(tensor: torch.Tensor, groups: Groups | None = None) -> Plan:
             around[ZERO_POINT] = Blob(torch.uint8, (packed_bytes(groups.zero_point.numel(), groups.bits),))
         if not bool((kept & (tensor == 0)).any()):  # without a mask there is only one zero
             ways.append(Plan(around | {CODES: Blob(torch.uint8, (packed_bytes(total, groups.bits),))}, facts))
-        ways.append(Plan(around | mask | {CODES: Blob(torch.uint8, (packed_bytes(count, groups.bits),))}, facts))
+        ways.append(
+            Plan(around | mask | {CODES: Blob(torch.uint8, (packed_bytes(count, groups.bits),))}, facts)
+        )
     return min(ways, key=lambda way: way.bytes)
 
 
@@ -87,7 +92,8 @@ class Facts(BaseModel):
         return Blob(DTYPES[self.dtype or ""], tuple(self.shape))
 
     def check(self, parts: Mapping[str, Blob]) -> None:
-        """That the parts are as large as these facts say: what is decoded is at most some hundred times as large as the file.
+        """That the parts are as large as these facts say: what is decoded is at most some hundred
+        times as large as the file.
 
         Raises:
             ValueError: they do not fit each other.
@@ -103,16 +109,26 @@ class Facts(BaseModel):
         _fits(all(blob.dtype == torch.uint8 and len(blob.shape) == 1 for blob in packed.values()))
         _fits(MASK not in parts or parts[MASK].bytes == packed_bytes(total, 1))
         if CODES not in parts:
-            _fits(parts.keys() == {MASK, VALUES} and parts[VALUES].dtype == DTYPES[self.dtype] and len(parts[VALUES].shape) == 1)
+            _fits(
+                parts.keys() == {MASK, VALUES}
+                and parts[VALUES].dtype == DTYPES[self.dtype]
+                and len(parts[VALUES].shape) == 1
+            )
             return
         if self.bits is None or self.group is None or len(self.shape) not in (2, 3):
             raise ValueError("bits, group and two or three dimensions belong to codes")
         *experts, rows, columns = self.shape
         rows, columns = (columns, rows) if self.transposed else (rows, columns)
         _fits({CODES, SCALE} <= parts.keys() <= {CODES, SCALE, MASK, ZERO_POINT})
-        _fits(parts[SCALE].shape == (*experts, rows, -(-columns // self.group)) and parts[SCALE].dtype == DTYPES[self.dtype])
+        _fits(
+            parts[SCALE].shape == (*experts, rows, -(-columns // self.group))
+            and parts[SCALE].dtype == DTYPES[self.dtype]
+        )
         _fits(parts[SCALE].dtype.is_floating_point)
-        _fits(ZERO_POINT not in parts or parts[ZERO_POINT].bytes == packed_bytes(math.prod(parts[SCALE].shape), self.bits))
+        _fits(
+            ZERO_POINT not in parts
+            or parts[ZERO_POINT].bytes == packed_bytes(math.prod(parts[SCALE].shape), self.bits)
+        )
         _fits(MASK in parts or parts[CODES].bytes == packed_bytes(total, self.bits))
 
 
@@ -139,7 +155,11 @@ def decode(parts: Mapping[str, torch.Tensor], facts: Facts) -> torch.Tensor:
         return parts[VERBATIM]
     shape, dtype = facts.blob.shape, facts.blob.dtype
     total = math.prod(shape)
-    kept = unpack(parts[MASK], 1, total).view(torch.bool) if MASK in parts else torch.ones(total, dtype=torch.bool)
+    kept = (
+        unpack(parts[MASK], 1, total).view(torch.bool)
+        if MASK in parts
+        else torch.ones(total, dtype=torch.bool)
+    )
     count = int(kept.sum())
     if CODES not in parts:
         _check(parts[VALUES].numel() == count)
@@ -149,7 +169,9 @@ def decode(parts: Mapping[str, torch.Tensor], facts: Facts) -> torch.Tensor:
     assert facts.bits is not None and facts.group is not None  # checked
     bits, scale = facts.bits, parts[SCALE]
     _check(parts[CODES].numel() == packed_bytes(count, bits))
-    zero_point = unpack(parts[ZERO_POINT], bits, scale.numel()).reshape(scale.shape) if ZERO_POINT in parts else None
+    zero_point = (
+        unpack(parts[ZERO_POINT], bits, scale.numel()).reshape(scale.shape) if ZERO_POINT in parts else None
+    )
     groups = Groups(bits, facts.group, scale, zero_point, facts.transposed)
     codes = torch.zeros(total, dtype=torch.uint8)
     codes.masked_scatter_(kept, unpack(parts[CODES], bits, count))
@@ -168,4 +190,7 @@ def _fits(fits: bool) -> None:
 
 def _check(fits: bool) -> None:
     if not fits:
-        raise SparselineError("a bitmask file's mask and values do not fit each other: whoever wrote it did not keep to docs/artifacts.md.")
+        raise SparselineError(
+            "a bitmask file's mask and values do not fit each other: whoever wrote it did not keep to"
+            " docs/artifacts.md."
+        )

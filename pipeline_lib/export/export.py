@@ -21,7 +21,8 @@ from pipeline_lib.export.tensorfile import Blob
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.recipe.settings import Format
 
-PASSES = {"dense": 1, "bitmask": 2, "compressed-tensors": 1, "gguf": 2}  # over all tensors, beside the survey's
+# over all tensors, beside the survey's
+PASSES = {"dense": 1, "bitmask": 2, "compressed-tensors": 1, "gguf": 2}
 Card = Callable[[str, Mapping[str, Any]], str]  # format, what build/sizes will hold -> README.md
 
 
@@ -47,7 +48,9 @@ class Variant:
     trained: Path | None = None  # the checkpoint in the place of that one
 
 
-def export(source: Checkpoint, variant: Variant, out: Path, formats: Sequence[Format], card: Card) -> dict[str, Any]:
+def export(
+    source: Checkpoint, variant: Variant, out: Path, formats: Sequence[Format], card: Card
+) -> dict[str, Any]:
     """What build/sizes holds of the variant.
 
     Args:
@@ -58,7 +61,9 @@ def export(source: Checkpoint, variant: Variant, out: Path, formats: Sequence[Fo
     Raises:
         SparselineError: a format cannot express the variant; it is not what its masks and codes say.
     """
-    pruned = open_checkpoint(variant.trained or variant.directory / "checkpoint", source.architecture, source.remote_code)
+    pruned = open_checkpoint(
+        variant.trained or variant.directory / "checkpoint", source.architecture, source.remote_code
+    )
     quantisation = Quantisation(variant.directory / "quantization", pruned)
     # Refuses before anything is written.
     scheme = packed.scheme(pruned, quantisation, variant.name) if "compressed-tensors" in formats else None
@@ -78,7 +83,11 @@ def export(source: Checkpoint, variant: Variant, out: Path, formats: Sequence[Fo
             if file is not None:
                 found["gguf"] = writer.write_gguf(directory / "gguf", file, variant.name)
             if variant.pattern == "2:4":
-                verdicts = {name: entry.semi_structured for name, entry in writer.matrices.items() if entry.semi_structured is not None}
+                verdicts = {
+                    name: entry.semi_structured
+                    for name, entry in writer.matrices.items()
+                    if entry.semi_structured is not None
+                }
                 write_json(directory / "semi_structured.json", semi_structured(verdicts))
             sizes = summary([entry.weights for entry in writer.matrices.values()], found)
             for name in formats:
@@ -108,23 +117,37 @@ class _Writer:
 
     @property
     def blobs(self) -> dict[str, dict[str, Blob]]:
-        return {file: {name: self.entries[name].dense for name in names} for file, names in self.shards.items()}
+        return {
+            file: {name: self.entries[name].dense for name in names} for file, names in self.shards.items()
+        }
 
     def write_dense(self, folder: Path | None) -> Bytes:
         """Nothing is written without a folder."""
         if folder is not None:
-            dense.write(folder, self.blobs, lambda file: one_by_one(self.pruned, self.shards[file]), self.others, self.indexed)
+            dense.write(
+                folder,
+                self.blobs,
+                lambda file: one_by_one(self.pruned, self.shards[file]),
+                self.others,
+                self.indexed,
+            )
         return Bytes(sum(entry.dense.bytes for entry in self.matrices.values()), dense.file_bytes(self.blobs))
 
     def write_bitmask(self, folder: Path) -> Bytes:
-        plans = {file: {name: self.entries[name].bitmask for name in names} for file, names in self.shards.items()}
+        plans = {
+            file: {name: self.entries[name].bitmask for name in names} for file, names in self.shards.items()
+        }
         bitmask.write(folder, plans, self.pruned, self.quantisation, self.others, self.indexed)
         return Bytes(sum(entry.bitmask.bytes for entry in self.matrices.values()), _file_bytes(folder))
 
     def write_packed(self, folder: Path, scheme: packed.Scheme) -> Bytes:
         packed.write(folder, self.blobs, self.pruned, self.quantisation, scheme, self.indexed)
-        parts = packed.layout({name: {name: entry.dense} for name, entry in self.matrices.items()}, self.quantisation)
-        return Bytes(sum(blob.bytes for blobs in parts.values() for blob in blobs.values()), _file_bytes(folder))
+        parts = packed.layout(
+            {name: {name: entry.dense} for name, entry in self.matrices.items()}, self.quantisation
+        )
+        return Bytes(
+            sum(blob.bytes for blobs in parts.values() for blob in blobs.values()), _file_bytes(folder)
+        )
 
     def write_gguf(self, folder: Path, chosen: gguf.Scheme, title: str) -> Bytes:
         gguf.write(folder, self.pruned, self.quantisation, chosen, title)

@@ -1,6 +1,8 @@
-"""Fine-tuning that keeps zeros: a callback for transformers' Trainer, and adapters that are merged through the masks.
+"""Fine-tuning that keeps zeros: a callback for transformers' Trainer, and adapters that are merged
+through the masks.
 
-Masks are the zeros of a model, of a checkpoint or of a bitmask directory. docs/fine-tuning.md shows how they are used.
+Masks are the zeros of a model, of a checkpoint or of a bitmask directory. docs/fine-tuning.md shows
+how they are used.
 """
 
 from pathlib import Path
@@ -23,7 +25,8 @@ WRAPPER, WRAPPED = "base_model.model.", ".base_layer"  # in peft's names of the 
 
 
 def zeros_of(path: Path) -> Zeros:
-    """Where a pruned model is zero, by transformers' names of its parameters; besides a byte per weight, one tensor is in memory.
+    """Where a pruned model is zero, by transformers' names of its parameters; besides a byte per
+    weight, one tensor is in memory.
 
     Args:
         path: an ordinary checkpoint, or a bitmask directory.
@@ -39,12 +42,20 @@ def zeros_of(path: Path) -> Zeros:
         checkpoint = open_checkpoint(path)
         masks = {name: tensor != 0 for name, tensor in checkpoint.read(list(checkpoint.files))}
         pieces = checkpoint.pieces
-    return Zeros.of({full: assembled(own, masks) for full, own in pieces.items() if all(piece.stored in masks for piece in own)})
+    return Zeros.of(
+        {
+            full: assembled(own, masks)
+            for full, own in pieces.items()
+            if all(piece.stored in masks for piece in own)
+        }
+    )
 
 
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A model's own parameters by transformers' names, also below peft's adapters."""
-    return {name.removeprefix(WRAPPER).replace(WRAPPED, ""): tensor for name, tensor in model.named_parameters()}
+    return {
+        name.removeprefix(WRAPPER).replace(WRAPPED, ""): tensor for name, tensor in model.named_parameters()
+    }
 
 
 def fitted(zeros: Zeros | None, model: torch.nn.Module) -> Zeros:
@@ -59,18 +70,23 @@ def fitted(zeros: Zeros | None, model: torch.nn.Module) -> Zeros:
     own = parameters(model)
     zeros = Zeros.of(own) if zeros is None else zeros
     if not list(zeros):
-        raise SparselineError("The model has no zeros to keep; give a pruned one, or the zeros of its checkpoint (zeros_of).")
+        raise SparselineError(
+            "The model has no zeros to keep; give a pruned one, or the zeros of its checkpoint (zeros_of)."
+        )
     for name in zeros:
         if name not in own or own[name].shape != zeros[name].shape:
             found = "no such parameter" if name not in own else f"{list(own[name].shape)} in its place"
             raise SparselineError(
-                f"The zeros are of {name} {list(zeros[name].shape)}, and the model has {found}; give those of this model, unsharded."
+                f"The zeros are of {name} {list(zeros[name].shape)}, and the model has {found}; give those of"
+                " this model, unsharded."
             )
     return Zeros({name: zeros[name].to(own[name].device) for name in zeros})
 
 
 class KeepZeros(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Keeps pruned weights at zero while a Trainer trains all others: ``Trainer(..., callbacks=[KeepZeros()])``."""
+    """Keeps pruned weights at zero while a Trainer trains all others: ``Trainer(...,
+    callbacks=[KeepZeros()])``.
+    """
 
     def __init__(self, zeros: Zeros | None = None) -> None:
         """
@@ -89,7 +105,9 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]  # transformers has no t
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Gradients of pruned weights are zero, so that they do not enter the optimiser's moments."""
-        gradients = {name: one.grad for name, one in parameters(given["model"]).items() if one.grad is not None}
+        gradients = {
+            name: one.grad for name, one in parameters(given["model"]).items() if one.grad is not None
+        }
         self._held.hold(gradients)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:

@@ -1,7 +1,9 @@
-"""``gguf``: one file with weights, tokenizer and metadata, for llama.cpp and what is built on it; transformers reads it too.
+"""``gguf``: one file with weights, tokenizer and metadata, for llama.cpp and what is built on it;
+transformers reads it too.
 
-Nothing is rounded twice: quantised weights keep their codes where GGUF has blocks for their grid. What transformers reads back is compared
-with the checkpoint, tensor by tensor and with transformers' own reader, before the file gets its name.
+Nothing is rounded twice: quantised weights keep their codes where GGUF has blocks for their grid.
+What transformers reads back is compared with the checkpoint, tensor by tensor and with
+transformers' own reader, before the file gets its name.
 """
 
 from collections import Counter
@@ -27,13 +29,29 @@ if TYPE_CHECKING:
 
 FILE = "model.gguf"
 TIED = ("bloom",)  # architectures whose head transformers ties to the embeddings whatever the file holds
-FILE_TYPES: dict[Kind, int] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers
+# llama.cpp's numbers
+FILE_TYPES: dict[Kind, int] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 HALVES: dict[torch.dtype, Kind] = {torch.bfloat16: "BF16"}  # else F16
 FLOATS = ("epsilon", "freq_base")  # keys of metadata that are float32
 SLACK = 2.0**-22  # of norms that are stored as w + 1
 # Keys of a config that no logit depends on; transformers reads other values back
-NEUTRAL: tuple[str, ...] = ("_token_id", "dropout", "pdrop", "_dropout_prob", "initializer_range", "use_cache", "pretraining_tp")
-NEUTRAL += ("model_type", "dtype", "architectures", "_name_or_path", "transformers_version", "max_window_layers")
+NEUTRAL: tuple[str, ...] = (
+    "_token_id",
+    "dropout",
+    "pdrop",
+    "_dropout_prob",
+    "initializer_range",
+    "use_cache",
+    "pretraining_tp",
+)
+NEUTRAL += (
+    "model_type",
+    "dtype",
+    "architectures",
+    "_name_or_path",
+    "transformers_version",
+    "max_window_layers",
+)
 
 
 def _unmoved(_config: "PreTrainedConfig", _name: str, _rows: int) -> torch.Tensor | None:
@@ -41,7 +59,9 @@ def _unmoved(_config: "PreTrainedConfig", _name: str, _rows: int) -> torch.Tenso
 
 
 def _rotated(config: "PreTrainedConfig", name: str, rows: int) -> torch.Tensor | None:
-    """llama.cpp rotates neighbours, transformers the halves of a head: the rows of Q and K in llama.cpp's order."""
+    """llama.cpp rotates neighbours, transformers the halves of a head: the rows of Q and K in
+    llama.cpp's order.
+    """
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     count = next((heads[part] for part in name.split(".") if part in heads), None)
     return None if count is None else torch.arange(rows).reshape(count, 2, -1).transpose(1, 2).flatten()
@@ -49,7 +69,11 @@ def _rotated(config: "PreTrainedConfig", name: str, rows: int) -> torch.Tensor |
 
 def _unmixed(config: "PreTrainedConfig", name: str, rows: int) -> torch.Tensor | None:
     """BLOOM has Q, K and V head by head; llama.cpp one after the other."""
-    return torch.arange(rows).reshape(config.num_attention_heads, 3, -1).transpose(0, 1).flatten() if ".attn_qkv." in name else None
+    return (
+        torch.arange(rows).reshape(config.num_attention_heads, 3, -1).transpose(0, 1).flatten()
+        if ".attn_qkv." in name
+        else None
+    )
 
 
 @dataclass(frozen=True)
@@ -71,7 +95,9 @@ FAMILIES = {
     "starcoder2": Family("starcoder2"),
     "gemma2": Family("gemma2", shifted=True),
     "gemma3_text": Family("gemma3", shifted=True),
-    "gpt2": Family("gpt2", transposed=("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")),
+    "gpt2": Family(
+        "gpt2", transposed=("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
+    ),
     "bloom": Family("bloom", _unmixed),
 }
 
@@ -115,11 +141,14 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
     """What the file holds of a variant.
 
     Raises:
-        SparselineError: transformers would not read the model back, GGUF cannot express it, or its package is not installed.
+        SparselineError: transformers would not read the model back, GGUF cannot express it, or its
+            package is not installed.
     """
 
     def refusal(reason: str) -> SparselineError:
-        return SparselineError(f"{variant} cannot be written as gguf: {reason}; take it out of variants.{variant}.export.")
+        return SparselineError(
+            f"{variant} cannot be written as gguf: {reason}; take it out of variants.{variant}.export."
+        )
 
     try:
         import gguf  # noqa: F401
@@ -127,7 +156,9 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
         raise refusal("its package is not installed (pip install gguf)") from error
     config = pruned.config
     if (family := FAMILIES.get(config.model_type)) is None:
-        raise refusal(f"{config.model_type} is not among the architectures that are written ({', '.join(FAMILIES)})")
+        raise refusal(
+            f"{config.model_type} is not among the architectures that are written ({', '.join(FAMILIES)})"
+        )
     try:
         words = vocabulary(pruned.path, pruned.vocabulary)
     except ValueError as error:
@@ -138,9 +169,13 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
     try:
         names = _names(pruned, _reading(family, read)[0])
     except Exception as error:  # transformers checks little, and raises whatever it meets
-        raise refusal(f"transformers makes no model of what it would read back ({' '.join(str(error).split())})") from error
+        raise refusal(
+            f"transformers makes no model of what it would read back ({' '.join(str(error).split())})"
+        ) from error
     if family.name in TIED and not config.tie_word_embeddings:
-        raise refusal(f"transformers would tie its head to its embeddings, as it does for every {family.name} model")
+        raise refusal(
+            f"transformers would tie its head to its embeddings, as it does for every {family.name} model"
+        )
     if homeless := sorted(pruned.files.keys() - names.keys()):
         raise refusal(f"GGUF has no name for {homeless[0]}")
     tensors = []
@@ -150,14 +185,19 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
             shape = shape[::-1]
         kind: Kind | None = None if groups is None else blocks.fitting(groups, shape[-1])
         if groups is not None and kind is None and pruned.dtype.itemsize > 2:
-            raise refusal(f"no block of GGUF holds the grid of {stored}, and F16 would round it again (set quantization.scales to gguf)")
+            raise refusal(
+                f"no block of GGUF holds the grid of {stored}, and F16 would round it again (set"
+                " quantization.scales to gguf)"
+            )
         kind = kind or ("F32" if len(shape) < 2 else HALVES.get(pruned.dtype, "F16"))
         tensors.append(Tensor(stored, name, kind, shape))
     return Scheme(family, metadata, read, words, tuple(tensors))
 
 
 def _described(family: Family, config: "PreTrainedConfig") -> tuple[dict[str, Any], "PreTrainedConfig"]:
-    """The metadata of an architecture by transformers' table, and the config that transformers makes of them."""
+    """The metadata of an architecture by transformers' table, and the config that transformers
+    makes of them.
+    """
     from transformers import AutoConfig
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
@@ -174,15 +214,22 @@ def _described(family: Family, config: "PreTrainedConfig") -> tuple[dict[str, An
             metadata[key] = value = float(np.float32(value)) if key.endswith(FLOATS) else value
             values[attribute] = value
     # What llama.cpp asks for besides; transformers passes over it.
-    metadata.setdefault("context_length", getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", 2048))
-    metadata.setdefault("feed_forward_length", getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    metadata.setdefault(
+        "context_length",
+        getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", 2048),
+    )
+    metadata.setdefault(
+        "feed_forward_length", getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    )
     if size := getattr(config, "head_dim", None):
         metadata |= {"attention.key_length": size, "attention.value_length": size}
     if known["rope_theta"] is not None:
         metadata.setdefault("rope.freq_base", float(known["rope_theta"]))
     values.setdefault("vocab_size", config.vocab_size)
     model_type = {"gemma3": "gemma3_text"}.get(family.name, family.name)
-    return metadata, AutoConfig.for_model(model_type, **values, tie_word_embeddings=bool(config.tie_word_embeddings))
+    return metadata, AutoConfig.for_model(
+        model_type, **values, tie_word_embeddings=bool(config.tie_word_embeddings)
+    )
 
 
 def _lost(config: Mapping[str, Any], read: Mapping[str, Any]) -> str | None:
@@ -202,15 +249,23 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def _reading(family: Family, read: "PreTrainedConfig") -> tuple[dict[str, str], Any]:
-    """Names in the file -> transformers' names, and what turns the file's tensors into transformers': both are transformers' own."""
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+    """Names in the file -> transformers' names, and what turns the file's tensors into
+    transformers': both are transformers' own.
+    """
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
 
     processor = TENSOR_PROCESSORS.get(family.name, TensorProcessor)(config=read.to_dict())
     return get_gguf_hf_weights_map(skeleton(read, torch.float32), processor), processor
 
 
 def _names(pruned: Checkpoint, file_names: Mapping[str, str]) -> dict[str, str]:
-    """Tensor of the checkpoint -> its name in the file; a head that is tied to the embedding is not written."""
+    """Tensor of the checkpoint -> its name in the file; a head that is tied to the embedding is not
+    written.
+    """
     found: dict[str, str] = {}
     for name, full in sorted(file_names.items(), key=lambda pair: (pair[0] == "output.weight", pair[0])):
         for piece in pruned.pieces.get(full, ()):
@@ -220,7 +275,8 @@ def _names(pruned: Checkpoint, file_names: Mapping[str, str]) -> dict[str, str]:
 
 
 def write(out: Path, pruned: Checkpoint, quantisation: Quantisation, chosen: Scheme, title: str) -> None:
-    """A directory with one file, read back and compared before it gets its name; one tensor is in memory at a time.
+    """A directory with one file, read back and compared before it gets its name; one tensor is in
+    memory at a time.
 
     Args:
         chosen: what ``scheme`` made of the variant.
@@ -250,13 +306,17 @@ def _write(path: Path, pruned: Checkpoint, quantisation: Quantisation, chosen: S
     for one in chosen.tensors:
         shape = blocks.size(one.shape, one.kind)
         count = torch.Size(shape).numel()
-        writer.add_tensor_info(one.name, shape, np.dtype(np.uint8), count, raw_dtype=GGMLQuantizationType[one.kind])
+        writer.add_tensor_info(
+            one.name, shape, np.dtype(np.uint8), count, raw_dtype=GGMLQuantizationType[one.kind]
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     try:
         for one, tensor in _tensors(pruned, chosen):
-            writer.write_tensor_data(_bytes(one, tensor, quantisation.of(one.stored), chosen.family, pruned.config).numpy())
+            writer.write_tensor_data(
+                _bytes(one, tensor, quantisation.of(one.stored), chosen.family, pruned.config).numpy()
+            )
     finally:
         writer.close()
 
@@ -267,7 +327,9 @@ def _tensors(pruned: Checkpoint, chosen: Scheme) -> Iterator[tuple[Tensor, torch
     yield from ((one, tensor) for one, (_, tensor) in zip(chosen.tensors, read, strict=True))
 
 
-def _bytes(one: Tensor, tensor: torch.Tensor, groups: Groups | None, family: Family, config: "PreTrainedConfig") -> torch.Tensor:
+def _bytes(
+    one: Tensor, tensor: torch.Tensor, groups: Groups | None, family: Family, config: "PreTrainedConfig"
+) -> torch.Tensor:
     """A tensor as the file holds it (uint8)."""
     if groups is not None and blocks.BYTES[one.kind][0] > 1:
         found = blocks.pack(groups.codes(tensor), groups, one.kind)
@@ -279,7 +341,9 @@ def _bytes(one: Tensor, tensor: torch.Tensor, groups: Groups | None, family: Fam
         try:
             found = blocks.plain(tensor, one.kind)
         except ValueError as error:
-            raise SparselineError(f"{one.stored}: {error}; convert the model to bfloat16, or export another format.") from error
+            raise SparselineError(
+                f"{one.stored}: {error}; convert the model to bfloat16, or export another format."
+            ) from error
     order = family.order(config, one.name, one.shape[0])
     if order is not None:
         found = (found.reshape(one.shape[0], -1)[order]).reshape(found.shape)
@@ -287,7 +351,8 @@ def _bytes(one: Tensor, tensor: torch.Tensor, groups: Groups | None, family: Fam
 
 
 def _check(path: Path, pruned: Checkpoint, chosen: Scheme) -> None:
-    """transformers reads back what the checkpoint holds: config, and every tensor in its dtype, or in the file's 16-bit dtype.
+    """transformers reads back what the checkpoint holds: config, and every tensor in its dtype, or
+    in the file's 16-bit dtype.
 
     Norms that are stored as w + 1 agree within ``SLACK``.
     """
@@ -304,7 +369,11 @@ def _check(path: Path, pruned: Checkpoint, chosen: Scheme) -> None:
         taken: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
         given = {"name": one.name, "tensor_key_mapping": names, "parsed_parameters": taken}
         result = processor.process(weights=dequantize(data.data, data.tensor_type), **given)
-        tensor = next(iter(taken["tensors"].values()), None) if result.name is None else torch.from_numpy(np.array(result.weights))
+        tensor = (
+            next(iter(taken["tensors"].values()), None)
+            if result.name is None
+            else torch.from_numpy(np.array(result.weights))
+        )
         expected = original.to(blocks.DTYPES.get(one.kind, original.dtype))
         slack = SLACK if chosen.family.shifted and original.ndim < 2 else 0
         if tensor is None or not torch.allclose(tensor.to(expected.dtype), expected, rtol=0, atol=slack):

@@ -16,7 +16,8 @@ from pipeline_lib.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Groups:
-    """How the [R, C] weights of one stored parameter are quantised; codes are 0 … 2^bits − 1, symmetric ones have 2^(bits − 1) as zero point.
+    """How the [R, C] weights of one stored parameter are quantised; codes are 0 … 2^bits − 1,
+    symmetric ones have 2^(bits − 1) as zero point.
 
     A parameter that holds several experts has one more dimension in front, and so have its scales.
     """
@@ -32,7 +33,9 @@ class Groups:
         return tensor.mT if self.transposed else tensor
 
     def spans(self, columns: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Group by group: its inputs, its scales [R, 1] in float32 (in which codes are made), its zero points [R, 1]."""
+        """Group by group: its inputs, its scales [R, 1] in float32 (in which codes are made), its
+        zero points [R, 1].
+        """
         scale = self.scale.float()
         middle = torch.full(scale.shape, 2 ** (self.bits - 1)) if self.zero_point is None else self.zero_point
         for group in range(scale.shape[-1]):
@@ -55,7 +58,9 @@ class Groups:
         return codes
 
     def weights(self, codes: torch.Tensor) -> torch.Tensor:
-        """The product in float32, rounded once to the parameter's dtype; codes that are the zero point give 0.0."""
+        """The product in float32, rounded once to the parameter's dtype; codes that are the zero
+        point give 0.0.
+        """
         weight = torch.empty(codes.shape, dtype=self.scale.dtype)
         target, source = self.logical(weight), self.logical(codes)
         for inputs, scale, zero in self.spans(source.shape[-1]):
@@ -73,7 +78,9 @@ class Groups:
 
 
 class Quantisation:
-    """What ``prune`` left in ``quantization/`` beside a checkpoint, read one block at a time; nothing for a variant that is not quantised."""
+    """What ``prune`` left in ``quantization/`` beside a checkpoint, read one block at a time;
+    nothing for a variant that is not quantised.
+    """
 
     def __init__(self, directory: Path, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -110,16 +117,26 @@ class Quantisation:
                 zero is not None and not torch.equal(zero.to(torch.uint8).to(zero.dtype), zero)
             ):
                 raise SparselineError(
-                    f"{path}: scales or zero points of {parameter} are no {self._checkpoint.dtype} numbers; run `dvc repro` to make it again."
+                    f"{path}: scales or zero points of {parameter} are no {self._checkpoint.dtype} numbers;"
+                    " run `dvc repro` to make it again."
                 )
             found[parameter] = Groups(
-                int(facts["bits"]), size, kept, None if zero is None else zero.to(torch.uint8), transposed=matrices[0].transposed
+                int(facts["bits"]),
+                size,
+                kept,
+                None if zero is None else zero.to(torch.uint8),
+                transposed=matrices[0].transposed,
             )
         return found
 
 
 def _joined(matrices: Sequence[Matrix], tensors: Mapping[str, torch.Tensor], part: str) -> torch.Tensor:
-    """Of all rows of a parameter [R, groups], or of all its experts [E, R, groups]; the matrices are in order."""
+    """Of all rows of a parameter [R, groups], or of all its experts [E, R, groups]; the matrices
+    are in order.
+    """
     by_expert = groupby(matrices, key=lambda matrix: matrix.expert)
-    found = [(expert, torch.cat([tensors[f"{matrix.label}.{part}"] for matrix in own])) for expert, own in by_expert]
+    found = [
+        (expert, torch.cat([tensors[f"{matrix.label}.{part}"] for matrix in own]))
+        for expert, own in by_expert
+    ]
     return found[0][1] if found[0][0] is None else torch.stack([own for _, own in found])

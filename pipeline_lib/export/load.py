@@ -1,4 +1,6 @@
-"""Read a bitmask checkpoint: tensor by tensor, as a transformers model, or turned back into an ordinary checkpoint."""
+"""Read a bitmask checkpoint: tensor by tensor, as a transformers model, or turned back into an
+ordinary checkpoint.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
 
 
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the checkpoint by its name, bit for bit, one at a time; what is yielded has passed its checksum.
+    """Every tensor of the checkpoint by its name, bit for bit, one at a time; what is yielded has
+    passed its checksum.
 
     Raises:
-        SparselineError: a file is missing, truncated, damaged, or of another version; tensors yielded before are right.
+        SparselineError: a file is missing, truncated, damaged, or of another version; tensors
+            yielded before are right.
     """
     checked = manifest.read(path)
     for name in checked.weights:
@@ -37,14 +41,19 @@ def load_model(path: Path) -> "PreTrainedModel":
     Raises:
         SparselineError: as ``tensors``, or the config asks for other tensors than there are.
     """
-    config, found = read_config(path), dict(tensors(path))  # the model takes these over, it does not copy them
+    # the model takes these over, it does not copy them
+    config, found = read_config(path), dict(tensors(path))
     check_sizes(path, config, [tuple(tensor.shape) for tensor in found.values()])
     dtype = Counter(tensor.dtype for tensor in found.values()).most_common(1)[0][0]
     try:
         family = type(skeleton(config, torch.float32))
-        model, report = family.from_pretrained(None, config=config, state_dict=found, dtype=dtype, output_loading_info=True)
+        model, report = family.from_pretrained(
+            None, config=config, state_dict=found, dtype=dtype, output_loading_info=True
+        )
     except Exception as error:  # transformers checks little, and raises whatever it meets
-        raise SparselineError(f"{path}: its config.json describes no model that its tensors fit ({error}).") from error
+        raise SparselineError(
+            f"{path}: its config.json describes no model that its tensors fit ({error})."
+        ) from error
     if wrong := {key: sorted(map(str, names)) for key, names in report.items() if names}:
         raise SparselineError(f"{path}: its tensors are not those that its config.json calls for ({wrong}).")
     if model.can_generate() and (path / GENERATION).exists():
@@ -53,7 +62,8 @@ def load_model(path: Path) -> "PreTrainedModel":
 
 
 def unpack(path: Path, out: Path) -> None:
-    """Write the ordinary checkpoint that ``from_pretrained`` loads, in the files of the model that was pruned.
+    """Write the ordinary checkpoint that ``from_pretrained`` loads, in the files of the model that
+    was pruned.
 
     Raises:
         SparselineError: as ``tensors``, or ``out`` is in use; it is then not written.
@@ -62,7 +72,9 @@ def unpack(path: Path, out: Path) -> None:
     checked = manifest.read(path)
     files = {entry.dense: _File(path, checked, name) for name, entry in checked.weights.items()}
     shards = {name: file.blobs() for name, file in files.items()}
-    dense.write(out, shards, lambda name: files[name].tensors(), (path, sorted(checked.files)), checked.indexed)
+    dense.write(
+        out, shards, lambda name: files[name].tensors(), (path, sorted(checked.files)), checked.indexed
+    )
 
 
 class _File:
@@ -80,27 +92,37 @@ class _File:
                 reader = Reader(file, self._path, self._entry.bytes, self._entry.header_sha256)
                 yield reader, self._described(reader)
         except OSError as error:
-            raise SparselineError(f"{self._path} cannot be read ({error.strerror}); copy it again.") from error
+            raise SparselineError(
+                f"{self._path} cannot be read ({error.strerror}); copy it again."
+            ) from error
 
     def _described(self, reader: Reader) -> dict[str, Facts]:
         try:
             found = Described.model_validate_json(reader.metadata.get("sparseline", ""), strict=True).tensors
             for name, facts in found.items():
-                facts.check({part: reader.blobs[name + part] for part in PARTS if name + part in reader.blobs})
+                facts.check(
+                    {part: reader.blobs[name + part] for part in PARTS if name + part in reader.blobs}
+                )
         except ValueError as error:  # a ValidationError too
             reason = " ".join(str(error).split())[:200]
-            raise SparselineError(f"{self._path} does not keep to docs/artifacts.md ({reason}); take it from another source.") from error
+            raise SparselineError(
+                f"{self._path} does not keep to docs/artifacts.md ({reason}); take it from another source."
+            ) from error
         return found
 
     def blobs(self) -> dict[str, Blob]:
         """What the dense file holds."""
         with self._open() as (reader, tensors):
-            return {name: reader.blobs[name] if facts.verbatim else facts.blob for name, facts in tensors.items()}
+            return {
+                name: reader.blobs[name] if facts.verbatim else facts.blob for name, facts in tensors.items()
+            }
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         with self._open() as (reader, tensors):
             for name, facts in tensors.items():
                 parts = {part: reader.read(name + part) for part in PARTS if name + part in reader.blobs}
                 if digest(parts.values()) != facts.sha256:
-                    raise SparselineError(f"{self._path} is damaged (the checksum of {name} differs); copy it again.")
+                    raise SparselineError(
+                        f"{self._path} is damaged (the checksum of {name} differs); copy it again."
+                    )
                 yield name, decode(parts, facts)

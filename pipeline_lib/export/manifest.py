@@ -48,7 +48,9 @@ def _text(value: dict[str, Any]) -> str:
 def write(directory: Path, value: dict[str, Any]) -> None:
     """Last of all: ``files`` are checked from here on, and the digest covers the text without itself."""
     whole = {"format": FORMAT, "version": VERSION, **value}
-    write_text(directory / MANIFEST, _text(whole | {"sha256": hashlib.sha256(_text(whole).encode()).hexdigest()}))
+    write_text(
+        directory / MANIFEST, _text(whole | {"sha256": hashlib.sha256(_text(whole).encode()).hexdigest()})
+    )
 
 
 def add(directory: Path, name: str) -> None:
@@ -68,27 +70,39 @@ def read(directory: Path) -> Manifest:
     try:
         text = files.read(path, files.LARGE)
     except OSError as error:
-        raise SparselineError(f"{directory} is no bitmask checkpoint: {MANIFEST} cannot be read ({error.strerror}).") from error
+        raise SparselineError(
+            f"{directory} is no bitmask checkpoint: {MANIFEST} cannot be read ({error.strerror})."
+        ) from error
     try:
         value: dict[str, Any] = json.loads(text)
         bare = {key: one for key, one in value.items() if key != "sha256"}
-        whole = value["sha256"] == hashlib.sha256(_text(bare).encode()).hexdigest() and _text(value).encode() == text
+        whole = (
+            value["sha256"] == hashlib.sha256(_text(bare).encode()).hexdigest()
+            and _text(value).encode() == text
+        )
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise SparselineError(f"{path} is damaged (its checksum differs); copy it again.")
     found = value.get("format"), value.get("version")
     if found != (FORMAT, VERSION):
-        raise SparselineError(f"{path} is of format {found[0]!r}, version {found[1]!r}; this reads {FORMAT!r}, version {VERSION}.")
+        raise SparselineError(
+            f"{path} is of format {found[0]!r}, version {found[1]!r}; this reads {FORMAT!r}, version"
+            f" {VERSION}."
+        )
     try:
         checked = Manifest.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise SparselineError(f"{path}: {place}: {first['msg']}; take the checkpoint from another source.") from error
+        raise SparselineError(
+            f"{path}: {place}: {first['msg']}; take the checkpoint from another source."
+        ) from error
     names = [*checked.weights, *(entry.dense for entry in checked.weights.values())]
     if any("/" in name or not is_plain(name) for name in names) or not all(map(is_plain, checked.files)):
-        raise SparselineError(f"{path} names files outside its directory; take the checkpoint from another source.")
+        raise SparselineError(
+            f"{path} names files outside its directory; take the checkpoint from another source."
+        )
     written = [*names, *checked.files, INDEX, MANIFEST]
     if len(set(written)) < len(written):
         raise SparselineError(f"{path} names a file twice; take the checkpoint from another source.")
@@ -98,7 +112,11 @@ def read(directory: Path) -> Manifest:
         try:
             same = files.sha256(directory / name) == digest
         except OSError as error:
-            raise SparselineError(f"{directory / name} cannot be read ({error.strerror}); copy it again.") from error
+            raise SparselineError(
+                f"{directory / name} cannot be read ({error.strerror}); copy it again."
+            ) from error
         if not same:
-            raise SparselineError(f"{directory / name} is damaged or was changed (its checksum differs); copy it again.")
+            raise SparselineError(
+                f"{directory / name} is damaged or was changed (its checksum differs); copy it again."
+            )
     return checked

@@ -16,7 +16,8 @@ class Masks:
     def __init__(self, directory: Path, checkpoint: Checkpoint) -> None:
         self._directory = directory
         self._place = checkpoint.place
-        self.block = lru_cache(maxsize=1)(self._read)  # by its number: mask by stored parameter, bool, True = kept
+        # by its number: mask by stored parameter, bool, True = kept
+        self.block = lru_cache(maxsize=1)(self._read)
 
     def of(self, name: str) -> torch.Tensor | None:
         """The mask of a stored parameter (bool, True = kept), if it was pruned."""

@@ -1,4 +1,6 @@
-"""``compressed-tensors``, format pack-quantized: what vLLM and transformers load. Zeros take as many bits as other codes."""
+"""``compressed-tensors``, format pack-quantized: what vLLM and transformers load. Zeros take as
+many bits as other codes.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -68,7 +70,10 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
     """
 
     def refusal(reason: str) -> SparselineError:
-        return SparselineError(f"{variant} cannot be written as compressed-tensors: {reason}; take it out of variants.{variant}.export.")
+        return SparselineError(
+            f"{variant} cannot be written as compressed-tensors: {reason}; take it out of"
+            f" variants.{variant}.export."
+        )
 
     try:
         import compressed_tensors  # noqa: F401
@@ -77,14 +82,18 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
     model = skeleton(pruned.config, pruned.dtype, pruned.remote_code)
     ignored, found, ragged = [], set(), ""
     for full, pieces in sorted(pruned.pieces.items()):
-        linear = full.endswith(WEIGHT) and isinstance(model.get_submodule(full.removesuffix(WEIGHT)), nn.Linear)
+        linear = full.endswith(WEIGHT) and isinstance(
+            model.get_submodule(full.removesuffix(WEIGHT)), nn.Linear
+        )
         name = pieces[0].stored
         groups = quantisation.of(name)
         if groups is None:
             ignored += [full.removesuffix(WEIGHT)] if linear else []
             continue
         if not linear or not pieces[0].whole:
-            raise refusal(f"{name} is no linear's weight{' but a transposed one (Conv1D)' if groups.transposed else ''}")
+            raise refusal(
+                f"{name} is no linear's weight{' but a transposed one (Conv1D)' if groups.transposed else ''}"
+            )
         columns = pruned.shapes[name][1]
         found.add((groups.bits, groups.size if groups.size != columns else None, groups.zero_point is None))
         if columns % groups.size:
@@ -125,7 +134,9 @@ def config(chosen: Scheme) -> dict[str, Any]:
     return described
 
 
-def layout(shards: Mapping[str, Mapping[str, Blob]], quantisation: Quantisation) -> dict[str, dict[str, Blob]]:
+def layout(
+    shards: Mapping[str, Mapping[str, Blob]], quantisation: Quantisation
+) -> dict[str, dict[str, Blob]]:
     """File name -> its tensors, from those of the dense checkpoint."""
     found: dict[str, dict[str, Blob]] = {}
     for file_name, blobs in shards.items():
@@ -144,7 +155,8 @@ def write(
     chosen: Scheme,
     indexed: bool,
 ) -> None:
-    """A directory for ``from_pretrained`` where compressed-tensors is installed; the side files are the pruned checkpoint's.
+    """A directory for ``from_pretrained`` where compressed-tensors is installed; the side files are
+    the pruned checkpoint's.
 
     Args:
         shards: as in ``dense.write``.
@@ -158,4 +170,6 @@ def write(
             yield from ({name: tensor} if groups is None else pack(name, tensor, groups)).items()
 
     others = pruned.path, pruned.others
-    dense.write(out, layout(shards, quantisation), tensors, others, indexed, {"quantization_config": config(chosen)})
+    dense.write(
+        out, layout(shards, quantisation), tensors, others, indexed, {"quantization_config": config(chosen)}
+    )

@@ -1,4 +1,6 @@
-"""2:4 matrices: checked to be exactly that, and whether ``torch.sparse.to_sparse_semi_structured`` takes them."""
+"""2:4 matrices: checked to be exactly that, and whether ``torch.sparse.to_sparse_semi_structured``
+takes them.
+"""
 
 import torch
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
@@ -14,13 +16,17 @@ def verdict(name: str, weight: torch.Tensor, mask: torch.Tensor, transposed: boo
     """Which of torch's two backends take a 2:4 matrix, in its stored dtype, on a CUDA device.
 
     Raises:
-        SparselineError: not two of every four consecutive inputs are kept, or a weight that is not kept is not zero.
+        SparselineError: not two of every four consecutive inputs are kept, or a weight that is not
+            kept is not zero.
     """
     if transposed:
         weight, mask = weight.T, mask.T
     fours = mask.reshape(mask.shape[0], -1, 4) if mask.shape[1] % 4 == 0 else None
     if fours is None or not bool((fours.sum(-1) == 2).all()) or bool((weight[~mask] != 0).any()):
-        raise SparselineError(f"{name} is not exactly 2:4, though its variant's pattern says so; run `dvc repro` to prune it again.")
+        raise SparselineError(
+            f"{name} is not exactly 2:4, though its variant's pattern says so; run `dvc repro` to prune it"
+            " again."
+        )
     return {backend: _refusal(kind, weight, transposed) for backend, kind in BACKENDS.items()}
 
 
@@ -42,7 +48,9 @@ def summary(verdicts: dict[str, Verdict]) -> dict[str, object]:
     return {
         backend: {
             "qualify": sorted(name for name, one in verdicts.items() if one[backend] is None),
-            "refused": {name: one[backend] for name, one in sorted(verdicts.items()) if one[backend] is not None},
+            "refused": {
+                name: one[backend] for name, one in sorted(verdicts.items()) if one[backend] is not None
+            },
         }
         for backend in BACKENDS
     }

@@ -1,4 +1,6 @@
-"""The source's files, and which tensors each of them holds: exported checkpoints are cut in the same places."""
+"""The source's files, and which tensors each of them holds: exported checkpoints are cut in the
+same places.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -24,7 +24,9 @@ class Bytes:
 
 
 def theoretical_bits(weights: Iterable[Weights]) -> float:
-    """H(p) + (1 − p) · b per weight, p each matrix's own share of zeros: no lossless code of independent zeros is shorter."""
+    """H(p) + (1 − p) · b per weight, p each matrix's own share of zeros: no lossless code of
+    independent zeros is shorter.
+    """
     bits = total = 0.0
     for one in weights:
         total += one.total
@@ -46,7 +48,11 @@ def summary(weights: Iterable[Weights], formats: Mapping[str, Bytes]) -> dict[st
         "zeros": total - sum(one.stored for one in found),
         "theoretical_bits": round(theoretical_bits(found), 6),
         "formats": {
-            name: {"matrix_bytes": one.matrices, "file_bytes": one.files, "bits": round(8 * one.matrices / total, 6) if total else 0.0}
+            name: {
+                "matrix_bytes": one.matrices,
+                "file_bytes": one.files,
+                "bits": round(8 * one.matrices / total, 6) if total else 0.0,
+            }
             for name, one in formats.items()
         },
     }

@@ -32,7 +32,11 @@ def survey(pruned: Checkpoint, masks: Masks, quantisation: Quantisation, pattern
     Raises:
         SparselineError: a 2:4 variant is not exactly 2:4, or a quantised one not exactly its codes.
     """
-    transposed = {pruned.block_prefix(block) + matrix.parameter for block, matrix in pruned.architecture.places() if matrix.transposed}
+    transposed = {
+        pruned.block_prefix(block) + matrix.parameter
+        for block, matrix in pruned.architecture.places()
+        if matrix.transposed
+    }
     found = {}
     for name, tensor in one_by_one(pruned, sorted(pruned.files)):
         mask, groups = masks.of(name), quantisation.of(name)
@@ -44,7 +48,9 @@ def survey(pruned: Checkpoint, masks: Masks, quantisation: Quantisation, pattern
             try:
                 groups.codes(tensor)
             except ValueError as error:
-                raise SparselineError(f"{pruned.path}: {name}: {error}; prune the variant again, and change none of its files.") from error
+                raise SparselineError(
+                    f"{pruned.path}: {name}: {error}; prune the variant again, and change none of its files."
+                ) from error
         weights = Weights(tensor.numel(), int(torch.count_nonzero(tensor)), bits)
         found[name] = Entry(blob(tensor), plan(tensor, groups), weights, mask is not None, judged)
     return found

@@ -1,6 +1,8 @@
-"""safetensors files written and read tensor by tensor: one tensor is in memory at a time, and every byte read is checked.
+"""safetensors files written and read tensor by tensor: one tensor is in memory at a time, and every
+byte read is checked.
 
-The official package writes a file from all its tensors at once, and maps files into memory, where a damaged byte passes unseen.
+The official package writes a file from all its tensors at once, and maps files into memory, where a
+damaged byte passes unseen.
 """
 
 import hashlib
@@ -50,12 +52,18 @@ def blob(tensor: torch.Tensor) -> Blob:
 
 
 def header(blobs: Mapping[str, Blob], metadata: Mapping[str, str]) -> bytes:
-    """Length and header as the official package writes them: widest types first, then by name, padded to 8 bytes."""
+    """Length and header as the official package writes them: widest types first, then by name,
+    padded to 8 bytes.
+    """
     described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in sorted(blobs, key=lambda name: (-blobs[name].dtype.itemsize, name)):
         start, end = end, end + blobs[name].bytes
-        described[name] = {"dtype": NAMES[blobs[name].dtype], "shape": list(blobs[name].shape), "data_offsets": [start, end]}
+        described[name] = {
+            "dtype": NAMES[blobs[name].dtype],
+            "shape": list(blobs[name].shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -81,7 +89,11 @@ class Writer:
         first = header(blobs, metadata)
         file.write(first)
         self._data = len(first)
-        self._offsets = {name: one["data_offsets"][0] for name, one in json.loads(first[8:]).items() if name != "__metadata__"}
+        self._offsets = {
+            name: one["data_offsets"][0]
+            for name, one in json.loads(first[8:]).items()
+            if name != "__metadata__"
+        }
         self.missing = set(blobs)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -111,7 +123,12 @@ def writing(path: Path, blobs: Mapping[str, Blob], metadata: Mapping[str, str]) 
             raise RuntimeError(f"{path}: {sorted(writer.missing)} were not written")
 
 
-def write(path: Path, blobs: Mapping[str, Blob], metadata: Mapping[str, str], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write(
+    path: Path,
+    blobs: Mapping[str, Blob],
+    metadata: Mapping[str, str],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> None:
     with writing(path, blobs, metadata) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor)
@@ -139,7 +156,10 @@ class Reader:
         self._path = path
         found = path.stat().st_size
         if found != length:
-            raise SparselineError(f"{path} has {found:,} bytes instead of {length:,}: it is truncated or damaged; copy it again.")
+            raise SparselineError(
+                f"{path} has {found:,} bytes instead of {length:,}: it is truncated or damaged; copy it"
+                " again."
+            )
         prefix = file.read(8)
         text = file.read(min(int.from_bytes(prefix, "little"), length, HEADER))
         if hashlib.sha256(prefix + text).hexdigest() != sha256:
@@ -164,7 +184,9 @@ class Reader:
                 raise ValueError("the file is longer or shorter than its tensors")
         except (ValueError, KeyError) as error:  # a ValidationError too
             reason = " ".join(str(error).split())[:200]
-            raise SparselineError(f"{path} is no safetensors file ({reason}); take it from another source.") from error
+            raise SparselineError(
+                f"{path} is no safetensors file ({reason}); take it from another source."
+            ) from error
 
     def read(self, name: str) -> torch.Tensor:
         one = self.blobs[name]

@@ -1,4 +1,6 @@
-"""A tokenizer as GGUF describes it: tokens with their types, and the name by which llama.cpp knows how text is split before merges."""
+"""A tokenizer as GGUF describes it: tokens with their types, and the name by which llama.cpp knows
+how text is split before merges.
+"""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +21,9 @@ SPLITS = ("llama-bpe", "qwen2", "tekken", "gpt-4o")  # names whose patterns tran
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """All that a GGUF file holds of a tokenizer but merges and chat template, which its package reads from the directory."""
+    """All that a GGUF file holds of a tokenizer but merges and chat template, which its package
+    reads from the directory.
+    """
 
     directory: Path
     model: str  # gpt2: byte-level BPE; llama: SentencePiece
@@ -84,7 +88,9 @@ def vocabulary(directory: Path, size: int) -> Vocabulary:
     return Vocabulary(directory, "gpt2", split, tokens, types, None, special, begins, None)
 
 
-def _sentencepiece(directory: Path, size: int, special: dict[str, int], begins: bool, spaced: bool) -> Vocabulary:
+def _sentencepiece(
+    directory: Path, size: int, special: dict[str, int], begins: bool, spaced: bool
+) -> Vocabulary:
     from gguf import SentencePieceVocab, TokenType
 
     found = list(SentencePieceVocab(directory).all_tokens())[:size]
@@ -94,7 +100,9 @@ def _sentencepiece(directory: Path, size: int, special: dict[str, int], begins: 
 
 
 def _split(described: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name for the normalizer and the pre-tokenizer of a tokenizer.json; None where it has none."""
+    """llama.cpp's name for the normalizer and the pre-tokenizer of a tokenizer.json; None where it
+    has none.
+    """
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     if (described.get("normalizer") or {"type": "NFC"})["type"] != "NFC":
@@ -107,7 +115,11 @@ def _split(described: Mapping[str, Any]) -> str | None:
         if not first:
             return "gpt-2"
         return "smollm" if first == [{"type": "Digits", "individual_digits": True}] else None
-    patterns = [one["pattern"].get("Regex") for one in first if one["type"] == "Split" and one["behavior"] == "Isolated"]
+    patterns = [
+        one["pattern"].get("Regex")
+        for one in first
+        if one["type"] == "Split" and one["behavior"] == "Isolated"
+    ]
     if len(patterns) != 1 or len(first) != 1:
         return None
     return next((name for name in SPLITS if GGUF_PRE_TOKENIZER_SPLITS[name] == patterns[0]), None)

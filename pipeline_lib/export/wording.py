@@ -8,8 +8,8 @@ DIVERGENCE = {  # figure of build/evaluate -> head of a column
     "agreement": "same token",
 }
 DIVERGES = (
-    "KL is KL(dense ‖ pruned) in nats per predicted token: the mean, and the value that 99% of the tokens do not exceed. "
-    "Same token is the share of positions where both models find the same token most likely."
+    "KL is KL(dense ‖ pruned) in nats per predicted token: the mean, and the value that 99% of the tokens do"
+    " not exceed. Same token is the share of positions where both models find the same token most likely."
 )
 
 
@@ -38,6 +38,8 @@ def kl(nats: float) -> str:
 
 def size(count: int) -> str:
     value, unit = next(
-        (count / scale, unit) for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if count >= scale or scale == 1
+        (count / scale, unit)
+        for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+        if count >= scale or scale == 1
     )
     return f"{value:.2f} {unit}"

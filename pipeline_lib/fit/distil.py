@@ -1,11 +1,14 @@
 """Train a pruned model as a whole towards the dense model's distribution of the next token; zeros stay zeros.
 
-The loss of a token is KL(p‖q): p is the dense model's distribution, q the pruned one's (knowledge distillation, 1503.02531, at temperature 1).
-The dense model runs once, block by block; only its hidden states before the last norm are kept. Of the pruned model, what moves is in memory
-in float32 with Adam's states. A step runs up through the blocks and then down, as ``measure/backward.py`` does, and each block takes its
-Adam step as soon as its own gradient is there: the gradients of one block at a time are in memory.
+The loss of a token is KL(p‖q): p is the dense model's distribution, q the pruned one's (knowledge
+distillation, 1503.02531, at temperature 1). The dense model runs once, block by block; only its
+hidden states before the last norm are kept. Of the pruned model, what moves is in memory in float32
+with Adam's states. A step runs up through the blocks and then down, as ``measure/backward.py``
+does, and each block takes its Adam step as soon as its own gradient is there: the gradients of one
+block at a time are in memory.
 
-Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of the residual stream, ``V`` tokens of the vocabulary.
+Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of the residual stream,
+``V`` tokens of the vocabulary.
 """
 
 import math
@@ -27,7 +30,8 @@ from pipeline_lib.models.stream import HEAD_TOKENS, BlockModel, Stream
 from pipeline_lib.stats.lanes import LANES, Map, deal, side_by_side, total
 
 EPSILON = 1e-12  # of Adam: gradients of a mean over tokens are small
-Logits = Callable[[torch.Tensor], torch.Tensor]  # hidden states [B, T, D] after the last block -> logits [B, T, V]
+# hidden states [B, T, D] after the last block -> logits [B, T, V]
+Logits = Callable[[torch.Tensor], torch.Tensor]
 Tensors = Mapping[str, torch.Tensor]  # of one block, by their names in it
 
 
@@ -43,7 +47,9 @@ class Trained:
         named = {
             "weights": set(masks),
             "biases": {m.bias for m in layout.matrices if m.bias is not None and m.parameter in masks},
-            "norms": {name for name, tensor in tensors.items() if tensor.ndim == 1 and name.endswith("weight")},
+            "norms": {
+                name for name, tensor in tensors.items() if tensor.ndim == 1 and name.endswith("weight")
+            },
         }
         moving = sorted(set().union(*(named[part] for part in params.parts)))
         self.params = params
@@ -54,7 +60,8 @@ class Trained:
         self.zeros.hold(self.leaves)
         kind: torch.dtype = getattr(torch, params.state_dtype)
         self.averages = {
-            name: [torch.zeros_like(leaf, dtype=kind, requires_grad=False) for _ in range(2)] for name, leaf in self.leaves.items()
+            name: [torch.zeros_like(leaf, dtype=kind, requires_grad=False) for _ in range(2)]
+            for name, leaf in self.leaves.items()
         }
         self.scales = self._scales(layout.offsets)
 
@@ -65,7 +72,9 @@ class Trained:
 
     @torch.no_grad()
     def _scales(self, offsets: Mapping[str, float]) -> dict[str, float]:
-        """The root mean square of what is kept of each leaf, as it acts: its unit of rates. What is all zero does not move."""
+        """The root mean square of what is kept of each leaf, as it acts: its unit of rates. What is
+        all zero does not move.
+        """
         means = []
         for name, leaf in self.leaves.items():
             kept = self.zeros[name].count_nonzero() if name in self.zeros else leaf.new_tensor(leaf.numel())
@@ -74,13 +83,16 @@ class Trained:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor | None], rate: float, done: int) -> None:
-        """One step of Adam after ``done`` others, for the gradients of the leaves in order; they are overwritten."""
+        """One step of Adam after ``done`` others, for the gradients of the leaves in order; they
+        are overwritten.
+        """
         for (name, leaf), gradient in zip(self.leaves.items(), gradients, strict=True):
             if gradient is None or not self.scales[name]:
                 continue
             gradient = gradient.contiguous()  # the fused kernel reads it as it lies
             self.zeros.hold({name: gradient})
-            first, second = (average.float() for average in self.averages[name])  # the same tensor where it is float32
+            # the same tensor where it is float32
+            first, second = (average.float() for average in self.averages[name])
             count = torch.full((), float(done), device=leaf.device)
             adam(
                 [leaf],
@@ -105,12 +117,19 @@ class Trained:
 
     def stored(self) -> dict[str, torch.Tensor]:
         """All tensors in the checkpoint's dtypes."""
-        return {**self.rest, **{name: leaf.detach().to(self.dtypes[name]) for name, leaf in self.leaves.items()}}
+        return {
+            **self.rest,
+            **{name: leaf.detach().to(self.dtypes[name]) for name, leaf in self.leaves.items()},
+        }
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a run that goes on needs of the block."""
         found = {f"{name}:leaf": leaf.detach() for name, leaf in self.leaves.items()}
-        return found | {f"{name}:average{place}": one for name, both in self.averages.items() for place, one in enumerate(both)}
+        return found | {
+            f"{name}:average{place}": one
+            for name, both in self.averages.items()
+            for place, one in enumerate(both)
+        }
 
     @torch.no_grad()
     def restore(self, state: Tensors) -> None:
@@ -123,7 +142,9 @@ class Trained:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Rows to learn from: hidden states before the first block, and as targets the dense model's behind the last one."""
+    """Rows to learn from: hidden states before the first block, and as targets the dense model's
+    behind the last one.
+    """
 
     model: BlockModel
     fitting: Pairs
@@ -145,7 +166,8 @@ def lesson(
     room: Room | None,
     watched: Callable[[range], Iterable[int]] = iter,
 ) -> Lesson:
-    """Run the dense model, one block in memory at a time: fitting rows in ``compute_dtype``, the rows that judge in the model's own.
+    """Run the dense model, one block in memory at a time: fitting rows in ``compute_dtype``, the
+    rows that judge in the model's own.
 
     Args:
         rows: ``fit`` and ``held_out`` [N, T].
@@ -156,7 +178,9 @@ def lesson(
     """
     fit = deal(len(rows["fit"]), params.batch_rows)
     held_out = deal(len(rows["held_out"]), params.batch_rows, len(fit.sizes))
-    before = model.embed(torch.cat([rows["fit"], rows["held_out"]]), fit.sizes + held_out.sizes, "before", room)
+    before = model.embed(
+        torch.cat([rows["fit"], rows["held_out"]]), fit.sizes + held_out.sizes, "before", room
+    )
     after = before.copy("after")
     cut = len(fit.sizes)
     for index in watched(range(model.checkpoint.architecture.depth)):
@@ -164,7 +188,9 @@ def lesson(
         with _mixed(model, params):
             model.advance(block, index, after, range(cut))
         model.advance(block, index, after, range(cut, cut + len(held_out.sizes)))
-    seen, judging = (Pairs(before.hidden[part], after.hidden[part]) for part in (slice(cut), slice(cut, None)))
+    seen, judging = (
+        Pairs(before.hidden[part], after.hidden[part]) for part in (slice(cut), slice(cut, None))
+    )
     return Lesson(model, seen, judging, room)
 
 
@@ -173,8 +199,11 @@ def stream_bytes(fitting: int, held_out: int, width: int, itemsize: int) -> int:
     return (2 * (fitting + held_out) + (held_out or fitting)) * width * itemsize
 
 
-def train(given: Lesson, blocks: Sequence[Trained], params: DistilParams, done: int = 0) -> Generator[float, None, None]:
-    """Train the blocks in place; yields each step's mean KL in nats per token, which is not finite where training diverges.
+def train(
+    given: Lesson, blocks: Sequence[Trained], params: DistilParams, done: int = 0
+) -> Generator[float, None, None]:
+    """Train the blocks in place; yields each step's mean KL in nats per token, which is not finite
+    where training diverges.
 
     Args:
         done: steps that the blocks have had already.
@@ -195,7 +224,9 @@ def train(given: Lesson, blocks: Sequence[Trained], params: DistilParams, done: 
 
 
 def rate_share(done: int, steps: int, warmup: float) -> float:
-    """The share of the learning rate after ``done`` of ``steps``: up in equal steps over the share ``warmup``, then along a cosine towards 0."""
+    """The share of the learning rate after ``done`` of ``steps``: up in equal steps over the share
+    ``warmup``, then along a cosine towards 0.
+    """
     rising = round(warmup * steps)
     if done < rising:
         return (done + 1) / (rising + 1)
@@ -272,8 +303,12 @@ class _Passes:
         with _mixed(self.model, self.params):  # around all lanes, so that weights are rounded once
             return list(self.each_lane(lane, inputs))
 
-    def _down(self, index: int, states: Sequence[tuple[torch.Tensor, Any]], gradients: list[torch.Tensor]) -> list[torch.Tensor | None]:
-        """The gradients of a block's leaves, the lanes added up in order; those at its outputs give way to those at its inputs."""
+    def _down(
+        self, index: int, states: Sequence[tuple[torch.Tensor, Any]], gradients: list[torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        """The gradients of a block's leaves, the lanes added up in order; those at its outputs give
+        way to those at its inputs.
+        """
         leaves = list(self.blocks[index].leaves.values())
 
         def lane(given: tuple[tuple[torch.Tensor, Any], torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
@@ -286,7 +321,9 @@ class _Passes:
 
         summed: list[torch.Tensor | None] = [None] * len(leaves)
         with _mixed(self.model, self.params):
-            for number, (below, *own) in enumerate(self.each_lane(lane, list(zip(states, gradients, strict=True)))):
+            for number, (below, *own) in enumerate(
+                self.each_lane(lane, list(zip(states, gradients, strict=True)))
+            ):
                 gradients[number] = below
                 for place, gradient in enumerate(own):
                     before = summed[place]
@@ -296,10 +333,14 @@ class _Passes:
         return summed
 
 
-def _divergence(logits: Logits, hidden: torch.Tensor, target: torch.Tensor, scale: float | None) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """KL(p‖q), summed over the tokens of each row, and ``scale`` times its gradient with respect to the hidden states [B, T, D].
+def _divergence(
+    logits: Logits, hidden: torch.Tensor, target: torch.Tensor, scale: float | None
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """KL(p‖q), summed over the tokens of each row, and ``scale`` times its gradient with respect to
+    the hidden states [B, T, D].
 
-    A few tokens at a time, so that the logits of these are in memory. The gradient with respect to the logits is q − p.
+    A few tokens at a time, so that the logits of these are in memory. The gradient with respect to
+    the logits is q − p.
 
     Args:
         target: the dense model's hidden states [B, T, D], of which the same head makes p.
@@ -317,7 +358,9 @@ def _divergence(logits: Logits, hidden: torch.Tensor, target: torch.Tensor, scal
                 p = log_p.exp()
                 losses.append(log_p.sub_(log_q).mul_(p).sum(-1, dtype=torch.float64).sum())
                 if scale is not None:
-                    pieces.append(torch.autograd.grad(scores, x, log_q.exp_().sub_(p).mul_(scale).to(scores.dtype))[0])
+                    pieces.append(
+                        torch.autograd.grad(scores, x, log_q.exp_().sub_(p).mul_(scale).to(scores.dtype))[0]
+                    )
             del scores, log_p, log_q, p  # before the next
         sums.append(torch.stack(losses).sum())
         rows += [torch.cat(pieces, 1)] if pieces else []

@@ -1,7 +1,9 @@
-"""Fit what is left of a sparse block, by gradients, so that it gives for the pruned stream what the dense block gives for the dense one.
+"""Fit what is left of a sparse block, by gradients, so that it gives for the pruned stream what the
+dense block gives for the dense one.
 
-What moves are parts that are named: the kept weights, biases, the norms' weights, and per-channel in/out factors that are folded
-afterwards, Ŵ = diag(r)(W⊙M)diag(a) (2602.21652, Eqs. 6–8, in the role that acts on a fixed mask: docs/method.md). Zeros stay zeros.
+What moves are parts that are named: the kept weights, biases, the norms' weights, and per-channel
+in/out factors that are folded afterwards, Ŵ = diag(r)(W⊙M)diag(a) (2602.21652, Eqs. 6–8, in the
+role that acts on a fixed mask: docs/method.md). Zeros stay zeros.
 """
 
 import math
@@ -21,15 +23,21 @@ from pipeline_lib.models.architecture import Matrix, laid
 from pipeline_lib.models.places import Batches
 from pipeline_lib.stats.lanes import LANES, Map, parts, side_by_side, total
 
-SIDE_BY_SIDE = 2**22  # weights of a block, or window, up to which lanes are fitted side by side: in larger ones there is little to gain
-Run = Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]  # hidden states, the block's tensors -> output
+# weights of a block, or window, up to which lanes are fitted side by side: in larger ones there is
+# little to gain
+SIDE_BY_SIDE = 2**22
+# hidden states, the block's tensors -> output
+Run = Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
 Masks = dict[Matrix, torch.Tensor]  # [R, C] bool, True = kept
-Remask = Callable[[Mapping[str, torch.Tensor]], Masks]  # the block's tensors, zeros filled in -> masks with as many kept
+# the block's tensors, zeros filled in -> masks with as many kept
+Remask = Callable[[Mapping[str, torch.Tensor]], Masks]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows before and wanted after a block: pruned stream [B, T, D] and dense targets [B, T, D], batch by batch."""
+    """Rows before and wanted after a block: pruned stream [B, T, D] and dense targets [B, T, D],
+    batch by batch.
+    """
 
     inputs: Sequence[torch.Tensor]
     targets: Sequence[torch.Tensor]
@@ -37,7 +45,11 @@ class Pairs:
     @cached_property
     def borders(self) -> list[int]:
         """The number of each batch's first row; at the end, how many rows there are."""
-        sizes = self.inputs.sizes() if isinstance(self.inputs, Batches) else [len(hidden) for hidden in self.inputs]
+        sizes = (
+            self.inputs.sizes()
+            if isinstance(self.inputs, Batches)
+            else [len(hidden) for hidden in self.inputs]
+        )
         return list(accumulate(sizes, initial=0))
 
     def __len__(self) -> int:
@@ -57,7 +69,12 @@ class Pairs:
         """The rows of these numbers: inputs and targets, [n, T, D] each."""
         places = [bisect_right(self.borders, number) - 1 for number in numbers]
         found = [
-            torch.cat([_row(batches, place, number - self.borders[place]) for place, number in zip(places, numbers, strict=True)])
+            torch.cat(
+                [
+                    _row(batches, place, number - self.borders[place])
+                    for place, number in zip(places, numbers, strict=True)
+                ]
+            )
             for batches in (self.inputs, self.targets)
         ]
         return found[0], found[1]
@@ -74,7 +91,8 @@ class Fitted:
 
     tensors: dict[str, torch.Tensor]  # the block's parameters, zeros where they were
     masks: Masks | None  # where they were refreshed
-    facts: dict[str, float]  # errors before and after on held-out rows and the first fitting batch, epochs kept
+    # errors before and after on held-out rows and the first fitting batch, epochs kept
+    facts: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -82,12 +100,16 @@ class Sparse:
     """A sparse block, or a window of blocks, that is to be fitted."""
 
     run: Run
-    tensors: dict[str, torch.Tensor]  # float32; matrices whose weights move are taken out, so that they need not be there twice
+    # float32; matrices whose weights move are taken out, so that they need not be there twice
+    tensors: dict[str, torch.Tensor]
     masks: Masks  # of the pruned matrices, which get factors; a kept weight moves even if it is zero
     where: str  # its name, which keys the order of rows with the seed
-    remask: Remask | None = None  # chooses masks anew in the first ``refresh_epochs`` epochs, in which pruned weights move too, unseen
+    # chooses masks anew in the first ``refresh_epochs`` epochs, in which pruned weights move too,
+    # unseen
+    remask: Remask | None = None
     dtype: torch.dtype | None = None  # that ``run`` brings its tensors to, if it is another
-    offsets: Mapping[str, float] | None = None  # of the norms' weights that act as offset + w (``Architecture.offsets``)
+    # of the norms' weights that act as offset + w (``Architecture.offsets``)
+    offsets: Mapping[str, float] | None = None
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -103,7 +125,9 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _Free:
-    """What moves: kept weights; log a, log r per matrix; β per bias; log factors of the norms. As made, it is the identity."""
+    """What moves: kept weights; log a, log r per matrix; β per bias; log factors of the norms. As
+    made, it is the identity.
+    """
 
     def __init__(
         self,
@@ -121,12 +145,19 @@ class _Free:
         self.rows = [torch.zeros(view.shape[0], device=device, requires_grad=True) for view in views]
         self.columns = [torch.zeros(view.shape[1], device=device, requires_grad=True) for view in views]
         biases = {m.bias for m in masks if m.bias is not None} if "biases" in parts else set()
-        norms = {n for n, t in tensors.items() if t.ndim == 1 and n.endswith("weight")} if "norms" in parts else set()
-        norms |= {n for n in tensors if n.endswith(".scale")} if "scales" in parts else set()  # of quantised matrices: factors, too
+        norms = (
+            {n for n, t in tensors.items() if t.ndim == 1 and n.endswith("weight")}
+            if "norms" in parts
+            else set()
+        )
+        # of quantised matrices: factors, too
+        norms |= {n for n in tensors if n.endswith(".scale")} if "scales" in parts else set()
         self.biases = {name: torch.zeros_like(tensors[name], requires_grad=True) for name in sorted(biases)}
         self.norms = {name: torch.zeros_like(tensors[name], requires_grad=True) for name in sorted(norms)}
         self.factors = "factors" in parts
-        self.weights = [view.clone().contiguous().requires_grad_(True) for view in views] if "weights" in parts else []
+        self.weights = (
+            [view.clone().contiguous().requires_grad_(True) for view in views] if "weights" in parts else []
+        )
         self.kept = [mask.to(device) for mask in masks.values()] if "weights" in parts else []
         self.refreshing = False  # the pruned weights move too, behind their masks
 
@@ -135,11 +166,23 @@ class _Free:
         return [*(self.rows + self.columns if self.factors else ()), *self.norms.values()]
 
     def groups(self, params: FitParams) -> list[dict[str, Any]]:
-        """What Adam moves: log factors and, in units of their matrix's scale, weights at one rate; biases (which have the outputs' scale) at another."""
-        means = [weight.detach().square().sum() / kept.count_nonzero().clamp_min(1) for weight, kept in self._pairs()]
+        """What Adam moves: log factors and, in units of their matrix's scale, weights at one rate;
+        biases (which have the outputs' scale) at another.
+        """
+        means = [
+            weight.detach().square().sum() / kept.count_nonzero().clamp_min(1)
+            for weight, kept in self._pairs()
+        ]
         scales = torch.stack(means).sqrt().tolist() if means else []  # one transfer from the device
-        groups = [{"params": [w], "lr": params.rate * scale} for w, scale in zip(self.weights, scales, strict=True) if scale]
-        groups += [{"params": self.log_factors, "lr": params.rate}, {"params": list(self.biases.values()), "lr": params.bias_rate}]
+        groups = [
+            {"params": [w], "lr": params.rate * scale}
+            for w, scale in zip(self.weights, scales, strict=True)
+            if scale
+        ]
+        groups += [
+            {"params": self.log_factors, "lr": params.rate},
+            {"params": list(self.biases.values()), "lr": params.bias_rate},
+        ]
         return [group for group in groups if group["params"]]
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -152,13 +195,17 @@ class _Free:
         self.kept = [masks[matrix] for matrix in self.matrices]
 
     def masked(self) -> list[torch.Tensor]:
-        """The weights, zero (of either sign) where pruned. A product is several times faster on the CPU than filling."""
+        """The weights, zero (of either sign) where pruned. A product is several times faster on the
+        CPU than filling.
+        """
         dtype = self.dtype if torch.is_grad_enabled() else None
         if self.refreshing:
             return [_StraightThrough.apply(weight, kept).to(dtype) for weight, kept in self._pairs()]  # type: ignore[no-untyped-call]
         return [(weight * kept).to(dtype) for weight, kept in self._pairs()]
 
-    def _laid(self, tensors: Mapping[str, torch.Tensor], values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _laid(
+        self, tensors: Mapping[str, torch.Tensor], values: Sequence[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """The block's tensors with these logical matrices [R, C] in their places; differentiable."""
         return {**tensors, **laid(self.matrices, values, tensors)}
 
@@ -166,13 +213,18 @@ class _Free:
         """The block's tensors with all that moved; differentiable."""
         values = self.masked() or [matrix.view(tensors[matrix.parameter]) for matrix in self.matrices]
         if self.factors:
-            scales = [(rows[:, None] + columns).exp() for rows, columns in zip(self.rows, self.columns, strict=True)]
+            scales = [
+                (rows[:, None] + columns).exp() for rows, columns in zip(self.rows, self.columns, strict=True)
+            ]
             values = [value * scale for value, scale in zip(values, scales, strict=True)]
         changed = self._laid(tensors, values) if self.factors or self.weights else dict(tensors)
         changed |= {bias: tensors[bias] + correction for bias, correction in self.biases.items()}
         for norm, log_factor in self.norms.items():
-            # A norm that is stored as offset + w: (offset + w)·e^θ − offset, which is w to the last bit at θ = 0.
-            changed[norm] = tensors[norm] * log_factor.exp() + self.offsets.get(norm, 0.0) * log_factor.expm1()
+            # A norm that is stored as offset + w: (offset + w)·e^θ − offset, which is w to the last
+            # bit at θ = 0.
+            changed[norm] = (
+                tensors[norm] * log_factor.exp() + self.offsets.get(norm, 0.0) * log_factor.expm1()
+            )
         return changed
 
 
@@ -181,7 +233,9 @@ def block_error(run: Run, tensors: Mapping[str, torch.Tensor], rows: Pairs) -> f
     return _wrong(run, tensors, rows) / rows.spread
 
 
-def _wrong(run: Run, tensors: Mapping[str, torch.Tensor], rows: Pairs, each: Map[int, list[torch.Tensor]] = map) -> float:
+def _wrong(
+    run: Run, tensors: Mapping[str, torch.Tensor], rows: Pairs, each: Map[int, list[torch.Tensor]] = map
+) -> float:
     """Σ‖Y_dense − Y_sparse‖²."""
 
     @torch.no_grad()  # in the thread that runs it
@@ -204,11 +258,14 @@ def squares(values: torch.Tensor) -> list[torch.Tensor]:
 
 
 def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fitted:
-    """Fit a sparse block (or window of blocks) and fold its factors; the unfitted block is a candidate and wins ties on the held-out rows.
+    """Fit a sparse block (or window of blocks) and fold its factors; the unfitted block is a
+    candidate and wins ties on the held-out rows.
 
-    Gradients are taken in ``compute_dtype`` (mixed precision); what moves, and everything that judges it, is float32. With ``weights``
-    there are in memory five copies of its matrices (as they move, Adam's two moments, the best so far, and the gradient or, going up,
-    what is masked), their masks, and a copy in ``compute_dtype``. Lanes side by side have a gradient and masked weights each.
+    Gradients are taken in ``compute_dtype`` (mixed precision); what moves, and everything that
+    judges it, is float32. With ``weights`` there are in memory five copies of its matrices (as they
+    move, Adam's two moments, the best so far, and the gradient or, going up, what is masked), their
+    masks, and a copy in ``compute_dtype``. Lanes side by side have a gradient and masked weights
+    each.
 
     Args:
         held_out: the rows that decide; without any, the fitting rows do.
@@ -218,12 +275,17 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
     gate = held_out if held_out.inputs else fitting
     seen = Pairs(fitting.inputs[:1], fitting.targets[:1])  # what the curve needs; the gate's rows decide
     scale = gate.spread
-    facts = {"fit_before": block_error(run, tensors, seen), "held_out_before": _wrong(run, tensors, gate) / scale}
+    facts = {
+        "fit_before": block_error(run, tensors, seen),
+        "held_out_before": _wrong(run, tensors, gate) / scale,
+    }
     best, best_masks, best_error, best_epoch, unimproved = dict(tensors), None, facts["held_out_before"], 0, 0
     free = _Free(masks, tensors, params.parts, block.dtype, block.offsets)
     groups = free.groups(params)
     if not groups:  # nothing to move, such as biases in a block without any
-        return Fitted(best, None, facts | {"fit_after": facts["fit_before"], "held_out_after": best_error, "epochs": 0})
+        return Fitted(
+            best, None, facts | {"fit_after": facts["fit_before"], "held_out_after": best_error, "epochs": 0}
+        )
     for matrix in matrices if free.weights else ():
         if matrix.whole:
             del tensors[matrix.parameter]
@@ -231,7 +293,8 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
     penalised = matrices if params.spectral.weight else ()
     norms = [Norm(matrix.view(best[matrix.parameter]), params.spectral) for matrix in penalised]
     each = fitting.spread / len(fitting)  # of a row
-    batch_rows = min(params.batch_rows, LANES * fitting.widest)  # no more rows of a lane in one pass than elsewhere
+    # no more rows of a lane in one pass than elsewhere
+    batch_rows = min(params.batch_rows, LANES * fitting.widest)
     steps = params.epochs * -(-len(fitting) // batch_rows)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate_share(done, steps))
     refreshed = params.refresh_epochs if isinstance(params, BlockParams) and remask is not None else 0
@@ -284,16 +347,23 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
             if unimproved >= params.patience:
                 break
     facts |= {"fit_after": block_error(run, best, seen), "held_out_after": best_error, "epochs": best_epoch}
-    return Fitted({name: tensor.detach() + 0.0 for name, tensor in best.items()}, best_masks, facts)  # + 0.0: no zero is negative
+    # + 0.0: no zero is negative
+    return Fitted({name: tensor.detach() + 0.0 for name, tensor in best.items()}, best_masks, facts)
 
 
 def rate_share(done: int, steps: int) -> float:
-    """The share of the learning rate after ``done`` steps: along a cosine, 1 at the first step and a tenth at the last one."""
+    """The share of the learning rate after ``done`` steps: along a cosine, 1 at the first step and
+    a tenth at the last one.
+    """
     return 0.55 + 0.45 * math.cos(math.pi * done / max(1, steps - 1))
 
 
-def minibatches(rows: int, batch_rows: int, random: Mapping[int, torch.Generator]) -> Iterator[list[list[int]]]:
-    """For each step, the numbers of ``batch_rows`` rows, lane by lane: the lanes take turns, each in a random order of its own."""
+def minibatches(
+    rows: int, batch_rows: int, random: Mapping[int, torch.Generator]
+) -> Iterator[list[list[int]]]:
+    """For each step, the numbers of ``batch_rows`` rows, lane by lane: the lanes take turns, each
+    in a random order of its own.
+    """
     orders = []
     for lane, part in enumerate(parts(rows)):
         order = torch.randperm(part.stop - part.start, generator=random[lane]) + part.start
@@ -301,4 +371,6 @@ def minibatches(rows: int, batch_rows: int, random: Mapping[int, torch.Generator
     turns = [place for turn in zip_longest(*orders) for place in turn if place is not None]
     for start in range(0, rows, batch_rows):
         chosen = turns[start : start + batch_rows]
-        yield [numbers for lane in range(LANES) if (numbers := [number for own, number in chosen if own == lane])]
+        yield [
+            numbers for lane in range(LANES) if (numbers := [number for own, number in chosen if own == lane])
+        ]

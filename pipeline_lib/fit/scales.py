@@ -1,4 +1,6 @@
-"""The scales of a block's quantised matrices as tensors of their own, so that a fit can move them; the whole numbers stay as they are."""
+"""The scales of a block's quantised matrices as tensors of their own, so that a fit can move them;
+the whole numbers stay as they are.
+"""
 
 from collections.abc import Mapping
 
@@ -18,7 +20,9 @@ class Scales:
             grids: of the matrices whose scales are to be free.
         """
         self.grids = grids
-        self.steps = {matrix: grid.steps(matrix.view(tensors[matrix.parameter])) for matrix, grid in grids.items()}
+        self.steps = {
+            matrix: grid.steps(matrix.view(tensors[matrix.parameter])) for matrix, grid in grids.items()
+        }
 
     def free(self) -> dict[str, torch.Tensor]:
         """The scales, by name."""
@@ -27,13 +31,19 @@ class Scales:
     def joined(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The block's parameters from theirs and the scales beside them; differentiable in the scales."""
         found = dict(tensors)
-        weights = [grid.spread(found.pop(f"{matrix.label}.scale")) * self.steps[matrix] for matrix, grid in self.grids.items()]
+        weights = [
+            grid.spread(found.pop(f"{matrix.label}.scale")) * self.steps[matrix]
+            for matrix, grid in self.grids.items()
+        ]
         return found | laid(list(self.grids), weights, found)
 
     @torch.no_grad()
     def settle(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """``joined``, with the scales as the checkpoint's dtype can hold them, which go into the grids."""
-        exact = {f"{matrix.label}.scale": grid.scheme.exact(tensors[f"{matrix.label}.scale"]) for matrix, grid in self.grids.items()}
+        exact = {
+            f"{matrix.label}.scale": grid.scheme.exact(tensors[f"{matrix.label}.scale"])
+            for matrix, grid in self.grids.items()
+        }
         for matrix, grid in self.grids.items():
             grid.scale = exact[f"{matrix.label}.scale"]
         return self.joined({**tensors, **exact})

@@ -41,7 +41,9 @@ class BlockParams(FitParams):
 
 
 class DistilParams(Params):
-    """Section ``distil``, with ``variants.<name>.distil`` laid over it: how the whole pruned model is trained."""
+    """Section ``distil``, with ``variants.<name>.distil`` laid over it: how the whole pruned model
+    is trained.
+    """
 
     epochs: int = Field(ge=1)
     parts: list[Literal["weights", "biases", "norms"]] = Field(min_length=1)
@@ -58,5 +60,9 @@ class DistilParams(Params):
     @model_validator(mode="after")
     def _states_move(self) -> Any:
         if self.state_dtype == "bfloat16" and self.beta2 > 0.99:
-            raise Conflict("bfloat16 rounds away what such an average gains in a step; give beta2 0.99 or less", "beta2", "state_dtype")
+            raise Conflict(
+                "bfloat16 rounds away what such an average gains in a step; give beta2 0.99 or less",
+                "beta2",
+                "state_dtype",
+            )
         return self

@@ -1,4 +1,6 @@
-"""Feature level: the Spectral Norm Loss's regulariser (2602.21652, Eq. 8), relative so that it neither underflows nor blows up."""
+"""Feature level: the Spectral Norm Loss's regulariser (2602.21652, Eq. 8), relative so that it
+neither underflows nor blows up.
+"""
 
 from collections.abc import Sequence
 
@@ -16,10 +18,13 @@ class Norm:
         for _ in range(10):
             self(weight.detach())
         initial = self(weight.detach())
-        self.initial = torch.where(initial > 0, initial, torch.ones_like(initial))  # an all-zero matrix stays at ratio 0
+        # an all-zero matrix stays at ratio 0
+        self.initial = torch.where(initial > 0, initial, torch.ones_like(initial))
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        """Differentiable in ``weight`` [R, C]; the singular vectors count as constants, which is the exact gradient at convergence."""
+        """Differentiable in ``weight`` [R, C]; the singular vectors count as constants, which is
+        the exact gradient at convergence.
+        """
         if self.params.order == "frobenius":
             return weight.norm()
         if self.params.order == "nuclear":
@@ -34,7 +39,9 @@ class Norm:
         return self(weight) / self.initial
 
     def rescaled(self, weight: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """``relative`` of diag(e^rows) W diag(e^columns), differentiable in the log scales; for p = 2 without forming the product."""
+        """``relative`` of diag(e^rows) W diag(e^columns), differentiable in the log scales; for p =
+        2 without forming the product.
+        """
         if self.params.order != "spectral":
             return self.relative(weight * (rows[:, None] + columns).exp())
         outer, inner = rows.exp(), columns.exp()
@@ -45,7 +52,9 @@ class Norm:
         return (outer * left) @ (weight @ (inner * self.right)) / self.initial
 
 
-def regulariser(norms: Sequence[Norm], weights: Sequence[torch.Tensor], params: SpectralParams) -> torch.Tensor:
+def regulariser(
+    norms: Sequence[Norm], weights: Sequence[torch.Tensor], params: SpectralParams
+) -> torch.Tensor:
     """R_p of the current weights, one scalar in (0, 1] for α ≥ 0."""
     return penalty([norm.relative(weight) for norm, weight in zip(norms, weights, strict=True)], params)
 

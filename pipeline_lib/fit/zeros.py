@@ -1,6 +1,7 @@
 """Zeros that stay: where weights are pruned, and what keeps them at zero while others are trained.
 
-It works on tensors by name, so that it serves any training loop: hold the gradients before an optimiser's step, and the weights after it.
+It works on tensors by name, so that it serves any training loop: hold the gradients before an
+optimiser's step, and the weights after it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,9 @@ class Zeros:
     @classmethod
     def of(cls, weights: Mapping[str, torch.Tensor]) -> Self:
         """Every zero of tensors with two or more dimensions; tensors without a zero are left out."""
-        return cls({name: weight != 0 for name, weight in weights.items() if weight.ndim > 1 and not weight.all()})
+        return cls(
+            {name: weight != 0 for name, weight in weights.items() if weight.ndim > 1 and not weight.all()}
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._bits)
@@ -48,7 +51,8 @@ class Zeros:
         """
         for name, tensor in tensors.items():
             if name in self:
-                tensor.masked_fill_(~self[name], 0)  # a product would leave negative zeros, and NaN where there is one
+                # a product would leave negative zeros, and NaN where there is one
+                tensor.masked_fill_(~self[name], 0)
 
 
 def _pack(mask: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""Never worse: what a block's transform is judged by, the error of the block's output on held-out rows once its matrices are pruned."""
+"""Never worse: what a block's transform is judged by, the error of the block's output on held-out
+rows once its matrices are pruned.
+"""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -23,21 +25,29 @@ Judge = Callable[[Transform], float]
 class Gate:
     """The dense stream of the held-out rows, which goes through the model once, block by block."""
 
-    def __init__(self, model: BlockModel, rows: torch.Tensor, batch_rows: int, selection: SelectionParams, compensate: bool) -> None:
+    def __init__(
+        self,
+        model: BlockModel,
+        rows: torch.Tensor,
+        batch_rows: int,
+        selection: SelectionParams,
+        compensate: bool,
+    ) -> None:
         self.model, self.selection, self.compensate = model, selection, compensate
         self.stream = model.embed(rows, deal(len(rows), batch_rows).sizes, "gate")
 
     def enter(self, index: int, dense: DenseBlock, kept: Mapping[Matrix, int]) -> Judge:
         """Pass the stream through block ``index`` (blocks come in order) and return its judge.
 
-        A judge folds a transform in, refreshes the statistics for it (no forward pass), prunes as the variant's selection says, and returns
-        E‖Y_dense − Y_sparse‖² / E‖Y_dense − E Y_dense‖².
+        A judge folds a transform in, refreshes the statistics for it (no forward pass), prunes as
+        the variant's selection says, and returns E‖Y_dense − Y_sparse‖² / E‖Y_dense − E Y_dense‖².
         """
         model, layout = self.model, dense.layout
         block = model.block(index, dense.tensors)
         inputs = self.stream.copy("gate inputs").hidden
         model.advance(block, index, self.stream)
-        rows = Pairs(inputs, self.stream.copy("gate outputs").hidden)  # the stream goes on before a judge does
+        # the stream goes on before a judge does
+        rows = Pairs(inputs, self.stream.copy("gate outputs").hidden)
 
         def judge(transform: Transform) -> float:
             transform = transform.to(model.device)

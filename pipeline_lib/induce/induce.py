@@ -1,8 +1,10 @@
-"""Learn what helps before a mask is final: function-preserving factors and selection weights, with the mask in the loop.
+"""Learn what helps before a mask is final: function-preserving factors and selection weights, with
+the mask in the loop.
 
-Source: 2602.21652, Eqs. 4, 6–11. The error of pruning a layer is taken in the original coordinates from the Gram matrix,
-E‖(W − W⊙M) X‖² = tr(ΔW G ΔWᵀ), so factors and weights act only through the mask M (docs/method.md says what follows).
-Shape letters: ``R`` outputs, ``C`` inputs of a matrix, ``d`` channels of a site.
+Source: 2602.21652, Eqs. 4, 6–11. The error of pruning a layer is taken in the original coordinates
+from the Gram matrix, E‖(W − W⊙M) X‖² = tr(ΔW G ΔWᵀ), so factors and weights act only through the
+mask M (docs/method.md says what follows). Shape letters: ``R`` outputs, ``C`` inputs of a matrix,
+``d`` channels of a site.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -47,23 +49,37 @@ class _Layer:
     """One logical matrix with everything that its score and error need."""
 
     def __init__(
-        self, matrix: Matrix, weight: torch.Tensor, kept: int, statistics: SiteStatistics, curvature: Curvature, settings: SelectionParams
+        self,
+        matrix: Matrix,
+        weight: torch.Tensor,
+        kept: int,
+        statistics: SiteStatistics,
+        curvature: Curvature,
+        settings: SelectionParams,
     ) -> None:
         self.matrix, self.weight, self.kept, self.settings = matrix, weight, kept, settings
         self.curvature = curvature
         self.gram = statistics.second_moment_matrix
         self.held_out_gram = self.gram if statistics.held_out_gram is None else statistics.held_out_gram
         self.base = (weight.square() + 1e-30).log_()
-        self.energy, self.held_out_energy = (lost(weight, None, gram).float().clamp_min(1e-30) for gram in (self.gram, self.held_out_gram))
+        self.energy, self.held_out_energy = (
+            lost(weight, None, gram).float().clamp_min(1e-30) for gram in (self.gram, self.held_out_gram)
+        )
 
-    def shifts(self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """By what the refreshed score (fast Hessian update, Eqs. 9–11) times u² moves log W²: of rows [R] and columns [C].
+    def shifts(
+        self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """By what the refreshed score (fast Hessian update, Eqs. 9–11) times u² moves log W²: of
+        rows [R] and columns [C].
 
-        No forward pass, only D; and since every score is W² times a factor per column, no pass over the matrix either.
+        No forward pass, only D; and since every score is W² times a factor per column, no pass over
+        the matrix either.
         """
         d_squared = (-2 * scales[1]).exp()  # columns of W̃ carry D⁻¹
         refreshed = Curvature(
-            self.curvature.second_moment * d_squared, self.curvature.diagonal * d_squared, self.curvature.inverse_diagonal / d_squared
+            self.curvature.second_moment * d_squared,
+            self.curvature.diagonal * d_squared,
+            self.curvature.inverse_diagonal / d_squared,
         )
         factor = saliency(self.settings.score, scales[1].exp()[None], refreshed)[0]
         return 2 * scales[0], (factor + 1e-30).log() + 2 * log_u
@@ -77,16 +93,24 @@ class _Layer:
         return self.scores(slice(None), *self.shifts(scales, log_u))
 
     def removed(
-        self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor, temperature: float, signs: torch.Tensor | None
+        self,
+        scales: tuple[torch.Tensor, torch.Tensor],
+        log_u: torch.Tensor,
+        temperature: float,
+        signs: torch.Tensor | None,
     ) -> torch.Tensor:
-        """``error`` of the mask that the refreshed score gives, with a gradient; estimated where there are signs [k, R]."""
+        """``error`` of the mask that the refreshed score gives, with a gradient; estimated where
+        there are signs [k, R].
+        """
         return Removed.apply(*self.shifts(scales, log_u), self, temperature, signs)  # type: ignore[no-untyped-call]
 
     @property
     def _by_row(self) -> bool:
         """Whether every row is chosen by itself, and alike."""
         share, spare = divmod(self.kept, len(self.weight))
-        return bool(self.settings.shape.m) or (self.settings.group == "row" and spare == 0 < share < self.weight.shape[1])
+        return bool(self.settings.shape.m) or (
+            self.settings.group == "row" and spare == 0 < share < self.weight.shape[1]
+        )
 
     def parts(self, step: int) -> Iterator[slice]:
         """Rows that can be chosen for at once: ``step`` where rows are independent, else all."""
@@ -95,7 +119,9 @@ class _Layer:
         return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the scores of one part: mask, and each comparison group's threshold, which broadcasts against it."""
+        """Of the scores of one part: mask, and each comparison group's threshold, which broadcasts
+        against it.
+        """
         if self._by_row and not self.settings.shape.m:
             return bounds(scores, self.kept // len(self.weight))
         hard = self.mask(scores)
@@ -109,7 +135,9 @@ class _Layer:
         return select(scores, self.kept, self.settings.group, self.settings.block)
 
     def _threshold(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Midway between the weakest kept and the strongest pruned score of each group; broadcasts against [R, C]."""
+        """Midway between the weakest kept and the strongest pruned score of each group; broadcasts
+        against [R, C].
+        """
         infinity = float("inf")
         kept, pruned = scores.masked_fill(~mask, infinity), scores.masked_fill(mask, -infinity)
 
@@ -121,7 +149,11 @@ class _Layer:
         pattern = self.settings.shape
         if pattern.m:
             grouped = (scores.shape[0], -1, pattern.m)
-            return middle(kept.view(grouped), pruned.view(grouped), (2,)).expand(-1, -1, pattern.m).reshape(scores.shape)
+            return (
+                middle(kept.view(grouped), pruned.view(grouped), (2,))
+                .expand(-1, -1, pattern.m)
+                .reshape(scores.shape)
+            )
         if self.settings.group == "row":
             return middle(kept, pruned, (1,))
         width = self.settings.block if self.settings.group == "block" else scores.shape[1]
@@ -141,14 +173,19 @@ class _Block:
     def __init__(self, layout: Layout, layers: list[_Layer]) -> None:
         self.layers = layers
         self.matrix_scales = [
-            MatrixScales(layout, layer.matrix, (layer.weight.shape[0], layer.weight.shape[1]), layer.weight.device) for layer in layers
+            MatrixScales(
+                layout, layer.matrix, (layer.weight.shape[0], layer.weight.shape[1]), layer.weight.device
+            )
+            for layer in layers
         ]
 
     def scales(self, number: int, theta: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log scales of the layer's rows [R] and columns [C]."""
         return self.matrix_scales[number](theta)
 
-    def log_scores(self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def log_scores(
+        self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]
+    ) -> list[torch.Tensor]:
         return [
             layer.log_scores(self.scales(number, theta), log_u.get(layer.matrix.site, torch.zeros(())))
             for number, layer in enumerate(self.layers)
@@ -165,19 +202,26 @@ class _Block:
         """Every layer's differentiable error; exact with 0 probes."""
         errors = []
         for number, layer in enumerate(self.layers):
-            drawn = torch.randint(2, (probes, len(layer.weight)), generator=random)  # on the CPU, as on any other device
+            # on the CPU, as on any other device
+            drawn = torch.randint(2, (probes, len(layer.weight)), generator=random)
             signs = 2.0 * drawn.to(layer.weight.device) - 1 if probes else None
             u = log_u.get(layer.matrix.site, torch.zeros(()))
             errors.append(layer.removed(self.scales(number, theta), u, temperature, signs))
         return errors
 
-    def masks(self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def masks(
+        self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]
+    ) -> list[torch.Tensor]:
         scores = self.log_scores(theta, log_u)
         return [layer.mask(score) for layer, score in zip(self.layers, scores, strict=True)]
 
     def held_out(self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]) -> float:
         masks = self.masks(theta, log_u)
-        return float(torch.stack([layer.error(mask, held_out=True) for layer, mask in zip(self.layers, masks, strict=True)]).mean())
+        return float(
+            torch.stack(
+                [layer.error(mask, held_out=True) for layer, mask in zip(self.layers, masks, strict=True)]
+            ).mean()
+        )
 
 
 def induce_block(
@@ -190,26 +234,39 @@ def induce_block(
 ) -> Outcome:
     """Learn one block's factors and selection weights; keep them only if the held-out rows say so.
 
-    Shifts are kept per site. Candidates for the rest: ``none``, ``start`` (what scale wrote), ``learned`` (the best checked step).
-    L = mean layer error + λ R_p (Eqs. 6–8); Adam on log factors, projected to geometric mean 1 and the box |log| ≤ limit after every step.
+    Shifts are kept per site. Candidates for the rest: ``none``, ``start`` (what scale wrote),
+    ``learned`` (the best checked step). L = mean layer error + λ R_p (Eqs. 6–8); Adam on log
+    factors, projected to geometric mean 1 and the box |log| ≤ limit after every step.
 
     Args:
         dense: the block; its name keys the random signs with the seed.
         kept: how many weights each included matrix keeps; its mask is learned at that count.
-        judge: gives a candidate's error, the least of which wins (``gate.Gate``); without it, the held-out layer error is taken.
+        judge: gives a candidate's error, the least of which wins (``gate.Gate``); without it, the
+            held-out layer error is taken.
     """
     layout, where, given = dense.layout, dense.where, dense.statistics
     device = given[layout.sites[0].name].mean.device
     start = start.to(device)
     if judge:
         start = Transform(start.factors, _worthy(start.shifts, judge), {})
-    statistics = {site.name: refresh(given[site.name], None, start.shifts.get(site.name)) for site in layout.sites}
+    statistics = {
+        site.name: refresh(given[site.name], None, start.shifts.get(site.name)) for site in layout.sites
+    }
     curvatures = {
-        name: factorise(site.second_moment_matrix, selection.damping, selection.damping_of, f"{where} {name}").whole()
+        name: factorise(
+            site.second_moment_matrix, selection.damping, selection.damping_of, f"{where} {name}"
+        ).whole()
         for name, site in statistics.items()
     }
     layers = [
-        _Layer(m, m.view(dense.tensors[m.parameter]).float(), kept[m], statistics[m.site], curvatures[m.site], selection)
+        _Layer(
+            m,
+            m.view(dense.tensors[m.parameter]).float(),
+            kept[m],
+            statistics[m.site],
+            curvatures[m.site],
+            selection,
+        )
         for m in layout.matrices
         if m in kept
     ]
@@ -219,12 +276,18 @@ def induce_block(
     plain = Transform({}, start.shifts, {})
     held_out = {"none": block.held_out(nothing, nothing), "start": block.held_out(started, nothing)}
     judged = {"none": judge(plain), "start": judge(start)} if judge else dict(held_out)
-    # Learning sets out from the better of the two: what serves Magnitude can misguide scores that already know the inputs.
+    # Learning sets out from the better of the two: what serves Magnitude can misguide scores that
+    # already know the inputs.
     ahead = judged["start"] < judged["none"]
     theta = {
-        c.name: started[c.name].clone() if ahead and c.name in started else torch.zeros(c.size, device=device) for c in layout.couplings
+        c.name: started[c.name].clone() if ahead and c.name in started else torch.zeros(c.size, device=device)
+        for c in layout.couplings
     }
-    log_u = {site.name: torch.zeros(len(site.index), device=device) for site in layout.sites} if params.importance else {}
+    log_u = (
+        {site.name: torch.zeros(len(site.index), device=device) for site in layout.sites}
+        if params.importance
+        else {}
+    )
     candidates = {"none": (nothing, nothing), "start": (started, nothing), "learned": (dict(theta), nothing)}
     origin = "start" if ahead else "none"
     held_out["learned"], judged["learned"] = held_out[origin], judged[origin]
@@ -241,7 +304,8 @@ def induce_block(
             loss = torch.stack(block.removed(theta, log_u, params.temperature, params.probes, random)).mean()
             if params.spectral.weight:
                 ratios = [
-                    norm.rescaled(layer.weight, *block.scales(n, theta)) for n, (norm, layer) in enumerate(zip(norms, layers, strict=True))
+                    norm.rescaled(layer.weight, *block.scales(n, theta))
+                    for n, (norm, layer) in enumerate(zip(norms, layers, strict=True))
                 ]
                 loss = loss + params.spectral.weight * penalty(ratios, params.spectral)
             optimiser.zero_grad()
@@ -262,7 +326,9 @@ def induce_block(
                 break
     with torch.no_grad():
         if held_out["learned"] < held_out[origin]:  # else it is where it set out from
-            judged["learned"] = judge(_transform(*candidates["learned"], start)) if judge else held_out["learned"]
+            judged["learned"] = (
+                judge(_transform(*candidates["learned"], start)) if judge else held_out["learned"]
+            )
         choice = min(judged, key=lambda name: (judged[name], list(judged).index(name)))
         best_theta, best_u = candidates[choice]
         before, after = block.masks(nothing, nothing), block.masks(best_theta, best_u)
@@ -272,8 +338,12 @@ def induce_block(
     return Outcome(transform, choice, judged, held_out, curve, changed)
 
 
-def _worthy(shifts: Mapping[str, torch.Tensor], judge: Callable[[Transform], float]) -> dict[str, torch.Tensor]:
-    """The sites' shifts that lower the judged error, tried one after the other: the mean a nonlinearity wants is not always the inputs' own."""
+def _worthy(
+    shifts: Mapping[str, torch.Tensor], judge: Callable[[Transform], float]
+) -> dict[str, torch.Tensor]:
+    """The sites' shifts that lower the judged error, tried one after the other: the mean a
+    nonlinearity wants is not always the inputs' own.
+    """
     kept: dict[str, torch.Tensor] = {}
     error = judge(Transform()) if shifts else 0.0
     for site, shift in shifts.items():
@@ -287,6 +357,10 @@ def _copied(logs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: log.detach().clone() for name, log in logs.items()}
 
 
-def _transform(theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor], start: Transform) -> Transform:
-    factors, importance = ({name: value.detach().exp() for name, value in part.items()} for part in (theta, log_u))
+def _transform(
+    theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor], start: Transform
+) -> Transform:
+    factors, importance = (
+        {name: value.detach().exp() for name, value in part.items()} for part in (theta, log_u)
+    )
     return Transform(factors, start.shifts, importance)

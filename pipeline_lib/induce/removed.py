@@ -1,7 +1,9 @@
-"""What pruning removes, as a function of score shifts: the mask-in-the-loop loss with its straight-through gradient in closed form.
+"""What pruning removes, as a function of score shifts: the mask-in-the-loop loss with its
+straight-through gradient in closed form.
 
-log scores are B + r 1ᵀ + 1 cᵀ, so the gradient flows through row and column sums only: nothing of the matrix's size is kept for
-backward, and rows are taken in parts that stay in the cache. Shape letters: ``R`` outputs, ``C`` inputs, ``k`` probes.
+log scores are B + r 1ᵀ + 1 cᵀ, so the gradient flows through row and column sums only: nothing of
+the matrix's size is kept for backward, and rows are taken in parts that stay in the cache. Shape
+letters: ``R`` outputs, ``C`` inputs, ``k`` probes.
 """
 
 from collections.abc import Iterator
@@ -23,21 +25,30 @@ class Scored(Protocol):
 
 
 class Removed(torch.autograd.Function):
-    """tr(ΔW G ΔWᵀ) / tr(W G Wᵀ) (2602.21652, Eq. 4) with ΔW = W − W⊙M, differentiable in the shifts r [R] and c [C] of the log scores.
+    """tr(ΔW G ΔWᵀ) / tr(W G Wᵀ) (2602.21652, Eq. 4) with ΔW = W − W⊙M, differentiable in the shifts
+    r [R] and c [C] of the log scores.
 
-    The mask's gradient is that of a sigmoid around each comparison group's threshold. With signs z ∈ {±1}, [k, R], the part of G off
-    its diagonal is taken by Hutchinson's estimate, mean of (zᵀΔW)(G − diag G)(zᵀΔW)ᵀ: unbiased, 4RCk + 2C²k instead of 2RC² operations.
+    The mask's gradient is that of a sigmoid around each comparison group's threshold. With signs z
+    ∈ {±1}, [k, R], the part of G off its diagonal is taken by Hutchinson's estimate, mean of
+    (zᵀΔW)(G − diag G)(zᵀΔW)ᵀ: unbiased, 4RCk + 2C²k instead of 2RC² operations.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, columns: torch.Tensor, layer: Scored, temperature: float, signs: torch.Tensor | None
+        ctx: Any,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+        layer: Scored,
+        temperature: float,
+        signs: torch.Tensor | None,
     ) -> torch.Tensor:
         weight, gram, diagonal = layer.weight, layer.gram, layer.gram.diagonal()
         grad_rows, grad_columns, loss = torch.zeros_like(rows), torch.zeros_like(columns), rows.new_zeros(())
 
         def slope(part: slice, scores: torch.Tensor, threshold: torch.Tensor, left: torch.Tensor) -> None:
-            """Add −2 W ∘ (ΔW G) ∘ σ'((scores − threshold) / T) / T, summed over columns and rows; overwrites its arguments."""
+            """Add −2 W ∘ (ΔW G) ∘ σ'((scores − threshold) / T) / T, summed over columns and rows;
+            overwrites its arguments.
+            """
             soft = scores.sub_(threshold).div_(temperature).sigmoid_()
             moved = torch.ops.aten.sigmoid_backward(left.mul_(weight[part]), soft)
             grad_rows[part] += moved.sum(1)
@@ -66,7 +77,9 @@ class Removed(torch.autograd.Function):
             for part, mask, threshold in kept:
                 left = (weight[part] * ~mask).mul_(diagonal).addmm_(signs[:, part].T, through)
                 slope(part, layer.scores(part, rows, columns), threshold, left)
-        ctx.save_for_backward(*(total * (-2 / (temperature * layer.energy)) for total in (grad_rows, grad_columns)))
+        ctx.save_for_backward(
+            *(total * (-2 / (temperature * layer.energy)) for total in (grad_rows, grad_columns))
+        )
         return loss / layer.energy
 
     @staticmethod

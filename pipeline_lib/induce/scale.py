@@ -1,6 +1,7 @@
 """Distribution level: where the function-preserving factors and shifts start (2602.21652, Sec. 2.2–2.3).
 
-Convention: a factor d > 0 acts on a site's input as X' = D X and on its consumers as W' = W D⁻¹; Eq. 3's s is 1/d.
+Convention: a factor d > 0 acts on a site's input as X' = D X and on its consumers as W' = W D⁻¹;
+Eq. 3's s is 1/d.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,9 @@ from pipeline_lib.stats.moments import SiteStatistics
 
 
 def normalise(log_factor: torch.Tensor, limit: float) -> torch.Tensor:
-    """log s with mean 0 (geometric mean 1) inside the box |log s| ≤ limit; alternating the two converges fast."""
+    """log s with mean 0 (geometric mean 1) inside the box |log s| ≤ limit; alternating the two
+    converges fast.
+    """
     for _ in range(8):
         log_factor = (log_factor - log_factor.mean()).clamp(-limit, limit)
     return log_factor
@@ -23,8 +26,8 @@ def normalise(log_factor: torch.Tensor, limit: float) -> torch.Tensor:
 def start_of_site(statistics: SiteStatistics, params: ScaleParams) -> torch.Tensor:
     """s [d] of Eq. 3 for one site's channels, before normalisation.
 
-    ``eq5``: s_j = (median_j − g(mean_j))² (Eq. 5); ``second_moment``: s_j = sqrt(G_jj), which turns Magnitude into Wanda;
-    ``maximum``: s_j = (max |X_j|)^power.
+    ``eq5``: s_j = (median_j − g(mean_j))² (Eq. 5); ``second_moment``: s_j = sqrt(G_jj), which turns
+    Magnitude into Wanda; ``maximum``: s_j = (max |X_j|)^power.
     """
     if params.start == "eq5":
         mean = statistics.mean if params.monotone == "identity" else torch.tanh(statistics.mean)
@@ -42,24 +45,32 @@ def _floored_log(s: torch.Tensor) -> torch.Tensor:
 
 
 def _balanced(coupling: Coupling, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """log of the factor that gives the two matrices' entries behind each of its channels equal norms; 0 where one side is zero."""
+    """log of the factor that gives the two matrices' entries behind each of its channels equal
+    norms; 0 where one side is zero.
+    """
     squares = torch.zeros(2, coupling.size)
     for tie in coupling.ties:
         if tensors[tie.parameter].ndim > (tie.expert is not None) + 1:
             entries = tie.entries(tensors[tie.parameter].float()).square().sum(1)
             squares[0 if tie.power > 0 else 1].index_add_(0, numbers(tie.index), entries)
     up, down = squares
-    return torch.where((up > 0) & (down > 0), (down.clamp_min(1e-30).log() - up.clamp_min(1e-30).log()) / 4, 0.0)
+    return torch.where(
+        (up > 0) & (down > 0), (down.clamp_min(1e-30).log() - up.clamp_min(1e-30).log()) / 4, 0.0
+    )
 
 
 def starting_factors(
-    layout: Layout, tensors: Mapping[str, torch.Tensor], statistics: Mapping[str, SiteStatistics], params: ScaleParams
+    layout: Layout,
+    tensors: Mapping[str, torch.Tensor],
+    statistics: Mapping[str, SiteStatistics],
+    params: ScaleParams,
 ) -> dict[str, torch.Tensor]:
     """For every coupling of a block, factors d [size] in float32 with geometric mean 1.
 
-    Couplings of a norm start from their site's statistics, and so do pairs of matrices with ``pairs: inputs``; with ``balance``,
-    and always for Q and K, which no site lies between, a pair starts where both sides have equal norms once the norms' factors are
-    in. A coupling whose factor reaches several channels of its site (grouped queries) starts from the mean of their logs.
+    Couplings of a norm start from their site's statistics, and so do pairs of matrices with
+    ``pairs: inputs``; with ``balance``, and always for Q and K, which no site lies between, a pair
+    starts where both sides have equal norms once the norms' factors are in. A coupling whose factor
+    reaches several channels of its site (grouped queries) starts from the mean of their logs.
     """
     if params.start == "identity":
         return {coupling.name: torch.ones(coupling.size) for coupling in layout.couplings}
@@ -85,11 +96,17 @@ def starting_factors(
 
 def _is_pair(coupling: Coupling, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether the factor runs between matrices, not from a norm to matrices."""
-    return all(any(tensors[t.parameter].ndim >= 2 for t in coupling.ties if t.power == power) for power in (1, -1))
+    return all(
+        any(tensors[t.parameter].ndim >= 2 for t in coupling.ties if t.power == power) for power in (1, -1)
+    )
 
 
-def shifts(layout: Layout, statistics: Mapping[str, SiteStatistics], params: ScaleParams) -> dict[str, torch.Tensor]:
-    """δ [d] for the sites all of whose consumers have a bias to take b̃ = b + W δ (Eq. 3), in the original coordinates."""
+def shifts(
+    layout: Layout, statistics: Mapping[str, SiteStatistics], params: ScaleParams
+) -> dict[str, torch.Tensor]:
+    """δ [d] for the sites all of whose consumers have a bias to take b̃ = b + W δ (Eq. 3), in the
+    original coordinates.
+    """
     if params.shift == "none":
         return {}
     return {

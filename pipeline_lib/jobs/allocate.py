@@ -14,11 +14,20 @@ def allocate(workspace: Workspace, variant: str, part: AllocatePart) -> str:
     """Write matrix -> kept count, checked against the budget; a sentence on it.
 
     Raises:
-        SparselineError: an N:M pattern does not divide a matrix, a sparsity by hand cannot be had, or no allocation meets the budget.
+        SparselineError: an N:M pattern does not divide a matrix, a sparsity by hand cannot be had,
+            or no allocation meets the budget.
     """
     listed = workspace.included()
     pattern = Pattern.parse(part.pattern)
-    units = [Unit(m["name"], m["block"], m["shape"][0] * m["shape"][1], pattern.quantum(m["name"], tuple(m["shape"]))) for m in listed]
+    units = [
+        Unit(
+            m["name"],
+            m["block"],
+            m["shape"][0] * m["shape"][1],
+            pattern.quantum(m["name"], tuple(m["shape"])),
+        )
+        for m in listed
+    ]
     total = sum(unit.size for unit in units)
     measured: Measured = {}
     if part.allocation.method in CURVES:
@@ -28,7 +37,9 @@ def allocate(workspace: Workspace, variant: str, part: AllocatePart) -> str:
     key = f"selection.sparsity of {variant}"
     given = by_hand(units, [m["names"] for m in listed], part.by_hand, key)
     rest, sparsity = left(units, given, part.sparsity, key)
-    found = given | dict(zip([unit.name for unit in rest], counts(rest, sparsity, part.allocation, measured), strict=True))
+    found = given | dict(
+        zip([unit.name for unit in rest], counts(rest, sparsity, part.allocation, measured), strict=True)
+    )
     kept = [found[unit.name] for unit in units]
     check(sum(kept), target(part.sparsity, total), max(unit.quantum for unit in units))
     densities = [count / unit.size for count, unit in zip(kept, units, strict=True)]
@@ -41,6 +52,8 @@ def allocate(workspace: Workspace, variant: str, part: AllocatePart) -> str:
             "greatest_density": max(densities),
         },
     )
-    spread = f", densities {min(densities):.1%} to {max(densities):.1%}" if max(densities) > min(densities) else ""
+    spread = (
+        f", densities {min(densities):.1%} to {max(densities):.1%}" if max(densities) > min(densities) else ""
+    )
     hand = f", {len(given)} of {len(units)} matrices by hand" if given else ""
     return f"{part.allocation.method}{hand}, {sum(kept):,} of {total:,} weights{spread}"

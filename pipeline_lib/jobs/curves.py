@@ -14,8 +14,11 @@ from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import stored_or_walked
 
 
-def curves(workspace: Workspace, source: ModelParams, variant: str, part: CurvesPart, calibrate: CalibrateParams) -> str:
-    """Every matrix pruned to a few densities, what that changes, weighted by what the loss feels; a sentence on it.
+def curves(
+    workspace: Workspace, source: ModelParams, variant: str, part: CurvesPart, calibrate: CalibrateParams
+) -> str:
+    """Every matrix pruned to a few densities, what that changes, weighted by what the loss feels; a
+    sentence on it.
 
     Raises:
         SparselineError: an N:M pattern does not divide a matrix, or an error is NaN or infinite.
@@ -32,7 +35,9 @@ def curves(workspace: Workspace, source: ModelParams, variant: str, part: Curves
     weighted = False
     statistics = stored_or_walked(workspace.opened(workspace.statistics), model, fit, fit[:0], calibrate)
     for index, sites in track(statistics, f"curves {variant}", "blocks", entry.depth):
-        own = [matrix for matrix in entry.layouts[index].matrices if entry.matrix_name(index, matrix) in listed]
+        own = [
+            matrix for matrix in entry.layouts[index].matrices if entry.matrix_name(index, matrix) in listed
+        ]
         path = artifacts.block_file(directory, index)
         moments = artifacts.read_tensors(path)[0] if path.exists() else {}
         weighted = weighted or bool(moments)

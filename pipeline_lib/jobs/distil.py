@@ -35,10 +35,17 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, params: Dist
     pruned = open_checkpoint(directory / "checkpoint", model.checkpoint.architecture, source.remote_code)
     rows = calibration_rows(workspace)
     if not len(rows["held_out"]):
-        click.echo(f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide what is kept")
+        click.echo(
+            f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide what is kept"
+        )
     described = f"{params.model_dump_json()} {source.model_dump_json()}"
     inputs = [workspace.model, directory / seals.FILE, calibration_file(workspace)]
-    wanted = stream_bytes(rows["fit"].numel(), rows["held_out"].numel(), model.checkpoint.architecture.width, model.dtype.itemsize)
+    wanted = stream_bytes(
+        rows["fit"].numel(),
+        rows["held_out"].numel(),
+        model.checkpoint.architecture.width,
+        model.dtype.itemsize,
+    )
     with scratch.hold("distil", runtime.resume_key("distil", described, inputs), what) as held:
         watched = partial(track, what=f"{what}, dense model", units="blocks")
         given = lesson(model, rows, params, room(model.device, held.own, wanted), watched)
@@ -65,7 +72,10 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, params: Dist
         }
         workspace.save(workspace.training(variant), facts)
     became = f"{after:.4f}" if math.isfinite(after) else "no number"
-    return f"divergence from the dense model on held-out rows {before:.4f} → {became} nats a token; {'kept' if kept else 'not kept, the pruned checkpoint stands'}"
+    return (
+        f"divergence from the dense model on held-out rows {before:.4f} → {became} nats a token;"
+        f" {'kept' if kept else 'not kept, the pruned checkpoint stands'}"
+    )
 
 
 def opened(model: BlockModel, pruned: Checkpoint, masks: Masks, params: DistilParams) -> list[Trained]:
@@ -74,17 +84,25 @@ def opened(model: BlockModel, pruned: Checkpoint, masks: Masks, params: DistilPa
     for index, layout in enumerate(model.checkpoint.architecture.layouts):
         prefix = pruned.block_prefix(index)
         own = {name.removeprefix(prefix): mask.to(model.device) for name, mask in masks.block(index).items()}
-        tensors = {name: tensor.to(model.device, copy=True) for name, tensor in pruned.block(index).items()}  # maps the file otherwise
+        # maps the file otherwise
+        tensors = {name: tensor.to(model.device, copy=True) for name, tensor in pruned.block(index).items()}
         found.append(Trained(tensors, own, layout, params))
     return found
 
 
-def _trained(given: Lesson, blocks: Sequence[Trained], params: DistilParams, states: "_States") -> list[float]:
-    """Train the blocks in place, from the latest state on; each step's mean KL, up to the first that is no number."""
+def _trained(
+    given: Lesson, blocks: Sequence[Trained], params: DistilParams, states: "_States"
+) -> list[float]:
+    """Train the blocks in place, from the latest state on; each step's mean KL, up to the first
+    that is no number.
+    """
     curve, steps = states.latest(blocks), given.steps(params)
     if curve:
         click.echo(f"{states.what}: resuming after {len(curve)} of {steps} steps")
-    with Progress(states.what, steps, "steps", len(curve)) as progress, closing(train(given, blocks, params, len(curve))) as values:
+    with (
+        Progress(states.what, steps, "steps", len(curve)) as progress,
+        closing(train(given, blocks, params, len(curve))) as values,
+    ):
         for value in values:
             curve.append(value)
             if not math.isfinite(value):
@@ -97,7 +115,9 @@ def _trained(given: Lesson, blocks: Sequence[Trained], params: DistilParams, sta
 
 
 class _States:
-    """What a killed run goes on from: every block's weights and averages after some step, a file per block."""
+    """What a killed run goes on from: every block's weights and averages after some step, a file
+    per block.
+    """
 
     def __init__(self, directory: Path, what: str) -> None:
         self.what = what

@@ -1,4 +1,6 @@
-"""Perplexities and completions of one saved checkpoint, or of the source model (``dense``); of a checkpoint also how far it is from the source."""
+"""Perplexities and completions of one saved checkpoint, or of the source model (``dense``); of a
+checkpoint also how far it is from the source.
+"""
 
 from functools import partial
 
@@ -32,7 +34,9 @@ def evaluate(workspace: Workspace, source: ModelParams, name: str, part: Evaluat
             passed = partial(track, what=f"evaluate {name}, {text}, dense model", units="blocks")
             compared = Divergence(dense.logits(rows, params.batch_rows, passed), params.reverse_kl)
         watched = partial(track, what=f"evaluate {name}, {text}", units="batches")
-        perplexities[text] = perplexity(model, rows, params.batch_rows, watched, None if compared is None else compared.add)
+        perplexities[text] = perplexity(
+            model, rows, params.batch_rows, watched, None if compared is None else compared.add
+        )
         if compared is not None:
             divergences[text] = compared.summary()
     watched = partial(track, what=f"evaluate {name}, completions", units="tokens")
@@ -40,4 +44,6 @@ def evaluate(workspace: Workspace, source: ModelParams, name: str, part: Evaluat
     workspace.save(workspace.evaluation(name), {"perplexity": perplexities, "divergence": divergences})
     workspace.save(workspace.completions(name), {"completions": completions})
     told = {text: f", KL {found['kl']:.4f}" for text, found in divergences.items()}
-    return ", ".join(f"perplexity {text} {value:.3f}{told.get(text, '')}" for text, value in perplexities.items())
+    return ", ".join(
+        f"perplexity {text} {value:.3f}{told.get(text, '')}" for text, value in perplexities.items()
+    )

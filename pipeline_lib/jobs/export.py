@@ -14,10 +14,14 @@ from pipeline_lib.models.source import open_source
 def export_variant(workspace: Workspace, source: ModelParams, variant: str, params: ExportParams) -> str:
     """Each format with a model card; a sentence on their sizes."""
     facts = workspace.load(workspace.facts(variant))
-    pruned = Pruned(variant, workspace.load(workspace.model), facts, workspace.load(workspace.training(variant)))
+    pruned = Pruned(
+        variant, workspace.load(workspace.model), facts, workspace.load(workspace.training(variant))
+    )
     own, dense = (workspace.load(workspace.evaluation(name)) for name in (variant, DENSE))
     judged = verdict(workspace, variant, params.verdict)
-    written = partial(card, pruned, Measured(own["perplexity"], dense["perplexity"], own["divergence"], judged))
+    written = partial(
+        card, pruned, Measured(own["perplexity"], dense["perplexity"], own["divergence"], judged)
+    )
     directory = workspace.opened(workspace.pruned(variant))
     left = Variant(variant, facts["settings"]["selection"]["pattern"], directory, workspace.trained(variant))
     sizes = export(open_source(workspace, source), left, workspace.export(variant), params.formats, written)

@@ -13,14 +13,19 @@ from pipeline_lib.texts.texts import GeneratedParams, TextParams, read_texts
 TRIED = 16  # documents for each row, after which it is given up
 
 
-def generate(workspace: Workspace, source: ModelParams, name: str, params: TextParams, how: GeneratedParams) -> str:
-    """Write documents, each a prompt and what the model goes on with, until there are enough for the text's rows; a sentence on it.
+def generate(
+    workspace: Workspace, source: ModelParams, name: str, params: TextParams, how: GeneratedParams
+) -> str:
+    """Write documents, each a prompt and what the model goes on with, until there are enough for
+    the text's rows; a sentence on it.
 
-    Prompts are taken in turn, and again from the first one after the last: another number draws other tokens. The start token stands before a
-    document's prompt while it is continued, and is no part of what is written.
+    Prompts are taken in turn, and again from the first one after the last: another number draws
+    other tokens. The start token stands before a document's prompt while it is continued, and is no
+    part of what is written.
 
     Raises:
-        SparselineError: prompts cannot be made, or do not fit the model's positions; or the model ends texts before they have as many tokens as needed.
+        SparselineError: prompts cannot be made, or do not fit the model's positions; or the model
+            ends texts before they have as many tokens as needed.
     """
     model, tokenizer = open_subject(workspace, source, DENSE, source.compute_dtype)
     begins = start(params.start, model.config.model_type, tokenizer)
@@ -29,7 +34,8 @@ def generate(workspace: Workspace, source: ModelParams, name: str, params: TextP
     most = (window or 2**31) - how.new_tokens - len(lead)
     if most < 1 or (not params.chat_template and how.prompt_tokens > most):
         raise SparselineError(
-            f"params.yaml: texts.{name}.generated: a prompt and {how.new_tokens} new tokens do not fit the model's {window} positions; lower new_tokens."
+            f"params.yaml: texts.{name}.generated: a prompt and {how.new_tokens} new tokens do not fit the"
+            f" model's {window} positions; lower new_tokens."
         )
     texts = read_texts(params)
     found = prompts(tokenizer, texts, params, how, most)
@@ -41,18 +47,35 @@ def generate(workspace: Workspace, source: ModelParams, name: str, params: TextP
         while done < wanted:
             if not joined and len(documents) >= TRIED * wanted:
                 raise SparselineError(
-                    f"The model ends its texts early: {done} of {len(documents)} documents of the text {name} have {params.length} tokens. Set packing: "
-                    "concatenate, or lower length."
+                    f"The model ends its texts early: {done} of {len(documents)} documents of the text"
+                    f" {name} have {params.length} tokens. Set packing: concatenate, or lower length."
                 )
             numbers = range(len(documents), len(documents) + how.batch_rows)
             batch = [found[number % len(found)] for number in numbers]
-            for prompt, new in zip(batch, continued(model, [lead + prompt for prompt in batch], numbers, drawing, stops), strict=True):
+            for prompt, new in zip(
+                batch,
+                continued(model, [lead + prompt for prompt in batch], numbers, drawing, stops),
+                strict=True,
+            ):
                 if done >= wanted:  # the text does not depend on the size of the batch
                     break
-                documents.append(prompt + (new[:-1] if new[-1] in stops and not params.chat_template else new))
-                added = min(wanted - done, len(documents[-1]) if joined else int(len(documents[-1]) >= params.length))
+                documents.append(
+                    prompt + (new[:-1] if new[-1] in stops and not params.chat_template else new)
+                )
+                added = min(
+                    wanted - done, len(documents[-1]) if joined else int(len(documents[-1]) >= params.length)
+                )
                 done += added
                 progress.advance(added)
-    facts = texts.provenance | {"kind": "generated", "prompts": len(found), "generated": how.model_dump(mode="json")}
-    workspace.save(workspace.generated(name), {"documents": documents, "facts": facts | {"documents": len(documents)}})
-    return f"{len(documents)} documents of {sum(map(len, documents)):,} tokens, prompts included, from {len(found)} prompts"
+    facts = texts.provenance | {
+        "kind": "generated",
+        "prompts": len(found),
+        "generated": how.model_dump(mode="json"),
+    }
+    workspace.save(
+        workspace.generated(name), {"documents": documents, "facts": facts | {"documents": len(documents)}}
+    )
+    return (
+        f"{len(documents)} documents of {sum(map(len, documents)):,} tokens, prompts included, from"
+        f" {len(found)} prompts"
+    )

@@ -20,7 +20,9 @@ from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import InTurn, stored_or_walked
 
 
-def induce(workspace: Workspace, source: ModelParams, variant: str, part: InducePart, calibrate: CalibrateParams) -> str:
+def induce(
+    workspace: Workspace, source: ModelParams, variant: str, part: InducePart, calibrate: CalibrateParams
+) -> str:
     """Block by block, kept only where the held-out rows agree; resumes after a kill. A sentence on it."""
     what = f"induce {variant}"
     model = open_model(workspace, source)
@@ -30,10 +32,13 @@ def induce(workspace: Workspace, source: ModelParams, variant: str, part: Induce
     rows = calibration_rows(workspace)
     judging = rows["held_out"]
     if not len(judging):
-        click.echo(f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide what is kept")
+        click.echo(
+            f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide what is kept"
+        )
         judging = rows["fit"]
     gate = Gate(model, judging, calibrate.batch_rows, part.selection, part.compensate)
-    # The statistics follow from the model, the rows and `calibrate`; their own files may be too large to hash.
+    # The statistics follow from the model, the rows and `calibrate`; their own files may be too
+    # large to hash.
     described = " ".join(one.model_dump_json() for one in (part, source, calibrate))
     inputs = [workspace.model, workspace.allocation(variant), workspace.start, calibration_file(workspace)]
     with scratch.hold("induce", runtime.resume_key("induce", described, inputs), what) as held:
@@ -41,14 +46,19 @@ def induce(workspace: Workspace, source: ModelParams, variant: str, part: Induce
         if done := sum(map(kept.finished, range(entry.depth))):
             click.echo(f"{what}: resuming after {done} of {entry.depth} blocks")
         outcomes = {}
-        statistics = stored_or_walked(workspace.opened(workspace.statistics), model, rows["fit"], rows["held_out"], calibrate)
+        statistics = stored_or_walked(
+            workspace.opened(workspace.statistics), model, rows["fit"], rows["held_out"], calibrate
+        )
         for index, sites in track(statistics, what, "blocks", entry.depth):
             if isinstance(sites, InTurn):  # every step wants all of them
                 raise SparselineError(
-                    f"{what}: the Gram matrices of the experts of block {index} are larger than SPARSELINE_GRAM_BYTES; "
-                    f"raise it, or set variants.{variant}.induce to null."
+                    f"{what}: the Gram matrices of the experts of block {index} are larger than"
+                    f" SPARSELINE_GRAM_BYTES; raise it, or set variants.{variant}.induce to null."
                 )
-            tensors = {name: tensor.to(model.device, torch.float32) for name, tensor in checkpoint.block(index).items()}
+            tensors = {
+                name: tensor.to(model.device, torch.float32)
+                for name, tensor in checkpoint.block(index).items()
+            }
             names = {matrix: entry.matrix_name(index, matrix) for matrix in entry.layouts[index].matrices}
             counts = {matrix: allocated[name] for matrix, name in names.items() if name in allocated}
             dense = DenseBlock(entry.layouts[index], f"{entry.blocks}.{index}", tensors, sites)
@@ -67,7 +77,11 @@ def induce(workspace: Workspace, source: ModelParams, variant: str, part: Induce
             "curve": curve,
         }
         with workspace.directory(workspace.induced(variant)) as directory:
-            write_transforms(directory / "transform.safetensors", {index: outcome.transform for index, outcome in outcomes.items()}, facts)
+            write_transforms(
+                directory / "transform.safetensors",
+                {index: outcome.transform for index, outcome in outcomes.items()},
+                facts,
+            )
             artifacts.write_json(directory / "curve.json", curve)
     choices = [outcome.choice for outcome in outcomes.values()]
     tally = ", ".join(f"{choice} in {choices.count(choice)}" for choice in ("learned", "start", "none"))

@@ -19,13 +19,26 @@ from pipeline_lib.recipe.variants import Variant, read_all
 from pipeline_lib.stats.settings import CalibrateParams
 
 STAGES = (
-    *("prepare", "generate", "text", "calibrate", "scale", "sensitivity", "curves", "allocate", "induce", "prune", "distil"),
+    *(
+        "prepare",
+        "generate",
+        "text",
+        "calibrate",
+        "scale",
+        "sensitivity",
+        "curves",
+        "allocate",
+        "induce",
+        "prune",
+        "distil",
+    ),
     *("evaluate", "tasks", "export", "choose", "report"),
 )
 
 
 def write(workspace: Workspace) -> str:
-    """Check all of it, and write a file per stage, or per stage and variant; null where the stage has nothing to do. A sentence on it.
+    """Check all of it, and write a file per stage, or per stage and variant; null where the stage
+    has nothing to do. A sentence on it.
 
     Raises:
         SparselineError: a name or a value cannot be used.
@@ -36,9 +49,13 @@ def write(workspace: Workspace) -> str:
     versions = artifacts.read_json(environment.FILE)
     with artifacts.replacing(workspace.keys) as directory:
         for place, part in found.items():
-            artifacts.write_json(directory / f"{place}.json", None if part is None else part.model_dump(mode="json"))
+            artifacts.write_json(
+                directory / f"{place}.json", None if part is None else part.model_dump(mode="json")
+            )
         for stage in STAGES:
-            artifacts.write_json(directory / "code" / f"{stage}.json", {"sha256": code.digest(stage), "versions": versions})
+            artifacts.write_json(
+                directory / "code" / f"{stage}.json", {"sha256": code.digest(stage), "versions": versions}
+            )
     _tidy(workspace, variants)
     return f"{len(variants)} variants: {', '.join(variants)}"
 
@@ -51,7 +68,10 @@ def parts(variants: Mapping[str, Variant]) -> dict[str, BaseModel | None]:
     """
     baseline = params.section("report.baseline")
     if not isinstance(baseline, str) or baseline not in variants:
-        raise SparselineError(f"{params.FILE}: report.baseline = {baseline!r} is no variant; variants: {', '.join(variants) or 'none'}.")
+        raise SparselineError(
+            f"{params.FILE}: report.baseline = {baseline!r} is no variant; variants:"
+            f" {', '.join(variants) or 'none'}."
+        )
     found: dict[str, BaseModel | None] = {
         "calibrate": calibrate(variants),
         "scale": scale(variants),
@@ -75,8 +95,13 @@ def parts(variants: Mapping[str, Variant]) -> dict[str, BaseModel | None]:
 
 
 def _tidy(workspace: Workspace, variants: Mapping[str, Variant]) -> None:
-    """Remove what entries that are gone from params.yaml have left: stages read whole directories, and DVC leaves it. The cache keeps it."""
-    texts = {name: text.get("use") if isinstance(text, Mapping) else None for name, text in params.section("texts").items()}
+    """Remove what entries that are gone from params.yaml have left: stages read whole directories,
+    and DVC leaves it. The cache keeps it.
+    """
+    texts = {
+        name: text.get("use") if isinstance(text, Mapping) else None
+        for name, text in params.section("texts").items()
+    }
     for left in workspace.texts("").glob("*/*.safetensors"):
         if texts.get(left.stem) != left.parent.name:
             artifacts.remove(left)
@@ -114,7 +139,8 @@ class TasksPart(params.Params):
 
 
 def tasks(name: str, variants: Mapping[str, Variant]) -> TasksPart | None:
-    """Of a variant, or of the source model, which is measured on all that any variant is measured on; None without any preset.
+    """Of a variant, or of the source model, which is measured on all that any variant is measured
+    on; None without any preset.
 
     Raises:
         SparselineError: a variant names a preset that there is none of.

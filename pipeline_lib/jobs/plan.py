@@ -30,13 +30,22 @@ from pipeline_lib.texts.texts import TextParams
 START = 4  # seconds that a stage takes to start, whatever the model
 LESS = {  # by a stage's first word: what makes less of what it holds on a GPU
     "prepare": "Run it with SPARSELINE_DEVICE=cpu, which changes no key",
-    "calibrate": "Lower calibrate.batch_rows, calibrate.median_tokens, SPARSELINE_GPU_ACTIVATION_BYTES, model.compute_dtype: bfloat16",
+    "calibrate": (
+        "Lower calibrate.batch_rows, calibrate.median_tokens, SPARSELINE_GPU_ACTIVATION_BYTES,"
+        " model.compute_dtype: bfloat16"
+    ),
     "induce": "Lower calibrate.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES, model.compute_dtype: bfloat16",
     "curves": "Lower calibrate.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES; or raise SPARSELINE_GRAM_BYTES",
     "sensitivity": "Lower sensitivity.probes_per_pass and rows_per_probe; output_moments: diagonal",
-    "prune": "Lower prune.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES, model.compute_dtype: bfloat16; collect: site",
+    "prune": (
+        "Lower prune.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES, model.compute_dtype: bfloat16; collect:"
+        " site"
+    ),
     "generate": "Lower the text's generated.batch_rows, model.compute_dtype: bfloat16",
-    "distil": "Lower distil.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES; distil.state_dtype: bfloat16, recompute: true",
+    "distil": (
+        "Lower distil.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES; distil.state_dtype: bfloat16, recompute:"
+        " true"
+    ),
     "evaluate": "Lower evaluate.batch_rows, evaluate.compute_dtype: bfloat16",
     "tasks": "Lower tasks.batch_rows, tasks.compute_dtype: bfloat16",
 }
@@ -51,10 +60,12 @@ class _Planned:
 
 
 def foreseen(name: str | None = None, gpu_memory: float | None = None) -> Iterator[str]:
-    """Lines of a table: a stage each, then what all take together; with a GPU, which stages it is too small for, and what helps.
+    """Lines of a table: a stage each, then what all take together; with a GPU, which stages it is
+    too small for, and what helps.
 
     Args:
-        name: of the device that the stages will compute on; None: as the settings say. Times are of that of the settings.
+        name: of the device that the stages will compute on; None: as the settings say. Times are of
+            that of the settings.
         gpu_memory: bytes of the GPU; None: what this machine's has.
 
     Raises:
@@ -72,25 +83,41 @@ def foreseen(name: str | None = None, gpu_memory: float | None = None) -> Iterat
     with rounded(here, source.products):
         speed = measure_speed(here)
     yield (
-        f"{checkpoint.path}: {checkpoint.parameters:,} parameters, {checkpoint.architecture.depth} blocks; {speed / 1e9:.0f} GFLOP/s here\n"
+        f"{checkpoint.path}: {checkpoint.parameters:,} parameters, {checkpoint.architecture.depth} blocks;"
+        f" {speed / 1e9:.0f} GFLOP/s here\n"
     )
-    yield f"{'stage':<20}{'runs':>5}{'memory':>12}{'' if memory is None else 'on the GPU':>12}{'disk each':>12}{'time each':>18}"
+    yield (
+        f"{'stage':<20}{'runs':>5}{'memory':>12}{'' if memory is None else 'on the GPU':>12}"
+        f"{'disk each':>12}{'time each':>18}"
+    )
     least = most = disk = peak = on_gpu = 0.0
     for step, runs in found.steps:
         early, late = START + step.least * step.seconds(speed), START + step.seconds(speed)
         taken = step.memory_bytes if memory is None or step.host_bytes is None else step.host_bytes
-        least, most, disk, peak = least + early * runs, most + late * runs, disk + step.disk_bytes * runs, max(peak, taken)
+        least, most, disk, peak = (
+            least + early * runs,
+            most + late * runs,
+            disk + step.disk_bytes * runs,
+            max(peak, taken),
+        )
         on_gpu = max(on_gpu, step.gpu_bytes)
         gpu = "" if memory is None else _size(step.gpu_bytes)
-        yield f"{step.stage:<20}{runs:>5}{_size(taken):>12}{gpu:>12}{_size(step.disk_bytes):>12}{_span(early, late):>18}"
+        yield (
+            f"{step.stage:<20}{runs:>5}{_size(taken):>12}{gpu:>12}"
+            f"{_size(step.disk_bytes):>12}{_span(early, late):>18}"
+        )
     yield from found.unknown
     if memory is not None:
         yield from _too_large([step for step, _ in found.steps], memory)
     yield (
-        f"\npeak memory {_size(peak)}{'' if memory is None else f', on the GPU {_size(on_gpu)}'}, disk {_size(disk)} (each output also in DVC's cache unless links are set), "
-        f"about {_span(least, most)} in all"
+        f"\npeak memory {_size(peak)}{'' if memory is None else f', on the GPU {_size(on_gpu)}'}, disk"
+        f" {_size(disk)} (each output also in DVC's cache unless links are set), about"
+        f" {_span(least, most)} in all"
     )
-    yield "text, allocate, choose and report are left out: text holds the text that it reads and its tokens, the others next to nothing"
+    yield (
+        "text, allocate, choose and report are left out: text holds the text that it reads and its tokens,"
+        " the others next to nothing"
+    )
 
 
 def _memory_of(name: str) -> float:
@@ -98,7 +125,9 @@ def _memory_of(name: str) -> float:
     try:
         return float(torch.cuda.get_device_properties(name).total_memory)
     except (RuntimeError, AssertionError) as error:
-        raise SparselineError(f"{name} is not a device of this machine; say what memory it has, for instance --gpu-memory 24e9.") from error
+        raise SparselineError(
+            f"{name} is not a device of this machine; say what memory it has, for instance --gpu-memory 24e9."
+        ) from error
 
 
 def _too_large(steps: Sequence[Estimate], memory: float) -> Iterator[str]:
@@ -106,47 +135,74 @@ def _too_large(steps: Sequence[Estimate], memory: float) -> Iterator[str]:
     for step in steps:
         if step.gpu_bytes + device.CONTEXT > memory:
             yield (
-                f"{step.stage} does not fit into the GPU's {_size(memory)}: {_size(step.gpu_bytes)} of its own and about "
-                f"{_size(device.CONTEXT)} of CUDA's. {LESS[step.stage.split()[0]]}."
+                f"{step.stage} does not fit into the GPU's {_size(memory)}: {_size(step.gpu_bytes)} of its"
+                f" own and about {_size(device.CONTEXT)} of CUDA's. {LESS[step.stage.split()[0]]}."
             )
 
 
 def _planned(
-    checkpoint: Checkpoint, dtype: torch.dtype, texts: dict[str, TextParams], variants: dict[str, Variant], budget: float
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    texts: dict[str, TextParams],
+    variants: dict[str, Variant],
+    budget: float,
 ) -> _Planned:
     (text,) = (text for text in texts.values() if text.use == "calibrate")
     assert text.rows is not None  # else it would have been refused
     calibrate = params.load(CalibrateParams, "calibrate")
-    shapes = Shapes(checkpoint, text.rows, text.length, calibrate.batch_rows, dtype=dtype, held_out=text.held_out)
+    shapes = Shapes(
+        checkpoint, text.rows, text.length, calibrate.batch_rows, dtype=dtype, held_out=text.held_out
+    )
     asked = keys.sensitivity(variants)
     used = {"calibrate": keys.calibrate(variants), "scale": keys.scale(variants), "sensitivity": asked}
-    work = Work(shapes, text.held_out, dtype, calibrate, asked or params.load(SensitivityParams, "sensitivity"), budget)
+    work = Work(
+        shapes,
+        text.held_out,
+        dtype,
+        calibrate,
+        asked or params.load(SensitivityParams, "sensitivity"),
+        budget,
+    )
     found = _Planned([(step, 1) for name, step in estimate.estimate(work).items() if used.get(name, True)])
     for name, one in texts.items():
         if one.generated is not None:
-            found.steps.append((estimate.generating(checkpoint, f"generate {name}", dtype, one, one.generated), 1))
+            found.steps.append(
+                (estimate.generating(checkpoint, f"generate {name}", dtype, one, one.generated), 1)
+            )
     for name, variant in variants.items():
         if variant.curves is not None:
             found.steps.append((estimate.measuring(work, f"curves {name}", variant.curves.curves), 1))
         if variant.induce is not None:
             found.steps.append((estimate.inducing(work, f"induce {name}", variant.induce.induce), 1))
         steps = plan(variant.recipe, checkpoint.dtype)
-        own = Shapes(checkpoint, text.rows, text.length, variant.recipe.batch_rows, steps.window, dtype, text.held_out)
+        own = Shapes(
+            checkpoint, text.rows, text.length, variant.recipe.batch_rows, steps.window, dtype, text.held_out
+        )
         found.steps.append((estimate.pruning(f"prune {name}", steps, own, budget), 1))
         if (learn := variant.distil) is not None:
-            own = Shapes(checkpoint, text.rows, text.length, learn.batch_rows, dtype=dtype, held_out=text.held_out)
+            own = Shapes(
+                checkpoint, text.rows, text.length, learn.batch_rows, dtype=dtype, held_out=text.held_out
+            )
             found.steps.append((estimate.distilling(f"distil {name}", learn, own, budget), 1))
     evaluate = params.load(EvaluateParams, "evaluate")
-    measured = [(one.rows or evaluate.batch_rows, one.length) for one in texts.values() if one.use == "evaluate"]
+    measured = [
+        (one.rows or evaluate.batch_rows, one.length) for one in texts.values() if one.use == "evaluate"
+    ]
     whole = [name for name, one in texts.items() if one.rows is None]
-    found.unknown += [f"evaluate takes the text {name} whole: of its rows one batch is counted here." for name in whole]
+    found.unknown += [
+        f"evaluate takes the text {name} whole: of its rows one batch is counted here." for name in whole
+    ]
     found.steps.append((estimate.evaluating(checkpoint, evaluate, measured), 1))
     if variants:
-        found.steps.append((estimate.evaluating(checkpoint, evaluate, measured, compared=True), len(variants)))
+        found.steps.append(
+            (estimate.evaluating(checkpoint, evaluate, measured, compared=True), len(variants))
+        )
     _add_tasks(found, checkpoint, variants)
     for name, variant in variants.items():
         if variant.export:
-            step = estimate.exporting(checkpoint, f"export {name}", variant.export, variant.recipe.selection.overall)
+            step = estimate.exporting(
+                checkpoint, f"export {name}", variant.export, variant.recipe.selection.overall
+            )
             found.steps.append((step, 1))
     return found
 
@@ -160,7 +216,9 @@ def _add_tasks(found: _Planned, checkpoint: Checkpoint, variants: dict[str, Vari
         runs = 1 + sum(name in variant.tasks for variant in variants.values())
         try:
             lengths = request_lengths(
-                load_tokenizer(checkpoint.path, checkpoint.vocabulary, checkpoint.remote_code), part.tasks.path, preset
+                load_tokenizer(checkpoint.path, checkpoint.vocabulary, checkpoint.remote_code),
+                part.tasks.path,
+                preset,
             )
         except Unread as error:
             found.unknown.append(f"tasks {name} are not counted. {error}")
@@ -173,7 +231,13 @@ def _size(count: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _span(least: float, most: float) -> str:

@@ -32,7 +32,8 @@ def prepare(workspace: Workspace, source: ModelParams) -> str:
     entry = checkpoint.architecture
     matrices, selection = _matrices(checkpoint, source)
     parameters = {  # that hold an included matrix -> weights
-        name: math.prod(checkpoint.shapes[name]) for name in dict.fromkeys(m["parameter"] for m in matrices if m["included"])
+        name: math.prod(checkpoint.shapes[name])
+        for name in dict.fromkeys(m["parameter"] for m in matrices if m["included"])
     }
     for matrix in matrices:
         del matrix["parameter"]
@@ -47,26 +48,39 @@ def prepare(workspace: Workspace, source: ModelParams) -> str:
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "parameters": checkpoint.parameters,
         "versions": artifacts.read_json(environment.FILE),
-        "sha256": {name: files.sha256(directory / name) for name in track(recorded_files(checkpoint), "prepare, hashes", "files")},
+        "sha256": {
+            name: files.sha256(directory / name)
+            for name in track(recorded_files(checkpoint), "prepare, hashes", "files")
+        },
     }
     workspace.made_for(identity(facts["sha256"]), workspace.model)
     with workspace.directory(workspace.model.parent) as made:
         workspace.save(made / workspace.model.name, facts)
         artifacts.write_json(made / workspace.matrices.name, matrices)
     bits = 8 * checkpoint.dtype.itemsize
-    size = Bytes(sum(parameters.values()) * bits // 8, sum((directory / name).stat().st_size for name in set(checkpoint.files.values())))
+    size = Bytes(
+        sum(parameters.values()) * bits // 8,
+        sum((directory / name).stat().st_size for name in set(checkpoint.files.values())),
+    )
     weights = [Weights(total, total, bits) for total in parameters.values()]
     workspace.save(workspace.sizes(DENSE), summary(weights, {"dense": size}))
     prunable = sum(math.prod(matrix["shape"]) for matrix in matrices if matrix["included"])
     for line in grouped({**not_fetched(source), **checkpoint.left_out}):
         click.echo(f"prepare: not in any result: {line}")
     if named := own_code(directory):
-        instead = "runs (model.remote_code)" if source.remote_code else f"does not run; transformers' {named[0]} takes its place"
+        instead = (
+            "runs (model.remote_code)"
+            if source.remote_code
+            else f"does not run; transformers' {named[0]} takes its place"
+        )
         click.echo(f"prepare: code of the model's own ({named[1]}) {instead}")
     for line in _absorbed(checkpoint):
         click.echo(f"prepare: {line}")
     if beyond := ids_beyond(tokenizer, checkpoint.vocabulary):
-        click.echo(f"prepare: the tokenizer has tokens that the model has no embedding for ({beyond}); a text that holds one is refused")
+        click.echo(
+            f"prepare: the tokenizer has tokens that the model has no embedding for ({beyond}); a text that"
+            " holds one is refused"
+        )
     told = f"{checkpoint.parameters:,} parameters, {prunable:,} of them prunable in {entry.depth} blocks"
     return f"{entry.family}, {told}; {selection}"
 
@@ -74,10 +88,15 @@ def prepare(workspace: Workspace, source: ModelParams) -> str:
 def _verified(checkpoint: Checkpoint) -> Checkpoint:
     """With those couplings that hold on the model's own weights."""
     model, layouts = BlockModel(checkpoint, torch.float32, runtime.compute()), []
-    for index, (layout, failed) in enumerate(track(verified(model), "prepare, couplings", "blocks", checkpoint.architecture.depth)):
+    for index, (layout, failed) in enumerate(
+        track(verified(model), "prepare, couplings", "blocks", checkpoint.architecture.depth)
+    ):
         layouts.append(layout)
         if failed:
-            click.echo(f"prepare: block {index}: {', '.join(failed)} would change what the block computes, and is left out")
+            click.echo(
+                f"prepare: block {index}: {', '.join(failed)} would change what the block computes, and is"
+                " left out"
+            )
     return replace(checkpoint, architecture=with_layouts(checkpoint.architecture, layouts))
 
 
@@ -86,30 +105,65 @@ def _absorbed(checkpoint: Checkpoint) -> Iterator[str]:
     layouts = checkpoint.architecture.layouts
     for kind in dict.fromkeys(layouts):
         names = [coupling.name for coupling in kind.couplings if not coupling.name.startswith("expert_")]
-        experts = len({site.name for site in kind.sites if site.pool is not None and site.pool.endswith("input")})
+        experts = len(
+            {site.name for site in kind.sites if site.pool is not None and site.pool.endswith("input")}
+        )
         fixed = [site.name for site in kind.sites if site.coupling is None and site.pool is None]
-        told = [f"{layouts.count(kind)} of {len(layouts)} blocks: factors fold into {', '.join(names) or 'nothing'}"]
+        told = [
+            f"{layouts.count(kind)} of {len(layouts)} blocks: factors fold into"
+            f" {', '.join(names) or 'nothing'}"
+        ]
         told += [f"inputs of {', '.join(fixed)} cannot be scaled"] if fixed else []
-        told += [f"{experts} experts, each with matrices of its own; never pruned: {', '.join(sorted(kind.routers))}"] if experts else []
+        told += (
+            [
+                f"{experts} experts, each with matrices of its own; never pruned:"
+                f" {', '.join(sorted(kind.routers))}"
+            ]
+            if experts
+            else []
+        )
         yield "; ".join(told)
     if left := checkpoint.uncovered():
-        yield f"{checkpoint.coverage:.1%} of the blocks' weights are in matrices; not in any: {', '.join(left)}"
+        yield (
+            f"{checkpoint.coverage:.1%} of the blocks' weights are in matrices; not in any: {', '.join(left)}"
+        )
     if checkpoint.unread:
-        yield f"{len(checkpoint.unread)} tensors that no text meets are copied unchanged, {min(checkpoint.unread)} for example"
+        yield (
+            f"{len(checkpoint.unread)} tensors that no text meets are copied unchanged,"
+            f" {min(checkpoint.unread)} for example"
+        )
 
 
 def _matrices(checkpoint: Checkpoint, source: ModelParams) -> tuple[list[dict[str, Any]], Selection]:
-    """Every logical matrix, with the parameter that holds it, and whether ``model.include`` and ``.exclude`` take it."""
+    """Every logical matrix, with the parameter that holds it, and whether ``model.include`` and
+    ``.exclude`` take it.
+    """
     entry = checkpoint.architecture
     places = list(entry.places())
     pruned = {checkpoint.block_prefix(block) + matrix.parameter for block, matrix in places}
-    never = [full for full, pieces in checkpoint.pieces.items() if not pruned.intersection(piece.stored for piece in pieces)]
-    selection = select([checkpoint.aliases(*place) for place in places], source.include, source.exclude, never)
+    never = [
+        full
+        for full, pieces in checkpoint.pieces.items()
+        if not pruned.intersection(piece.stored for piece in pieces)
+    ]
+    selection = select(
+        [checkpoint.aliases(*place) for place in places], source.include, source.exclude, never
+    )
     matrices = []
     for (block, matrix), kept in zip(places, selection.included, strict=True):
-        parameter, shape = checkpoint.block_prefix(block) + matrix.parameter, list(checkpoint.matrix_shape(block, matrix))
-        facts = {"name": entry.matrix_name(block, matrix), "block": block, "label": matrix.label, "kind": matrix.kind}
+        parameter, shape = (
+            checkpoint.block_prefix(block) + matrix.parameter,
+            list(checkpoint.matrix_shape(block, matrix)),
+        )
+        facts = {
+            "name": entry.matrix_name(block, matrix),
+            "block": block,
+            "label": matrix.label,
+            "kind": matrix.kind,
+        }
         facts["names"] = list(checkpoint.aliases(block, matrix))
         scaled = entry.layouts[block].site(matrix.site).coupling
-        matrices.append(facts | {"shape": shape, "included": kept, "inputs_scaled_by": scaled, "parameter": parameter})
+        matrices.append(
+            facts | {"shape": shape, "included": kept, "inputs_scaled_by": scaled, "parameter": parameter}
+        )
     return matrices, selection

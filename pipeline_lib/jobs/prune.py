@@ -36,7 +36,11 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
         transforms, transform_facts = read_transforms(inputs[-1], entry.depth)
     listed = workspace.included()
     allocated = {(m["block"], m["label"]): allocation["kept"][m["name"]] for m in listed}
-    kept = {(block, matrix): allocated[block, matrix.label] for block, matrix in entry.places() if (block, matrix.label) in allocated}
+    kept = {
+        (block, matrix): allocated[block, matrix.label]
+        for block, matrix in entry.places()
+        if (block, matrix.label) in allocated
+    }
     rows, wanted = None, 0
     if steps.needs.text:
         found = calibration_rows(workspace)
@@ -45,19 +49,30 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
         tokens = found["fit"].numel() + found["held_out"].numel()
         wanted = stream_bytes(steps, tokens, entry.width, model.dtype.itemsize)
         if steps.judged and not len(found["held_out"]):
-            click.echo(f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide which fits are kept")
+            click.echo(
+                f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide which"
+                " fits are kept"
+            )
     described = f"{recipe.model_dump_json()} {source.model_dump_json()}"
     with scratch.hold("prune", runtime.resume_key("prune", described, inputs), what) as held:
         progress = Progress(Kept(held.kept, what, PARTS), model.checkpoint, recipe.quantization)
         if done := progress.done():
             click.echo(f"{what}: resuming after {done} of {entry.depth} blocks")
-        blocks = prune(Source(model, transforms, kept), rows, steps, progress.finished, room(model.device, held.own, wanted))
+        blocks = prune(
+            Source(model, transforms, kept),
+            rows,
+            steps,
+            progress.finished,
+            room(model.device, held.own, wanted),
+        )
         for index, block in track(blocks, what, "blocks", entry.depth, done):
             progress.keep(index, block)
             del block  # before the next
         by_block = progress.publish(workspace, workspace.pruned(variant))
 
-    matrices = {m["name"]: by_block[m["block"]]["matrices"][m["label"]] | {"block": m["block"]} for m in listed}
+    matrices = {
+        m["name"]: by_block[m["block"]]["matrices"][m["label"]] | {"block": m["block"]} for m in listed
+    }
     total, size = (sum(facts[key] for facts in matrices.values()) for key in ("kept", "size"))
     check(total, sum(allocation["kept"].values()), 1)  # counted from the stored masks
     raised = [name for name, facts in matrices.items() if facts.get("damping", 0) > recipe.selection.damping]
@@ -72,7 +87,10 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
         "sparsity": 1 - total / size,
         "zeros": zeros,
         "matrices": matrices,
-        "blocks": {str(index): {step: facts[step] for step in (*FITS, REFIT) if step in facts} for index, facts in by_block.items()},
+        "blocks": {
+            str(index): {step: facts[step] for step in (*FITS, REFIT) if step in facts}
+            for index, facts in by_block.items()
+        },
         "transform": transform_facts,
         "quantization": quantised,
         "calibration": calibration_facts(workspace) if steps.needs.text else None,
@@ -80,12 +98,17 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
     workspace.save(workspace.facts(variant), summary)
     at = ""
     if quantised:
-        bits = f"{quantised['bits']} bits, {quantised['bits_per_weight']:.2f} bits a weight with masks and scales"
+        bits = (
+            f"{quantised['bits']} bits, {quantised['bits_per_weight']:.2f} bits a weight with masks and"
+            " scales"
+        )
         at = f"; at {bits}, {zeros:,} are zero"
     return f"kept {total:,} of {size:,} prunable weights (sparsity {1 - total / size:.4%}){at}"
 
 
-def _quantised(how: QuantizationParams, listed: list[dict[str, Any]], matrices: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+def _quantised(
+    how: QuantizationParams, listed: list[dict[str, Any]], matrices: dict[str, dict[str, Any]]
+) -> dict[str, Any] | None:
     """What quantisation made of the matrices, or None; the rounding error is their mean, weight by weight."""
     if how.bits is None:
         return None

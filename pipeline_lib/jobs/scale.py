@@ -25,4 +25,7 @@ def scale(workspace: Workspace, source: ModelParams, params: ScaleParams) -> str
     with workspace.directory(workspace.start.parent) as made:
         write_transforms(made / workspace.start.name, transforms)
     count = sum(factor.numel() for transform in transforms.values() for factor in transform.factors.values())
-    return f"{count:,} factors at {sum(len(layout.couplings) for layout in entry.layouts)} couplings of {entry.depth} blocks, start {params.start}"
+    return (
+        f"{count:,} factors at {sum(len(layout.couplings) for layout in entry.layouts)} couplings of"
+        f" {entry.depth} blocks, start {params.start}"
+    )

@@ -33,16 +33,28 @@ def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityPa
     entry = checkpoint.architecture
     listed = {matrix["name"]: matrix for matrix in workspace.included()}
     matrices = {
-        index: {name: matrix for matrix in entry.layouts[index].matrices if (name := entry.matrix_name(index, matrix)) in listed}
+        index: {
+            name: matrix
+            for matrix in entry.layouts[index].matrices
+            if (name := entry.matrix_name(index, matrix)) in listed
+        }
         for index in range(entry.depth)
     }
     # In float32 whatever the checkpoint's dtype: second derivatives are differences of small numbers.
     model = BlockModel(checkpoint, torch.float32, device)
-    # Fitting rows alone: one artifact serves all variants, and in some of them the held-out rows judge what it leads to.
+    # Fitting rows alone: one artifact serves all variants, and in some of them the held-out rows
+    # judge what it leads to.
     subject = Subject(model, calibration_rows(workspace)["fit"], matrices)
     full = params.output_moments == "full"
-    if full and (size := moment_bytes([matrix["shape"] for matrix in listed.values()])) > params.moment_budget_bytes:
-        click.echo(f"sensitivity: full output moments take {size:,} bytes, more than moment_budget_bytes; diagonals instead")
+    if (
+        full
+        and (size := moment_bytes([matrix["shape"] for matrix in listed.values()]))
+        > params.moment_budget_bytes
+    ):
+        click.echo(
+            f"sensitivity: full output moments take {size:,} bytes, more than moment_budget_bytes; diagonals"
+            " instead"
+        )
         full = False
     wanted = params.output_moments != "none"
     with workspace.directory(workspace.sensitivity / "moments") as directory:
@@ -51,7 +63,9 @@ def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityPa
         if moments is not None:
             moments.finish(entry.depth)
     summary = found.summary()
-    described = {name: value | {key: listed[name][key] for key in ("block", "kind")} for name, value in summary.items()}
+    described = {
+        name: value | {key: listed[name][key] for key in ("block", "kind")} for name, value in summary.items()
+    }
     workspace.save(workspace.sensitivity / "sensitivity.json", described)
     artifacts.write_json(workspace.sensitivity / "by_depth.json", list(described.values()))
     facts: dict[str, Any] = {
@@ -68,8 +82,8 @@ def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityPa
     workspace.save(workspace.sensitivity / "estimate.json", facts)
     reached = f"{'reached' if found.reached else 'capped below'} {params.agreement:g}"
     return (
-        f"{params.estimator}, {len(described)} matrices, {facts['probes']} probes; split-half Kendall τ {found.agreement:.2f}, {reached}; "
-        f"median relative standard error {facts['relative_error']:.0%}"
+        f"{params.estimator}, {len(described)} matrices, {facts['probes']} probes; split-half Kendall τ"
+        f" {found.agreement:.2f}, {reached}; median relative standard error {facts['relative_error']:.0%}"
     )
 
 
@@ -88,5 +102,8 @@ def _estimate(subject: Subject, params: SensitivityParams, moments: OutputMoment
     for found in track(groups, "sensitivity", "passes", passes):
         for name, value in found.summary().items():
             if not math.isfinite(value["trace"] + value["stderr"]):
-                raise SparselineError(f"The sensitivity of {name} is NaN or infinite; check the model's weights, or its loss on this text.")
+                raise SparselineError(
+                    f"The sensitivity of {name} is NaN or infinite; check the model's weights, or its loss on"
+                    " this text."
+                )
     return found

@@ -13,7 +13,9 @@ from pipeline_lib.evaluation.tasks import run_tasks
 from pipeline_lib.models.settings import ModelParams
 
 
-def tasks(workspace: Workspace, source: ModelParams, name: str, params: TasksParams, presets: Mapping[str, Preset]) -> str:
+def tasks(
+    workspace: Workspace, source: ModelParams, name: str, params: TasksParams, presets: Mapping[str, Preset]
+) -> str:
     """Each preset of lm-eval's tasks; a sentence on their main figures."""
     model, tokenizer = open_subject(workspace, source, name, params.compute_dtype)
     measured: dict[str, Any] = {}
@@ -23,7 +25,9 @@ def tasks(workspace: Workspace, source: ModelParams, name: str, params: TasksPar
         for warning, count in found.warnings.items():
             click.echo(f"tasks {preset} {name}: warned {count} times: {warning}")
         measured[preset] = found.tasks
-        told += [f"{task} {_main(facts)} of {_items(facts, asked.limit)}" for task, facts in found.tasks.items()]
+        told += [
+            f"{task} {_main(facts)} of {_items(facts, asked.limit)}" for task, facts in found.tasks.items()
+        ]
     workspace.save(workspace.tasks(name), measured)
     return ", ".join(told)
 
@@ -36,6 +40,10 @@ def _main(task: Mapping[str, Any]) -> str:
 
 def _items(task: Mapping[str, Any], limit: int | None) -> str:
     """How many items the accuracy is of, and what is missing of them."""
-    fewer = f" ({limit} were asked for, the task has {task['of']})" if limit is not None and task["of"] < limit else ""
+    fewer = (
+        f" ({limit} were asked for, the task has {task['of']})"
+        if limit is not None and task["of"] < limit
+        else ""
+    )
     cut = f", {task['truncated']} of them truncated to the model's window" if task["truncated"] else ""
     return f"{task['items']} items{fewer}{cut}"

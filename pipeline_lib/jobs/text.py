@@ -16,7 +16,11 @@ from pipeline_lib.texts.chat import render
 from pipeline_lib.texts.rows import encode, rows_of, split
 from pipeline_lib.texts.texts import TextParams, read_texts
 
-BEGINS = {"document": "each document begins with the start token", "row": "each row begins with the start token", "none": "no start token"}
+BEGINS = {
+    "document": "each document begins with the start token",
+    "row": "each row begins with the start token",
+    "none": "no start token",
+}
 
 
 def text(workspace: Workspace, source: ModelParams, name: str, params: TextParams) -> str:
@@ -31,10 +35,15 @@ def text(workspace: Workspace, source: ModelParams, name: str, params: TextParam
     config = read_config(directory, source.remote_code)
     window = getattr(config, "max_position_embeddings", None)
     if window is not None and params.length > window:
-        raise SparselineError(f"params.yaml: texts.{name}.length = {params.length} is more than the model's {window} positions; lower it.")
+        raise SparselineError(
+            f"params.yaml: texts.{name}.length = {params.length} is more than the model's {window} positions;"
+            " lower it."
+        )
     tokenizer = load_tokenizer(directory, config.get_text_config().vocab_size, source.remote_code)
     begins = start(params.start, config.model_type, tokenizer)
-    documents, provenance = _generated(workspace, name) if params.generated else _read(tokenizer, name, params)
+    documents, provenance = (
+        _generated(workspace, name) if params.generated else _read(tokenizer, name, params)
+    )
     rows = rows_of(documents, params, begins)
     check_ids(rows, config.get_text_config().vocab_size, tokenizer)
     tensors = split(rows, params.held_out) if params.use == "calibrate" else {"rows": rows}
@@ -56,7 +65,9 @@ def text(workspace: Workspace, source: ModelParams, name: str, params: TextParam
     )
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, name: str, params: TextParams) -> tuple[list[list[int]], dict[str, Any]]:
+def _read(
+    tokenizer: PreTrainedTokenizerBase, name: str, params: TextParams
+) -> tuple[list[list[int]], dict[str, Any]]:
     """Documents as tokens, and where they are from."""
     texts = read_texts(params)
     written = render(tokenizer, texts.chats, texts.places) if params.chat_template else texts.documents

@@ -12,7 +12,8 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
 
 
 class BitMasks(MutableMapping[str, torch.Tensor]):
-    """Masks by name, an eighth of their size in memory: what is looked up is a copy, to be put back where it has changed.
+    """Masks by name, an eighth of their size in memory: what is looked up is a copy, to be put back
+    where it has changed.
 
     Those of three dimensions, which are changed expert by expert, stay as they are.
     """

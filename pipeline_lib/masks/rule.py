@@ -1,4 +1,6 @@
-"""How one matrix's mask is chosen: what scores are, what is compared with what, and what induction learned to prefer."""
+"""How one matrix's mask is chosen: what scores are, what is compared with what, and what induction
+learned to prefer.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -36,7 +38,9 @@ class Rule:
         return self.weighted(saliency(self.score, weight, curvature))
 
     def mask(self, scores: torch.Tensor, kept: int) -> torch.Tensor:
-        """The mask [R, C] of the ``kept`` best scores [R, C], compared as the pattern or, if it is unstructured, the group says."""
+        """The mask [R, C] of the ``kept`` best scores [R, C], compared as the pattern or, if it is
+        unstructured, the group says.
+        """
         if self.pattern.m:
             return select_n_of_m(scores, kept * self.pattern.m // scores.numel(), self.pattern.m)
         return select(scores, kept, self.group, self.block)

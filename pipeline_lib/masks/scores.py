@@ -1,4 +1,5 @@
-"""Saliency of weights: what removing each costs. All scores are in squared units, so that they rank as in the papers.
+"""Saliency of weights: what removing each costs. All scores are in squared units, so that they rank
+as in the papers.
 
 Shape letters: ``R`` outputs, ``C`` inputs. H = G + damping, damped second moment; G = E[X Xᵀ].
 """
@@ -15,7 +16,8 @@ from pipeline_lib.masks.settings import Score
 class Curvature:
     """What the scores need of a matrix's inputs, each [C].
 
-    ``inverse_diagonal`` is [H⁻¹]_mm of the columns still free: of the whole matrix before a sweep, U_mm² inside one.
+    ``inverse_diagonal`` is [H⁻¹]_mm of the columns still free: of the whole matrix before a sweep,
+    U_mm² inside one.
     """
 
     second_moment: torch.Tensor  # G_mm, undamped

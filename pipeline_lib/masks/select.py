@@ -1,4 +1,5 @@
-"""From scores to masks: which weights stay, exactly as many as asked, ties broken by position. Masks are bool, True = kept.
+"""From scores to masks: which weights stay, exactly as many as asked, ties broken by position.
+Masks are bool, True = kept.
 
 NaN is never kept, so that a mask of scores that hold NaN has too few True.
 """
@@ -28,7 +29,9 @@ def _thresholds(scores: torch.Tensor, ranks: list[int]) -> list[torch.Tensor]:
 
 
 def _smallest(values: np.ndarray, place: int) -> np.ndarray:
-    """The value [1] at this place of the sorted values [n]. A sample says between which two it lies, most probably: only these are partitioned."""
+    """The value [1] at this place of the sorted values [n]. A sample says between which two it
+    lies, most probably: only these are partitioned.
+    """
     sample = np.sort(values[:: SAMPLED // 256])
     middle, margin = place * len(sample) // len(values), 2 * int(len(sample) ** 0.5)
     low, high = sample[max(middle - margin, 0)], sample[min(middle + margin, len(sample) - 1)]
@@ -40,14 +43,17 @@ def _smallest(values: np.ndarray, place: int) -> np.ndarray:
 
 
 def _above(scores: torch.Tensor, threshold: torch.Tensor, kept: int) -> torch.Tensor:
-    """The mask of the ``kept`` scores [g, c] of each row that are at its threshold [g, 1] or above; of those at the threshold, the first."""
+    """The mask of the ``kept`` scores [g, c] of each row that are at its threshold [g, 1] or above;
+    of those at the threshold, the first.
+    """
     if scores.device.type == "cpu":
         mask = scores >= threshold
         crowded = np.flatnonzero(np.count_nonzero(mask.numpy(), axis=1) > kept)
         if len(crowded):
             mask[crowded] = _first(scores[crowded], threshold[crowded], kept)
         return mask
-    return _first(scores, threshold, kept)  # asking a GPU whether there are ties takes longer than breaking them
+    # asking a GPU whether there are ties takes longer than breaking them
+    return _first(scores, threshold, kept)
 
 
 def _first(scores: torch.Tensor, threshold: torch.Tensor, kept: int) -> torch.Tensor:
@@ -64,7 +70,9 @@ def _best(scores: torch.Tensor, kept: int) -> torch.Tensor:
 
 
 def bounds(scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``_best`` for 0 < kept < c in every row of scores [g, c]; and midway between kept and pruned [g, 1], both from one partition."""
+    """``_best`` for 0 < kept < c in every row of scores [g, c]; and midway between kept and pruned
+    [g, 1], both from one partition.
+    """
     low, high = _thresholds(scores, [kept, kept + 1])
     return _above(scores, low[:, None], kept), ((low + high) / 2)[:, None]
 
@@ -86,7 +94,9 @@ def _best_of_few(scores: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def _fast(tensor: torch.Tensor) -> tuple[Any, Any]:
-    """On a CPU, numpy's view of it and numpy, whose calls cost a third of torch's; else itself and torch. Both libraries keep to one standard."""
+    """On a CPU, numpy's view of it and numpy, whose calls cost a third of torch's; else itself and
+    torch. Both libraries keep to one standard.
+    """
     return (tensor.detach().numpy(), np) if tensor.device.type == "cpu" else (tensor, torch)
 
 
@@ -96,16 +106,25 @@ def select_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 def select(scores: torch.Tensor, kept: int, group: Group, block: int) -> torch.Tensor:
-    """A mask with exactly ``kept`` True, compared within rows, the whole matrix, or column blocks of width ``block``.
+    """A mask with exactly ``kept`` True, compared within rows, the whole matrix, or column blocks
+    of width ``block``.
 
-    Every row (column block) gets its proportional share; the spare ones go to the first rows, since comparing scores across rows would
-    make the mask depend on how each output happens to be scaled.
+    Every row (column block) gets its proportional share; the spare ones go to the first rows, since
+    comparing scores across rows would make the mask depend on how each output happens to be scaled.
     """
     if group == "matrix":
         return _best(scores.reshape(1, -1), kept).reshape(scores.shape)
     if group == "block":
         parts = scores.split(block, dim=1)
         quotas = shares(kept, [part.numel() for part in parts])
-        return torch.cat([select(part, quota, "matrix", block) for part, quota in zip(parts, quotas, strict=True)], dim=1)
+        return torch.cat(
+            [select(part, quota, "matrix", block) for part, quota in zip(parts, quotas, strict=True)], dim=1
+        )
     share, spare = divmod(kept, len(scores))
-    return torch.cat([_best(part, count) for part, count in ((scores[:spare], share + 1), (scores[spare:], share)) if len(part)])
+    return torch.cat(
+        [
+            _best(part, count)
+            for part, count in ((scores[:spare], share + 1), (scores[spare:], share))
+            if len(part)
+        ]
+    )

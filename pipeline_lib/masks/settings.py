@@ -19,7 +19,9 @@ OVERALL = "overall"  # key of a mapping of sparsities
 
 @dataclass(frozen=True)
 class Pattern:
-    """``unstructured``, or N:M: N kept of every M consecutive inputs of an output. ``m`` is 0 for unstructured."""
+    """``unstructured``, or N:M: N kept of every M consecutive inputs of an output. ``m`` is 0 for
+    unstructured.
+    """
 
     n: int
     m: int
@@ -31,7 +33,9 @@ class Pattern:
             return cls(0, 0)
         match = re.fullmatch(r"(\d+):(\d+)", text)
         if match is None or not 0 < int(match[1]) < int(match[2]):
-            raise ValueError(f'a pattern is unstructured or "N:M" (N kept of M, quoted) with 0 < N < M, not {text!r}')
+            raise ValueError(
+                f'a pattern is unstructured or "N:M" (N kept of M, quoted) with 0 < N < M, not {text!r}'
+            )
         return cls(int(match[1]), int(match[2]))
 
     def quantum(self, name: str, shape: tuple[int, int]) -> int:
@@ -44,7 +48,8 @@ class Pattern:
             return 1
         if shape[1] % self.m:
             raise SparselineError(
-                f"Pattern {self.n}:{self.m} does not divide the {shape[1]} inputs of {name}; choose another M, or exclude it (model.exclude)."
+                f"Pattern {self.n}:{self.m} does not divide the {shape[1]} inputs of {name}; choose another"
+                " M, or exclude it (model.exclude)."
             )
         return shape[0] * shape[1] // self.m
 
@@ -55,21 +60,29 @@ def _valid_pattern(text: str) -> str:
 
 
 def _in_order(value: Any) -> Any:
-    """A mapping of patterns to sparsities as a list: the order of a JSON object's keys is lost in files with sorted keys."""
+    """A mapping of patterns to sparsities as a list: the order of a JSON object's keys is lost in
+    files with sorted keys.
+    """
     if not isinstance(value, Mapping):
         return value
     if OVERALL not in value:
-        raise ValueError(f"a mapping of patterns to sparsities needs the key {OVERALL}, the sparsity of all matrices together")
+        raise ValueError(
+            f"a mapping of patterns to sparsities needs the key {OVERALL}, the sparsity of all matrices"
+            " together"
+        )
     for name, share in value.items():
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
-            raise ValueError(f"the sparsity of {name!r} must be a number from 0 to less than 1, not {share!r}")
+            raise ValueError(
+                f"the sparsity of {name!r} must be a number from 0 to less than 1, not {share!r}"
+            )
     return list(value.items())
 
 
 class SelectionParams(Params):
     """Section ``prune.selection``, with ``variants.<name>.selection`` laid over it."""
 
-    sparsity: Annotated[Share | list[tuple[str, Share]], BeforeValidator(_in_order)]  # a mapping comes as pairs, whose order counts
+    # a mapping comes as pairs, whose order counts
+    sparsity: Annotated[Share | list[tuple[str, Share]], BeforeValidator(_in_order)]
     pattern: Annotated[str, AfterValidator(_valid_pattern)]
     score: Score
     group: Group
@@ -85,7 +98,9 @@ class SelectionParams(Params):
     @property
     def by_hand(self) -> list[tuple[str, float]]:
         """Pattern of names, sparsity: of several that match a matrix the first counts."""
-        return [pair for pair in self.sparsity if pair[0] != OVERALL] if isinstance(self.sparsity, list) else []
+        return (
+            [pair for pair in self.sparsity if pair[0] != OVERALL] if isinstance(self.sparsity, list) else []
+        )
 
     @property
     def shape(self) -> Pattern:
@@ -96,6 +111,9 @@ class SelectionParams(Params):
         pattern = Pattern.parse(self.pattern)
         if pattern.m and abs(self.overall - (1 - pattern.n / pattern.m)) > 1e-9:
             wanted = 1 - pattern.n / pattern.m
-            reason = f"pattern {self.pattern} keeps {pattern.n} of {pattern.m}, so sparsity must be {wanted:g}, not {self.overall:g}"
+            reason = (
+                f"pattern {self.pattern} keeps {pattern.n} of {pattern.m}, so sparsity must be {wanted:g},"
+                f" not {self.overall:g}"
+            )
             raise Conflict(reason, "pattern", "sparsity")
         return self

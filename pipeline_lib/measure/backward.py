@@ -1,9 +1,12 @@
-"""Derivatives of the loss block by block: up through the blocks with the inputs of each kept, then down with each block's graph alone.
+"""Derivatives of the loss block by block: up through the blocks with the inputs of each kept, then
+down with each block's graph alone.
 
-Nothing but the chain rule: the derivatives are those of the whole model. The blocks are read once up and once down for a group of
-batches; the graph of one block and one batch is all that is ever in memory, at the price of one more forward pass.
+Nothing but the chain rule: the derivatives are those of the whole model. The blocks are read once
+up and once down for a group of batches; the graph of one block and one batch is all that is ever in
+memory, at the price of one more forward pass.
 
-Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of the residual stream, ``V`` tokens of the vocabulary.
+Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of the residual stream,
+``V`` tokens of the vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +19,8 @@ from torch import nn
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.stream import BlockModel
 
-Logits = Callable[[torch.Tensor], torch.Tensor]  # hidden states [B, T, D] after the last block -> logits [B, T, V]
+# hidden states [B, T, D] after the last block -> logits [B, T, V]
+Logits = Callable[[torch.Tensor], torch.Tensor]
 S = TypeVar("S")
 
 
@@ -26,15 +30,20 @@ class Subject:
 
     model: BlockModel
     rows: torch.Tensor  # token rows [N, T]
-    matrices: Mapping[int, Mapping[str, Matrix]]  # block -> logical name -> matrix; only those that are asked for
+    # block -> logical name -> matrix; only those that are asked for
+    matrices: Mapping[int, Mapping[str, Matrix]]
 
     def batch(self, probe: int, count: int) -> torch.Tensor:
-        """The rows [count, T] behind a probe: each takes the next ones, from the start again after the last."""
+        """The rows [count, T] behind a probe: each takes the next ones, from the start again after
+        the last.
+        """
         return self.rows[(torch.arange(count) + probe * count) % len(self.rows)]
 
 
 class Walk(Protocol[S]):
-    """What is carried: hidden states up and gradients with respect to them down, with their tangents or without; ``number`` is the batch's."""
+    """What is carried: hidden states up and gradients with respect to them down, with their
+    tangents or without; ``number`` is the batch's.
+    """
 
     def enter(self, hidden: torch.Tensor) -> S:
         """Before the first block, for its inputs [B, T, D]."""
@@ -46,7 +55,9 @@ class Walk(Protocol[S]):
         """At the loss: from hidden states to gradients."""
 
     def down(self, block: nn.Module, index: int, number: int, state: S, gradient: S) -> S:
-        """Back through a block whose inputs were ``state``: from the gradient at its outputs to the one at its inputs."""
+        """Back through a block whose inputs were ``state``: from the gradient at its outputs to the
+        one at its inputs.
+        """
 
 
 def walk(model: BlockModel, batches: Sequence[torch.Tensor], method: Walk[S]) -> None:

@@ -1,6 +1,8 @@
-"""Error curves: what pruning each matrix of a block to a few densities changes, on the dense stream; and what OWL and DLP read of a block.
+"""Error curves: what pruning each matrix of a block to a few densities changes, on the dense
+stream; and what OWL and DLP read of a block.
 
-Shape letters: ``R`` outputs, ``C`` inputs of a matrix. G = E[X Xᵀ], shape [C, C]; M = E[g gᵀ] of the loss's gradients at the outputs, [R, R] or its diagonal [R].
+Shape letters: ``R`` outputs, ``C`` inputs of a matrix. G = E[X Xᵀ], shape [C, C]; M = E[g gᵀ] of
+the loss's gradients at the outputs, [R, R] or its diagonal [R].
 """
 
 import math
@@ -22,14 +24,17 @@ from pipeline_lib.stats.dense import DenseBlock
 
 
 def counts(size: int, quantum: int, densities: Collection[float]) -> list[int]:
-    """Kept counts to measure between none and all: every multiple of an N:M pattern's quantum, or the densities' nearest."""
+    """Kept counts to measure between none and all: every multiple of an N:M pattern's quantum, or
+    the densities' nearest.
+    """
     if quantum > 1:
         return list(range(quantum, size, quantum))
     return sorted({target(1 - density, size) for density in densities} - {0, size})
 
 
 def errors(difference: torch.Tensor, gram: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
-    """‖ΔW‖²_F, the layer error tr(ΔW G ΔWᵀ) (= E‖ΔW X‖²), and with M the Kronecker error tr(M ΔW G ΔWᵀ), for ΔW [R, C]. A few rows at a time.
+    """‖ΔW‖²_F, the layer error tr(ΔW G ΔWᵀ) (= E‖ΔW X‖²), and with M the Kronecker error tr(M ΔW G
+    ΔWᵀ), for ΔW [R, C]. A few rows at a time.
 
     Returns:
         [3], or [2] without M; float64, on the device.
@@ -39,7 +44,8 @@ def errors(difference: torch.Tensor, gram: torch.Tensor, moment: torch.Tensor | 
         part = slice(first, first + ROWS)
         own = difference[part]
         product = own @ gram if moment is not None and moment.ndim == 2 else None
-        each = quadratic(own, gram) if product is None else torch.linalg.vecdot(product, own)  # the diagonal of ΔW G ΔWᵀ
+        # the diagonal of ΔW G ΔWᵀ
+        each = quadratic(own, gram) if product is None else torch.linalg.vecdot(product, own)
         found[0] += own.square().sum(dtype=torch.float64)
         found[1] += each.sum(dtype=torch.float64)
         if product is not None and moment is not None:
@@ -59,8 +65,9 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Per label of an included matrix: ``curve``, ``damping``, and its block's ``outliers`` and ``median``.
 
-    Masks, compensation and errors come from the fitting rows' Gram matrix: the held-out rows judge what the allocation leads to.
-    One factorisation serves all matrices of a site at all densities. At density 0 ΔW = −W, at 1 it is 0: both are exact.
+    Masks, compensation and errors come from the fitting rows' Gram matrix: the held-out rows judge
+    what the allocation leads to. One factorisation serves all matrices of a site at all densities.
+    At density 0 ΔW = −W, at 1 it is 0: both are exact.
 
     Args:
         moments: M per label; may be empty.
@@ -71,7 +78,8 @@ def measure(
     """
     tensors, statistics, where = block.tensors, block.statistics, block.where
     found: dict[str, dict[str, Any]] = {}
-    waiting: dict[str, tuple[list[int], torch.Tensor]] = {}  # label -> size and counts; errors at none and at these [n, 2 or 3]
+    # label -> size and counts; errors at none and at these [n, 2 or 3]
+    waiting: dict[str, tuple[list[int], torch.Tensor]] = {}
     scales: dict[str, torch.Tensor] = {}
     for site in block.layout.sites:
         consumers = [matrix for matrix in block.layout.consumers(site.name) if matrix in included]
@@ -107,8 +115,11 @@ def measure(
     return found
 
 
-def _read(waiting: Mapping[str, tuple[list[int], torch.Tensor]], found: dict[str, dict[str, Any]], where: str) -> None:
-    """All errors of a block in one transfer from the device; put into ``found`` as curves, from density 0 to 1.
+def _read(
+    waiting: Mapping[str, tuple[list[int], torch.Tensor]], found: dict[str, dict[str, Any]], where: str
+) -> None:
+    """All errors of a block in one transfer from the device; put into ``found`` as curves, from
+    density 0 to 1.
 
     Raises:
         SparselineError: one is NaN or infinite.
@@ -117,15 +128,24 @@ def _read(waiting: Mapping[str, tuple[list[int], torch.Tensor]], found: dict[str
     for label, ((size, *inner), points) in waiting.items():
         taken = [[next(read) for _ in range(points.shape[1])] for _ in range(len(points))]
         if not all(math.isfinite(value) for point in taken for value in point):
-            raise SparselineError(f"The error curve of {where}.{label} holds NaN or infinity; check the model, or compute in float32.")
+            raise SparselineError(
+                f"The error curve of {where}.{label} holds NaN or infinity; check the model, or compute in"
+                " float32."
+            )
         taken.append([0.0] * points.shape[1])
         frobenius, layer, *kronecker = map(list, zip(*taken, strict=True))
-        curve = {"density": [0.0, *(kept / size for kept in inner), 1.0], "frobenius": frobenius, "layer": layer}
+        curve = {
+            "density": [0.0, *(kept / size for kept in inner), 1.0],
+            "frobenius": frobenius,
+            "layer": layer,
+        }
         found[label] = {"curve": curve | {"kronecker": kronecker[0] if kronecker else None}, **found[label]}
 
 
 def _outliers_and_median(metric: torch.Tensor, factor: float) -> tuple[float, float]:
-    """The share of values [n] that are larger than so many times their mean, and their lower median. Overwrites them."""
+    """The share of values [n] that are larger than so many times their mean, and their lower
+    median. Overwrites them.
+    """
     middle = (len(metric) - 1) // 2
     if metric.device.type != "cpu":
         large = (metric.double() > factor * metric.mean(dtype=torch.float64)).count_nonzero() / len(metric)

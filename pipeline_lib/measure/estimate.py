@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Samples = list[dict[str, float]]  # per probe: logical matrix -> an unbiased sample of its mean Hessian or Fisher diagonal
+# per probe: logical matrix -> an unbiased sample of its mean Hessian or Fisher diagonal
+Samples = list[dict[str, float]]
 
 
 def kendall(a: Sequence[float], b: Sequence[float]) -> float:
@@ -20,8 +21,13 @@ def kendall(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def split_half(samples: Samples) -> float:
-    """Kendall's τ between the rankings by the even probes' mean and by the odd probes'. Of the whole mean it is an underestimate."""
-    halves = [[float(np.mean([sample[name] for sample in samples[start::2]])) for name in samples[0]] for start in (0, 1)]
+    """Kendall's τ between the rankings by the even probes' mean and by the odd probes'. Of the
+    whole mean it is an underestimate.
+    """
+    halves = [
+        [float(np.mean([sample[name] for sample in samples[start::2]])) for name in samples[0]]
+        for start in (0, 1)
+    ]
     return kendall(*halves)
 
 
@@ -36,8 +42,9 @@ class Estimate:
     def summary(self) -> dict[str, dict[str, float]]:
         """Per matrix: ``trace`` (mean over probes), its ``stderr``, and ``sensitivity`` = max(trace, stderr).
 
-        The floor is for estimates that came out negative or tiny: all that is known of them is that they are about as large as their
-        error at most, and whoever ranks or weighs matrices needs positive numbers.
+        The floor is for estimates that came out negative or tiny: all that is known of them is that
+        they are about as large as their error at most, and whoever ranks or weighs matrices needs
+        positive numbers.
         """
         found = {}
         for name in self.samples[0]:
@@ -47,8 +54,11 @@ class Estimate:
         return found
 
 
-def estimates(sample: Callable[[Sequence[int]], Samples], most: int, at_once: int, agreement: float) -> Iterator[Estimate]:
-    """The estimate after each group of probes; the last one is where the halves agree, or where ``most`` probes are used up.
+def estimates(
+    sample: Callable[[Sequence[int]], Samples], most: int, at_once: int, agreement: float
+) -> Iterator[Estimate]:
+    """The estimate after each group of probes; the last one is where the halves agree, or where
+    ``most`` probes are used up.
 
     Args:
         sample: the samples of the probes of these numbers.
@@ -67,4 +77,8 @@ def estimates(sample: Callable[[Sequence[int]], Samples], most: int, at_once: in
 
 def relative_error(summary: Mapping[str, Mapping[str, float]]) -> float:
     """Median over matrices of the standard error in units of the sensitivity."""
-    return float(np.median([one["stderr"] / one["sensitivity"] if one["sensitivity"] else 0.0 for one in summary.values()]))
+    return float(
+        np.median(
+            [one["stderr"] / one["sensitivity"] if one["sensitivity"] else 0.0 for one in summary.values()]
+        )
+    )

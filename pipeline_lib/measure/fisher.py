@@ -1,8 +1,10 @@
-"""Trace of the Fisher information per logical matrix by ordinary backward passes, block by block, and output gradients' second moments.
+"""Trace of the Fisher information per logical matrix by ordinary backward passes, block by block,
+and output gradients' second moments.
 
-Symbols: p_θ the model's distribution of the next token, y labels drawn from it at every predicted position, ℓ = −Σ_t log p_θ(y_t);
-x [T, C] inputs and g = ∂ℓ/∂(outputs) [T, R] of a linear, so that ∂ℓ/∂W = gᵀx. Where the model fits the text, the Fisher
-information is the Hessian of the mean cross-entropy (its Gauss-Newton part, the other part having mean zero).
+Symbols: p_θ the model's distribution of the next token, y labels drawn from it at every predicted
+position, ℓ = −Σ_t log p_θ(y_t); x [T, C] inputs and g = ∂ℓ/∂(outputs) [T, R] of a linear, so that
+∂ℓ/∂W = gᵀx. Where the model fits the text, the Fisher information is the Hessian of the mean
+cross-entropy (its Gauss-Newton part, the other part having mean zero).
 """
 
 import math
@@ -29,10 +31,12 @@ PANEL = 384  # outputs of a second moment that are summed at a time
 
 
 class OutputMoments:
-    """E[g gᵀ], shape [R, R], of every included matrix, or its diagonal [R], mean over predicted tokens: one file per block, one block in memory.
+    """E[g gᵀ], shape [R, R], of every included matrix, or its diagonal [R], mean over predicted
+    tokens: one file per block, one block in memory.
 
-    Probe p belongs to lane p mod 4. Until all probes are in, there is a file for each block and lane, since a lane's sum goes on where it
-    was left: how many probes share a pass changes no bit of the sums over given gradients.
+    Probe p belongs to lane p mod 4. Until all probes are in, there is a file for each block and
+    lane, since a lane's sum goes on where it was left: how many probes share a pass changes no bit
+    of the sums over given gradients.
     """
 
     def __init__(self, directory: Path, full: bool) -> None:
@@ -48,7 +52,9 @@ class OutputMoments:
         self._tokens = facts["tokens"]
 
     def add(self, matrix: Matrix, gradients: torch.Tensor) -> None:
-        """Take output gradients g [B, T, R] of a matrix of the block at hand, row by row. The sums stay on their device."""
+        """Take output gradients g [B, T, R] of a matrix of the block at hand, row by row. The sums
+        stay on their device.
+        """
         outputs = gradients.shape[-1]
         sums = self._sums.get(matrix.label)
         if sums is None:
@@ -58,7 +64,8 @@ class OutputMoments:
             if not self.full:
                 sums.add_(g.square().sum(0))
                 continue
-            for start in range(0, outputs, PANEL):  # g gᵀ is symmetric: what is above the diagonal's panels is not computed
+            # g gᵀ is symmetric: what is above the diagonal's panels is not computed
+            for start in range(0, outputs, PANEL):
                 stop = min(start + PANEL, outputs)
                 sums[start:stop, :stop].addmm_(g[:, start:stop].T, g[:, :stop])
 
@@ -72,7 +79,10 @@ class OutputMoments:
         for index in range(depth):
             files = [file for lane in range(LANES) if (file := self._file(index, lane)).exists()]
             tokens = sum(read_tensors(file)[1]["tokens"] for file in files)
-            means = {label: sums.div_(tokens) for label, sums in fold(Sums(read_tensors(file)[0]) for file in files).items()}
+            means = {
+                label: sums.div_(tokens)
+                for label, sums in fold(Sums(read_tensors(file)[0]) for file in files).items()
+            }
             if self.full:
                 means = {label: mean.tril_() + mean.tril(-1).T for label, mean in means.items()}
             write_tensors(block_file(self.directory, index), means, {"full": self.full, "tokens": tokens})
@@ -92,7 +102,9 @@ def moment_bytes(shapes: Sequence[tuple[int, int]]) -> int:
 def _recorded(
     block: nn.Module, places: Iterable[tuple[str, int | None, range | None]]
 ) -> Iterator[Mapping[tuple[str, int | None], tuple[Product, torch.Tensor]]]:
-    """While open, products with these parameters, or experts of them, and what they give are noted whenever the block runs."""
+    """While open, products with these parameters, or experts of them, and what they give are noted
+    whenever the block runs.
+    """
     noted: dict[tuple[str, int | None], tuple[Product, torch.Tensor]] = {}
     wanted, named = {(parameter, expert) for parameter, expert, _ in places}, dict(block.named_parameters())
 
@@ -105,10 +117,11 @@ def _recorded(
 
 
 def batches(probes: Iterable[int], together: int) -> list[list[int]]:
-    """Probes that go through the blocks together, lane by lane: at most so many of one lane, whose places in it are next to each other.
+    """Probes that go through the blocks together, lane by lane: at most so many of one lane, whose
+    places in it are next to each other.
 
-    The probes' numbers alone decide. So any multiple of ``together`` · 4 probes from number 0 on is made of the same batches, in one
-    pass or in several.
+    The probes' numbers alone decide. So any multiple of ``together`` · 4 probes from number 0 on is
+    made of the same batches, in one pass or in several.
     """
     found: dict[tuple[int, int], list[int]] = {}
     for probe in sorted(probes):
@@ -123,16 +136,32 @@ def at_once(rows_per_probe: int, length: int) -> int:
 
 
 class _Gradient:
-    """The gradients of a group of probes, reduced to ‖∂ℓ/∂W‖² per token and weight as soon as a block's are known."""
+    """The gradients of a group of probes, reduced to ‖∂ℓ/∂W‖² per token and weight as soon as a
+    block's are known.
+    """
 
-    def __init__(self, subject: Subject, params: SensitivityParams, probes: Sequence[int], moments: OutputMoments | None) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        params: SensitivityParams,
+        probes: Sequence[int],
+        moments: OutputMoments | None,
+    ) -> None:
         self.subject, self.params, self.moments = subject, params, moments
-        # A router sends tokens of all rows of a batch to an expert, and nothing tells which probe they are of.
-        routed = any(site.pool is not None for layout in subject.model.checkpoint.architecture.layouts for site in layout.sites)
+        # A router sends tokens of all rows of a batch to an expert, and nothing tells which probe
+        # they are of.
+        routed = any(
+            site.pool is not None
+            for layout in subject.model.checkpoint.architecture.layouts
+            for site in layout.sites
+        )
         self.probes = batches(probes, 1 if routed else at_once(params.rows_per_probe, subject.rows.shape[1]))
-        self.batches = [torch.cat([subject.batch(probe, params.rows_per_probe) for probe in own]) for own in self.probes]
+        self.batches = [
+            torch.cat([subject.batch(probe, params.rows_per_probe) for probe in own]) for own in self.probes
+        ]
         self.predicted = params.rows_per_probe * (subject.rows.shape[1] - 1)  # tokens of a probe
-        self.squares: list[list[tuple[int, torch.Tensor]]] = [[] for _ in self.probes]  # per batch: of a block, [matrices, probes]
+        # per batch: of a block, [matrices, probes]
+        self.squares: list[list[tuple[int, torch.Tensor]]] = [[] for _ in self.probes]
 
     def enter(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
@@ -144,18 +173,23 @@ class _Gradient:
         return output
 
     def turn(self, logits: Logits, number: int, state: torch.Tensor) -> torch.Tensor:
-        """∂ℓ/∂x for labels that the model draws itself, a few tokens at a time, so that the logits of these are in memory."""
+        """∂ℓ/∂x for labels that the model draws itself, a few tokens at a time, so that the logits
+        of these are in memory.
+        """
         rows = []
         for probe, own in zip(self.probes[number], state.split(self.params.rows_per_probe), strict=True):
             random = generator(self.params.seed, f"labels:{probe}")
             for row in own.split(1):
                 pieces = [self._at_loss(logits, piece, random) for piece in row[:, :-1].split(HEAD_TOKENS, 1)]
-                rows.append(torch.cat([*pieces, torch.zeros_like(row[:, -1:])], 1))  # nothing follows the last token
+                # nothing follows the last token
+                rows.append(torch.cat([*pieces, torch.zeros_like(row[:, -1:])], 1))
         return torch.cat(rows)
 
     @staticmethod
     def _at_loss(logits: Logits, hidden: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-        """∂ℓ/∂x [1, n, D] of n tokens. That of the logits is p − y, p the probabilities and y one at the label."""
+        """∂ℓ/∂x [1, n, D] of n tokens. That of the logits is p − y, p the probabilities and y one
+        at the label.
+        """
         x = hidden.detach().requires_grad_(True)
         scores = logits(x)
         difference = scores.detach().softmax(-1)
@@ -163,7 +197,9 @@ class _Gradient:
         difference[0].scatter_add_(1, labels, difference.new_full(labels.shape, -1.0))
         return torch.autograd.grad(scores, x, difference)[0]
 
-    def down(self, block: nn.Module, index: int, number: int, state: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    def down(
+        self, block: nn.Module, index: int, number: int, state: torch.Tensor, gradient: torch.Tensor
+    ) -> torch.Tensor:
         lane = self.probes[number][0] % LANES
         of_lane = [place for place, own in enumerate(self.probes) if own[0] % LANES == lane]
         if self.moments is not None and number == of_lane[0]:
@@ -175,10 +211,15 @@ class _Gradient:
         places = {name: place(matrix, pieces) for name, matrix in matrices.items()}
         with _recorded(block, places.values()) as noted:
             output = model.call(block, index, x)
-        results = {id(result): result for _, result in noted.values() if result.requires_grad}  # some choose tokens without a gradient
+        # some choose tokens without a gradient
+        results = {id(result): result for _, result in noted.values() if result.requires_grad}
         below, *gradients = torch.autograd.grad(output, [x, *results.values()], gradient)
         of_result = dict(zip(results, gradients, strict=True))
-        outputs = {part: product.outputs_in(of_result[id(result)]) for part, (product, result) in noted.items() if id(result) in of_result}
+        outputs = {
+            part: product.outputs_in(of_result[id(result)])
+            for part, (product, result) in noted.items()
+            if id(result) in of_result
+        }
         squares = []
         for name, matrix in matrices.items():
             parameter, expert, rows = places[name]
@@ -187,18 +228,23 @@ class _Gradient:
             if (part := (parameter, expert)) in outputs:
                 inner, g = noted[part][0].inputs.detach(), outputs[part]
                 g = g if rows is None else g[..., rows.start : rows.stop : rows.step]
-            # Some models fold rows and tokens into one axis before their linears; an expert's tokens come from all rows.
+            # Some models fold rows and tokens into one axis before their linears; an expert's
+            # tokens come from all rows.
             batch = len(x) if layout.site(matrix.site).pool is None else 1
             inner, g = inner.reshape(batch, -1, inner.shape[-1]), g.reshape(batch, -1, g.shape[-1])
-            # Row by row: between rows the cross terms have mean zero, and leaving them out leaves their noise out.
+            # Row by row: between rows the cross terms have mean zero, and leaving them out leaves
+            # their noise out.
             each = torch.stack([_square(g[row], inner[row]) for row in range(batch)])
             squares.append(each.double().view(len(self.probes[number]), -1).sum(1))
             if self.moments is not None:
                 self.moments.add(matrix, g)
         if squares:
-            self.squares[number].append((index, torch.stack(squares)))  # on the device: whoever asks for numbers waits for it
+            # on the device: whoever asks for numbers waits for it
+            self.squares[number].append((index, torch.stack(squares)))
         if self.moments is not None and number == of_lane[-1]:
-            self.moments.close(index, lane, self.predicted * sum(len(self.probes[place]) for place in of_lane))
+            self.moments.close(
+                index, lane, self.predicted * sum(len(self.probes[place]) for place in of_lane)
+            )
         return below
 
     def samples(self) -> dict[int, dict[str, float]]:
@@ -207,7 +253,9 @@ class _Gradient:
         checkpoint = self.subject.model.checkpoint
         for own, blocks in zip(self.probes, self.squares, strict=True):
             for index, squares in blocks:
-                for (name, matrix), values in zip(self.subject.matrices[index].items(), squares.tolist(), strict=True):
+                for (name, matrix), values in zip(
+                    self.subject.matrices[index].items(), squares.tolist(), strict=True
+                ):
                     weights = math.prod(checkpoint.matrix_shape(index, matrix))
                     for probe, value in zip(own, values, strict=True):
                         found[probe][name] = value / (self.predicted * weights)
@@ -215,9 +263,11 @@ class _Gradient:
 
 
 def drawn(probabilities: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """A label [n, 1] for each row of probabilities [n, V]: where the sum of those before it passes a uniform number.
+    """A label [n, 1] for each row of probabilities [n, V]: where the sum of those before it passes
+    a uniform number.
 
-    One number a label is drawn on the CPU, where ``torch.multinomial`` draws V of them, which took longer than the head's products.
+    One number a label is drawn on the CPU, where ``torch.multinomial`` draws V of them, which took
+    longer than the head's products.
     """
     sums = probabilities.cumsum(-1, dtype=torch.float64)
     uniform = torch.rand(len(sums), 1, generator=random, dtype=torch.float64).to(sums.device)
@@ -225,7 +275,9 @@ def drawn(probabilities: torch.Tensor, random: torch.Generator) -> torch.Tensor:
 
 
 def _square(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """‖gᵀx‖² of g [T, R] and x [T, C]; of a wide matrix by way of [T, T], since tr(gᵀx xᵀg) = tr(g gᵀ x xᵀ)."""
+    """‖gᵀx‖² of g [T, R] and x [T, C]; of a wide matrix by way of [T, T], since tr(gᵀx xᵀg) = tr(g
+    gᵀ x xᵀ).
+    """
     tokens, wide = len(g), g.shape[1] * x.shape[1] / (g.shape[1] + x.shape[1])
     return torch.sum((g @ g.T) * (x @ x.T)) if tokens < wide else (g.T @ x).square().sum()
 
@@ -233,11 +285,13 @@ def _square(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def samples(
     subject: Subject, params: SensitivityParams, probes: Sequence[int], moments: OutputMoments | None = None
 ) -> list[dict[str, float]]:
-    """For each probe, ‖∂ℓ/∂W‖² / (tokens · n) per logical matrix: an unbiased sample of its mean Fisher diagonal on the probe's rows.
+    """For each probe, ‖∂ℓ/∂W‖² / (tokens · n) per logical matrix: an unbiased sample of its mean
+    Fisher diagonal on the probe's rows.
 
-    Unbiased because labels drawn from the model have scores ∂log p/∂W of mean zero: of the sum's square, only the tokens' own
-    squares remain in the mean. True labels (the "empirical Fisher") do not have that, nor does the gradient of the mean loss.
-    ``moments`` takes the output gradients of the same pass.
+    Unbiased because labels drawn from the model have scores ∂log p/∂W of mean zero: of the sum's
+    square, only the tokens' own squares remain in the mean. True labels (the "empirical Fisher") do
+    not have that, nor does the gradient of the mean loss. ``moments`` takes the output gradients of
+    the same pass.
     """
     gradient = _Gradient(subject, params, probes, moments)
     walk(subject.model, gradient.batches, gradient)

@@ -1,7 +1,9 @@
-"""Trace of the cross-entropy Hessian per logical matrix by Hutchinson's estimator (2310.09499, Eqs. 5–6), block by block.
+"""Trace of the cross-entropy Hessian per logical matrix by Hutchinson's estimator (2310.09499, Eqs.
+5–6), block by block.
 
-Symbols: z probe over all included parameters θ, L mean cross-entropy [nats/token], x a block's inputs [B, T, D], f a block;
-ẋ = dx/dt and so on along θ + t z, x̄ = ∂L/∂x and so on. Hz is the tangent of θ̄.
+Symbols: z probe over all included parameters θ, L mean cross-entropy [nats/token], x a block's
+inputs [B, T, D], f a block; ẋ = dx/dt and so on along θ + t z, x̄ = ∂L/∂x and so on. Hz is the
+tangent of θ̄.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +22,9 @@ Tensors = Sequence[torch.Tensor]
 State = tuple[torch.Tensor, torch.Tensor]  # a value and its tangent, both [B, T, D]
 
 
-def probe_vector(name: str, like: torch.Tensor, distribution: Literal["rademacher", "gaussian"], seed: int, probe: int) -> torch.Tensor:
+def probe_vector(
+    name: str, like: torch.Tensor, distribution: Literal["rademacher", "gaussian"], seed: int, probe: int
+) -> torch.Tensor:
     """z of the parameter's shape with E[zzᵀ] = 1, keyed by seed, parameter and probe."""
     random = generator(seed, f"{name}:{probe}")
     if distribution == "gaussian":
@@ -29,7 +33,9 @@ def probe_vector(name: str, like: torch.Tensor, distribution: Literal["rademache
 
 
 def push_forward(function: Callable[..., torch.Tensor], inputs: Tensors, tangents: Tensors) -> State:
-    """f(u) and its tangent J u̇, as the derivative of Jᵀ w with respect to w: blocks can have parts without forward-mode derivatives."""
+    """f(u) and its tangent J u̇, as the derivative of Jᵀ w with respect to w: blocks can have parts
+    without forward-mode derivatives.
+    """
     u = [tensor.detach().requires_grad_(True) for tensor in inputs]
     output = function(*u)
     w = torch.zeros_like(output, requires_grad=True)
@@ -38,9 +44,14 @@ def push_forward(function: Callable[..., torch.Tensor], inputs: Tensors, tangent
 
 
 def pull_back(
-    function: Callable[..., torch.Tensor], inputs: Tensors, tangents: Tensors, gradient: torch.Tensor, gradient_tangent: torch.Tensor
+    function: Callable[..., torch.Tensor],
+    inputs: Tensors,
+    tangents: Tensors,
+    gradient: torch.Tensor,
+    gradient_tangent: torch.Tensor,
 ) -> tuple[Tensors, Tensors]:
-    """One link of the chain for first and second derivatives of L: from those at a function's output to those at its inputs.
+    """One link of the chain for first and second derivatives of L: from those at a function's
+    output to those at its inputs.
 
     With φ = ⟨ȳ, f(u)⟩: ū = ∇φ, and its tangent is ∇[⟨∇φ, u̇⟩ + ⟨ȳ̇, f⟩], one double backward.
 
@@ -59,27 +70,36 @@ def pull_back(
 
 
 class _Product:
-    """The Hessian-vector products of a group of probes, reduced to zᵀHz / n per matrix as soon as a block's are known."""
+    """The Hessian-vector products of a group of probes, reduced to zᵀHz / n per matrix as soon as a
+    block's are known.
+    """
 
     def __init__(self, subject: Subject, params: SensitivityParams, probes: Sequence[int]) -> None:
         self.subject, self.params, self.probes = subject, params, probes
         self.batches = [subject.batch(probe, params.rows_per_probe) for probe in probes]
-        self.means: list[dict[str, torch.Tensor]] = [{} for _ in probes]  # on the device: whoever asks for numbers waits for it
+        # on the device: whoever asks for numbers waits for it
+        self.means: list[dict[str, torch.Tensor]] = [{} for _ in probes]
 
     def enter(self, hidden: torch.Tensor) -> State:
         return hidden, torch.zeros_like(hidden)  # embeddings do not move
 
-    def directions(self, tensors: Mapping[str, torch.Tensor], index: int, number: int) -> dict[str, torch.Tensor]:
+    def directions(
+        self, tensors: Mapping[str, torch.Tensor], index: int, number: int
+    ) -> dict[str, torch.Tensor]:
         """z for every tensor of the block that holds an included matrix."""
         names = sorted({matrix.parameter for matrix in self.subject.matrices[index].values()})
         path = f"{self.subject.model.checkpoint.architecture.blocks}.{index}"
         distribution, seed = self.params.distribution, self.params.seed
-        return {n: probe_vector(f"{path}.{n}", tensors[n], distribution, seed, self.probes[number]) for n in names}
+        return {
+            n: probe_vector(f"{path}.{n}", tensors[n], distribution, seed, self.probes[number]) for n in names
+        }
 
     def moving(
         self, block: nn.Module, index: int, number: int, state: State
     ) -> tuple[Callable[..., torch.Tensor], Tensors, Tensors, dict[str, torch.Tensor]]:
-        """The block as a function of its inputs and of the parameters that move; all of these, their tangents, and z by name."""
+        """The block as a function of its inputs and of the parameters that move; all of these,
+        their tangents, and z by name.
+        """
         tensors = self.subject.model.stored(block, index)
         z = self.directions(tensors, index, number)
 
@@ -108,7 +128,9 @@ class _Product:
                 return cross_entropy(logits(x)[0, :-1], labels, reduction="sum") / predicted
 
             rows.append(pull_back(loss, [x], [tangent], one, torch.zeros_like(one)))
-        return torch.cat([gradient for (gradient,), _ in rows]), torch.cat([product for _, (product,) in rows])
+        return torch.cat([gradient for (gradient,), _ in rows]), torch.cat(
+            [product for _, (product,) in rows]
+        )
 
     def down(self, block: nn.Module, index: int, number: int, state: State, gradient: State) -> State:
         function, inputs, tangents, z = self.moving(block, index, number, state)
@@ -121,13 +143,18 @@ class _Product:
 
     def samples(self) -> list[dict[str, float]]:
         """Per probe, the reduced products by logical matrix."""
-        return [dict(zip(means, torch.stack([*means.values()]).tolist(), strict=True)) if means else {} for means in self.means]
+        return [
+            dict(zip(means, torch.stack([*means.values()]).tolist(), strict=True)) if means else {}
+            for means in self.means
+        ]
 
 
 def samples(subject: Subject, params: SensitivityParams, probes: Sequence[int]) -> list[dict[str, float]]:
-    """For each probe, zᵀHz / n per logical matrix: an unbiased sample of its mean Hessian diagonal Tr(H)/n on the probe's rows.
+    """For each probe, zᵀHz / n per logical matrix: an unbiased sample of its mean Hessian diagonal
+    Tr(H)/n on the probe's rows.
 
-    One Hessian-vector product serves all matrices: z is drawn for all at once, and the cross terms vanish in expectation.
+    One Hessian-vector product serves all matrices: z is drawn for all at once, and the cross terms
+    vanish in expectation.
     """
     product = _Product(subject, params, probes)
     walk(subject.model, product.batches, product)

@@ -1,4 +1,5 @@
-"""Architectures as data: where blocks, matrices and sites are, and which tensors absorb a factor. ``discover.py`` finds them.
+"""Architectures as data: where blocks, matrices and sites are, and which tensors absorb a factor.
+``discover.py`` finds them.
 
 Shape letters: ``R`` outputs (rows), ``C`` inputs (columns) of a logical matrix, ``d`` channels of a site.
 """
@@ -13,7 +14,8 @@ import torch
 class Matrix:
     """A logical matrix [R, C] inside a block: the unit of scores, allocation, masks and sensitivities.
 
-    ``rows``, ``transposed`` and ``expert`` say which part of ``parameter`` it is (fused projections, Conv1D, 3-D experts).
+    ``rows``, ``transposed`` and ``expert`` say which part of ``parameter`` it is (fused
+    projections, Conv1D, 3-D experts).
     """
 
     kind: str  # q, k, v, qkv, o, gate, up, down, fc1, fc2: the role, for plots and tables
@@ -33,7 +35,9 @@ class Matrix:
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
     def bias_view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part [R] of the stored bias that belongs to the matrix's rows, as a view (of anything shaped like the bias)."""
+        """The part [R] of the stored bias that belongs to the matrix's rows, as a view (of anything
+        shaped like the bias).
+        """
         if self.expert is not None:
             tensor = tensor[self.expert]
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
@@ -47,11 +51,17 @@ class Matrix:
     def label(self) -> str:
         """Unique name inside the block."""
         part = "" if self.rows is None else f"[{self.rows[0]}:{self.rows[1]}]"
-        return self.parameter.removesuffix(".weight") + part + ("" if self.expert is None else f".{self.expert}")
+        return (
+            self.parameter.removesuffix(".weight") + part + ("" if self.expert is None else f".{self.expert}")
+        )
 
 
-def laid(matrices: Sequence[Matrix], values: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The stored parameters of ``tensors`` with these logical matrices [R, C] in their places; differentiable in the values."""
+def laid(
+    matrices: Sequence[Matrix], values: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The stored parameters of ``tensors`` with these logical matrices [R, C] in their places;
+    differentiable in the values.
+    """
     by_parameter: dict[str, list[tuple[Matrix, torch.Tensor]]] = {}
     for matrix, value in zip(matrices, values, strict=True):
         by_parameter.setdefault(matrix.parameter, []).append((matrix, value))
@@ -59,7 +69,9 @@ def laid(matrices: Sequence[Matrix], values: Sequence[torch.Tensor], tensors: Ma
 
 
 def _whole(parts: list[tuple[Matrix, torch.Tensor]], stored: torch.Tensor | None) -> torch.Tensor:
-    """One parameter. Its parts are joined, not put in one by one: each would cost a pass over all of it, forwards and backwards."""
+    """One parameter. Its parts are joined, not put in one by one: each would cost a pass over all
+    of it, forwards and backwards.
+    """
     if parts[0][0].whole:
         return _turned(*parts[0])
     if stored is None:
@@ -69,7 +81,9 @@ def _whole(parts: list[tuple[Matrix, torch.Tensor]], stored: torch.Tensor | None
         by_expert.setdefault(part[0].expert, []).append(part)
     if None in by_expert:
         return _rows(by_expert[None], stored)
-    return torch.stack([_rows(by_expert[e], stored[e]) if e in by_expert else stored[e] for e in range(len(stored))])
+    return torch.stack(
+        [_rows(by_expert[e], stored[e]) if e in by_expert else stored[e] for e in range(len(stored))]
+    )
 
 
 def _rows(parts: list[tuple[Matrix, torch.Tensor]], stored: torch.Tensor) -> torch.Tensor:
@@ -92,31 +106,42 @@ def _turned(matrix: Matrix, value: torch.Tensor) -> torch.Tensor:
 
 
 def compact(index: Sequence[int]) -> Sequence[int]:
-    """An index in the one form that it is kept in: the numbers from 0 on as a range, which takes no memory, others as a tuple."""
+    """An index in the one form that it is kept in: the numbers from 0 on as a range, which takes no
+    memory, others as a tuple.
+    """
     return range(len(index)) if tuple(index) == tuple(range(len(index))) else tuple(index)
 
 
 @dataclass(frozen=True)
 class Tie:
-    """One tensor that a coupling multiplies: entry ``positions[i]`` along ``axis`` takes ``factor[index[i]] ** power``."""
+    """One tensor that a coupling multiplies: entry ``positions[i]`` along ``axis`` takes
+    ``factor[index[i]] ** power``.
+    """
 
     parameter: str
     axis: int  # of the stored parameter, or of one expert's part of it
     index: Sequence[int]
     power: int
     offset: float = 0.0  # Gemma keeps its norm weight as 1 + w
-    positions: tuple[int, ...] | None = None  # None: every entry in order; else the entries of a fused parameter, as Q's rows
+    # None: every entry in order; else the entries of a fused parameter, as Q's rows
+    positions: tuple[int, ...] | None = None
     expert: int | None = None  # of a parameter that holds several
 
     def entries(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The touched entries of the stored parameter (or of anything shaped like it), ``axis`` first: [len(index), ...]."""
+        """The touched entries of the stored parameter (or of anything shaped like it), ``axis``
+        first: [len(index), ...].
+        """
         tensor = (tensor if self.expert is None else tensor[self.expert]).movedim(self.axis, 0)
-        return tensor if self.positions is None else tensor[torch.tensor(self.positions, device=tensor.device)]
+        return (
+            tensor if self.positions is None else tensor[torch.tensor(self.positions, device=tensor.device)]
+        )
 
 
 @dataclass(frozen=True)
 class Coupling:
-    """``size`` free positive factors whose ties cancel: the block's function does not depend on them (2602.21652, Eq. 3)."""
+    """``size`` free positive factors whose ties cancel: the block's function does not depend on
+    them (2602.21652, Eq. 3).
+    """
 
     name: str
     size: int
@@ -127,7 +152,8 @@ class Coupling:
 class Site:
     """A place whose activations X [tokens, d] are the input of one or more matrices.
 
-    ``parameter`` is one that X is multiplied by, as the block's modules name it; ``coupling`` scales X by ``factor[index]`` (X' = D X).
+    ``parameter`` is one that X is multiplied by, as the block's modules name it; ``coupling``
+    scales X by ``factor[index]`` (X' = D X).
     """
 
     name: str
@@ -145,12 +171,15 @@ class Layout:
     matrices: tuple[Matrix, ...]
     sites: tuple[Site, ...]
     couplings: tuple[Coupling, ...]
-    routers: frozenset[str] = frozenset()  # parameters, as the block's modules name them, that choose experts and weigh them: never pruned
+    # parameters, as the block's modules name them, that choose experts and weigh them: never pruned
+    routers: frozenset[str] = frozenset()
 
     @property
     def offsets(self) -> dict[str, float]:
         """Parameters that act as offset + w, and the offset (Gemma keeps its norm weights as 1 + w)."""
-        return {tie.parameter: tie.offset for coupling in self.couplings for tie in coupling.ties if tie.offset}
+        return {
+            tie.parameter: tie.offset for coupling in self.couplings for tie in coupling.ties if tie.offset
+        }
 
     def site(self, name: str) -> Site:
         return next(site for site in self.sites if site.name == name)

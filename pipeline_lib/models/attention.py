@@ -1,4 +1,6 @@
-"""transformers' attention by torch's fused kernel, whose small products MKL does faster than oneDNN (see ``products``)."""
+"""transformers' attention by torch's fused kernel, whose small products MKL does faster than oneDNN
+(see ``products``).
+"""
 
 from typing import Any
 

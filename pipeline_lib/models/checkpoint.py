@@ -1,4 +1,6 @@
-"""Checkpoints on disk: open one block at a time from (sharded) safetensors, write a pruned one shard by shard."""
+"""Checkpoints on disk: open one block at a time from (sharded) safetensors, write a pruned one
+shard by shard.
+"""
 
 import json
 import math
@@ -37,15 +39,24 @@ GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BLOCKS, POSITIONS = "num_hidden_layers", "max_position_embeddings"
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 MOST_POSITIONS = 2**24
 BUFFER = "a buffer that transformers computes"
-# What older conversions stored beside the parameters, with its number of dimensions: causal masks, their fill value, rotary tables
+# What older conversions stored beside the parameters, with its number of dimensions: causal masks,
+# their fill value, rotary tables
 BUFFERS = {r"(attn|attention)\.bias": 4, r"(attn|attention)\.masked_bias": 0, r"rotary_emb\.inv_freq": 1}
 
 
 def locate(path: Path, hub_id: str | None, revision: str | None) -> Path:
-    """The local directory of a model: ``path`` itself, or the snapshot of ``hub_id`` that prepare fetched. The hub is not called.
+    """The local directory of a model: ``path`` itself, or the snapshot of ``hub_id`` that prepare
+    fetched. The hub is not called.
 
     Raises:
         SparselineError: it is not here.
@@ -53,7 +64,8 @@ def locate(path: Path, hub_id: str | None, revision: str | None) -> Path:
     if hub_id is None:
         if not path.is_dir():
             raise SparselineError(
-                f"model.path = {str(path)!r} is not a directory; give the directory that holds config.json and *.safetensors."
+                f"model.path = {str(path)!r} is not a directory; give the directory that holds config.json"
+                " and *.safetensors."
             )
         return path
     try:
@@ -62,7 +74,8 @@ def locate(path: Path, hub_id: str | None, revision: str | None) -> Path:
         raise SparselineError(f"model.id = {hub_id!r} is no name of a model on the hub: {error}") from error
     if not isinstance(found, str):
         raise SparselineError(
-            f"model.id = {hub_id!r} (revision {revision!r}) is not in this machine's hub cache; fetch it with `python -m stages.prepare`."
+            f"model.id = {hub_id!r} (revision {revision!r}) is not in this machine's hub cache; fetch it with"
+            " `python -m stages.prepare`."
         )
     return Path(found).parent
 
@@ -71,9 +84,10 @@ def locate(path: Path, hub_id: str | None, revision: str | None) -> Path:
 class Checkpoint:
     """A model directory whose tensors are read lazily; nothing is in memory but their names.
 
-    ``files`` and ``shapes`` hold what the model has a place for, not the buffers (causal masks, rotary frequencies) that older
-    conversions stored beside that: transformers computes those, so that they are neither read, counted nor written. ``left_out``
-    names them, with all other files and tensors of the source that are not in the result.
+    ``files`` and ``shapes`` hold what the model has a place for, not the buffers (causal masks,
+    rotary frequencies) that older conversions stored beside that: transformers computes those, so
+    that they are neither read, counted nor written. ``left_out`` names them, with all other files
+    and tensors of the source that are not in the result.
     """
 
     path: Path
@@ -84,13 +98,16 @@ class Checkpoint:
     prefixes: tuple[str, ...]  # of each block's tensor names
     base: str  # what transformers' names of the base model's parameters begin with
     dtype: torch.dtype
-    pieces: Pieces  # transformers' name of every parameter -> the tensors that make it up; tied parameters share theirs
+    # transformers' name of every parameter -> the tensors that make it up; tied parameters share
+    # theirs
+    pieces: Pieces
     unread: frozenset[str]  # tensors that no text meets: other towers, whose values are kept
     buffers: frozenset[str]  # tensors that are no parameters, by their names in a block
     indexed: bool  # the weights have an index
     packed: Mapping[str, Packed]  # tensors that are stored in FP8 or MXFP4, with their scales
     remote_code: bool  # the model's own code runs, if it has any
-    others: tuple[str, ...]  # config, tokenizer and the like, relative to path: copied verbatim beside new weights
+    # config, tokenizer and the like, relative to path: copied verbatim beside new weights
+    others: tuple[str, ...]
     left_out: Mapping[str, str]  # file or tensor -> why it is in no result
 
     def block_prefix(self, block: int) -> str:
@@ -127,11 +144,15 @@ class Checkpoint:
 
     def matrix_shape(self, block: int, matrix: Matrix) -> tuple[int, int]:
         """[R, C] of a logical matrix, without reading it."""
-        rows, columns = matrix.view(torch.empty(self.shapes[self.block_prefix(block) + matrix.parameter], device="meta")).shape
+        rows, columns = matrix.view(
+            torch.empty(self.shapes[self.block_prefix(block) + matrix.parameter], device="meta")
+        ).shape
         return rows, columns
 
     def aliases(self, block: int, matrix: Matrix) -> list[str]:
-        """Every name that a pattern may use for a logical matrix: its own first, then its parameter's in files and in transformers."""
+        """Every name that a pattern may use for a logical matrix: its own first, then its
+        parameter's in files and in transformers.
+        """
         own = self.architecture.matrix_name(block, matrix)
         stored = self.block_prefix(block) + matrix.parameter
         full = self._module_names[stored]
@@ -139,7 +160,11 @@ class Checkpoint:
         bases = {"": None, self.prefixes[block].removesuffix(blocks): None, full.partition(blocks)[0]: None}
         short = [own, f"{blocks}{matrix.parameter}".removesuffix(".weight")]
         names = [base + name + end for base in bases for name in short for end in ("", ".weight")]
-        return list(dict.fromkeys([*names, stored, stored.removesuffix(".weight"), full, full.removesuffix(".weight")]))
+        return list(
+            dict.fromkeys(
+                [*names, stored, stored.removesuffix(".weight"), full, full.removesuffix(".weight")]
+            )
+        )
 
     def read(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """The named tensors as stored, file by file.
@@ -156,7 +181,8 @@ class Checkpoint:
                     tensor = self._unpacked(name) if name in self.packed else file.get_tensor(name)
                     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                         raise SparselineError(
-                            f"{self.path / file_name}: weights of {name} hold NaN or infinity; the checkpoint is damaged."
+                            f"{self.path / file_name}: weights of {name} hold NaN or infinity; the checkpoint"
+                            " is damaged."
                         )
                     yield name, tensor
 
@@ -176,15 +202,21 @@ class Checkpoint:
 
     def block_pieces(self, block: int) -> dict[str, tuple[Piece, ...]]:
         """What makes up the parameters of a block, all names relative to the block."""
-        return _relative(self.pieces, f"{self.base}{self.architecture.blocks}.{block}.", self.block_prefix(block))
+        return _relative(
+            self.pieces, f"{self.base}{self.architecture.blocks}.{block}.", self.block_prefix(block)
+        )
 
     def uncovered(self) -> dict[str, int]:
-        """Elements of the blocks' parameters of two or more dimensions that no logical matrix covers, by the tensors' names in a block."""
+        """Elements of the blocks' parameters of two or more dimensions that no logical matrix
+        covers, by the tensors' names in a block.
+        """
         found: dict[str, int] = {}
         for block, layout in enumerate(self.architecture.layouts):
             covered: dict[str, int] = {}
             for matrix in layout.matrices:
-                covered[matrix.parameter] = covered.get(matrix.parameter, 0) + math.prod(self.matrix_shape(block, matrix))
+                covered[matrix.parameter] = covered.get(matrix.parameter, 0) + math.prod(
+                    self.matrix_shape(block, matrix)
+                )
             for name, size in self._block_sizes(block).items():
                 if left := size - covered.get(name, 0):
                     found[name] = found.get(name, 0) + left
@@ -192,14 +224,21 @@ class Checkpoint:
 
     @property
     def coverage(self) -> float:
-        """The share of all elements of the blocks' parameters of two or more dimensions, routers left out, that logical matrices cover."""
+        """The share of all elements of the blocks' parameters of two or more dimensions, routers
+        left out, that logical matrices cover.
+        """
         total = sum(sum(self._block_sizes(block).values()) for block in range(self.architecture.depth))
         return 1 - sum(self.uncovered().values()) / total
 
     def _block_sizes(self, block: int) -> dict[str, int]:
         """Elements of a block's parameters of two or more dimensions, but of routers."""
         prefix, routers = self.block_prefix(block), self.architecture.layouts[block].routers
-        names = {piece.stored for name, own in self.block_pieces(block).items() if name not in routers for piece in own}
+        names = {
+            piece.stored
+            for name, own in self.block_pieces(block).items()
+            if name not in routers
+            for piece in own
+        }
         shapes = {name: self.shapes[prefix + name] for name in names - self.buffers}
         return {name: math.prod(shape) for name, shape in sorted(shapes.items()) if len(shape) > 1}
 
@@ -209,7 +248,8 @@ class Checkpoint:
 
 
 def read_config(path: Path, remote_code: bool = False, dequantize: bool = False) -> PreTrainedConfig:
-    """The model directory's config, the choice of attention kernel left to transformers: sdpa, or eager where the model has no sdpa.
+    """The model directory's config, the choice of attention kernel left to transformers: sdpa, or
+    eager where the model has no sdpa.
 
     Args:
         remote_code: run code of the model's own, if it has any.
@@ -225,19 +265,25 @@ def read_config(path: Path, remote_code: bool = False, dequantize: bool = False)
         )
     list_files(path)  # refuses links to elsewhere, pipes and devices
     if not (path / CONFIG).is_file():
-        raise SparselineError(f"{path} holds no {CONFIG}; give the directory that holds config.json and *.safetensors.")
+        raise SparselineError(
+            f"{path} holds no {CONFIG}; give the directory that holds config.json and *.safetensors."
+        )
     if not remote_code and (named := own_code(path)) and named[0] not in CONFIG_MAPPING_NAMES:
         raise SparselineError(
-            f"{path / CONFIG} asks for code of the model's own ({named[1]}), and transformers has no {named[0]!r}; "
-            "set model.remote_code to true if you trust that code: it can do anything that you can."
+            f"{path / CONFIG} asks for code of the model's own ({named[1]}), and transformers has no"
+            f" {named[0]!r}; set model.remote_code to true if you trust that code: it can do anything that"
+            " you can."
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=remote_code)
     except Exception as error:  # transformers checks little, and raises whatever it meets
-        raise SparselineError(f"{path} holds no {CONFIG} that transformers can read: {_first_line(error)}") from error
+        raise SparselineError(
+            f"{path} holds no {CONFIG} that transformers can read: {_first_line(error)}"
+        ) from error
     if getattr(config, "transformers_weights", None):
         raise SparselineError(
-            f"{path / CONFIG} names its weights by transformers_weights; remove that key and name them model.safetensors."
+            f"{path / CONFIG} names its weights by transformers_weights; remove that key and name them"
+            " model.safetensors."
         )
     if dequantize and isinstance(quantised := getattr(config, "quantization_config", None), dict):
         config.quantization_config = quantised | {"dequantize": True}
@@ -246,7 +292,9 @@ def read_config(path: Path, remote_code: bool = False, dequantize: bool = False)
 
 
 def own_code(path: Path) -> tuple[str, str] | None:
-    """The model type and the module of a config that names code of the model's own (``auto_map``), or None."""
+    """The model type and the module of a config that names code of the model's own (``auto_map``),
+    or None.
+    """
     try:
         value = json.loads(files.text(path / CONFIG))
         named = value.get("auto_map")
@@ -271,8 +319,9 @@ def open_checkpoint(
         dequantize: read weights in FP8 or MXFP4 as bfloat16.
 
     Raises:
-        SparselineError: no or an unsupported config, another head than a language model's, no weights or two sets of them, a missing
-            or truncated shard, a tensor missing, of another shape, or without a place in the model; a model that cannot be pruned.
+        SparselineError: no or an unsupported config, another head than a language model's, no
+            weights or two sets of them, a missing or truncated shard, a tensor missing, of another
+            shape, or without a place in the model; a model that cannot be pruned.
     """
     config = read_config(path, remote_code)
     _refuse(path, config, dequantize)
@@ -296,8 +345,9 @@ def open_checkpoint(
     if homeless := sorted(shapes.keys() - placed - buffers - unread):
         more = f" and {len(homeless) - 1} more" if len(homeless) > 1 else ""
         raise SparselineError(
-            f"{path} holds {homeless[0]}{more}, for which {type(model).__name__} has no place under its config.json; "
-            "pruning would lose it: give a checkpoint of the language model alone (adapters merged, other heads removed)."
+            f"{path} holds {homeless[0]}{more}, for which {type(model).__name__} has no place under its"
+            " config.json; pruning would lose it: give a checkpoint of the language model alone (adapters"
+            " merged, other heads removed)."
         )
     entry = architecture or _discovered(path, config, model, pieces, shapes)
     base = f"{model.base_model_prefix}." if model.base_model is not model else ""
@@ -347,29 +397,42 @@ def _numbers(prefixes: tuple[str, ...]) -> dict[str, int]:
 
 
 def _meets(entry: Architecture, full: str, base: str) -> bool:
-    """Whether a text meets a parameter: of the head, of a block, or of what stands before and behind the blocks."""
+    """Whether a text meets a parameter: of the head, of a block, or of what stands before and
+    behind the blocks.
+    """
     name = full.removeprefix(base)
     return not full.startswith(base) or name in entry.outside or name.startswith(f"{entry.blocks}.")
 
 
 def _refuse(path: Path, config: PreTrainedConfig, dequantize: bool) -> None:
     if config.is_encoder_decoder:
-        raise SparselineError(f"{path / CONFIG} describes an encoder-decoder ({config.model_type}); only decoders can be pruned.")
+        raise SparselineError(
+            f"{path / CONFIG} describes an encoder-decoder ({config.model_type}); only decoders can be"
+            " pruned."
+        )
     if (quantised := getattr(config, "quantization_config", None)) is None:
         return
     method = quantised.get("quant_method") if isinstance(quantised, dict) else None
     if method not in METHODS:
         raise SparselineError(
-            "The model is already quantised; give the original checkpoint, since pruning needs its full-precision weights."
+            "The model is already quantised; give the original checkpoint, since pruning needs its"
+            " full-precision weights."
         )
     if not dequantize:
-        raise SparselineError(f"{path} is stored in {method}; set model.dequantize to true to read it as bfloat16.")
+        raise SparselineError(
+            f"{path} is stored in {method}; set model.dequantize to true to read it as bfloat16."
+        )
 
 
-def _placed(path: Path, model: "PreTrainedModel", parts: Parts, pieces: Pieces) -> dict[str, tuple[Piece, ...]]:
-    """By every name that transformers has for a parameter, what makes it up: ties looked up, shapes and types checked."""
+def _placed(
+    path: Path, model: "PreTrainedModel", parts: Parts, pieces: Pieces
+) -> dict[str, tuple[Piece, ...]]:
+    """By every name that transformers has for a parameter, what makes it up: ties looked up, shapes
+    and types checked.
+    """
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    either = tied | {source: target for target, source in tied.items()}  # a tie goes both ways: files may hold either tensor
+    # a tie goes both ways: files may hold either tensor
+    either = tied | {source: target for target, source in tied.items()}
     required = dict(model.named_parameters(remove_duplicate=False))
     found = {}
     for full, tensor in {**required, **model.state_dict(keep_vars=True)}.items():
@@ -382,12 +445,20 @@ def _placed(path: Path, model: "PreTrainedModel", parts: Parts, pieces: Pieces) 
         for piece in own:
             if (stored := parts[piece.stored][2]) not in DTYPES and full in required:
                 raise SparselineError(
-                    f"{path} holds tensors of type {stored} ({piece.stored}); give an unquantised floating-point checkpoint."
+                    f"{path} holds tensors of type {stored} ({piece.stored}); give an unquantised"
+                    " floating-point checkpoint."
                 )
-        shape = tuple(assembled(own, {piece.stored: torch.empty(parts[piece.stored][1], device="meta") for piece in own}).shape)
+        shape = tuple(
+            assembled(
+                own, {piece.stored: torch.empty(parts[piece.stored][1], device="meta") for piece in own}
+            ).shape
+        )
         if shape != tuple(tensor.shape):
             wanted = f"{list(tensor.shape)}, not {list(shape)}"
-            raise SparselineError(f"{path}: config.json calls for {own[0].stored} of shape {wanted}; fetch the checkpoint again.")
+            raise SparselineError(
+                f"{path}: config.json calls for {own[0].stored} of shape {wanted}; fetch the checkpoint"
+                " again."
+            )
     return dict(sorted(found.items()))
 
 
@@ -402,22 +473,32 @@ def _prefix(pieces: Pieces, inside: str) -> str:
     number = inside.rstrip(".").rpartition(".")[2]
     found = stored[0][: stored[0].find(f".{number}.") + len(number) + 2]
     if f".{number}." not in found or not all(name.startswith(found) for name in stored):
-        raise SparselineError(f"the files' names of {inside.rstrip('.')} ({stored[0]}, …) have no block's number in common.")
+        raise SparselineError(
+            f"the files' names of {inside.rstrip('.')} ({stored[0]}, …) have no block's number in common."
+        )
     return found
 
 
 def _relative(pieces: Pieces, inside: str, prefix: str) -> dict[str, tuple[Piece, ...]]:
     return {
-        full.removeprefix(inside): tuple(replace(piece, stored=piece.stored.removeprefix(prefix)) for piece in own)
+        full.removeprefix(inside): tuple(
+            replace(piece, stored=piece.stored.removeprefix(prefix)) for piece in own
+        )
         for full, own in pieces.items()
         if full.startswith(inside)
     }
 
 
 def _discovered(
-    path: Path, config: PreTrainedConfig, model: "PreTrainedModel", pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]
+    path: Path,
+    config: PreTrainedConfig,
+    model: "PreTrainedModel",
+    pieces: Pieces,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> Architecture:
-    """The model's architecture, in the files' names. It depends on the config and on the files' names alone."""
+    """The model's architecture, in the files' names. It depends on the config and on the files'
+    names alone.
+    """
     key = config.to_json_string(), tuple(sorted(shapes.items()))
     if key not in _KNOWN:
         try:
@@ -426,7 +507,8 @@ def _discovered(
             raise SparselineError(f"{path}: {error}") from error
         except Exception as error:  # of transformers' own code
             raise SparselineError(
-                f"{path}: {type(model).__name__} does not run on a text as transformers runs it ({_first_line(error)}); it cannot be pruned."
+                f"{path}: {type(model).__name__} does not run on a text as transformers runs it"
+                f" ({_first_line(error)}); it cannot be pruned."
             ) from error
         base = f"{model.base_model_prefix}." if model.base_model is not model else ""
         made: dict[tuple[Layout, tuple[tuple[str, tuple[Piece, ...]], ...]], Layout] = {}
@@ -437,10 +519,16 @@ def _discovered(
             own = _relative(pieces, inside, prefix)
             same = layout, tuple(own.items())
             if same not in made:
-                sizes = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+                sizes = {
+                    name.removeprefix(prefix): shape
+                    for name, shape in shapes.items()
+                    if name.startswith(prefix)
+                }
                 made[same] = stored_layout(layout, own, sizes)
             layouts.append(made[same])
-        _KNOWN[key] = Architecture(config.model_type, found.blocks, found.width, tuple(layouts), found.outside, found.returns)
+        _KNOWN[key] = Architecture(
+            config.model_type, found.blocks, found.width, tuple(layouts), found.outside, found.returns
+        )
         while len(_KNOWN) > MOST_KNOWN:
             _KNOWN.pop(next(iter(_KNOWN)))
     return _KNOWN[key]
@@ -452,13 +540,17 @@ MOST_KNOWN = 32
 
 @contextmanager
 def _describing(path: Path) -> Iterator[None]:
-    """A negative width, no heads: what transformers' own code makes of numbers that make no model is told in a sentence."""
+    """A negative width, no heads: what transformers' own code makes of numbers that make no model
+    is told in a sentence.
+    """
     try:
         yield
     except SparselineError:
         raise
     except Exception as error:
-        raise SparselineError(f"{path / CONFIG} describes no model ({_first_line(error)}); fetch it again.") from error
+        raise SparselineError(
+            f"{path / CONFIG} describes no model ({_first_line(error)}); fetch it again."
+        ) from error
 
 
 def check_sizes(path: Path, config: PreTrainedConfig, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -476,7 +568,10 @@ def check_sizes(path: Path, config: PreTrainedConfig, shapes: Sequence[tuple[int
         if name == POSITIONS and value == -1:
             continue  # XLNet has no limit
         if value is not None and (type(value) is not int or not 0 < value <= most[name]):
-            raise SparselineError(f"{path / CONFIG}: {name} = {value!r} does not fit the weights beside it; fetch the checkpoint again.")
+            raise SparselineError(
+                f"{path / CONFIG}: {name} = {value!r} does not fit the weights beside it; fetch the"
+                " checkpoint again."
+            )
 
 
 def generation(path: Path) -> "GenerationConfig":
@@ -490,7 +585,9 @@ def generation(path: Path) -> "GenerationConfig":
     try:
         return GenerationConfig.from_pretrained(path)
     except Exception as error:  # transformers checks little, and raises whatever it meets
-        raise SparselineError(f"{path / GENERATION} cannot be read ({_first_line(error)}); fetch it again, or take it away.") from error
+        raise SparselineError(
+            f"{path / GENERATION} cannot be read ({_first_line(error)}); fetch it again, or take it away."
+        ) from error
 
 
 def _architectures(config: PreTrainedConfig) -> list[str]:
@@ -503,13 +600,15 @@ def _check_head(path: Path, config: PreTrainedConfig, model: "PreTrainedModel") 
     for name in _architectures(config):
         if not name.lower().endswith(("forcausallm", "lmheadmodel")) and name not in _names_of(model):
             raise SparselineError(
-                f"{path / CONFIG} describes a {name}; only language models can be pruned ({type(model).__name__} here), "
-                "since any other head would be lost."
+                f"{path / CONFIG} describes a {name}; only language models can be pruned"
+                f" ({type(model).__name__} here), since any other head would be lost."
             )
 
 
 def _names_of(model: "PreTrainedModel") -> set[str]:
-    """What a config may call the model: its class, its base model, or the composite one that it is the language model of."""
+    """What a config may call the model: its class, its base model, or the composite one that it is
+    the language model of.
+    """
     names = {type(model).__name__, type(model.base_model).__name__}
     if model.config.get_text_config() is not model.config or model._keys_to_ignore_on_load_unexpected:
         names.add(type(model).__name__.replace("ForCausalLM", "ForConditionalGeneration"))
@@ -527,14 +626,22 @@ def _stored(path: Path, found: Files) -> tuple[Parts, dict[str, str]]:
                 extra |= {f"{file_name}: {key}": "metadata, which transformers does not read" for key in keys}
                 for name in file.keys():
                     if name in parts:
-                        raise SparselineError(f"{path}: {parts[name][0]} and {file_name} both hold {name}; fetch the checkpoint again.")
+                        raise SparselineError(
+                            f"{path}: {parts[name][0]} and {file_name} both hold {name}; fetch the checkpoint"
+                            " again."
+                        )
                     part = file.get_slice(name)
                     parts[name] = file_name, tuple(part.get_shape()), part.get_dtype()
         except (OSError, SafetensorError) as error:
-            raise SparselineError(f"{path / file_name} is missing or truncated ({error}); fetch the checkpoint again.") from error
+            raise SparselineError(
+                f"{path / file_name} is missing or truncated ({error}); fetch the checkpoint again."
+            ) from error
     for name, file_name in (found.index or {}).items():
         if name not in parts and not is_buffer(name, None):
-            raise SparselineError(f"{path / INDEX} names {name} in {file_name}, which does not hold it; fetch the checkpoint again.")
+            raise SparselineError(
+                f"{path / INDEX} names {name} in {file_name}, which does not hold it; fetch the checkpoint"
+                " again."
+            )
     return parts, extra
 
 
@@ -546,12 +653,17 @@ def _missing(path: Path, name: str, model: "PreTrainedModel", parts: Parts) -> s
     if not any(part.startswith(f"{model.base_model_prefix}.") for part in parts):
         name = name.removeprefix(f"{model.base_model_prefix}.")
     if base in _architectures(model.config) and is_head:
-        return f"{path} is a {base}, saved without the head of a language model ({name}); save the model as {whole}."
+        return (
+            f"{path} is a {base}, saved without the head of a language model ({name}); save the model as"
+            f" {whole}."
+        )
     return f"{path} has no tensor {name}, which its config.json calls for; fetch the checkpoint again."
 
 
 def is_buffer(name: str, shape: tuple[int, ...] | None) -> bool:
-    """Whether a tensor is one of those that transformers computes itself; without a shape, by its name alone."""
+    """Whether a tensor is one of those that transformers computes itself; without a shape, by its
+    name alone.
+    """
     return any(
         re.search(rf"(^|\.){pattern}$", name) is not None and (shape is None or len(shape) == dimensions)
         for pattern, dimensions in BUFFERS.items()
@@ -560,12 +672,14 @@ def is_buffer(name: str, shape: tuple[int, ...] | None) -> bool:
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype, remote_code: bool = False) -> "PreTrainedModel":
     """The model without its weights: parameters on the meta device, buffers real."""
-    from accelerate import init_empty_weights  # imported here, like the modelling code below: seconds that not every stage needs
+    # imported here, like the modelling code below: seconds that not every stage needs
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     attention.register()
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code)  # without the word it asks
+        # without the word it asks
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code)
     for module in model.modules():  # fused kernels for experts show no products
         own: Any = getattr(module, "config", None)
         if hasattr(own, "_experts_implementation"):
@@ -581,7 +695,8 @@ def copy_files(names: Sequence[str], source: Path, target: Path) -> None:
 
 
 class ShardWriter:
-    """Writes a checkpoint as one shard per block plus one for the rest, each atomically, so that finished blocks survive a kill.
+    """Writes a checkpoint as one shard per block plus one for the rest, each atomically, so that
+    finished blocks survive a kill.
 
     Peak memory is one block's tensors; the source's config, tokenizer and chat template are copied verbatim.
     """

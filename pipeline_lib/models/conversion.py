@@ -1,7 +1,8 @@
-"""How a checkpoint's tensors make up a model's parameters, as transformers converts them while it loads, and back.
+"""How a checkpoint's tensors make up a model's parameters, as transformers converts them while it
+loads, and back.
 
-Files of a mixture hold a matrix for every expert, the model one parameter for all; names differ, too. Everything else in the project
-speaks of tensors as the files have them.
+Files of a mixture hold a matrix for every expert, the model one parameter for all; names differ,
+too. Everything else in the project speaks of tensors as the files have them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,7 +55,9 @@ def _part(tensor: Tensor, expert: int | None, rows: range | None) -> Tensor:
 Pieces = Mapping[str, tuple[Piece, ...]]  # a parameter's name in transformers -> what it is made of
 
 
-def assembled(pieces: Sequence[Piece], tensors: Mapping[str, Tensor], otherwise: Tensor | None = None) -> Tensor:
+def assembled(
+    pieces: Sequence[Piece], tensors: Mapping[str, Tensor], otherwise: Tensor | None = None
+) -> Tensor:
     """A parameter from the tensors of the files; differentiable in them.
 
     Args:
@@ -102,8 +105,11 @@ def disassembled(pieces: Pieces, parameters: Mapping[str, Tensor]) -> dict[str, 
     return found
 
 
-def pieces_of(model: "PreTrainedModel", shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Piece, ...]]:
-    """By every name that transformers has for a parameter or buffer of the model, the tensors of the files that make it up.
+def pieces_of(
+    model: "PreTrainedModel", shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[Piece, ...]]:
+    """By every name that transformers has for a parameter or buffer of the model, the tensors of
+    the files that make it up.
 
     Args:
         shapes: of the files' tensors.
@@ -112,7 +118,12 @@ def pieces_of(model: "PreTrainedModel", shapes: Mapping[str, tuple[int, ...]]) -
         SparselineError: transformers converts a tensor in a way that is not known here.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
@@ -130,14 +141,18 @@ def pieces_of(model: "PreTrainedModel", shapes: Mapping[str, tuple[int, ...]]) -
         else:
             groups.setdefault(target, (by_pattern[pattern], []))[1].append((name, pattern))
     for target, (converter, names) in groups.items():
-        found |= _converted(model, target, converter, [(name, pattern, shapes[name]) for name, pattern in names])
+        found |= _converted(
+            model, target, converter, [(name, pattern, shapes[name]) for name, pattern in names]
+        )
     return found
 
 
 def _converted(
     model: "PreTrainedModel", target: str, converter: Any, sources: Sequence[tuple[str, str, tuple[int, ...]]]
 ) -> dict[str, tuple[Piece, ...]]:
-    """What a conversion makes of its tensors: transformers' own code is given the numbers of rows in their places."""
+    """What a conversion makes of its tensors: transformers' own code is given the numbers of rows
+    in their places.
+    """
     mapping = deepcopy(converter)
     known: list[tuple[str, int | None, int]] = []
     for name, pattern, shape in sources:
@@ -155,13 +170,18 @@ def _converted(
                 raise ValueError(full)
             numbers = numbers[..., 0]
             slices = [(None, numbers)] if numbers.ndim == 1 else list(enumerate(numbers))
-            result[full] = tuple(piece for expert, own in slices for piece in _runs(expert, [known[row] for row in own.tolist()]))
+            result[full] = tuple(
+                piece
+                for expert, own in slices
+                for piece in _runs(expert, [known[row] for row in own.tolist()])
+            )
     except SparselineError:
         raise
     except Exception as error:  # an operation on columns, or one that needs the values
         operations = ", ".join(type(operation).__name__ for operation in converter.operations)
         raise SparselineError(
-            f"transformers makes {target} of {sources[0][0]} by {operations}, which is not supported; report it as a missing conversion."
+            f"transformers makes {target} of {sources[0][0]} by {operations}, which is not supported; report"
+            " it as a missing conversion."
         ) from error
     return result
 
@@ -186,7 +206,11 @@ def _runs(expert: int | None, sources: Sequence[tuple[str, int | None, int]]) ->
 def _regular(pairs: Sequence[tuple[int, int]]) -> list[tuple[range, range]]:
     """Rows in order, or interleaved."""
     for step in range(1, 5):
-        found = [[_range(side) for side in zip(*pairs[first::step], strict=True)] for first in range(step) if pairs[first::step]]
+        found = [
+            [_range(side) for side in zip(*pairs[first::step], strict=True)]
+            for first in range(step)
+            if pairs[first::step]
+        ]
         if all(one is not None and other is not None for one, other in found):
             return [(one, other) for one, other in found if one is not None and other is not None]
     raise ValueError("rows in no regular order")
@@ -211,7 +235,8 @@ def stored_layout(layout: Layout, pieces: Pieces, shapes: Mapping[str, tuple[int
     """
     matrices = [own for matrix in layout.matrices for own in _matrices(matrix, pieces, shapes)]
     couplings = [
-        Coupling(one.name, one.size, tuple(own for tie in one.ties for own in _ties(tie, pieces, shapes))) for one in layout.couplings
+        Coupling(one.name, one.size, tuple(own for tie in one.ties for own in _ties(tie, pieces, shapes)))
+        for one in layout.couplings
     ]
     return replace(layout, matrices=tuple(matrices), couplings=tuple(couplings))
 
@@ -237,7 +262,9 @@ def _matrices(matrix: Matrix, pieces: Pieces, shapes: Mapping[str, tuple[int, ..
             continue
         rows = None if whole or piece.from_rows is None else (piece.from_rows.start, piece.from_rows.stop)
         kind = matrix.kind if len(own) == 1 or matrix.rows is not None else kind_of(piece.stored)
-        yield replace(matrix, kind=kind, parameter=piece.stored, bias=bias, rows=rows, expert=piece.from_expert)
+        yield replace(
+            matrix, kind=kind, parameter=piece.stored, bias=bias, rows=rows, expert=piece.from_expert
+        )
 
 
 def _ties(tie: Tie, pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tie]:
@@ -249,12 +276,18 @@ def _ties(tie: Tie, pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> It
         if tie.axis != 0 or piece.rows is None:
             yield stored
             continue
-        taken = [(i, row) for i, row in enumerate(tie.positions or range(len(tie.index))) if row in piece.rows]
+        taken = [
+            (i, row) for i, row in enumerate(tie.positions or range(len(tie.index))) if row in piece.rows
+        ]
         if taken:
             source = piece.from_rows or range(len(piece.rows))
             positions = tuple(source[piece.rows.index(row)] for _, row in taken)
             everything = _all_rows(piece, shapes) and positions == tuple(range(shapes[piece.stored][-2]))
-            yield replace(stored, index=compact([tie.index[i] for i, _ in taken]), positions=None if everything else positions)
+            yield replace(
+                stored,
+                index=compact([tie.index[i] for i, _ in taken]),
+                positions=None if everything else positions,
+            )
 
 
 def place(matrix: Matrix, pieces: Pieces) -> tuple[str, int | None, range | None]:
@@ -270,7 +303,9 @@ def place(matrix: Matrix, pieces: Pieces) -> tuple[str, int | None, range | None
                 continue
             if piece.whole:
                 return parameter, matrix.expert, None if matrix.rows is None else range(*matrix.rows)
-            if piece.from_expert == matrix.expert and (matrix.rows is None or piece.from_rows == range(*matrix.rows)):
+            if piece.from_expert == matrix.expert and (
+                matrix.rows is None or piece.from_rows == range(*matrix.rows)
+            ):
                 return parameter, piece.expert, piece.rows
     raise ValueError(f"{matrix.parameter} is no part of the block")
 
@@ -278,9 +313,18 @@ def place(matrix: Matrix, pieces: Pieces) -> tuple[str, int | None, range | None
 def usual_name(model: "PreTrainedModel", full: str) -> str:
     """What files usually call a parameter: of several tensors that make it up, the first pattern."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import (
+        PrefixChange,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
 
-    own = [one for one in get_model_conversion_mapping(model, add_legacy=False)[::-1] if not isinstance(one, PrefixChange)]
+    own = [
+        one
+        for one in get_model_conversion_mapping(model, add_legacy=False)[::-1]
+        if not isinstance(one, PrefixChange)
+    ]
     back = [one.reverse_transform() for one in own]
     renamings = [one for one in back if isinstance(one, WeightRenaming)]
     converters = [one for one in back if isinstance(one, WeightConverter)]

@@ -1,4 +1,6 @@
-"""Checkpoints stored in FP8 (DeepSeek-V3) or MXFP4 (gpt-oss): tensors and their scales read as one bfloat16 tensor, by transformers' own code."""
+"""Checkpoints stored in FP8 (DeepSeek-V3) or MXFP4 (gpt-oss): tensors and their scales read as one
+bfloat16 tensor, by transformers' own code.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +10,8 @@ import torch
 METHODS = ("fp8", "mxfp4")  # of quantization_config
 FP8_SCALE = "_scale_inv"
 BLOCKS, SCALES = "_blocks", "_scales"
-Parts = dict[str, tuple[str, tuple[int, ...], str]]  # tensor name -> file name, shape, safetensors' name of the dtype
+# tensor name -> file name, shape, safetensors' name of the dtype
+Parts = dict[str, tuple[str, tuple[int, ...], str]]
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,18 @@ class Packed:
 
 
 def packed(parts: Parts) -> dict[str, Packed]:
-    """By the names that they stand for, the pairs among a checkpoint's tensors; the pairs are taken out of ``parts``, what they stand for comes in."""
+    """By the names that they stand for, the pairs among a checkpoint's tensors; the pairs are taken
+    out of ``parts``, what they stand for comes in.
+    """
     found: dict[str, Packed] = {}
     for name in list(parts):
         if name.endswith(FP8_SCALE) and (values := name.removesuffix(FP8_SCALE)) in parts:
             found[values] = Packed(values, name, (parts[values][0], parts[name][0]), parts[values][1])
         elif name.endswith(SCALES) and (values := name.removesuffix(SCALES) + BLOCKS) in parts:
             *lead, rows, groups, width = parts[values][1]
-            found[name.removesuffix(SCALES)] = Packed(values, name, (parts[values][0], parts[name][0]), (*lead, 2 * groups * width, rows))
+            found[name.removesuffix(SCALES)] = Packed(
+                values, name, (parts[values][0], parts[name][0]), (*lead, 2 * groups * width, rows)
+            )
     for name, pair in found.items():
         for source in (pair.values, pair.scales):
             parts.pop(source, None)

@@ -1,8 +1,10 @@
-"""Find a model's blocks, and in each its matrices, sites and couplings, from the module tree and a run without weights (``hollow``).
+"""Find a model's blocks, and in each its matrices, sites and couplings, from the module tree and a
+run without weights (``hollow``).
 
-A coupling is a source whose channels can be scaled: the rows of a product's weight, or a norm's weight. What a scaled source changes
-tells all: either the inputs of later products are scaled with it, channel by channel, and nothing else changes, or it is none.
-Shape letters: ``R`` outputs, ``C`` inputs of a matrix, ``d`` channels of a site, ``n`` channels of a source.
+A coupling is a source whose channels can be scaled: the rows of a product's weight, or a norm's
+weight. What a scaled source changes tells all: either the inputs of later products are scaled with
+it, channel by channel, and nothing else changes, or it is none. Shape letters: ``R`` outputs, ``C``
+inputs of a matrix, ``d`` channels of a site, ``n`` channels of a source.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +32,9 @@ BASE = 8  # channels are told apart by factors 2 … 2^8, one octal digit at a t
 
 @dataclass(frozen=True)
 class Found:
-    """What discovery says of a model. Names in layouts are those of the block's modules, relative to the block."""
+    """What discovery says of a model. Names in layouts are those of the block's modules, relative
+    to the block.
+    """
 
     blocks: str  # path of the module list inside the base model
     width: int
@@ -57,7 +61,10 @@ def discover(model: "PreTrainedModel") -> Found:
             kinds[own.signature] = own.layout()
         layouts.append(kinds[own.signature])
     if not any(layout.matrices for layout in layouts):
-        raise SparselineError(f"no linear layer in the blocks of {type(model).__name__} is reached by text; there is nothing to prune.")
+        raise SparselineError(
+            f"no linear layer in the blocks of {type(model).__name__} is reached by text; there is nothing to"
+            " prune."
+        )
     outside = frozenset(name for name in hollow.touched if not name.startswith(f"{path}."))
     return Found(path, calls[0].args[0].shape[-1], tuple(layouts), outside, calls[0].returns)
 
@@ -73,8 +80,14 @@ class Call:
 
 
 def _blocks(model: "PreTrainedModel", hollow: Hollow) -> tuple[str, list[Call]]:
-    """The path of the list of blocks, and how each is called. The one with the most weights, if every module of it runs once."""
-    lists = {name: module for name, module in model.base_model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    """The path of the list of blocks, and how each is called. The one with the most weights, if
+    every module of it runs once.
+    """
+    lists = {
+        name: module
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
     every = {block for blocks in lists.values() for block in blocks}
     others, calls = (_calls(model, hollow, every, first) for first in (TOKENS + 1, 1))
 
@@ -85,11 +98,18 @@ def _blocks(model: "PreTrainedModel", hollow: Hollow) -> tuple[str, list[Call]]:
     kind = type(model).__name__
     for name in sorted(lists, key=weights, reverse=True):
         found = [calls.get(block, []) for block in lists[name]]
-        if all(len(each) == 1 and each[0].args and isinstance(each[0].args[0], Tensor) and each[0].args[0].ndim == 3 for each in found):
+        if all(
+            len(each) == 1
+            and each[0].args
+            and isinstance(each[0].args[0], Tensor)
+            and each[0].args[0].ndim == 3
+            for each in found
+        ):
             own = [each[0] for each in found]
             if own[0].args[0].shape[:2] != (1, TOKENS):
                 raise SparselineError(
-                    f"the blocks of {kind} ({name}) do not have one hidden state per token; such a model cannot be pruned."
+                    f"the blocks of {kind} ({name}) do not have one hidden state per token; such a model"
+                    " cannot be pruned."
                 )
             inside = frozenset(part for part in hollow.parts if part.parameter.startswith(f"{name}."))
             moved = _calls(model, hollow, every, 1, Changes(one=inside))
@@ -98,24 +118,35 @@ def _blocks(model: "PreTrainedModel", hollow: Hollow) -> tuple[str, list[Call]]:
             return name, own
         if any(found) and weights(name) > whole / 2:
             raise SparselineError(
-                f"the blocks of {kind} ({name}) do not run once each, one after the other; such a model cannot be pruned."
+                f"the blocks of {kind} ({name}) do not run once each, one after the other; such a model"
+                " cannot be pruned."
             )
-    raise SparselineError(f"{kind} has no list of blocks that run one after the other; such a model cannot be pruned.")
+    raise SparselineError(
+        f"{kind} has no list of blocks that run one after the other; such a model cannot be pruned."
+    )
 
 
 def _calls(
-    model: "PreTrainedModel", hollow: Hollow, blocks: Iterable[nn.Module], first: int, changes: Changes | None = None
+    model: "PreTrainedModel",
+    hollow: Hollow,
+    blocks: Iterable[nn.Module],
+    first: int,
+    changes: Changes | None = None,
 ) -> dict[nn.Module, list[Call]]:
     """How each of the modules is called for tokens that begin with this one."""
     calls: dict[nn.Module, list[Call]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(module, []).append(Call(tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args), dict(kwargs)))
+        calls.setdefault(module, []).append(
+            Call(tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args), dict(kwargs))
+        )
 
     def end(module: nn.Module, _args: Any, output: Any) -> None:
         parts = len(output) if isinstance(output, tuple | list) else 0
         hidden = output[0] if parts else output
-        calls[module][-1] = replace(calls[module][-1], output=hidden.clone() if isinstance(hidden, Tensor) else None, returns=parts)
+        calls[module][-1] = replace(
+            calls[module][-1], output=hidden.clone() if isinstance(hidden, Tensor) else None, returns=parts
+        )
 
     handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
     handles += [block.register_forward_hook(end) for block in blocks]
@@ -131,14 +162,20 @@ def _calls(
 
 
 def _refuse_other_ways(kind: str, calls: Sequence[Call], others: Sequence[Call]) -> None:
-    """Blocks are run one by one later: what each gets beside the hidden states of the one before must not depend on the text."""
+    """Blocks are run one by one later: what each gets beside the hidden states of the one before
+    must not depend on the text.
+    """
     for number, (call, other) in enumerate(zip(calls, others, strict=True)):
         if not _same((call.args[1:], call.kwargs), (other.args[1:], other.kwargs)):
             raise SparselineError(
-                f"block {number} of {kind} is given more of the text than what the block before makes of it; it cannot be pruned."
+                f"block {number} of {kind} is given more of the text than what the block before makes of it;"
+                " it cannot be pruned."
             )
         if number and not _same(call.args[0], calls[number - 1].output):
-            raise SparselineError(f"block {number} of {kind} is not given what the block before returns; such a model cannot be pruned.")
+            raise SparselineError(
+                f"block {number} of {kind} is not given what the block before returns; such a model cannot be"
+                " pruned."
+            )
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -164,7 +201,11 @@ class _Source:
     def changes(self, factor: Tensor, outputs: int = 0) -> Changes:
         if self.part is None:
             return Changes(vectors=dict.fromkeys(self.vectors, (factor, self.offset)))
-        rows = factor if self.positions is None else torch.ones(outputs).index_copy(0, torch.tensor(self.positions), factor)
+        rows = (
+            factor
+            if self.positions is None
+            else torch.ones(outputs).index_copy(0, torch.tensor(self.positions), factor)
+        )
         return Changes(rows={self.part: rows})
 
 
@@ -193,7 +234,11 @@ class _Block:
     def _again(self, changes: Changes, hidden: Tensor | None = None) -> _Run:
         self.hollow.begin(changes)
         with self.hollow:
-            output = self.block((self.call.args[0] if hidden is None else hidden).clone(), *self.call.args[1:], **self.call.kwargs)
+            output = self.block(
+                (self.call.args[0] if hidden is None else hidden).clone(),
+                *self.call.args[1:],
+                **self.call.kwargs,
+            )
         return _Run(self.hollow.seen or [], output[0] if isinstance(output, tuple | list) else output)
 
     @property
@@ -201,18 +246,31 @@ class _Block:
         """Blocks whose signatures are equal are alike."""
         shapes = tuple((name, tuple(parameter.shape)) for name, parameter in self.block.named_parameters())
         modules = tuple(type(module).__name__ for module in self.block.modules())
-        return shapes, modules, tuple((part, number) for part, number in zip(self.run.parts, self._site_numbers, strict=True))
+        return (
+            shapes,
+            modules,
+            tuple((part, number) for part, number in zip(self.run.parts, self._site_numbers, strict=True)),
+        )
 
     @cached_property
     def _site_numbers(self) -> list[int]:
         """For each product, the first one that has the same inputs."""
         first: dict[Any, int] = {}
-        keys = [(p.inputs.untyped_storage()._cdata, p.inputs.storage_offset(), p.inputs.numel(), p.inputs.shape[-1]) for p in self.run.seen]
+        keys = [
+            (
+                p.inputs.untyped_storage()._cdata,
+                p.inputs.storage_offset(),
+                p.inputs.numel(),
+                p.inputs.shape[-1],
+            )
+            for p in self.run.seen
+        ]
         return [first.setdefault(key, number) for number, key in enumerate(keys)]
 
     @cached_property
     def sites(self) -> dict[int, list[Part]]:
-        """Number of the first product -> the parts that share its inputs; a part that takes part in several products counts once.
+        """Number of the first product -> the parts that share its inputs; a part that takes part in
+        several products counts once.
 
         Rows of one matrix that get different inputs (DBRX's experts) are left out.
         """
@@ -232,14 +290,22 @@ class _Block:
     def on_stream(self) -> set[int]:
         """The sites that depend on the block's inputs, whatever the products give."""
         hidden = self.call.args[0]
-        run = self._again(Changes(), hidden + torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)))
+        run = self._again(
+            Changes(), hidden + torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+        )
         pairs = enumerate(zip(self.run.seen, run.seen, strict=True))
-        return {number for number, (a, b) in pairs if number == self._site_numbers[number] and not torch.equal(a.inputs, b.inputs)}
+        return {
+            number
+            for number, (a, b) in pairs
+            if number == self._site_numbers[number] and not torch.equal(a.inputs, b.inputs)
+        }
 
     # Responses
 
     def response(self, source: _Source) -> dict[int, tuple[int, ...]] | None:
-        """Site -> for each of its channels, the source's channel that it is scaled with; None where anything else changes, or nothing."""
+        """Site -> for each of its channels, the source's channel that it is scaled with; None where
+        anything else changes, or nothing.
+        """
         digits = next(count for count in range(1, 12) if BASE**count >= source.size)
         codes: dict[int, Tensor] = {}
         for digit in range(digits):
@@ -255,7 +321,9 @@ class _Block:
         return maps if all(max(channels) < source.size for channels in maps.values()) else None
 
     def _scaled(self, source: _Source, factor: Tensor) -> dict[int, Tensor] | None:
-        """Site -> exponents of two [d] by which its channels are scaled, for those that change; None where the change is another."""
+        """Site -> exponents of two [d] by which its channels are scaled, for those that change;
+        None where the change is another.
+        """
         run = self._again(source.changes(factor, self.outputs.get(source.part, 0) if source.part else 0))
         if run.parts != self.run.parts or not torch.equal(run.output, self.run.output):
             return None
@@ -279,10 +347,14 @@ class _Block:
         """Whether every product gets what it got, and the block gives what it gave."""
         run = self._again(changes)
         same = run.parts == self.run.parts and torch.equal(run.output, self.run.output)
-        return same and all(torch.equal(a.inputs, b.inputs) for a, b in zip(self.run.seen, run.seen, strict=True))
+        return same and all(
+            torch.equal(a.inputs, b.inputs) for a, b in zip(self.run.seen, run.seen, strict=True)
+        )
 
     def influenced(self, parts: Sequence[Part]) -> dict[int, bool]:
-        """The sites that change with the parts' outputs for one token; whether other tokens change there, too."""
+        """The sites that change with the parts' outputs for one token; whether other tokens change
+        there, too.
+        """
         run = self._again(Changes(one=frozenset(parts)))
         if run.parts != self.run.parts:  # other experts were chosen
             return {}
@@ -325,17 +397,26 @@ class _Assembly:
         self.block = block
         self.experts = self._experts()
         self.routers = self._routers()
-        self.sites = {number: own for number, parts in block.sites.items() if (own := [p for p in parts if self._looked_at(p)])}
+        self.sites = {
+            number: own
+            for number, parts in block.sites.items()
+            if (own := [p for p in parts if self._looked_at(p)])
+        }
         self.parts = [part for parts in self.sites.values() for part in parts if part not in self.routers]
         self.partitions: dict[Part, Partition] = {}
         self.scaled = self._couplings()
-        self.after = {number: self.block.influenced([p for p in parts if p not in self.routers]) for number, parts in self.sites.items()}
+        self.after = {
+            number: self.block.influenced([p for p in parts if p not in self.routers])
+            for number, parts in self.sites.items()
+        }
         self.names = self._names()
 
     # Experts
 
     def _experts(self) -> dict[str, _Experts]:
-        """By the path of what holds them: a parameter of three dimensions, or a module list as long as some product has outputs."""
+        """By the path of what holds them: a parameter of three dimensions, or a module list as long
+        as some product has outputs.
+        """
         found: dict[str, _Experts] = {}
         parts, outputs = list(self.block.outputs), set(self.block.outputs.values())
         most: dict[str, dict[int, int]] = {}
@@ -347,8 +428,12 @@ class _Assembly:
         for path, tokens in most.items():
             seen = max(tokens, key=lambda number: tokens[number])
             if path in parameters:
-                found[path] = _Experts(len(parameters[path]), lambda part, number: replace(part, expert=number), seen)
-            elif (count := len(list(self.block.block.get_submodule(path).children()))) in outputs - {1} and self._alike(path):
+                found[path] = _Experts(
+                    len(parameters[path]), lambda part, number: replace(part, expert=number), seen
+                )
+            elif (count := len(list(self.block.block.get_submodule(path).children()))) in outputs - {
+                1
+            } and self._alike(path):
                 head = f"{path}.{seen}."
                 if any(part.parameter.startswith(head) for part in parts):
                     found[path] = _Experts(count, _renamed(path, seen), seen)
@@ -365,17 +450,22 @@ class _Assembly:
 
     def _looked_at(self, part: Part) -> bool:
         home = self._home(part)
-        return home is None or any((path, number) == (home, self.experts[home].seen) for path, number in _members(part))
+        return home is None or any(
+            (path, number) == (home, self.experts[home].seen) for path, number in _members(part)
+        )
 
     def _routers(self) -> set[Part]:
-        """Products with an output for each expert, or with a single one, that no other product's inputs depend on: they choose and weigh,
-        and are never pruned."""
+        """Products with an output for each expert, or with a single one, that no other product's
+        inputs depend on: they choose and weigh, and are never pruned.
+        """
         counts = {experts.count for experts in self.experts.values()} | {1}
         homes = {number: self._home(parts[0]) for number, parts in self.block.sites.items()}
         return {
             part
             for part, outputs in self.block.outputs.items()
-            if outputs in counts and self._home(part) is None and all(homes.get(number, "") for number in self.block.influenced([part]))
+            if outputs in counts
+            and self._home(part) is None
+            and all(homes.get(number, "") for number in self.block.influenced([part]))
         }
 
     # Couplings
@@ -413,13 +503,18 @@ class _Assembly:
         return []
 
     def _one_each(self, scaled: Sequence[_Scaled]) -> list[_Scaled]:
-        """At most one coupling scales a site: of several, one that may be negative, too, and else the first."""
+        """At most one coupling scales a site: of several, one that may be negative, too, and else
+        the first.
+        """
         kept = [
             one
             for one in scaled
             if len(scaled) == 1
             or self._linear(one)
-            or not any(other is not one and other.maps.keys() & one.maps.keys() and self._linear(other) for other in scaled)
+            or not any(
+                other is not one and other.maps.keys() & one.maps.keys() and self._linear(other)
+                for other in scaled
+            )
         ]
         taken: set[int] = set()
         found = []
@@ -434,7 +529,8 @@ class _Assembly:
         outputs = self.block.outputs.get(source.part, 0) if source.part else 0
         run = self.block._again(source.changes(-torch.ones(source.size), outputs))
         return all(
-            run.parts == self.block.run.parts and torch.equal(-self.block.run.seen[number].inputs, run.seen[number].inputs)
+            run.parts == self.block.run.parts
+            and torch.equal(-self.block.run.seen[number].inputs, run.seen[number].inputs)
             for number in scaled.maps
         )
 
@@ -442,12 +538,19 @@ class _Assembly:
         """Rows of Q and of K, and their rotation, for every pair of which no factor shows."""
         for part, partition in self.partitions.items():
             if set(partition.kinds) >= {"q", "k"}:
-                q, k = (_Source(len(rows), part, rows) for rows in (partition.rows[partition.kinds.index(kind)] for kind in "qk"))
+                q, k = (
+                    _Source(len(rows), part, rows)
+                    for rows in (partition.rows[partition.kinds.index(kind)] for kind in "qk")
+                )
                 if rotation := self._rotation(q, k):
                     yield q, k, rotation
         sources = {one.source.part for one in self.scaled}
         for parts in self.sites.values():
-            free = [p for p in parts if p in set(self.parts) - sources - self.partitions.keys() and self._mixing(p)]
+            free = [
+                p
+                for p in parts
+                if p in set(self.parts) - sources - self.partitions.keys() and self._mixing(p)
+            ]
             for one, other in combinations([_Source(self.block.outputs[part], part) for part in free], 2):
                 if rotation := self._rotation(one, other):
                     yield one, other, rotation
@@ -462,7 +565,9 @@ class _Assembly:
             rows: dict[Part, Tensor] = {}
             for source, index, power in ((k, rotation.keys, 1), (q, rotation.queries, -1)):
                 assert source.part is not None
-                own = source.changes(factor[list(index)] ** power, self.block.outputs[source.part]).rows[source.part]
+                own = source.changes(factor[list(index)] ** power, self.block.outputs[source.part]).rows[
+                    source.part
+                ]
                 rows[source.part] = rows.get(source.part, torch.ones(())) * own
             if self.block.unchanged(Changes(rows=rows)):
                 return rotation
@@ -471,13 +576,16 @@ class _Assembly:
     # Names
 
     def _names(self) -> dict[int, str]:
-        """Of the sites: what stands before attention and MLP, and inside them; elsewhere, the module that gets the inputs."""
+        """Of the sites: what stands before attention and MLP, and inside them; elsewhere, the
+        module that gets the inputs.
+        """
         names: dict[int, str] = {}
         for number, parts in self.sites.items():
             home = self._home(parts[0])
             name = self._role(number)
             if home is not None:
-                name = f"{self._prefix(home)}expert_{self.experts[home].seen}_{'inner' if name == 'mlp_inner' else 'input'}"
+                part = "inner" if name == "mlp_inner" else "input"
+                name = f"{self._prefix(home)}expert_{self.experts[home].seen}_{part}"
             elif not name or name in names.values():
                 name = f"{parts[0].parameter.removesuffix('.weight')}_input"
             names[number] = name
@@ -497,11 +605,15 @@ class _Assembly:
             return "attention_output" if self._mixed(number) else "mlp_inner"
         ends = [end for end in self._reached(number) if not self._inside(end)]
         mixes, stays = any(map(self._mixed, ends)), not all(map(self._mixed, ends))
-        return "block_input" if mixes and stays else "attention_input" if mixes else "mlp_input" if stays else ""
+        return (
+            "block_input" if mixes and stays else "attention_input" if mixes else "mlp_input" if stays else ""
+        )
 
     def _inside(self, number: int) -> list[int]:
         """The sites between products that a site's products lead to."""
-        return [site for site in self.after[number] if site not in self.block.on_stream and site in self.after]
+        return [
+            site for site in self.after[number] if site not in self.block.on_stream and site in self.after
+        ]
 
     def _reached(self, number: int) -> set[int]:
         """All of them, through others."""
@@ -530,24 +642,41 @@ class _Assembly:
                 continue
             channels = self.block.run.seen[number].inputs.shape[-1]
             coupling, index = of_site.get(number, (None, range(channels)))
-            site = Site(self.names[number], own[0].parameter, own[0].expert, coupling, compact(index), self._pool(number))
+            site = Site(
+                self.names[number],
+                own[0].parameter,
+                own[0].expert,
+                coupling,
+                compact(index),
+                self._pool(number),
+            )
             sites.append(site)
             matrices += [matrix for part in own for matrix in self._matrices(part, site.name)]
         routers = frozenset(part.parameter for part in self.routers)
-        return self._for_every_expert(Layout(tuple(matrices), tuple(sites), tuple(one for _, one, _ in couplings), routers))
+        return self._for_every_expert(
+            Layout(tuple(matrices), tuple(sites), tuple(one for _, one, _ in couplings), routers)
+        )
 
     def _pool(self, number: int) -> str | None:
         home = self._home(self.sites[number][0])
-        return None if home is None else self.names[number].replace(f"expert_{self.experts[home].seen}_", "expert_")
+        return (
+            None
+            if home is None
+            else self.names[number].replace(f"expert_{self.experts[home].seen}_", "expert_")
+        )
 
     def _matrices(self, part: Part, site: str) -> Iterator[Matrix]:
         bias = self.block.biases[part]
         partition = self.partitions.get(part)
         if partition is not None and partition.contiguous and part.rows is None:
             for kind, rows in zip(partition.kinds, partition.rows, strict=True):
-                yield Matrix(kind, part.parameter, site, bias, (rows[0], rows[-1] + 1), part.transposed, part.expert)
+                yield Matrix(
+                    kind, part.parameter, site, bias, (rows[0], rows[-1] + 1), part.transposed, part.expert
+                )
         else:
-            yield Matrix(self._kind(part, site), part.parameter, site, bias, part.rows, part.transposed, part.expert)
+            yield Matrix(
+                self._kind(part, site), part.parameter, site, bias, part.rows, part.transposed, part.expert
+            )
 
     def _kind(self, part: Part, site: str) -> str:
         partition = self.partitions.get(part)
@@ -574,7 +703,11 @@ class _Assembly:
     def _feeding(self, site: str) -> int:
         """How many matrices' outputs make up a site's inputs."""
         number = next(number for number, name in self.names.items() if name == site)
-        return sum(2 if part in self.partitions else 1 for part in self.parts if number in self.block.influenced([part]))
+        return sum(
+            2 if part in self.partitions else 1
+            for part in self.parts
+            if number in self.block.influenced([part])
+        )
 
     def _named(self) -> list[tuple[str, Coupling, dict[int, tuple[int, ...]]]]:
         """Couplings in the order of the sites that they scale, Q and K behind V and O."""
@@ -594,7 +727,13 @@ class _Assembly:
                 source, site = one.source, self.names[number]
                 ties = [*self._outputs(source, range(source.size), 1)]
                 ties += [
-                    Tie(part.parameter, int(not part.transposed), compact(one.maps[reached]), -1, expert=part.expert)
+                    Tie(
+                        part.parameter,
+                        int(not part.transposed),
+                        compact(one.maps[reached]),
+                        -1,
+                        expert=part.expert,
+                    )
                     for reached in self.sites
                     if reached in one.maps
                     for part in self.sites[reached]
@@ -603,7 +742,9 @@ class _Assembly:
         for q, k, rotation in self._queries_and_keys():
             ties = [*self._outputs(k, rotation.keys, 1), *self._outputs(q, rotation.queries, -1)]
             add("q_k", rotation.size, ties, {})
-            behind = next((place for place, (name, _, _) in enumerate(found) if name == "v_o"), len(found) - 2)
+            behind = next(
+                (place for place, (name, _, _) in enumerate(found) if name == "v_o"), len(found) - 2
+            )
             found.insert(behind + 1, found.pop())
         return found
 
@@ -613,7 +754,9 @@ class _Assembly:
         if site == "attention_output":
             return "v_o"
         if site.endswith("inner"):
-            return site.removesuffix("mlp_inner").removesuffix("inner") + ("up_down" if self._feeding(site) > 1 else "fc1_fc2")
+            return site.removesuffix("mlp_inner").removesuffix("inner") + (
+                "up_down" if self._feeding(site) > 1 else "fc1_fc2"
+            )
         return site.removesuffix("_input") + "_inputs"
 
     def _outputs(self, source: _Source, index: Sequence[int], power: int) -> Iterator[Tie]:
@@ -625,14 +768,23 @@ class _Assembly:
         positions = source.positions
         if part.rows is not None:
             positions = tuple(part.rows[0] + row for row in positions or range(source.size))
-        yield Tie(part.parameter, int(part.transposed), compact(index), power, positions=positions, expert=part.expert)
+        yield Tie(
+            part.parameter,
+            int(part.transposed),
+            compact(index),
+            power,
+            positions=positions,
+            expert=part.expert,
+        )
         if (bias := self.block.biases[part]) is not None:
             yield Tie(bias, 0, compact(index), power, positions=positions, expert=part.expert)
 
     # Every expert
 
     def _for_every_expert(self, layout: Layout) -> Layout:
-        """Experts have their own sites and matrices, and couplings where the source is one's; a norm's coupling reaches all."""
+        """Experts have their own sites and matrices, and couplings where the source is one's; a
+        norm's coupling reaches all.
+        """
         sites, matrices, couplings = [], [], []
         for site in layout.sites:
             home = self._home(Part(site.parameter, site.expert))
@@ -644,12 +796,20 @@ class _Assembly:
             homes = [self._home(Part(tie.parameter, tie.expert)) for tie in coupling.ties]
             if None not in homes:
                 for number in range(self.experts[str(homes[0])].count):
-                    ties = tuple(self._moved(tie, home, number) for tie, home in zip(coupling.ties, homes, strict=True))
-                    couplings.append(Coupling(self._renumbered(coupling.name, homes[0], number), coupling.size, ties))
+                    ties = tuple(
+                        self._moved(tie, home, number) for tie, home in zip(coupling.ties, homes, strict=True)
+                    )
+                    couplings.append(
+                        Coupling(self._renumbered(coupling.name, homes[0], number), coupling.size, ties)
+                    )
             else:
                 spread = []
                 for tie, home in zip(coupling.ties, homes, strict=True):
-                    spread += [tie] if home is None else [self._moved(tie, home, number) for number in range(self.experts[home].count)]
+                    spread += (
+                        [tie]
+                        if home is None
+                        else [self._moved(tie, home, number) for number in range(self.experts[home].count)]
+                    )
                 couplings.append(replace(coupling, ties=tuple(spread)))
         return replace(layout, matrices=tuple(matrices), sites=tuple(sites), couplings=tuple(couplings))
 
@@ -661,7 +821,11 @@ class _Assembly:
         changed = {"parameter": part.parameter, "expert": part.expert}
         if isinstance(thing, Matrix):
             changed["site"] = self._renumbered(thing.site, home, number)
-            changed["bias"] = None if thing.bias is None else self.experts[home].of(Part(thing.bias, thing.expert), number).parameter
+            changed["bias"] = (
+                None
+                if thing.bias is None
+                else self.experts[home].of(Part(thing.bias, thing.expert), number).parameter
+            )
         return replace(thing, **changed)
 
     def _moved_site(self, site: Site, home: str | None, number: int | None) -> Site:
@@ -672,7 +836,11 @@ class _Assembly:
         if coupling is not None and f"expert_{self.experts[home].seen}_" in coupling:
             coupling = self._renumbered(coupling, home, number)
         return replace(
-            site, name=self._renumbered(site.name, home, number), parameter=part.parameter, expert=part.expert, coupling=coupling
+            site,
+            name=self._renumbered(site.name, home, number),
+            parameter=part.parameter,
+            expert=part.expert,
+            coupling=coupling,
         )
 
     def _renumbered(self, name: str, home: str | None, number: int) -> str:

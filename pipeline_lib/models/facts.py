@@ -1,6 +1,8 @@
-"""What a run without weights cannot show by itself, and is tried: where Q, K and V lie in a fused projection, which channels rotate together.
+"""What a run without weights cannot show by itself, and is tried: where Q, K and V lie in a fused
+projection, which channels rotate together.
 
-Every entry is a guess that a run confirms before it is used. A family's trait that no guess meets belongs here.
+Every entry is a guess that a run confirms before it is used. A family's trait that no guess meets
+belongs here.
 """
 
 from collections.abc import Iterator
@@ -30,17 +32,22 @@ def kind_of(parameter: str) -> str:
 
 @dataclass(frozen=True)
 class Heads:
-    """``q`` query heads on ``kv`` key/value heads; how many channels a head may have, and how many of them may rotate."""
+    """``q`` query heads on ``kv`` key/value heads; how many channels a head may have, and how many
+    of them may rotate.
+    """
 
     q: int
     kv: int
     sizes: tuple[int, ...]
     rotary: tuple[int, ...] = ()
-    latent: tuple[int, int] | None = None  # channels of a head's keys and values that come from one latent (DeepSeek)
+    # channels of a head's keys and values that come from one latent (DeepSeek)
+    latent: tuple[int, int] | None = None
 
 
 def named(config: Any, name: str) -> Any:
-    """What a config says under a name; None also where that differs from block to block, for which transformers raises an error of its own."""
+    """What a config says under a name; None also where that differs from block to block, for which
+    transformers raises an error of its own.
+    """
     try:
         return getattr(config, name, None)
     except Exception:
@@ -51,7 +58,9 @@ def heads_of(config: Any) -> Heads | None:
     """Heads as a config names them, or None."""
 
     def number(*names: str) -> int | None:
-        return next((found for name in names if isinstance(found := named(config, name), int) and found > 0), None)
+        return next(
+            (found for name in names if isinstance(found := named(config, name), int) and found > 0), None
+        )
 
     q = number("num_attention_heads", "n_head", "n_heads", "num_heads")
     width = number("hidden_size", "n_embd", "d_model")
@@ -60,12 +69,16 @@ def heads_of(config: Any) -> Heads | None:
     kv = number("num_key_value_heads", "num_kv_heads") or q
     if named(config, "multi_query") and not named(config, "new_decoder_architecture"):
         kv = 1
-    told = (named(config, name) for name in ("head_dim", "v_head_dim", "global_head_dim", "attention_head_dim"))
+    told = (
+        named(config, name) for name in ("head_dim", "v_head_dim", "global_head_dim", "attention_head_dim")
+    )
     sizes = dict.fromkeys([size for size in told if isinstance(size, int) and size > 0] + [width // q])
     rope = named(config, "rope_parameters") or {}
     nested = [each for each in rope.values() if isinstance(each, dict)] or [rope]
     shares = {1.0, *(float(each.get("partial_rotary_factor") or 1.0) for each in nested)}
-    some = [int(size * share) for size in sizes for share in sorted(shares)] + [number("rotary_dim", "qk_rope_head_dim") or 0]
+    some = [int(size * share) for size in sizes for share in sorted(shares)] + [
+        number("rotary_dim", "qk_rope_head_dim") or 0
+    ]
     rotary = dict.fromkeys(2 * -(-count // 2) for count in sorted(some) if count)
     keys, values = number("qk_nope_head_dim"), number("v_head_dim")
     return Heads(q, kv, tuple(sizes), tuple(rotary), (keys, values) if keys and values else None)
@@ -93,9 +106,14 @@ def partitions(size: int, heads: Heads | None) -> Iterator[Partition]:
             if size == q + 2 * kv:
                 bounds = (0, q, q + kv, q + 2 * kv)
                 yield Partition(("q", "k", "v"), tuple(tuple(range(*bounds[i : i + 2])) for i in range(3)))
-                yield Partition(("q", "k", "v"), _by_heads(heads.kv, ((group, channels), (1, channels), (1, channels))))
+                yield Partition(
+                    ("q", "k", "v"), _by_heads(heads.kv, ((group, channels), (1, channels), (1, channels)))
+                )
             if size == heads.q * 2 * channels + 2 * kv:  # a gate beside Q
-                yield Partition(("q", "k", "v"), tuple(tuple(range(*b)) for b in ((0, 2 * q), (2 * q, 2 * q + kv), (2 * q + kv, size))))
+                yield Partition(
+                    ("q", "k", "v"),
+                    tuple(tuple(range(*b)) for b in ((0, 2 * q), (2 * q, 2 * q + kv), (2 * q + kv, size))),
+                )
         if heads.latent is not None and size == heads.q * sum(heads.latent):
             yield Partition(("k", "v"), _by_heads(heads.q, tuple((1, channels) for channels in heads.latent)))
     if size % 2 == 0:
@@ -117,7 +135,9 @@ def _by_heads(heads: int, parts: tuple[tuple[int, int], ...]) -> tuple[tuple[int
 
 @dataclass(frozen=True)
 class Rotation:
-    """Factors that Q and K may share: for each row of K and of Q the factor's index. Channels that rotate together share theirs."""
+    """Factors that Q and K may share: for each row of K and of Q the factor's index. Channels that
+    rotate together share theirs.
+    """
 
     size: int
     keys: tuple[int, ...]
@@ -126,7 +146,13 @@ class Rotation:
 
 def rotations(rows_q: int, rows_k: int, heads: Heads | None) -> Iterator[Rotation]:
     """What a pair of matrices may have, those with more factors first."""
-    if heads is None or rows_q % heads.q or rows_k % heads.kv or rows_q // heads.q != rows_k // heads.kv or heads.q % heads.kv:
+    if (
+        heads is None
+        or rows_q % heads.q
+        or rows_k % heads.kv
+        or rows_q // heads.q != rows_k // heads.kv
+        or heads.q % heads.kv
+    ):
         return
     size, group = rows_q // heads.q, heads.q // heads.kv
     pairings: list[list[int]] = [list(range(size))]
@@ -136,7 +162,8 @@ def rotations(rows_q: int, rows_k: int, heads: Heads | None) -> Iterator[Rotatio
             rest = range(half, half + size - rotary)
             pairings.append([*(i % half for i in range(rotary)), *rest])  # i with i + half
             pairings.append([*(i // 2 for i in range(rotary)), *rest])  # neighbours
-            pairings.append([*range(half, half + size - rotary), *(i % half for i in range(rotary))])  # the last channels rotate
+            # the last channels rotate
+            pairings.append([*range(half, half + size - rotary), *(i % half for i in range(rotary))])
     for pairing in pairings:
         free = max(pairing) + 1
         keys = tuple(head * free + pairing[i] for head in range(heads.kv) for i in range(size))

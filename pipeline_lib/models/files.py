@@ -1,4 +1,6 @@
-"""The files of a model directory: those with the weights that transformers loads, those copied beside new weights, those left out."""
+"""The files of a model directory: those with the weights that transformers loads, those copied
+beside new weights, those left out.
+"""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +16,10 @@ CARD = "readme.md"  # in any case of letters
 TEMPLATES = "additional_chat_templates"  # the only subdirectory that a tokenizer reads
 CONVERT = "python -m stages.convert"
 # Weights and training states that transformers does not load where there is safetensors
-OTHER_PROGRAMS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".ot", ".npz", ".npy", ".tflite", ".mlmodel", ".nemo", ".engine", ".llamafile")  # fmt: skip
+OTHER_PROGRAMS = (
+    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx",
+    ".onnx_data", ".ot", ".npz", ".npy", ".tflite", ".mlmodel", ".nemo", ".engine", ".llamafile",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,14 @@ def reason_left_out(name: str) -> str | None:
     if any(part.startswith(".") for part in path.parts):
         return "hidden"
     if len(path.parts) > 1:
-        return None if path.parts[0] == TEMPLATES and path.match(f"{TEMPLATES}/*.jinja") else "in a subdirectory"
+        return (
+            None if path.parts[0] == TEMPLATES and path.match(f"{TEMPLATES}/*.jinja") else "in a subdirectory"
+        )
     if path.name.lower() == CARD:
         return "the result has a model card of its own"
-    if path.name.startswith("consolidated") and (path.suffix == ".safetensors" or path.name.endswith(".index.json")):
+    if path.name.startswith("consolidated") and (
+        path.suffix == ".safetensors" or path.name.endswith(".index.json")
+    ):
         return "weights in Mistral's own format"
     if path.suffix.lower() in OTHER_PROGRAMS:
         return "weights or states of another kind"
@@ -46,10 +55,12 @@ def reason_left_out(name: str) -> str | None:
 
 
 def find_files(path: Path) -> Files:
-    """Sort a directory's files; the weights are those that transformers' ``from_pretrained`` loads (``_get_resolved_checkpoint_files``).
+    """Sort a directory's files; the weights are those that transformers' ``from_pretrained`` loads
+    (``_get_resolved_checkpoint_files``).
 
     Raises:
-        SparselineError: there are no weights, two sets of them, or a damaged index; a shard is missing; a file cannot be read.
+        SparselineError: there are no weights, two sets of them, or a damaged index; a shard is
+            missing; a file cannot be read.
     """
     names, left_out = list_files(path)
     stored = [name for name in names if name.endswith(".safetensors")]
@@ -69,21 +80,26 @@ def find_files(path: Path) -> Files:
         raise SparselineError(_no_weights(path, stored))
     if rivals:
         raise SparselineError(
-            f"{path} holds two sets of weights, {WEIGHTS if index is None else INDEX} and {rivals[0]}, of which transformers loads the "
-            "former; keep the files of one set only (in a directory of their own, given as model.path)."
+            f"{path} holds two sets of weights, {WEIGHTS if index is None else INDEX} and {rivals[0]}, of"
+            " which transformers loads the former; keep the files of one set only (in a directory of their"
+            " own, given as model.path)."
         )
     for name in weights:
         if name not in names:
-            raise SparselineError(f"{path / name} is missing or truncated ({INDEX} names it); fetch the checkpoint again.")
+            raise SparselineError(
+                f"{path / name} is missing or truncated ({INDEX} names it); fetch the checkpoint again."
+            )
     others = tuple(name for name in names if name != INDEX and name not in weights)
     return Files(weights, index, others, left_out)
 
 
 def list_files(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Files to take along, and what is left out with the reason; a subdirectory that is left out is one entry.
+    """Files to take along, and what is left out with the reason; a subdirectory that is left out is
+    one entry.
 
     Raises:
-        SparselineError: the directory or a file cannot be read, or what is to be taken along is no regular file of this directory.
+        SparselineError: the directory or a file cannot be read, or what is to be taken along is no
+            regular file of this directory.
     """
     found: list[str] = []
     left_out: dict[str, str] = {}
@@ -91,7 +107,9 @@ def list_files(path: Path) -> tuple[list[str], dict[str, str]]:
         entries = sorted(path.iterdir())
         templates = sorted((path / TEMPLATES).iterdir()) if (path / TEMPLATES).is_dir() else []
     except OSError as error:
-        raise SparselineError(f"{path} cannot be read ({error.strerror}); give this user the right to read it.") from error
+        raise SparselineError(
+            f"{path} cannot be read ({error.strerror}); give this user the right to read it."
+        ) from error
     for entry in (*(entry for entry in entries if entry.name != TEMPLATES or not templates), *templates):
         name = entry.relative_to(path).as_posix()
         if entry.is_dir():
@@ -104,7 +122,9 @@ def list_files(path: Path) -> tuple[list[str], dict[str, str]]:
                 with opened(entry):
                     found.append(name)
             except OSError as error:
-                raise SparselineError(f"{entry} cannot be read ({error.strerror}); give this user the right to read it.") from error
+                raise SparselineError(
+                    f"{entry} cannot be read ({error.strerror}); give this user the right to read it."
+                ) from error
     return found, left_out
 
 
@@ -120,30 +140,56 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         value = json.loads(text(path))
         named: dict[str, str] = dict(value["weight_map"])
-        if not named or not isinstance(value["metadata"], dict) or not all(isinstance(name, str) for name in named.values()):
+        if (
+            not named
+            or not isinstance(value["metadata"], dict)
+            or not all(isinstance(name, str) for name in named.values())
+        ):
             raise ValueError("weight_map and metadata must be mappings")
     except OSError as error:
-        raise SparselineError(f"{path} cannot be read ({error.strerror}); fetch the checkpoint again.") from error
+        raise SparselineError(
+            f"{path} cannot be read ({error.strerror}); fetch the checkpoint again."
+        ) from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise SparselineError(f"{path} is damaged ({error}); fetch the checkpoint again.") from error
     for name in named.values():
         if not is_plain(name) or "/" in name or not name.endswith(".safetensors"):
-            raise SparselineError(f"{path} names {name}, which is no .safetensors file beside it; put all shards into one directory.")
+            raise SparselineError(
+                f"{path} names {name}, which is no .safetensors file beside it; put all shards into one"
+                " directory."
+            )
     return named
 
 
 def _no_weights(path: Path, stored: list[str]) -> str:
-    """The sentence for a directory without weights that transformers would load, with the remedy that fits what is there."""
+    """The sentence for a directory without weights that transformers would load, with the remedy
+    that fits what is there.
+    """
     lacking = f"{path} holds no {WEIGHTS} and no {INDEX}"
     if (path / "bitmask.json").exists():
-        return f"{lacking}, but a bitmask checkpoint; turn it back with `python -m stages.unpack {path} OUT`, and give OUT as model.path."
+        return (
+            f"{lacking}, but a bitmask checkpoint; turn it back with `python -m stages.unpack {path} OUT`,"
+            " and give OUT as model.path."
+        )
     if stored:
-        return f"{lacking}, without which transformers does not load {stored[0]}; fetch the index too, or name a single file {WEIGHTS}."
+        return (
+            f"{lacking}, without which transformers does not load {stored[0]}; fetch the index too, or name a"
+            f" single file {WEIGHTS}."
+        )
     if pickled := sorted(found.name for found in path.glob("pytorch_model*.bin")):
-        return f"{lacking}, but {pickled[0]}; convert it with `{CONVERT} {path} OUT`, and give OUT as model.path."
+        return (
+            f"{lacking}, but {pickled[0]}; convert it with `{CONVERT} {path} OUT`, and give OUT as"
+            " model.path."
+        )
     for below in sorted(path.glob("*/*.safetensors")):
-        return f"{lacking}, but {below.parent} holds weights; give the directory that has config.json and *.safetensors side by side."
-    return f"{lacking}; give a directory with the weights (where there is pytorch_model.bin only, `{CONVERT}` makes safetensors of it)."
+        return (
+            f"{lacking}, but {below.parent} holds weights; give the directory that has config.json and"
+            " *.safetensors side by side."
+        )
+    return (
+        f"{lacking}; give a directory with the weights (where there is pytorch_model.bin only, `{CONVERT}`"
+        " makes safetensors of it)."
+    )
 
 
 def grouped(reasons: Mapping[str, str]) -> list[str]:

@@ -1,4 +1,6 @@
-"""Fold per-channel factors into a block's tensors: the function stays, only its coordinates change (2602.21652, Eq. 3)."""
+"""Fold per-channel factors into a block's tensors: the function stays, only its coordinates change
+(2602.21652, Eq. 3).
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,14 +9,18 @@ import torch
 from pipeline_lib.models.architecture import Layout, Matrix
 
 
-def fold(tensors: Mapping[str, torch.Tensor], layout: Layout, factors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def fold(
+    tensors: Mapping[str, torch.Tensor], layout: Layout, factors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """A block's tensors with every coupling's ties multiplied by its factors.
 
     Args:
         tensors: the block's parameters, named relative to the block.
-        factors: for some of the couplings, positive factors [size]; a site's inputs become X' = D X with D = diag(factor[index]).
+        factors: for some of the couplings, positive factors [size]; a site's inputs become X' = D X
+            with D = diag(factor[index]).
 
-    Each product is taken in the wider of the two dtypes and rounded once to the parameter's own; with powers of two it is exact.
+    Each product is taken in the wider of the two dtypes and rounded once to the parameter's own;
+    with powers of two it is exact.
     """
     folded = dict(tensors)
     own: set[str] = set()  # what may be overwritten
@@ -23,7 +29,9 @@ def fold(tensors: Mapping[str, torch.Tensor], layout: Layout, factors: Mapping[s
             continue
         factor = factors[coupling.name]
         if factor.shape != (coupling.size,):
-            raise ValueError(f"{coupling.name} takes factors of shape ({coupling.size},), not {tuple(factor.shape)}")
+            raise ValueError(
+                f"{coupling.name} takes factors of shape ({coupling.size},), not {tuple(factor.shape)}"
+            )
         for tie in coupling.ties:
             if tie.expert is not None and tie.parameter not in own:
                 folded[tie.parameter] = folded[tie.parameter].clone()
@@ -62,9 +70,13 @@ def site_factor(layout: Layout, site: str, factors: Mapping[str, torch.Tensor]) 
 
 
 class MatrixScales:
-    """By what the couplings multiply the rows and columns of one logical matrix [R, C]: indices built once, evaluated often."""
+    """By what the couplings multiply the rows and columns of one logical matrix [R, C]: indices
+    built once, evaluated often.
+    """
 
-    def __init__(self, layout: Layout, matrix: Matrix, shape: tuple[int, int], device: torch.device | None = None) -> None:
+    def __init__(
+        self, layout: Layout, matrix: Matrix, shape: tuple[int, int], device: torch.device | None = None
+    ) -> None:
         self.shape, self.device = shape, device
         # Per tie: coupling, 0 for rows or 1 for columns, which of them, the factor that each takes, power.
         self.ties: list[tuple[str, int, torch.Tensor, torch.Tensor, int]] = []
@@ -82,10 +94,14 @@ class MatrixScales:
                 where = [i for i in range(shape[axis]) if start + i in taken]
                 if where:
                     index = torch.tensor([taken[start + i] for i in where], device=device)
-                    self.ties.append((coupling.name, axis, torch.tensor(where, device=device), index, tie.power))
+                    self.ties.append(
+                        (coupling.name, axis, torch.tensor(where, device=device), index, tie.power)
+                    )
 
     def __call__(self, log_factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log scales of rows [R] and columns [C], differentiable in the log factors; couplings that are not given count as 0."""
+        """Log scales of rows [R] and columns [C], differentiable in the log factors; couplings that
+        are not given count as 0.
+        """
         like = next(iter(log_factors.values()), torch.zeros((), device=self.device))
         scales = [like.new_zeros(size) for size in self.shape]
         for name, axis, where, index, power in self.ties:

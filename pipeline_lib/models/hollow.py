@@ -1,6 +1,8 @@
-"""Run a model of which nothing but the shapes of its parameters is in memory: every product gives random outputs of the right shape.
+"""Run a model of which nothing but the shapes of its parameters is in memory: every product gives
+random outputs of the right shape.
 
-The outputs of products are then independent of their inputs, so that what a block does between its products shows by itself.
+The outputs of products are then independent of their inputs, so that what a block does between its
+products shows by itself.
 """
 
 import zlib
@@ -18,15 +20,21 @@ Tensor = torch.Tensor
 
 @dataclass
 class Changes:
-    """What differs from the run before: factors of the rows that a product gives, and of parameters [d] that are not multiplied with."""
+    """What differs from the run before: factors of the rows that a product gives, and of parameters
+    [d] that are not multiplied with.
+    """
 
     rows: Mapping[Part, Tensor] = field(default_factory=dict)  # factors [R]
-    vectors: Mapping[str, tuple[Tensor, float]] = field(default_factory=dict)  # factors [d], offset: w becomes (w + offset) f − offset
-    one: frozenset[Part] = frozenset()  # of whose outputs those of one token in the middle are four times as large
+    # factors [d], offset: w becomes (w + offset) f − offset
+    vectors: Mapping[str, tuple[Tensor, float]] = field(default_factory=dict)
+    # of whose outputs those of one token in the middle are four times as large
+    one: frozenset[Part] = frozenset()
 
 
 class Hollow(Watched):
-    """While active, parameters (on the meta device) count as random. The same call gives the same result as long as ``Changes`` are none."""
+    """While active, parameters (on the meta device) count as random. The same call gives the same
+    result as long as ``Changes`` are none.
+    """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__(Parameters(parameters), self._outputs)
@@ -38,7 +46,9 @@ class Hollow(Watched):
         self._times: dict[Part, int] = {}
 
     def begin(self, changes: Changes | None = None, keep: bool = True) -> None:
-        """A new run, with nothing seen yet. Of a whole model nothing is kept but which parts were used: inputs would grow with depth."""
+        """A new run, with nothing seen yet. Of a whole model nothing is kept but which parts were
+        used: inputs would grow with depth.
+        """
         self.changes, self.seen, self._times = changes or Changes(), [] if keep else None, {}
 
     def _outputs(self, product: Product) -> Tensor:
@@ -67,7 +77,10 @@ class Hollow(Watched):
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].ndim == 0:  # one expert
             return self.otherwise(func, (args[0], int(args[1])), kwargs)
         if func is nn.functional.embedding and args[1].is_meta:
-            return _normal(f"embedding {tuple(args[1].shape)} {self._number(args[0])}", (*args[0].shape, args[1].shape[1]))
+            return _normal(
+                f"embedding {tuple(args[1].shape)} {self._number(args[0])}",
+                (*args[0].shape, args[1].shape[1]),
+            )
         if all(value.is_meta for value in _tensors((args, kwargs))):
             result = func(*args, **kwargs)
             if all(self.parameters.find(value) is not None for value in _tensors(result)):
@@ -79,19 +92,25 @@ class Hollow(Watched):
         return zlib.crc32(ids.contiguous().numpy().tobytes())
 
     def _numbers(self, tensor: Tensor) -> Tensor:
-        """Random numbers in the place of a parameter, or of a view of one; vectors are positive, of few bits, and follow the changes."""
+        """Random numbers in the place of a parameter, or of a view of one; vectors are positive, of
+        few bits, and follow the changes.
+        """
         found = self.parameters.find(tensor)
         if found is None:
             return _normal(f"{tuple(tensor.shape)}", tuple(tensor.shape)).to(tensor.dtype)
         name, whole = found
         if name not in self._real:
             made = _normal(name, tuple(whole.shape))
-            self._real[name] = (0.5 + (made.sigmoid() * 256).round() / 256 if whole.ndim == 1 else made).to(whole.dtype)
+            self._real[name] = (0.5 + (made.sigmoid() * 256).round() / 256 if whole.ndim == 1 else made).to(
+                whole.dtype
+            )
         real = self._real[name]
         if name in self.changes.vectors:
             factor, offset = self.changes.vectors[name]
             real = (real + offset) * factor - offset
-        return real.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - whole.storage_offset())
+        return real.as_strided(
+            tensor.shape, tensor.stride(), tensor.storage_offset() - whole.storage_offset()
+        )
 
 
 def _normal(seed: str, shape: tuple[int, ...]) -> Tensor:

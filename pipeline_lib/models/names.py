@@ -19,14 +19,24 @@ class Selection:
 
     def __str__(self) -> str:
         told = f"included {sum(self.included)} of {len(self.included)} matrices"
-        return "; ".join([told, *(f"{key} {pattern!r} matched {count}" for key, pattern, count in self.matched if pattern != "*")])
+        return "; ".join(
+            [
+                told,
+                *(
+                    f"{key} {pattern!r} matched {count}"
+                    for key, pattern, count in self.matched
+                    if pattern != "*"
+                ),
+            ]
+        )
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Whether a name matches: a shell pattern with ``*`` and ``?`` (brackets stand for themselves), or ``re:`` and an expression.
+    """Whether a name matches: a shell pattern with ``*`` and ``?`` (brackets stand for themselves),
+    or ``re:`` and an expression.
 
-    A shell pattern matches a whole name, or the name of a module that holds it (``layers.0.mlp``). An expression has to match from
-    the name's start, not to its end, as in llm-compressor.
+    A shell pattern matches a whole name, or the name of a module that holds it (``layers.0.mlp``).
+    An expression has to match from the name's start, not to its end, as in llm-compressor.
 
     Raises:
         ValueError: no regular expression behind ``re:``.
@@ -42,7 +52,9 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     return lambda name: whole.fullmatch(name) is not None
 
 
-def select(matrices: Sequence[Names], include: Sequence[str], exclude: Sequence[str], never: Sequence[str]) -> Selection:
+def select(
+    matrices: Sequence[Names], include: Sequence[str], exclude: Sequence[str], never: Sequence[str]
+) -> Selection:
     """Apply the patterns; ``exclude`` wins.
 
     Args:
@@ -50,7 +62,8 @@ def select(matrices: Sequence[Names], include: Sequence[str], exclude: Sequence[
         never: names of parameters that are never pruned, to say so of a pattern that matches only these.
 
     Raises:
-        SparselineError: a pattern that matches no matrix, or is no regular expression; nothing is left to prune.
+        SparselineError: a pattern that matches no matrix, or is no regular expression; nothing is
+            left to prune.
     """
     taken: dict[str, list[bool]] = {"include": [False] * len(matrices), "exclude": [False] * len(matrices)}
     matched = []
@@ -61,7 +74,9 @@ def select(matrices: Sequence[Names], include: Sequence[str], exclude: Sequence[
             matched.append((key, pattern, sum(found)))
     included = [a and not b for a, b in zip(taken["include"], taken["exclude"], strict=True)]
     if not any(included):
-        raise SparselineError("params.yaml: model.include and model.exclude leave no matrix to prune; widen include.")
+        raise SparselineError(
+            "params.yaml: model.include and model.exclude leave no matrix to prune; widen include."
+        )
     return Selection(included, matched)
 
 
@@ -74,7 +89,9 @@ def hits(key: str, pattern: str, matrices: Sequence[Names], never: Sequence[str]
     try:
         matches = matcher(pattern)
     except ValueError as error:
-        raise SparselineError(f"params.yaml: {key}: {pattern!r} is no regular expression ({error}); correct it.") from error
+        raise SparselineError(
+            f"params.yaml: {key}: {pattern!r} is no regular expression ({error}); correct it."
+        ) from error
     found = [any(map(matches, names)) for names in matrices]
     if not any(found):
         raise SparselineError(_unmatched(key, pattern, matrices, next(filter(matches, never), None)))

@@ -1,4 +1,6 @@
-"""Where hidden states lie between two blocks: on the device, in host memory, or in files. They are the same bytes everywhere."""
+"""Where hidden states lie between two blocks: on the device, in host memory, or in files. They are
+the same bytes everywhere.
+"""
 
 import math
 from collections.abc import Sequence
@@ -20,8 +22,9 @@ Place = Literal["device", "host", "disk"]
 class Room:
     """Bytes that hidden states may take on the device and in host memory, all streams together.
 
-    Batches are placed one by one: the first on the device, the next in host memory, the others in files in ``directory``. Without a directory
-    host memory takes them all. A batch keeps its place; another stream of the same name takes the places of the first one over.
+    Batches are placed one by one: the first on the device, the next in host memory, the others in
+    files in ``directory``. Without a directory host memory takes them all. A batch keeps its place;
+    another stream of the same name takes the places of the first one over.
     """
 
     device: float = math.inf
@@ -46,8 +49,9 @@ class Room:
 def room(device: torch.device, directory: Path | None = None, wanted: float = 0) -> Room:
     """What the settings leave to hidden states of ``wanted`` bytes.
 
-    On a CPU they are all in memory, or, where that is more than SPARSELINE_ACTIVATION_BYTES, all in files. On a GPU they are there up to
-    SPARSELINE_GPU_ACTIVATION_BYTES, then in host memory up to SPARSELINE_ACTIVATION_BYTES, then in files.
+    On a CPU they are all in memory, or, where that is more than SPARSELINE_ACTIVATION_BYTES, all in
+    files. On a GPU they are there up to SPARSELINE_GPU_ACTIVATION_BYTES, then in host memory up to
+    SPARSELINE_ACTIVATION_BYTES, then in files.
 
     Args:
         directory: of the files; None: there are none, whatever the settings say.
@@ -137,10 +141,12 @@ class _OnDisk:
 
 
 class _Link:
-    """Copies between a device and host memory. On a GPU they run on a stream of their own, beside what is computed; one batch comes ahead of its turn.
+    """Copies between a device and host memory. On a GPU they run on a stream of their own, beside
+    what is computed; one batch comes ahead of its turn.
 
-    The side stream runs copies in the order in which they are asked for, so that a batch is never read before it is written. What is computed
-    waits for the copy that it needs (an event), and the side stream waits for what is computed before it copies that.
+    The side stream runs copies in the order in which they are asked for, so that a batch is never
+    read before it is written. What is computed waits for the copy that it needs (an event), and the
+    side stream waits for what is computed before it copies that.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -156,7 +162,8 @@ class _Link:
         if copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)
-            hidden.record_stream(current)  # the allocator must not give its memory to the side stream meanwhile
+            # the allocator must not give its memory to the side stream meanwhile
+            hidden.record_stream(current)
         return hidden
 
     def fetch(self, cell: _InHost) -> "_Ahead":
@@ -188,11 +195,13 @@ class _Link:
         return rows.to(self.device, non_blocking=True, copy=True)
 
 
-_Ahead = tuple[_InHost, torch.Tensor, torch.cuda.Event | None]  # whose batch is on the device, and when it will be there
+# whose batch is on the device, and when it will be there
+_Ahead = tuple[_InHost, torch.Tensor, torch.cuda.Event | None]
 
 
 class Batches(Sequence[torch.Tensor]):
-    """Hidden states [B, T, D] batch by batch, each in the place that the room has for it; what is asked for is on the device.
+    """Hidden states [B, T, D] batch by batch, each in the place that the room has for it; what is
+    asked for is on the device.
 
     A slice shares the places. Who reads batch after batch in order finds the next one on its way.
     """

@@ -1,4 +1,6 @@
-"""The products that parameters take part in, seen while a model runs: whose inputs X [tokens, d] they multiply."""
+"""The products that parameters take part in, seen while a model runs: whose inputs X [tokens, d]
+they multiply.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +18,9 @@ _ADDED = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}  # the bias 
 
 @dataclass(frozen=True)
 class Part:
-    """What multiplies: a module's parameter, or one expert of it, or some of its rows. Names are relative to the block."""
+    """What multiplies: a module's parameter, or one expert of it, or some of its rows. Names are
+    relative to the block.
+    """
 
     parameter: str
     expert: int | None = None
@@ -52,7 +56,11 @@ class Parameters:
     def find(self, tensor: Tensor) -> tuple[str, Tensor] | None:
         """The parameter whose memory the tensor shares, and its name."""
         for name, whole in self._of.get(_storage(tensor), ()):
-            if whole.storage_offset() <= tensor.storage_offset() < whole.storage_offset() + max(whole.numel(), 1):
+            if (
+                whole.storage_offset()
+                <= tensor.storage_offset()
+                < whole.storage_offset() + max(whole.numel(), 1)
+            ):
                 return name, whole
         return None
 
@@ -73,7 +81,9 @@ class Parameters:
                 first, rest = divmod(offset, int(strides[0])) if strides[0] else (0, offset)
                 if rest or first + len(weight) > rows:
                     continue
-                return Part(name, expert, None if len(weight) == rows else (first, first + len(weight)), transposed)
+                return Part(
+                    name, expert, None if len(weight) == rows else (first, first + len(weight)), transposed
+                )
         return None
 
 
@@ -82,10 +92,15 @@ def _storage(tensor: Tensor) -> int:
 
 
 class Watched(TorchFunctionMode):
-    """While active, ``see`` is told of every product of a parameter before it is taken; what it returns takes its place, unless None."""
+    """While active, ``see`` is told of every product of a parameter before it is taken; what it
+    returns takes its place, unless None.
+    """
 
     def __init__(
-        self, parameters: Parameters, see: Callable[[Product], Tensor | None], after: Callable[[Product, Tensor], None] | None = None
+        self,
+        parameters: Parameters,
+        see: Callable[[Product], Tensor | None],
+        after: Callable[[Product, Tensor], None] | None = None,
     ) -> None:
         """
         Args:
@@ -94,11 +109,15 @@ class Watched(TorchFunctionMode):
         super().__init__()
         self.parameters, self.see, self.after = parameters, see, after
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         taken = _operands(func, args, kwargs)
         products = [] if taken is None else self._products(*taken)
-        given = [_as_taken(product, result) for product in products if (result := self.see(product)) is not None]
+        given = [
+            _as_taken(product, result) for product in products if (result := self.see(product)) is not None
+        ]
         if products and len(given) == len(products):
             return given[0] if products[0].batched is None else torch.stack(given)
         outputs = self.otherwise(func, args, kwargs)
@@ -136,7 +155,10 @@ def _as_taken(product: Product, outputs: Tensor) -> Tensor:
 def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any] | None:
     """Inputs, the weight as [..., R, C], and the bias of a product."""
     if func in _OUTPUTS_FIRST:
-        values = [*args, *(kwargs[name] for name in ("input", "weight", "bias")[len(args) :] if name in kwargs)]
+        values = [
+            *args,
+            *(kwargs[name] for name in ("input", "weight", "bias")[len(args) :] if name in kwargs),
+        ]
         return values[0], values[1], values[2] if len(values) > 2 else None
     if func in _PLAIN and len(args) == 2:
         return args[0], _turned(args[1]), None

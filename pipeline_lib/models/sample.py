@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pipeline_lib.core.random import generator
 
@@ -22,20 +28,27 @@ class Drawing:
 
 
 def ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text: those of the model's generation config, else the tokenizer's; maybe none."""
+    """The tokens that end a text: those of the model's generation config, else the tokenizer's;
+    maybe none.
+    """
     found = getattr(model.generation_config, "eos_token_id", None)
     found = tokenizer.eos_token_id if found is None else found
     return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def continued(
-    model: PreTrainedModel, prompts: Sequence[list[int]], numbers: Sequence[int], how: Drawing, ends: Sequence[int]
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    numbers: Sequence[int],
+    how: Drawing,
+    ends: Sequence[int],
 ) -> list[list[int]]:
     """The tokens that follow each prompt, up to and with the first of ``ends``.
 
-    Tokens are drawn from softmax(logits / temperature) by Gumbel's trick: the largest of logits / temperature + noise. The noise depends on the seed
-    and on the prompt's number alone, so that other batches change nothing but the model's rounding. Nothing else of the checkpoint's generation config
-    (repetition penalties, top-k) is used.
+    Tokens are drawn from softmax(logits / temperature) by Gumbel's trick: the largest of logits /
+    temperature + noise. The noise depends on the seed and on the prompt's number alone, so that
+    other batches change nothing but the model's rounding. Nothing else of the checkpoint's
+    generation config (repetition penalties, top-k) is used.
     """
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -44,7 +57,9 @@ def continued(
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     kept, model.generation_config = model.generation_config, GenerationConfig()
-    config = GenerationConfig(do_sample=False, max_new_tokens=how.new_tokens, eos_token_id=list(ends) or None, pad_token_id=0)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=how.new_tokens, eos_token_id=list(ends) or None, pad_token_id=0
+    )
     noise = LogitsProcessorList([_Noise(how, numbers)] if how.temperature else [])
     try:
         with torch.inference_mode():
@@ -63,7 +78,9 @@ class _Noise(LogitsProcessor):  # type: ignore[misc]
         self.generators = [generator(how.seed, f"prompt {number}") for number in numbers]
 
     def __call__(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        drawn = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=one) for one in self.generators])
+        drawn = torch.stack(
+            [torch.empty(scores.shape[-1]).exponential_(generator=one) for one in self.generators]
+        )
         return scores.float() / self.temperature - drawn.log().to(scores.device)
 
 

@@ -20,4 +20,5 @@ class ModelParams(Params):
     remote_code: bool
     dequantize: bool
     compute_dtype: Literal["float32", "bfloat16", "float16"]
-    products: Literal["float32", "tf32", "bfloat16"]  # as ``core.products.Products``, whose module imports torch
+    # as ``core.products.Products``, whose module imports torch
+    products: Literal["float32", "tf32", "bfloat16"]

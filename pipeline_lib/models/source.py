@@ -23,14 +23,19 @@ SMALL = 2**26  # bytes; larger files are compared by DVC, not hashed again by ev
 
 
 def fetch(params: ModelParams) -> Path:
-    """The local directory of the model; from the hub, at one commit, those files that are loaded or copied. Later stages use ``locate``.
+    """The local directory of the model; from the hub, at one commit, those files that are loaded or
+    copied. Later stages use ``locate``.
 
     Raises:
-        SparselineError: ``path``, ``id`` and ``revision`` do not fit each other, or the model cannot be reached.
+        SparselineError: ``path``, ``id`` and ``revision`` do not fit each other, or the model
+            cannot be reached.
     """
     if params.id is None:
         if params.revision is not None:
-            raise SparselineError(f"model.revision = {params.revision!r} belongs to a hub model, but model.id is null; set it to null too.")
+            raise SparselineError(
+                f"model.revision = {params.revision!r} belongs to a hub model, but model.id is null; set it"
+                " to null too."
+            )
         return locate(params.path, None, None)
     hub_id, commit = params.id, _commit(params)
     names, reason = _listed(hub_id, commit)
@@ -42,8 +47,10 @@ def fetch(params: ModelParams) -> Path:
     if not any(name.endswith(".safetensors") and reason_left_out(name) is None for name in names):
         pickled = next((name for name in names if name.endswith(".bin")), None)
         raise SparselineError(
-            f"model.id = {hub_id!r}: the repository has no safetensors at {commit}{f', but {pickled}' if pickled else ''}; get and convert it "
-            f"with `{CONVERT} {hub_id} OUT --revision {commit}`, then give OUT as model.path, and null as id and revision."
+            f"model.id = {hub_id!r}: the repository has no safetensors at"
+            f" {commit}{f', but {pickled}' if pickled else ''}; get and convert it with"
+            f" `{CONVERT} {hub_id} OUT --revision {commit}`, then give OUT as model.path, and null as id and"
+            " revision."
         )
     wanted = [glob.escape(name) for name in names if reason_left_out(name) is None]
     try:
@@ -53,7 +60,8 @@ def fetch(params: ModelParams) -> Path:
 
 
 def fetch_pickled(hub_id: str, revision: str | None) -> Path:
-    """The local directory of a hub model that has no safetensors: its .bin files and what is copied beside them.
+    """The local directory of a hub model that has no safetensors: its .bin files and what is copied
+    beside them.
 
     Raises:
         SparselineError: it cannot be reached.
@@ -61,16 +69,27 @@ def fetch_pickled(hub_id: str, revision: str | None) -> Path:
     try:
         names = HfApi().list_repo_files(hub_id, revision=revision)
         wanted = [
-            name for name in names if reason_left_out(name) is None or re.fullmatch(r"pytorch_model[^/]*\.(bin|bin\.index\.json)", name)
+            name
+            for name in names
+            if reason_left_out(name) is None
+            or re.fullmatch(r"pytorch_model[^/]*\.(bin|bin\.index\.json)", name)
         ]
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
+        return Path(
+            snapshot_download(
+                hub_id, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]
+            )
+        )
     except Exception as error:  # of the hub, the network or the disk
         told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SparselineError(f"{hub_id} is no directory here, and cannot be fetched from the hub: {told}") from error
+        raise SparselineError(
+            f"{hub_id} is no directory here, and cannot be fetched from the hub: {told}"
+        ) from error
 
 
 def not_fetched(params: ModelParams) -> dict[str, str]:
-    """Files of the hub's repository that are in no result -> why; nothing for a directory, or where the hub cannot be asked."""
+    """Files of the hub's repository that are in no result -> why; nothing for a directory, or where
+    the hub cannot be asked.
+    """
     names = None if params.id is None else _listed(params.id, params.revision or "")[0]
     return {name: reason for name in names or [] if (reason := reason_left_out(name)) is not None}
 
@@ -79,10 +98,14 @@ def _commit(params: ModelParams) -> str:
     """The full hash that ``revision`` has to be: a name may move between two stages."""
     hub_id, revision = params.id or "", params.revision
     if hub_id.startswith(("/", ".", "~")) or Path(hub_id).exists():
-        raise SparselineError(f"model.id = {hub_id!r} is a local directory; give it as model.path, which DVC watches, and set id to null.")
+        raise SparselineError(
+            f"model.id = {hub_id!r} is a local directory; give it as model.path, which DVC watches, and set"
+            " id to null."
+        )
     if params.path != HUB:
         raise SparselineError(
-            f"model.path = {str(params.path)!r} would be watched though model.id = {hub_id!r} is used; set path to {HUB}, or id to null."
+            f"model.path = {str(params.path)!r} would be watched though model.id = {hub_id!r} is used; set"
+            f" path to {HUB}, or id to null."
         )
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
@@ -93,12 +116,15 @@ def _commit(params: ModelParams) -> str:
     except Exception:  # offline, gated, mistyped: the sentence does without
         now = f"`git ls-remote https://huggingface.co/{hub_id}` shows it"
     raise SparselineError(
-        f"model.revision = {revision!r} may come to mean other weights of model.id = {hub_id!r}; give the full hash of a commit ({now})."
+        f"model.revision = {revision!r} may come to mean other weights of model.id = {hub_id!r}; give the"
+        f" full hash of a commit ({now})."
     )
 
 
 def _listed(hub_id: str, commit: str) -> tuple[list[str] | None, Exception | None]:
-    """The names of a repository's files at a commit, from the cache or from the hub; or why there are none."""
+    """The names of a repository's files at a commit, from the cache or from the hub; or why there
+    are none.
+    """
     try:
         return [file.path for file in get_cached_repo_tree(hub_id, revision=commit)], None
     except CachedRepoTreeNotFoundError:
@@ -113,7 +139,9 @@ def _listed(hub_id: str, commit: str) -> tuple[list[str] | None, Exception | Non
 
 def _unreachable(hub_id: str, commit: str, reason: Exception | None) -> SparselineError:
     told = str(reason).strip().splitlines() or [type(reason).__name__]
-    return SparselineError(f"model.id = {hub_id!r} (revision {commit!r}) cannot be fetched from the hub: {told[0]}")
+    return SparselineError(
+        f"model.id = {hub_id!r} (revision {commit!r}) cannot be fetched from the hub: {told[0]}"
+    )
 
 
 def identity(sha256: Mapping[str, str]) -> str:
@@ -136,8 +164,12 @@ def open_source(workspace: Workspace, params: ModelParams) -> Checkpoint:
     try:
         architecture, recorded = from_json(facts["architecture"]), facts["sha256"]
     except (KeyError, TypeError, IndexError) as error:
-        raise SparselineError(f"{workspace.model} does not say what the model is made of; run `dvc repro` to make it again.") from error
-    checkpoint = open_checkpoint(locate(params.path, params.id, params.revision), architecture, params.remote_code, params.dequantize)
+        raise SparselineError(
+            f"{workspace.model} does not say what the model is made of; run `dvc repro` to make it again."
+        ) from error
+    checkpoint = open_checkpoint(
+        locate(params.path, params.id, params.revision), architecture, params.remote_code, params.dequantize
+    )
     here = set(recorded_files(checkpoint))
     for name in sorted(here | recorded.keys()):
         path = checkpoint.path / name

@@ -9,10 +9,11 @@ from pipeline_lib.core.errors import SparselineError
 
 Place = Literal["document", "row", "none"]
 
-# Model types whose evaluations give every row a start token; the others' give one to every document.
-# Gemma's perplexity on WikiText-2 is about 650 without it and 21 with it; lm-eval forces it for this family
-# (EleutherAI/lm-evaluation-harness#1465, huggingface/transformers#29250). GPTQ's, SparseGPT's and Wanda's scripts tokenise
-# the joined text once, so that only its beginning has the token: `document` for a text of one document.
+# Model types whose evaluations give every row a start token; the others' give one to every
+# document. Gemma's perplexity on WikiText-2 is about 650 without it and 21 with it; lm-eval forces
+# it for this family (EleutherAI/lm-evaluation-harness#1465, huggingface/transformers#29250).
+# GPTQ's, SparseGPT's and Wanda's scripts tokenise the joined text once, so that only its beginning
+# has the token: `document` for a text of one document.
 ROW = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
 
 
@@ -30,7 +31,8 @@ def usual(model_type: str) -> Place:
 
 
 def start(place: Place | None, model_type: str, tokenizer: PreTrainedTokenizerBase) -> Start:
-    """The place asked for, or the family's usual one for None; the token is the tokenizer's BOS, else its EOS.
+    """The place asked for, or the family's usual one for None; the token is the tokenizer's BOS,
+    else its EOS.
 
     Raises:
         SparselineError: a start token is asked for, but the tokenizer has none.
@@ -40,4 +42,7 @@ def start(place: Place | None, model_type: str, tokenizer: PreTrainedTokenizerBa
         return Start(place or usual(model_type), token)
     if place in (None, "none"):
         return Start("none", None)
-    raise SparselineError(f"params.yaml: a text has start: {place}, but the model's tokenizer has no start token; set start: none.")
+    raise SparselineError(
+        f"params.yaml: a text has start: {place}, but the model's tokenizer has no start token; set start:"
+        " none."
+    )

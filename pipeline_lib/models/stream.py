@@ -1,6 +1,7 @@
 """Run a model block by block: the peak memory is one or two blocks plus the activations, whatever the depth.
 
-Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of the residual stream, ``V`` tokens of the vocabulary.
+Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of the residual stream,
+``V`` tokens of the vocabulary.
 """
 
 import copy
@@ -27,9 +28,13 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional (after the hidd
 
 
 class _Recorder(nn.Module):
-    """Stands where a block stood: notes what it is called with and hands on what it is told to, as many parts as the block returns."""
+    """Stands where a block stood: notes what it is called with and hands on what it is told to, as
+    many parts as the block returns.
+    """
 
-    def __init__(self, note: Callable[[torch.Tensor, Arguments], torch.Tensor], block: nn.Module, returns: int) -> None:
+    def __init__(
+        self, note: Callable[[torch.Tensor, Arguments], torch.Tensor], block: nn.Module, returns: int
+    ) -> None:
         super().__init__()
         self.note, self.returns = note, returns
         self._block = [block]  # in a list it is no submodule
@@ -47,7 +52,9 @@ class _Recorder(nn.Module):
 
 
 class Stream:
-    """Hidden states [B, T, D] of every batch before some block, in order; overwritten as the blocks are passed. Each lies where the room says."""
+    """Hidden states [B, T, D] of every batch before some block, in order; overwritten as the blocks
+    are passed. Each lies where the room says.
+    """
 
     def __init__(self, batches: int, device: torch.device, room: Room, name: str = "") -> None:
         self.device, self.room = device, room
@@ -64,12 +71,18 @@ class Stream:
 class BlockModel:
     """A checkpoint of which only what is asked for is in memory: embeddings, single blocks, or the head.
 
-    ``products`` says what float32 products on a GPU may round to while blocks run, and so in the statistics that are taken meanwhile;
-    ``room``, where streams lie that have no other (None: on the device).
+    ``products`` says what float32 products on a GPU may round to while blocks run, and so in the
+    statistics that are taken meanwhile; ``room``, where streams lie that have no other (None: on
+    the device).
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, products: Products = "float32", room: Room | None = None
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        products: Products = "float32",
+        room: Room | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
@@ -84,8 +97,11 @@ class BlockModel:
         self._arguments: dict[int, list[Arguments]] = {}  # rows in a batch -> per block
         self._made_of: dict[int, dict[str, tuple[Piece, ...]]] = {}  # a block's parameters
 
-    def embed(self, rows: torch.Tensor, batch_rows: int | list[int], name: str = "", room: Room | None = None) -> Stream:
-        """The stream before the first block, for token rows [N, T]; notes each block's other arguments on the way.
+    def embed(
+        self, rows: torch.Tensor, batch_rows: int | list[int], name: str = "", room: Room | None = None
+    ) -> Stream:
+        """The stream before the first block, for token rows [N, T]; notes each block's other
+        arguments on the way.
 
         Batches are of ``batch_rows`` rows, or of so many as the list says.
         """
@@ -102,9 +118,11 @@ class BlockModel:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """While open, the function from hidden states [B, T, D] after the last block to logits [B, T, V], differentiable in them.
+        """While open, the function from hidden states [B, T, D] after the last block to logits [B,
+        T, V], differentiable in them.
 
-        transformers' own code computes it, last norm, projection and scaling included; ``embed`` has to come first.
+        transformers' own code computes it, last norm, projection and scaling included; ``embed``
+        has to come first.
         """
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
@@ -117,11 +135,19 @@ class BlockModel:
 
     @contextmanager
     def _outside_blocks(self, head: bool) -> Iterator[None]:
-        """While open, what no block holds is in memory: the embeddings, the last norm and, if asked for, the head."""
+        """While open, what no block holds is in memory: the embeddings, the last norm and, if asked
+        for, the head.
+        """
         base = "" if self.base is self.whole else f"{self.whole.base_model_prefix}."
         blocks, unread = f"{base}{self.checkpoint.architecture.blocks}.", self.checkpoint.unread
-        pieces = {full: own for full, own in self.checkpoint.pieces.items() if full.startswith("" if head else base)}
-        pieces = {full: own for full, own in pieces.items() if not full.startswith(blocks) and own[0].stored not in unread}
+        pieces = {
+            full: own for full, own in self.checkpoint.pieces.items() if full.startswith("" if head else base)
+        }
+        pieces = {
+            full: own
+            for full, own in pieces.items()
+            if not full.startswith(blocks) and own[0].stored not in unread
+        }
         names = sorted({piece.stored for own in pieces.values() for piece in own})
         tensors = {name: self._computing(tensor) for name, tensor in self.checkpoint.read(names)}
         whole = {full: assembled(own, tensors) for full, own in pieces.items()}
@@ -131,7 +157,9 @@ class BlockModel:
             self._buffers_to_device()
             yield
         finally:
-            self.whole.load_state_dict({full: tensor.to("meta") for full, tensor in whole.items()}, strict=False, assign=True)
+            self.whole.load_state_dict(
+                {full: tensor.to("meta") for full, tensor in whole.items()}, strict=False, assign=True
+            )
 
     def _computing(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the device, and in the computing dtype unless it holds whole numbers."""
@@ -151,7 +179,9 @@ class BlockModel:
 
     @torch.no_grad()
     def _note(self, batch: torch.Tensor) -> torch.Tensor:
-        """The hidden states [B, T, D] before the first block for token rows [B, T]; every block's arguments are noted."""
+        """The hidden states [B, T, D] before the first block for token rows [B, T]; every block's
+        arguments are noted.
+        """
         inputs: list[torch.Tensor] = []
         noted: list[Arguments] = []
 
@@ -171,11 +201,15 @@ class BlockModel:
                 setattr(module, name, buffer.to(self.device))
 
     def block(self, index: int, tensors: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
-        """A block with weights in the computing dtype: the checkpoint's, or the given ones (names relative to the block)."""
+        """A block with weights in the computing dtype: the checkpoint's, or the given ones (names
+        relative to the block).
+        """
         tensors = self.checkpoint.block(index) if tensors is None else tensors
         block = copy.deepcopy(self.templates[index])
         given = {name: self._computing(tensor) for name, tensor in tensors.items()}
-        block.load_state_dict({name: assembled(own, given) for name, own in self._pieces(index).items()}, assign=True)
+        block.load_state_dict(
+            {name: assembled(own, given) for name, own in self._pieces(index).items()}, assign=True
+        )
         for module in block.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
@@ -192,20 +226,33 @@ class BlockModel:
         return self._made_of[index]
 
     def arguments(self, index: int, rows: int) -> Arguments:
-        """What block ``index`` gets besides a batch of so many rows (it depends on positions, not on tokens)."""
+        """What block ``index`` gets besides a batch of so many rows (it depends on positions, not
+        on tokens).
+        """
         if rows not in self._arguments:
             larger = self._arguments[min(size for size in self._arguments if size > rows)]
             self._arguments[rows] = _narrow(larger, self._arguments[1], rows)
         return self._arguments[rows][index]
 
-    def call(self, block: nn.Module, index: int, hidden: torch.Tensor, tensors: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """Output [B, T, D] of a block for hidden states [B, T, D]; differentiably with ``tensors`` in the place of its own."""
+    def call(
+        self,
+        block: nn.Module,
+        index: int,
+        hidden: torch.Tensor,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Output [B, T, D] of a block for hidden states [B, T, D]; differentiably with ``tensors``
+        in the place of its own.
+        """
         args, kwargs = self.arguments(index, len(hidden))
         if tensors is None:
             with rounded(self.device, self.products):
                 out = block(hidden, *args, **kwargs)
         else:
-            own, given = dict(block.named_parameters()), {name: self._computing(tensor) for name, tensor in tensors.items()}
+            own, given = (
+                dict(block.named_parameters()),
+                {name: self._computing(tensor) for name, tensor in tensors.items()},
+            )
             moved = {
                 name: assembled(pieces, given, own.get(name))
                 for name, pieces in self._pieces(index).items()
@@ -216,25 +263,36 @@ class BlockModel:
         return out[0] if isinstance(out, tuple | list) else out
 
     def _own_copy(self, block: nn.Module) -> nn.Module:
-        """The block, or for any but the main thread one of the same tensors: ``functional_call`` changes the module while it runs."""
+        """The block, or for any but the main thread one of the same tensors: ``functional_call``
+        changes the module while it runs.
+        """
         if threading.current_thread() is threading.main_thread():
             return block
         copies: dict[nn.Module, nn.Module] = self._own.__dict__.setdefault("copies", {})
         if block not in copies:
-            copies[block] = copy.deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})
+            copies[block] = copy.deepcopy(
+                block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
+            )
         return copies[block]
 
-    def advance(self, block: nn.Module, index: int, stream: Stream, numbers: Iterable[int] | None = None) -> None:
+    def advance(
+        self, block: nn.Module, index: int, stream: Stream, numbers: Iterable[int] | None = None
+    ) -> None:
         """Pass the stream through a block: all of it, or the batches of these numbers.
 
         Raises:
-            SparselineError: the block's output holds NaN or infinity. It is told when all batches have passed.
+            SparselineError: the block's output holds NaN or infinity. It is told when all batches
+                have passed.
         """
         self.check_finite(index, self.passed(block, index, stream, numbers))
 
     @torch.no_grad()
-    def passed(self, block: nn.Module, index: int, stream: Stream, numbers: Iterable[int] | None = None) -> torch.Tensor:
-        """``advance`` that leaves ``check_finite`` to others: the least and the largest output of every batch, on the device, NaN if one is."""
+    def passed(
+        self, block: nn.Module, index: int, stream: Stream, numbers: Iterable[int] | None = None
+    ) -> torch.Tensor:
+        """``advance`` that leaves ``check_finite`` to others: the least and the largest output of
+        every batch, on the device, NaN if one is.
+        """
         bounds: list[torch.Tensor] = []
         for number in range(len(stream.hidden)) if numbers is None else numbers:
             stream.hidden[number] = out = self.call(block, index, stream.hidden[number])
@@ -249,11 +307,14 @@ class BlockModel:
         """
         if not torch.isfinite(hidden).all():
             name = f"{self.checkpoint.architecture.blocks}.{index}"
-            raise SparselineError(f"Activations after {name} hold NaN or infinity; check the model, or compute in float32.")
+            raise SparselineError(
+                f"Activations after {name} hold NaN or infinity; check the model, or compute in float32."
+            )
 
 
 def _narrow(value: Any, single: Any, rows: int) -> Any:
-    """``value``, noted for a larger batch, cut to ``rows``; ``single`` was noted for one row, and where its sizes differ are rows.
+    """``value``, noted for a larger batch, cut to ``rows``; ``single`` was noted for one row, and
+    where its sizes differ are rows.
 
     Sizes alone would not tell: a batch can be as long as its rows, and ALiBi comes as [B · heads, 1, T].
     """
@@ -274,7 +335,9 @@ Take = Callable[
 
 @contextmanager
 def tapped(block: nn.Module, sites: Iterable[Site], take: Take) -> Iterator[None]:
-    """While open, ``take`` gets the inputs X of each site whenever the block runs. Inputs of tokens that an expert is not meant for are left out."""
+    """While open, ``take`` gets the inputs X of each site whenever the block runs. Inputs of tokens
+    that an expert is not meant for are left out.
+    """
     wanted = {(site.parameter, site.expert): site for site in sites}
     named = dict(block.named_parameters())
     routed: dict[str, Routes] = {}
@@ -296,7 +359,8 @@ def tapped(block: nn.Module, sites: Iterable[Site], take: Take) -> Iterator[None
     for path in {site.parameter.rpartition(".")[0] for site in wanted.values() if site.expert is not None}:
 
         def note(_module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
-            if len(args) == 3 and all(isinstance(arg, torch.Tensor) for arg in args):  # hidden states, experts' numbers, weights
+            # hidden states, experts' numbers, weights
+            if len(args) == 3 and all(isinstance(arg, torch.Tensor) for arg in args):
                 routed[path] = Routes(args[1], args[2])
 
         handles.append(block.get_submodule(path).register_forward_pre_hook(note))
@@ -310,13 +374,17 @@ def tapped(block: nn.Module, sites: Iterable[Site], take: Take) -> Iterator[None
 
 @dataclass(frozen=True)
 class Routes:
-    """Which experts a router chose for each token, and how it weighs them: [tokens, chosen] both, as transformers' experts get them."""
+    """Which experts a router chose for each token, and how it weighs them: [tokens, chosen] both,
+    as transformers' experts get them.
+    """
 
     chosen: torch.Tensor
     weight: torch.Tensor
 
     def weights(self, expert: int, count: int) -> torch.Tensor | None:
-        """Those of an expert's tokens, in the order in which the experts' loop takes them; None if it takes another number of tokens."""
+        """Those of an expert's tokens, in the order in which the experts' loop takes them; None if
+        it takes another number of tokens.
+        """
         if self.chosen.shape != self.weight.shape:
             return None
         found = self.weight.T[expert == self.chosen.T]

@@ -15,10 +15,12 @@ SENTENCEPIECE = ("sentencepiece", "protobuf")  # packages that read tokenizer.mo
 def load_tokenizer(path: Path, vocabulary: int, remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model directory's tokenizer.
 
-    Tokens beyond the model's ``vocabulary`` are no mistake by themselves: a padding token is often added without an embedding.
+    Tokens beyond the model's ``vocabulary`` are no mistake by themselves: a padding token is often
+    added without an embedding.
 
     Raises:
-        SparselineError: there is none, a package that it needs is missing, or plain text gives ids that the model has no embedding for.
+        SparselineError: there is none, a package that it needs is missing, or plain text gives ids
+            that the model has no embedding for.
     """
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         for package in SENTENCEPIECE:
@@ -26,10 +28,13 @@ def load_tokenizer(path: Path, vocabulary: int, remote_code: bool = False) -> Pr
                 version(package)
             except PackageNotFoundError as error:
                 raise SparselineError(
-                    f"{path / 'tokenizer.model'} needs the package {package}, which is not installed; run `make environment`."
+                    f"{path / 'tokenizer.model'} needs the package {package}, which is not installed; run"
+                    " `make environment`."
                 ) from error
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=remote_code
+        )
         probe = tokenizer(string.printable)["input_ids"]
     except Exception as error:  # transformers checks little, and raises whatever it meets
         if "trust_remote_code" in str(error):
@@ -37,15 +42,19 @@ def load_tokenizer(path: Path, vocabulary: int, remote_code: bool = False) -> Pr
                 f"{path / 'tokenizer_config.json'} asks for code of the tokenizer's own, which is never run; "
                 "put a tokenizer.json there that transformers reads without it."
             ) from error
-        raise SparselineError(f"{path} holds no tokenizer that transformers can load: {' '.join(str(error).split())}") from error
+        raise SparselineError(
+            f"{path} holds no tokenizer that transformers can load: {' '.join(str(error).split())}"
+        ) from error
     if (
         not probe or not tokenizer("a", add_special_tokens=False)["input_ids"]
     ):  # transformers makes an empty one where OPT's files are missing
-        raise SparselineError(f"{path} holds no tokenizer files (tokenizer.json or vocabulary); copy the model's own there.")
+        raise SparselineError(
+            f"{path} holds no tokenizer files (tokenizer.json or vocabulary); copy the model's own there."
+        )
     if max(probe) >= vocabulary:
         raise SparselineError(
-            f"{path}: the tokenizer does not match the model: plain text gives ids up to {max(probe)}, the model's vocabulary has "
-            f"{vocabulary}; put the model's own tokenizer there."
+            f"{path}: the tokenizer does not match the model: plain text gives ids up to {max(probe)}, the"
+            f" model's vocabulary has {vocabulary}; put the model's own tokenizer there."
         )
     return tokenizer
 
@@ -67,6 +76,6 @@ def check_ids(ids: torch.Tensor, vocabulary: int, tokenizer: PreTrainedTokenizer
     if largest >= vocabulary:
         token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(largest)!r})"
         raise SparselineError(
-            f"The text holds token {largest}{token}, but the model's vocabulary has {vocabulary}; take such tokens out of the text "
-            "or the chat template, or put the model's own tokenizer there."
+            f"The text holds token {largest}{token}, but the model's vocabulary has {vocabulary}; take such"
+            " tokens out of the text or the chat template, or put the model's own tokenizer there."
         )

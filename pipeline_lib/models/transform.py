@@ -1,4 +1,6 @@
-"""The artifact that scale and induce write and prune reads: factors, shifts and selection weights, never model weights."""
+"""The artifact that scale and induce write and prune reads: factors, shifts and selection weights,
+never model weights.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,9 +16,12 @@ from pipeline_lib.core.artifacts import read_tensors, write_tensors
 class Transform:
     """What is done to one block before its mask is chosen. Empty mappings mean: nothing."""
 
-    factors: Mapping[str, torch.Tensor] = field(default_factory=dict)  # coupling -> d > 0 [size], folded exactly
-    shifts: Mapping[str, torch.Tensor] = field(default_factory=dict)  # site -> δ [d] in the original coordinates
-    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)  # site -> selection weights u > 0 [d], never folded
+    # coupling -> d > 0 [size], folded exactly
+    factors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    # site -> δ [d] in the original coordinates
+    shifts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    # site -> selection weights u > 0 [d], never folded
+    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Transform":
         parts = (self.factors, self.shifts, self.importance)
@@ -24,10 +29,16 @@ class Transform:
 
     def tensors(self, block: int) -> dict[str, torch.Tensor]:
         parts = {"factor": self.factors, "shift": self.shifts, "importance": self.importance}
-        return {f"{block}.{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        return {
+            f"{block}.{part}.{name}": value
+            for part, values in parts.items()
+            for name, value in values.items()
+        }
 
 
-def write_transforms(path: Path, transforms: Mapping[int, Transform], facts: Mapping[str, Any] | None = None) -> None:
+def write_transforms(
+    path: Path, transforms: Mapping[int, Transform], facts: Mapping[str, Any] | None = None
+) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for block, transform in transforms.items():
         tensors |= transform.tensors(block)
@@ -37,7 +48,9 @@ def write_transforms(path: Path, transforms: Mapping[int, Transform], facts: Map
 def read_transforms(path: Path, depth: int) -> tuple[list[Transform], dict[str, Any]]:
     """One transform per block; blocks that the file does not name get the identity."""
     tensors, facts = read_tensors(path)
-    parts: list[dict[str, dict[str, torch.Tensor]]] = [{"factor": {}, "shift": {}, "importance": {}} for _ in range(depth)]
+    parts: list[dict[str, dict[str, torch.Tensor]]] = [
+        {"factor": {}, "shift": {}, "importance": {}} for _ in range(depth)
+    ]
     for key, tensor in tensors.items():
         block, part, name = key.split(".", 2)
         parts[int(block)][part][name] = tensor

@@ -1,4 +1,6 @@
-"""Try every coupling on the model's own weights before it is used: random powers of two must leave each block's function as it is."""
+"""Try every coupling on the model's own weights before it is used: random powers of two must leave
+each block's function as it is.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +13,9 @@ from pipeline_lib.models.folding import fold
 from pipeline_lib.models.stream import BlockModel
 
 TOKENS = 16  # of a row
-LOST = 64  # how many times float32's spacing the outputs may differ where a factor is rounded (a norm's weight that is kept as 1 + w)
+# how many times float32's spacing the outputs may differ where a factor is rounded (a norm's weight
+# that is kept as 1 + w)
+LOST = 64
 
 
 @torch.no_grad()
@@ -37,7 +41,10 @@ class _Trial:
 
     def __init__(self, model: BlockModel, index: int, hidden: torch.Tensor, random: torch.Generator) -> None:
         self.model, self.index, self.hidden, self.random = model, index, hidden, random
-        self.tensors = {name: tensor.to(model.device, torch.float32) for name, tensor in model.checkpoint.block(index).items()}
+        self.tensors = {
+            name: tensor.to(model.device, torch.float32)
+            for name, tensor in model.checkpoint.block(index).items()
+        }
         self.output = self._of(self.tensors)
 
     def _of(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -45,7 +52,10 @@ class _Trial:
 
     def holds(self, couplings: Sequence[Coupling]) -> bool:
         """Whether random factors on these leave the outputs as they are."""
-        factors = {c.name: torch.exp2(torch.randint(-3, 4, (c.size,), generator=self.random).float()) for c in couplings}
+        factors = {
+            c.name: torch.exp2(torch.randint(-3, 4, (c.size,), generator=self.random).float())
+            for c in couplings
+        }
         folded = self._of(fold(self.tensors, self.model.checkpoint.architecture.layouts[self.index], factors))
         rounded = any(tie.offset for coupling in couplings for tie in coupling.ties)
         allowed = rounded * LOST * torch.finfo(folded.dtype).eps * float(self.output.abs().max())
@@ -56,8 +66,15 @@ def without(layout: Layout, names: Sequence[str]) -> Layout:
     """A layout that lacks some couplings; the same one where it lacks none."""
     if not names:
         return layout
-    sites = tuple(replace(site, coupling=None, index=range(len(site.index))) if site.coupling in names else site for site in layout.sites)
-    return replace(layout, sites=sites, couplings=tuple(coupling for coupling in layout.couplings if coupling.name not in names))
+    sites = tuple(
+        replace(site, coupling=None, index=range(len(site.index))) if site.coupling in names else site
+        for site in layout.sites
+    )
+    return replace(
+        layout,
+        sites=sites,
+        couplings=tuple(coupling for coupling in layout.couplings if coupling.name not in names),
+    )
 
 
 def with_layouts(architecture: Architecture, layouts: Sequence[Layout]) -> Architecture:

@@ -13,11 +13,14 @@ from pipeline_lib.models.files import find_files
 from pipeline_lib.models.tokenizer import check_ids
 
 
-def load_model(path: Path, dtype: str, device: torch.device, remote_code: bool = False, dequantize: bool = False) -> PreTrainedModel:
+def load_model(
+    path: Path, dtype: str, device: torch.device, remote_code: bool = False, dequantize: bool = False
+) -> PreTrainedModel:
     """The model in one copy, in evaluation mode, without gradients.
 
     Raises:
-        SparselineError: two sets of weights, or none; and by every call of the model, a token id that it has no embedding for.
+        SparselineError: two sets of weights, or none; and by every call of the model, a token id
+            that it has no embedding for.
     """
     find_files(path)  # refuses what is ambiguous
     attention.register()

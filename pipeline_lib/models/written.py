@@ -19,7 +19,9 @@ def to_json(architecture: Architecture) -> dict[str, Any]:
         "returns": architecture.returns,
         "outside": sorted(architecture.outside),
         "kinds": [
-            {name: [_record(part) for part in getattr(kind, name)] for name in _PARTS} | {"routers": sorted(kind.routers)} for kind in kinds
+            {name: [_record(part) for part in getattr(kind, name)] for name in _PARTS}
+            | {"routers": sorted(kind.routers)}
+            for kind in kinds
         ],
         "kind_of_block": [kinds.index(layout) for layout in architecture.layouts],
     }
@@ -33,16 +35,27 @@ def from_json(value: Mapping[str, Any]) -> Architecture:
     """
     kinds = []
     for kind in value["kinds"]:
-        couplings = [{**one, "ties": tuple(Tie(**_given(tie)) for tie in one["ties"])} for one in kind["couplings"]]
+        couplings = [
+            {**one, "ties": tuple(Tie(**_given(tie)) for tie in one["ties"])} for one in kind["couplings"]
+        ]
         parts = {"matrices": kind["matrices"], "sites": kind["sites"], "couplings": couplings}
         made = {name: tuple(part(**_given(one)) for one in parts[name]) for name, part in _PARTS.items()}
         kinds.append(Layout(**made, routers=frozenset(kind["routers"])))
     layouts = tuple(kinds[number] for number in value["kind_of_block"])
-    return Architecture(value["family"], value["blocks"], value["width"], layouts, frozenset(value["outside"]), value["returns"])
+    return Architecture(
+        value["family"],
+        value["blocks"],
+        value["width"],
+        layouts,
+        frozenset(value["outside"]),
+        value["returns"],
+    )
 
 
 def _record(part: Any) -> dict[str, Any]:
-    """Defaults are left out; an index is a list, or how many numbers there are from 0 on (see ``compact``)."""
+    """Defaults are left out; an index is a list, or how many numbers there are from 0 on (see
+    ``compact``).
+    """
     found = {}
     for field in fields(part):
         value = getattr(part, field.name)
@@ -58,6 +71,10 @@ def _record(part: Any) -> dict[str, Any]:
 
 def _given(record: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that a record stands for."""
-    index = {"index": range(record["index"]) if isinstance(record["index"], int) else tuple(record["index"])} if "index" in record else {}
+    index = (
+        {"index": range(record["index"]) if isinstance(record["index"], int) else tuple(record["index"])}
+        if "index" in record
+        else {}
+    )
     tuples = {name: tuple(record[name]) for name in ("rows", "positions") if record.get(name) is not None}
     return {**record, **index, **tuples}

@@ -1,8 +1,10 @@
 """Predict memory, disk and rough time of every stage from the model's header alone, before anything runs.
 
-Memory is that of a stage that computes on the CPU; ``device`` has what of it would lie on a GPU, and what would be left on the host.
+Memory is that of a stage that computes on the CPU; ``device`` has what of it would lie on a GPU,
+and what would be left on the host.
 
-Symbols: n calibration tokens, P parameters of a block, B blocks, d channels of a site. Bytes; floats are 4 bytes while computing.
+Symbols: n calibration tokens, P parameters of a block, B blocks, d channels of a site. Bytes;
+floats are 4 bytes while computing.
 """
 
 import math
@@ -28,7 +30,8 @@ from pipeline_lib.recipe.settings import InduceParams
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.texts.texts import GeneratedParams, TextParams
 
-LIBRARIES = 730e6 if torch.version.cuda or torch.version.hip else 450e6  # resident size of Python with torch and transformers, measured
+# resident size of Python with torch and transformers, measured
+LIBRARIES = 730e6 if torch.version.cuda or torch.version.hip else 450e6
 TASK_LIBRARIES = 150e6  # what lm-eval and datasets come to beside them
 SLOWDOWN = 2.0  # wall time over pure matrix products: softmax, norms, sorting, small shapes
 
@@ -75,34 +78,47 @@ def measure_speed(place: torch.device) -> float:
 def estimate(work: Work) -> dict[str, Estimate]:
     """Needs of the stages that all variants share.
 
-    Formulas: an activation stream takes e·n·D, e the bytes of ``compute_dtype``; a block in use 4·P; calibrate adds its Grams 3·Σ4d² (of fitting and
-    held-out rows, and a lane's), the samples that medians are taken over (the widest site's four times: joined, sorted, and with places), and
-    what summing a row of the widest site takes, 15 bytes a value (itself in float32 and in float64, its square): measured. Sensitivity: see ``_probing``.
+    Formulas: an activation stream takes e·n·D, e the bytes of ``compute_dtype``; a block in use
+    4·P; calibrate adds its Grams 3·Σ4d² (of fitting and held-out rows, and a lane's), the samples
+    that medians are taken over (the widest site's four times: joined, sorted, and with places), and
+    what summing a row of the widest site takes, 15 bytes a value (itself in float32 and in float64,
+    its square): measured. Sensitivity: see ``_probing``.
     """
     shapes, depth = work.shapes, work.shapes.blocks
     base = LIBRARIES + outside(shapes.checkpoint)
     return {
-        "prepare": Estimate("prepare", LIBRARIES, 1e5, 0, gpu_bytes=max(outside(shapes.checkpoint), 12 * shapes.block)),
+        "prepare": Estimate(
+            "prepare", LIBRARIES, 1e5, 0, gpu_bytes=max(outside(shapes.checkpoint), 12 * shapes.block)
+        ),
         "calibrate": Estimate(
             "calibrate",
             base + 4 * shapes.block + _walk(work),
             _stored(work) + depth * 20 * sum(shapes.sites),
             depth * (shapes.forward + shapes.gram_flops),
             gpu_bytes=device.calibrating(shapes, work.calibrate, work.budget),
-            host_bytes=base + shapes.stored * shapes.block + 2 * shapes.grams + _beyond(shapes.stream(work.compute_dtype), work.budget),
+            host_bytes=base
+            + shapes.stored * shapes.block
+            + 2 * shapes.grams
+            + _beyond(shapes.stream(work.compute_dtype), work.budget),
         ),
-        "scale": Estimate("scale", LIBRARIES + 4 * shapes.block + 2 * shapes.grams, depth * 4 * sum(shapes.sites), 0),
+        "scale": Estimate(
+            "scale", LIBRARIES + 4 * shapes.block + 2 * shapes.grams, depth * 4 * sum(shapes.sites), 0
+        ),
         "sensitivity": _probing(work),
     }
 
 
 def inducing(work: Work, name: str, params: InduceParams) -> Estimate:
-    """Needs of one variant's `induce`: each block is pruned up to three times for its gate, whose rows are there before and after the block."""
+    """Needs of one variant's `induce`: each block is pruned up to three times for its gate, whose
+    rows are there before and after the block.
+    """
     shapes, depth = work.shapes, work.shapes.blocks
     again, repeated = _walked_again(work)
     judged = 2 * shapes.stream(work.compute_dtype) * (work.held_out or 1)
     memory = LIBRARIES + outside(shapes.checkpoint) + judged + again + 20 * shapes.block + 4 * shapes.grams
-    flops = shapes.forward + repeated + 6 * shapes.sweep * params.steps + 3 * (shapes.factor_flops + shapes.sweep)
+    flops = (
+        shapes.forward + repeated + 6 * shapes.sweep * params.steps + 3 * (shapes.factor_flops + shapes.sweep)
+    )
     return Estimate(
         name,
         memory + shapes.inner(shapes.batch_rows),
@@ -114,12 +130,23 @@ def inducing(work: Work, name: str, params: InduceParams) -> Estimate:
 
 
 def measuring(work: Work, name: str, params: CurvesParams) -> Estimate:
-    """Needs of one variant's `curves`: each matrix of a block pruned at every density, and two products with its errors."""
+    """Needs of one variant's `curves`: each matrix of a block pruned at every density, and two
+    products with its errors.
+    """
     shapes, depth = work.shapes, work.shapes.blocks
     again, repeated = _walked_again(work)
-    memory = LIBRARIES + again + 24 * shapes.block + 2 * shapes.grams + 16 * max(shapes.sites) ** 2 + _moments(work) / depth
+    memory = (
+        LIBRARIES
+        + again
+        + 24 * shapes.block
+        + 2 * shapes.grams
+        + 16 * max(shapes.sites) ** 2
+        + _moments(work) / depth
+    )
     flops = repeated + shapes.factor_flops + len(params.densities) * 4 * shapes.sweep
-    return Estimate(name, memory, 1e4 * depth, depth * flops, gpu_bytes=_walked_on_gpu(work), host_bytes=memory - again)
+    return Estimate(
+        name, memory, 1e4 * depth, depth * flops, gpu_bytes=_walked_on_gpu(work), host_bytes=memory - again
+    )
 
 
 def _beyond(streams: float, budget: float) -> float:
@@ -131,7 +158,9 @@ def _walk(work: Work) -> float:
     """Bytes that a walk over the dense blocks holds beside the block."""
     shapes, widest = work.shapes, max(work.shapes.sites)
     median = work.calibrate.median_tokens
-    sampled = 4 * min(shapes.tokens, 2 * median) * sum(shapes.sites) + 16 * min(shapes.tokens, median) * widest
+    sampled = (
+        4 * min(shapes.tokens, 2 * median) * sum(shapes.sites) + 16 * min(shapes.tokens, median) * widest
+    )
     summed = shapes.inner(shapes.batch_rows) + 15 * shapes.length * widest
     return shapes.stream(work.compute_dtype) + 3 * shapes.grams + max(summed, sampled)
 
@@ -154,23 +183,31 @@ def _walked_on_gpu(work: Work) -> float:
 def _moments(work: Work) -> float:
     """Bytes of full output moments; none beyond their budget."""
     depth = work.shapes.blocks
-    size = 4 * depth * sum(rows * rows for rows, _ in work.shapes.matrices) if work.sensitivity.output_moments == "full" else 0
+    size = (
+        4 * depth * sum(rows * rows for rows, _ in work.shapes.matrices)
+        if work.sensitivity.output_moments == "full"
+        else 0
+    )
     return size if size <= work.sensitivity.moment_budget_bytes else 0
 
 
 def _probing(work: Work) -> Estimate:
-    """Needs of `sensitivity`: every block's inputs for a pass of probes, one block (weights, probe vector, gradients, products: 20 bytes a
-    parameter; 8 without second derivatives), the graph of one probe in it and the logits of one row (without second derivatives, of one
-    batch and of a few tokens), and one block's full moments twice (as they were left and as they grow). On disk, each lane has its moments.
+    """Needs of `sensitivity`: every block's inputs for a pass of probes, one block (weights, probe
+    vector, gradients, products: 20 bytes a parameter; 8 without second derivatives), the graph of
+    one probe in it and the logits of one row (without second derivatives, of one batch and of a few
+    tokens), and one block's full moments twice (as they were left and as they grow). On disk, each
+    lane has its moments.
 
-    Copies per token of every site's inputs, of every head's attention row and of the logits are fitted to a measurement. Time is that of
-    all probes; unless an agreement of 1 is asked for, those of the first pass (two at least) may be enough.
+    Copies per token of every site's inputs, of every head's attention row and of the logits are
+    fitted to a measurement. Time is that of all probes; unless an agreement of 1 is asked for,
+    those of the first pass (two at least) may be enough.
     """
     shapes, params = work.shapes, work.sensitivity
     checkpoint, entry = shapes.checkpoint, shapes.checkpoint.architecture
     second = params.estimator == "hutchinson"
     tokens = params.rows_per_probe * shapes.length
-    boundaries = (1 + second) * 4 * params.probes_per_pass * tokens * entry.width * (entry.depth + 1)  # values, or with their tangents
+    # values, or with their tangents
+    boundaries = (1 + second) * 4 * params.probes_per_pass * tokens * entry.width * (entry.depth + 1)
     inputs, attention, logits = (24, 6, 10) if second else (8, 1, 5)
     together = tokens if second else tokens * at_once(params.rows_per_probe, shapes.length)
     graph = 4 * together * (inputs * sum(shapes.sites) + attention * checkpoint.heads * shapes.length)
@@ -178,7 +215,13 @@ def _probing(work: Work) -> Estimate:
     moments = _moments(work)
     memory = boundaries + (20 if second else 8) * shapes.block + max(graph, top) + 2 * moments / entry.depth
     forwards = 14 if second else 4  # matrix products, in units of a forward pass
-    flops = forwards * 2 * params.probes * tokens * (shapes.block * shapes.blocks + entry.width * checkpoint.vocabulary)
+    flops = (
+        forwards
+        * 2
+        * params.probes
+        * tokens
+        * (shapes.block * shapes.blocks + entry.width * checkpoint.vocabulary)
+    )
     first = min(params.probes, max(2, params.probes_per_pass)) if params.agreement < 1 else params.probes
     base = LIBRARIES + outside(shapes.checkpoint)
     gpu = device.probing(shapes, params, moments / entry.depth)
@@ -189,62 +232,102 @@ def _probing(work: Work) -> Estimate:
 def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> float:
     """Bytes of the whole model in ``dtype``; where that is not the file's, its largest tensor twice."""
     largest = max(math.prod(shape) for shape in checkpoint.shapes.values())
-    return checkpoint.parameters * dtype.itemsize + (0 if dtype == checkpoint.dtype else largest * checkpoint.dtype.itemsize)
+    return checkpoint.parameters * dtype.itemsize + (
+        0 if dtype == checkpoint.dtype else largest * checkpoint.dtype.itemsize
+    )
 
 
-def evaluating(checkpoint: Checkpoint, params: EvaluateParams, texts: Sequence[tuple[int, int]], compared: bool = False) -> Estimate:
-    """Needs of `evaluate` for one model: texts of (rows, length). ``compared``: with the dense model, as every variant is.
+def evaluating(
+    checkpoint: Checkpoint, params: EvaluateParams, texts: Sequence[tuple[int, int]], compared: bool = False
+) -> Estimate:
+    """Needs of `evaluate` for one model: texts of (rows, length). ``compared``: with the dense
+    model, as every variant is.
 
-    Memory: the whole model, a batch's activations, and of one row the logits: as the model gives them, their log-softmax, and a float32 copy where
-    they are of another dtype. Completions take the logits of their last tokens, and keys and values. Beside them the dense model's hidden states up
-    to SPARSELINE_ACTIVATION_BYTES; a block of it, then its head; and six times the logits of a piece of a row.
+    Memory: the whole model, a batch's activations, and of one row the logits: as the model gives
+    them, their log-softmax, and a float32 copy where they are of another dtype. Completions take
+    the logits of their last tokens, and keys and values. Beside them the dense model's hidden
+    states up to SPARSELINE_ACTIVATION_BYTES; a block of it, then its head; and six times the logits
+    of a piece of a row.
     """
     dtype, entry = getattr(torch, params.compute_dtype), checkpoint.architecture
     rows = min(params.batch_rows, max((rows for rows, _ in texts), default=0))
     length = max((length for _, length in texts), default=0)
     asked = params.completions
-    cache = 2 * dtype.itemsize * asked.count * (asked.prompt_tokens + asked.new_tokens) * entry.width * entry.depth
+    cache = (
+        2
+        * dtype.itemsize
+        * asked.count
+        * (asked.prompt_tokens + asked.new_tokens)
+        * entry.width
+        * entry.depth
+    )
     tops = max(length * _logits(dtype) * checkpoint.vocabulary, 4 * asked.count * checkpoint.vocabulary)
     if compared:
         tops = max(tops, (dtype.itemsize * length + 24 * min(length, HEAD_TOKENS)) * checkpoint.vocabulary)
-    tokens = sum(rows * length for rows, length in texts) + asked.count * (asked.prompt_tokens + asked.new_tokens)
+    tokens = sum(rows * length for rows, length in texts) + asked.count * (
+        asked.prompt_tokens + asked.new_tokens
+    )
     hidden = dtype.itemsize * rows * length * entry.width
     memory = (
         LIBRARIES
         + _loaded(checkpoint, dtype)
-        + max(Shapes(checkpoint, rows, length, rows).inner(rows) * dtype.itemsize / 4, hidden + tops, cache + tops)
+        + max(
+            Shapes(checkpoint, rows, length, rows).inner(rows) * dtype.itemsize / 4,
+            hidden + tops,
+            cache + tops,
+        )
     )
     gpu = device.evaluating(checkpoint, params, rows, length, max(tops, cache + tops - hidden))
     host = LIBRARIES + _loaded(checkpoint, dtype)
     name, flops, beside = "evaluate dense", 2 * checkpoint.parameters * tokens, 0.0
     if compared:
-        states = min(settings.activation_bytes(), dtype.itemsize * entry.width * max((rows * length for rows, length in texts), default=0))
-        beside = states + max(Shapes(checkpoint, rows, length, rows).block * dtype.itemsize, outside(checkpoint, dtype))
+        states = min(
+            settings.activation_bytes(),
+            dtype.itemsize * entry.width * max((rows * length for rows, length in texts), default=0),
+        )
+        beside = states + max(
+            Shapes(checkpoint, rows, length, rows).block * dtype.itemsize, outside(checkpoint, dtype)
+        )
         name, flops = "evaluate", 2 * flops
     return Estimate(name, memory + beside, 1e4, flops, gpu_bytes=gpu + beside, host_bytes=host)
 
 
-def generating(checkpoint: Checkpoint, name: str, dtype: torch.dtype, text: TextParams, how: GeneratedParams) -> Estimate:
-    """Needs of `generate` for one text: the whole model, keys and values of a batch, and four copies of its logits in float32."""
+def generating(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, text: TextParams, how: GeneratedParams
+) -> Estimate:
+    """Needs of `generate` for one text: the whole model, keys and values of a batch, and four
+    copies of its logits in float32.
+    """
     entry, tokens = checkpoint.architecture, how.prompt_tokens + how.new_tokens
     cache = 2 * dtype.itemsize * how.batch_rows * tokens * entry.width * entry.depth
     beside = cache + how.batch_rows * (dtype.itemsize + 16) * checkpoint.vocabulary
-    host, flops = LIBRARIES + _loaded(checkpoint, dtype), 2 * checkpoint.parameters * (text.rows or 0) * text.length
+    host, flops = (
+        LIBRARIES + _loaded(checkpoint, dtype),
+        2 * checkpoint.parameters * (text.rows or 0) * text.length,
+    )
     gpu = checkpoint.parameters * dtype.itemsize + beside
-    return Estimate(name, host + beside, 8 * (text.rows or 0) * text.length, flops, gpu_bytes=gpu, host_bytes=host)
+    return Estimate(
+        name, host + beside, 8 * (text.rows or 0) * text.length, flops, gpu_bytes=gpu, host_bytes=host
+    )
 
 
 def answering(checkpoint: Checkpoint, name: str, params: TasksParams, lengths: Sequence[int]) -> Estimate:
-    """Needs of `tasks` for one model and a preset whose requests have these lengths [tokens], the longest first.
+    """Needs of `tasks` for one model and a preset whose requests have these lengths [tokens], the
+    longest first.
 
-    Memory: the whole model, and a batch's activations or its logits, of all rows at once: as the model gives them, their log-softmax, and a float32 copy
-    where they are of another dtype. lm-eval runs the longest batch first, and keeps its log-softmax until the next batch has its own.
+    Memory: the whole model, and a batch's activations or its logits, of all rows at once: as the
+    model gives them, their log-softmax, and a float32 copy where they are of another dtype. lm-eval
+    runs the longest batch first, and keeps its log-softmax until the next batch has its own.
     """
-    dtype, window = getattr(torch, params.compute_dtype), getattr(checkpoint.config, "max_position_embeddings", None)
+    dtype, window = (
+        getattr(torch, params.compute_dtype),
+        getattr(checkpoint.config, "max_position_embeddings", None),
+    )
     cut = [length if window is None else min(length, window) for length in lengths]
     rows, length = min(params.batch_rows, len(cut)), max(cut, default=0)
     first, second = (
-        len(batch) * max(batch, default=0) for batch in (cut[: params.batch_rows], cut[params.batch_rows : 2 * params.batch_rows])
+        len(batch) * max(batch, default=0)
+        for batch in (cut[: params.batch_rows], cut[params.batch_rows : 2 * params.batch_rows])
     )
     tops = max(first * _logits(dtype), first * 4 + second * _logits(dtype)) * checkpoint.vocabulary
     memory = (
@@ -254,7 +337,11 @@ def answering(checkpoint: Checkpoint, name: str, params: TasksParams, lengths: S
         + max(Shapes(checkpoint, rows, length, rows).inner(rows) * dtype.itemsize / 4, tops)
     )
     inner = Shapes(checkpoint, rows, length, rows, dtype=dtype).activations(rows)
-    gpu = checkpoint.parameters * dtype.itemsize + dtype.itemsize * rows * length * checkpoint.architecture.width + max(inner, tops)
+    gpu = (
+        checkpoint.parameters * dtype.itemsize
+        + dtype.itemsize * rows * length * checkpoint.architecture.width
+        + max(inner, tops)
+    )
     host = LIBRARIES + TASK_LIBRARIES + _loaded(checkpoint, dtype)
     return Estimate(name, memory, 1e4, 2 * checkpoint.parameters * sum(cut), gpu_bytes=gpu, host_bytes=host)
 
@@ -265,13 +352,18 @@ def _logits(dtype: torch.dtype) -> int:
 
 
 def pruning(name: str, plan: Plan, shapes: Shapes, budget: float = math.inf) -> Estimate:
-    """Needs of one variant's `prune`: the streams of hidden states up to their budget, and the largest of its steps; the FLOPs of all.
+    """Needs of one variant's `prune`: the streams of hidden states up to their budget, and the
+    largest of its steps; the FLOPs of all.
 
     Args:
         budget: bytes of hidden states that stay on a GPU.
     """
     checkpoint, dtype = shapes.checkpoint, shapes.dtype
-    streams = stream_bytes(plan, shapes.tokens, checkpoint.architecture.width, dtype.itemsize) if plan.needs.text else 0
+    streams = (
+        stream_bytes(plan, shapes.tokens, checkpoint.architecture.width, dtype.itemsize)
+        if plan.needs.text
+        else 0
+    )
     spilt = streams > settings.activation_bytes()
     kept = 3 * shapes.stream(dtype) * shapes.batch_rows / shapes.rows if spilt else streams
     passes = plan.needs.text + plan.needs.dense_stream  # what comes out of finished blocks
@@ -285,10 +377,12 @@ def pruning(name: str, plan: Plan, shapes: Shapes, budget: float = math.inf) -> 
 
 
 def distilling(name: str, params: DistilParams, shapes: Shapes, budget: float = math.inf) -> Estimate:
-    """Needs of one variant's `distil`. The dense model takes a block at a time; what it leaves are hidden states of all rows.
+    """Needs of one variant's `distil`. The dense model takes a block at a time; what it leaves are
+    hidden states of all rows.
 
-    Memory of the pruned model, for each of its W weights: 4 bytes as it moves, two averages, a bit of mask. Beside it the inputs of every
-    block for a step's rows; one block's gradient, a lane's, and a rounded copy, 10 bytes a weight; graphs and logits (``device.learning``).
+    Memory of the pruned model, for each of its W weights: 4 bytes as it moves, two averages, a bit
+    of mask. Beside it the inputs of every block for a step's rows; one block's gradient, a lane's,
+    and a rounded copy, 10 bytes a weight; graphs and logits (``device.learning``).
 
     Args:
         shapes: with the rows of a step as its batch.
@@ -305,22 +399,38 @@ def distilling(name: str, params: DistilParams, shapes: Shapes, budget: float = 
     kept = 3 * dtype.itemsize * shapes.length * shapes.batch_rows * width if spilt else streams
     head = 2 * width * checkpoint.vocabulary * shapes.tokens
     forward, share = shapes.blocks * shapes.forward + head, 1 - judging / shapes.rows
-    flops = forward + params.epochs * share * ((3 + params.recompute) * forward + head) + 2 * (1 - share or 1) * forward
+    flops = (
+        forward
+        + params.epochs * share * ((3 + params.recompute) * forward + head)
+        + 2 * (1 - share or 1) * forward
+    )
     disk = checkpoint.parameters * checkpoint.dtype.itemsize + 2 * state + spilt * streams
     base = LIBRARIES + 2 * outside(checkpoint)  # glibc keeps those that the rows were embedded with
     host = base + shapes.stored * shapes.block + min(_beyond(streams, budget), settings.activation_bytes())
-    gpu = device.held(streams, dtype.itemsize * shapes.batch * shapes.length * width, budget) + outside(checkpoint, dtype) + training
+    gpu = (
+        device.held(streams, dtype.itemsize * shapes.batch * shapes.length * width, budget)
+        + outside(checkpoint, dtype)
+        + training
+    )
     return Estimate(name, base + kept + training, disk, flops, gpu_bytes=gpu, host_bytes=host)
 
 
 def exporting(checkpoint: Checkpoint, name: str, formats: Sequence[str], sparsity: float) -> Estimate:
-    """Needs of one variant's `export`: one tensor with its mask, values and what they decode to, about 10 bytes a weight; every format's bytes.
+    """Needs of one variant's `export`: one tensor with its mask, values and what they decode to,
+    about 10 bytes a weight; every format's bytes.
 
     Quantised variants need less for `bitmask` than what is said here.
     """
     entry, item = checkpoint.architecture, checkpoint.dtype.itemsize
     inside = sum(math.prod(checkpoint.matrix_shape(*place)) for place in entry.places())
     outside = (checkpoint.parameters - inside) * item
-    bytes_each = {"dense": item, "bitmask": (1 - sparsity) * item + 1 / 8, "compressed-tensors": (4 + 16 / 128) / 8, "gguf": 2}
+    bytes_each = {
+        "dense": item,
+        "bitmask": (1 - sparsity) * item + 1 / 8,
+        "compressed-tensors": (4 + 16 / 128) / 8,
+        "gguf": 2,
+    }
     largest = max(math.prod(shape) for shape in checkpoint.shapes.values())
-    return Estimate(name, LIBRARIES + 10 * largest, sum(outside + inside * bytes_each[one] for one in formats), 0)
+    return Estimate(
+        name, LIBRARIES + 10 * largest, sum(outside + inside * bytes_each[one] for one in formats), 0
+    )

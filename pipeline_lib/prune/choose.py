@@ -1,4 +1,6 @@
-"""Choose masks by scores that need no inverse of H, and set what is pruned to zero: nothing is factorised and nothing compensated."""
+"""Choose masks by scores that need no inverse of H, and set what is pruned to zero: nothing is
+factorised and nothing compensated.
+"""
 
 from dataclasses import dataclass
 
@@ -20,7 +22,8 @@ class Choose:
     selection: SelectionParams
     moments: Moments  # what the score reads: ``none``, or the ``diagonal`` of the second moment
     by_site: bool = False  # statistics are collected again before each site, else once a block
-    dtype: torch.dtype | None = None  # of the matrices that are put in the places of the old ones; None: theirs
+    # of the matrices that are put in the places of the old ones; None: theirs
+    dtype: torch.dtype | None = None
 
     def run(self, window: Window) -> None:
         """Prune the window's only block in place."""
@@ -32,39 +35,63 @@ class Choose:
                 if site not in found and self.moments != "none":
                     sites = block.ahead(site, self.by_site)
                     hidden, lanes = window.rows.pruned.hidden, window.rows.seen
-                    found = collect_diagonals(model, (index, model.block(index, block.tensors)), hidden, lanes, sites)
+                    found = collect_diagonals(
+                        model, (index, model.block(index, block.tensors)), hidden, lanes, sites
+                    )
                 self.prune_site(block, site, found.get(site))
 
     def prune_site(self, block: Block, site: str, second_moment: torch.Tensor | None) -> None:
-        """Choose the masks of the matrices that share a site, and put both into the block, which is checked when it settles.
+        """Choose the masks of the matrices that share a site, and put both into the block, which is
+        checked when it settles.
 
         Args:
-            second_moment: the diagonal [C] of the site's inputs' second moment, or None where the score reads none.
+            second_moment: the diagonal [C] of the site's inputs' second moment, or None where the
+                score reads none.
         """
         rule = Rule.of(self.selection)
         if second_moment is not None:
             block.checks.append((finite(second_moment), NOT_FINITE.format(f"{block.where} {site}")))
         for matrix in block.consumers(site):
             weight = matrix.view(block.tensors[matrix.parameter])
-            known = torch.full((weight.shape[1],), torch.nan, device=weight.device) if second_moment is None else second_moment
+            known = (
+                torch.full((weight.shape[1],), torch.nan, device=weight.device)
+                if second_moment is None
+                else second_moment
+            )
             diagonal = known + self.selection.damping * damping_unit(known, self.selection.damping_of)
-            curvature = Curvature(known, diagonal, torch.full_like(known, torch.nan))  # what the scores do not read is not known
+            # what the scores do not read is not known
+            curvature = Curvature(known, diagonal, torch.full_like(known, torch.nan))
             mask = rule.mask(rule.scores(weight.float(), curvature), block.kept[matrix])
-            block.checks.append((mask.count_nonzero() == block.kept[matrix], NO_SCORES.format(f"{block.where}.{matrix.label}")))
+            block.checks.append(
+                (
+                    mask.count_nonzero() == block.kept[matrix],
+                    NO_SCORES.format(f"{block.where}.{matrix.label}"),
+                )
+            )
             block.take(matrix, mask, self.dtype)
             matrix.view(block.tensors[matrix.parameter]).masked_fill_(~mask, 0)
             block.curvatures[matrix], block.rules[matrix] = curvature, rule
-            block.facts["matrices"][matrix.label] = {"kind": matrix.kind, "size": weight.numel(), "kept": block.kept[matrix]}
+            block.facts["matrices"][matrix.label] = {
+                "kind": matrix.kind,
+                "size": weight.numel(),
+                "kept": block.kept[matrix],
+            }
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: the window's blocks (twice where they are fitted later), and the larger of two: the block that runs and a batch, while
-        statistics are collected; the largest matrix in float32 with its scores and mask, and, where it is compared as a whole, the places of equal
-        scores."""
+        """Bytes: the window's blocks (twice where they are fitted later), and the larger of two:
+        the block that runs and a batch, while statistics are collected; the largest matrix in
+        float32 with its scores and mask, and, where it is compared as a whole, the places of equal
+        scores.
+        """
         item, wide = shapes.checkpoint.dtype.itemsize, self.dtype is not None
         kept, dense = max(item, 4 * wide), wide * shapes.dtype.itemsize
         collecting = (item + dense + shapes.copied) * shapes.block + shapes.activations(shapes.batch)
-        choosing = (kept + dense) * shapes.block + (21 if self.selection.group == "matrix" else 13) * shapes.largest
-        return kept * (shapes.window - 1) * shapes.block + max((self.moments != "none") * collecting, choosing)
+        choosing = (kept + dense) * shapes.block + (
+            21 if self.selection.group == "matrix" else 13
+        ) * shapes.largest
+        return kept * (shapes.window - 1) * shapes.block + max(
+            (self.moments != "none") * collecting, choosing
+        )
 
     def flops(self, shapes: Shapes) -> float:
         """The passes that collect diagonals; site by site, a pass stops where it has what it came for."""

@@ -36,11 +36,18 @@ class Finetune:
         def run(hidden: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
             for index in blocks:
                 prefix = f"{index}/"
-                own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+                own = {
+                    name.removeprefix(prefix): tensor
+                    for name, tensor in tensors.items()
+                    if name.startswith(prefix)
+                }
                 hidden = model.call(model.templates[index], index, hidden, scales[index].joined(own))
             return hidden
 
-        scales = {index: Scales(block.tensors, block.grids if "scales" in self.params.parts else {}) for index, block in blocks.items()}
+        scales = {
+            index: Scales(block.tensors, block.grids if "scales" in self.params.parts else {})
+            for index, block in blocks.items()
+        }
         tensors: dict[str, torch.Tensor] = {}
         names: dict[int, list[str]] = {}
         for index, block in blocks.items():
@@ -49,13 +56,21 @@ class Finetune:
             names[index] = list(given)
             block.tensors = {}  # the fit takes them over
         del given
-        masks = {matrix: own.view(blocks[index].masks[own.parameter]) for matrix, (index, own) in places.items()}
+        masks = {
+            matrix: own.view(blocks[index].masks[own.parameter]) for matrix, (index, own) in places.items()
+        }
         first = blocks[min(blocks)]
-        offsets = {f"{index}/{name}": offset for index in blocks for name, offset in blocks[index].layout.offsets.items()}
+        offsets = {
+            f"{index}/{name}": offset
+            for index in blocks
+            for name, offset in blocks[index].layout.offsets.items()
+        }
         sparse = Sparse(run, tensors, masks, first.where, self._remask(window, places), model.dtype, offsets)
         fitted = fit(sparse, *window.rows.pairs(), self.params)
         for index, block in blocks.items():
-            block.tensors = scales[index].settle({name: fitted.tensors[f"{index}/{name}"] for name in names[index]})
+            block.tensors = scales[index].settle(
+                {name: fitted.tensors[f"{index}/{name}"] for name in names[index]}
+            )
             block.facts[self.name] = fitted.facts
         for matrix, mask in (fitted.masks or {}).items():
             index, own = places[matrix]
@@ -69,15 +84,19 @@ class Finetune:
             masks = {}
             for matrix, (index, own) in places.items():
                 block = window.blocks[index]
-                scores = block.rules[own].scores(matrix.view(tensors[matrix.parameter]), block.curvatures[own])
+                scores = block.rules[own].scores(
+                    matrix.view(tensors[matrix.parameter]), block.curvatures[own]
+                )
                 masks[matrix] = block.rules[own].mask(scores, block.kept[own])
             return masks
 
         return remask
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: 23 a weight where weights move (as they move, Adam's moments, gradient, the best so far, masks and bfloat16 copies), 22 for
-        scales, else 16; 10 for each more lane side by side (its gradient, and what is masked, in float32 and bfloat16); one batch's graph."""
+        """Bytes: 23 a weight where weights move (as they move, Adam's moments, gradient, the best
+        so far, masks and bfloat16 copies), 22 for scales, else 16; 10 for each more lane side by
+        side (its gradient, and what is masked, in float32 and bfloat16); one batch's graph.
+        """
         each = 23 if "weights" in self.params.parts else 22 if "scales" in self.params.parts else 16
         each += 10 * (LANES - 1) * (shapes.window * shapes.block <= SIDE_BY_SIDE)
         return shapes.window * each * shapes.block + 3 * shapes.inner(self.params.batch_rows)

@@ -26,16 +26,21 @@ from pipeline_lib.stats.moments import Moments
 
 @dataclass(frozen=True)
 class Layerwise:
-    """What is done to each matrix of a block: choose its mask, with or without the OBS sweep; then least squares; then rounding to a grid."""
+    """What is done to each matrix of a block: choose its mask, with or without the OBS sweep; then
+    least squares; then rounding to a grid.
+    """
 
     selection: SelectionParams
     compensate: bool  # the OBS sweep
     by_site: bool = False  # statistics are collected again before each site, else once a block
-    towards_dense: float = 0.0  # what compensation aims at: outputs for its own stream, or (1) those that the dense stream gives
+    # what compensation aims at: outputs for its own stream, or (1) those that the dense stream
+    # gives
+    towards_dense: float = 0.0
     reorder: float | None = None  # ROSE's least relative range; None: columns are swept from left to right
     lsq: LsqParams | None = None  # the best weights on the mask
     scheme: Scheme | None = None  # of the grid that what is left is put on; None: not on one
-    dtype: torch.dtype | None = None  # of the matrices that are put in the places of the old ones; None: theirs
+    # of the matrices that are put in the places of the old ones; None: theirs
+    dtype: torch.dtype | None = None
 
     def run(self, window: Window) -> None:
         """Prune the window's only block in place, by the moments of the streams before it."""
@@ -57,20 +62,25 @@ class Layerwise:
                 self.prune_site(block, site, found)
 
     def prune_block(self, block: Block, moments: dict[str, Moments]) -> None:
-        """Prune all matrices of a block by moments that were collected before any of them is pruned; used up (``prune_site``)."""
+        """Prune all matrices of a block by moments that were collected before any of them is
+        pruned; used up (``prune_site``).
+        """
         with block.settling():
             for site in block.sites:
                 self.prune_site(block, site, moments)
 
     def prune_site(self, block: Block, site: str, moments: dict[str, Moments]) -> None:
-        """Choose the masks of the matrices that share a site, compensate as asked, and put both into the block, which is checked when it settles.
+        """Choose the masks of the matrices that share a site, compensate as asked, and put both
+        into the block, which is checked when it settles.
 
-        They share one factorisation, which alone is waited for.
-        Memory: besides the block, two matrices [C, C] and one [R, C] for the sweep alone; a third [C, C] while it is aimed or a mask is improved.
+        They share one factorisation, which alone is waited for. Memory: besides the block, two
+        matrices [C, C] and one [R, C] for the sweep alone; a third [C, C] while it is aimed or a
+        mask is improved.
 
         Args:
-            moments: holds those of the site's inputs in the pruned stream, folded; with ``cross`` where the compensation aims towards the
-                dense stream. They are taken out and used up: in a wide block each weighs more than the largest matrix.
+            moments: holds those of the site's inputs in the pruned stream, folded; with ``cross``
+                where the compensation aims towards the dense stream. They are taken out and used
+                up: in a wide block each weighs more than the largest matrix.
 
         Raises:
             ValueError: ``cross`` is wanted, and not there.
@@ -82,9 +92,12 @@ class Layerwise:
         rule = Rule.of(self.selection, block.transform.importance.get(site))
         order = None if self.reorder is None else self._ordering(weights, block, rule)
         where = f"{block.where} {site}"
-        factorisation = factorise(centred.gram, self.selection.damping, self.selection.damping_of, where, factor, order)
+        factorisation = factorise(
+            centred.gram, self.selection.damping, self.selection.damping_of, where, factor, order
+        )
         targets: dict[Matrix, torch.Tensor] = dict(weights)
-        aimed = self.towards_dense if block.layout.site(site).pool is None else 0.0  # an expert gets other tokens in the dense stream
+        # an expert gets other tokens in the dense stream
+        aimed = self.towards_dense if block.layout.site(site).pool is None else 0.0
         if aimed:
             if centred.cross is None:
                 raise ValueError("what aims towards the dense stream wants the cross moment with its inputs")
@@ -113,16 +126,24 @@ class Layerwise:
             del weight, target, task  # before the next
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: the window's blocks (twice where the dense one is needed again), and the larger of two. While statistics are collected, the
-        block that runs, the Gram matrices (site by site only the largest) and the cross moments beside them, as much for a lane, and a batch.
-        While a site is solved, the Gram matrices that are left, and what ``_solving`` says."""
+        """Bytes: the window's blocks (twice where the dense one is needed again), and the larger of
+        two. While statistics are collected, the block that runs, the Gram matrices (site by site
+        only the largest) and the cross moments beside them, as much for a lane, and a batch. While
+        a site is solved, the Gram matrices that are left, and what ``_solving`` says.
+        """
         d, aimed = max(shapes.sites), self.towards_dense > 0
         wide = self.dtype is not None
         item = shapes.checkpoint.dtype.itemsize
         dense = (aimed or wide) * shapes.dtype.itemsize
         grams = (4 * d * d if self.by_site else shapes.grams) * (1 + aimed)
-        beside = aimed * shapes.dtype.itemsize * shapes.batch * shapes.length * d  # a site's inputs in the dense stream
-        collecting = (item + dense + shapes.copied) * shapes.block + 2 * grams + shapes.activations(shapes.batch) + beside
+        # a site's inputs in the dense stream
+        beside = aimed * shapes.dtype.itemsize * shapes.batch * shapes.length * d
+        collecting = (
+            (item + dense + shapes.copied) * shapes.block
+            + 2 * grams
+            + shapes.activations(shapes.batch)
+            + beside
+        )
         solving, left = 0.0, 0 if self.by_site else shapes.grams
         for channels, matrices in shapes.consumers:
             own = 4 * channels * channels
@@ -133,14 +154,20 @@ class Layerwise:
 
     def _kept(self, shapes: Shapes) -> int:
         """Bytes of a weight as pruned."""
-        return shapes.checkpoint.dtype.itemsize if self.dtype is None else max(shapes.checkpoint.dtype.itemsize, self.dtype.itemsize)
+        return (
+            shapes.checkpoint.dtype.itemsize
+            if self.dtype is None
+            else max(shapes.checkpoint.dtype.itemsize, self.dtype.itemsize)
+        )
 
     def _solving(self, channels: int, matrices: list[tuple[int, int]]) -> float:
-        """Bytes for one site, its Gram matrix included: the factorisation (whose inverse needs as much again), the targets to aim at, and what
-        the steps hold of the largest matrix, of which least squares take ``lsq.ROWS`` rows at a time.
+        """Bytes for one site, its Gram matrix included: the factorisation (whose inverse needs as
+        much again), the targets to aim at, and what the steps hold of the largest matrix, of which
+        least squares take ``lsq.ROWS`` rows at a time.
 
-        Of a weight: 5 in the sweep (itself, its mask). Then 13 in least squares: swept, mask, target, found; 18 once another mask was found
-        (also that mask and the weights on it), and 22 while ADMM looks for it (linear term, iterate, scores), with its inverse beside them.
+        Of a weight: 5 in the sweep (itself, its mask). Then 13 in least squares: swept, mask,
+        target, found; 18 once another mask was found (also that mask and the weights on it), and 22
+        while ADMM looks for it (linear term, iterate, scores), with its inverse beside them.
         """
         square, aimed = 4 * channels * channels, self.towards_dense > 0
         largest = max(rows * columns for rows, columns in matrices)
@@ -148,16 +175,23 @@ class Layerwise:
         held = square + aimed * 4 * sum(rows * columns for rows, columns in matrices)  # U, targets
         aiming = square + held + 8 * largest  # and what the cross moment differs by
         if self.lsq is None:
-            return max(3 * square, aimed * (square + aiming), held + 5 * largest + 8 * largest * (self.selection.group != "block"))
+            return max(
+                3 * square,
+                aimed * (square + aiming),
+                held + 5 * largest + 8 * largest * (self.selection.group != "block"),
+            )
         steps = 13 * largest + 6 * part
         if self.lsq.mask_iterations:
-            inverse = 7 * square if channels <= lsq.SPECTRAL else square  # small ones by eigenvectors, in float64
+            # small ones by eigenvectors, in float64
+            inverse = 7 * square if channels <= lsq.SPECTRAL else square
             steps = max(18 * largest + 6 * part, 22 * largest + 3 * part + inverse)
         return square + max(2 * square, aimed * aiming, held + steps)
 
     def flops(self, shapes: Shapes) -> float:
-        """Passes that collect (site by site, one stops where it has what it came for), statistics, factorisation, and per matrix products of its
-        own size: a sweep for the mask and one for the grid, least squares and ADMM with at most all iterations, and their inverses."""
+        """Passes that collect (site by site, one stops where it has what it came for), statistics,
+        factorisation, and per matrix products of its own size: a sweep for the mask and one for the
+        grid, least squares and ADMM with at most all iterations, and their inverses.
+        """
         aimed = self.towards_dense > 0
         passes = (2.2 if self.by_site else 1) * (2 if aimed else 1)
         sweeps = self.compensate * (1 + (self.scheme is not None and self.lsq is not None))
@@ -168,7 +202,9 @@ class Layerwise:
                 products += 2 * (most.iterations + 2 * most.mask_iterations) * rows * columns**2
         return passes * shapes.forward + (1 + aimed) * shapes.gram_flops + shapes.factor_flops + products
 
-    def _ordering(self, weights: Mapping[Matrix, torch.Tensor], block: Block, rule: Rule) -> Callable[[Curvature], torch.Tensor | None]:
+    def _ordering(
+        self, weights: Mapping[Matrix, torch.Tensor], block: Block, rule: Rule
+    ) -> Callable[[Curvature], torch.Tensor | None]:
         """ROSE's order of a site's columns, from what all its matrices would lose."""
 
         def ordering(curvature: Curvature) -> torch.Tensor | None:
@@ -178,11 +214,15 @@ class Layerwise:
         return ordering
 
     def _prune(self, task: "_Task", errors: "_Errors", block: Block) -> None:
-        """What the target becomes, its mask, and facts: the layer errors after the steps, and what these took."""
+        """What the target becomes, its mask, and facts: the layer errors after the steps, and what
+        these took.
+        """
         factorisation, target, rule = task.factorisation, task.target, task.rule
         refit = self.lsq and lsq.affordable(self.lsq, errors.tokens, target.shape[1])
         grid = None if refit else task.grid
-        task.new, task.mask, swept = prune_matrix(target, factorisation, task.kept, rule, self.compensate, grid)
+        task.new, task.mask, swept = prune_matrix(
+            target, factorisation, task.kept, rule, self.compensate, grid
+        )
         right = task.mask.count_nonzero() == task.kept  # a sum would widen the mask to 64 bits first
         block.checks.append((right, NO_SCORES.format(f"{block.where}.{task.matrix.label}")))
         task.facts["layer_error"] = errors.of(task, swept)
@@ -191,16 +231,22 @@ class Layerwise:
         alive = target.float().masked_fill(factorisation.dead, 0)
         task.facts["selected_error"] = task.facts["layer_error"]
         if refit.mask_iterations:
-            search = lsq.Search(lambda scores: rule.mask(rule.weighted(scores), task.kept), factorisation.independence, swept)
+            search = lsq.Search(
+                lambda scores: rule.mask(rule.weighted(scores), task.kept), factorisation.independence, swept
+            )
             task.new, task.mask, found = lsq.admm(alive, task.mask, errors.hessian, task.new, search, refit)
             task.facts |= {"mask_swapped": found["swapped"], "lsq_iterations": found["refit_iterations"]}
             swept = found["error"]
         else:
-            task.new, task.facts["lsq_iterations"], swept = lsq.solve(alive, task.mask, errors.hessian, task.new, refit)
+            task.new, task.facts["lsq_iterations"], swept = lsq.solve(
+                alive, task.mask, errors.hessian, task.new, refit
+            )
         del alive
         task.facts["layer_error"] = errors.of(task, swept)
         if task.grid is not None:
-            task.new = quantise_matrix(task.new, task.mask, factorisation, task.grid, rule.block, self.compensate)
+            task.new = quantise_matrix(
+                task.new, task.mask, factorisation, task.grid, rule.block, self.compensate
+            )
             task.facts |= {"layer_error": errors.of(task), "unquantised_error": task.facts["layer_error"]}
 
 
@@ -208,18 +254,35 @@ class _Task:
     """One matrix as it is pruned."""
 
     def __init__(
-        self, matrix: Matrix, target: torch.Tensor, factorisation: Factorisation, kept: int, rule: Rule, grid: Grid | None
+        self,
+        matrix: Matrix,
+        target: torch.Tensor,
+        factorisation: Factorisation,
+        kept: int,
+        rule: Rule,
+        grid: Grid | None,
     ) -> None:
-        self.matrix, self.target, self.factorisation, self.kept, self.rule, self.grid = matrix, target, factorisation, kept, rule, grid
+        self.matrix, self.target, self.factorisation, self.kept, self.rule, self.grid = (
+            matrix,
+            target,
+            factorisation,
+            kept,
+            rule,
+            grid,
+        )
         self.new = target
         self.mask = torch.empty(0, dtype=torch.bool)
         self.facts: dict[str, Any] = {}
 
 
 class _Errors:
-    """Layer errors E‖(W − Ŵ) X‖² / E‖W X‖² of the matrices that share a site. Takes G over, and puts the damping on it: what it holds is H."""
+    """Layer errors E‖(W − Ŵ) X‖² / E‖W X‖² of the matrices that share a site. Takes G over, and
+    puts the damping on it: what it holds is H.
+    """
 
-    def __init__(self, targets: Mapping[Matrix, torch.Tensor], moments: Moments, factorisation: Factorisation) -> None:
+    def __init__(
+        self, targets: Mapping[Matrix, torch.Tensor], moments: Moments, factorisation: Factorisation
+    ) -> None:
         gram, self.tokens = moments.gram, moments.tokens
         self.scales = {matrix: energy(target, gram).clamp_min(1e-30) for matrix, target in targets.items()}
         self.damping, self.dead = factorisation.diagonal - factorisation.second_moment, factorisation.dead
@@ -231,8 +294,9 @@ class _Errors:
         del self.hessian
 
     def of(self, task: _Task, swept: torch.Tensor | None = None) -> torch.Tensor:
-        """[] in float64, on the device. From tr((W − Ŵ) H (W − Ŵ)ᵀ), which the sweep tells (without always-zero inputs) or is taken here, less
-        what the damping adds."""
+        """[] in float64, on the device. From tr((W − Ŵ) H (W − Ŵ)ᵀ), which the sweep tells (without
+        always-zero inputs) or is taken here, less what the damping adds.
+        """
         target, new = task.target, task.new
         error = lost(target, new, self.hessian) if swept is None else swept
         damping = self.damping if swept is None else self.damping.masked_fill(self.dead, 0)
@@ -244,14 +308,18 @@ class _Errors:
 
 @dataclass(frozen=True)
 class Quantise:
-    """Put the fitted blocks of a window on grids, site by site; each aims at what the block gave for the same stream before."""
+    """Put the fitted blocks of a window on grids, site by site; each aims at what the block gave
+    for the same stream before.
+    """
 
     selection: SelectionParams
     scheme: Scheme
     compensate: bool  # by the OBS sweep; else to nearest
 
     def run(self, window: Window) -> None:
-        """In place. The pruned stream before the window is copied and passed on if there is more than one block."""
+        """In place. The pruned stream before the window is copied and passed on if there is more
+        than one block.
+        """
         model, streams = window.model, window.rows
         stream = streams.pruned if len(window.blocks) == 1 else streams.pruned.copy("ahead")
         for index, block in window.blocks.items():
@@ -262,14 +330,22 @@ class Quantise:
                     if site not in found:
                         beside = (fitted, stream.hidden) if self.compensate else None
                         sites = block.ahead(site, True, settings.gram_bytes())
-                        found = collect(model, (index, model.block(index, block.tensors)), stream.hidden, streams.seen, sites, beside)
+                        found = collect(
+                            model,
+                            (index, model.block(index, block.tensors)),
+                            stream.hidden,
+                            streams.seen,
+                            sites,
+                            beside,
+                        )
                     self.quantise_site(block, site, found.pop(site))
             if index != max(window.blocks):
                 model.advance(model.block(index, block.tensors), index, stream)
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: the window's blocks as fitted and as quantised, moments of the largest site, a batch; as much for a lane, or afterwards the
-        factorisation and the largest matrix."""
+        """Bytes: the window's blocks as fitted and as quantised, moments of the largest site, a
+        batch; as much for a lane, or afterwards the factorisation and the largest matrix.
+        """
         d = max(shapes.sites)
         grams = 4 * d * d * (1 + self.compensate)
         solver = 4 * d * d + 9 * shapes.largest
@@ -284,12 +360,15 @@ class Quantise:
         """Quantise the pruned matrices that share a site, on their masks.
 
         Args:
-            moments: of the site's inputs in the stream that passes through what is quantised already; with ``cross``, the block before it
-                was quantised stands for the dense one, and the compensation aims at its outputs.
+            moments: of the site's inputs in the stream that passes through what is quantised
+                already; with ``cross``, the block before it was quantised stands for the dense one,
+                and the compensation aims at its outputs.
         """
         centred, shift, factor = _centred(block, site, moments)
         gram = centred.gram
-        factorisation = factorise(gram, self.selection.damping, self.selection.damping_of, f"{block.where} {site}", factor)
+        factorisation = factorise(
+            gram, self.selection.damping, self.selection.damping_of, f"{block.where} {site}", factor
+        )
         away = None if centred.cross is None else centred.cross.sub_(gram)
         for matrix in block.consumers(site):
             weight = matrix.view(block.tensors[matrix.parameter]).clone()
@@ -299,11 +378,18 @@ class Quantise:
             block.tensors[matrix.parameter] = block.tensors[matrix.parameter].clone()
             new = quantise_matrix(target, mask, factorisation, grid, self.selection.block, self.compensate)
             _put(block, matrix, weight, new, shift)
-            block.facts["matrices"][matrix.label] |= {"rounding_error": grid.error, "quantised_error": layer_error(target, new, gram)}
+            block.facts["matrices"][matrix.label] |= {
+                "rounding_error": grid.error,
+                "quantised_error": layer_error(target, new, gram),
+            }
 
 
-def _centred(block: Block, site: str, moments: Moments) -> tuple[Moments, torch.Tensor | None, torch.Tensor | None]:
-    """A site's moments without what the biases take over, that shift in folded coordinates, and the factor that is folded in; each [C] or None."""
+def _centred(
+    block: Block, site: str, moments: Moments
+) -> tuple[Moments, torch.Tensor | None, torch.Tensor | None]:
+    """A site's moments without what the biases take over, that shift in folded coordinates, and the
+    factor that is folded in; each [C] or None.
+    """
     shift = block.transform.shifts.get(site)
     factor = site_factor(block.layout, site, block.transform.factors)
     if shift is not None and factor is not None:
@@ -311,8 +397,12 @@ def _centred(block: Block, site: str, moments: Moments) -> tuple[Moments, torch.
     return moments if shift is None else moments.shifted(shift), shift, factor
 
 
-def _put(block: Block, matrix: Matrix, weight: torch.Tensor, new: torch.Tensor, shift: torch.Tensor | None) -> None:
-    """``new`` in the place of ``weight`` [R, C]; the bias makes up for the shift that the inputs are taken without."""
+def _put(
+    block: Block, matrix: Matrix, weight: torch.Tensor, new: torch.Tensor, shift: torch.Tensor | None
+) -> None:
+    """``new`` in the place of ``weight`` [R, C]; the bias makes up for the shift that the inputs
+    are taken without.
+    """
     matrix.view(block.tensors[matrix.parameter]).copy_(new)
     if shift is not None and matrix.bias is not None:
         block.tensors[matrix.bias] = block.tensors[matrix.bias].clone()

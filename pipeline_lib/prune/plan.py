@@ -49,7 +49,9 @@ def plan(recipe: Recipe, dtype: torch.dtype) -> Plan:
     if need.moments == "full":
         refit = how.lsq if "lsq" in how.steps else None
         rounded: Scheme | None = None if fits else grid
-        select = Layerwise(selection, "obs" in how.steps, by_site, how.towards_dense, how.reorder, refit, rounded, wide)
+        select = Layerwise(
+            selection, "obs" in how.steps, by_site, how.towards_dense, how.reorder, refit, rounded, wide
+        )
     else:
         select = Choose(selection, need.moments, by_site, wide)
     mend: list[Step] = [Finetune(name, params, True) for name, params in fits.items()]

@@ -1,4 +1,6 @@
-"""Finished blocks of a pruning run, kept where a kill does not reach them, and published in one rename when all are there."""
+"""Finished blocks of a pruning run, kept where a kill does not reach them, and published in one
+rename when all are there.
+"""
 
 import os
 import shutil
@@ -16,7 +18,9 @@ from pipeline_lib.solve.settings import QuantizationParams
 
 
 def _place(source: Path, target: Path) -> None:
-    """A hard link where there can be one: nothing is copied, and until the scratch is dropped a kill loses nothing."""
+    """A hard link where there can be one: nothing is copied, and until the scratch is dropped a
+    kill loses nothing.
+    """
     try:
         os.link(source, target)
     except OSError:
@@ -27,7 +31,9 @@ PARTS = ("checkpoint", "masks", "quantization", "facts")
 
 
 class Progress:
-    """Blocks as files: ``checkpoint/`` (one shard per block), ``masks/``, ``quantization/`` if there is any, and ``facts/``."""
+    """Blocks as files: ``checkpoint/`` (one shard per block), ``masks/``, ``quantization/`` if
+    there is any, and ``facts/``.
+    """
 
     def __init__(self, kept: Kept, source: Checkpoint, quantization: QuantizationParams) -> None:
         self.kept, self.directory = kept, kept.directory
@@ -52,32 +58,54 @@ class Progress:
         packed = result.masks.packed()
         shapes = {prefix + name: list(shape) for name, (_, shape) in packed.items()}
         masks = {prefix + name: bits for name, (bits, _) in packed.items()}
-        written = [self.writer.shard(index), artifacts.block_file(self.directory / "masks", index), self._facts(index)]
+        written = [
+            self.writer.shard(index),
+            artifacts.block_file(self.directory / "masks", index),
+            self._facts(index),
+        ]
         artifacts.write_tensors(written[1], masks, {"shapes": shapes})
         if self.quantization.bits is not None:
-            grids = {name: tensor for matrix, grid in result.grids.items() for name, tensor in grid.tensors(matrix.label).items()}
+            grids = {
+                name: tensor
+                for matrix, grid in result.grids.items()
+                for name, tensor in grid.tensors(matrix.label).items()
+            }
             told = {"shapes": {matrix.label: list(grid.shape) for matrix, grid in result.grids.items()}}
             how = self.quantization.model_dump(include={"bits", "group", "symmetric"})
             written.append(artifacts.block_file(self.directory / "quantization", index))
             artifacts.write_tensors(written[-1], grids, how | told)
         by_label = {matrix.label: matrix for matrix in self.source.architecture.layouts[index].matrices}
-        weights = [by_label[label].view(result.tensors[by_label[label].parameter]) for label in result.facts["matrices"]]
+        weights = [
+            by_label[label].view(result.tensors[by_label[label].parameter])
+            for label in result.facts["matrices"]
+        ]
         left = torch.stack([weight.count_nonzero() for weight in weights]).tolist() if weights else []
-        for (label, facts), weight, count in zip(result.facts["matrices"].items(), weights, left, strict=True):
+        for (label, facts), weight, count in zip(
+            result.facts["matrices"].items(), weights, left, strict=True
+        ):
             matrix = by_label[label]
-            facts["zeros"] = weight.numel() - count  # more than were pruned, where quantisation rounds to zero
-            facts["kept"] = int(matrix.view(result.masks[matrix.parameter]).count_nonzero())  # of the mask that is stored
+            # more than were pruned, where quantisation rounds to zero
+            facts["zeros"] = weight.numel() - count
+            # of the mask that is stored
+            facts["kept"] = int(matrix.view(result.masks[matrix.parameter]).count_nonzero())
         artifacts.write_json(self._facts(index), result.facts)
         self.kept.finish(index, written)
 
     def publish(self, workspace: Workspace, out: Path) -> dict[int, Any]:
         """Complete the checkpoint, place it with its masks and grids at ``out``; every block's facts."""
-        facts = {index: artifacts.read_json(self._facts(index)) for index in range(self.source.architecture.depth)}
+        facts = {
+            index: artifacts.read_json(self._facts(index)) for index in range(self.source.architecture.depth)
+        }
         self.writer.finish()
         with workspace.directory(out, self.kept.digests()) as temporary:
-            for part in ("checkpoint", "masks", *(["quantization"] if self.quantization.bits is not None else [])):
+            for part in (
+                "checkpoint",
+                "masks",
+                *(["quantization"] if self.quantization.bits is not None else []),
+            ):
                 (temporary / part).mkdir()
-                for path in sorted((self.directory / part).rglob("*")):  # side files may lie in a subdirectory
+                # side files may lie in a subdirectory
+                for path in sorted((self.directory / part).rglob("*")):
                     target = temporary / path.relative_to(self.directory)
                     target.mkdir() if path.is_dir() else _place(path, target)
         return facts

@@ -1,4 +1,6 @@
-"""Prune a model block by block: each block sees the outputs of the pruned blocks before it, and is written when it is done."""
+"""Prune a model block by block: each block sees the outputs of the pruned blocks before it, and is
+written when it is done.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,17 +43,21 @@ class Source:
 Finished = Callable[[int], Mapping[str, torch.Tensor] | None]  # a finished block's stored tensors, or None
 
 
-def prune(source: Source, rows: Rows | None, plan: Plan, finished: Finished, room: Room | None = None) -> Iterator[tuple[int, Block]]:
+def prune(
+    source: Source, rows: Rows | None, plan: Plan, finished: Finished, room: Room | None = None
+) -> Iterator[tuple[int, Block]]:
     """Yield every block, in order, of every window that is not yet ``finished``.
 
-    Where a step fits whole blocks, the held-out rows judge it, and all statistics come from the fitting rows alone. Otherwise nothing is
-    judged, and the statistics come from all rows.
+    Where a step fits whole blocks, the held-out rows judge it, and all statistics come from the
+    fitting rows alone. Otherwise nothing is judged, and the statistics come from all rows.
 
-    The streams before the first unfinished block are recomputed from the finished blocks' stored tensors, which are the very
-    tensors (rounded to the checkpoint's dtype) that an uninterrupted run passes its stream through: the bytes are the same.
+    The streams before the first unfinished block are recomputed from the finished blocks' stored
+    tensors, which are the very tensors (rounded to the checkpoint's dtype) that an uninterrupted
+    run passes its stream through: the bytes are the same.
 
-    Memory: the streams (one, or two where something aims at the dense model, a value of the computing dtype per token and channel each),
-    and one window of blocks with what its step needs (``fit``); nothing grows with depth.
+    Memory: the streams (one, or two where something aims at the dense model, a value of the
+    computing dtype per token and channel each), and one window of blocks with what its step needs
+    (``fit``); nothing grows with depth.
 
     Args:
         rows: None where the plan needs no text: no forward pass is run then.
@@ -80,12 +86,20 @@ def _streams(model: BlockModel, rows: Rows, plan: Plan, room: Room | None) -> St
     fit, held_out = rows.dealt()
     pruned = model.embed(torch.cat([rows.fit, rows.held_out]), fit.sizes + held_out.sizes, "pruned", room)
     dense = pruned.copy("dense") if plan.needs.dense_stream else None
-    seen = fit.lanes if plan.judged else [own + others for own, others in zip(fit.lanes, held_out.lanes, strict=True)]
+    seen = (
+        fit.lanes
+        if plan.judged
+        else [own + others for own, others in zip(fit.lanes, held_out.lanes, strict=True)]
+    )
     return Streams(pruned, dense, len(fit.sizes), seen)
 
 
-def _pruned(source: Source, streams: Streams | None, plan: Plan, window: range, done: bool) -> dict[int, Block]:
-    """The blocks of a window, pruned and mended; none if they are done. The dense stream is passed on, the pruned one is not."""
+def _pruned(
+    source: Source, streams: Streams | None, plan: Plan, window: range, done: bool
+) -> dict[int, Block]:
+    """The blocks of a window, pruned and mended; none if they are done. The dense stream is passed
+    on, the pruned one is not.
+    """
     model, dense_stream = source.model, None if streams is None else streams.dense
     results: dict[int, Block] = {}
     if done and dense_stream is None:
@@ -97,7 +111,11 @@ def _pruned(source: Source, streams: Streams | None, plan: Plan, window: range, 
         block = _opened(source, index)
         dense = None if dense_stream is None else model.block(index, block.tensors)
         if not done:
-            own = None if streams is None or ahead is None else Streams(ahead, dense_stream, streams.cut, streams.seen)
+            own = (
+                None
+                if streams is None or ahead is None
+                else Streams(ahead, dense_stream, streams.cut, streams.seen)
+            )
             plan.select.run(Window(model, {index: block}, own, dense))
             results[index] = block
         if dense is not None and dense_stream is not None:
@@ -121,7 +139,9 @@ def _opened(source: Source, index: int) -> Block:
     stored = model.checkpoint.block(index)  # maps the file: as long as one tensor lives, all do
     dtypes = {name: tensor.dtype for name, tensor in stored.items()}
     tensors = {name: stored.pop(name).to(model.device, wide, copy=True) for name in dtypes}
-    kept = {matrix: source.kept[index, matrix] for matrix in layout.matrices if (index, matrix) in source.kept}
+    kept = {
+        matrix: source.kept[index, matrix] for matrix in layout.matrices if (index, matrix) in source.kept
+    }
     folded = fold(tensors, layout, transform.factors)
     return Block(layout, f"{architecture.blocks}.{index}", transform, kept, folded, dtypes)
 
@@ -132,7 +152,9 @@ def _rounded(block: Block) -> dict[str, torch.Tensor]:
     return block.tensors
 
 
-def _advance(model: BlockModel, stream: Stream, window: range, stored: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+def _advance(
+    model: BlockModel, stream: Stream, window: range, stored: Mapping[int, Mapping[str, torch.Tensor]]
+) -> None:
     """Pass the stream through a window's stored blocks."""
     for index in window:
         block = model.block(index, stored[index])

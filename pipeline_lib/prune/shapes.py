@@ -33,10 +33,15 @@ class Shapes:
 
     @property
     def consumers(self) -> list[tuple[int, list[tuple[int, int]]]]:
-        """Channels of each site, in the order in which they are pruned, and the matrices [R, C] that share it."""
+        """Channels of each site, in the order in which they are pruned, and the matrices [R, C]
+        that share it.
+        """
         layout = self.checkpoint.architecture.layouts[self._largest]
         shape = self.checkpoint.matrix_shape
-        return [(len(site.index), [shape(self._largest, matrix) for matrix in layout.consumers(site.name)]) for site in layout.sites]
+        return [
+            (len(site.index), [shape(self._largest, matrix) for matrix in layout.consumers(site.name)])
+            for site in layout.sites
+        ]
 
     @property
     def blocks(self) -> float:
@@ -45,11 +50,17 @@ class Shapes:
         return sum(rows * columns for block in range(depth) for rows, columns in self._of(block)) / self.block
 
     def _of(self, block: int) -> list[tuple[int, int]]:
-        return [self.checkpoint.matrix_shape(block, matrix) for matrix in self.checkpoint.architecture.layouts[block].matrices]
+        return [
+            self.checkpoint.matrix_shape(block, matrix)
+            for matrix in self.checkpoint.architecture.layouts[block].matrices
+        ]
 
     @cached_property
     def _largest(self) -> int:
-        sizes = [sum(rows * columns for rows, columns in self._of(block)) for block in range(self.checkpoint.architecture.depth)]
+        sizes = [
+            sum(rows * columns for rows, columns in self._of(block))
+            for block in range(self.checkpoint.architecture.depth)
+        ]
         return sizes.index(max(sizes))
 
     @property
@@ -73,7 +84,9 @@ class Shapes:
 
     @property
     def copied(self) -> int:
-        """Bytes of a weight of a block that computes beside the stored one; 0 where both have one dtype, and share it."""
+        """Bytes of a weight of a block that computes beside the stored one; 0 where both have one
+        dtype, and share it.
+        """
         return 0 if self.dtype == self.checkpoint.dtype else self.dtype.itemsize
 
     @property
@@ -106,14 +119,19 @@ class Shapes:
         return 3 * sum(d**3 for d in self.sites)
 
     def inner(self, rows: int) -> float:
-        """Bytes of a batch's activations within the block: every site's inputs, four of the stream's width, rows of the attention."""
+        """Bytes of a batch's activations within the block: every site's inputs, four of the
+        stream's width, rows of the attention.
+        """
         heads, width = self.checkpoint.heads, self.checkpoint.architecture.width
         return 4 * rows * self.length * (sum(self.sites) + 4 * width + heads * self.length / 4)
 
     def activations(self, rows: int) -> float:
-        """Bytes of tensors that a block's forward pass holds at its peak, its input left out: where it is widest three tensors of that width
-        (gate, up, and their product; two in an MLP without a gate), or in the attention six of the stream's (Q, K and V, before and after the
-        rotation), and three of the stream's width beside them (residual, normed, output). Attention's fused kernels hold no row of it."""
+        """Bytes of tensors that a block's forward pass holds at its peak, its input left out: where
+        it is widest three tensors of that width (gate, up, and their product; two in an MLP without
+        a gate), or in the attention six of the stream's (Q, K and V, before and after the
+        rotation), and three of the stream's width beside them (residual, normed, output).
+        Attention's fused kernels hold no row of it.
+        """
         width, widest = self.checkpoint.architecture.width, max(self.sites)
         tensors = 1 + min(2, sum(outputs // widest for outputs, _ in self.matrices if outputs % widest == 0))
         return self.dtype.itemsize * rows * self.length * (max(tensors * widest, 6 * width) + 3 * width)

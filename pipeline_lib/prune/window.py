@@ -1,4 +1,6 @@
-"""What pruning works on: blocks as they are pruned, the streams before them, and a window of consecutive blocks."""
+"""What pruning works on: blocks as they are pruned, the streams before them, and a window of
+consecutive blocks.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +23,15 @@ from pipeline_lib.solve.grid import Grid
 from pipeline_lib.stats.lanes import Sums, fold
 from pipeline_lib.stats.moments import DiagonalSums, Moments, MomentSums, drawn_together
 
-NO_SCORES = "The scores of {} hold NaN or infinity; check the model, or compute in float32."  # their mask keeps another number of weights
+# their mask keeps another number of weights
+NO_SCORES = "The scores of {} hold NaN or infinity; check the model, or compute in float32."
 
 
 @dataclass
 class Block:
-    """One block as it is pruned. The transform's factors are folded into ``tensors``; its other parts go into masks and biases."""
+    """One block as it is pruned. The transform's factors are folded into ``tensors``; its other
+    parts go into masks and biases.
+    """
 
     layout: Layout
     where: str  # its name in the model
@@ -34,13 +39,17 @@ class Block:
     kept: Mapping[Matrix, int]  # how many weights each included matrix keeps
     tensors: dict[str, torch.Tensor]  # every parameter
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # in which the checkpoint stores them
-    masks: BitMasks = field(default_factory=BitMasks)  # parameter -> bool, True = kept, in the checkpoint's orientation
-    # Per matrix: kept, size, layer error, damping (within ``settling`` tensors among them); per step that fitted the block: its errors.
+    # parameter -> bool, True = kept, in the checkpoint's orientation
+    masks: BitMasks = field(default_factory=BitMasks)
+    # Per matrix: kept, size, layer error, damping (within ``settling`` tensors among them); per
+    # step that fitted the block: its errors.
     facts: dict[str, Any] = field(default_factory=lambda: {"matrices": {}})
-    curvatures: dict[Matrix, Curvature] = field(default_factory=dict)  # what scores need, for masks chosen anew
+    # what scores need, for masks chosen anew
+    curvatures: dict[Matrix, Curvature] = field(default_factory=dict)
     rules: dict[Matrix, Rule] = field(default_factory=dict)  # by which masks were chosen
     grids: dict[Matrix, Grid] = field(default_factory=dict)  # of the matrices that are quantised
-    checks: list[tuple[torch.Tensor, str]] = field(default_factory=list)  # what must be true [], and what is said where it is not
+    # what must be true [], and what is said where it is not
+    checks: list[tuple[torch.Tensor, str]] = field(default_factory=list)
 
     @property
     def sites(self) -> list[str]:
@@ -73,7 +82,9 @@ class Block:
         return [matrix for matrix in self.layout.consumers(site) if matrix in self.kept]
 
     def take(self, matrix: Matrix, mask: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-        """A matrix's mask [R, C]; the parameter that holds the matrix becomes a copy, in this dtype, whose weights may be changed."""
+        """A matrix's mask [R, C]; the parameter that holds the matrix becomes a copy, in this
+        dtype, whose weights may be changed.
+        """
         name = matrix.parameter
         if name not in self.masks:
             self.tensors[name] = self.tensors[name].to(dtype, copy=True)
@@ -85,7 +96,8 @@ class Block:
 
     @contextmanager
     def settling(self) -> Iterator[None]:
-        """While open, figures of the matrices stay on the device, and what must be true is not looked at: a step does not wait for a device.
+        """While open, figures of the matrices stay on the device, and what must be true is not
+        looked at: a step does not wait for a device.
 
         At the end all are read, in one transfer. If something fails before, what went wrong first is told.
 
@@ -102,7 +114,12 @@ class Block:
     def _settle(self) -> None:
         checks, self.checks = self.checks, []
         matrices = self.facts["matrices"].values()
-        places = [(facts, key) for facts in matrices for key, value in facts.items() if isinstance(value, torch.Tensor)]
+        places = [
+            (facts, key)
+            for facts in matrices
+            for key, value in facts.items()
+            if isinstance(value, torch.Tensor)
+        ]
         waiting = [good for good, _ in checks] + [facts[key] for facts, key in places]
         read = torch.stack([value.double() for value in waiting]).tolist() if waiting else []
         for (_, message), good in zip(checks, read, strict=False):
@@ -114,7 +131,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states before a window. Batches before number ``cut`` hold the fitting rows, the others those that judge; each of one lane."""
+    """Hidden states before a window. Batches before number ``cut`` hold the fitting rows, the
+    others those that judge; each of one lane.
+    """
 
     pruned: Stream
     dense: Stream | None  # what the dense model has in the same places; None where nothing needs it
@@ -135,7 +154,8 @@ class Window:
 
     model: BlockModel
     blocks: Mapping[int, Block]
-    # The pruned one is before the first block; the dense one, too, while masks are chosen, else behind the last block. None: no text is read.
+    # The pruned one is before the first block; the dense one, too, while masks are chosen, else
+    # behind the last block. None: no text is read.
     streams: Streams | None
     dense: nn.Module | None = None  # while masks of a single block are chosen: the block as it was
 
@@ -163,16 +183,19 @@ def collect(
     sites: Sequence[str],
     beside: tuple[nn.Module, Sequence[torch.Tensor]] | None = None,
 ) -> dict[str, Moments]:
-    """Moments of the sites' inputs for batches of a stream before a block. No more of the block is run than they need.
+    """Moments of the sites' inputs for batches of a stream before a block. No more of the block is
+    run than they need.
 
-    Memory: two matrices [d, d] per site, the sum and one lane's; twice that with ``beside``. Two more for a layer of experts.
+    Memory: two matrices [d, d] per site, the sum and one lane's; twice that with ``beside``. Two
+    more for a layer of experts.
 
     Args:
         block: its number, and the block.
         hidden: [B, T, D] each.
         lanes: for each, the numbers of its batches.
         sites: names of those that are wanted.
-        beside: the dense block and the dense stream's batches before it: the cross moments with its inputs are collected too.
+        beside: the dense block and the dense stream's batches before it: the cross moments with its
+            inputs are collected too.
     """
 
     known = {site.name: site.pool for site in _sites(model, block[0])}
@@ -183,10 +206,20 @@ def collect(
         for number in lane:
             dense: dict[str, torch.Tensor] = {}
 
-            def keep(name: str, x: torch.Tensor, _weights: torch.Tensor | None, dense: dict[str, torch.Tensor] = dense) -> None:
+            def keep(
+                name: str,
+                x: torch.Tensor,
+                _weights: torch.Tensor | None,
+                dense: dict[str, torch.Tensor] = dense,
+            ) -> None:
                 dense[name] = x
 
-            def add(name: str, x: torch.Tensor, weights: torch.Tensor | None, dense: dict[str, torch.Tensor] = dense) -> None:
+            def add(
+                name: str,
+                x: torch.Tensor,
+                weights: torch.Tensor | None,
+                dense: dict[str, torch.Tensor] = dense,
+            ) -> None:
                 if name in sums:
                     sums[name].add(x, dense.get(name), weights)
                 if (pool := known[name]) is not None:
@@ -197,7 +230,8 @@ def collect(
             _tap(model, block, hidden[number], tapped_sites, add)
         return sums
 
-    apart = [name for name in sites if known[name] is None]  # the other stream's tokens may be routed to other experts
+    # the other stream's tokens may be routed to other experts
+    apart = [name for name in sites if known[name] is None]
     drawn = drawn_together(fold(map(summed, lanes)), {name: known[name] for name in sites})
     return {name: drawn.pop(name).finish(beside is not None) for name in sites}
 
@@ -243,8 +277,12 @@ def collect_diagonals(
 Named = Callable[[str, torch.Tensor, torch.Tensor | None], None]
 
 
-def _tap(model: BlockModel, block: tuple[int, nn.Module], hidden: torch.Tensor, sites: Sequence[str], take: Named) -> None:
-    """Run a block on a batch [B, T, D] until ``take(site, X, weights)`` has got the inputs of every site: X [B, T, d], or of an expert [n, d]."""
+def _tap(
+    model: BlockModel, block: tuple[int, nn.Module], hidden: torch.Tensor, sites: Sequence[str], take: Named
+) -> None:
+    """Run a block on a batch [B, T, D] until ``take(site, X, weights)`` has got the inputs of every
+    site: X [B, T, d], or of an expert [n, d].
+    """
     names = set(sites)
     wanted = [one for one in _sites(model, block[0]) if one.name in names]
     ahead = {site.name for site in wanted}

@@ -9,7 +9,10 @@ from pipeline_lib.core.workspace import DENSE
 
 RENAMED = {  # keys of version 1 -> what takes their place
     "induced": "give the variant a section `induce: {}` (with what it changes of `induce`)",
-    "curved": "error curves are measured where the variant's allocation reads them; `curves: {…}` in the variant changes how",
+    "curved": (
+        "error curves are measured where the variant's allocation reads them; `curves: {…}` in the variant"
+        " changes how"
+    ),
     "exported": "give the variant `export: [dense, bitmask]`",
     "export": "give the variant `export: [dense, bitmask]`, or `prune.export` for all",
     "tasks.presets": "give the variant `tasks: [<preset>]`",
@@ -31,22 +34,30 @@ def check() -> None:
     Raises:
         SparselineError: the first such name or key, or a section of names that is no mapping.
     """
-    texts, presets, variants = (_mapping(section, params.section(section)) for section in ("texts", "presets", "variants"))
+    texts, presets, variants = (
+        _mapping(section, params.section(section)) for section in ("texts", "presets", "variants")
+    )
     for kind, found in (("text", texts), ("variant", variants), ("preset", presets)):
         for name in found:
             params.check_name(kind, name)
     if DENSE in variants:
-        raise SparselineError(f"{params.FILE}: the variant name {DENSE!r} is taken by the source model; choose another.")
+        raise SparselineError(
+            f"{params.FILE}: the variant name {DENSE!r} is taken by the source model; choose another."
+        )
     for name, variant in variants.items():
         for key, instead in PATHS.items():
             if isinstance(variant, Mapping) and key in variant:
-                raise SparselineError(f"{params.FILE}: variants.{name}.{key} is no key any more: {instead}; remove it.")
+                raise SparselineError(
+                    f"{params.FILE}: variants.{name}.{key} is no key any more: {instead}; remove it."
+                )
     for key, instead in RENAMED.items():
         if _there(key):
             raise SparselineError(f"{params.FILE}: {key} is no key any more: {instead}; remove it.")
     calibrating = texts_of("calibrate")
     if len(calibrating) != 1:
-        raise SparselineError(f"{params.FILE}: texts must hold exactly one text with use: calibrate, not {len(calibrating)}.")
+        raise SparselineError(
+            f"{params.FILE}: texts must hold exactly one text with use: calibrate, not {len(calibrating)}."
+        )
 
 
 def texts_of(use: str) -> list[str]:
@@ -64,7 +75,8 @@ def check_evaluated(key: str, text: str) -> None:
     evaluated = texts_of("evaluate")
     if text not in evaluated:
         raise SparselineError(
-            f"{params.FILE}: {key} = {text!r} is no text with use: evaluate; these are: {', '.join(evaluated) or 'none'}."
+            f"{params.FILE}: {key} = {text!r} is no text with use: evaluate; these are:"
+            f" {', '.join(evaluated) or 'none'}."
         )
 
 
@@ -78,7 +90,8 @@ def check_presets(variant: str, presets: list[str]) -> None:
     for name in presets:
         if name not in known:
             raise SparselineError(
-                f"{params.FILE}: variants.{variant}.tasks names {name!r}, which is no preset; presets: {', '.join(known) or 'none'}."
+                f"{params.FILE}: variants.{variant}.tasks names {name!r}, which is no preset; presets:"
+                f" {', '.join(known) or 'none'}."
             )
 
 
@@ -93,6 +106,7 @@ def _there(key: str) -> bool:
 def _mapping(section: str, value: Any) -> Mapping[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise SparselineError(
-            f"{params.FILE}: {section} = {value!r} is not a mapping of names to values; write `{section}: {{}}` or names below it."
+            f"{params.FILE}: {section} = {value!r} is not a mapping of names to values; write `{section}:"
+            " {}` or names below it."
         )
     return value or {}

@@ -1,4 +1,6 @@
-"""What a variant needs of the model and of the calibration text. It drives the graph, the stages, the report and the model card."""
+"""What a variant needs of the model and of the calibration text. It drives the graph, the stages,
+the report and the model card.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -29,12 +31,19 @@ class Needs:
 
 
 def needs(recipe: Recipe) -> Needs:
-    """Of scores, only OBS and ISC read the inverse of H; magnitude reads no statistics at all, Wanda and OBD read diagonals."""
+    """Of scores, only OBS and ISC read the inverse of H; magnitude reads no statistics at all,
+    Wanda and OBD read diagonals.
+    """
     how, score = recipe.reconstruction, recipe.selection.score
     fitted = bool(how.fits)
     rounded = recipe.quantization.bits is not None
     # With a learned transform inputs are shifted, which takes more than a diagonal.
-    full = score in ("obs", "isc") or bool({"obs", "lsq"} & set(how.steps)) or rounded or recipe.induce is not None
+    full = (
+        score in ("obs", "isc")
+        or bool({"obs", "lsq"} & set(how.steps))
+        or rounded
+        or recipe.induce is not None
+    )
     return Needs(
         moments="full" if full else "none" if score == "magnitude" else "diagonal",
         cross=how.towards_dense > 0,

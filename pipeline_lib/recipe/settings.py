@@ -29,7 +29,9 @@ class ReconstructionParams(Params):
 
     @property
     def fits(self) -> dict[str, FitParams]:
-        """The steps that fit a whole block. Each passes a gate: held-out rows, which enter no statistic of the variant, keep it or not."""
+        """The steps that fit a whole block. Each passes a gate: held-out rows, which enter no
+        statistic of the variant, keep it or not.
+        """
         return {name: getattr(self, name) for name in FITS if name in self.steps}
 
     @property
@@ -41,17 +43,24 @@ class ReconstructionParams(Params):
     @classmethod
     def _in_order(cls, steps: list[Step]) -> list[Step]:
         if steps != [step for step in STEPS if step in steps]:
-            raise ValueError(f"each step once, in the order {', '.join(STEPS)}: masks come before what fits the weights that are left")
+            raise ValueError(
+                f"each step once, in the order {', '.join(STEPS)}: masks come before what fits the weights"
+                " that are left"
+            )
         return steps
 
     @model_validator(mode="after")
     def _aims_site_by_site(self) -> Any:
         if self.towards_dense and self.collect != "site":
-            reason = "towards_dense needs collect: site; otherwise each matrix corrects errors that earlier matrices have already corrected"
+            reason = (
+                "towards_dense needs collect: site; otherwise each matrix corrects errors that earlier"
+                " matrices have already corrected"
+            )
             raise Conflict(reason, "towards_dense", "collect")
         if self.towards_dense and not {"obs", "lsq"} & set(self.steps):
             reason = (
-                "towards_dense needs obs or lsq among the steps; without them no weight changes, and nothing can aim at the dense outputs"
+                "towards_dense needs obs or lsq among the steps; without them no weight changes, and nothing"
+                " can aim at the dense outputs"
             )
             raise Conflict(reason, "towards_dense", "steps")
         return self
@@ -88,7 +97,9 @@ class Pruning(Params):
         quantization = info.data.get("quantization")
         if selection.overall == 0 and quantization is not None and quantization.bits is None:
             raise Conflict(
-                "sparsity 0 prunes nothing, so it must be greater than 0 unless quantization.bits says what else to do", "sparsity"
+                "sparsity 0 prunes nothing, so it must be greater than 0 unless quantization.bits says what"
+                " else to do",
+                "sparsity",
             )
         return selection
 
@@ -100,7 +111,9 @@ class Recipe(Pruning):
 
 
 class PruneParams(Pruning):
-    """Section ``prune``, with ``variants.<name>`` laid over it, but for its sections ``induce`` and ``curves``."""
+    """Section ``prune``, with ``variants.<name>`` laid over it, but for its sections ``induce`` and
+    ``curves``.
+    """
 
     export: list[Format]
     tasks: list[str]

@@ -1,4 +1,6 @@
-"""Variants as params.yaml writes them, and what each stage reads of one: the stage's key in DVC is exactly that."""
+"""Variants as params.yaml writes them, and what each stage reads of one: the stage's key in DVC is
+exactly that.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,19 +70,29 @@ class Variant:
     def allocate(self) -> AllocatePart:
         selection = self.recipe.selection
         hand, allocation = selection.by_hand, self.recipe.allocation
-        return AllocatePart(sparsity=selection.overall, by_hand=hand, pattern=selection.pattern, allocation=allocation)
+        return AllocatePart(
+            sparsity=selection.overall, by_hand=hand, pattern=selection.pattern, allocation=allocation
+        )
 
     @property
     def induce(self) -> InducePart | None:
         """None where nothing is induced."""
         induce = self.recipe.induce
-        return None if induce is None else InducePart(selection=self._any_sparsity, compensate=self._compensates, induce=induce)
+        return (
+            None
+            if induce is None
+            else InducePart(selection=self._any_sparsity, compensate=self._compensates, induce=induce)
+        )
 
     @property
     def _any_sparsity(self) -> SelectionParams:
-        """The selection for a stage that does not read the sparsity: with the same one always. N:M has only one."""
+        """The selection for a stage that does not read the sparsity: with the same one always. N:M
+        has only one.
+        """
         pattern = self.recipe.selection.shape
-        return self.recipe.selection.model_copy(update={"sparsity": 1 - pattern.n / pattern.m if pattern.m else 0.5})
+        return self.recipe.selection.model_copy(
+            update={"sparsity": 1 - pattern.n / pattern.m if pattern.m else 0.5}
+        )
 
     @property
     def _compensates(self) -> bool:
@@ -97,24 +109,38 @@ def read(name: str, path: Path = params.FILE) -> Variant:
     written = params.merged("prune", where, path)
     found = params.parse(PruneParams, written.without(*OWN), where)
     induce = written.above.get("induce")
-    induced = None if induce is None else params.parse(InduceParams, params.merged("induce", f"{where}.induce", path), f"{where}.induce")
+    induced = (
+        None
+        if induce is None
+        else params.parse(InduceParams, params.merged("induce", f"{where}.induce", path), f"{where}.induce")
+    )
     overlaid = (
-        params.merged("curves", f"{where}.curves", path) if written.above.get("curves") is not None else params.section("curves", path)
+        params.merged("curves", f"{where}.curves", path)
+        if written.above.get("curves") is not None
+        else params.section("curves", path)
     )
     trained = written.above.get("distil")
-    distil = None if trained is None else params.parse(DistilParams, params.merged("distil", f"{where}.distil", path), f"{where}.distil")
+    distil = (
+        None
+        if trained is None
+        else params.parse(DistilParams, params.merged("distil", f"{where}.distil", path), f"{where}.distil")
+    )
     curves = params.parse(CurvesParams, overlaid, "curves")
     if induced is not None and found.selection.overall == 0:
         raise SparselineError(
-            f"{params.FILE}: {where} prunes nothing (sparsity 0), so that there is nothing to induce; take its section `induce` out."
+            f"{params.FILE}: {where} prunes nothing (sparsity 0), so that there is nothing to induce; take"
+            " its section `induce` out."
         )
     if distil is not None and found.quantization.bits is not None:
         raise SparselineError(
-            f"{params.FILE}: {where} is quantised (quantization.bits = {found.quantization.bits}), and distillation would move its weights off "
-            "their grid; set the bits to null, or take its section `distil` out."
+            f"{params.FILE}: {where} is quantised (quantization.bits = {found.quantization.bits}), and"
+            " distillation would move its weights off their grid; set the bits to null, or take its section"
+            " `distil` out."
         )
     pruning = {name: getattr(found, name) for name in Recipe.model_fields if name != "induce"}
-    return Variant(name, Recipe(**pruning, induce=induced), curves, distil, found.export, found.tasks, found.candidate)
+    return Variant(
+        name, Recipe(**pruning, induce=induced), curves, distil, found.export, found.tasks, found.candidate
+    )
 
 
 def read_all(path: Path = params.FILE) -> dict[str, Variant]:

@@ -1,4 +1,6 @@
-"""What the stages cost that ran on this machine: records that DVC does not track, since they differ from run to run."""
+"""What the stages cost that ran on this machine: records that DVC does not track, since they differ
+from run to run.
+"""
 
 import json
 from collections.abc import Mapping
@@ -10,13 +12,15 @@ from pipeline_lib.reporting import table
 from pipeline_lib.reporting.table import Column, Facts, Results
 
 FOLDER = Path("build/costs")
-Costs = Mapping[str, Facts]  # by stage: wall_s, cpu_s, peak_rss_bytes; peak_gpu_bytes, None where no GPU was used
+# by stage: wall_s, cpu_s, peak_rss_bytes; peak_gpu_bytes, None where no GPU was used
+Costs = Mapping[str, Facts]
 
 
 def collect(folder: Path = FOLDER) -> dict[str, Facts]:
     """The records of the stages whose output is still the one that they wrote.
 
-    Where the cache served a stage, or another run replaced the output, nothing is known of its cost. A record that cannot be read is no record.
+    Where the cache served a stage, or another run replaced the output, nothing is known of its
+    cost. A record that cannot be read is no record.
     """
     found: dict[str, Facts] = {}
     for path in sorted(folder.glob("*.json")):
@@ -32,7 +36,8 @@ def collect(folder: Path = FOLDER) -> dict[str, Facts]:
 
 
 def by_variant(results: Results, costs: Costs) -> list[Column]:
-    """Seconds and peak memory of each pruned variant, where all of its stages ran here; a row for the dense model too.
+    """Seconds and peak memory of each pruned variant, where all of its stages ran here; a row for
+    the dense model too.
 
     Peak memory of a GPU is a column only where some stage used one.
     """
@@ -40,10 +45,19 @@ def by_variant(results: Results, costs: Costs) -> list[Column]:
     known = [[cost for cost in stages if cost] if all(stages) else [] for stages in own]
     wall = [sum(cost["wall_s"] for cost in stages) if stages else None for stages in known]
     peak = [max((cost["peak_rss_bytes"] for cost in stages), default=None) for stages in known]
-    gpu = [max((used for cost in stages if (used := cost["peak_gpu_bytes"]) is not None), default=None) for stages in known]
-    seconds = table.ranked("cost", "seconds", wall, lambda value: f"{value:.1f}" if value < 100 else f"{value:,.0f}", min)
+    gpu = [
+        max((used for cost in stages if (used := cost["peak_gpu_bytes"]) is not None), default=None)
+        for stages in known
+    ]
+    seconds = table.ranked(
+        "cost", "seconds", wall, lambda value: f"{value:.1f}" if value < 100 else f"{value:,.0f}", min
+    )
     columns = [seconds, table.ranked("cost", "peak GB", peak, _gigabytes, min)]
-    return columns + ([table.ranked("cost", "peak GPU GB", gpu, _gigabytes, min)] if any(used is not None for used in gpu) else [])
+    return columns + (
+        [table.ranked("cost", "peak GPU GB", gpu, _gigabytes, min)]
+        if any(used is not None for used in gpu)
+        else []
+    )
 
 
 def _gigabytes(count: float) -> str:

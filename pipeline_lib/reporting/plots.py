@@ -1,4 +1,5 @@
-"""Figures as SVG text: the same bytes for the same data, no background, text and axes in the reader's colour (currentColor).
+"""Figures as SVG text: the same bytes for the same data, no background, text and axes in the
+reader's colour (currentColor).
 
 All figures are narrow (a phone shows them at three quarters), with real text in them.
 """
@@ -29,14 +30,32 @@ GREY = "#8a8f98"
 DASHED: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": (0, (3, 3))}
 STYLE = {
     **dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.titlecolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
+        (
+            "text.color",
+            "axes.labelcolor",
+            "axes.titlecolor",
+            "axes.edgecolor",
+            "xtick.color",
+            "ytick.color",
+            "grid.color",
+        ),
+        INK,
     ),
     **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8),
-    **dict.fromkeys(("legend.frameon", "axes.spines.top", "axes.spines.right", "axes.formatter.useoffset"), False),
+    **dict.fromkeys(
+        ("legend.frameon", "axes.spines.top", "axes.spines.right", "axes.formatter.useoffset"), False
+    ),
     **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
-    **{"axes.linewidth": 0.6, "grid.linewidth": 0.6, "grid.alpha": 0.13, "axes.axisbelow": True, "figure.constrained_layout.use": True},
-    **{"svg.fonttype": "none", "svg.hashsalt": "sparseline", "font.family": "DejaVu Sans"},  # comes with matplotlib: one layout everywhere
+    **{
+        "axes.linewidth": 0.6,
+        "grid.linewidth": 0.6,
+        "grid.alpha": 0.13,
+        "axes.axisbelow": True,
+        "figure.constrained_layout.use": True,
+    },
+    # comes with matplotlib: one layout everywhere
+    **{"svg.fonttype": "none", "svg.hashsalt": "sparseline", "font.family": "DejaVu Sans"},
 }
 
 
@@ -57,16 +76,29 @@ def _canvas(height: float) -> Iterator[Canvas]:
 
 
 def _figure(canvas: Canvas, name: str, alt: str, caption: str) -> Figure:
-    """The <svg> element alone, with currentColor for INK and without ids that nothing refers to (several figures share a page)."""
+    """The <svg> element alone, with currentColor for INK and without ids that nothing refers to
+    (several figures share a page).
+    """
     buffer = io.StringIO()
-    canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    canvas.savefig(
+        buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
+    svg = (
+        svg[svg.index("<svg") :]
+        .replace(INK, "currentColor")
+        .replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
+    )
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
     svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", svg)
     # The natural size in CSS pixels: matplotlib's are points.
-    svg = re.sub(r' (width|height)="([\d.]+)pt"', lambda match: f' {match[1]}="{round(float(match[2]) * 4 / 3)}"', svg, count=2)
+    svg = re.sub(
+        r' (width|height)="([\d.]+)pt"',
+        lambda match: f' {match[1]}="{round(float(match[2]) * 4 / 3)}"',
+        svg,
+        count=2,
+    )
     return Figure(name, svg.replace("<svg ", '<svg role="img" ', 1).strip() + "\n", alt, caption)
 
 
@@ -103,7 +135,9 @@ def _log_percent(axes: Axes) -> None:
 
 def _legend(canvas: Canvas, axes: Axes, across: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside upper center", ncols=across, columnspacing=1.2, handlelength=1.4)
+    canvas.legend(
+        handles, labels, loc="outside upper center", ncols=across, columnspacing=1.2, handlelength=1.4
+    )
 
 
 # Comparison
@@ -122,7 +156,8 @@ def perplexity(results: Results) -> Figure | None:
             reach, dashed = max(*added, 0.0) or 1.0, added[names.index(base.name)] if base else 0.0
             if dashed:
                 axes.axvline(dashed, **DASHED)
-            for row, (variant, value) in enumerate(zip(results.pruned, added, strict=True)):  # clear of the dashed line
+            # clear of the dashed line
+            for row, (variant, value) in enumerate(zip(results.pruned, added, strict=True)):
                 cell = wording.perplexity(variant.perplexity[text])
                 axes.text(max(value, dashed, 0.0) + 0.03 * reach, row, cell, va="center", fontsize=8)
             axes.set(xlim=(min(0.0, *added) * 1.05, reach * 1.3), xlabel="added loss, nats per token")
@@ -131,9 +166,13 @@ def perplexity(results: Results) -> Figure | None:
             axes.grid(axis="x")
             axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()  # shared: the first variant is on top
-        caption = "ln(perplexity / dense perplexity), with the perplexity beside each bar; 0 is the dense model."
+        caption = (
+            "ln(perplexity / dense perplexity), with the perplexity beside each bar; 0 is the dense model."
+        )
         caption += f" The dashed line is the baseline, {base.name}." if base else ""
-        return _figure(canvas, "perplexity", f"Bars of added loss over the dense model for {', '.join(names)}.", caption)
+        return _figure(
+            canvas, "perplexity", f"Bars of added loss over the dense model for {', '.join(names)}.", caption
+        )
 
 
 # Matrices by depth
@@ -141,7 +180,11 @@ def perplexity(results: Results) -> Figure | None:
 
 def heatmaps(results: Results) -> list[Figure]:
     """Depth × kind, one figure per variant that is not uniform, all with the same colours."""
-    found = {variant.name: table.by_place(variant.facts) for variant in results.pruned if not table.uniform(variant.facts)}
+    found = {
+        variant.name: table.by_place(variant.facts)
+        for variant in results.pruned
+        if not table.uniform(variant.facts)
+    }
     every = [share for shares in found.values() for share in shares.values()]
     return [_heatmap(name, shares, (min(every), max(every))) for name, shares in found.items()]
 
@@ -149,18 +192,36 @@ def heatmaps(results: Results) -> list[Figure]:
 def _heatmap(name: str, shares: Mapping[tuple[int, str], float], limits: tuple[float, float]) -> Figure:
     kinds, blocks = table.in_order({kind for _, kind in shares}), sorted({block for block, _ in shares})
     values = np.array([[shares.get((block, kind), math.nan) for kind in kinds] for block in blocks])
-    written = len(blocks) <= 16 and len(kinds) <= 10  # numbers in the cells, else a bar that tells the colours
+    # numbers in the cells, else a bar that tells the colours
+    written = len(blocks) <= 16 and len(kinds) <= 10
     height = 0.24 if written else max(0.05, min(0.14, 7 / len(blocks)))
     with _canvas(0.75 + height * len(blocks) + (0 if written else 0.5)) as canvas:
         axes = canvas.subplots()
         colours = matplotlib.colormaps["cividis_r"].resampled(24)
-        mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, vmin=limits[0], vmax=limits[1], linewidth=0.3, edgecolors="face")
+        mesh = axes.pcolormesh(
+            np.ma.masked_invalid(values),
+            cmap=colours,
+            vmin=limits[0],
+            vmax=limits[1],
+            linewidth=0.3,
+            edgecolors="face",
+        )
         for (row, column), share in np.ndenumerate(values) if written else ():
             if not math.isnan(share):
                 ink = "#ffffff" if share > sum(limits) / 2 else "#111111"
-                axes.text(column + 0.5, row + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=ink)
+                axes.text(
+                    column + 0.5,
+                    row + 0.5,
+                    f"{100 * share:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color=ink,
+                )
         step = next(step for step in (1, 2, 4, 5, 8, 10, 20, 50) if len(blocks) / step <= 20)
-        axes.set_yticks([row + 0.5 for row in range(0, len(blocks), step)], [str(block) for block in blocks[::step]])
+        axes.set_yticks(
+            [row + 0.5 for row in range(0, len(blocks), step)], [str(block) for block in blocks[::step]]
+        )
         axes.set_xticks([column + 0.5 for column in range(len(kinds))], kinds)
         axes.set_ylabel("block")
         axes.invert_yaxis()
@@ -169,15 +230,23 @@ def _heatmap(name: str, shares: Mapping[tuple[int, str], float], limits: tuple[f
         axes.set_title(f"{name}: pruned weights, %", loc="left")
         axes.spines[:].set_visible(False)
         if not written:
-            bar = canvas.colorbar(mesh, ax=axes, location="bottom", aspect=40, format=lambda share, _: f"{100 * share:.0f}")
+            bar = canvas.colorbar(
+                mesh, ax=axes, location="bottom", aspect=40, format=lambda share, _: f"{100 * share:.0f}"
+            )
             bar.outline.set_visible(False)
         caption = f"{name}: share of pruned weights in percent, by depth and kind; dark is much."
-        return _figure(canvas, f"sparsity-{name}", f"Share of pruned weights of {name} by block and kind of matrix.", caption)
+        return _figure(
+            canvas,
+            f"sparsity-{name}",
+            f"Share of pruned weights of {name} by block and kind of matrix.",
+            caption,
+        )
 
 
 def sensitivity(measured: Variant, quantity: str) -> Figure:
     """The mean diagonal of ``quantity`` by depth, a panel per kind, on one logarithmic axis."""
-    points: dict[str, list[tuple[int, float, float, bool]]] = {}  # kind -> block, estimate, standard error, whether it is above that
+    # kind -> block, estimate, standard error, whether it is above that
+    points: dict[str, list[tuple[int, float, float, bool]]] = {}
     for one in sorted(table.sensitivities(measured.facts).values(), key=lambda one: int(one["block"])):
         estimate = (int(one["block"]), one["sensitivity"], one["stderr"], one["trace"] >= one["stderr"])
         points.setdefault(one["kind"], []).append(estimate)
@@ -190,8 +259,16 @@ def sensitivity(measured: Variant, quantity: str) -> Figure:
             hue = HUES[number % len(HUES)]
             blocks, size, error, known = (np.array(part) for part in zip(*points[kind], strict=True))
             size = np.maximum(size, low)
-            axes.vlines(blocks, np.maximum(size - error, low), size + error, color=hue, linewidth=1.2, alpha=0.7)
-            axes.scatter(blocks, size, s=16 if len(blocks) <= 40 else 4, edgecolor=hue, facecolor=[hue if one else "none" for one in known])
+            axes.vlines(
+                blocks, np.maximum(size - error, low), size + error, color=hue, linewidth=1.2, alpha=0.7
+            )
+            axes.scatter(
+                blocks,
+                size,
+                s=16 if len(blocks) <= 40 else 4,
+                edgecolor=hue,
+                facecolor=[hue if one else "none" for one in known],
+            )
             axes.set(yscale="log", ylim=(low, high), xmargin=0.1)
             axes.yaxis.set_major_locator(LogLocator(numticks=6))
             axes.set_title(kind, loc="left")
@@ -200,10 +277,15 @@ def sensitivity(measured: Variant, quantity: str) -> Figure:
             axes.minorticks_off()
         canvas.supxlabel("block", fontsize=9)
         canvas.supylabel("mean diagonal", fontsize=9)
-        caption = f"Mean diagonal of the {quantity} by depth, one panel per kind of matrix; bars are ± one standard error over the probes."
+        caption = (
+            f"Mean diagonal of the {quantity} by depth, one panel per kind of matrix; bars are ± one standard"
+            " error over the probes."
+        )
         if not all(known for of_kind in points.values() for *_, known in of_kind):
             caption += " Hollow: the estimate is below its standard error and stands there."
-        return _figure(canvas, "sensitivity", "Sensitivity by depth and kind of matrix, logarithmic.", caption)
+        return _figure(
+            canvas, "sensitivity", "Sensitivity by depth and kind of matrix, logarithmic.", caption
+        )
 
 
 def layer_error(results: Results) -> Figure | None:
@@ -215,14 +297,28 @@ def layer_error(results: Results) -> Figure | None:
         axes = canvas.subplots()
         for variant, errors in lines:
             dashed = "-" if results.pruned.index(variant) < len(HUES) else "--"  # where hues come round again
-            style: dict[str, Any] = {"linewidth": 1.4, "linestyle": dashed, "marker": "o", "markersize": 3.5, "label": variant.name}
-            axes.plot(list(errors), [max(error, 1e-9) for error in errors.values()], color=_hue(results, variant), **style)
+            style: dict[str, Any] = {
+                "linewidth": 1.4,
+                "linestyle": dashed,
+                "marker": "o",
+                "markersize": 3.5,
+                "label": variant.name,
+            }
+            axes.plot(
+                list(errors),
+                [max(error, 1e-9) for error in errors.values()],
+                color=_hue(results, variant),
+                **style,
+            )
         _log_percent(axes)
         axes.set(xlabel="block", ylabel="layer error")
         _blocks_axis(axes)
         axes.grid(axis="y", which="both")
         _legend(canvas, axes, 4)
-        caption = "‖(W − Ŵ)X‖² / ‖WX‖² on the pruned stream, after compensation where the variant has it; the mean over a block's matrices."
+        caption = (
+            "‖(W − Ŵ)X‖² / ‖WX‖² on the pruned stream, after compensation where the variant has it; the mean"
+            " over a block's matrices."
+        )
         left = [variant.name for variant in results.pruned if not table.layer_errors(variant.facts)]
         caption += f" Not measured: {', '.join(left)}." if left else ""
         return _figure(canvas, "layer-error", "Relative layer error by depth, one line per variant.", caption)

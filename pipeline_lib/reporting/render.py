@@ -17,11 +17,15 @@ from pipeline_lib.reporting.table import Column, Results
 def render(results: Results) -> str:
     """The page; the same bytes for the same results."""
     sections = {title: blocks(results) for title, blocks in content.SECTIONS.items()}
-    return _template("report.html.jinja").render(title=results.settings.title, lead=content.lead(results), sections=sections)
+    return _template("report.html.jinja").render(
+        title=results.settings.title, lead=content.lead(results), sections=sections
+    )
 
 
 def costs(results: Results, measured: Costs) -> str:
-    """The script ``costs.js``, which puts the costs into the page's section in the place of the sentence there."""
+    """The script ``costs.js``, which puts the costs into the page's section in the place of the
+    sentence there.
+    """
     show = _template("blocks.html.jinja").module.show  # type: ignore[attr-defined]
     shown = "".join(show(block) for block in content.measured_costs(results, measured))
     return f"document.getElementById('costs').innerHTML = {json.dumps(f'<h2>Costs</h2>{shown}')};\n"
@@ -30,9 +34,18 @@ def costs(results: Results, measured: Costs) -> str:
 def _template(name: str) -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    environment.filters |= {"prose": _prose, "groups": _groups, "anchor": lambda title: title.lower().replace(" ", "-")}
+    environment.filters |= {
+        "prose": _prose,
+        "groups": _groups,
+        "anchor": lambda title: title.lower().replace(" ", "-"),
+    }
     return environment.get_template(name)
 
 
@@ -43,5 +56,7 @@ def _prose(text: str) -> Markup:
 
 def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:
     """Neighbouring columns under one group head, and how many they are; none if no column has a group."""
-    spans = [(name, len(list(under))) for name, under in itertools.groupby(columns, lambda column: column.group)]
+    spans = [
+        (name, len(list(under))) for name, under in itertools.groupby(columns, lambda column: column.group)
+    ]
     return spans if any(name for name, _ in spans) else []

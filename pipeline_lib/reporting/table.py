@@ -1,4 +1,6 @@
-"""What was measured of every variant, and the figures that follow from it. Reads JSON, imports nothing heavy."""
+"""What was measured of every variant, and the figures that follow from it. Reads JSON, imports
+nothing heavy.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +40,9 @@ class Variant:
     divergence: Mapping[
         str, Mapping[str, float]
     ]  # text -> kl, kl_99, agreement, maybe reverse_kl, reverse_kl_99; empty for the dense model
-    tasks: Mapping[str, Facts]  # metrics (value, stderr), chance, items measured, of how many, how many truncated to the model's window
+    # metrics (value, stderr), chance, items measured, of how many, how many truncated to the
+    # model's window
+    tasks: Mapping[str, Facts]
     completions: Sequence[Mapping[str, str]]  # prompt, completion
     facts: Facts  # build/facts; empty for the dense model
     sizes: Facts  # build/sizes; empty for a variant without files to weigh
@@ -52,7 +56,9 @@ class Variant:
 
     @property
     def zeros(self) -> float | None:
-        """Share of the prunable weights that are zero in the checkpoint: pruned, quantised to zero, or zero before; None for the dense model."""
+        """Share of the prunable weights that are zero in the checkpoint: pruned, quantised to zero,
+        or zero before; None for the dense model.
+        """
         counted = self.training if self.training.get("kept") else self.facts
         return counted["zeros"] / self.facts["prunable"] if self.facts else None
 
@@ -68,7 +74,8 @@ class Results:
     variants: tuple[Variant, ...]
     choice: Facts  # build/choice.json
     estimate: Facts  # build/sensitivity/estimate.json; empty if no variant uses it
-    sources: tuple[Facts, ...]  # of every file in build/texts its facts, with ``name``, ``use`` and ``rows_sha256``
+    # of every file in build/texts its facts, with ``name``, ``use`` and ``rows_sha256``
+    sources: tuple[Facts, ...]
     params: str  # params.yaml, to the letter
 
     @property
@@ -92,7 +99,10 @@ class Results:
     def tasks(self) -> dict[str, list[Facts]]:
         """Task -> what the models reached that it was measured on."""
         names = sorted({task for variant in self.variants for task in variant.tasks})
-        return {name: [variant.tasks[name] for variant in self.variants if name in variant.tasks] for name in names}
+        return {
+            name: [variant.tasks[name] for variant in self.variants if name in variant.tasks]
+            for name in names
+        }
 
     @property
     def main_text(self) -> str | None:
@@ -113,7 +123,9 @@ class Column:
 
 
 def stages(variant: Variant) -> list[str]:
-    """The stages that a variant needs beyond those that all need (prepare, text), in the graph's order, as their records of cost are called."""
+    """The stages that a variant needs beyond those that all need (prepare, text), in the graph's
+    order, as their records of cost are called.
+    """
     if variant.recipe is None:
         return []
     name, need = variant.name, needs(variant.recipe)
@@ -131,7 +143,9 @@ def stages(variant: Variant) -> list[str]:
 
 def sensitivities(facts: Facts) -> dict[str, Facts]:
     """Matrix -> its entry of sensitivity.json, where the allocation read one."""
-    return {name: matrix["sensitivity"] for name, matrix in facts["matrices"].items() if matrix.get("sensitivity")}
+    return {
+        name: matrix["sensitivity"] for name, matrix in facts["matrices"].items() if matrix.get("sensitivity")
+    }
 
 
 def layer_errors(facts: Facts) -> dict[int, float]:
@@ -150,7 +164,9 @@ def induction(facts: Facts) -> dict[str, Facts]:
 
 
 def fits(facts: Facts) -> dict[str, dict[str, Facts]]:
-    """Step that fits a whole block -> block -> its errors before and after; blocks without the step are left out."""
+    """Step that fits a whole block -> block -> its errors before and after; blocks without the step
+    are left out.
+    """
     found: dict[str, dict[str, Facts]] = {}
     for block in sorted(facts["blocks"], key=int):
         for step, errors in facts["blocks"][block].items():
@@ -162,7 +178,8 @@ def fits(facts: Facts) -> dict[str, dict[str, Facts]]:
 
 
 def collect(root: Path = Path()) -> Results:
-    """What the stages left below ``root`` for the models that its params.yaml names; other files there are ignored.
+    """What the stages left below ``root`` for the models that its params.yaml names; other files
+    there are ignored.
 
     Raises:
         SparselineError: a file is missing or damaged, or params.yaml cannot be used.
@@ -171,7 +188,9 @@ def collect(root: Path = Path()) -> Results:
     settings = params.load(ReportParams, "report", path)
     model = workspace.load(workspace.model)
     several = len(workspace.load(workspace.tasks(DENSE))) > 1  # which is measured on every preset
-    variants = tuple(_variant(workspace, name, several) for name in (DENSE, *(params.section("variants", path) or ())))
+    variants = tuple(
+        _variant(workspace, name, several) for name in (DENSE, *(params.section("variants", path) or ()))
+    )
     measured = any("sensitivity" in stages(variant) for variant in variants)
     return Results(
         settings,
@@ -197,7 +216,17 @@ def _variant(workspace: Workspace, name: str, several: bool) -> Variant:
             facts["matrices"][matrix]["sensitivity"] = entry
     found = by_task(workspace.load(workspace.tasks(name)), several)
     sizes = workspace.load(workspace.sizes(name))
-    return Variant(name, measured["perplexity"], measured["divergence"], found, completions, facts, sizes, recipe, training)
+    return Variant(
+        name,
+        measured["perplexity"],
+        measured["divergence"],
+        found,
+        completions,
+        facts,
+        sizes,
+        recipe,
+        training,
+    )
 
 
 def _source(workspace: Workspace, path: Path) -> Facts:
@@ -212,7 +241,8 @@ def _source(workspace: Workspace, path: Path) -> Facts:
 def gap_closed(results: Results, variant: Variant, text: str) -> float | None:
     """(ln ppl_baseline − ln ppl) / (ln ppl_baseline − ln ppl_dense): 0 is the baseline, 1 the dense model.
 
-    None for these two, without a baseline, and where the baseline is no worse than the dense model (there is no gap).
+    None for these two, without a baseline, and where the baseline is no worse than the dense model
+    (there is no gap).
     """
     base = results.baseline
     if base is None or variant.name in (DENSE, base.name):
@@ -227,14 +257,21 @@ def comparison(results: Results) -> list[Column]:
     columns = [words("variant", [variant.name for variant in variants])]
     columns.append(Column("", "pruned", tuple(wording.sparsity(variant.sparsity) for variant in variants)))
     if results.pruned:
-        columns.append(Column("", "zeros", tuple(shown([variant.zeros for variant in variants], wording.sparsity))))
+        columns.append(
+            Column("", "zeros", tuple(shown([variant.zeros for variant in variants], wording.sparsity)))
+        )
     for text in results.text_names:
         group = PERPLEXITY + text
-        columns.append(ranked(group, "ppl", [variant.perplexity[text] for variant in variants], wording.perplexity, min))
+        columns.append(
+            ranked(group, "ppl", [variant.perplexity[text] for variant in variants], wording.perplexity, min)
+        )
         gaps = [gap_closed(results, variant, text) for variant in variants]
         if any(gap is not None for gap in gaps):
             column = ranked(group, "gap closed", gaps, wording.share, max)
-            cells = ("baseline" if v is results.baseline else cell for v, cell in zip(variants, column.cells, strict=True))
+            cells = (
+                "baseline" if v is results.baseline else cell
+                for v, cell in zip(variants, column.cells, strict=True)
+            )
             columns.append(Column(group, column.head, tuple(cells), column.best))
     for name, tasks in figures(results).items():
         for task in tasks:
@@ -246,7 +283,10 @@ def comparison(results: Results) -> list[Column]:
             else:
                 column = ranked(metric(name).words, head, values, show, min)
             errors = [None if one is None else one["stderr"] for one in found]
-            cells = (cell if error is None else f"{cell} ± {show(error)}" for error, cell in zip(errors, column.cells, strict=True))
+            cells = (
+                cell if error is None else f"{cell} ± {show(error)}"
+                for error, cell in zip(errors, column.cells, strict=True)
+            )
             columns.append(Column(column.group, column.head, tuple(cells), column.best))
     return columns
 
@@ -272,34 +312,56 @@ def divergence(results: Results) -> list[Column]:
         found = [variant.divergence[text] for variant in results.pruned]
         for key, head in wording.DIVERGENCE.items():
             if all(key in one for one in found):
-                values = [None, *(one[key] for one in found)]  # the dense model's place, which ``ranked`` leaves out
+                # the dense model's place, which ``ranked`` leaves out
+                values = [None, *(one[key] for one in found)]
                 column = (
-                    ranked(text, head, values, wording.kl, min) if key != "agreement" else ranked(text, head, values, wording.share, max)
+                    ranked(text, head, values, wording.kl, min)
+                    if key != "agreement"
+                    else ranked(text, head, values, wording.share, max)
                 )
-                columns.append(Column(text, head, column.cells[1:], frozenset(row - 1 for row in column.best)))
+                columns.append(
+                    Column(text, head, column.cells[1:], frozenset(row - 1 for row in column.best))
+                )
     return columns
 
 
 def verdicts(results: Results) -> dict[str, Verdict]:
     """Variant -> verdict."""
     dense, *pruned = (Measured(one.perplexity, one.divergence, one.tasks) for one in results.variants)
-    return {variant.name: judge(results.verdict, own, dense) for variant, own in zip(results.pruned, pruned, strict=True)}
+    return {
+        variant.name: judge(results.verdict, own, dense)
+        for variant, own in zip(results.pruned, pruned, strict=True)
+    }
 
 
 def notes(results: Results) -> list[str]:
-    """What the comparison does not show, and why; empty where nothing is missing. Plain text with `code` marks."""
+    """What the comparison does not show, and why; empty where nothing is missing. Plain text with
+    `code` marks.
+    """
     said = []
     if results.pruned and results.baseline is None:
-        said.append(f"No gap is given: the baseline `{results.settings.baseline}` is not among the variants (see `report.baseline`).")
+        said.append(
+            f"No gap is given: the baseline `{results.settings.baseline}` is not among the variants (see"
+            " `report.baseline`)."
+        )
     base, dense = results.baseline or results.dense, results.dense.perplexity
-    level = [text for text in results.text_names if base.facts and base.perplexity[text] <= dense[text] * (1 + 1e-12)]
-    said += [f"On `{text}` the baseline is no worse than the dense model, so there is no gap to close." for text in level]
+    level = [
+        text
+        for text in results.text_names
+        if base.facts and base.perplexity[text] <= dense[text] * (1 + 1e-12)
+    ]
+    said += [
+        f"On `{text}` the baseline is no worse than the dense model, so there is no gap to close."
+        for text in level
+    ]
     for name, measured in results.tasks.items():
         if cut := max(task["truncated"] for task in measured):
             of = f"{cut} of the {measured[0]['items']} items of `{name}`"
             said.append(f"{of} are longer than the model's window: their beginning is left out.")
     if results.estimate.get("wanted_moments") == "full" and results.estimate["output_moments"] != "full":
-        said.append("Full output moments exceed `sensitivity.moment_budget_bytes`: allocations use their diagonals.")
+        said.append(
+            "Full output moments exceed `sensitivity.moment_budget_bytes`: allocations use their diagonals."
+        )
     return said
 
 
@@ -312,8 +374,16 @@ def words(head: str, cells: Sequence[str]) -> Column:
     return Column("", head, tuple(cells), numeric=False)
 
 
-def ranked(group: str, head: str, values: Sequence[float | None], show: Callable[[float], str], best: Callable[..., int]) -> Column:
-    """Cells as text; the best (``min`` or ``max``) of the pruned variants is marked with its ties, if they differ at all."""
+def ranked(
+    group: str,
+    head: str,
+    values: Sequence[float | None],
+    show: Callable[[float], str],
+    best: Callable[..., int],
+) -> Column:
+    """Cells as text; the best (``min`` or ``max``) of the pruned variants is marked with its ties,
+    if they differ at all.
+    """
     cells = shown(values, show)
     rivals = {row: value for row, value in enumerate(values) if row > 0 and value is not None}
     marked: frozenset[int] = frozenset()
@@ -335,13 +405,20 @@ def plain(columns: Sequence[Column]) -> str:
 
 
 def summary(results: Results) -> dict[str, Any]:
-    """What report/summary.json holds: quality and size, to six digits. DVC shows these as metrics, so they are few.
+    """What report/summary.json holds: quality and size, to six digits. DVC shows these as metrics,
+    so they are few.
 
-    ``gap`` as a share (``gap_closed``), where there is one; ``kl`` in nats per token and ``agreement`` as a share, of a pruned variant; ``bytes`` of the files in the smallest format, where a model was weighed.
+    ``gap`` as a share (``gap_closed``), where there is one; ``kl`` in nats per token and
+    ``agreement`` as a share, of a pruned variant; ``bytes`` of the files in the smallest format,
+    where a model was weighed.
     """
     found = {}
     for variant in results.variants:
-        gaps = {text: round(gap, 6) for text in results.text_names if (gap := gap_closed(results, variant, text)) is not None}
+        gaps = {
+            text: round(gap, 6)
+            for text in results.text_names
+            if (gap := gap_closed(results, variant, text)) is not None
+        }
         sizes = [weighed["file_bytes"] for weighed in variant.sizes.get("formats", {}).values()]
         found[variant.name] = {
             "sparsity": round(variant.sparsity, 6),
@@ -361,20 +438,33 @@ def _by_metric(tasks: Mapping[str, Facts]) -> dict[str, dict[str, float]]:
     for task, facts in tasks.items():
         for name, one in facts["metrics"].items():
             base = name.split(", ")[0]
-            found.setdefault("accuracy" if base == "acc" else base, {})[headed(task, name)] = round(one["value"], 6)
+            found.setdefault("accuracy" if base == "acc" else base, {})[headed(task, name)] = round(
+                one["value"], 6
+            )
     return found
 
 
 def _by_figure(divergence: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Figure -> text -> value, means only."""
-    names = [name for name in ("kl", "reverse_kl", "agreement") if any(name in found for found in divergence.values())]
+    names = [
+        name
+        for name in ("kl", "reverse_kl", "agreement")
+        if any(name in found for found in divergence.values())
+    ]
     return {name: {text: round(found[name], 6) for text, found in divergence.items()} for name in names}
 
 
 def points(results: Results) -> list[dict[str, Any]]:
-    """What report/perplexity.json holds: every model's perplexity over its sparsity, text by text, for `dvc plots`."""
+    """What report/perplexity.json holds: every model's perplexity over its sparsity, text by text,
+    for `dvc plots`.
+    """
     return [
-        {"variant": variant.name, "text": text, "sparsity": round(variant.sparsity, 6), "perplexity": variant.perplexity[text]}
+        {
+            "variant": variant.name,
+            "text": text,
+            "sparsity": round(variant.sparsity, 6),
+            "perplexity": variant.perplexity[text],
+        }
         for text in results.text_names
         for variant in results.variants
     ]

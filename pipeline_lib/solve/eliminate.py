@@ -1,8 +1,10 @@
-"""Elimination of columns, the inner loop of the OBS sweep: what a weight loses, the columns still to come make up for.
+"""Elimination of columns, the inner loop of the OBS sweep: what a weight loses, the columns still
+to come make up for.
 
-A column block is copied with its columns as rows, so that each is contiguous. It is eliminated by halves: first the left one; then one product
-passes its errors on to the right one. Python loops over the columns of a leaf only. On a GPU a leaf is one launch of a kernel.
-Shape letters: ``R`` outputs, ``C`` inputs, ``B`` columns of a block.
+A column block is copied with its columns as rows, so that each is contiguous. It is eliminated by
+halves: first the left one; then one product passes its errors on to the right one. Python loops
+over the columns of a leaf only. On a GPU a leaf is one launch of a kernel. Shape letters: ``R``
+outputs, ``C`` inputs, ``B`` columns of a block.
 """
 
 import functools
@@ -16,7 +18,9 @@ from pipeline_lib.masks.select import n_best
 from pipeline_lib.solve.grid import Grid
 
 LEAF, WIDEST = 16, 128  # columns of a leaf, without the kernel and with it
-AT_ONCE = 512  # columns whose errors are passed on to the far ones together, which goes through memory less often; with a grid all get them at once
+# columns whose errors are passed on to the far ones together, which goes through memory less often;
+# with a grid all get them at once
+AT_ONCE = 512
 
 
 def fused(device: torch.device) -> bool:
@@ -32,7 +36,9 @@ def fused(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Groups:
-    """Of every M columns, the N of an output with the largest w² times their factor stay. They are chosen when the first is reached."""
+    """Of every M columns, the N of an output with the largest w² times their factor stay. They are
+    chosen when the first is reached.
+    """
 
     n: int
     m: int
@@ -40,7 +46,9 @@ class Groups:
 
 
 class Rounding:
-    """A grid as the sweep meets it: the group of every column, and where a group starts, all of its columns."""
+    """A grid as the sweep meets it: the group of every column, and where a group starts, all of its
+    columns.
+    """
 
     def __init__(self, grid: Grid, order: torch.Tensor | None) -> None:
         columns = torch.arange(grid.shape[1]) if order is None else order.cpu()
@@ -62,14 +70,17 @@ class Columns:
     groups: Groups | None = None
     rounding: Rounding | None = None
     lost: torch.Tensor = field(init=False)  # [] float64: Σ (w − ŵ)²/U_mm² so far
-    held: list[torch.Tensor] = field(default_factory=list, init=False)  # errors [B, R] of the blocks since ``since`` …
+    # errors [B, R] of the blocks since ``since`` …
+    held: list[torch.Tensor] = field(default_factory=list, init=False)
     since: int = field(default=0, init=False)
     near: int = field(default=0, init=False)  # … which columns from this one on have not got
 
     def __post_init__(self) -> None:
         self.lost = torch.zeros((), dtype=torch.float64, device=self.weight.device)
 
-    def eliminate(self, start: int, stop: int, choose: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+    def eliminate(
+        self, start: int, stop: int, choose: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
         """Columns ``start`` … ``stop`` in place; all columns to the right are updated.
 
         Args:
@@ -91,19 +102,25 @@ class Columns:
         if self.groups is not None:
             mask.copy_(_turned(block.kept))
         if stop < self.near:
-            self.weight[:, stop : self.near].addmm_(block.errors.T, self.upper[start:stop, stop : self.near], alpha=-1)
+            self.weight[:, stop : self.near].addmm_(
+                block.errors.T, self.upper[start:stop, stop : self.near], alpha=-1
+            )
         self.held.append(block.errors)
         self.lost += block.errors.square().sum()
 
     def _pass_on(self, start: int) -> None:
         """The errors of the columns before ``start`` to those that have not got them."""
         if self.held and self.near < self.weight.shape[1]:
-            self.weight[:, self.near :].addmm_(torch.cat(self.held).T, self.upper[self.since : start, self.near :], alpha=-1)
+            self.weight[:, self.near :].addmm_(
+                torch.cat(self.held).T, self.upper[self.since : start, self.near :], alpha=-1
+            )
         self.held, self.since = [], start
 
 
 def _turned(matrix: torch.Tensor) -> torch.Tensor:
-    """Transposed and contiguous. The copy in between makes it several times faster where a row is a part of a longer one."""
+    """Transposed and contiguous. The copy in between makes it several times faster where a row is a
+    part of a longer one.
+    """
     return matrix.contiguous().T.contiguous()
 
 
@@ -137,7 +154,9 @@ class _Block:
 
     @functools.cached_property
     def onward(self) -> torch.Tensor:
-        """What of an error is taken from each column [B, B]: whole rows, since adding zeros to columns that are done is faster than to leave them out."""
+        """What of an error is taken from each column [B, B]: whole rows, since adding zeros to
+        columns that are done is faster than to leave them out.
+        """
         return -self.upper.triu(1)
 
     def eliminate(self, first: int, last: int) -> None:
@@ -147,12 +166,16 @@ class _Block:
             self._leaf(first, last)
             return
         self.eliminate(first, middle)
-        self.columns[middle:last].addmm_(self.upper[first:middle, middle:last].T, self.errors[first:middle], alpha=-1)
+        self.columns[middle:last].addmm_(
+            self.upper[first:middle, middle:last].T, self.errors[first:middle], alpha=-1
+        )
         self.fresh[middle:last] = [middle] * (last - middle)
         self.eliminate(middle, last)
 
     def _middle(self, first: int, last: int) -> int | None:
-        """Where to split: at the start of a grid's group, since that is fitted to columns that have got everything; else at half. None: nowhere."""
+        """Where to split: at the start of a grid's group, since that is fitted to columns that have
+        got everything; else at half. None: nowhere.
+        """
         rounding, unit = self.whole.rounding, self.whole.groups.m if self.whole.groups else 1
         half = (first + last) // 2
         if rounding is not None:
@@ -181,17 +204,30 @@ class _Block:
     def _loop(self, first: int, last: int) -> None:
         """A leaf, column by column. This is also what the kernel is tested against."""
         groups, rounding, place = self.whole.groups, self.whole.rounding, slice(first, last)
-        leaf, share = self.columns[place], self.inverse[place] * ~self.kept[place]  # share of a column that is its error, without a grid
-        parts = zip(leaf.unbind(), self.errors[place].unbind(), share.unbind(), self.onward[place, place].unbind(), strict=True)
+        # share of a column that is its error, without a grid
+        leaf, share = self.columns[place], self.inverse[place] * ~self.kept[place]
+        parts = zip(
+            leaf.unbind(),
+            self.errors[place].unbind(),
+            share.unbind(),
+            self.onward[place, place].unbind(),
+            strict=True,
+        )
         for j, (column, error, own, factors) in enumerate(parts, first):
             if groups is not None and (self.start + j) % groups.m == 0:
                 self._choose(groups, j)
                 group = slice(j, min(j + groups.m, last))
-                torch.mul(self.inverse[group], ~self.kept[group], out=share[group.start - first : group.stop - first])
+                torch.mul(
+                    self.inverse[group],
+                    ~self.kept[group],
+                    out=share[group.start - first : group.stop - first],
+                )
             if rounding is None:
                 torch.mul(column, own, out=error)
             else:
-                rounded = rounding.grid.round((column * self.kept[j])[:, None], rounding.groups[self.start + j])[:, 0]
+                rounded = rounding.grid.round(
+                    (column * self.kept[j])[:, None], rounding.groups[self.start + j]
+                )[:, 0]
                 torch.sub(column, rounded, out=error).mul_(self.inverse[j])
                 column.copy_(rounded)
             leaf.addr_(factors, error)
@@ -208,7 +244,11 @@ class _Block:
     def _launch(self, first: int, last: int) -> None:
         from pipeline_lib.solve import kernel
 
-        groups, rounding, place = self.whole.groups, self.whole.rounding, slice(self.start + first, self.start + last)
+        groups, rounding, place = (
+            self.whole.groups,
+            self.whole.rounding,
+            slice(self.start + first, self.start + last),
+        )
         chosen = None if groups is None else (groups.n, groups.m, groups.factor[place])
         onto = None
         if rounding is not None:
@@ -216,11 +256,18 @@ class _Block:
             of = torch.tensor(rounding.groups[place], dtype=torch.int32, device=self.columns.device)
             onto = (grid.scale, grid.zero, of, grid.scheme.levels)
         part = slice(first, last)
-        kernel.eliminate(self.columns[part], self.kept[part], self.errors[part], self.upper[part, part], chosen, onto)
+        kernel.eliminate(
+            self.columns[part], self.kept[part], self.errors[part], self.upper[part, part], chosen, onto
+        )
 
     def _compensated(self, done: int, members: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns of the whole [n, R] as those before column ``done`` of the block leave them, and their masks [n, R]."""
-        whole, inside = self.whole, {member: member - self.start for member in members if 0 <= member - self.start < len(self.fresh)}
+        """Columns of the whole [n, R] as those before column ``done`` of the block leave them, and
+        their masks [n, R].
+        """
+        whole, inside = (
+            self.whole,
+            {member: member - self.start for member in members if 0 <= member - self.start < len(self.fresh)},
+        )
         chosen = list(members)
         found, mask = whole.weight[:, chosen].T.contiguous(), whole.mask[:, chosen].T.contiguous()
         for place, member in enumerate(chosen):

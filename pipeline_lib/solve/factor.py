@@ -1,4 +1,5 @@
-"""Damped second moments of a site's inputs, factorised once for all matrices that share the site; and layer errors from them.
+"""Damped second moments of a site's inputs, factorised once for all matrices that share the site;
+and layer errors from them.
 
 Shape letters: ``R`` outputs, ``C`` inputs. G = E[X Xᵀ], shape [C, C]; H = G + damping.
 """
@@ -16,7 +17,9 @@ from pipeline_lib.masks.scores import Curvature
 from pipeline_lib.masks.settings import DampingOf
 
 LARGEST_DAMPING = 1.0
-ROWS, COLUMNS = 1024, 512  # of a matrix that an error is taken of at a time: they bound the memory, and products run at full speed
+# of a matrix that an error is taken of at a time: they bound the memory, and products run at full
+# speed
+ROWS, COLUMNS = 1024, 512
 AVERAGED = 2048  # columns from which on the rounding of single products does not show in a matrix's energy
 
 
@@ -24,8 +27,9 @@ AVERAGED = 2048  # columns from which on the rounding of single products does no
 class Factorisation:
     """H = G + damping of a site, factorised once for all matrices that share it.
 
-    ``upper`` is U [C, C], upper triangular with H⁻¹ = Uᵀ U: U_mm² is [H⁻¹]_mm of the trailing submatrix from m on. With an
-    ``order`` that is so for H's rows and columns in that order; all other fields are in the order of the matrix's own columns.
+    ``upper`` is U [C, C], upper triangular with H⁻¹ = Uᵀ U: U_mm² is [H⁻¹]_mm of the trailing
+    submatrix from m on. With an ``order`` that is so for H's rows and columns in that order; all
+    other fields are in the order of the matrix's own columns.
     """
 
     second_moment: torch.Tensor  # G_mm [C]
@@ -38,7 +42,9 @@ class Factorisation:
 
     @functools.cached_property
     def independence(self) -> float:
-        """0 … 1: the mean of 1/(H_mm [H⁻¹]_mm) over inputs that are not always zero, the share of an input that the others do not tell."""
+        """0 … 1: the mean of 1/(H_mm [H⁻¹]_mm) over inputs that are not always zero, the share of
+        an input that the others do not tell.
+        """
         share = (self.diagonal * self.inverse_diagonal).reciprocal().mul_(~self.dead)
         return float(share.sum() / (~self.dead).sum().clamp_min(1))
 
@@ -64,10 +70,12 @@ def factorise(
 ) -> Factorisation:
     """Damp and factorise a second moment G [C, C].
 
-    ``mean`` adds ``damping`` times the mean diagonal (SparseGPT), taken in the original coordinates where G is of folded inputs
-    X' = D X, so that factors change no score; ``diagonal`` adds it times each own diagonal, invariant by itself. Inputs that are always
-    zero take no part in the mean and are damped by it either way, so that the scale of the activations changes no mask (SparseGPT's code
-    gives them a diagonal of 1). Where the Cholesky factorisation fails, the damping is raised tenfold, up to 1.
+    ``mean`` adds ``damping`` times the mean diagonal (SparseGPT), taken in the original coordinates
+    where G is of folded inputs X' = D X, so that factors change no score; ``diagonal`` adds it
+    times each own diagonal, invariant by itself. Inputs that are always zero take no part in the
+    mean and are damped by it either way, so that the scale of the activations changes no mask
+    (SparseGPT's code gives them a diagonal of 1). Where the Cholesky factorisation fails, the
+    damping is raised tenfold, up to 1.
 
     Args:
         factor: D's diagonal [C], if G is of folded inputs.
@@ -97,28 +105,37 @@ def factorise(
         if done:
             return Factorisation(second_moment, diagonal, inverse_diagonal, work, dead, damping, order)
         damping = max(10 * damping, 1e-4)
-    raise SparselineError(f"The second moment of {where} cannot be factorised even with damping 1; give more calibration rows.")
+    raise SparselineError(
+        f"The second moment of {where} cannot be factorised even with damping 1; give more calibration rows."
+    )
 
 
 NOT_FINITE = "The second moment of {} holds NaN or infinity; check the model, or compute in float32."
 
 
 def finite(diagonal: torch.Tensor) -> torch.Tensor:
-    """Whether [] all of a second moment is finite, by its diagonal [C]: no entry of the matrix is larger than the largest on it."""
+    """Whether [] all of a second moment is finite, by its diagonal [C]: no entry of the matrix is
+    larger than the largest on it.
+    """
     return torch.isfinite(diagonal).all()
 
 
-def damping_unit(second_moment: torch.Tensor, damping_of: DampingOf, factor: torch.Tensor | None = None) -> torch.Tensor:
+def damping_unit(
+    second_moment: torch.Tensor, damping_of: DampingOf, factor: torch.Tensor | None = None
+) -> torch.Tensor:
     """What a damping of 1 adds to each entry of the diagonal [C], see ``factorise``."""
     dead = second_moment == 0
     unit = torch.ones_like(second_moment) if factor is None else factor.square()
     alive = dead.logical_not().sum()
-    mean = torch.where(alive > 0, (second_moment / unit).sum() / alive, 1) * unit  # what is always zero adds nothing to the sum
+    # what is always zero adds nothing to the sum
+    mean = torch.where(alive > 0, (second_moment / unit).sum() / alive, 1) * unit
     return mean if damping_of == "mean" else torch.where(dead, mean, second_moment)
 
 
 def cholesky_in_place(matrix: torch.Tensor, upper: bool = False) -> torch.Tensor:
-    """Put the factor of a positive definite matrix [C, C] into its place; whether [] there is one. Column by column in memory, nothing is copied."""
+    """Put the factor of a positive definite matrix [C, C] into its place; whether [] there is one.
+    Column by column in memory, nothing is copied.
+    """
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, info))
     return info == 0
@@ -127,8 +144,8 @@ def cholesky_in_place(matrix: torch.Tensor, upper: bool = False) -> torch.Tensor
 def quadratic(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     """The diagonal [R] of W G Wᵀ in float64, for W [R, C] and a symmetric G [C, C].
 
-    Half of the operations of W G: with the columns in blocks, what a block has to do with those before it counts twice. Products are taken
-    in G's dtype. Memory: two matrices [R, COLUMNS].
+    Half of the operations of W G: with the columns in blocks, what a block has to do with those
+    before it counts twice. Products are taken in G's dtype. Memory: two matrices [R, COLUMNS].
     """
     weight = weight.to(moment.dtype)
     found = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
@@ -137,12 +154,18 @@ def quadratic(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
         product = own @ moment[start : start + COLUMNS, start : start + COLUMNS]
         if start:
             product.addmm_(weight[:, :start], moment[:start, start : start + COLUMNS], alpha=2)
-        found += torch.linalg.vecdot(product, own) if product.dtype != torch.bfloat16 else product.mul_(own).sum(1, dtype=torch.float32)
+        found += (
+            torch.linalg.vecdot(product, own)
+            if product.dtype != torch.bfloat16
+            else product.mul_(own).sum(1, dtype=torch.float32)
+        )
     return found
 
 
 def lost(original: torch.Tensor, pruned: torch.Tensor | None, moment: torch.Tensor) -> torch.Tensor:
-    """tr((W − Ŵ) G (W − Ŵ)ᵀ) [] in float64, from a symmetric second moment G [C, C]; without Ŵ of W itself. It stays on the device."""
+    """tr((W − Ŵ) G (W − Ŵ)ᵀ) [] in float64, from a symmetric second moment G [C, C]; without Ŵ of W
+    itself. It stays on the device.
+    """
     total = torch.zeros((), dtype=torch.float64, device=moment.device)
     for first in range(0, len(original), ROWS):
         difference = original[first : first + ROWS]
@@ -153,12 +176,18 @@ def lost(original: torch.Tensor, pruned: torch.Tensor | None, moment: torch.Tens
 
 
 def energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """E‖W X‖² = tr(W G Wᵀ) [] in float64 from G [C, C]: what layer errors are relative to. It stays on the device.
+    """E‖W X‖² = tr(W G Wᵀ) [] in float64 from G [C, C]: what layer errors are relative to. It stays
+    on the device.
 
-    On a CPU that is faster with them, products of large matrices are of bfloat16, and the diagonal of G is not among them: that is exact, and the
-    rounding of so many other terms averages out.
+    On a CPU that is faster with them, products of large matrices are of bfloat16, and the diagonal
+    of G is not among them: that is exact, and the rounding of so many other terms averages out.
     """
-    if gram.dtype != torch.float32 or len(gram) < AVERAGED or gram.device.type != "cpu" or not products.bfloat16_is_faster():
+    if (
+        gram.dtype != torch.float32
+        or len(gram) < AVERAGED
+        or gram.device.type != "cpu"
+        or not products.bfloat16_is_faster()
+    ):
         return lost(weight, None, gram)
     total, beside = torch.zeros((), dtype=torch.float64), gram.bfloat16()
     beside.diagonal().zero_()
@@ -169,5 +198,7 @@ def energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 
 def layer_error(original: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """E‖(W − Ŵ) X‖² / E‖W X‖² [] from the second moment G [C, C]; W is ``original``, or the target W₀ of ``aim``. It stays on the device."""
+    """E‖(W − Ŵ) X‖² / E‖W X‖² [] from the second moment G [C, C]; W is ``original``, or the target
+    W₀ of ``aim``. It stays on the device.
+    """
     return lost(original, pruned, gram) / lost(original, None, gram).clamp_min(1e-30)

@@ -1,8 +1,10 @@
-"""Weights on a grid: whole numbers of ``bits`` bits and, for every group of consecutive inputs of an output, a scale (and a zero point).
+"""Weights on a grid: whole numbers of ``bits`` bits and, for every group of consecutive inputs of
+an output, a scale (and a zero point).
 
-w = scale·(q − zero_point). Symmetric: q in −2^(b−1) … 2^(b−1) − 1 and no zero point; asymmetric: q in 0 … 2^b − 1. Ranges include zero, so
-that zero is on every grid and a pruned weight stays exactly zero. The last group is as wide as what is left of the columns.
-Shape letters: ``R`` outputs, ``C`` inputs, ``G`` groups of an output, ``g`` inputs of a group.
+w = scale·(q − zero_point). Symmetric: q in −2^(b−1) … 2^(b−1) − 1 and no zero point; asymmetric: q
+in 0 … 2^b − 1. Ranges include zero, so that zero is on every grid and a pruned weight stays exactly
+zero. The last group is as wide as what is left of the columns. Shape letters: ``R`` outputs, ``C``
+inputs, ``G`` groups of an output, ``g`` inputs of a group.
 """
 
 from collections.abc import Sequence
@@ -27,12 +29,15 @@ class Scheme:
     @property
     def levels(self) -> tuple[int, int]:
         """The least and the largest q."""
-        return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric else (0, 2**self.bits - 1)
+        return (
+            (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric else (0, 2**self.bits - 1)
+        )
 
     def scales(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales and zero points [R] (float32) for the rows of weights [R, g]; zeros do not count.
 
-        As GPTQ's authors have them (2210.17323): all 2^b levels over max(w, 0) − min(w, 0), or over 2 max|w|. A row of zeros has scale 1.
+        As GPTQ's authors have them (2210.17323): all 2^b levels over max(w, 0) − min(w, 0), or over
+        2 max|w|. A row of zeros has scale 1.
         """
         low, high = weights.amin(1).clamp_max(0), weights.amax(1).clamp_min(0)
         width = 2 * torch.maximum(-low, high) if self.symmetric else high - low
@@ -41,7 +46,9 @@ class Scheme:
         return scale, zero
 
     def exact(self, scale: torch.Tensor) -> torch.Tensor:
-        """Scales as they are stored, never 0 by rounding: in a 16-bit dtype of the checkpoint, in GGUF's blocks, or as they are (float32)."""
+        """Scales as they are stored, never 0 by rounding: in a 16-bit dtype of the checkpoint, in
+        GGUF's blocks, or as they are (float32).
+        """
         if self.stored == "gguf":
             return self._in_blocks(scale)
         if self.dtype.itemsize > 2:
@@ -52,7 +59,8 @@ class Scheme:
     def _in_blocks(self, scale: torch.Tensor) -> torch.Tensor:
         """Scales that GGUF's blocks hold exactly, in float16.
 
-        Q4_1 stores −zero_point·scale in float16 too. Its 11 significant bits must hold the product, so the scale has ``bits`` fewer.
+        Q4_1 stores −zero_point·scale in float16 too. Its 11 significant bits must hold the product,
+        so the scale has ``bits`` fewer.
         """
         digits = 11 if self.symmetric or self.bits > 4 else 11 - self.bits
         if self.dtype == torch.bfloat16:
@@ -75,11 +83,15 @@ def scheme(params: QuantizationParams, dtype: torch.dtype) -> Scheme | None:
     """
     if params.bits is None:
         return None
-    if params.bits == 8 and not params.symmetric and dtype == torch.bfloat16:  # 8 significant bits: beyond 128 steps two become one
+    # 8 significant bits: beyond 128 steps two become one
+    if params.bits == 8 and not params.symmetric and dtype == torch.bfloat16:
         raise SparselineError(
-            "A bfloat16 checkpoint cannot hold asymmetric codes of 8 bits; set quantization.symmetric to true, or quantization.bits to 7 or less."
+            "A bfloat16 checkpoint cannot hold asymmetric codes of 8 bits; set quantization.symmetric to"
+            " true, or quantization.bits to 7 or less."
         )
-    return Scheme(params.bits, None if params.group == "row" else params.group, params.symmetric, dtype, params.scales)
+    return Scheme(
+        params.bits, None if params.group == "row" else params.group, params.symmetric, dtype, params.scales
+    )
 
 
 class Grid:
@@ -90,8 +102,10 @@ class Grid:
         self.width = min(scheme.group or shape[1], shape[1])
         self.scale = torch.ones(shape[0], -(-shape[1] // self.width), device=device)  # [R, G]
         self.zero = torch.zeros_like(self.scale)  # [R, G] whole numbers
-        self.lost = torch.zeros((), dtype=torch.float64, device=device)  # sum of the squared rounding errors so far
-        self.size = torch.zeros((), dtype=torch.float64, device=device)  # sum of the squares of what was rounded
+        # sum of the squared rounding errors so far
+        self.lost = torch.zeros((), dtype=torch.float64, device=device)
+        # sum of the squares of what was rounded
+        self.size = torch.zeros((), dtype=torch.float64, device=device)
 
     def fit(self, group: int, weights: torch.Tensor) -> None:
         """Choose a group's scales and zero points for its weights [R, g]."""
@@ -125,10 +139,14 @@ class Grid:
         return values.repeat_interleave(self.width, dim=1)[:, : self.shape[1]]
 
     def steps(self, weight: torch.Tensor) -> torch.Tensor:
-        """q − zero_point [R, C] int16 of weights that are on the grid, also after rounding to a 16-bit dtype."""
+        """q − zero_point [R, C] int16 of weights that are on the grid, also after rounding to a
+        16-bit dtype.
+        """
         return (weight.float() / self.spread(self.scale)).round_().to(torch.int16)
 
     def tensors(self, label: str) -> dict[str, torch.Tensor]:
-        """For storage: ``{label}.scale`` [R, G] float32 and, if asymmetric, ``{label}.zero_point`` [R, G] uint8."""
+        """For storage: ``{label}.scale`` [R, G] float32 and, if asymmetric, ``{label}.zero_point``
+        [R, G] uint8.
+        """
         found = {f"{label}.scale": self.scale}
         return found if self.scheme.symmetric else found | {f"{label}.zero_point": self.zero.to(torch.uint8)}

@@ -1,6 +1,8 @@
-"""Elimination of a leaf as one kernel for GPUs, in Triton: a program per tile of outputs, which holds their columns in registers.
+"""Elimination of a leaf as one kernel for GPUs, in Triton: a program per tile of outputs, which
+holds their columns in registers.
 
-Only ``eliminate.py`` imports this, where a GPU and Triton are there. Tests run it on a CPU by Triton's interpreter.
+Only ``eliminate.py`` imports this, where a GPU and Triton are there. Tests run it on a CPU by
+Triton's interpreter.
 """
 
 from typing import Any
@@ -72,7 +74,8 @@ def eliminate(
         errors: [B, R], written.
         upper: U [B, B], rows contiguous.
         chosen: N, M and the factor [B] of w² in the scores; None: ``kept`` is given.
-        grid: scales and zero points [R, G], the group of each column [B] int32, and the least and the largest q; None: nothing is rounded.
+        grid: scales and zero points [R, G], the group of each column [B] int32, and the least and
+            the largest q; None: nothing is rounded.
     """
     count, rows = columns.shape
     n, m, factor = chosen or (0, 0, columns)

@@ -1,8 +1,9 @@
 """Layer-wise least squares as ALPS (2406.07831) solves it: the best weights on a mask, and a better mask.
 
-Both minimise E(Ŵ) = tr((Ŵ − W₀) H (Ŵ − W₀)ᵀ), in which rows do not meet. The OBS sweep is greedy, and moves only columns still to come: even
-on its own mask its weights are not the best. Shape letters: ``R`` outputs, ``C`` inputs. The columns of always-zero inputs should be
-0 in W₀, as the sweep makes them: they cost E their damping only, and must not compete for places.
+Both minimise E(Ŵ) = tr((Ŵ − W₀) H (Ŵ − W₀)ᵀ), in which rows do not meet. The OBS sweep is greedy,
+and moves only columns still to come: even on its own mask its weights are not the best. Shape
+letters: ``R`` outputs, ``C`` inputs. The columns of always-zero inputs should be 0 in W₀, as the
+sweep makes them: they cost E their damping only, and must not compete for places.
 """
 
 import math
@@ -16,46 +17,63 @@ from pipeline_lib.solve.factor import cholesky_in_place, lost
 from pipeline_lib.solve.settings import LsqParams
 
 PASSES = 6  # what iterations on a matrix may cost, in forward passes of the calibration tokens through it
-EVERY = 6  # iterations of ADMM with the same ρ, each an inverse [C, C]; also the least that are allowed (3 in the authors' code)
-GROWTH = 1.44  # of ρ from one inverse to the next, if there are enough of them (at most 1.3 in the authors' code)
+# iterations of ADMM with the same ρ, each an inverse [C, C]; also the least that are allowed (3 in
+# the authors' code)
+EVERY = 6
+# of ρ from one inverse to the next, if there are enough of them (at most 1.3 in the authors' code)
+GROWTH = 1.44
 STEEPEST = 2.0  # the same where there are few
 LAST = 1.0  # ρ at the end, in units of H's scaled diagonal: supports hardly move any more
 ROWS = 1024  # solved at a time: bounds the memory, and is enough for a matrix product to run at full speed
-SPECTRAL = 512  # columns up to which one eigendecomposition and a product per ρ are faster than a Cholesky factorisation and an inverse
-TOLD = 32  # a row's E may have fallen to this part of itself, and is still told to four digits by what it lost
+# columns up to which one eigendecomposition and a product per ρ are faster than a Cholesky
+# factorisation and an inverse
+SPECTRAL = 512
+# a row's E may have fallen to this part of itself, and is still told to four digits by what it lost
+TOLD = 32
 STILL = 1e-3  # share of the kept weights: a support of which no more is exchanged stands still
 
 
 def affordable(params: LsqParams, tokens: int | None, columns: int) -> LsqParams:
-    """These, with no more iterations of either kind than ``PASSES`` forward passes of the tokens that H comes from, and no fewer than ``EVERY``.
+    """These, with no more iterations of either kind than ``PASSES`` forward passes of the tokens
+    that H comes from, and no fewer than ``EVERY``.
 
-    An iteration on a matrix [R, C] costs as much as a forward pass of C tokens through it. So where tokens are few, neither costs much more than H
-    itself took, and weights are not fitted closer than so few tokens tell. None: as many as ``params`` says.
+    An iteration on a matrix [R, C] costs as much as a forward pass of C tokens through it. So where
+    tokens are few, neither costs much more than H itself took, and weights are not fitted closer
+    than so few tokens tell. None: as many as ``params`` says.
     """
     if tokens is None:
         return params
     most = max(EVERY, PASSES * tokens // columns)
-    return params.model_copy(update={"iterations": min(params.iterations, most), "mask_iterations": min(params.mask_iterations, most)})
+    return params.model_copy(
+        update={
+            "iterations": min(params.iterations, most),
+            "mask_iterations": min(params.mask_iterations, most),
+        }
+    )
 
 
 def solve(
     target: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, start: torch.Tensor, params: LsqParams
 ) -> tuple[torch.Tensor, int, torch.Tensor]:
-    """The weights that are zero off the mask and minimise E, by preconditioned conjugate gradients (2406.07831, Section 3.3).
+    """The weights that are zero off the mask and minimise E, by preconditioned conjugate gradients
+    (2406.07831, Section 3.3).
 
-    All rows share the product with H but have steps of their own; the preconditioner is M = diag(H), so that scales of inputs do not
-    matter. With r the residual (W₀ − Ŵ) H on the mask, rᵀM⁻¹r is what E would fall by if inputs were uncorrelated: a row is done when that is at
-    most ``tolerance`` times the E that it started with, and all are when that holds for their sums. No row ends with a larger E than it starts with.
-    Where H_mm = 0 weights stay as in ``start``.
+    All rows share the product with H but have steps of their own; the preconditioner is M =
+    diag(H), so that scales of inputs do not matter. With r the residual (W₀ − Ŵ) H on the mask,
+    rᵀM⁻¹r is what E would fall by if inputs were uncorrelated: a row is done when that is at most
+    ``tolerance`` times the E that it started with, and all are when that holds for their sums. No
+    row ends with a larger E than it starts with. Where H_mm = 0 weights stay as in ``start``.
 
-    Rows are taken ``ROWS`` at a time, whose sums are compared: besides inputs and output, this needs five matrices [ROWS, C].
+    Rows are taken ``ROWS`` at a time, whose sums are compared: besides inputs and output, this
+    needs five matrices [ROWS, C].
 
     Args:
         target: W₀ [R, C], float32 or float64 as all others.
         mask: [R, C] bool, True = kept.
         hessian: H [C, C], positive semidefinite.
         start: [R, C]; what it holds off the mask does not count.
-        params: at most ``iterations``, each one product [R, C] × [C, C]; one more goes before, and one after where a row has lost nearly all of its E.
+        params: at most ``iterations``, each one product [R, C] × [C, C]; one more goes before, and
+            one after where a row has lost nearly all of its E.
 
     Returns:
         Ŵ [R, C]; how many iterations the slowest row took; and E(Ŵ) [] float64.
@@ -79,9 +97,11 @@ def _descend(
     inverse: torch.Tensor,
     params: LsqParams,
 ) -> tuple[int, torch.Tensor]:
-    """Conjugate gradients for some rows, in place; ``on`` is 1 on the mask and 0 elsewhere, ``inverse`` holds 1/H_mm. The steps, and E of each row.
+    """Conjugate gradients for some rows, in place; ``on`` is 1 on the mask and 0 elsewhere,
+    ``inverse`` holds 1/H_mm. The steps, and E of each row.
 
-    Products with ``on`` are several times faster on the CPU than filling where a mask says so; ``weight`` itself stays +0 off the mask.
+    Products with ``on`` are several times faster on the CPU than filling where a mask says so;
+    ``weight`` itself stays +0 off the mask.
     """
     found = weight.clone()
     product = target - weight
@@ -108,10 +128,12 @@ def _descend(
         smaller = torch.linalg.vecdot(residual, product)
         direction.mul_(torch.where(going, smaller / size, 0)[:, None]).add_(product)
         size = torch.where(going, smaller, 0)
-    if not (after >= before / TOLD).all():  # what a row lost by the steps tells its E, unless rounding could hide it
+    # what a row lost by the steps tells its E, unless rounding could hide it
+    if not (after >= before / TOLD).all():
         torch.sub(target, found, out=product)
         after = torch.linalg.vecdot(torch.mm(product, hessian, out=residual), product)
-    worse = ~(after.abs() <= before)  # only by rounding: in exact arithmetic every step lowers E, and E is never negative
+    # only by rounding: in exact arithmetic every step lowers E, and E is never negative
+    worse = ~(after.abs() <= before)
     torch.where(worse[:, None], weight, found, out=found)
     weight.copy_(found)
     return steps, torch.where(worse, before, after)
@@ -121,69 +143,98 @@ def _descend(
 class Search:
     """How a better mask is looked for."""
 
-    choose: Callable[[torch.Tensor], torch.Tensor]  # from scores [R, C] to the mask of the best, as many and compared as the variant says
-    independence: float  # 0 … 1: the mean of 1/(H_mm [H⁻¹]_mm), the share of an input that the others do not tell
+    # from scores [R, C] to the mask of the best, as many and compared as the variant says
+    choose: Callable[[torch.Tensor], torch.Tensor]
+    # 0 … 1: the mean of 1/(H_mm [H⁻¹]_mm), the share of an input that the others do not tell
+    independence: float
     error: torch.Tensor | None = None  # E [] of the start, where it is known
 
 
 def admm(
-    target: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, start: torch.Tensor, search: Search, params: LsqParams
+    target: torch.Tensor,
+    mask: torch.Tensor,
+    hessian: torch.Tensor,
+    start: torch.Tensor,
+    search: Search,
+    params: LsqParams,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Look for a better mask by ADMM (2406.07831, Algorithm 1), refit it by ``solve``, and take it if its E is not larger than ``start``'s.
+    """Look for a better mask by ADMM (2406.07831, Algorithm 1), refit it by ``solve``, and take it
+    if its E is not larger than ``start``'s.
 
-    Inputs are scaled so that H_mm = 1: what is compared is w²·H_mm. Where the new mask is refused, the old one is refitted. Memory: four matrices
-    [R, C], their masks, and one and a half [C, C].
+    Inputs are scaled so that H_mm = 1: what is compared is w²·H_mm. Where the new mask is refused,
+    the old one is refitted. Memory: four matrices [R, C], their masks, and one and a half [C, C].
 
     Args:
         target: W₀ [R, C].
         mask: the mask to improve [R, C] bool.
         hessian: H [C, C].
         start: the weights to beat [R, C], zero off the mask.
-        params: at most ``mask_iterations`` of ADMM, each one product [R, C] × [C, C] of numbers in ``mask_dtype``; the first ρ is ``mask_penalty`` times
-            the search's ``independence``, in units of H's scaled diagonal. The others are of ``solve``.
+        params: at most ``mask_iterations`` of ADMM, each one product [R, C] × [C, C] of numbers in
+            ``mask_dtype``; the first ρ is ``mask_penalty`` times the search's ``independence``, in
+            units of H's scaled diagonal. The others are of ``solve``.
 
     Returns:
-        The weights [R, C], their mask [R, C], and facts: ADMM's ``iterations``; ``swapped``, the share of weights whose place in the mask
-        changed (0 if the old mask stays); ``gain``, by which share E fell; ``refit_iterations`` of ``solve``; and ``error``, E itself [] float64.
+        The weights [R, C], their mask [R, C], and facts: ADMM's ``iterations``; ``swapped``, the
+            share of weights whose place in the mask changed (0 if the old mask stays); ``gain``, by
+            which share E fell; ``refit_iterations`` of ``solve``; and ``error``, E itself []
+            float64.
     """
     before = lost(target, start, hessian) if search.error is None else search.error
     sparse, support, taken = _alternate(target, mask, hessian, start, search, params)
     refitted, steps, error = solve(target, support, hessian, sparse, params)
     swapped = (support != mask).count_nonzero()
-    old, new, changed = torch.stack([before, error, swapped.double()]).tolist()  # one transfer from the device
+    # one transfer from the device
+    old, new, changed = torch.stack([before, error, swapped.double()]).tolist()
     if not new <= old:
         support, changed = mask, 0
         refitted, steps, error = solve(target, mask, hessian, start, params)
         new = float(error)
     gain = 1 - new / old if old else 0.0
-    facts = {"iterations": taken, "swapped": changed / mask.numel(), "refit_iterations": steps, "error": error, "gain": gain}
+    facts = {
+        "iterations": taken,
+        "swapped": changed / mask.numel(),
+        "refit_iterations": steps,
+        "error": error,
+        "gain": gain,
+    }
     return refitted, support, facts
 
 
 def _alternate(
-    target: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, start: torch.Tensor, search: Search, params: LsqParams
+    target: torch.Tensor,
+    mask: torch.Tensor,
+    hessian: torch.Tensor,
+    start: torch.Tensor,
+    search: Search,
+    params: LsqParams,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """ADMM from ``start``: the last sparse iterate, its support, and the iterations.
 
-    One matrix holds the sparse iterate on its support, and off it dual/ρ. The dual starts as the gradient of E off the mask, which is what it is
-    where ADMM stands still: a start that is good is not left for nothing, as it is with the dual of 0 of Algorithm 1.
+    One matrix holds the sparse iterate on its support, and off it dual/ρ. The dual starts as the
+    gradient of E off the mask, which is what it is where ADMM stands still: a start that is good is
+    not left for nothing, as it is with the dual of 0 of Algorithm 1.
 
-    ρ draws the dense iterate to the sparse one. It grows in equal ratios to ``LAST``. As long as it is small the support changes all the time;
-    where inputs are correlated it must start lower, since the others can make up for a weight that goes. (The authors' code starts from 0.1 and lets ρ
-    grow by what the support does.)
+    ρ draws the dense iterate to the sparse one. It grows in equal ratios to ``LAST``. As long as it
+    is small the support changes all the time; where inputs are correlated it must start lower,
+    since the others can make up for a weight that goes. (The authors' code starts from 0.1 and lets
+    ρ grow by what the support does.)
     """
     diagonal = hessian.diagonal()
     scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
-    pull = (target @ hessian).div_(scale)  # not rounded: where inputs are correlated, the inverse makes much of what it lacks
+    # not rounded: where inputs are correlated, the inverse makes much of what it lacks
+    pull = (target @ hessian).div_(scale)
     point = _product(target - start, hessian.to(_search_dtype(hessian, params))).to(pull.dtype).div_(scale)
     inverses = _inverses(hessian, scale)
     last = support = mask
     steps, still = 0, STILL * mask.count_nonzero()
-    penalties, every = _penalties(min(params.mask_penalty * search.independence, LAST), params.mask_iterations)
+    penalties, every = _penalties(
+        min(params.mask_penalty * search.independence, LAST), params.mask_iterations
+    )
     rho = penalties[0]
     torch.where(mask, start * scale, point.div_(rho), out=point)
     for penalty in penalties:
-        point.mul_(torch.where(support, point.new_tensor(1.0), point.new_tensor(rho / penalty)))  # the dual stays what it is
+        # the dual stays what it is
+        point.mul_(torch.where(support, point.new_tensor(1.0), point.new_tensor(rho / penalty)))
         rho = penalty
         if (inverse := inverses(rho)) is None:
             break
@@ -203,8 +254,10 @@ def _alternate(
 
 
 def _penalties(first: float, iterations: int) -> tuple[list[float], int]:
-    """ρ in equal ratios from ``first`` to ``LAST``, and for how many of the iterations each. Where there are too few of them for the whole range,
-    the middle of it is taken, so far as ``STEEPEST`` reaches."""
+    """ρ in equal ratios from ``first`` to ``LAST``, and for how many of the iterations each. Where
+    there are too few of them for the whole range, the middle of it is taken, so far as ``STEEPEST``
+    reaches.
+    """
     every = -(-iterations // max(1, round(iterations / EVERY)))
     count = min(-(-iterations // every), math.ceil(math.log(LAST / first) / math.log(GROWTH)) + 1)
     growth = min(LAST / first, STEEPEST ** (count - 1))
@@ -213,11 +266,15 @@ def _penalties(first: float, iterations: int) -> tuple[list[float], int]:
 
 
 def _search_dtype(tensor: torch.Tensor, params: LsqParams) -> torch.dtype:
-    return torch.bfloat16 if params.mask_dtype == "bfloat16" and tensor.dtype == torch.float32 else tensor.dtype
+    return (
+        torch.bfloat16 if params.mask_dtype == "bfloat16" and tensor.dtype == torch.float32 else tensor.dtype
+    )
 
 
 def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """rows [n, C] times a matrix [C, C], of numbers rounded to the matrix's dtype. On a GPU the sums stay float32."""
+    """rows [n, C] times a matrix [C, C], of numbers rounded to the matrix's dtype. On a GPU the
+    sums stay float32.
+    """
     if matrix.dtype == rows.dtype:
         return rows @ matrix
     if rows.device.type == "cuda":
@@ -226,7 +283,9 @@ def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _inverses(hessian: torch.Tensor, scale: torch.Tensor) -> Callable[[float], torch.Tensor | None]:
-    """From ρ to (S⁻¹ H S⁻¹ + ρ)⁻¹ [C, C], S⁻¹ H S⁻¹ being H with its diagonal scaled to 1; None if rounding forbids it. Each overwrites the last."""
+    """From ρ to (S⁻¹ H S⁻¹ + ρ)⁻¹ [C, C], S⁻¹ H S⁻¹ being H with its diagonal scaled to 1; None if
+    rounding forbids it. Each overwrites the last.
+    """
     if len(scale) <= SPECTRAL:
         values, vectors = torch.linalg.eigh((hessian / scale / scale[:, None]).double())
         values, vectors = values.clamp_min(0).to(hessian.dtype), vectors.to(hessian.dtype)
@@ -234,7 +293,8 @@ def _inverses(hessian: torch.Tensor, scale: torch.Tensor) -> Callable[[float], t
     place = torch.empty_like(hessian)
 
     def inverse(rho: float) -> torch.Tensor | None:
-        found = torch.div(hessian, scale, out=place).div_(scale[:, None]).mT  # LAPACK's order: nothing is copied
+        # LAPACK's order: nothing is copied
+        found = torch.div(hessian, scale, out=place).div_(scale[:, None]).mT
         found.diagonal().add_(rho)
         return torch.cholesky_inverse(found, out=found) if cholesky_in_place(found) else None
 

@@ -9,9 +9,15 @@ from pipeline_lib.solve.sweep import quantise, sweep
 
 
 def prune_matrix(
-    weight: torch.Tensor, factorisation: Factorisation, kept: int, rule: Rule, compensate: bool, grid: Grid | None = None
+    weight: torch.Tensor,
+    factorisation: Factorisation,
+    kept: int,
+    rule: Rule,
+    compensate: bool,
+    grid: Grid | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The pruned weight [R, C] in float32, zero outside the mask; the mask [R, C]; and what ``sweep`` tells of its error, if it swept.
+    """The pruned weight [R, C] in float32, zero outside the mask; the mask [R, C]; and what
+    ``sweep`` tells of its error, if it swept.
 
     Args:
         weight: [R, C].
@@ -28,9 +34,16 @@ def prune_matrix(
 
 
 def quantise_matrix(
-    weight: torch.Tensor, mask: torch.Tensor, factorisation: Factorisation, grid: Grid, block: int, compensate: bool
+    weight: torch.Tensor,
+    mask: torch.Tensor,
+    factorisation: Factorisation,
+    grid: Grid,
+    block: int,
+    compensate: bool,
 ) -> torch.Tensor:
-    """The weight [R, C] on the grid, zero outside the mask [R, C]; with OBS compensation or by rounding to nearest."""
+    """The weight [R, C] on the grid, zero outside the mask [R, C]; with OBS compensation or by
+    rounding to nearest.
+    """
     if compensate:
         return quantise(weight, mask, factorisation, grid, block)
     return grid.nearest(weight.masked_fill(~mask, 0))

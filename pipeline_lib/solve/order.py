@@ -7,10 +7,12 @@ from pipeline_lib.masks.scores import Curvature, saliency
 
 
 def column_losses(weight: torch.Tensor, curvature: Curvature, kept: int, rule: Rule) -> torch.Tensor:
-    """What each column [C] will probably cost: w²/[H⁻¹]_mm, summed over the weights that would go if the mask were chosen now.
+    """What each column [C] will probably cost: w²/[H⁻¹]_mm, summed over the weights that would go
+    if the mask were chosen now.
 
-    ROSE (2603.05878) chooses and adds up |w|·‖X_m‖ in every column block; here the variant's own score chooses within its own group, and
-    the sum is of what OBS says removing a weight costs. Always-zero inputs cost nothing.
+    ROSE (2603.05878) chooses and adds up |w|·‖X_m‖ in every column block; here the variant's own
+    score chooses within its own group, and the sum is of what OBS says removing a weight costs.
+    Always-zero inputs cost nothing.
 
     Args:
         weight: [R, C].
@@ -23,12 +25,15 @@ def column_losses(weight: torch.Tensor, curvature: Curvature, kept: int, rule: R
 
 
 def rose_order(column_loss: torch.Tensor, block: int, m: int, least_range: float) -> torch.Tensor | None:
-    """ROSE's order of a site's columns [C]: those that will cost most first, while many columns are left to make up for them.
+    """ROSE's order of a site's columns [C]: those that will cost most first, while many columns are
+    left to make up for them.
 
-    Two levels (2603.05878): column blocks by descending loss, and in each of them its columns by descending loss; ties from left to right.
-    For N:M it is the groups of M that are ordered in each block, and each moves as one. None, for left to right, where the site is not
-    columnar: the relative range (max − min)/max of the block losses is below ``least_range`` (0.5 in the authors' code; 0 always orders).
-    A block's loss is its mean over columns, which ranks as the paper's sum and lets a short last block be compared.
+    Two levels (2603.05878): column blocks by descending loss, and in each of them its columns by
+    descending loss; ties from left to right. For N:M it is the groups of M that are ordered in each
+    block, and each moves as one. None, for left to right, where the site is not columnar: the
+    relative range (max − min)/max of the block losses is below ``least_range`` (0.5 in the authors'
+    code; 0 always orders). A block's loss is its mean over columns, which ranks as the paper's sum
+    and lets a short last block be compared.
 
     Args:
         column_loss: [C], of one matrix or summed over those that share the site.

@@ -26,9 +26,15 @@ class QuantizationParams(Params):
         if self.bits is None or self.scales == "checkpoint":
             return self
         if self.group == "row" or self.group % BLOCK:
-            raise Conflict(f"GGUF has scales for {BLOCK} inputs each; make the group a multiple of {BLOCK}", "scales", "group")
+            raise Conflict(
+                f"GGUF has scales for {BLOCK} inputs each; make the group a multiple of {BLOCK}",
+                "scales",
+                "group",
+            )
         if self.bits == 8 and not self.symmetric:
-            raise Conflict("GGUF has no zero points for codes of 8 bits; set symmetric to true", "scales", "symmetric")
+            raise Conflict(
+                "GGUF has no zero points for codes of 8 bits; set symmetric to true", "scales", "symmetric"
+            )
         return self
 
 

@@ -1,7 +1,8 @@
 """The OBS column sweep of SparseGPT (2301.00774), with any score of 2310.09499 choosing the mask on the way.
 
-What stays can be quantised on the way (GPTQ, 2210.17323), so that one compensation mends both errors (2301.00774, Section 3.5).
-``aim`` moves what the sweep starts from to where the dense stream's outputs are best met.
+What stays can be quantised on the way (GPTQ, 2210.17323), so that one compensation mends both
+errors (2301.00774, Section 3.5). ``aim`` moves what the sweep starts from to where the dense
+stream's outputs are best met.
 """
 
 from itertools import accumulate
@@ -18,12 +19,15 @@ from pipeline_lib.solve.order import restored, runs
 
 
 def aim(weight: torch.Tensor, away: torch.Tensor, factorisation: Factorisation, share: float) -> torch.Tensor:
-    """What to prune instead of W so that Ŵ X comes near the outputs of the dense stream: W₀ = W + share·W (C − G) H⁻¹.
+    """What to prune instead of W so that Ŵ X comes near the outputs of the dense stream: W₀ = W +
+    share·W (C − G) H⁻¹.
 
-    With X the inputs the pruned layer will get, X_d those of the dense stream, C = E[X_d Xᵀ], G = E[X Xᵀ] and H = G + Λ, completing the square
-    gives E‖Ŵ X − W (X + share·(X_d − X))‖² + ‖(Ŵ − W) Λ^½‖² = tr((Ŵ − W₀) H (Ŵ − W₀)ᵀ) + const for every Ŵ. So whatever minimises the error
-    of W₀ (``sweep``, ``lsq.solve``; measured by ``layer_error`` with W₀ as the original) minimises that of the outputs, and damping
-    draws to W. Share 0 is SparseGPT's own target W X, and 1 the dense stream's W X_d.
+    With X the inputs the pruned layer will get, X_d those of the dense stream, C = E[X_d Xᵀ], G =
+    E[X Xᵀ] and H = G + Λ, completing the square gives E‖Ŵ X − W (X + share·(X_d − X))‖² + ‖(Ŵ − W)
+    Λ^½‖² = tr((Ŵ − W₀) H (Ŵ − W₀)ᵀ) + const for every Ŵ. So whatever minimises the error of W₀
+    (``sweep``, ``lsq.solve``; measured by ``layer_error`` with W₀ as the original) minimises that
+    of the outputs, and damping draws to W. Share 0 is SparseGPT's own target W X, and 1 the dense
+    stream's W X_d.
 
     Args:
         weight: W [R, C].
@@ -48,18 +52,21 @@ def sweep(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prune columns in order and let the columns still to come make up for each error (2310.09499, Eq. 3).
 
-    With group ``block`` (and for N:M) the mask of each column block (group of M) is chosen from the weights as compensated so
-    far and from U_mm²; with ``row`` and ``matrix`` it is chosen beforehand from the whole matrix. Blocks and groups are those of the
-    matrix's own columns, whatever the factorisation's order.
+    With group ``block`` (and for N:M) the mask of each column block (group of M) is chosen from the
+    weights as compensated so far and from U_mm²; with ``row`` and ``matrix`` it is chosen
+    beforehand from the whole matrix. Blocks and groups are those of the matrix's own columns,
+    whatever the factorisation's order.
 
     Args:
         weight: [R, C]: W in any dtype, or what ``aim`` makes of it.
         kept: how many weights stay.
-        grid: filled on the way: what stays of a column is rounded to it, and the columns still to come make up for that, too.
+        grid: filled on the way: what stays of a column is rounded to it, and the columns still to
+            come make up for that, too.
 
     Returns:
-        The compensated weight [R, C], exactly zero outside the mask; the mask [R, C]; and its error tr((W − Ŵ) H (W − Ŵ)ᵀ) [] float64, which
-        is what the single steps add up to (W without its columns of always-zero inputs). It is NaN if a score was.
+        The compensated weight [R, C], exactly zero outside the mask; the mask [R, C]; and its error
+            tr((W − Ŵ) H (W − Ŵ)ᵀ) [] float64, which is what the single steps add up to (W without
+            its columns of always-zero inputs). It is NaN if a score was.
 
     Raises:
         ValueError: the order does not keep the column blocks together.
@@ -78,13 +85,20 @@ def sweep(
         block = -(-block // m) * m  # groups of M lie within one column block
         factor = rule.scores(weight.new_ones(1, weight.shape[1]), curvature)[0]  # scores are w² times it
         groups = Groups(kept * m // weight.numel(), m, factor)
-    columns = Columns(weight, mask, factorisation.upper, groups, None if grid is None else Rounding(grid, order))
+    columns = Columns(
+        weight, mask, factorisation.upper, groups, None if grid is None else Rounding(grid, order)
+    )
     for start, stop, quota in _blocks(kept, weight.shape, block, order):
         place = slice(start, stop)
 
         def choose(part: torch.Tensor, place: slice = place, quota: int = quota) -> torch.Tensor:
             """From columns as compensated so far."""
-            return select(rule.at(place).scores(part, curvature.columns(place.start, place.stop)), quota, "matrix", block)
+            return select(
+                rule.at(place).scores(part, curvature.columns(place.start, place.stop)),
+                quota,
+                "matrix",
+                block,
+            )
 
         columns.eliminate(start, stop, choose if not m and rule.group == "block" else None)
     if order is not None:
@@ -92,8 +106,11 @@ def sweep(
     return weight, mask, columns.lost
 
 
-def quantise(weight: torch.Tensor, mask: torch.Tensor, factorisation: Factorisation, grid: Grid, block: int) -> torch.Tensor:
-    """Put weights on a grid column by column on a mask that is given, and let the columns still to come make up for each error (2210.17323, Eqs. 2–3).
+def quantise(
+    weight: torch.Tensor, mask: torch.Tensor, factorisation: Factorisation, grid: Grid, block: int
+) -> torch.Tensor:
+    """Put weights on a grid column by column on a mask that is given, and let the columns still to
+    come make up for each error (2210.17323, Eqs. 2–3).
 
     What a column to come gets though it is pruned is passed on when it is reached.
 
@@ -115,8 +132,12 @@ def quantise(weight: torch.Tensor, mask: torch.Tensor, factorisation: Factorisat
     return weight if order is None else restored(weight, order)
 
 
-def _blocks(kept: int, shape: torch.Size, block: int, order: torch.Tensor | None) -> list[tuple[int, int, int]]:
-    """The column blocks as the sweep meets them: where each starts and stops, and how many weights it keeps, in proportion to its size."""
+def _blocks(
+    kept: int, shape: torch.Size, block: int, order: torch.Tensor | None
+) -> list[tuple[int, int, int]]:
+    """The column blocks as the sweep meets them: where each starts and stops, and how many weights
+    it keeps, in proportion to its size.
+    """
     rows, columns = shape
     widths = [min(block, columns - start) for start in range(0, columns, block)]
     quotas = shares(kept, [rows * width for width in widths])

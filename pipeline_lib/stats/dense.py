@@ -11,7 +11,9 @@ from pipeline_lib.stats.moments import SiteStatistics
 
 @dataclass(frozen=True)
 class DenseBlock:
-    """One block before anything is done to it: what error curves and induction start from, all on one device."""
+    """One block before anything is done to it: what error curves and induction start from, all on
+    one device.
+    """
 
     layout: Layout
     where: str  # its name in the model

@@ -17,7 +17,13 @@ from pipeline_lib.models.stream import BlockModel
 def open_model(workspace: Workspace, params: ModelParams) -> BlockModel:
     """The model as prepare saw it, on the device that the settings name."""
     device = runtime.compute()
-    return BlockModel(open_source(workspace, params), getattr(torch, params.compute_dtype), device, params.products, room(device))
+    return BlockModel(
+        open_source(workspace, params),
+        getattr(torch, params.compute_dtype),
+        device,
+        params.products,
+        room(device),
+    )
 
 
 def calibration_rows(workspace: Workspace) -> dict[str, torch.Tensor]:
@@ -48,7 +54,12 @@ def calibration_file(workspace: Workspace) -> Path:
     folder = workspace.texts("calibrate")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise SparselineError(f"{folder}/<calibration text>.safetensors is missing; run `dvc repro` to make it.")
+        raise SparselineError(
+            f"{folder}/<calibration text>.safetensors is missing; run `dvc repro` to make it."
+        )
     if len(files) != 1:
-        raise SparselineError(f"params.yaml: texts must hold exactly one text with use: calibrate, not {len(files)}; change one's `use`.")
+        raise SparselineError(
+            f"params.yaml: texts must hold exactly one text with use: calibrate, not {len(files)}; change"
+            " one's `use`."
+        )
     return files[0]

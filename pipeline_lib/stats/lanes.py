@@ -1,7 +1,8 @@
 """Lanes: the order in which sums over calibration rows are taken, which depends on the rows alone.
 
-Rows are dealt to four lanes by their numbers. A sum runs row by row within a lane, and then over the lanes in order. How the rows come
-in batches, and who adds up which lane, changes no bit. A batch holds rows of one lane, since another batch may round otherwise.
+Rows are dealt to four lanes by their numbers. A sum runs row by row within a lane, and then over
+the lanes in order. How the rows come in batches, and who adds up which lane, changes no bit. A
+batch holds rows of one lane, since another batch may round otherwise.
 """
 
 import functools
@@ -43,7 +44,9 @@ class Sums(dict[str, T]):
 
 
 def parts(rows: int) -> list[slice]:
-    """The rows of each lane: consecutive ones, a quarter each, rounded. Of fewer rows than lanes, some get none."""
+    """The rows of each lane: consecutive ones, a quarter each, rounded. Of fewer rows than lanes,
+    some get none.
+    """
     borders = [-(-rows * lane // LANES) for lane in range(LANES + 1)]
     return [slice(first, last) for first, last in pairwise(borders)]
 
@@ -79,16 +82,20 @@ def fold(lanes: Iterable[T]) -> T:
 
 
 def total(values: Sequence[Any]) -> Any:
-    """The sum of one value (a number or a tensor) per row, in the lanes' order; the values stay as they are."""
+    """The sum of one value (a number or a tensor) per row, in the lanes' order; the values stay as
+    they are.
+    """
     lanes = [values[part] for part in parts(len(values)) if part.start < part.stop]
     return functools.reduce(operator.add, [functools.reduce(operator.add, lane) for lane in lanes])
 
 
 @contextmanager
 def side_by_side(wanted: bool) -> Iterator[Map[Any, Any]]:
-    """While open, a ``map`` over lanes: torch's threads take a lane each, instead of sharing the work on one, if that is wanted.
+    """While open, a ``map`` over lanes: torch's threads take a lane each, instead of sharing the
+    work on one, if that is wanted.
 
-    Small products leave most of two threads' time to their waking up. The lanes' results are in memory together.
+    Small products leave most of two threads' time to their waking up. The lanes' results are in
+    memory together.
     """
     if not wanted:
         yield map

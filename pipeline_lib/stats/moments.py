@@ -1,4 +1,5 @@
-"""Statistics of the inputs X [tokens, d] of a site, and how they follow a change of factors without a forward pass.
+"""Statistics of the inputs X [tokens, d] of a site, and how they follow a change of factors without
+a forward pass.
 
 Symbols: G = E[X Xᵀ] second moment (Gram) [d, d], μ = E[X] mean [d], n tokens.
 """
@@ -13,7 +14,9 @@ import torch
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """Facts about one site. Vectors [d] and ``gram`` come from the fitting rows, ``held_out_gram`` from the held-out ones."""
+    """Facts about one site. Vectors [d] and ``gram`` come from the fitting rows, ``held_out_gram``
+    from the held-out ones.
+    """
 
     second_moment: torch.Tensor  # diag(G)
     mean: torch.Tensor
@@ -41,7 +44,9 @@ class SiteStatistics:
         return Moments(self.second_moment_matrix.clone(), self.mean)
 
     def to(self, device: torch.device) -> "SiteStatistics":
-        return SiteStatistics.from_tensors("", {name: tensor.to(device) for name, tensor in self.tensors("").items()})
+        return SiteStatistics.from_tensors(
+            "", {name: tensor.to(device) for name, tensor in self.tensors("").items()}
+        )
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """For storage: ``{prefix}.{field}``, absent Grams left out."""
@@ -58,7 +63,8 @@ PIECE = 2**18  # values that a CPU widens to float64 at a time: they stay in its
 
 
 class WeightedSums:
-    """Sums over tokens, each weighed by the square of what its outputs are weighed by: E‖w ΔW X‖² is what an expert's error comes to.
+    """Sums over tokens, each weighed by the square of what its outputs are weighed by: E‖w ΔW X‖²
+    is what an expert's error comes to.
 
     Experts that see few tokens are drawn towards all experts of their layer.
     """
@@ -67,7 +73,8 @@ class WeightedSums:
     _seen: float | torch.Tensor | None = None
 
     def __init__(self) -> None:
-        self.count: float | torch.Tensor = 0  # the sum of weights, [] on the device; of tokens, where none is weighed
+        # the sum of weights, [] on the device; of tokens, where none is weighed
+        self.count: float | torch.Tensor = 0
         self.tokens = 0
 
     @property
@@ -76,7 +83,9 @@ class WeightedSums:
         return self._seen if self._seen is not None else self.count
 
     def shrunk(self: S, pool: S) -> S:
-        """Means drawn towards the pool's: n tokens count for n, the pool for ``prior`` of them. The sole contributor to a pool stays as it is."""
+        """Means drawn towards the pool's: n tokens count for n, the pool for ``prior`` of them. The
+        sole contributor to a pool stays as it is.
+        """
         if self.tokens == pool.tokens:
             return self
         made = copy.copy(self if self.tokens else pool)
@@ -86,7 +95,11 @@ class WeightedSums:
                 continue
             common = getattr(pool, name) / pool.count
             own = self.tokens / (self.tokens + prior(common.shape[-1]))
-            setattr(made, name, common if not self.tokens else own * getattr(self, name) / self.count + (1 - own) * common)
+            setattr(
+                made,
+                name,
+                common if not self.tokens else own * getattr(self, name) / self.count + (1 - own) * common,
+            )
         return made
 
 
@@ -96,7 +109,9 @@ def prior(channels: int) -> float:
 
 
 def drawn_together(found: Mapping[str, S], pools: Mapping[str, str | None]) -> dict[str, S]:
-    """The sums of each site of ``pools`` (site -> pool or None), drawn to those of its pool, which are among ``found``, too."""
+    """The sums of each site of ``pools`` (site -> pool or None), drawn to those of its pool, which
+    are among ``found``, too.
+    """
     drawn = {}
     for site, pool in pools.items():
         whole = None if pool is None else found[pool]
@@ -105,7 +120,9 @@ def drawn_together(found: Mapping[str, S], pools: Mapping[str, str | None]) -> d
 
 
 class Accumulator(WeightedSums):
-    """Collects a site's statistics row by row, in float32 (count and sums in float64). One is added to another: that of the rows before it."""
+    """Collects a site's statistics row by row, in float32 (count and sums in float64). One is added
+    to another: that of the rows before it.
+    """
 
     MEANS = ("sum", "squares", "gram")
 
@@ -126,14 +143,18 @@ class Accumulator(WeightedSums):
         self.gram: torch.Tensor | None = None
 
     def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Take the activations of one row [T, d] or of several [B, T, d]; or of an expert's tokens [n, d], with what weighs its outputs [n]."""
+        """Take the activations of one row [T, d] or of several [B, T, d]; or of an expert's tokens
+        [n, d], with what weighs its outputs [n].
+        """
         for row in _rows(inputs):
             if len(row):
                 self._add(row, None if weights is None else weights.float().square())
 
     def _add(self, row: torch.Tensor, weights: torch.Tensor | None) -> None:
         if not self.tokens:
-            self.sum, self.squares = (torch.zeros(row.shape[1], dtype=torch.float64, device=row.device) for _ in range(2))
+            self.sum, self.squares = (
+                torch.zeros(row.shape[1], dtype=torch.float64, device=row.device) for _ in range(2)
+            )
             if self.want_gram:
                 self.gram = torch.zeros(row.shape[1], row.shape[1], device=row.device)
         x = row.float()
@@ -157,7 +178,10 @@ class Accumulator(WeightedSums):
             return self if self.tokens else other
         self.sum += other.sum
         self.squares += other.squares
-        self.minimum, self.maximum = torch.minimum(self.minimum, other.minimum), torch.maximum(self.maximum, other.maximum)
+        self.minimum, self.maximum = (
+            torch.minimum(self.minimum, other.minimum),
+            torch.maximum(self.maximum, other.maximum),
+        )
         self.sample += other.sample
         if self.gram is not None and other.gram is not None:
             self.gram += other.gram
@@ -171,22 +195,30 @@ class Accumulator(WeightedSums):
             raise ValueError("this accumulator was not asked for the Gram matrix")
         return self.gram / self.count
 
-    def finish(self, held_out: "Accumulator | None" = None, share: float | torch.Tensor | None = None) -> SiteStatistics:
+    def finish(
+        self, held_out: "Accumulator | None" = None, share: float | torch.Tensor | None = None
+    ) -> SiteStatistics:
         return SiteStatistics(
-            share=None if share is None else torch.as_tensor(share, dtype=torch.float32, device=self.sum.device),
+            share=None
+            if share is None
+            else torch.as_tensor(share, dtype=torch.float32, device=self.sum.device),
             second_moment=(self.squares / self.count).float(),
             mean=(self.sum / self.count).float(),
             median=torch.cat(self.sample).median(0).values,
             minimum=self.minimum,
             maximum=self.maximum,
             gram=self.second_moment_matrix() if self.want_gram else None,
-            held_out_gram=held_out.second_moment_matrix() if held_out is not None and held_out.gram is not None else None,
+            held_out_gram=held_out.second_moment_matrix()
+            if held_out is not None and held_out.gram is not None
+            else None,
         )
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What pruning needs of a site's inputs X in its own stream, and of X_dense in the dense one. Who prunes with it owns it, and overwrites it."""
+    """What pruning needs of a site's inputs X in its own stream, and of X_dense in the dense one.
+    Who prunes with it owns it, and overwrites it.
+    """
 
     gram: torch.Tensor  # G = E[X Xᵀ] [d, d]
     mean: torch.Tensor  # E[X] [d]
@@ -196,13 +228,25 @@ class Moments:
 
     def shifted(self, shift: torch.Tensor) -> "Moments":
         """Those of X − δ and X_dense − δ (2602.21652, Eqs. 9–11; C' = C − δμᵀ − μ_dense δᵀ + δδᵀ)."""
-        cross = None if self.cross is None or self.dense_mean is None else _shifted(self.cross, self.dense_mean, self.mean, shift)
+        cross = (
+            None
+            if self.cross is None or self.dense_mean is None
+            else _shifted(self.cross, self.dense_mean, self.mean, shift)
+        )
         dense_mean = None if self.dense_mean is None else self.dense_mean - shift
-        return Moments(_shifted(self.gram, self.mean, self.mean, shift), self.mean - shift, cross, dense_mean, self.tokens)
+        return Moments(
+            _shifted(self.gram, self.mean, self.mean, shift),
+            self.mean - shift,
+            cross,
+            dense_mean,
+            self.tokens,
+        )
 
 
 class MomentSums(WeightedSums):
-    """Collects ``Moments`` row by row, in float32; means over rows in float64. One is added to another: that of the rows before it."""
+    """Collects ``Moments`` row by row, in float32; means over rows in float64. One is added to
+    another: that of the rows before it.
+    """
 
     MEANS = ("gram", "mean")
 
@@ -210,8 +254,11 @@ class MomentSums(WeightedSums):
         super().__init__()
         self.gram = self.cross = self.mean = self.dense_mean = torch.zeros(())
 
-    def add(self, inputs: torch.Tensor, dense: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> None:
-        """Take the activations of one row [T, d] or of several [B, T, d], and what the dense stream has in their places: always or never.
+    def add(
+        self, inputs: torch.Tensor, dense: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> None:
+        """Take the activations of one row [T, d] or of several [B, T, d], and what the dense stream
+        has in their places: always or never.
 
         Of an expert's tokens [n, d], also what weighs its outputs [n].
         """
@@ -247,7 +294,9 @@ class MomentSums(WeightedSums):
         return self
 
     def finish(self, beside: bool = False) -> Moments:
-        """With the cross moment if asked for. The sums become means where they are: nothing can be added any more."""
+        """With the cross moment if asked for. The sums become means where they are: nothing can be
+        added any more.
+        """
         own = self.gram.div_(self.count), (self.mean / self.count).float()
         beside = beside and self.dense_mean.ndim > 0  # of an expert's inputs there is none
         if not beside:
@@ -256,7 +305,9 @@ class MomentSums(WeightedSums):
 
 
 class DiagonalSums(WeightedSums):
-    """The diagonal of a second moment, row by row, in float64. One is added to another: that of the rows before it."""
+    """The diagonal of a second moment, row by row, in float64. One is added to another: that of the
+    rows before it.
+    """
 
     MEANS = ("squares",)
 
@@ -265,14 +316,18 @@ class DiagonalSums(WeightedSums):
         self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Take the activations of one row [T, d] or of several [B, T, d]; or of an expert's tokens [n, d], with what weighs its outputs [n]."""
+        """Take the activations of one row [T, d] or of several [B, T, d]; or of an expert's tokens
+        [n, d], with what weighs its outputs [n].
+        """
         for row in _rows(inputs):
             if len(row):
                 if not self.tokens:
                     self.squares = torch.zeros(row.shape[1], dtype=torch.float64, device=row.device)
                 for part in _parts(row):
                     squares = row[part].float().square()
-                    weighed = squares if weights is None else squares.mul_(weights[part].float().square()[:, None])
+                    weighed = (
+                        squares if weights is None else squares.mul_(weights[part].float().square()[:, None])
+                    )
                     self.squares += weighed.sum(0, dtype=torch.float64)
                 self.count += len(row) if weights is None else weights.double().square().sum()
                 self.tokens += len(row)
@@ -291,9 +346,11 @@ class DiagonalSums(WeightedSums):
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add leftᵀ right to ``total`` [d, d] float32, for [n, d] both. What is multiplied is exact, and summed in float32.
+    """Add leftᵀ right to ``total`` [d, d] float32, for [n, d] both. What is multiplied is exact,
+    and summed in float32.
 
-    A product of two bfloat16 values fits into float32: where a GPU's matrix units give their sums in float32, nothing is widened before.
+    A product of two bfloat16 values fits into float32: where a GPU's matrix units give their sums
+    in float32, nothing is widened before.
     """
     if total.is_cuda and left.dtype == right.dtype == torch.bfloat16:
         total += torch.mm(left.T, right, out_dtype=torch.float32)
@@ -302,7 +359,9 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
 
 def _parts(x: torch.Tensor) -> list[slice]:
-    """Consecutive rows of [n, d]: so many that what is made of them is small; all at once where it is memory that is fast."""
+    """Consecutive rows of [n, d]: so many that what is made of them is small; all at once where it
+    is memory that is fast.
+    """
     step = max(1, PIECE // x.shape[1]) if x.device.type == "cpu" else len(x)
     return [slice(start, start + step) for start in range(0, len(x), step)]
 
@@ -312,16 +371,21 @@ def _rows(inputs: torch.Tensor) -> torch.Tensor:
     return inputs if inputs.ndim == 3 else inputs[None]
 
 
-def _shifted(moment: torch.Tensor, left: torch.Tensor, right: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def _shifted(
+    moment: torch.Tensor, left: torch.Tensor, right: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
     """E[(A − δ)(B − δ)ᵀ] from E[A Bᵀ], E[A] and E[B]."""
     return moment - torch.outer(shift, right) - torch.outer(left, shift) + torch.outer(shift, shift)
 
 
-def refresh(statistics: SiteStatistics, factor: torch.Tensor | None, shift: torch.Tensor | None = None) -> SiteStatistics:
+def refresh(
+    statistics: SiteStatistics, factor: torch.Tensor | None, shift: torch.Tensor | None = None
+) -> SiteStatistics:
     """Statistics of X' = D (X − δ) from those of X: the fast Hessian update (2602.21652, Eqs. 9–11).
 
     G' = D (G − δμᵀ − μδᵀ + δδᵀ) D, hence diag(G') = d² ∘ (diag(G) − 2δ∘μ + δ²) and μ' = D (μ − δ).
-    The held-out Gram is centred with the fitting rows' mean, so with a shift it is exact only up to the two means' difference.
+    The held-out Gram is centred with the fitting rows' mean, so with a shift it is exact only up to
+    the two means' difference.
 
     Args:
         factor: d > 0 [d], or None for 1.

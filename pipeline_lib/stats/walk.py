@@ -25,11 +25,17 @@ def gram_bytes(architecture: Architecture) -> int:
 def walk(
     model: BlockModel, fit: torch.Tensor, held_out: torch.Tensor, params: CalibrateParams, grams: bool
 ) -> Iterator[tuple[int, Mapping[str, SiteStatistics]]]:
-    """Pass token rows [N, T] through the dense model; yield (block, statistics per site, on the model's device) as each block is done.
+    """Pass token rows [N, T] through the dense model; yield (block, statistics per site, on the
+    model's device) as each block is done.
 
-    Where the Gram matrices of a block's experts are larger than SPARSELINE_GRAM_BYTES, they are in memory by groups, see ``InTurn``.
+    Where the Gram matrices of a block's experts are larger than SPARSELINE_GRAM_BYTES, they are in
+    memory by groups, see ``InTurn``.
     """
-    streams = [_Rows(model, name, rows, params, grams) for name, rows in {"fit": fit, "held_out": held_out}.items() if len(rows)]
+    streams = [
+        _Rows(model, name, rows, params, grams)
+        for name, rows in {"fit": fit, "held_out": held_out}.items()
+        if len(rows)
+    ]
     for index, layout in enumerate(model.checkpoint.architecture.layouts):
         block = model.block(index)
         groups = _groups(layout.sites, settings.gram_bytes() if grams else math.inf)
@@ -45,21 +51,35 @@ def walk(
 def _collected(
     streams: "Sequence[_Rows]", block: nn.Module, index: int, names: Sequence[str], advance: bool = False
 ) -> dict[str, SiteStatistics]:
-    """The statistics of some sites of a block, from the fitting rows and, if there are any, the held-out ones."""
+    """The statistics of some sites of a block, from the fitting rows and, if there are any, the
+    held-out ones.
+    """
     sites = streams[0].model.checkpoint.architecture.layouts[index].sites
     pools = {site.name: site.pool for site in sites if site.name in names}
-    own = [drawn_together(fold(map(partial(stream.collect, block, index, names, advance), range(LANES))), pools) for stream in streams]
+    own = [
+        drawn_together(fold(map(partial(stream.collect, block, index, names, advance), range(LANES))), pools)
+        for stream in streams
+    ]
     if advance:
-        streams[0].model.check_finite(index, torch.cat([bounds for stream in streams for bounds in stream.passed]))
+        streams[0].model.check_finite(
+            index, torch.cat([bounds for stream in streams for bounds in stream.passed])
+        )
     held = own[1] if len(own) > 1 else {}
-    shares = {name: None if pool is None else own[0][name].seen / streams[0].rows.numel() for name, pool in pools.items()}
+    shares = {
+        name: None if pool is None else own[0][name].seen / streams[0].rows.numel()
+        for name, pool in pools.items()
+    }
     return {name: found.finish(held.get(name), shares[name]) for name, found in own[0].items()}
 
 
 class InTurn(Mapping[str, SiteStatistics]):
-    """Statistics of a block's sites, of which one group is in memory: what is asked for brings its group, by another pass."""
+    """Statistics of a block's sites, of which one group is in memory: what is asked for brings its
+    group, by another pass.
+    """
 
-    def __init__(self, groups: Sequence[Sequence[str]], collect: Callable[[Sequence[str]], dict[str, SiteStatistics]]) -> None:
+    def __init__(
+        self, groups: Sequence[Sequence[str]], collect: Callable[[Sequence[str]], dict[str, SiteStatistics]]
+    ) -> None:
         self._groups, self._collect = groups, collect
         self._here: dict[str, SiteStatistics] = {}
 
@@ -77,7 +97,9 @@ class InTurn(Mapping[str, SiteStatistics]):
 
 
 def _groups(sites: Sequence[Site], budget: float) -> list[list[str]]:
-    """All sites at once; or those of experts apart, in groups whose Gram matrices (fitting, held-out, and a lane's of each) are within the budget."""
+    """All sites at once; or those of experts apart, in groups whose Gram matrices (fitting,
+    held-out, and a lane's of each) are within the budget.
+    """
     experts = {site.name: 16 * len(site.index) ** 2 for site in sites if site.pool is not None}
     if sum(experts.values()) <= budget:
         return [[site.name for site in sites]]
@@ -95,20 +117,27 @@ def _groups(sites: Sequence[Site], budget: float) -> list[list[str]]:
 class _Rows:
     """The dense stream of some rows [N, T]."""
 
-    def __init__(self, model: BlockModel, name: str, rows: torch.Tensor, params: CalibrateParams, grams: bool) -> None:
+    def __init__(
+        self, model: BlockModel, name: str, rows: torch.Tensor, params: CalibrateParams, grams: bool
+    ) -> None:
         self.model, self.rows, self.params, self.grams = model, rows, params, grams
         self.dealt = deal(len(rows), params.batch_rows)
         self.stream = model.embed(rows, self.dealt.sizes, name)
         self.passed: list[torch.Tensor] = []  # what bounds the last block's outputs, lane by lane
 
-    def collect(self, block: nn.Module, index: int, names: Sequence[str], advance: bool, lane: int) -> Sums[Accumulator]:
-        """Pass a lane through a block; what the inputs of some of its sites, and of their pools, add to the statistics."""
+    def collect(
+        self, block: nn.Module, index: int, names: Sequence[str], advance: bool, lane: int
+    ) -> Sums[Accumulator]:
+        """Pass a lane through a block; what the inputs of some of its sites, and of their pools,
+        add to the statistics.
+        """
         count, length = self.rows.shape
         first = parts(count)[lane].start * length
         sites = self.model.checkpoint.architecture.layouts[index].sites
         pools = {site.pool for site in sites if site.name in names and site.pool is not None}
         wanted = [site for site in sites if site.name in names or site.pool in pools]
-        starts = {site.name: first if site.pool is None else 0 for site in wanted if site.name in names}  # an expert's tokens are not known
+        # an expert's tokens are not known
+        starts = {site.name: first if site.pool is None else 0 for site in wanted if site.name in names}
         found = Sums(
             {
                 name: Accumulator(count * length, self.params.median_tokens, self.grams, own)
@@ -149,7 +178,9 @@ def stored(directory: Path, layout: Layout, block: int) -> dict[str, SiteStatist
 def stored_or_walked(
     directory: Path, model: BlockModel, fit: torch.Tensor, held_out: torch.Tensor, params: CalibrateParams
 ) -> Iterator[tuple[int, Mapping[str, SiteStatistics]]]:
-    """Statistics with Gram matrices, on the model's device: from calibrate's files, or, where those were over budget, by walking the model again."""
+    """Statistics with Gram matrices, on the model's device: from calibrate's files, or, where those
+    were over budget, by walking the model again.
+    """
     _, facts = read_tensors(block_file(directory, 0))
     if not facts["grams"]:
         yield from walk(model, fit, held_out, params, grams=True)

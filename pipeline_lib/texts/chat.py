@@ -15,8 +15,9 @@ Message = dict[str, Any]
 def check_messages(values: list[Any], where: str) -> list[Message]:
     """The messages of one chat, as every template takes them.
 
-    A content of text parts becomes one string, and null beside tool calls becomes an empty one: templates that know neither would
-    print Python's notation of them. Other keys that are null are left out.
+    A content of text parts becomes one string, and null beside tool calls becomes an empty one:
+    templates that know neither would print Python's notation of them. Other keys that are null are
+    left out.
 
     Raises:
         SparselineError: a message without a role, without text, or with parts that are no text.
@@ -27,15 +28,27 @@ def check_messages(values: list[Any], where: str) -> list[Message]:
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise SparselineError(f"{where} is {kind(value)}; a message is an object with 'role' and 'content'.")
-    if not isinstance(value.get("role"), str) or not value["role"] or not {"content", "tool_calls"} & value.keys():
+    if (
+        not isinstance(value.get("role"), str)
+        or not value["role"]
+        or not {"content", "tool_calls"} & value.keys()
+    ):
         has = ", ".join(map(repr, value)) or "no keys"
-        hint = "; rename 'from' to 'role' and 'value' to 'content'" if {"from", "value"} <= value.keys() else ""
+        hint = (
+            "; rename 'from' to 'role' and 'value' to 'content'" if {"from", "value"} <= value.keys() else ""
+        )
         raise SparselineError(f"{where} has {has}; a message is an object with 'role' and 'content'{hint}.")
     content = value.get("content")
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+            for part in content
+        ]
         if not all(isinstance(part, str) for part in parts):
-            raise SparselineError(f"{where} has a part that is no text; a list of parts may hold {{'type': 'text', 'text': …}} only.")
+            raise SparselineError(
+                f"{where} has a part that is no text; a list of parts may hold {{'type': 'text', 'text': …}}"
+                " only."
+            )
         content = "".join(map(str, parts))
     elif content is None and isinstance(value.get("tool_calls"), list) and value["tool_calls"]:
         content = ""
@@ -52,8 +65,11 @@ def is_blank(messages: list[Message]) -> bool:
     return not any(message["content"].strip() or message.get("tool_calls") for message in messages)
 
 
-def ask(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], places: Sequence[str]) -> list[str]:
-    """Each chat as ``render`` writes it, up to its last answer, with what makes the model answer. Chats without a message before it are left out.
+def ask(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], places: Sequence[str]
+) -> list[str]:
+    """Each chat as ``render`` writes it, up to its last answer, with what makes the model answer.
+    Chats without a message before it are left out.
 
     Raises:
         SparselineError: as ``render``.
@@ -66,18 +82,26 @@ def ask(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], plac
 
 def _before_last_answer(messages: list[Message]) -> list[Message]:
     """All messages, if none is the assistant's."""
-    last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    last = max(
+        (at for at, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages)
+    )
     return messages[:last]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], places: Sequence[str]) -> list[str]:
-    """Each chat as the model's chat template writes it, which is a program; ``places`` tell where each was read.
+def render(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], places: Sequence[str]
+) -> list[str]:
+    """Each chat as the model's chat template writes it, which is a program; ``places`` tell where
+    each was read.
 
     Raises:
-        SparselineError: there is no template; it fails on a chat, or comes to no end; or it leaves out what messages of some role say.
+        SparselineError: there is no template; it fails on a chat, or comes to no end; or it leaves
+            out what messages of some role say.
     """
     if tokenizer.chat_template is None:
-        raise SparselineError("texts: chat_template is true, but this model's tokenizer has none; set it to false.")
+        raise SparselineError(
+            "texts: chat_template is true, but this model's tokenizer has none; set it to false."
+        )
     tried: set[tuple[str, bool, str]] = set()
 
     def one(item: tuple[list[Message], str]) -> str | SparselineError:
@@ -94,12 +118,15 @@ def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], p
             rendered.append(found)
     except bounded.BoundError as error:
         raise SparselineError(
-            f"{places[len(rendered)]}: the model's chat template comes to no end on this record ({error}); take another template."
+            f"{places[len(rendered)]}: the model's chat template comes to no end on this record ({error});"
+            " take another template."
         ) from error
     return rendered
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, tried: set[tuple[str, bool, str]]) -> str:
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, tried: set[tuple[str, bool, str]]
+) -> str:
     """One chat; each kind of message that was not ``tried`` yet is tried, since each costs a rendering."""
     text = _render(tokenizer, messages, where)
     for which, changed in _changes(messages):
@@ -108,8 +135,8 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where
             if _same(tokenizer, changed, text, where):
                 role, _, part = which
                 raise SparselineError(
-                    f"{where}: the model's chat template leaves out the {part} of messages with the role {role!r}; "
-                    "use the template's own roles, or take those messages out."
+                    f"{where}: the model's chat template leaves out the {part} of messages with the role"
+                    f" {role!r}; use the template's own roles, or take those messages out."
                 )
     return text
 
@@ -118,7 +145,11 @@ def _changes(messages: list[Message]) -> Iterator[tuple[tuple[str, bool, str], l
     """What each message says, changed in one place, with the kind of message that it tries."""
     for index, message in enumerate(messages):
         calls = bool(message.get("tool_calls"))
-        changes = {"content": {**message, "content": message["content"] + " and more"}} if message["content"].strip() else {}
+        changes = (
+            {"content": {**message, "content": message["content"] + " and more"}}
+            if message["content"].strip()
+            else {}
+        )
         if calls:
             changes["tool calls"] = {key: value for key, value in message.items() if key != "tool_calls"}
         for part, changed in changes.items():
@@ -132,11 +163,18 @@ def _same(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str
         return False
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, ask: bool = False) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, ask: bool = False
+) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **({"add_generation_prompt": True} if ask else {})))
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, **({"add_generation_prompt": True} if ask else {})
+            )
+        )
     except Exception as error:  # a template is foreign code that may raise anything
         reason = " ".join(str(error).split())
         raise SparselineError(
-            f"{where}: the model's chat template does not take this record ({type(error).__name__}: {reason}); correct the record or the template."
+            f"{where}: the model's chat template does not take this record ({type(error).__name__}:"
+            f" {reason}); correct the record or the template."
         ) from error

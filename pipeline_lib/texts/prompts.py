@@ -9,11 +9,16 @@ from pipeline_lib.texts.chat import ask
 from pipeline_lib.texts.rows import encode
 from pipeline_lib.texts.texts import GeneratedParams, TextParams, Texts
 
-CHARACTERS = 40  # of a document per token of a prompt that the tokenizer is given: more than any token has on average
+# of a document per token of a prompt that the tokenizer is given: more than any token has on
+# average
+CHARACTERS = 40
 
 
-def prompts(tokenizer: PreTrainedTokenizerBase, texts: Texts, params: TextParams, how: GeneratedParams, most: int) -> list[list[int]]:
-    """Tokens, in the order of the source: the first ``prompt_tokens`` of a document; of a chat all before its last answer, in the model's template.
+def prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: Texts, params: TextParams, how: GeneratedParams, most: int
+) -> list[list[int]]:
+    """Tokens, in the order of the source: the first ``prompt_tokens`` of a document; of a chat all
+    before its last answer, in the model's template.
 
     Documents that are shorter are left out, and so are chats of more than ``most`` tokens.
 
@@ -21,8 +26,13 @@ def prompts(tokenizer: PreTrainedTokenizerBase, texts: Texts, params: TextParams
         SparselineError: none is left.
     """
     if params.chat_template:
-        found = [ids for ids in encode(tokenizer, ask(tokenizer, texts.chats, texts.places)) if len(ids) <= most]
-        left = f"no chat with at most {most} tokens before its last answer; lower new_tokens, or give shorter chats"
+        found = [
+            ids for ids in encode(tokenizer, ask(tokenizer, texts.chats, texts.places)) if len(ids) <= most
+        ]
+        left = (
+            f"no chat with at most {most} tokens before its last answer; lower new_tokens, or give shorter"
+            " chats"
+        )
     else:
         openings = [document[: CHARACTERS * how.prompt_tokens] for document in texts.documents]
         found = _openings(encode(tokenizer, openings), how.prompt_tokens)

@@ -1,7 +1,9 @@
-"""Files of text and of records: which file is read as what, its compression, its encoding, and where each record stands.
+"""Files of text and of records: which file is read as what, its compression, its encoding, and
+where each record stands.
 
-JSON is read by Python's json and Parquet by pyarrow, not by ``datasets``: that package makes all records alike (a message gets the
-keys of all other messages, as nulls, which a chat template sees), names no line in its errors, and writes a cache.
+JSON is read by Python's json and Parquet by pyarrow, not by ``datasets``: that package makes all
+records alike (a message gets the keys of all other messages, as nulls, which a chat template sees),
+names no line in its errors, and writes a cache.
 """
 
 import bz2
@@ -17,7 +19,15 @@ from typing import Any
 from pipeline_lib.core.errors import SparselineError
 
 Placed = tuple[str, Any]  # where a record was read ("a.jsonl, line 3"), and the record
-KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
 SPACE = re.compile(r"[ \t\r\n]*")  # what JSON counts as white space
 
 
@@ -27,14 +37,17 @@ def _zstd() -> Any:
     return zstandard.ZstdDecompressor().decompressobj()
 
 
-COMPRESSIONS: dict[str, Callable[[], Any]] = {  # each reads one frame: what is behind it is its ``unused_data``
+# each reads one frame: what is behind it is its ``unused_data``
+COMPRESSIONS: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS),
     ".bz2": bz2.BZ2Decompressor,
     ".xz": lzma.LZMADecompressor,
     ".zst": _zstd,
 }
 PIECE = 2**16  # compressed bytes that are read at a time
-RATIO, SMALL = 100, 2**25  # text takes a tenth of its bytes or so: a file that grows more than this, beyond 32 MB, is made to fill memory
+# text takes a tenth of its bytes or so: a file that grows more than this, beyond 32 MB, is made to
+# fill memory
+RATIO, SMALL = 100, 2**25
 
 
 def _suffix(path: Path) -> str:
@@ -62,13 +75,19 @@ def unpack(path: Path, raw: bytes) -> bytes:
         for piece in _decompressed(decompressor, raw):
             found += piece
             if len(found) > max(SMALL, RATIO * len(raw)):
-                raise SparselineError(f"{path} holds more than {len(found):,} bytes in {len(raw):,}, which is no text; take it away.")
+                raise SparselineError(
+                    f"{path} holds more than {len(found):,} bytes in {len(raw):,}, which is no text; take it"
+                    " away."
+                )
     except ImportError as error:
         raise SparselineError(
-            f"{path}: zstd is read by the package zstandard, which is not installed: pip install zstandard; or decompress the file."
+            f"{path}: zstd is read by the package zstandard, which is not installed: pip install zstandard;"
+            " or decompress the file."
         ) from error
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise SparselineError(f"{path} cannot be decompressed ({error}); its name says {path.suffix}.") from error
+        raise SparselineError(
+            f"{path} cannot be decompressed ({error}); its name says {path.suffix}."
+        ) from error
     return bytes(found)
 
 
@@ -102,13 +121,18 @@ def decode(path: Path, raw: bytes) -> str:
         SparselineError: the bytes are in another encoding, or are no text.
     """
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
-        raise SparselineError(f"{path} is UTF-16 or UTF-32 text; convert it to UTF-8, for example with `iconv -f UTF-16 -t UTF-8`.")
+        raise SparselineError(
+            f"{path} is UTF-16 or UTF-32 text; convert it to UTF-8, for example with `iconv -f UTF-16 -t"
+            " UTF-8`."
+        )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SparselineError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     if "\0" in text:
-        raise SparselineError(f"{path} is not UTF-8 text (it holds NUL bytes: another encoding, or no text at all).")
+        raise SparselineError(
+            f"{path} is not UTF-8 text (it holds NUL bytes: another encoding, or no text at all)."
+        )
     return text
 
 
@@ -127,7 +151,9 @@ def check_characters(value: Any, where: str) -> None:
         json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
     except UnicodeEncodeError as error:
         found = f"\\u{ord(error.object[error.start]):04x}"
-        raise SparselineError(f"{where}: the text holds {found}, half of a surrogate pair, which is no character; remove it.") from error
+        raise SparselineError(
+            f"{where}: the text holds {found}, half of a surrogate pair, which is no character; remove it."
+        ) from error
 
 
 def read_records(path: Path, raw: bytes, field: str | None) -> Iterator[Placed]:
@@ -158,7 +184,9 @@ def pick(record: Any, field: str | None, where: str) -> Any:
 
 def _no_field(where: str, field: str | None, names: Iterable[Any]) -> SparselineError:
     has = ", ".join(map(str, names)) or "none"
-    return SparselineError(f"{where}: no record with the field {field!r}; set the text's `field` to one of its fields: {has}.")
+    return SparselineError(
+        f"{where}: no record with the field {field!r}; set the text's `field` to one of its fields: {has}."
+    )
 
 
 def _json(path: Path, raw: bytes, field: str | None) -> Iterator[Placed]:
@@ -206,7 +234,9 @@ def _parquet(path: Path, raw: bytes, field: str | None) -> Iterator[Placed]:
                 number += 1
                 yield f"{path}, record {number}", {column: value}
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise SparselineError(f"{path} cannot be read as Parquet after {number} records: {' '.join(str(error).split())}") from error
+        raise SparselineError(
+            f"{path} cannot be read as Parquet after {number} records: {' '.join(str(error).split())}"
+        ) from error
 
 
 READERS = {".jsonl": _json, ".ndjson": _json, ".json": _json, ".parquet": _parquet}

@@ -14,11 +14,17 @@ from pipeline_lib.texts.texts import TextParams
 TOGETHER = 1000  # documents that the tokenizer is given at once
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], watched: Watched = iter) -> list[list[int]]:
-    """Each document's tokens, without any that the tokenizer adds. ``watched`` sees every thousand documents pass."""
+def encode(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], watched: Watched = iter
+) -> list[list[int]]:
+    """Each document's tokens, without any that the tokenizer adds. ``watched`` sees every thousand
+    documents pass.
+    """
     encoded: list[list[int]] = []
     for first in watched(range(0, len(documents), TOGETHER)):
-        batch = tokenizer(list(documents[first : first + TOGETHER]), add_special_tokens=False, verbose=False)["input_ids"]
+        batch = tokenizer(list(documents[first : first + TOGETHER]), add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         encoded += [list(ids) for ids in batch]
     return encoded
 
@@ -26,7 +32,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], watched
 def begin(documents: list[list[int]], start: Start, chat_template: bool) -> list[list[int]]:
     """Documents with the start token where ``document`` asks for it, and without it otherwise.
 
-    A chat begins as its template says: no second start token is put before it, and with ``row`` or ``none`` its own is taken off.
+    A chat begins as its template says: no second start token is put before it, and with ``row`` or
+    ``none`` its own is taken off.
     """
     if start.token is None:
         return documents
@@ -40,9 +47,11 @@ def begin(documents: list[list[int]], start: Start, chat_template: bool) -> list
 def rows_of(documents: list[list[int]], params: TextParams, start: Start) -> torch.Tensor:
     """Rows [N, T] of token ids.
 
-    ``concatenate`` joins all documents and cuts the stream into rows; ``document`` takes one row from each document that is long
-    enough, at a random place. With a seed the rows are drawn at random without replacement, else they are the first; all of them, in order,
-    where ``params.rows`` is None. With ``start.place`` row, a row is the start token and T - 1 tokens of text.
+    ``concatenate`` joins all documents and cuts the stream into rows; ``document`` takes one row
+    from each document that is long enough, at a random place. With a seed the rows are drawn at
+    random without replacement, else they are the first; all of them, in order, where
+    ``params.rows`` is None. With ``start.place`` row, a row is the start token and T - 1 tokens of
+    text.
 
     Raises:
         SparselineError: too little text for the rows asked for, or too few different tokens in it.
@@ -61,8 +70,8 @@ def rows_of(documents: list[list[int]], params: TextParams, start: Start) -> tor
     wanted = len(rows) if params.rows is None else params.rows
     if len(rows) < max(1, wanted):
         raise SparselineError(
-            f"The text at {params.path} gives {len(rows)} rows of {params.length} tokens, but {params.rows or 'some'} are asked for; "
-            "give more text or lower rows or length."
+            f"The text at {params.path} gives {len(rows)} rows of {params.length} tokens, but"
+            f" {params.rows or 'some'} are asked for; give more text or lower rows or length."
         )
     if params.seed is None or params.rows is None:
         rows = rows[:wanted]
@@ -77,23 +86,28 @@ def _checked(rows: torch.Tensor, params: TextParams) -> torch.Tensor:
     found = len(rows.unique())
     if found < params.distinct:
         raise SparselineError(
-            f"The text at {params.path} has only {found} different tokens in {len(rows)} rows, fewer than its `distinct` of "
-            f"{params.distinct}: give other text, or lower `distinct` where the vocabulary is that small."
+            f"The text at {params.path} has only {found} different tokens in {len(rows)} rows, fewer than its"
+            f" `distinct` of {params.distinct}: give other text, or lower `distinct` where the vocabulary is"
+            " that small."
         )
     if len(rows) > 1 and len(rows.unique(dim=0)) == 1:
-        raise SparselineError(f"The text at {params.path} gives {len(rows)} rows that are all the same; give other text.")
+        raise SparselineError(
+            f"The text at {params.path} gives {len(rows)} rows that are all the same; give other text."
+        )
     return rows
 
 
 def split(rows: torch.Tensor, held_out: float) -> dict[str, torch.Tensor]:
-    """``fit`` and ``held_out`` rows; the held-out share is the last, rounded down. A share above 0 holds out at least one row.
+    """``fit`` and ``held_out`` rows; the held-out share is the last, rounded down. A share above 0
+    holds out at least one row.
 
     Raises:
         SparselineError: a share above 0 of a single row.
     """
     if held_out and len(rows) < 2:
         raise SparselineError(
-            f"The calibration text has {len(rows)} row, which cannot be split into fitting and held-out rows; raise rows, or set held_out: 0."
+            f"The calibration text has {len(rows)} row, which cannot be split into fitting and held-out rows;"
+            " raise rows, or set held_out: 0."
         )
     count = min(max(1, int(round(len(rows) * held_out, 9))), len(rows) - 1) if held_out else 0
     return {"fit": rows[: len(rows) - count].clone(), "held_out": rows[len(rows) - count :].clone()}

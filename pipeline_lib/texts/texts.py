@@ -1,4 +1,6 @@
-"""Where texts come from: standard-library modules, local files, or hub datasets. Each source gives documents in a fixed order."""
+"""Where texts come from: standard-library modules, local files, or hub datasets. Each source gives
+documents in a fixed order.
+"""
 
 import hashlib
 import json
@@ -20,7 +22,17 @@ from pipeline_lib.core.params import Conflict, Params
 from pipeline_lib.models.settings import COMMIT
 from pipeline_lib.models.start import Place
 from pipeline_lib.texts.chat import Message, check_messages, is_blank
-from pipeline_lib.texts.records import READERS, Placed, check_characters, decode, holds_records, kind, pick, read_records, unpack
+from pipeline_lib.texts.records import (
+    READERS,
+    Placed,
+    check_characters,
+    decode,
+    holds_records,
+    kind,
+    pick,
+    read_records,
+    unpack,
+)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MOST = 200_000  # files and directories of a text
@@ -30,7 +42,8 @@ HUB_KEYS = {"id", "split", "field"}, {"config", "files", "join", "revision"}  # 
 class GeneratedParams(Params):
     """Key ``generated`` of a text that the source model writes."""
 
-    prompts: Literal["stdlib", "files", "hub"]  # kind of the source of the prompts, which the text's other keys describe
+    # kind of the source of the prompts, which the text's other keys describe
+    prompts: Literal["stdlib", "files", "hub"]
     prompt_tokens: int = Field(ge=1)  # of a document's opening; a chat's prompt is all before its last answer
     new_tokens: int = Field(ge=1)  # at most
     temperature: float = Field(ge=0)  # 0: the most likely token
@@ -39,19 +52,24 @@ class GeneratedParams(Params):
 
 
 class TextParams(Params):
-    """One entry of section ``texts``. ``path`` is what DVC watches, so that editing it reruns what depends on it."""
+    """One entry of section ``texts``. ``path`` is what DVC watches, so that editing it reruns what
+    depends on it.
+    """
 
     use: Literal["calibrate", "evaluate"]
     kind: Literal["stdlib", "files", "hub", "generated"]
     path: Path
-    name: str | None  # stdlib: list in path; hub: entry of path (data/hub.json), or null with the entry given below
+    # stdlib: list in path; hub: entry of path (data/hub.json), or null with the entry given below
+    name: str | None
     glob: str | None  # files: which files below the directory `path`
     field: str | None  # files: field of the records
-    hub: dict[str, str | bool] | None  # hub: {id, split, field[, config or files, join, revision]} of any other dataset
+    # hub: {id, split, field[, config or files, join, revision]} of any other dataset
+    hub: dict[str, str | bool] | None
     revision: str | None  # hub: commit; null takes the entry's
     generated: GeneratedParams | None  # of kind: generated
     chat_template: bool
-    start: Place | None  # where the start token stands; null: where the model family's usual evaluation has it
+    # where the start token stands; null: where the model family's usual evaluation has it
+    start: Place | None
     packing: Literal["concatenate", "document"]
     rows: int | None = Field(ge=1)  # null: all of an evaluation text
     length: int = Field(ge=2)
@@ -62,14 +80,21 @@ class TextParams(Params):
     @model_validator(mode="after")
     def _counts_calibration_rows(self) -> Self:
         if self.rows is None and self.use == "calibrate":
-            raise Conflict("only a text with use: evaluate may be taken whole (rows: null); give the number of rows", "use", "rows")
+            raise Conflict(
+                "only a text with use: evaluate may be taken whole (rows: null); give the number of rows",
+                "use",
+                "rows",
+            )
         return self
 
     @model_validator(mode="after")
     def _says_how_it_is_generated(self) -> Self:
         if (self.kind == "generated") != (self.generated is not None):
             raise Conflict(
-                "kind: generated and the section `generated` go together; give both, or another kind and null", "kind", "generated"
+                "kind: generated and the section `generated` go together; give both, or another kind and"
+                " null",
+                "kind",
+                "generated",
             )
         if self.generated is not None and self.rows is None:
             raise Conflict("a generated text has no end; give the number of rows", "kind", "rows")
@@ -86,7 +111,9 @@ class TextParams(Params):
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents or chats, and what is needed to tell later which they were; ``chat_template`` says which of the two there are."""
+    """Documents or chats, and what is needed to tell later which they were; ``chat_template`` says
+    which of the two there are.
+    """
 
     documents: list[str]
     chats: list[list[Message]]
@@ -98,11 +125,15 @@ def read_texts(params: TextParams) -> Texts:
     """All documents of a source; empty ones are left out and counted.
 
     Raises:
-        SparselineError: the source cannot be found or read, holds no text, or holds other text than the parameters say.
+        SparselineError: the source cannot be found or read, holds no text, or holds other text than
+            the parameters say.
     """
     for key, kinds in {"glob": {"files"}, "field": {"files"}, "hub": {"hub"}, "revision": {"hub"}}.items():
         if getattr(params, key) is not None and params.source not in kinds:
-            raise SparselineError(f"The text at {params.path} has `{key}`, which kind: {params.source} does not read; set it to null.")
+            raise SparselineError(
+                f"The text at {params.path} has `{key}`, which kind: {params.source} does not read; set it to"
+                " null."
+            )
     read = {"stdlib": _stdlib, "files": _files, "hub": _hub}[params.source]
     placed, provenance = read(params)
     documents: list[str] = []
@@ -114,23 +145,41 @@ def read_texts(params: TextParams) -> Texts:
             check_characters(value, where)
         if isinstance(value, list):
             value = check_messages(value, where)
-        if value is None or (not value.strip() if isinstance(value, str) else isinstance(value, list) and is_blank(value)):
+        if value is None or (
+            not value.strip() if isinstance(value, str) else isinstance(value, list) and is_blank(value)
+        ):
             empty += 1
             continue
         if params.chat_template and isinstance(value, str):
-            raise SparselineError(f"{where}: chat_template is true, but this is plain text; give lists of {{role, content}} messages.")
+            raise SparselineError(
+                f"{where}: chat_template is true, but this is plain text; give lists of {{role, content}}"
+                " messages."
+            )
         if not params.chat_template and isinstance(value, list):
-            raise SparselineError(f"{where}: this is a list of messages; set chat_template: true, or choose a `field` that holds text.")
+            raise SparselineError(
+                f"{where}: this is a list of messages; set chat_template: true, or choose a `field` that"
+                " holds text."
+            )
         if isinstance(value, str):
             documents.append(value)
         elif isinstance(value, list):
             chats.append(value)
         else:
-            raise SparselineError(f"{where}: the text's `field` holds {kind(value)}, neither text nor a list of messages.")
+            raise SparselineError(
+                f"{where}: the text's `field` holds {kind(value)}, neither text nor a list of messages."
+            )
         places.append(where)
     if not places:
-        raise SparselineError(f"{params.source} text at {params.path} is empty; give a source with at least one non-empty document.")
-    return Texts(documents, chats, places, provenance | {"kind": params.source, "documents": len(places), "empty": empty})
+        raise SparselineError(
+            f"{params.source} text at {params.path} is empty; give a source with at least one non-empty"
+            " document."
+        )
+    return Texts(
+        documents,
+        chats,
+        places,
+        provenance | {"kind": params.source, "documents": len(places), "empty": empty},
+    )
 
 
 def _entries(path: Path, name: str | None) -> Any:
@@ -148,17 +197,24 @@ def _stdlib(params: TextParams) -> tuple[Iterable[Placed], dict[str, Any]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = _entries(params.path, params.name)
     if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
-        raise SparselineError(f'{params.path}: the entry {params.name!r} must be a list of modules, such as ["csv.py"].')
+        raise SparselineError(
+            f'{params.path}: the entry {params.name!r} must be a list of modules, such as ["csv.py"].'
+        )
     documents = []
     hashes = {}
     for module in modules:
         parts = Path(module).parts
         if Path(module).is_absolute() or {"..", "site-packages", "dist-packages"} & set(parts):
-            raise SparselineError(f"{params.path}: {module!r} is outside the standard library; name files below {root}, such as csv.py.")
+            raise SparselineError(
+                f"{params.path}: {module!r} is outside the standard library; name files below {root}, such as"
+                " csv.py."
+            )
         try:
             raw = files.read(root / module)
         except OSError as error:
-            raise SparselineError(f"Python {platform.python_version()} here lacks the standard library's {module} ({error}).") from error
+            raise SparselineError(
+                f"Python {platform.python_version()} here lacks the standard library's {module} ({error})."
+            ) from error
         documents.append((module, decode(root / module, raw)))
         hashes[module] = hashlib.sha256(raw).hexdigest()
     return documents, {"sha256": hashes, "python": platform.python_version()}
@@ -170,7 +226,8 @@ def _files(params: TextParams) -> tuple[Iterable[Placed], dict[str, Any]]:
     plain = next((path for path in paths if not holds_records(path)), None)
     if params.field is not None and plain is not None:
         raise SparselineError(
-            f"{plain} is read as one plain text, but the text's `field` is {params.field!r}; set field: null, or choose files of records "
+            f"{plain} is read as one plain text, but the text's `field` is {params.field!r}; set field: null,"
+            " or choose files of records "
             f'({", ".join(READERS)}, also compressed) with `glob`, such as "*.jsonl".'
         )
     hashes = {}
@@ -180,46 +237,66 @@ def _files(params: TextParams) -> tuple[Iterable[Placed], dict[str, Any]]:
             raw = files.read(path)
         except OSError as error:
             raise SparselineError(f"{path} cannot be read ({error.strerror}).") from error
-        hashes[str(path.relative_to(params.path)) if path != params.path else path.name] = hashlib.sha256(raw).hexdigest()
+        hashes[str(path.relative_to(params.path)) if path != params.path else path.name] = hashlib.sha256(
+            raw
+        ).hexdigest()
         raw = unpack(path, raw)
-        documents += read_records(path, raw, params.field) if holds_records(path) else [(str(path), decode(path, raw))]
+        documents += (
+            read_records(path, raw, params.field) if holds_records(path) else [(str(path), decode(path, raw))]
+        )
     return documents, {"sha256": hashes}
 
 
 def _listed(root: Path, glob: str | None) -> list[Path]:
     """The files of a text, sorted: all that DVC hashes with ``root``, and nothing else.
 
-    Names that begin with a dot are passed over. Links to files are read as DVC reads them; links to directories are refused, since
-    DVC does not follow them.
+    Names that begin with a dot are passed over. Links to files are read as DVC reads them; links to
+    directories are refused, since DVC does not follow them.
     """
     if str(root).startswith("~"):
         raise SparselineError(f"The text's path {root} is not expanded; write the home directory in full.")
     if not root.is_dir():
         if glob is not None and root.exists():
-            raise SparselineError(f"{root} is a file, but the text has glob: {glob}; set it to null, or give the directory as path.")
+            raise SparselineError(
+                f"{root} is a file, but the text has glob: {glob}; set it to null, or give the directory as"
+                " path."
+            )
         if not root.exists():
             raise SparselineError(f"No file matches {root}; correct the text's path or glob.")
         return [_named(root)]
     if glob is not None and (Path(glob).is_absolute() or ".." in Path(glob).parts):
-        raise SparselineError(f"The text's glob {glob!r} reaches outside its path {root}, where DVC watches nothing; correct the two.")
+        raise SparselineError(
+            f"The text's glob {glob!r} reaches outside its path {root}, where DVC watches nothing; correct"
+            " the two."
+        )
     try:
         found = _visible(root, root.glob(glob if glob is not None else "**/*"))
     except (ValueError, NotImplementedError, IndexError) as error:
-        raise SparselineError(f'The text\'s glob {glob!r} is not a pattern ({error}); write one such as "*.jsonl".') from error
+        raise SparselineError(
+            f'The text\'s glob {glob!r} is not a pattern ({error}); write one such as "*.jsonl".'
+        ) from error
     paths = []
     for path in found:
         for part in (path, *path.parents[: len(path.relative_to(root).parts) - 1]):
             if part.is_dir() and part.is_symlink():
-                raise SparselineError(f"{part} is a link to a directory, which DVC does not follow; copy it, or give its target as path.")
+                raise SparselineError(
+                    f"{part} is a link to a directory, which DVC does not follow; copy it, or give its target"
+                    " as path."
+                )
         if not path.is_dir():
             check_inside(root, path)
             paths.append(_named(path))
         elif not os.access(path, os.R_OK | os.X_OK):
-            raise SparselineError(f"The directory {path} cannot be read; give yourself the right to, or leave it out with the text's glob.")
+            raise SparselineError(
+                f"The directory {path} cannot be read; give yourself the right to, or leave it out with the"
+                " text's glob."
+            )
     if not paths:
         some = [str(path.relative_to(root)) for path in _visible(root, root.rglob("*")) if path.is_file()][:2]
         has = f"it has, for example, {' and '.join(some)}" if some else "it has no file"
-        raise SparselineError(f"No file matches {root / (glob or '**/*')}; correct the text's path or glob: {has}.")
+        raise SparselineError(
+            f"No file matches {root / (glob or '**/*')}; correct the text's path or glob: {has}."
+        )
     return paths
 
 
@@ -227,7 +304,10 @@ def _visible(root: Path, paths: Iterable[Path]) -> list[Path]:
     found = []
     for number, path in enumerate(paths):
         if number == MOST:
-            raise SparselineError(f"{root} holds more than {MOST:,} files; give a directory of texts as path, or fewer and larger files.")
+            raise SparselineError(
+                f"{root} holds more than {MOST:,} files; give a directory of texts as path, or fewer and"
+                " larger files."
+            )
         if not any(part.startswith(".") for part in path.relative_to(root).parts):
             found.append(path)
     return sorted(found)
@@ -242,21 +322,30 @@ def _named(path: Path) -> Path:
 
 
 def _hub(params: TextParams) -> tuple[Iterable[Placed], dict[str, Any]]:
-    """Rows of a hub dataset's split; with ``join`` the rows are one text, as the papers' perplexities take WikiText-2 and PTB."""
+    """Rows of a hub dataset's split; with ``join`` the rows are one text, as the papers'
+    perplexities take WikiText-2 and PTB.
+    """
     from datasets import load_dataset  # imported here: seconds that local texts need not pay
     from datasets.exceptions import DatasetsError
 
     if params.hub is not None and params.name is not None:
-        raise SparselineError(f"A text of kind: hub has both `hub` and name: {params.name}; set one of them to null.")
+        raise SparselineError(
+            f"A text of kind: hub has both `hub` and name: {params.name}; set one of them to null."
+        )
     where = "the text's `hub`" if params.hub is not None else f"{params.path}, entry {params.name!r}"
     entry = _checked(params.hub if params.hub is not None else _entries(params.path, params.name), where)
     revision = params.revision or entry.get("revision")
     if revision is None or not COMMIT.fullmatch(str(revision)):
         raise SparselineError(
-            f"{where}: the dataset {entry['id']!r} has the revision {revision!r}, which is no commit and may move under cached results; "
-            f"set the text's `revision` to 40 hexadecimal digits{_newest(entry['id'])}."
+            f"{where}: the dataset {entry['id']!r} has the revision {revision!r}, which is no commit and may"
+            " move under cached results; set the text's `revision` to 40 hexadecimal"
+            f" digits{_newest(entry['id'])}."
         )
-    source = {"data_files": {entry["split"]: entry["files"]}} if "files" in entry else {"name": entry.get("config")}
+    source = (
+        {"data_files": {entry["split"]: entry["files"]}}
+        if "files" in entry
+        else {"name": entry.get("config")}
+    )
     try:
         rows = load_dataset(entry["id"], split=entry["split"], revision=revision, **source)
         names = rows.column_names
@@ -266,9 +355,12 @@ def _hub(params: TextParams) -> tuple[Iterable[Placed], dict[str, Any]]:
         values = list(rows[column])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error).splitlines()[:1]) or type(error).__name__
-        raise SparselineError(f"The dataset {entry['id']!r} cannot be loaded from the hub: {reason}") from error
+        raise SparselineError(
+            f"The dataset {entry['id']!r} cannot be loaded from the hub: {reason}"
+        ) from error
     placed = [
-        (f"{entry['id']}, row {n}", pick({column: value}, entry["field"], f"{entry['id']}, row {n}")) for n, value in enumerate(values, 1)
+        (f"{entry['id']}, row {n}", pick({column: value}, entry["field"], f"{entry['id']}, row {n}"))
+        for n, value in enumerate(values, 1)
     ]
     if entry.get("join"):
         placed = [(entry["id"], "\n\n".join(_strings(placed)))]
@@ -284,28 +376,41 @@ def _strings(placed: Iterable[Placed]) -> Iterator[str]:
 
 
 def _checked(entry: Any, where: str) -> dict[str, Any]:
-    """The entry, if it has what reading needs, no key that nothing reads, and nothing that DVC would have to watch on this machine."""
+    """The entry, if it has what reading needs, no key that nothing reads, and nothing that DVC
+    would have to watch on this machine.
+    """
     needed, possible = HUB_KEYS
     if not isinstance(entry, dict):
         raise SparselineError(f"{where} must be a mapping with the keys {', '.join(sorted(needed))}.")
     if unknown := sorted(entry.keys() - needed - possible):
-        raise SparselineError(f"{where} has the unknown key {unknown[0]!r}; it may have: {', '.join(sorted(needed | possible))}.")
+        raise SparselineError(
+            f"{where} has the unknown key {unknown[0]!r}; it may have:"
+            f" {', '.join(sorted(needed | possible))}."
+        )
     if missing := sorted(needed - entry.keys()):
         raise SparselineError(f"{where} has no {missing[0]!r}; add it.")
-    if wrong := sorted(key for key, value in entry.items() if not isinstance(value, bool if key == "join" else str)):
-        raise SparselineError(f"{where}: {wrong[0]} = {entry[wrong[0]]!r} must be {'true or false' if wrong[0] == 'join' else 'a text'}.")
+    if wrong := sorted(
+        key for key, value in entry.items() if not isinstance(value, bool if key == "join" else str)
+    ):
+        raise SparselineError(
+            f"{where}: {wrong[0]} = {entry[wrong[0]]!r} must be"
+            f" {'true or false' if wrong[0] == 'join' else 'a text'}."
+        )
     if "config" in entry and "files" in entry:
         raise SparselineError(
-            f"{where} has both 'config' and 'files'; files are named by their path in the repository alone, so drop 'config'."
+            f"{where} has both 'config' and 'files'; files are named by their path in the repository alone,"
+            " so drop 'config'."
         )
     if Path(entry["id"]).exists() or not HUB_ID.fullmatch(entry["id"]):
         raise SparselineError(
-            f"{where}: id = {entry['id']!r} is not a dataset of the hub (owner/name); files of this machine are read with kind: files, "
-            "which DVC watches."
+            f"{where}: id = {entry['id']!r} is not a dataset of the hub (owner/name); files of this machine"
+            " are read with kind: files, which DVC watches."
         )
     files = entry.get("files", "")
     if "://" in files or files.startswith(("/", "~")) or ".." in Path(files).parts:
-        raise SparselineError(f"{where}: files = {files!r} is outside the dataset's repository; give a path in it.")
+        raise SparselineError(
+            f"{where}: files = {files!r} is outside the dataset's repository; give a path in it."
+        )
     return entry
 
 

@@ -1,4 +1,6 @@
-"""A decoder that transformers does not have, as a model's own code: Q, K and V in one projection, in the order that Baichuan has them."""
+"""A decoder that transformers does not have, as a model's own code: Q, K and V in one projection,
+in the order that Baichuan has them.
+"""
 
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -8,7 +10,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 class FusedConfig(PreTrainedConfig):
     model_type = "fused_decoder"
 
-    def __init__(self, vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **kwargs):
+    def __init__(
+        self,
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **kwargs,
+    ):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
