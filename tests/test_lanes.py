@@ -21,6 +21,7 @@ from tiny import make_model, token_rows
 
 from pipeline_lib.core.artifacts import read_tensors
 from pipeline_lib.core.random import generator
+from pipeline_lib.core.threads import side_by_side
 from pipeline_lib.fit.fit import (
     Pairs,
     Sparse,
@@ -37,7 +38,7 @@ from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.prune.window import collect
-from pipeline_lib.stats.lanes import LANES, Sums, deal, fold, parts, side_by_side, total
+from pipeline_lib.stats.lanes import LANES, Sums, deal, fold, parts, total
 from pipeline_lib.stats.moments import Accumulator, DiagonalSums, MomentSums
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import walk

@@ -21,13 +21,14 @@ import torch
 from torch.optim.adam import adam
 
 from pipeline_lib.core.random import generator
-from pipeline_lib.fit.fit import SIDE_BY_SIDE, Pairs, minibatches
+from pipeline_lib.core.threads import Map, side_by_side, small
+from pipeline_lib.fit.fit import Pairs, minibatches
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.fit.zeros import Zeros
 from pipeline_lib.models.architecture import Layout
 from pipeline_lib.models.places import Room
 from pipeline_lib.models.stream import HEAD_TOKENS, BlockModel, Stream
-from pipeline_lib.stats.lanes import LANES, Map, deal, side_by_side, total
+from pipeline_lib.stats.lanes import LANES, deal, total
 
 EPSILON = 1e-12  # of Adam: gradients of a mean over tokens are small
 # hidden states [B, T, D] after the last block -> logits [B, T, V]
@@ -210,9 +211,8 @@ def train(
     """
     fitting, steps = given.fitting, given.steps(params)
     weights = sum(leaf.numel() for block in blocks for leaf in block.leaves.values())
-    small = given.model.device.type == "cpu" and weights <= SIDE_BY_SIDE
     number = 0
-    with given.model.head() as logits, side_by_side(small) as each_lane:
+    with given.model.head() as logits, side_by_side(small(given.model.device, weights)) as each_lane:
         passes = _Passes(given.model, blocks, params, logits, each_lane)
         for epoch in range(1, params.epochs + 1):
             random = {lane: generator(params.seed, f"distil:{epoch}:{lane}") for lane in range(LANES)}

@@ -17,15 +17,13 @@ from typing import Any
 import torch
 
 from pipeline_lib.core.random import generator
+from pipeline_lib.core.threads import Map, side_by_side, small
 from pipeline_lib.fit.settings import BlockParams, FitParams
 from pipeline_lib.fit.spectral import Norm, regulariser
 from pipeline_lib.models.architecture import Matrix, laid
 from pipeline_lib.models.places import Batches
-from pipeline_lib.stats.lanes import LANES, Map, parts, side_by_side, total
+from pipeline_lib.stats.lanes import LANES, parts, total
 
-# weights of a block, or window, up to which lanes are fitted side by side: in larger ones there is
-# little to gain
-SIDE_BY_SIDE = 2**22
 # hidden states, the block's tensors -> output
 Run = Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
 Masks = dict[Matrix, torch.Tensor]  # [R, C] bool, True = kept
@@ -311,8 +309,8 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
         del values, out  # what the graph does not need of them
         return torch.autograd.grad(loss, leaves, allow_unused=True)
 
-    small = free.device.type == "cpu" and sum(map(torch.Tensor.numel, masks.values())) <= SIDE_BY_SIDE
-    with side_by_side(small) as each_lane:
+    weights = sum(map(torch.Tensor.numel, masks.values()))
+    with side_by_side(small(free.device, weights)) as each_lane:
         for epoch in range(1, params.epochs + 1):
             free.refreshing = epoch <= refreshed
             random = {lane: generator(params.seed, f"{block.where}:{epoch}:{lane}") for lane in range(LANES)}

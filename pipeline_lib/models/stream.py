@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.products import Products, rounded
+from pipeline_lib.core.threads import PARTS, side_by_side, small
 from pipeline_lib.models.architecture import Site
 from pipeline_lib.models.checkpoint import Checkpoint, skeleton
 from pipeline_lib.models.conversion import Piece, assembled, disassembled
@@ -259,12 +260,12 @@ class BlockModel:
                 if any(piece.stored in given for piece in pieces)
             }
             with rounded(self.device, self.products):
-                out = functional_call(self._own_copy(block), moved, (hidden, *args), kwargs)
+                out = functional_call(self.own_copy(block), moved, (hidden, *args), kwargs)
         return out[0] if isinstance(out, tuple | list) else out
 
-    def _own_copy(self, block: nn.Module) -> nn.Module:
-        """The block, or for any but the main thread one of the same tensors: ``functional_call``
-        changes the module while it runs.
+    def own_copy(self, block: nn.Module) -> nn.Module:
+        """The block, or for any but the main thread one of the same tensors: hooks and
+        ``functional_call`` change a module while it runs.
         """
         if threading.current_thread() is threading.main_thread():
             return block
@@ -286,17 +287,33 @@ class BlockModel:
         """
         self.check_finite(index, self.passed(block, index, stream, numbers))
 
-    @torch.no_grad()
+    def is_small(self, block: nn.Module) -> bool:
+        """Whether threads pass parts of the rows through the block side by side."""
+        return small(self.device, sum(tensor.numel() for tensor in block.parameters()))
+
     def passed(
         self, block: nn.Module, index: int, stream: Stream, numbers: Iterable[int] | None = None
     ) -> torch.Tensor:
         """``advance`` that leaves ``check_finite`` to others: the least and the largest output of
         every batch, on the device, NaN if one is.
         """
-        bounds: list[torch.Tensor] = []
-        for number in range(len(stream.hidden)) if numbers is None else numbers:
-            stream.hidden[number] = out = self.call(block, index, stream.hidden[number])
-            bounds += out.aminmax()
+
+        @torch.no_grad()
+        def through(part: Iterable[int]) -> list[torch.Tensor]:
+            own = self.own_copy(block)
+            bounds: list[torch.Tensor] = []
+            for number in part:
+                stream.hidden[number] = out = self.call(own, index, stream.hidden[number])
+                bounds += out.aminmax()
+            return bounds
+
+        if numbers is not None:
+            bounds = through(numbers)
+        else:
+            count = len(stream.hidden)
+            parts = [range(count * part // PARTS, count * (part + 1) // PARTS) for part in range(PARTS)]
+            with side_by_side(self.is_small(block)) as each:
+                bounds = [bound for part in each(through, parts) for bound in part]
         return torch.stack(bounds) if bounds else torch.zeros(0, device=self.device)
 
     def check_finite(self, index: int, hidden: torch.Tensor) -> None:

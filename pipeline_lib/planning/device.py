@@ -13,8 +13,8 @@ import math
 import torch
 
 from pipeline_lib.core import settings
+from pipeline_lib.core.threads import SMALL
 from pipeline_lib.evaluation.settings import EvaluateParams
-from pipeline_lib.fit.fit import SIDE_BY_SIDE
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.measure.fisher import at_once
 from pipeline_lib.measure.settings import SensitivityParams
@@ -155,7 +155,7 @@ def learning(params: DistilParams, shapes: Shapes) -> float:
     depth, lane = shapes.checkpoint.architecture.depth, math.ceil(params.batch_rows / LANES)
     boundaries = 4 * params.batch_rows * shapes.length * shapes.checkpoint.architecture.width * (depth + 1)
     # small models pass their lanes side by side
-    at_once = params.batch_rows if shapes.blocks * shapes.block <= SIDE_BY_SIDE else lane
+    at_once = params.batch_rows if shapes.blocks * shapes.block <= SMALL else lane
     graph = 3 * (shapes.inner(at_once) if params.recompute else depth * shapes.inner(params.batch_rows))
     return boundaries + graph + 6 * 4 * min(shapes.length, HEAD_TOKENS) * shapes.checkpoint.vocabulary
 

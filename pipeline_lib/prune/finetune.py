@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pipeline_lib.fit.fit import SIDE_BY_SIDE, Masks, Remask, Sparse, fit
+from pipeline_lib.core.threads import SMALL
+from pipeline_lib.fit.fit import Masks, Remask, Sparse, fit
 from pipeline_lib.fit.scales import Scales
 from pipeline_lib.fit.settings import FitParams
 from pipeline_lib.models.architecture import Matrix
@@ -98,7 +99,7 @@ class Finetune:
         side (its gradient, and what is masked, in float32 and bfloat16); one batch's graph.
         """
         each = 23 if "weights" in self.params.parts else 22 if "scales" in self.params.parts else 16
-        each += 10 * (LANES - 1) * (shapes.window * shapes.block <= SIDE_BY_SIDE)
+        each += 10 * (LANES - 1) * (shapes.window * shapes.block <= SMALL)
         return shapes.window * each * shapes.block + 3 * shapes.inner(self.params.batch_rows)
 
     def flops(self, shapes: Shapes) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.threads import side_by_side
 from pipeline_lib.fit.fit import Pairs
 from pipeline_lib.masks.bits import BitMasks
 from pipeline_lib.masks.rule import Rule
@@ -203,6 +204,8 @@ def collect(
 
     def summed(lane: Sequence[int]) -> Sums[MomentSums]:
         sums = Sums({name: MomentSums() for name in [*sites, *pools]})
+        own = model.own_copy(block[1])
+        own_dense = None if beside is None else model.own_copy(beside[0])
         for number in lane:
             dense: dict[str, torch.Tensor] = {}
 
@@ -225,14 +228,16 @@ def collect(
                 if (pool := known[name]) is not None:
                     sums[pool].add(x, None, weights)
 
-            if beside is not None and apart:
-                _tap(model, (block[0], beside[0]), beside[1][number], apart, keep)
-            _tap(model, block, hidden[number], tapped_sites, add)
+            if beside is not None and own_dense is not None and apart:
+                _tap(model, (block[0], own_dense), beside[1][number], apart, keep)
+            _tap(model, (block[0], own), hidden[number], tapped_sites, add)
         return sums
 
     # the other stream's tokens may be routed to other experts
     apart = [name for name in sites if known[name] is None]
-    drawn = drawn_together(fold(map(summed, lanes)), {name: known[name] for name in sites})
+    with side_by_side(model.is_small(block[1])) as each_lane:
+        whole = fold(each_lane(summed, lanes))
+    drawn = drawn_together(whole, {name: known[name] for name in sites})
     return {name: drawn.pop(name).finish(beside is not None) for name in sites}
 
 
@@ -266,11 +271,14 @@ def collect_diagonals(
                 if own is not None and own in sums:
                     sums[own].add(x, weights)
 
+        own = model.own_copy(block[1])
         for number in lane:
-            _tap(model, block, hidden[number], tapped_sites, add)
+            _tap(model, (block[0], own), hidden[number], tapped_sites, add)
         return sums
 
-    drawn = drawn_together(fold(map(summed, lanes)), {name: known[name] for name in sites})
+    with side_by_side(model.is_small(block[1])) as each_lane:
+        whole = fold(each_lane(summed, lanes))
+    drawn = drawn_together(whole, {name: known[name] for name in sites})
     return {name: one.finish() for name, one in drawn.items()}
 
 

@@ -7,21 +7,13 @@ batch holds rows of one lane, since another batch may round otherwise.
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
-import torch
-
-from pipeline_lib.core.products import rounding
-
 LANES = 4
-S = TypeVar("S")
 T = TypeVar("T")
-Map = Callable[[Callable[[S], T], Iterable[S]], Iterable[T]]
 
 
 @dataclass(frozen=True)
@@ -87,28 +79,3 @@ def total(values: Sequence[Any]) -> Any:
     """
     lanes = [values[part] for part in parts(len(values)) if part.start < part.stop]
     return functools.reduce(operator.add, [functools.reduce(operator.add, lane) for lane in lanes])
-
-
-@contextmanager
-def side_by_side(wanted: bool) -> Iterator[Map[Any, Any]]:
-    """While open, a ``map`` over lanes: torch's threads take a lane each, instead of sharing the
-    work on one, if that is wanted.
-
-    Small products leave most of two threads' time to their waking up. The lanes' results are in
-    memory together.
-    """
-    if not wanted:
-        yield map
-        return
-    threads = torch.get_num_threads()
-    workers = min(LANES, threads)
-    with rounding(False):  # which holds for all threads: none may change it while another computes
-        if workers < 2:
-            yield map
-            return
-        torch.set_num_threads(threads // workers)  # a new thread takes it over when it first asks for it
-        try:
-            with ThreadPoolExecutor(workers, initializer=torch.get_num_threads) as pool:
-                yield pool.map
-        finally:
-            torch.set_num_threads(threads)

@@ -1,0 +1,46 @@
+"""Two ways in which torch's threads share work: on one product, or side by side on parts of the work."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from pipeline_lib.core.products import rounding
+
+SMALL = 2**22  # weights of a block, or of a window of blocks: in larger ones there is little to gain
+PARTS = 4  # that work is cut into, however many threads there are
+S = TypeVar("S")
+T = TypeVar("T")
+Map = Callable[[Callable[[S], T], Iterable[S]], Iterable[T]]
+
+
+def small(device: torch.device, weights: int) -> bool:
+    """Whether the parts of work on so many weights are better done side by side on this device."""
+    return device.type == "cpu" and weights <= SMALL
+
+
+@contextmanager
+def side_by_side(wanted: bool) -> Iterator[Map[Any, Any]]:
+    """While open, a ``map`` over parts: torch's threads take a part each, instead of sharing the
+    work on one, if that is wanted.
+
+    Small products leave most of two threads' time to their waking up. The parts' results are in
+    memory together.
+    """
+    if not wanted:
+        yield map
+        return
+    threads = torch.get_num_threads()
+    workers = min(PARTS, threads)
+    with rounding(False):  # which holds for all threads: none may change it while another computes
+        if workers < 2:
+            yield map
+            return
+        torch.set_num_threads(threads // workers)  # a new thread takes it over when it first asks for it
+        try:
+            with ThreadPoolExecutor(workers, initializer=torch.get_num_threads) as pool:
+                yield pool.map
+        finally:
+            torch.set_num_threads(threads)
