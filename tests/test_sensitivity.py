@@ -23,7 +23,7 @@ from pipeline_lib.core.random import generator
 from pipeline_lib.measure import fisher, hutchinson
 from pipeline_lib.measure.backward import Subject
 from pipeline_lib.measure.estimate import Estimate, estimates, kendall, relative_error, split_half
-from pipeline_lib.measure.fisher import PANEL, OutputMoments, at_once, batches, drawn, moment_bytes
+from pipeline_lib.measure.fisher import OutputMoments, at_once, batches, drawn, moment_bytes
 from pipeline_lib.measure.hutchinson import probe_vector
 from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
@@ -420,7 +420,7 @@ def test_output_moments(model_paths: dict[str, Path], tmp_path: Path, family: st
 def test_moments_in_panels(llama: Checkpoint, tmp_path: Path) -> None:
     """Oracle: float64; symmetric to the bit. Outputs of two panels and a part of one."""
     matrix = llama.architecture.layouts[0].matrices[0]
-    gradients = torch.randn(2, 5, 2 * PANEL + 33, generator=torch.Generator().manual_seed(0))
+    gradients = torch.randn(2, 5, 2 * 256 + 33, generator=torch.Generator().manual_seed(0))
     moments = OutputMoments(tmp_path / "moments", True)
     moments.open(0, 0)
     moments.add(matrix, gradients)

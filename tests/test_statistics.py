@@ -27,7 +27,16 @@ from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.prune.window import collect as collect_moments
 from pipeline_lib.prune.window import collect_diagonals
-from pipeline_lib.stats.moments import Accumulator, Moments, MomentSums, SiteStatistics, add_product, refresh
+from pipeline_lib.stats.moments import (
+    Accumulator,
+    Moments,
+    MomentSums,
+    SiteStatistics,
+    add_product,
+    add_square,
+    mirror_,
+    refresh,
+)
 from pipeline_lib.stats.walk import CalibrateParams, gram_bytes, stored_or_walked, walk
 
 CPU = torch.device("cpu")
@@ -142,6 +151,23 @@ def test_products_are_summed_in_float32(device: str, dtypes: tuple[torch.dtype, 
     total = torch.ones(8, 8, device=device)
     add_product(total, left, right)
     torch.testing.assert_close(total.double(), 1 + left.double().T @ right.double(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_are_summed_in_panels(dtype: torch.dtype) -> None:
+    """Oracle: float64; symmetric to the bit. Two panels and a part of one, weighed tokens too."""
+    random = torch.Generator().manual_seed(0)
+    x, weights = (
+        torch.randn(50, 2 * 256 + 33, generator=random).to(dtype),
+        torch.rand(50, 1, generator=random),
+    )
+    total = torch.zeros(x.shape[1], x.shape[1])
+    add_square(total, x, x)
+    add_square(total, x.float() * weights, x)
+    wide = x.double()
+    expected = wide.T @ wide + (wide * weights.double()).T @ wide
+    torch.testing.assert_close(mirror_(total).double(), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(total, total.T)
 
 
 def test_a_gpu_takes_bfloat16_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,10 @@ from pipeline_lib.models.conversion import place
 from pipeline_lib.models.products import Parameters, Product, Watched
 from pipeline_lib.models.stream import HEAD_TOKENS
 from pipeline_lib.stats.lanes import LANES, Sums, fold
+from pipeline_lib.stats.moments import add_square, mirror_
 
 BATCH_ROWS = (4, 2, 1)  # of a lane's probes in one call: a short row alone leaves much of a processor idle
 BATCH_TOKENS = 2048  # which more than one row may have together: the graph of a call fills the memory
-PANEL = 384  # outputs of a second moment that are summed at a time
 
 
 class OutputMoments:
@@ -64,10 +64,7 @@ class OutputMoments:
             if not self.full:
                 sums.add_(g.square().sum(0))
                 continue
-            # g gᵀ is symmetric: what is above the diagonal's panels is not computed
-            for start in range(0, outputs, PANEL):
-                stop = min(start + PANEL, outputs)
-                sums[start:stop, :stop].addmm_(g[:, start:stop].T, g[:, :stop])
+            add_square(sums, g, g)
 
     def close(self, index: int, lane: int, tokens: int) -> None:
         """Done with the block and the lane for now: sums over so many more predicted tokens."""
@@ -84,7 +81,7 @@ class OutputMoments:
                 for label, sums in fold(Sums(read_tensors(file)[0]) for file in files).items()
             }
             if self.full:
-                means = {label: mean.tril_() + mean.tril(-1).T for label, mean in means.items()}
+                means = {label: mirror_(mean) for label, mean in means.items()}
             write_tensors(block_file(self.directory, index), means, {"full": self.full, "tokens": tokens})
             for file in files:
                 file.unlink()

@@ -169,7 +169,7 @@ class Accumulator(WeightedSums):
         first = -(self.first + self.tokens) % self.stride
         self.sample.append(x[first :: self.stride].clone())
         if self.gram is not None:
-            add_product(self.gram, row if weights is None else weighed, row)
+            add_square(self.gram, row if weights is None else weighed, row)
         self.count += len(x) if weights is None else weights.sum(dtype=torch.float64)
         self.tokens += len(x)
 
@@ -193,7 +193,7 @@ class Accumulator(WeightedSums):
         """G [d, d]."""
         if self.gram is None:
             raise ValueError("this accumulator was not asked for the Gram matrix")
-        return self.gram / self.count
+        return mirror_(self.gram / self.count)
 
     def finish(
         self, held_out: "Accumulator | None" = None, share: float | torch.Tensor | None = None
@@ -274,7 +274,7 @@ class MomentSums(WeightedSums):
         if dense is not None and not self.tokens:
             self.cross, self.dense_mean = torch.zeros_like(self.gram), torch.zeros_like(self.mean)
         weighed = x if weights is None else x.float() * weights[:, None]
-        add_product(self.gram, weighed, x)
+        add_square(self.gram, weighed, x)
         self.mean += weighed.sum(0, dtype=torch.float32)
         self.count += len(x) if weights is None else weights.sum(dtype=torch.float64)
         self.tokens += len(x)
@@ -297,7 +297,7 @@ class MomentSums(WeightedSums):
         """With the cross moment if asked for. The sums become means where they are: nothing can be
         added any more.
         """
-        own = self.gram.div_(self.count), (self.mean / self.count).float()
+        own = mirror_(self.gram.div_(self.count)), (self.mean / self.count).float()
         beside = beside and self.dense_mean.ndim > 0  # of an expert's inputs there is none
         if not beside:
             return Moments(*own, tokens=self.tokens)
@@ -356,6 +356,31 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         total += torch.mm(left.T, right, out_dtype=torch.float32)
     else:
         total.addmm_(left.float().T, right.float())
+
+
+def add_square(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add leftᵀ right, which is symmetric, to ``total`` [d, d] float32, see ``add_product``: not what is
+    above the panels of its diagonal, nearly half of it. ``mirror_`` fills it in.
+    """
+    if not total.is_cuda:  # once for all panels
+        left, right = left.float(), right.float()
+    for panel in _panels(total):
+        add_product(total[panel, : panel.stop], left[:, panel], right[:, : panel.stop])
+
+
+def mirror_(total: torch.Tensor) -> torch.Tensor:
+    """A sum of ``add_square`` [d, d], completed in place; it is symmetric to the last bit."""
+    for panel in _panels(total):
+        own = total[panel, panel]
+        own.copy_(own.tril() + own.tril(-1).T)
+        total[: panel.start, panel] = total[panel, : panel.start].T
+    return total
+
+
+def _panels(total: torch.Tensor) -> list[slice]:
+    """Consecutive rows of [d, d]: as few as keep a processor busy."""
+    size = 256 if total.device.type == "cpu" else 1024
+    return [slice(start, min(start + size, len(total))) for start in range(0, len(total), size)]
 
 
 def _parts(x: torch.Tensor) -> list[slice]:
