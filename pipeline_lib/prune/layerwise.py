@@ -1,12 +1,15 @@
 """Prune and compensate the matrices of one block, each by itself, from the statistics of its inputs."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pipeline_lib.core import settings
+from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.threads import side_by_side, small
 from pipeline_lib.masks.rule import Rule
 from pipeline_lib.masks.scores import Curvature
 from pipeline_lib.masks.settings import SelectionParams
@@ -52,22 +55,43 @@ class Layerwise:
         found: dict[str, Moments] = {}
         before = None  # the block as it was, where its statistics do not fit into memory at once
         with block.settling():
-            for site in block.sites:
-                if site not in found:
+            left = block.sites
+            while left:
+                if left[0] not in found:
                     module = before or model.block(index, block.tensors)
-                    sites = block.ahead(site, self.by_site, settings.gram_bytes())
+                    sites = block.ahead(left[0], self.by_site, settings.gram_bytes())
                     found = collect(model, (index, module), hidden, streams.seen, sites, beside)
                     before = module if not self.by_site and len(sites) < len(block.sites) else None
                     del module
-                self.prune_site(block, site, found)
+                ready = list(itertools.takewhile(found.__contains__, left))
+                self._prune_sites(block, ready, found)
+                left = left[len(ready) :]
 
     def prune_block(self, block: Block, moments: dict[str, Moments]) -> None:
         """Prune all matrices of a block by moments that were collected before any of them is
         pruned; used up (``prune_site``).
         """
         with block.settling():
-            for site in block.sites:
-                self.prune_site(block, site, moments)
+            self._prune_sites(block, block.sites, moments)
+
+    def _prune_sites(self, block: Block, sites: Sequence[str], moments: dict[str, Moments]) -> None:
+        """``prune_site`` for each; side by side in a small block. What is noted keeps their order."""
+        weights = sum(tensor.numel() for tensor in block.tensors.values())
+        device = next(iter(moments.values())).gram.device
+
+        def pruned(site: str) -> tuple[Block, SparselineError | None]:
+            own = block.apart()
+            try:
+                self.prune_site(own, site, moments)
+            except SparselineError as error:
+                return own, error
+            return own, None
+
+        with side_by_side(len(sites) > 1 and small(device, weights)) as each_site:
+            for own, error in each_site(pruned, sites):
+                block.join(own)
+                if error is not None:
+                    raise error
 
     def prune_site(self, block: Block, site: str, moments: dict[str, Moments]) -> None:
         """Choose the masks of the matrices that share a site, compensate as asked, and put both

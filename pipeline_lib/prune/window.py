@@ -5,7 +5,8 @@ consecutive blocks.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from pipeline_lib.stats.moments import DiagonalSums, Moments, MomentSums, drawn_
 
 # their mask keeps another number of weights
 NO_SCORES = "The scores of {} hold NaN or infinity; check the model, or compute in float32."
+NOTES = ("curvatures", "rules", "grids")  # of a block, by matrix
 
 
 @dataclass
@@ -51,6 +53,21 @@ class Block:
     grids: dict[Matrix, Grid] = field(default_factory=dict)  # of the matrices that are quantised
     # what must be true [], and what is said where it is not
     checks: list[tuple[torch.Tensor, str]] = field(default_factory=list)
+
+    # of what several threads may copy
+    lock: Lock = field(default_factory=Lock)
+
+    def apart(self) -> "Block":
+        """The same block, with its tensors and masks, whose notes are of their own."""
+        notes: dict[str, Any] = {name: {} for name in NOTES}
+        return replace(self, facts={"matrices": {}}, checks=[], **notes)
+
+    def join(self, other: "Block") -> None:
+        """Take over what was noted apart."""
+        for name in NOTES:
+            getattr(self, name).update(getattr(other, name))
+        self.facts["matrices"].update(other.facts["matrices"])
+        self.checks += other.checks
 
     @property
     def sites(self) -> list[str]:
@@ -87,13 +104,14 @@ class Block:
         dtype, whose weights may be changed.
         """
         name = matrix.parameter
-        if name not in self.masks:
-            self.tensors[name] = self.tensors[name].to(dtype, copy=True)
-        whole = self.masks.get(name)
-        if whole is None:
-            whole = torch.ones(self.tensors[name].shape, dtype=torch.bool, device=mask.device)
-        matrix.view(whole).copy_(mask)
-        self.masks[name] = whole
+        with self.lock:  # another matrix may be in the same parameter
+            if name not in self.masks:
+                self.tensors[name] = self.tensors[name].to(dtype, copy=True)
+            whole = self.masks.get(name)
+            if whole is None:
+                whole = torch.ones(self.tensors[name].shape, dtype=torch.bool, device=mask.device)
+            matrix.view(whole).copy_(mask)
+            self.masks[name] = whole
 
     @contextmanager
     def settling(self) -> Iterator[None]:

@@ -364,7 +364,11 @@ def add_square(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> 
     """
     if not total.is_cuda:  # once for all panels
         left, right = left.float(), right.float()
-    for panel in _panels(total):
+    panels = _panels(total)
+    if len(panels) == 1:
+        add_product(total, left, right)
+        return
+    for panel in panels:
         add_product(total[panel, : panel.stop], left[:, panel], right[:, : panel.stop])
 
 
