@@ -1,8 +1,10 @@
 """transformers' attention by torch's fused kernel, whose small products MKL does faster than oneDNN
-(see ``products``).
+(see ``products``), and whose gradients on a CPU take longer in bfloat16 than in float32.
 """
 
 from typing import Any
+
+import torch
 
 from pipeline_lib.core.products import rounding
 
@@ -12,8 +14,12 @@ def register() -> None:
     from transformers import AttentionInterface  # imported here: seconds that not every stage needs
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         with rounding(False):
-            return sdpa_attention_forward(*args, **kwargs)
+            if not (query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad):
+                return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+            wide = (tensor.float() for tensor in (query, key, value))
+            output, weights = sdpa_attention_forward(module, *wide, *args, **kwargs)
+            return output.to(query.dtype), weights
 
     AttentionInterface.register("sdpa", forward)
