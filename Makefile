@@ -1,4 +1,4 @@
-# `make run` and `make test` set up what they need. Settings are environment variables, SPARSELINE_DEVICE and others: see README.
+# `make run` and `make test` set up what they need. Settings are environment variables, SPARSELINE_DEVICE and others: see docs/settings.md.
 # The Python of the environment: the first of these that runs and is 3.11 to 3.14.
 PYTHONS := python3.11 python3 python3.12 python3.13 python3.14
 RIGHT := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))

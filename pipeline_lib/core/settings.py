@@ -1,6 +1,4 @@
-"""Settings that change no result, so that they are part of no stage's key: environment variables,
-see README.
-"""
+"""Environment variables. They change no result and are part of no stage's key (docs/settings.md)."""
 
 import os
 import re
