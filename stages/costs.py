@@ -1,5 +1,6 @@
-"""Print the comparison with what each variant cost on this machine, and complete the report's
-section Costs (not a stage: costs differ).
+"""Print the comparison with the costs on this machine, and add the costs to the report.
+
+This is not a stage, because costs differ from run to run.
 """
 
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""Gather what the stages measured into one page to read, and into tables and points for a terminal
-and for DVC.
-"""
+"""Write the report as one page, and its tables for the terminal and for DVC."""
 
 from pathlib import Path
 

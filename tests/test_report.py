@@ -29,7 +29,7 @@ from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.evaluation.settings import VerdictParams
 from pipeline_lib.models.architecture import Architecture
 from pipeline_lib.models.written import to_json
-from pipeline_lib.reporting import content, costs, table
+from pipeline_lib.reporting import content, costs, overview, table
 from pipeline_lib.reporting.render import costs as render_costs
 from pipeline_lib.reporting.render import render
 from pipeline_lib.reporting.table import Column, Results
@@ -132,13 +132,13 @@ def sensitivities(depth: int) -> dict[str, Any]:
 
 
 def sizes(name: str) -> dict[str, Any]:
-    """4000 weights of 16 bits in a file of 10 kB; full has half of them in nine bits each."""
-    formats = {"dense": {"matrix_bytes": 8000, "file_bytes": 10000, "bits": 16.0}}
+    """12,000 weights of 16 bits in a file of 30 kB; full has them in nine bits each."""
+    formats = {"dense": {"matrix_bytes": 24000, "file_bytes": 30000, "bits": 16.0}}
     if name == "full":
-        formats["bitmask"] = {"matrix_bytes": 4500, "file_bytes": 6600, "bits": 9.0}
+        formats["bitmask"] = {"matrix_bytes": 13500, "file_bytes": 19800, "bits": 9.0}
     return {
-        "weights": 4000,
-        "zeros": 0 if name == "dense" else 2000,
+        "weights": 12000,
+        "zeros": 0 if name == "dense" else 6000,
         "theoretical_bits": 16.0 if name == "dense" else 9.0,
         "formats": formats,
     }
@@ -318,6 +318,67 @@ def tables(results: Results, section: str) -> list[list[Column]]:
     ]
 
 
+# The first screen
+
+
+def test_the_first_screen_names_the_variant_to_take(build: Path) -> None:
+    """Oracles: e^2.75 against e^2, the bytes of ``sizes``, and the gate's candidates."""
+    results = collect(build)
+    assert overview.headline(results) == (
+        "Take `full`: its perplexity on `test` is 15.64, 2.1 times the dense model's 7.39, and its weights"
+        " take 19.80 kB (`bitmask`) instead of 30.00 kB."
+    )
+    told = said(render(results))
+    assert overview.headline(results) in told
+    assert "Of the candidates `base` and `full`, it has the lowest perplexity on `validation`." in told
+    assert "not a candidate" not in told and "Verdict: ACCEPT." in told
+    better = {"validation": math.exp(2.1), "test": math.exp(2.0)}
+    change_artifact(build / "evaluate" / "plain.json", lambda found: found["perplexity"].update(better))
+    assert "Lower, but not a candidate: `plain`." in overview.details(collect(build))
+
+
+def test_without_candidates_the_lowest_perplexity_is_recommended(build: Path) -> None:
+    change_artifact(
+        build / "choice.json", lambda found: found.update(text="validation", chosen=None, perplexity={})
+    )
+    results = collect(build)
+    assert overview.recommended(results) is results.pruned[2]
+    assert "No variant is a candidate" in overview.details(results)
+    assert overview.recommended(collect(build, ("base", "plain"))).name == "base"  # type: ignore[union-attr]
+    assert overview.recommended(collect(build, ())) is None
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (2.02, "2.0% above the dense model's"),
+        (1.98, "2.0% below"),
+        (2.0, "the same as the dense model's 7.39"),
+    ],
+)
+def test_the_quality_in_words(build: Path, own: float, expected: str) -> None:
+    change_artifact(
+        build / "evaluate" / "full.json", lambda found: found["perplexity"].update(test=math.exp(own))
+    )
+    assert expected in overview.headline(collect(build))
+
+
+def test_sizes_of_the_first_screen(build: Path) -> None:
+    """``plain`` is not exported: of 12,000 weights of 16 bits, half remain, beside a bit each. A file
+    that was written in that format is taken as it is. Oracle: by hand.
+    """
+    results = collect(build)
+    dense, plain, base, full = (overview.size(results, variant) for variant in results.variants)
+    assert dense == overview.Size(30000, "dense", True)
+    assert plain == base == overview.Size(30000 - 12000 * 7 // 8, "bitmask", False)
+    assert full == overview.Size(19800, "bitmask", True)
+    columns = {column.head: column.cells for column in overview.columns(results)}
+    assert columns["size"] == ("30.00 kB", "≈ 19.50 kB", "≈ 19.50 kB", "19.80 kB")
+    assert columns["vs dense"] == ("–", "+171.8%", "+171.8%", "+111.7%")
+    assert columns["gap closed"] == ("–", "0.0%", "baseline", "25.0%")
+    assert "seconds" not in columns
+
+
 # The table
 
 
@@ -336,7 +397,7 @@ def test_no_gap_without_a_baseline(build: Path) -> None:
     results = collect(build, baseline="gone")
     assert all(table.gap_closed(results, variant, "test") is None for variant in results.variants)
     assert "gap closed" not in {column.head for column in table.comparison(results)}
-    assert "the baseline <code>gone</code> is not among the variants" in render(results)
+    assert "<code>report.baseline</code> = <code>gone</code> is not a variant" in render(results)
 
 
 def test_no_gap_where_the_baseline_is_no_worse(build: Path) -> None:
@@ -349,7 +410,7 @@ def test_no_gap_where_the_baseline_is_no_worse(build: Path) -> None:
     results = collect(build)
     assert table.gap_closed(results, results.pruned[2], "test") is None
     assert table.gap_closed(results, results.pruned[2], "validation") is None
-    assert "the baseline is no worse than the dense model" in render(results)
+    assert "the baseline is at least as good as the dense model" in render(results)
 
 
 def test_costs_are_of_what_a_variant_needs(build: Path) -> None:
@@ -386,7 +447,7 @@ def test_a_gpus_memory_is_shown_where_one_was_used(build: Path) -> None:
     _, peak, gpu = costs.by_variant(results, measured)
     assert (gpu.head, gpu.cells) == ("peak GPU GB", ("–", "–", "–", "5.00"))
     assert peak.cells[3] == "10.00"
-    assert "tensors on its GPU" in render_costs(results, measured)
+    assert "memory of tensors on the GPU" in render_costs(results, measured)
 
 
 def test_costs_of_another_run_are_not_shown(build: Path) -> None:
@@ -412,10 +473,12 @@ def test_the_script_completes_the_page(build: Path) -> None:
         and '<script src="costs.js"></script>' in page
         and "137" not in page.split('id="costs"')[1].split("</section>")[0]
     )
-    shown = json.loads(
-        script.removeprefix("document.getElementById('costs').innerHTML = ").removesuffix(";\n")
-    )
-    assert "<h2>Costs</h2>" in shown and ">137<" in shown and ">full<" in shown
+    written = re.findall(r"document\.getElementById\('(\w+)'\)\.innerHTML = (.*);\n", script)
+    shown = {name: json.loads(html) for name, html in written}
+    assert "<h2>Costs</h2>" in shown["costs"] and ">137<" in shown["costs"] and ">full<" in shown["costs"]
+    assert ">137<" in shown["overview"] and ">10.00<" in shown["overview"]
+    assert shown["spent"] == "Pruning took 137 seconds and 10.00 GB of memory on this machine."
+    assert all(f'id="{name}"' in page for name in shown)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +530,7 @@ def test_what_is_trained_is_told_from_what_is_one_shot(build: Path, kept: bool) 
     assert ("24 steps of distillation<" in page) == kept and (
         "24 steps of distillation, not kept" in page
     ) != kept
-    assert ("it was kept." in page) == kept and ("training diverged" in page) != kept
+    assert ("The result was kept." in page) == kept and ("training diverged" in page) != kept
     assert "Settings of the distillation of full" in page
 
 
@@ -530,19 +593,24 @@ def test_pruned_and_zero_are_told_apart(build: Path) -> None:
 
 def test_what_the_table_leaves_out_is_told(build: Path) -> None:
     """On the page and below the table: cut items, moments beyond their budget, and why there is no gap."""
-    cut = "3 of the 50 items of `free` are longer than the model's window: their beginning is left out."
-    moments = "Full output moments exceed `sensitivity.moment_budget_bytes`: allocations use their diagonals."
+    cut = (
+        "3 of the 50 items of `free` are longer than the model's context window; their beginning was cut off."
+    )
+    moments = (
+        "The full output moments exceed `sensitivity.moment_budget_bytes`, so allocations use their"
+        " diagonals."
+    )
     assert table.notes(collect(build)) == [cut, moments]
     told = said(render(collect(build)))
     assert cut in told and moments in told
     assert (
-        "`free`: all of 50 items, guessing gives an unknown share; `next_line`: 100 of 200 items, guessing"
-        " gives 25%; `wiki`: all of 5 items" in told
+        "`free`: all of 50 items, accuracy by chance unknown; `next_line`: 100 of 200 items, accuracy by"
+        " chance 25%; `wiki`: all of 5 items" in told
     )
-    assert "Not exported, so not weighed: `plain`." in told
+    assert "Not exported: `plain`." in told
     forget(build, "tasks")
     assert table.notes(collect(build, ("plain",), baseline="gone")) == [
-        "No gap is given: the baseline `gone` is not among the variants (see `report.baseline`)."
+        "There is no column `gap closed`: `report.baseline` = `gone` is not a variant."
     ]
 
 
@@ -553,7 +621,7 @@ def test_summary_is_pure_metrics(build: Path) -> None:
     assert summary["dense"] == {
         "sparsity": 0.0,
         "perplexity": {"test": 7.389056, "validation": 7.389056},
-        "bytes": 10000,
+        "bytes": 30000,
         "accuracy": {"next_line": 0.6, "free": 0.5},
         "acc_norm": {"next_line": 0.7},
         "exact_match": {"wiki strict": 0.25},
@@ -561,7 +629,7 @@ def test_summary_is_pure_metrics(build: Path) -> None:
     }
     assert summary["full"]["sparsity"] == 0.5
     assert summary["full"]["zeros"] == round(0.5 + 100 / 12000, 6)
-    assert summary["full"]["bytes"] == 6600
+    assert summary["full"]["bytes"] == 19800
     assert summary["full"]["gap"]["test"] == 0.25
     assert "gap" not in summary["base"] and "bytes" not in summary["plain"]
     assert summary["full"]["kl"] == {"test": 0.0625, "validation": 0.0625}
@@ -647,11 +715,12 @@ def test_the_plot_names_fields_of_the_points(build: Path) -> None:
 
 def test_the_gate_is_told(build: Path) -> None:
     """e^2.125 against e^2.5."""
-    assert "names `full`: perplexity 8.37 on `validation`, against `base` 12.18." in said(
-        render(collect(build))
+    assert (
+        "`choose` selects `full`: its perplexity on `validation` is 8.37. The other candidates: `base` 12.18."
+        in said(render(collect(build)))
     )
     change_artifact(build / "choice.json", lambda _: {"text": "validation", "chosen": None, "perplexity": {}})
-    assert "The gate (" not in said(render(collect(build)))
+    assert "The stage `choose` selects" not in said(render(collect(build)))
 
 
 def test_recipes_are_in_words(build: Path) -> None:
@@ -701,7 +770,7 @@ def test_a_damaged_file_is_told(build: Path) -> None:
 
 
 def test_the_size_table_by_hand(build: Path) -> None:
-    """4500 of 8000 bytes, 6600 of 10000; the variant that is not exported has no row, and
+    """13,500 of 24,000 bytes, 19,800 of 30,000; the variant that is not exported has no row, and
     perplexities are the variants' own.
     """
     columns = {(column.group, column.head): column.cells for column in content.sizes(collect(build))}
@@ -819,7 +888,7 @@ def test_samples_split_where_they_leave_the_dense_model(build: Path) -> None:
 
 def test_every_figure_is_there_and_is_xml(rendered: str) -> None:
     figures = drawn(rendered)
-    assert list(figures) == ["perplexity", "sparsity-full", "sensitivity", "layer-error"]
+    assert list(figures) == ["tradeoff", "perplexity", "sparsity-full", "sensitivity", "layer-error"]
     for svg in figures.values():
         assert ET.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
         assert "currentColor" in svg
@@ -850,13 +919,13 @@ def test_without_induction_sensitivity_and_fit(build: Path) -> None:
     """Each section says in a sentence why it has no figure."""
     forget(build, "sizes")
     html = render(collect(build, ("plain", "base")))
-    assert list(drawn(html)) == ["perplexity", "layer-error"]
+    assert list(drawn(html)) == ["tradeoff", "perplexity", "layer-error"]
     for sentence in (
         "No variant is exported",
         "No variant learns factors",
         "No variant uses sensitivities",
-        "No variant fits whole blocks",
-        "The same share of every matrix, to one percentage point: `plain` and `base`.",
+        "No variant trains whole blocks",
+        "Every matrix has the same sparsity, to one percentage point: `plain` and `base`.",
     ):
         assert sentence in said(html)
 
@@ -872,7 +941,7 @@ def test_without_tasks_and_completions(build: Path) -> None:
         change_artifact(build / "completions" / f"{name}.json", lambda _: {"completions": []})
     forget(build, "tasks")
     html = render(collect(build))
-    for sentence in ("No tasks were run", "None were asked for"):
+    for sentence in ("No tasks were run", "There are no completions"):
         assert sentence in html
 
 
@@ -881,14 +950,11 @@ def test_what_induction_did_by_hand(rendered: str) -> None:
     three fits was thrown away.
     """
     told = said(rendered)
-    assert "`full`: the gate kept what was learned in 1 of 3 blocks, the start in 1, nothing in 1" in told
-    assert "the mean error of a block's output goes from 6.00% to 5.33%" in told
-    assert "changed 2.00% of the mask entries on average (0.00% to 3.00% by block)" in told
-    assert (
-        "on held-out rows from 6.00% to 5.33%, on rows it was fitted to from 5.00% to 4.33% (squared distance"
-        in told
-    )
-    assert "it was kept in 2 of 3 blocks" in told
+    assert "`full`: of 3 blocks, the gate kept `learned` in 1, `start` in 1 and `none` in 1." in told
+    assert "The mean error of a block's output falls from 6.00% to 5.33%." in told
+    assert "changed 2.00% of the mask entries on average (0.00% to 3.00% per block)" in told
+    assert "on the held-out split from 6.00% to 5.33%, on the training split from 5.00% to 4.33%." in told
+    assert "kept in 2 of 3 blocks" in told
 
 
 def test_induction_block_by_block(build: Path) -> None:
@@ -907,10 +973,10 @@ def test_fits_block_by_block(build: Path) -> None:
     """Oracle: ``facts``, cell by cell; marked is where the fit was kept."""
     (found,) = tables(collect(build), "Reconstruction")
     columns = {column.head: column for column in found}
-    assert list(columns["held-out rows"].cells) == ["6.00% → 5.00%", "6.00% → 5.00%", "6.00% → 6.00%"]
-    assert list(columns["rows it was fitted to"].cells) == ["5.00% → 4.00%", "5.00% → 4.00%", "5.00% → 5.00%"]
+    assert list(columns["held-out split"].cells) == ["6.00% → 5.00%", "6.00% → 5.00%", "6.00% → 6.00%"]
+    assert list(columns["training split"].cells) == ["5.00% → 4.00%", "5.00% → 4.00%", "5.00% → 5.00%"]
     assert list(columns["epochs"].cells) == ["3", "3", "0"]
-    assert columns["held-out rows"].best == {0, 1}
+    assert columns["held-out split"].best == {0, 1}
 
 
 def test_shares_of_every_matrix(build: Path) -> None:

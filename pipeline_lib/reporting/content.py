@@ -1,4 +1,4 @@
-"""What the report says, section by section."""
+"""The text of the report, section by section."""
 
 import json
 from collections.abc import Sequence
@@ -13,53 +13,20 @@ from pipeline_lib.recipe.settings import Format
 from pipeline_lib.reporting import costs, plots, table
 from pipeline_lib.reporting.table import ABSENT, PERPLEXITY, Column, Facts, Results, words
 
-MOST_ROWS = 12  # a longer table per block is closed until asked for
+MOST_ROWS = 12  # a longer table per block is collapsed
 
 
 @dataclass(frozen=True)
 class Block:
-    """More than a paragraph: the template says how each kind of content is shown."""
+    """Content other than a paragraph; the template has the markup of each kind."""
 
-    # table (columns), figures, sample, code (text), or script (a file beside the page that
-    # completes it, if there is one)
+    # table (columns), figures, sample, code (text), or script (an optional file beside the page)
     kind: str
     content: Any
-    summary: str = ""  # where there is one, the block is closed behind it until asked for
+    summary: str = ""  # if not empty, the block is collapsed behind this line
 
 
 Blocks = list[str | Block]  # a string is a paragraph: plain text with `code` marks
-
-
-def lead(results: Results) -> str:
-    """The page's first sentences: what was pruned, and what came of it on the main text."""
-    model, text = results.model, results.main_text
-    count = {0: "no pruned variant", 1: "one pruned variant"}.get(
-        len(results.pruned), f"{len(results.pruned)} pruned variants"
-    )
-    said = (
-        f"{model['family']} model `{model.get('id') or model['path']}`, {model['parameters']:,} parameters"
-        f" ({model['dtype']}); {count}."
-    )
-    if text is None or not results.pruned:
-        return said
-    best = min(results.pruned, key=lambda variant: variant.perplexity[text])
-    gap = table.gap_closed(results, best, text)
-    closes = (
-        ""
-        if gap is None
-        else f"; it closes {100 * gap:.1f}% of the gap that `{results.settings.baseline}` leaves"
-    )
-    own, dense = (wording.perplexity(one.perplexity[text]) for one in (best, results.dense))
-    pruned = wording.sparsity(best.sparsity)
-    return (
-        f"{said} On `{text}`, `{best.name}` has the lowest perplexity: {own} with {pruned} of the prunable"
-        f" weights pruned, against {dense} dense{closes}."
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    quoted = [f"`{name}`" for name in names]
-    return " and ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
 
 
 def _percent(share: float) -> str:
@@ -67,7 +34,7 @@ def _percent(share: float) -> str:
 
 
 def _drawn(*figures: plots.Figure | None) -> Blocks:
-    """The figures that there are, as a block; no block without."""
+    """A block of the figures that are not None; empty if there are none."""
     found = [figure for figure in figures if figure]
     return [Block("figures", found)] if found else []
 
@@ -75,9 +42,9 @@ def _drawn(*figures: plots.Figure | None) -> Blocks:
 # Comparison
 
 PROTOCOL = (
-    "Perplexity is exp of the mean negative log-likelihood per token, over rows without overlap or shared"
-    " context (how many and how long: see Provenance); a row's first token is not predicted. Recipes are"
-    " chosen on the text `choose.text`; `test` is only reported."
+    "Perplexity is exp of the mean negative log-likelihood per token. The samples do not overlap and share no"
+    " context; the first token of a sample is not predicted. Provenance has their number and length. Variants"
+    " are chosen on the text `choose.text`; `test` is only reported."
 )
 
 
@@ -85,13 +52,13 @@ def _comparison(results: Results) -> Blocks:
     blocks: Blocks = [Block("table", table.comparison(results))]
     if results.pruned:
         blocks.append(
-            "Marked is the best figure among the pruned variants, as printed; accuracies that differ by less"
-            " than their errors are level. Pruned weights have a zero in the mask. Zeros are counted in the"
-            " checkpoint, where quantisation makes more of them."
+            "The best value among the pruned variants is marked. Accuracies that differ by less than their"
+            " standard errors are ties. `pruned` is the share of weights that the masks remove. `zeros` is"
+            " counted in the checkpoint; quantisation adds zeros."
         )
     if trained := [f"`{variant.name}`" for variant in results.pruned if variant.training.get("kept")]:
         blocks.append(
-            f"Trained as a whole after pruning, so not one-shot: {', '.join(trained)}. All others are."
+            f"Not one-shot, because the whole model was trained after pruning: {', '.join(trained)}."
         )
     blocks += [*table.notes(results), PROTOCOL]
     if base := results.baseline:
@@ -102,18 +69,15 @@ def _comparison(results: Results) -> Blocks:
         {name: wording.perplexity(value) for name, value in results.choice["perplexity"].items()},
     )
     if chosen is not None:
-        others = (
-            ", ".join(f"`{name}` {value}" for name, value in values.items() if name != chosen)
-            or "no other candidate"
-        )
+        others = ", ".join(f"`{name}` {value}" for name, value in values.items() if name != chosen) or "none"
         blocks.append(
-            f"The gate (`choose`) names `{chosen}`: perplexity {values[chosen]} on"
-            f" `{results.choice['text']}`, against {others}."
+            f"The stage `choose` selects `{chosen}`: its perplexity on `{results.choice['text']}` is"
+            f" {values[chosen]}. The other candidates: {others}."
         )
     blocks += [_tasks(results), *_drawn(plots.perplexity(results))]
     if results.pruned:
         blocks += [
-            f"How far each variant is from the dense model. {wording.DIVERGES}",
+            f"Divergence from the dense model. {wording.DIVERGES}",
             Block("table", table.divergence(results)),
         ]
         blocks += _verdicts(results)
@@ -124,7 +88,7 @@ def _comparison(results: Results) -> Blocks:
             for variant in results.pruned
             if variant.recipe
         ]
-        blocks.append("What each variant is made of; the full settings are under Provenance.")
+        blocks.append("How each variant is made. Provenance has the complete settings.")
         blocks.append(
             Block("table", [words(head, [recipe[head] for recipe in listed]) for head in listed[0]])
         )
@@ -137,9 +101,9 @@ def _verdicts(results: Results) -> Blocks:
         return []
     return [
         (
-            "The thresholds of the section `verdict` judge each variant on every evaluation text, and on"
-            " every task that it was measured on. Where one is exceeded, the table says which; else it lists"
-            " all that was compared. An accuracy's drop is in units of its standard error."
+            "The verdict compares each variant with the thresholds of the section `verdict`, on every"
+            " evaluation text and every measured task. The table lists the thresholds that are exceeded; if"
+            " none is, it lists all comparisons. The unit of an accuracy drop is its standard error."
         ),
         Block(
             "table",
@@ -154,39 +118,39 @@ def _verdicts(results: Results) -> Blocks:
 
 def _tasks(results: Results) -> str:
     if not results.tasks:
-        return "No tasks were run: no variant names a preset in its key `tasks`."
+        return "No tasks were run, because no variant has a preset in its key `tasks`."
     said = []
     for name, (task, *_) in results.tasks.items():
-        guess = "an unknown share" if task["chance"] is None else f"{100 * task['chance']:.0f}%"
+        chance = "unknown" if task["chance"] is None else f"{100 * task['chance']:.0f}%"
         said.append(
             f"`{name}`: {'all' if task['items'] == task['of'] else task['items']} of {task['of']} items,"
-            f" guessing gives {guess}"
+            f" accuracy by chance {chance}"
         )
-    return f"Figures of tasks stand with their standard error, where there is one. {'; '.join(said)}."
+    return f"Results of tasks: value ± standard error. {'; '.join(said)}."
 
 
 # Costs
 
 
 def _costs(_results: Results) -> Blocks:
-    """Nothing that was measured: equal runs must write equal reports. ``measured_costs`` completes
-    the section.
-    """
+    """No measured cost: equal runs must write equal reports. ``measured_costs`` completes the section."""
     said = (
-        "Costs differ from run to run, so the cached report holds none. `make run` and `sparseline run` write"
-        " those of this machine to `costs.js`"
+        "Costs differ from run to run, so the cached report does not contain them. `make run` and `sparseline"
+        " run` write the costs on this machine to `costs.js` beside this page, which then shows them here."
     )
-    return [f"{said} beside this page, which then shows them here.", Block("script", "costs.js")]
+    return [said, Block("script", "costs.js")]
 
 
 def measured_costs(results: Results, measured: costs.Costs) -> Blocks:
-    """What completes the section Costs on the machine where the stages ran."""
+    """The section Costs on the machine where the stages ran."""
     names = words("variant", [variant.name for variant in results.variants])
     columns = costs.by_variant(results, measured)
-    gpu = ", and of tensors on its GPU" if any(column.head == "peak GPU GB" for column in columns) else ""
+    gpu = any(column.head == "peak GPU GB" for column in columns)
     said = (
-        "Wall time of all stages that a variant needs for itself, and the largest resident memory of"
-        f" any{gpu}. A dash: the cache had a stage's result."
+        "`seconds` is the wall time of all stages that the variant needs; `peak GB` is the largest resident"
+        " memory of any of them"
+        + (", and `peak GPU GB` the largest memory of tensors on the GPU" if gpu else "")
+        + ". A dash means that a stage's result came from the cache."
     )
     return [Block("table", [names, *columns]), said]
 
@@ -196,20 +160,20 @@ def measured_costs(results: Results, measured: costs.Costs) -> Blocks:
 
 def _sizes(results: Results) -> Blocks:
     if not any(variant.sizes for variant in results.pruned):
-        return ["No variant is exported, so there are no files to weigh."]
+        return ["No variant is exported, so no file sizes are known."]
     said = (
-        "Pruned matrices: all that a format stores for them, masks and scales included. All weights: the"
-        " whole safetensors files, with embeddings and head. Theory is H(p) + (1 − p)·b bits per weight, p"
-        " the share of zeros in a parameter (the dense row: none), b the bits of a stored weight: no lossless"
-        " code of independent zeros is shorter; scales come on top. Perplexity is the same in every format."
-        " `dense` stores zeros like any weight."
+        "`pruned matrices` counts everything that a format stores for them, including masks and scales."
+        " `all weights` is the size of the files, including embeddings and head. `theory` is H(p) + (1 − p)·b"
+        " bits per weight, where p is the share of zeros in a parameter (0 in the dense row) and b the bits"
+        " of a stored weight. No lossless code for independently placed zeros is shorter; scales are extra."
+        " Perplexity is the same in every format. `dense` stores zeros like other weights."
     )
     written = {name for variant in results.pruned if variant.sizes for name in variant.sizes["formats"]}
     for name in ("compressed-tensors", "gguf"):
         if name in written:
             said += f" So does `{name}`: it is no smaller than the same quantisation without pruning."
     if left := [variant.name for variant in results.pruned if not variant.sizes]:
-        said += f" Not exported, so not weighed: {_listed(left)}."
+        said += f" Not exported: {table.quoted(left)}."
     return [Block("table", sizes(results)), said]
 
 
@@ -271,7 +235,7 @@ def _sparsity(results: Results) -> Blocks:
             )
             blocks.append(f"`{name}` prunes from {least} to {most}.")
     if even:
-        blocks.append(f"The same share of every matrix, to one percentage point: {_listed(even)}.")
+        blocks.append(f"Every matrix has the same sparsity, to one percentage point: {table.quoted(even)}.")
     blocks += _drawn(*plots.heatmaps(results))
     first = results.pruned[0].facts["matrices"]
     names = sorted(first, key=lambda name: (int(first[name]["block"]), name))
@@ -289,36 +253,36 @@ def _sparsity(results: Results) -> Blocks:
 def _sensitivity(results: Results) -> Blocks:
     measured = next((variant for variant in results.pruned if table.sensitivities(variant.facts)), None)
     if measured is None or not results.estimate:
-        return ["No variant uses sensitivities, so there are none to show."]
+        return ["No variant uses sensitivities."]
     made, found = results.estimate, table.sensitivities(measured.facts)
     order = sorted(found, key=lambda name: -found[name]["sensitivity"])
     quantity = {"hutchinson": "Hessian", "fisher": "Fisher information"}[made["estimator"]]
-    asked = "was asked for" if made["reached"] else "was asked for, but all probes allowed were used"
+    asked = "requested" if made["reached"] else "requested, but the maximal number of probes was reached"
     floored = sum(one["trace"] < one["stderr"] for one in found.values())
     said = (
         f"Sensitivity is what changing a weight costs: the mean diagonal of the loss's {quantity} over a"
-        f" matrix's weights, measured on the original model (`{made['estimator']}`) with"
-        f" {made['probes']} probes of {made['rows_per_probe']} calibration rows each. Ranked by the even and"
-        " by the odd probes alone, the matrices' orders agree to Kendall's τ ="
-        f" {made['agreement']:.2f} ({made['wanted']:g} {asked}). The median standard error is"
-        f" {100 * made['relative_error']:.0f}% of the estimate; {floored} of {len(found)} estimates are below"
-        f" theirs, and stand there. Most sensitive: {_listed(order[:3])}; least: {_listed(order[-3:])}."
+        f" matrix's weights. It was measured on the original model (`{made['estimator']}`) with"
+        f" {made['probes']} probes of {made['rows_per_probe']} calibration samples each. The rankings by the"
+        f" even and by the odd probes agree to Kendall's τ = {made['agreement']:.2f} ({made['wanted']:g}"
+        f" {asked}). The median standard error is {100 * made['relative_error']:.0f}% of the estimate."
+        f" {floored} of {len(found)} estimates are below their standard error and are replaced by it. Most"
+        f" sensitive: {table.quoted(order[:3])}; least: {table.quoted(order[-3:])}."
     )
     return [said, *_drawn(plots.sensitivity(measured, quantity))]
 
 
-# What gates and fits did, block by block
+# Gates and fits, block by block
 
 
 def _induction(results: Results) -> Blocks:
     induced = {variant.name: found for variant in results.pruned if (found := table.induction(variant.facts))}
     if not induced:
-        return ["No variant learns factors, so there are no gates to compare."]
+        return ["No variant learns factors."]
     blocks: Blocks = [
-        "Induction learns, with the mask in the loop, factors that leave the dense model's function as it is"
-        " and selection weights that bring out what matters. A gate prunes each block with nothing, with the"
-        " starting factors, and with what was learned, and keeps what brings the block's output on held-out"
-        " rows closest to the dense one: never worse than nothing."
+        "Induction learns scaling factors, which do not change the dense model's function, and selection"
+        " weights, which change the scores. A gate then prunes each block three times: without factors"
+        " (`none`), with the initial factors (`start`), and with the learned ones (`learned`). It keeps the"
+        " candidate whose output on the held-out split is closest to the dense model's."
     ]
     for name, facts in induced.items():
         kept, changed = ([one[key] for one in facts.values()] for key in ("choice", "mask_changed"))
@@ -327,20 +291,20 @@ def _induction(results: Results) -> Blocks:
             for choice in ("none", None)
         )
         blocks.append(
-            f"`{name}`: the gate kept what was learned in {kept.count('learned')} of {len(facts)} blocks, the"
-            f" start in {kept.count('start')}, nothing in {kept.count('none')}; the mean error of a block's"
-            f" output goes from {_percent(before)} to {_percent(after)}. Induction changed"
+            f"`{name}`: of {len(facts)} blocks, the gate kept `learned` in {kept.count('learned')}, `start`"
+            f" in {kept.count('start')} and `none` in {kept.count('none')}. The mean error of a block's"
+            f" output falls from {_percent(before)} to {_percent(after)}. Induction changed"
             f" {_percent(mean(changed))} of the mask entries on average ({_percent(min(changed))} to"
-            f" {_percent(max(changed))} by block), against the mask that the same score picks without it."
+            f" {_percent(max(changed))} per block)."
         )
         columns = []
         for candidate in ("none", "start", "learned"):
             best = frozenset(row for row, one in enumerate(kept) if one == candidate)
             cells = tuple(_percent(one["judged"][candidate]) for one in facts.values())
-            columns.append(Column("judged block error, kept marked", candidate, cells, best))
+            columns.append(Column("block error, kept one marked", candidate, cells, best))
         columns.append(Column("", "mask changed", tuple(map(_percent, changed))))
         errors = ((one["held_out"]["none"], one["held_out"][one["choice"]]) for one in facts.values())
-        columns.append(Column("nothing → kept", "layer error", tuple(_change(*error) for error in errors)))
+        columns.append(Column("none → kept", "layer error", tuple(_change(*error) for error in errors)))
         blocks.append(_block_table(name, facts, columns))
     return blocks
 
@@ -350,9 +314,9 @@ def _reconstruction(results: Results) -> Blocks:
         return ["There is no pruned variant."]
     blocks: Blocks = [
         (
-            "Layer error says how far the outputs of single matrices are off after pruning, on inputs from"
-            " the pruned blocks before; variants differ in it by their masks, by the OBS sweep and by least"
-            " squares. A fit of the whole block then moves it towards the dense model's hidden states."
+            "Layer error is the relative error of a single matrix's outputs after pruning, on the inputs that"
+            " the pruned blocks before it give. It depends on the mask, the OBS sweep and least squares."
+            " Fine-tuning then trains the whole block towards the dense model's hidden states."
         ),
         *_drawn(plots.layer_error(results)),
     ]
@@ -362,22 +326,24 @@ def _reconstruction(results: Results) -> Blocks:
         for step, found in table.fits(variant.facts).items()
     ]
     for name, step, found in fitted:
-        kept = [one["epochs"] > 0 for one in found.values()]  # else the unfitted block was no worse
+        kept = [
+            one["epochs"] > 0 for one in found.values()
+        ]  # else the block before the fit was at least as good
         columns, said = [], []
-        for side, rows in (("held_out", "held-out rows"), ("fit", "rows it was fitted to")):
+        for side, rows in (("held_out", "held-out split"), ("fit", "training split")):
             pairs = [(one[f"{side}_before"], one[f"{side}_after"]) for one in found.values()]
             best = frozenset(row for row, one in enumerate(kept) if one and side == "held_out")
             columns.append(
-                Column("block error, kept marked", rows, tuple(_change(*pair) for pair in pairs), best)
+                Column("block error, kept fits marked", rows, tuple(_change(*pair) for pair in pairs), best)
             )
             said.append(
-                f"on {rows} from {_percent(mean(before for before, _ in pairs))} to"
+                f"on the {rows} from {_percent(mean(before for before, _ in pairs))} to"
                 f" {_percent(mean(after for _, after in pairs))}"
             )
         blocks.append(
-            f"`{name}`: step `{step}` takes the mean error of a block {', '.join(said)} (squared distance to"
-            f" the dense model's output, against its variance); it was kept in {sum(kept)} of"
-            f" {len(found)} blocks."
+            f"`{name}`: step `{step}` changes the mean error of a block {', '.join(said)}. The error is the"
+            " squared distance to the dense model's output, divided by its variance. The result was kept in"
+            f" {sum(kept)} of {len(found)} blocks."
         )
         blocks.append(
             _block_table(
@@ -386,34 +352,29 @@ def _reconstruction(results: Results) -> Blocks:
                 [*columns, Column("", "epochs", tuple(str(one["epochs"]) for one in found.values()))],
             )
         )
-    return (
-        blocks
-        if fitted
-        else [*blocks, "No variant fits whole blocks by gradients, so there is no fit to show."]
-    )
+    return blocks if fitted else [*blocks, "No variant trains whole blocks."]
 
 
 def _distillation(results: Results) -> Blocks:
     trained = {variant.name: variant.training for variant in results.pruned if variant.training}
     if not trained:
-        return ["No variant is trained as a whole: all are one-shot."]
+        return ["All variants are one-shot: none is trained as a whole after pruning."]
     blocks: Blocks = [
-        "After pruning, the whole model is trained on calibration rows towards the dense model's distribution"
-        " of the next token; zeros stay zeros. The measure is the mean KL divergence from the dense model in"
-        " nats per token, on held-out rows where there are any."
+        "After pruning, the whole model is trained on the calibration samples towards the dense model's"
+        " next-token distribution. Zeros stay zero. The result is kept if it lowers the mean KL divergence"
+        " from the dense model (nats per token) on the held-out split."
     ]
     for name, facts in trained.items():
         before, after = facts["held_out_before"], facts["held_out_after"]
-        became = "no number, since training diverged" if after is None else f"{after:.4f}"
+        changed = (
+            "training diverged" if after is None else f"the divergence went from {before:.4f} to {after:.4f}"
+        )
         kept = (
-            "it was kept"
+            "The result was kept."
             if facts["kept"]
-            else "it was not kept, so every figure of this variant is that of the pruned checkpoint"
+            else "The result was not kept, so this variant is the pruned checkpoint."
         )
-        blocks.append(
-            f"`{name}`: {facts['steps']} steps over {facts['rows']} rows took it from {before:.4f} to"
-            f" {became}; {kept}."
-        )
+        blocks.append(f"`{name}`: {facts['steps']} steps over {facts['rows']} samples; {changed}. {kept}")
     return blocks
 
 
@@ -431,11 +392,11 @@ def _block_table(name: str, facts: Facts, columns: Sequence[Column]) -> Block:
 
 def _samples(results: Results) -> Blocks:
     if not results.dense.completions:
-        return ["None were asked for (`evaluate.completions.count` is 0)."]
+        return ["There are no completions, because `evaluate.completions.count` is 0."]
     blocks: Blocks = [
-        "Greedy continuations of the text's first rows; what equals the dense model's beginning is pale. A"
-        " continuation ends where the model ends the text, if that comes before"
-        " `evaluate.completions.new_tokens`."
+        "Greedy completions of the first samples of the text. The part that equals the dense model's"
+        " completion is pale. A completion ends after `evaluate.completions.new_tokens` tokens, or where the"
+        " model ends the text."
     ]
     for number, dense in enumerate(results.dense.completions):
         written = {variant.name: variant.completions[number]["completion"] for variant in results.variants}
@@ -450,7 +411,7 @@ def _samples(results: Results) -> Blocks:
 
 
 def _split(text: str, dense: str) -> tuple[str, str]:
-    """``text`` before and after it leaves ``dense``."""
+    """``text`` up to the first difference from ``dense``, and the rest."""
     same = next(
         (at for at, (a, b) in enumerate(zip(text, dense, strict=False)) if a != b), min(len(text), len(dense))
     )
@@ -459,7 +420,7 @@ def _split(text: str, dense: str) -> tuple[str, str]:
 
 # Provenance
 
-# of a text: its rows, the files or the hub's dataset that they were cut from
+# of a text: its samples, and the files or the hub's dataset that they come from
 HASHES = ("rows_sha256", "sha256", "dataset", "fingerprint")
 
 
@@ -475,14 +436,14 @@ def _provenance(results: Results) -> Blocks:
     }
     return [
         (
-            "Every figure above follows from the model, the texts, the parameters and the versions below:"
-            " equal ones give equal artifacts on the same kind of machine. `dvc.lock` has the hashes of all"
-            " that lies between."
+            "The model, texts, parameters and versions below determine every figure above: the same inputs"
+            " give the same artifacts on the same kind of machine. `dvc.lock` has the hashes of all"
+            " intermediate artifacts."
         ),
         Block("table", [words("model", list(facts)), words("", list(facts.values()))]),
         Block("table", _texts(results.sources)),
         Block("code", _json(model["sha256"]), "SHA-256 of the model's files"),
-        Block("code", _json(hashes), "SHA-256 of the texts: rows, and what they were cut from"),
+        Block("code", _json(hashes), "SHA-256 of the texts: samples and source files"),
         Block("code", results.params.strip(), "All parameters"),
         *(
             Block("code", _json(variant.facts["settings"]), f"Settings of {variant.name}")
@@ -499,14 +460,19 @@ def _provenance(results: Results) -> Blocks:
 
 
 def _texts(sources: Sequence[Facts]) -> list[Column]:
-    facts = {"text": "name", "use": "use", "kind": "kind", "start token of each": "start"}
-    counts = {"rows": "rows", "tokens per row": "length", "documents": "documents", "their tokens": "tokens"}
+    facts = {"text": "name", "use": "use", "kind": "kind", "start token": "start"}
+    counts = {
+        "samples": "rows",
+        "sequence length": "length",
+        "documents": "documents",
+        "their tokens": "tokens",
+    }
     columns = [words(head, [source[key] for source in sources]) for head, key in facts.items()]
     columns += [
         Column("", head, tuple(f"{source[key]:,}" for source in sources)) for head, key in counts.items()
     ]
     seeds = tuple("none: in order" if source["seed"] is None else str(source["seed"]) for source in sources)
-    return [*columns, Column("", "seed of the rows", seeds)]
+    return [*columns, Column("", "seed of the samples", seeds)]
 
 
 def _json(value: Any) -> str:
@@ -515,13 +481,13 @@ def _json(value: Any) -> str:
 
 # Model
 
-# a Gram matrix of d channels is drawn half way to all experts' by fewer than d / RARE tokens, see
+# with fewer than d / RARE tokens, the statistics of all experts count more than the expert's own, see
 # ``stats.moments.prior``
 RARE = 4
 
 
 def _model(results: Results) -> Blocks:
-    """What factors fold into, block by block, and how many tokens each expert saw."""
+    """Couplings by kind of block, and the number of tokens that each expert processed."""
     found = results.model["architecture"]
     kinds, numbers = found["kinds"], found["kind_of_block"]
     folded = [
@@ -544,9 +510,9 @@ def _model(results: Results) -> Blocks:
             ],
         ),
         Column("", "matrices", tuple(str(len(kind["matrices"])) for kind in kinds)),
-        words("factors fold into", [", ".join(names) or ABSENT for names in folded]),
+        words("couplings", [", ".join(names) or ABSENT for names in folded]),
         words(
-            "inputs that cannot be scaled",
+            "inputs without a coupling",
             [
                 ", ".join(name for name in names if not name.startswith("expert_")) or ABSENT
                 for names in fixed
@@ -558,8 +524,8 @@ def _model(results: Results) -> Blocks:
         columns.append(words("never pruned", [", ".join(kind["routers"]) or ABSENT for kind in kinds]))
     return [
         (
-            "Discovered from the model, and tried on its own weights before use: random powers of two on each"
-            " coupling leave what a block computes as it is."
+            "Sparseline discovered this structure by running the model, and verified it on the model's own"
+            " weights: scaling by random powers of two along a coupling does not change a block's outputs."
         ),
         Block("table", columns),
         *_experts(results),
@@ -578,7 +544,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _experts(results: Results) -> Blocks:
-    """The tokens that came to each expert while the first variant that reads any was pruned."""
+    """Tokens per expert while the first variant with statistics was pruned."""
     for variant in results.pruned:
         seen: dict[int, dict[str, int]] = {}
         for one in variant.facts["matrices"].values():
@@ -606,9 +572,9 @@ def _experts(results: Results) -> Blocks:
             words("without any", [", ".join(names) or ABSENT for names in none.values()]),
         ]
         said = (
-            f"Tokens that the router sent to each expert while `{variant.name}` was pruned. Statistics of n"
-            " tokens are drawn to those of all experts of the layer by n / (n + d/4), d the channels; an"
-            " expert without any uses those."
+            f"Tokens that the router sent to each expert while `{variant.name}` was pruned. The statistics of"
+            " an expert are a weighted mean of its own and those of all experts of the layer. With n tokens"
+            " and d channels, its own have the weight n / (n + d/4)."
         )
         return [
             said,

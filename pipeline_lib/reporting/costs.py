@@ -1,5 +1,5 @@
-"""What the stages cost that ran on this machine: records that DVC does not track, since they differ
-from run to run.
+"""Costs of the stages that ran on this machine. DVC does not track these records, because they
+differ from run to run.
 """
 
 import json
@@ -17,10 +17,10 @@ Costs = Mapping[str, Facts]
 
 
 def collect(folder: Path = FOLDER) -> dict[str, Facts]:
-    """The records of the stages whose output is still the one that they wrote.
+    """The records of the stages whose output has not changed since.
 
-    Where the cache served a stage, or another run replaced the output, nothing is known of its
-    cost. A record that cannot be read is no record.
+    The cost is unknown if the output came from the cache or from another run. Records that cannot
+    be read are ignored.
     """
     found: dict[str, Facts] = {}
     for path in sorted(folder.glob("*.json")):
@@ -36,10 +36,9 @@ def collect(folder: Path = FOLDER) -> dict[str, Facts]:
 
 
 def by_variant(results: Results, costs: Costs) -> list[Column]:
-    """Seconds and peak memory of each pruned variant, where all of its stages ran here; a row for
-    the dense model too.
+    """Seconds and peak memory per variant, if all of its stages ran here. The dense model has a row, too.
 
-    Peak memory of a GPU is a column only where some stage used one.
+    The peak memory of a GPU is a column only if a stage used one.
     """
     own = [[costs.get(stage) for stage in table.stages(variant)] for variant in results.variants]
     known = [[cost for cost in stages if cost] if all(stages) else [] for stages in own]

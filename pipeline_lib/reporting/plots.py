@@ -1,13 +1,13 @@
-"""Figures as SVG text: the same bytes for the same data, no background, text and axes in the
-reader's colour (currentColor).
+"""Figures as SVG text: deterministic, without a background, and with text and axes in the text colour
+of the page (currentColor).
 
-All figures are narrow (a phone shows them at three quarters), with real text in them.
+Figures are narrow, so that they can be read on a phone, and their text is text.
 """
 
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,12 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from pipeline_lib.export import wording
-from pipeline_lib.reporting import table
+from pipeline_lib.reporting import overview, table
 from pipeline_lib.reporting.table import Results, Variant
 
 INK = "#0a0b0c"  # stands for currentColor until the SVG is written
 WIDTH = 4.5  # inches
-# Hues that hold on white and on near-black: after Okabe and Ito, evened out in lightness.
+# Readable on white and on near-black: after Okabe and Ito, with similar lightness.
 HUES = ("#3b82c4", "#d9822b", "#2a9d78", "#b05fb0", "#d1495b", "#8a8f3c", "#4aa8b8", "#a0734f")
 GREY = "#8a8f98"
 DASHED: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": (0, (3, 3))}
@@ -54,14 +54,14 @@ STYLE = {
         "axes.axisbelow": True,
         "figure.constrained_layout.use": True,
     },
-    # comes with matplotlib: one layout everywhere
+    # is part of matplotlib, so that the layout is the same everywhere
     **{"svg.fonttype": "none", "svg.hashsalt": "sparseline", "font.family": "DejaVu Sans"},
 }
 
 
 @dataclass(frozen=True)
 class Figure:
-    """An SVG with the sentence that stands for it and the one below it."""
+    """An SVG with its alternative text and its caption."""
 
     name: str
     svg: str
@@ -76,8 +76,8 @@ def _canvas(height: float) -> Iterator[Canvas]:
 
 
 def _figure(canvas: Canvas, name: str, alt: str, caption: str) -> Figure:
-    """The <svg> element alone, with currentColor for INK and without ids that nothing refers to
-    (several figures share a page).
+    """The <svg> element, with currentColor for INK and without unused ids (several figures share a
+    page).
     """
     buffer = io.StringIO()
     canvas.savefig(
@@ -103,7 +103,7 @@ def _figure(canvas: Canvas, name: str, alt: str, caption: str) -> Figure:
 
 
 def _panels(canvas: Canvas, count: int, across: int, **shared: Any) -> list[Axes]:
-    """``count`` axes in rows of ``across``; places left over stay empty."""
+    """``count`` axes in rows of ``across``; the rest of the last row is empty."""
     across = min(across, count)
     axes = list(canvas.subplots(-(-count // across), across, squeeze=False, **shared).flat)
     for empty in axes[count:]:
@@ -122,7 +122,7 @@ def _blocks_axis(axes: Axes, most: int = 12) -> None:
 
 
 def _log_percent(axes: Axes) -> None:
-    """A logarithmic y axis in percent that has labels however little it spans."""
+    """A logarithmic y axis in percent, with labels even if it spans less than a decade."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     decades = math.log10(high / low)
@@ -140,11 +140,94 @@ def _legend(canvas: Canvas, axes: Axes, across: int) -> None:
     )
 
 
+# The first screen
+
+
+def tradeoff(results: Results) -> Figure | None:
+    """Perplexity on the main text over the size of all weights, a point per model."""
+    text, taken = results.main_text, overview.recommended(results)
+    sizes = [overview.size(results, variant) for variant in results.variants]
+    known = [size for size in sizes if size]
+    if text is None or not results.pruned or len(known) < len(sizes):
+        return None
+    unit, scale = next(
+        (unit, scale)
+        for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+        if known[0].bytes >= scale or scale == 1e3
+    )
+    across = [size.bytes / scale for size in known]
+    up = [variant.perplexity[text] for variant in results.variants]
+    with _canvas(2.9) as canvas:
+        axes = canvas.subplots()
+        axes.axhline(up[0], **DASHED)
+        for variant, size, x, y in zip(results.variants, known, across, up, strict=True):
+            hue, bold = _hue(results, variant), variant is taken
+            style: dict[str, Any] = {"edgecolor": hue, "facecolor": hue if size.measured else "none"}
+            axes.scatter(x, y, s=70 if bold else 34, linewidth=1.6, zorder=4 if bold else 3, **style)
+        if max(up) > 3 * min(up):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.minorticks_off()
+        axes.set(xlabel=f"size of all weights, {unit}", ylabel=f"perplexity on {text}")
+        width, (low, high) = max(across) - min(across) or max(across), axes.get_ylim()
+        axes.set_xlim(min(across) - 0.1 * width, max(across) + 0.3 * width)
+        axes.set_ylim(low, high)
+        axes.locator_params(axis="x", nbins=6)
+        axes.grid()
+        _names(axes, results, across, up, None if taken is None else taken.name)
+        caption = (
+            f"Lower and further to the left is better. The dashed line is the dense model ({up[0]:.2f})."
+        )
+        caption += "" if all(size.measured for size in known) else HOLLOW
+        alt = f"Perplexity on {text} over size: " + "; ".join(
+            f"{variant.name} {y:.2f} at {x:.2f} {unit}"
+            for variant, x, y in zip(results.variants, across, up, strict=True)
+        )
+        return _figure(canvas, "tradeoff", f"{alt}.", caption)
+
+
+HOLLOW = " A hollow point has a computed size (≈), because the variant is not exported in that format."
+LINE = 0.062  # of the height of the axes: the least distance of two names
+
+
+def _names(
+    axes: Axes, results: Results, across: Sequence[float], up: Sequence[float], bold: str | None
+) -> None:
+    """Each point's name to its right. Names of points with nearly the same size keep a distance, and
+    a thin line leads to the points of those that were moved.
+    """
+    to_axes = axes.transData + axes.transAxes.inverted()
+    points = [tuple(to_axes.transform((x, y))) for x, y in zip(across, up, strict=True)]
+    order = sorted(range(len(points)), key=lambda one: points[one][1])
+    placed: dict[int, float] = {}
+    for one in order:
+        x, y = points[one]
+        beside = [placed[other] for other in placed if abs(points[other][0] - x) < 0.25]
+        line = LINE * 0.7 if one == 0 else 0.0  # the dense model's name stands above the dashed line
+        placed[one] = max([y + line, *(at + LINE for at in beside)])
+    for one, y in placed.items():
+        variant, (x, own) = results.variants[one], points[one]
+        moved = one > 0 and y - own > LINE / 4
+        axes.annotate(
+            variant.name,
+            (x, own),
+            (x + (0.07 if moved else 0.035), y),
+            xycoords="axes fraction",
+            fontsize=8,
+            va="center",
+            weight="bold" if variant.name == bold else "normal",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": INK, "alpha": 0.5} if moved else None,
+        )
+
+
 # Comparison
 
 
 def perplexity(results: Results) -> Figure | None:
-    """What pruning adds to the loss, per text: the length that "gap closed" shortens."""
+    """The loss that pruning adds, per text; "gap closed" is the part of the baseline's bar that a
+    variant removes.
+    """
     texts, names, base = results.text_names, [variant.name for variant in results.pruned], results.baseline
     if not texts or not names:
         return None
@@ -166,9 +249,7 @@ def perplexity(results: Results) -> Figure | None:
             axes.grid(axis="x")
             axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()  # shared: the first variant is on top
-        caption = (
-            "ln(perplexity / dense perplexity), with the perplexity beside each bar; 0 is the dense model."
-        )
+        caption = "ln(perplexity / dense perplexity); 0 is the dense model. Beside each bar: the perplexity."
         caption += f" The dashed line is the baseline, {base.name}." if base else ""
         return _figure(
             canvas, "perplexity", f"Bars of added loss over the dense model for {', '.join(names)}.", caption
@@ -234,7 +315,7 @@ def _heatmap(name: str, shares: Mapping[tuple[int, str], float], limits: tuple[f
                 mesh, ax=axes, location="bottom", aspect=40, format=lambda share, _: f"{100 * share:.0f}"
             )
             bar.outline.set_visible(False)
-        caption = f"{name}: share of pruned weights in percent, by depth and kind; dark is much."
+        caption = f"{name}: share of pruned weights in percent, by block and kind of matrix; darker is more."
         return _figure(
             canvas,
             f"sparsity-{name}",
@@ -282,7 +363,7 @@ def sensitivity(measured: Variant, quantity: str) -> Figure:
             " error over the probes."
         )
         if not all(known for of_kind in points.values() for *_, known in of_kind):
-            caption += " Hollow: the estimate is below its standard error and stands there."
+            caption += " A hollow point is an estimate below its standard error, shown at its standard error."
         return _figure(
             canvas, "sensitivity", "Sensitivity by depth and kind of matrix, logarithmic.", caption
         )
@@ -316,8 +397,8 @@ def layer_error(results: Results) -> Figure | None:
         axes.grid(axis="y", which="both")
         _legend(canvas, axes, 4)
         caption = (
-            "‖(W − Ŵ)X‖² / ‖WX‖² on the pruned stream, after compensation where the variant has it; the mean"
-            " over a block's matrices."
+            "‖(W − Ŵ)X‖² / ‖WX‖², mean over a block's matrices. X are the pruned model's activations, and Ŵ"
+            " includes the compensation of the variant."
         )
         left = [variant.name for variant in results.pruned if not table.layer_errors(variant.facts)]
         caption += f" Not measured: {', '.join(left)}." if left else ""

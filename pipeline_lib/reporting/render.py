@@ -9,26 +9,38 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
-from pipeline_lib.reporting import content
-from pipeline_lib.reporting.costs import Costs
+from pipeline_lib.reporting import content, overview, plots
+from pipeline_lib.reporting.costs import Costs, by_variant
 from pipeline_lib.reporting.table import Column, Results
 
 
 def render(results: Results) -> str:
     """The page; the same bytes for the same results."""
     sections = {title: blocks(results) for title, blocks in content.SECTIONS.items()}
+    chart = plots.tradeoff(results)
     return _template("report.html.jinja").render(
-        title=results.settings.title, lead=content.lead(results), sections=sections
+        title=results.settings.title,
+        lead=overview.headline(results),
+        details=overview.details(results),
+        chart=[chart] if chart else [],
+        table=overview.columns(results),
+        sections=sections,
     )
 
 
 def costs(results: Results, measured: Costs) -> str:
-    """The script ``costs.js``, which puts the costs into the page's section in the place of the
-    sentence there.
-    """
-    show = _template("blocks.html.jinja").module.show  # type: ignore[attr-defined]
-    shown = "".join(show(block) for block in content.measured_costs(results, measured))
-    return f"document.getElementById('costs').innerHTML = {json.dumps(f'<h2>Costs</h2>{shown}')};\n"
+    """The script ``costs.js``: it adds the costs to the first screen, and fills the section Costs."""
+    blocks, spent = _template("blocks.html.jinja").module, by_variant(results, measured)
+    section = "".join(blocks.show(one) for one in content.measured_costs(results, measured))  # type: ignore[attr-defined]
+    parts = {
+        "overview": blocks.body("table", overview.columns(results, spent)),  # type: ignore[attr-defined]
+        "spent": overview.spent(results, spent),
+        "costs": f"<h2>Costs</h2>{section}",
+    }
+    return "".join(
+        f"document.getElementById('{name}').innerHTML = {json.dumps(str(html))};\n"
+        for name, html in parts.items()
+    )
 
 
 def _template(name: str) -> jinja2.Template:

@@ -1,6 +1,4 @@
-"""What was measured of every variant, and the figures that follow from it. Reads JSON, imports
-nothing heavy.
-"""
+"""The measurements of every variant, and the figures derived from them. Imports nothing heavy."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +31,7 @@ class ReportParams(Params):
 
 @dataclass(frozen=True)
 class Variant:
-    """Everything that is known about one model."""
+    """All measurements of one model."""
 
     name: str
     perplexity: Mapping[str, float]
@@ -76,7 +74,7 @@ class Results:
     estimate: Facts  # build/sensitivity/estimate.json; empty if no variant uses it
     # of every file in build/texts its facts, with ``name``, ``use`` and ``rows_sha256``
     sources: tuple[Facts, ...]
-    params: str  # params.yaml, to the letter
+    params: str  # text of params.yaml
 
     @property
     def dense(self) -> Variant:
@@ -97,7 +95,7 @@ class Results:
 
     @property
     def tasks(self) -> dict[str, list[Facts]]:
-        """Task -> what the models reached that it was measured on."""
+        """Task -> the results of the models that were measured on it."""
         names = sorted({task for variant in self.variants for task in variant.tasks})
         return {
             name: [variant.tasks[name] for variant in self.variants if name in variant.tasks]
@@ -106,7 +104,7 @@ class Results:
 
     @property
     def main_text(self) -> str | None:
-        """The text that the summary speaks of: ``test`` where there is one, else the last."""
+        """The text of the first screen: ``test`` if there is one, else the last text."""
         names = self.text_names
         return "test" if "test" in names else next(reversed(names), None)
 
@@ -174,12 +172,11 @@ def fits(facts: Facts) -> dict[str, dict[str, Facts]]:
     return found
 
 
-# What the stages left
+# Artifacts of the stages
 
 
 def collect(root: Path = Path()) -> Results:
-    """What the stages left below ``root`` for the models that its params.yaml names; other files
-    there are ignored.
+    """The artifacts below ``root`` of the models in its params.yaml; other files there are ignored.
 
     Raises:
         SparselineError: a file is missing or damaged, or params.yaml cannot be used.
@@ -230,12 +227,12 @@ def _variant(workspace: Workspace, name: str, several: bool) -> Variant:
 
 
 def _source(workspace: Workspace, path: Path) -> Facts:
-    """What a file of rows is and where it came from."""
+    """Facts about a file of samples, and its source."""
     facts = workspace.load_facts(path)
     return {**facts, "name": path.stem, "use": path.parent.name, "rows_sha256": files.sha256(path)}
 
 
-# What follows from the measurements
+# Derived figures
 
 
 def gap_closed(results: Results, variant: Variant, text: str) -> float | None:
@@ -267,12 +264,7 @@ def comparison(results: Results) -> list[Column]:
         )
         gaps = [gap_closed(results, variant, text) for variant in variants]
         if any(gap is not None for gap in gaps):
-            column = ranked(group, "gap closed", gaps, wording.share, max)
-            cells = (
-                "baseline" if v is results.baseline else cell
-                for v, cell in zip(variants, column.cells, strict=True)
-            )
-            columns.append(Column(group, column.head, tuple(cells), column.best))
+            columns.append(gap_column(group, results, gaps))
     for name, tasks in figures(results).items():
         for task in tasks:
             found = [variant.tasks.get(task, {}).get("metrics", {}).get(name) for variant in variants]
@@ -291,6 +283,14 @@ def comparison(results: Results) -> list[Column]:
     return columns
 
 
+def gap_column(group: str, results: Results, gaps: Sequence[float | None]) -> Column:
+    """The share of the gap that each variant closes; the baseline is named in its row."""
+    column = ranked(group, "gap closed", gaps, wording.share, max)
+    named = zip(results.variants, column.cells, strict=True)
+    cells = ("baseline" if variant is results.baseline else cell for variant, cell in named)
+    return Column(group, column.head, tuple(cells), column.best)
+
+
 def figures(results: Results) -> dict[str, list[str]]:
     """Figure of tasks -> the tasks that have it, main figures first."""
     found: dict[str, list[str]] = {}
@@ -306,7 +306,7 @@ def headed(task: str, name: str) -> str:
 
 
 def divergence(results: Results) -> list[Column]:
-    """How far the pruned variants are from the dense model, text by text; the best cells are marked."""
+    """Divergence of the pruned variants from the dense model, per text; the best cells are marked."""
     columns = [words("variant", [variant.name for variant in results.pruned])]
     for text in results.text_names:
         found = [variant.divergence[text] for variant in results.pruned]
@@ -335,14 +335,12 @@ def verdicts(results: Results) -> dict[str, Verdict]:
 
 
 def notes(results: Results) -> list[str]:
-    """What the comparison does not show, and why; empty where nothing is missing. Plain text with
-    `code` marks.
-    """
+    """Sentences on what the comparison lacks, and why. Plain text with `code` marks."""
     said = []
     if results.pruned and results.baseline is None:
         said.append(
-            f"No gap is given: the baseline `{results.settings.baseline}` is not among the variants (see"
-            " `report.baseline`)."
+            f"There is no column `gap closed`: `report.baseline` = `{results.settings.baseline}` is not a"
+            " variant."
         )
     base, dense = results.baseline or results.dense, results.dense.perplexity
     level = [
@@ -351,22 +349,29 @@ def notes(results: Results) -> list[str]:
         if base.facts and base.perplexity[text] <= dense[text] * (1 + 1e-12)
     ]
     said += [
-        f"On `{text}` the baseline is no worse than the dense model, so there is no gap to close."
+        f"On `{text}` the baseline is at least as good as the dense model, so there is no gap to close."
         for text in level
     ]
     for name, measured in results.tasks.items():
         if cut := max(task["truncated"] for task in measured):
             of = f"{cut} of the {measured[0]['items']} items of `{name}`"
-            said.append(f"{of} are longer than the model's window: their beginning is left out.")
+            said.append(f"{of} are longer than the model's context window; their beginning was cut off.")
     if results.estimate.get("wanted_moments") == "full" and results.estimate["output_moments"] != "full":
         said.append(
-            "Full output moments exceed `sensitivity.moment_budget_bytes`: allocations use their diagonals."
+            "The full output moments exceed `sensitivity.moment_budget_bytes`, so allocations use their"
+            " diagonals."
         )
     return said
 
 
 def shown(values: Sequence[float | None], show: Callable[[float], str]) -> list[str]:
     return [ABSENT if value is None else show(value) for value in values]
+
+
+def quoted(names: Iterable[str]) -> str:
+    """`a`, `b` and `c`."""
+    found = [f"`{name}`" for name in names]
+    return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
 
 
 def words(head: str, cells: Sequence[str]) -> Column:
@@ -381,8 +386,8 @@ def ranked(
     show: Callable[[float], str],
     best: Callable[..., int],
 ) -> Column:
-    """Cells as text; the best (``min`` or ``max``) of the pruned variants is marked with its ties,
-    if they differ at all.
+    """Cells as text; the best cells (``min`` or ``max``) of the pruned variants are marked, unless all
+    are equal.
     """
     cells = shown(values, show)
     rivals = {row: value for row, value in enumerate(values) if row > 0 and value is not None}
@@ -405,8 +410,7 @@ def plain(columns: Sequence[Column]) -> str:
 
 
 def summary(results: Results) -> dict[str, Any]:
-    """What report/summary.json holds: quality and size, to six digits. DVC shows these as metrics,
-    so they are few.
+    """Content of report/summary.json: quality and size, to six digits. DVC shows these as metrics.
 
     ``gap`` as a share (``gap_closed``), where there is one; ``kl`` in nats per token and
     ``agreement`` as a share, of a pruned variant; ``bytes`` of the files in the smallest format,
@@ -455,9 +459,7 @@ def _by_figure(divergence: Mapping[str, Mapping[str, float]]) -> dict[str, dict[
 
 
 def points(results: Results) -> list[dict[str, Any]]:
-    """What report/perplexity.json holds: every model's perplexity over its sparsity, text by text,
-    for `dvc plots`.
-    """
+    """Content of report/perplexity.json: perplexity and sparsity per model and text, for `dvc plots`."""
     return [
         {
             "variant": variant.name,
@@ -470,7 +472,7 @@ def points(results: Results) -> list[dict[str, Any]]:
     ]
 
 
-# Matrices as depth × kind
+# Matrices by block and kind
 
 ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "down", "fc1", "fc2")  # as data flows through a block
 
