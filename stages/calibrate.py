@@ -16,7 +16,7 @@ def main() -> None:
         settings = keys.calibrate(read_all())
         if settings is None:
             workspace.leave_empty(workspace.statistics)
-            tell("calibrate: no recipe reads statistics of the dense model")
+            tell("calibrate: nothing to do, because no variant reads statistics of the dense model")
             return
         from pipeline_lib.jobs.calibrate import calibrate
 

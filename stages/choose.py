@@ -1,6 +1,4 @@
-"""Model-level gate: name the candidate that validation text prefers, so that a mixed allocation can
-fall back to a uniform one.
-"""
+"""Choose the candidate with the lowest perplexity on validation text."""
 
 import click
 
@@ -23,7 +21,8 @@ def main() -> None:
         chosen = choose(found)
         workspace.save(workspace.choice, {"text": part.text, "chosen": chosen, "perplexity": found})
         listed = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-        tell(f"choose: {chosen} on {part.text} ({listed})" if chosen else "choose: no candidates")
+        told = f"{chosen} has the lowest perplexity on {part.text} ({listed})"
+        tell(f"choose: {told if chosen else 'nothing to do, because there are no candidates'}")
 
 
 if __name__ == "__main__":

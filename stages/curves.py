@@ -19,7 +19,7 @@ def main(variant: str) -> None:
         part = read(variant).curves
         if part is None:
             workspace.save(workspace.curves(variant), {})
-            tell(f"curves {variant}: its allocation reads none")
+            tell(f"curves {variant}: nothing to do, because its allocation reads no error curves")
             return
         from pipeline_lib.jobs.curves import curves
 

@@ -19,7 +19,7 @@ def main(variant: str) -> None:
         if settings is None:
             workspace.leave_empty(workspace.distilled(variant))
             workspace.save(workspace.training(variant), {})
-            tell(f"distil {variant}: nothing is trained")
+            tell(f"distil {variant}: nothing to do, because it has no section distil")
             return
         from pipeline_lib.jobs.distil import distil
 

@@ -20,7 +20,7 @@ def main(variant: str) -> None:
         if settings is None:
             workspace.save(workspace.sizes(variant), {})
             workspace.leave_empty(workspace.export(variant))
-            tell(f"export {variant}: no format is asked for")
+            tell(f"export {variant}: nothing to do, because no format is requested")
             return
         from pipeline_lib.jobs.export import export_variant
 

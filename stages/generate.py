@@ -18,7 +18,7 @@ def main(name: str) -> None:
         written = params.section(f"texts.{name}")
         if isinstance(written, dict) and written.get("kind") != "generated":
             workspace.save(workspace.generated(name), {})
-            tell(f"generate {name}: the text is not the model's own")
+            tell(f"generate {name}: nothing to do, because the model does not write this text")
             return
         from pipeline_lib.jobs.generate import generate
         from pipeline_lib.texts.texts import TextParams

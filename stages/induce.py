@@ -20,7 +20,7 @@ def main(variant: str) -> None:
         if part is None:
             with workspace.directory(workspace.induced(variant)) as made:
                 artifacts.write_json(made / "curve.json", [])
-            tell(f"induce {variant}: nothing is learned")
+            tell(f"induce {variant}: nothing to do, because it has no section induce")
             return
         from pipeline_lib.jobs.induce import induce
 

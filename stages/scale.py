@@ -16,7 +16,7 @@ def main() -> None:
         settings = keys.scale(read_all())
         if settings is None:
             workspace.leave_empty(workspace.start.parent)
-            tell("scale: no recipe learns factors")
+            tell("scale: nothing to do, because no variant learns factors")
             return
         from pipeline_lib.jobs.scale import scale
 

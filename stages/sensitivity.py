@@ -21,7 +21,7 @@ def main() -> None:
             artifacts.write_json(workspace.sensitivity / "by_depth.json", [])
             workspace.save(workspace.sensitivity / "estimate.json", {})
             workspace.leave_empty(workspace.sensitivity / "moments")
-            tell("sensitivity: no allocation reads sensitivities")
+            tell("sensitivity: nothing to do, because no allocation reads sensitivities")
             return
         from pipeline_lib.jobs.sensitivity import sensitivity
 

@@ -164,7 +164,7 @@ def test_the_rest_meets_the_budget(
     wanted = round((1 - sparsity) * sum(sizes)) - sum(kept.values())
     if not 0 <= wanted <= sum(sizes[len(given) :]):
         with pytest.raises(
-            SparselineError, match=r"overall = .* is not met: .* and the others cannot make up for it"
+            SparselineError, match=r"overall = .* is not met: .* and the other matrices cannot balance this"
         ):
             left(units, kept, sparsity, "x")
         return
@@ -191,7 +191,7 @@ def test_the_first_pattern_that_matches_counts() -> None:
             r"x: patterns before 'layers\.0\.v' take all that it matches, layers\.0\.v for",
         ),
         ([("*.gone", 0.5)], r"x: '\*\.gone' matches no matrix; names are, for example, 'layers\.0\.q'"),
-        ([("re:(", 0.5)], r"x: 're:\(' is no regular expression"),
+        ([("re:(", 0.5)], r"x: 're:\(' is not a regular expression"),
     ):
         with pytest.raises(SparselineError, match=told):
             by_hand(units, names, patterns, "x")
@@ -587,7 +587,7 @@ def test_an_error_just_below_zero_counts_as_zero(point: int) -> None:
 def test_what_is_no_number_is_refused(method: str, what: str, value: float) -> None:
     curve = {"density": [0.0, 0.5, 1.0], "frobenius": [2.0, value, 0.0], "kronecker": None}
     measured = {"m0": {"sensitivity": value, "outliers": value, "median": value, "curve": curve}}
-    with pytest.raises(SparselineError, match=f"The {what} of m0 holds NaN or infinity"):
+    with pytest.raises(SparselineError, match=f"The {what} of m0 contains NaN or infinity"):
         counts(units_of([10]), 0.5, params(method), measured)
 
 

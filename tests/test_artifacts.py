@@ -58,7 +58,7 @@ def test_a_failed_write_keeps_the_old_content(tmp_path: Path) -> None:
 
 def test_a_failed_first_write_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
-    with pytest.raises(SparselineError, match=r"a\.json would hold NaN or infinity"):
+    with pytest.raises(SparselineError, match=r"a\.json would contain NaN or infinity"):
         write_json(tmp_path / "deep" / "a.json", {"x": float("nan")})
     with pytest.raises(Exception):  # noqa: B017 - whatever the serialiser raises
         write_tensors(tmp_path / "deep" / "a.safetensors", {"x": torch.empty(2, device="meta")})
@@ -208,7 +208,7 @@ def test_tensors_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
         assert torch.equal(found[name], tensor)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"garbage that is no safetensors file"])
+@pytest.mark.parametrize("content", [None, b"", b"garbage that is not a safetensors file"])
 def test_unreadable_artifacts_are_told(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "artifact"
     if content is not None:
@@ -491,7 +491,7 @@ def test_a_stage_tells_its_error_and_exits_with_2(
     (file,) = tmp_path.glob("sparseline-bug-*.txt")
     assert (
         told
-        == "error: This is a fault of Sparseline, not of your input (ZeroDivisionError: division by zero)."
+        == "error: This is an error in Sparseline, not in your input (ZeroDivisionError: division by zero)."
         f" Attach {file} to a report of it.\n"
     )
     assert "_ = 1 / 0" in file.read_text(encoding="utf-8")
@@ -707,7 +707,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPARSELINE_DEVICE", raising=False)
     assert compute() == torch.device("cpu")
     monkeypatch.setenv("SPARSELINE_DEVICE", "abacus")
-    with pytest.raises(SparselineError, match="SPARSELINE_DEVICE=abacus is no device that can be used"):
+    with pytest.raises(SparselineError, match="SPARSELINE_DEVICE=abacus is not a usable device"):
         compute()
 
 

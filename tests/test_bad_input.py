@@ -449,7 +449,7 @@ PARAMETERS = [
         "a budget that is a setting now",
         "keys",
         params(prune__activation_budget_bytes=1),
-        ("prune.activation_budget_bytes is no key any more", "SPARSELINE_ACTIVATION_BYTES", "remove it"),
+        ("prune.activation_budget_bytes is no longer a key", "SPARSELINE_ACTIVATION_BYTES", "remove it"),
     ),
     Mistake(
         "a budget that is a setting now, of a variant",
@@ -966,7 +966,7 @@ DATA = [
         "short text",
         "text test",
         written("data/texts/test.txt", "a" * 99),
-        ("data/texts/test.txt", "3 rows of 32 tokens", "8 are asked for", "lower rows"),
+        ("data/texts/test.txt", "3 samples of 32 tokens", "8 are requested", "lower rows"),
     ),
     Mistake(
         "no such text",
@@ -1255,8 +1255,8 @@ def test_a_singular_second_moment_raises_the_damping(workspace: Path) -> None:
     matrices = artifacts.read_json(workspace / "build" / "facts" / "wanda.json")["matrices"]
     raised = {name for name, facts in matrices.items() if facts["damping"] > 1e-12}
     assert FIRST in raised
-    line = next(line for line in result.stdout.splitlines() if "damping raised" in line)
-    assert set(line.split("damping raised for ")[1].split(", ")) == raised
+    line = next(line for line in result.stdout.splitlines() if "damping was raised" in line)
+    assert set(line.split("damping was raised for ")[1].split(", ")) == raised
 
 
 def test_a_second_moment_of_nan_is_told(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     (directory / ".gitignore").write_text("mine\n", encoding="utf-8")
     (directory / "params.yaml").write_text("mine: 1\n", encoding="utf-8")
     before = tree(directory)
-    with pytest.raises(SparselineError, match=r"own/params\.yaml is there already"):
+    with pytest.raises(SparselineError, match=r"own/params\.yaml already exists"):
         layout.lay_out(directory, layout.shipped())
     assert tree(directory) == before
     (directory / "params.yaml").unlink()
@@ -203,12 +203,12 @@ def test_calibration_text_of_the_hub() -> None:
 # Refusals
 
 BAD = {
-    "prune nowhere/at/all --out new": "nowhere/at/all is no directory here, no name on the hub",
-    "prune no-such-model --out new": "no-such-model is no directory here",
+    "prune nowhere/at/all --out new": "nowhere/at/all is not a directory here, no name on the hub",
+    "prune no-such-model --out new": "no-such-model is not a directory here",
     "prune empty --out new": "empty has no config.json; give the directory of a Hugging Face checkpoint.",
     "prune model --revision main --out new": "--revision main is for a model of the hub",
     "prune owner/name --out new": (
-        "owner/name is no directory here, and the hub cannot be asked for its newest commit"
+        "owner/name is not a directory here, and its newest commit cannot be fetched from the hub"
     ),
     "prune embedded": "Missing option '--out'.",
     "prune --out new": "Missing argument 'MODEL'.",
@@ -226,12 +226,12 @@ BAD = {
     "prune embedded --out file": "Directory 'file' is a file.",
     "init file/below": "file/below/.dvc: Not a directory",
     "init": "Missing argument 'DIRECTORY'.",
-    "run": ". is no project, since it has no dvc.yaml or no stages/; `sparseline init .` lays one out.",
-    "run -C empty": "empty is no project",
-    "plan -C empty": "empty is no project",
-    "report -C empty": "empty is no project",
-    "environment -C empty": "empty is no project",
-    "init --update empty": "empty is no project",
+    "run": ". is not a project, because it has no dvc.yaml or no stages/; `sparseline init .` creates one.",
+    "run -C empty": "empty is not a project",
+    "plan -C empty": "empty is not a project",
+    "report -C empty": "empty is not a project",
+    "environment -C empty": "empty is not a project",
+    "init --update empty": "empty is not a project",
     "sell": "No such command 'sell'.",
     "init new --fast": "No such option",
 }
@@ -301,7 +301,7 @@ def test_dvc_knows_whether_there_is_git(
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     outer, directory = tmp_path / "outer", tmp_path / "outer/team"
     status, said = sparseline(capfd, "init", str(directory), "--no-git")
-    assert status == 0 and "There is no git here" in said and no_scm(directory)
+    assert status == 0 and "has no git repository" in said and no_scm(directory)
     subprocess.run(["git", "init", "--quiet", str(outer)], check=True)
     project.settle(directory)
     assert not no_scm(directory)

@@ -163,7 +163,7 @@ def test_errors_that_are_no_numbers_are_told(llama: Checkpoint) -> None:
     }
     block = DenseBlock(entry, "here", llama.block(0), block_statistics(llama)[0])
     with pytest.raises(
-        SparselineError, match=r"error curve of here\.self_attn\.q_proj holds NaN or infinity"
+        SparselineError, match=r"error curve of here\.self_attn\.q_proj contains NaN or infinity"
     ):
         measure(block, entry.matrices, moments, selection(), False, CURVES)
 

@@ -335,7 +335,7 @@ def test_the_gate_refuses_a_result_that_is_worse(workspace: Path) -> None:
     """
     change_params(workspace, "variants.trained.distil.rate", 5.0)
     result = invoke("distil", "trained")
-    assert result.exit_code == 0 and "not kept, the pruned checkpoint stands" in result.output, result.output
+    assert result.exit_code == 0 and "not kept, the pruned checkpoint is used" in result.output, result.output
     assert not load_artifact(workspace / "build/training/trained.json")["kept"]
     assert sorted(tree(workspace / "build/distil/trained")) == ["seal.json"]
     build("evaluate trained", "evaluate wanda")
@@ -346,7 +346,7 @@ def test_the_gate_refuses_a_result_that_is_worse(workspace: Path) -> None:
 def test_training_that_diverges_ends_early_and_is_not_kept(workspace: Path) -> None:
     change_params(workspace, "variants.trained.distil.rate", 1e30)
     result = invoke("distil", "trained")
-    assert result.exit_code == 0 and "is no number; lower distil.rate" in result.output, result.output
+    assert result.exit_code == 0 and "is not a number; lower distil.rate" in result.output, result.output
     facts = load_artifact(workspace / "build/training/trained.json")
     assert not facts["kept"] and facts["held_out_after"] is None and facts["steps"] < 6
 
@@ -375,9 +375,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(scratch(workspace)))
     result = invoke("distil", "trained")
     assert result.exit_code == 0, result.output
-    assert (
-        "what was kept of step 3 is damaged" if damage else "resuming after 3 of 6 steps"
-    ) in result.output
+    assert ("the stored step 3 is damaged" if damage else "resuming after 3 of 6 steps") in result.output
     assert outputs(workspace) == outputs(undisturbed)
     assert not tree(scratch(workspace))
 
@@ -396,7 +394,7 @@ def stopping(keep: Any, after: int) -> Any:
 
 def test_a_variant_that_does_not_ask_is_left_alone(workspace: Path) -> None:
     result = invoke("distil", "wanda")
-    assert result.exit_code == 0 and "nothing is trained" in result.output
+    assert result.exit_code == 0 and "nothing to do" in result.output
     assert sorted(outputs(workspace)) == ["distil/wanda/seal.json", "training/wanda.json"]
 
 
@@ -404,7 +402,7 @@ def test_without_held_out_rows_the_fitting_rows_decide(workspace: Path) -> None:
     change_params(workspace, "texts.calibration.held_out", 0)
     build("text calibration")
     result = invoke("distil", "trained")
-    assert result.exit_code == 0 and "the fitting rows themselves decide what is kept" in result.output, (
+    assert result.exit_code == 0 and "the training samples decide what is kept" in result.output, (
         result.output
     )
 

@@ -466,7 +466,8 @@ def test_tasks_that_cannot_be_used(tokenizer: PreTrainedTokenizerFast, tmp_path:
     local = params(path=tmp_path, names=["letters"])
     local_task(tmp_path, [0, 1, 0, 1], metric_list=[{"metric": "brier_score"}])
     with pytest.raises(
-        SparselineError, match="nothing that is known here, only: brier_score; known are: acc, exact_match"
+        SparselineError,
+        match="nothing that is known here, only: brier_score; supported are: acc, exact_match",
     ):
         run_tasks(repeater(), tokenizer, *local)
     local_task(tmp_path, [0, 1, 0, 1])
@@ -579,7 +580,8 @@ def test_answers_that_mean_nothing_are_refused(tokenizer: PreTrainedTokenizerFas
     record = {"context": "x", "choices": ["a" * 40, "b"], "gold": 0}
     (tmp_path / "letters.jsonl").write_text(2 * (json.dumps(record) + "\n"), encoding="utf-8")
     with pytest.raises(
-        SparselineError, match="letters has a continuation of 40 tokens, more than the model's window of 16"
+        SparselineError,
+        match="letters has a continuation of 40 tokens, more than the model's context window of 16",
     ):
         run_tasks(tiny_llama(max_position_embeddings=16), tokenizer, *local)
     (tmp_path / "letters.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")

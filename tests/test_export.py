@@ -160,7 +160,7 @@ def test_transformers_loads_what_was_in_memory(tmp_path: Path, family: str, roun
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "not quantised": ({}, "it is not quantised"),
     "three bits": ({"rounding": Rounding(3, 16)}, "readers of the format take 4 or 8 bits, not 3"),
-    "ragged": ({"rounding": Rounding(4, 20)}, r"the 32 inputs of \S+ are no multiple of its groups of 20"),
+    "ragged": ({"rounding": Rounding(4, 20)}, r"the 32 inputs of \S+ are not a multiple of its groups of 20"),
     "Conv1D": (
         {"rounding": Rounding(4, 16), "family": "gpt2"},
         r"no linear's weight but a transposed one \(Conv1D\)",
@@ -176,7 +176,7 @@ def test_what_the_format_cannot_say_is_told(tmp_path: Path, name: str) -> None:
     with pytest.raises(
         SparselineError,
         match=(
-            f"^mine cannot be written as compressed-tensors: .*{reason}; take it out of variants.mine.export"
+            f"^mine cannot be written as compressed-tensors: .*{reason}; remove it from variants.mine.export"
         ),
     ):
         exported(tmp_path, ["dense", PACKED], **changes)
@@ -212,7 +212,7 @@ def test_two_of_four_is_verified(tmp_path: Path) -> None:
     assert facts["cutlass"]["qualify"] == []  # in bfloat16 it wants multiples of [32, 64]
     assert (
         facts["cutlass"]["refused"]["model.layers.0.self_attn.k_proj.weight"]
-        == "[16, 32] is no multiple of [32, 64]"
+        == "[16, 32] is not a multiple of [32, 64]"
     )
     assert len(facts["cusparselt"]["qualify"]) == 14  # multiples of [16, 16]
     assert facts["cusparselt"]["refused"] == {}

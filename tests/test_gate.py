@@ -274,7 +274,11 @@ def test_an_empty_gate_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         induced, pruned, plain = (
             invoke(*step) for step in (("induce", "sparseline"), ("prune", "sparseline"), ("prune", "wanda"))
         )
-        assert ("induce sparseline: no rows are held out (held_out: 0)" in induced.output) == (held_out == 0)
-        assert ("prune sparseline: no rows are held out (held_out: 0)" in pruned.output) == (held_out == 0)
-        assert "no rows are held out" not in plain.output
+        assert ("induce sparseline: there is no held-out split (held_out: 0)" in induced.output) == (
+            held_out == 0
+        )
+        assert ("prune sparseline: there is no held-out split (held_out: 0)" in pruned.output) == (
+            held_out == 0
+        )
+        assert "there is no held-out split" not in plain.output
         assert [one.exit_code for one in (induced, pruned, plain)] == [0, 0, 0]

@@ -248,7 +248,7 @@ def test_a_generated_text_does_not_depend_on_the_batch(project: Path) -> None:
             ),
         ),
         ({"kind": "files"}, "give both, or another kind and null"),
-        ({"use": "evaluate", "rows": None}, "a generated text has no end; give the number of rows"),
+        ({"use": "evaluate", "rows": None}, "a generated text has no fixed length; give the number of rows"),
         (
             {"generated": HOW | {"temperature": -1}},
             "texts.calibration.generated.temperature = -1 cannot be used",

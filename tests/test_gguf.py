@@ -429,7 +429,7 @@ def test_what_would_not_be_read_back_is_refused(tmp_path: Path, name: str) -> No
     family, changes, reason = REFUSED[name]
     with pytest.raises(
         SparselineError,
-        match=rf"^mine cannot be written as gguf: .*{reason}.*; take it out of variants.mine.export",
+        match=rf"^mine cannot be written as gguf: .*{reason}.*; remove it from variants.mine.export",
     ):
         exported(tmp_path, make(tmp_path / "source", family, **changes))
     assert not (tmp_path / "export").exists()
@@ -439,7 +439,7 @@ def test_a_tokenizer_without_a_name_is_refused(tmp_path: Path) -> None:
     source = make(tmp_path / "source", "llama")
     broken(source, normalizer=json.loads(normalizers.Lowercase().__getstate__()))
     with pytest.raises(
-        SparselineError, match=r"^mine cannot be written as gguf: llama.cpp has no name for .*; take it out"
+        SparselineError, match=r"^mine cannot be written as gguf: llama.cpp has no name for .*; remove it"
     ):
         exported(tmp_path, source)
 

@@ -842,7 +842,7 @@ def test_parameters_of_version_1_are_told_one_by_one() -> None:
     values["variants"]["fast"]["activation_budget_bytes"] = 0  # version 1 took it there too
     told: list[str] = []
     while found := re.fullmatch(
-        r"error: params\.yaml: (\S+) is no key any more: (.*); remove it\.\n",
+        r"error: params\.yaml: (\S+) is no longer a key: (.*); remove it\.\n",
         (result := refusal(values)).output,
     ):
         key, instead = found.groups()

@@ -308,7 +308,7 @@ def test_a_chat_template_comes_to_an_end(monkeypatch: pytest.MonkeyPatch, text: 
     tokenizer: Any = Template(text)
     with pytest.raises(
         SparselineError,
-        match=r"a\.jsonl, line 7: the model's chat template (comes to no end|does not take this record)",
+        match=r"a\.jsonl, line 7: the model's chat template (does not finish|does not take this record)",
     ):
         chat.render(tokenizer, [[{"role": "user", "content": "hello"}]], ["a.jsonl, line 7"])
     whole: Any = Template("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")

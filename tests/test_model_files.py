@@ -147,7 +147,7 @@ def nested(path: Path) -> None:
             lambda path: (path / "LICENSE").symlink_to("nowhere"),
             ("LICENSE is a link to a file that is not there",),
         ),
-        (lambda path: os.mkfifo(path / "pipe"), ("pipe is no regular file (a named pipe)",)),
+        (lambda path: os.mkfifo(path / "pipe"), ("pipe is not a regular file (a named pipe)",)),
         (nested, ("model/sub holds weights", "side by side")),
     ],
 )
@@ -313,7 +313,7 @@ def test_every_file_is_copied_or_named(tmp_path: Path) -> None:
         taken = invoke("unpack", "build/export/wanda/bitmask", "data")  # a directory with other things in it
         assert (
             taken.exit_code == 2
-            and "data is there already" in taken.stderr
+            and "data already exists" in taken.stderr
             and (workspace / "data" / "model").exists()
         )
 

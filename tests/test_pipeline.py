@@ -730,11 +730,11 @@ def test_the_plan_writes_nothing(project: Path, monkeypatch: pytest.MonkeyPatch)
         ({"presets": {"a b": {"names": []}}}, ("the preset name 'a b'", "letters, digits")),
         (
             {"variants": {"wanda": {"tasks": ["none"]}}},
-            ("variants.wanda.tasks names 'none', which is no preset", "embedded"),
+            ("variants.wanda.tasks names 'none', which is not a preset", "embedded"),
         ),
-        ({"exported": {"wanda": {}}}, ("exported is no key any more", "export: [dense, bitmask]")),
-        ({"curved": []}, ("curved is no key any more",)),
-        ({"tasks": {"presets": ["embedded"]}}, ("tasks.presets is no key any more", "tasks: [<preset>]")),
+        ({"exported": {"wanda": {}}}, ("exported is no longer a key", "export: [dense, bitmask]")),
+        ({"curved": []}, ("curved is no longer a key",)),
+        ({"tasks": {"presets": ["embedded"]}}, ("tasks.presets is no longer a key", "tasks: [<preset>]")),
         ({"variants": {"dense": WANDA}}, ("'dense' is taken by the source model",)),
     ],
 )

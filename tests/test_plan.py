@@ -463,7 +463,7 @@ def test_sections_may_be_empty(project: Path) -> None:
             "variants.wanda.tasks",
             ["gone"],
             (
-                "variants.wanda.tasks names 'gone', which is no preset; presets: embedded, induction,"
+                "variants.wanda.tasks names 'gone', which is not a preset; presets: embedded, induction,"
                 " sensitivity."
             ),
         ),

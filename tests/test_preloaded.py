@@ -138,7 +138,7 @@ def test_a_signal_reaches_it(workspace: Path, number: signal.Signals) -> None:
     assert process.returncode == 128 + number
     assert (
         said.splitlines()[-1]
-        == f"error: {number.name} came; run the same command again: what is finished is kept."
+        == f"error: {number.name} came; run the same command again: finished work is kept."
     )
     assert not psutil.pid_exists(pid)
 
@@ -193,8 +193,8 @@ def test_the_keeper_is_killed(workspace: Path) -> None:
     said, _ = process.communicate()
     assert process.returncode == 4
     assert (
-        "error: The process that ran this stage is gone; run the same command again: what is finished is"
-        " kept.\n" in said
+        "error: The process of this stage has ended unexpectedly; run the same command again: finished"
+        " work is kept.\n" in said
     )
     while psutil.pid_exists(pid):
         time.sleep(0.05)

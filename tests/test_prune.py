@@ -601,11 +601,11 @@ def test_scores_that_are_no_numbers_are_told(path: Path, monkeypatch: pytest.Mon
     dense["mlp.up_proj.weight"] = dense["mlp.up_proj.weight"].clone()
     dense["mlp.up_proj.weight"][1] = float("nan")
     for score, tensors, match in (
-        ("magnitude", dense, r"scores of layers\.0\.mlp\.up_proj hold NaN or infinity"),
+        ("magnitude", dense, r"scores of layers\.0\.mlp\.up_proj contain NaN or infinity"),
         (
             "wanda",
             model_of(path).checkpoint.block(0),
-            r"second moment of layers\.0 attention_input holds NaN or infinity",
+            r"second moment of layers\.0 attention_input contains NaN or infinity",
         ),
     ):
         with monkeypatch.context() as patch:
@@ -645,14 +645,16 @@ def test_the_first_of_several_failures_is_told(
         return real(gram * float("nan") if where.endswith(last) else gram, damping, of, where, *rest)
 
     monkeypatch.setattr(layerwise, "factorise", factorised)
-    with pytest.raises(SparselineError, match=f"second moment of layers.0 {last} holds NaN or infinity"):
+    with pytest.raises(SparselineError, match=f"second moment of layers.0 {last} contains NaN or infinity"):
         next(run(model_of(path), params(steps)))
     clean = layerwise.collect
     model = model_of(path)
     before = model.block(0)
     monkeypatch.setattr(layerwise, "collect", lambda model, block, *rest: clean(model, (0, before), *rest))
     monkeypatch.setattr(Checkpoint, "block", lambda *_: dict(dense))
-    with pytest.raises(SparselineError, match=r"scores of layers\.0\.self_attn\.o_proj hold NaN or infinity"):
+    with pytest.raises(
+        SparselineError, match=r"scores of layers\.0\.self_attn\.o_proj contain NaN or infinity"
+    ):
         next(run(model, params(steps)))
 
 

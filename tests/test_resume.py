@@ -477,7 +477,7 @@ def test_a_stage_whose_dvc_is_gone_before_it_looks(project: Path) -> None:
     dvc.kill()
     said, _ = dvc.communicate()
     assert all(ended(stage.pid) for stage in stages)  # its pipes close a moment before it is gone
-    assert "error: The `dvc` that started this stage is gone; run the same command again" in said
+    assert "error: The `dvc` that started this stage has ended; run the same command again" in said
     assert tree(project / "build") == {
         path: digest for path, digest in before.items() if path in tree(project / "build")
     }
@@ -523,9 +523,7 @@ def test_a_signal_ends_a_stage_in_one_line(
     process.send_signal(number)
     said, _ = process.communicate()
     assert pid == process.pid and process.returncode == 128 + number
-    assert (
-        said.splitlines()[-1] == f"error: {name} came; run the same command again: what is finished is kept."
-    )
+    assert said.splitlines()[-1] == f"error: {name} came; run the same command again: finished work is kept."
     assert "Traceback" not in said
     assert tree(workspace / "build") == before
     assert not [path for path in scratch(workspace).rglob("*") if re.search(r"partial|lock", path.name)]
@@ -551,7 +549,7 @@ def test_a_signal_in_a_library_call(
     assert ended.value.code == 128 + number
     assert (
         capsys.readouterr().err
-        == f"error: {number.name} came; run the same command again: what is finished is kept.\n"
+        == f"error: {number.name} came; run the same command again: finished work is kept.\n"
     )
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
@@ -585,7 +583,7 @@ def test_a_signal_while_an_object_is_removed(
     assert time.monotonic() - began < 10
     assert (
         capsys.readouterr().err
-        == f"error: {number.name} came; run the same command again: what is finished is kept.\n"
+        == f"error: {number.name} came; run the same command again: finished work is kept.\n"
     )
 
 

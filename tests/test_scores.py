@@ -425,7 +425,7 @@ def test_a_gram_with_nan_is_refused(value: float) -> None:
     _, gram = curved_gram(6, seed=14)
     gram[2] = gram[:, 2] = value  # as an input makes it that is not finite
     with pytest.raises(
-        SparselineError, match=r"second moment of layers\.1 attention_input holds NaN or infinity"
+        SparselineError, match=r"second moment of layers\.1 attention_input contains NaN or infinity"
     ):
         factorise(gram, 0.01, "mean", "layers.1 attention_input")
 

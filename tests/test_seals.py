@@ -300,7 +300,7 @@ def test_a_damaged_block_is_computed_again(
     damage(kept / file)
     result = invoke(*KEPT[file].split())
     assert result.exit_code == 0, result.output
-    assert ("what was kept of block 0 is damaged" in result.output) == (
+    assert ("the stored block 0 is damaged" in result.output) == (
         kept / file != kept / "finished-000.json" or damage is not Path.unlink
     )
     assert "resuming" not in result.output

@@ -515,7 +515,7 @@ def test_infinite_activations_are_named(llama: Checkpoint, estimator: Any) -> No
     broken.model.block = lambda index: first(
         index, {n: t * 1e30 if t.ndim == 2 else t for n, t in llama.block(index).items()}
     )  # type: ignore[method-assign]
-    with pytest.raises(SparselineError, match=r"layers\.\d hold NaN or infinity"):
+    with pytest.raises(SparselineError, match=r"layers\.\d contain NaN or infinity"):
         estimator.samples(broken, params(), [0])
 
 

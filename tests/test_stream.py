@@ -232,14 +232,16 @@ def test_infinite_activations_are_named(checkpoint: Checkpoint) -> None:
     huge = {
         name: tensor * 1e30 if tensor.ndim == 2 else tensor for name, tensor in checkpoint.block(1).items()
     }
-    with pytest.raises(SparselineError, match=rf"{checkpoint.architecture.blocks}\.1 hold NaN or infinity"):
+    with pytest.raises(
+        SparselineError, match=rf"{checkpoint.architecture.blocks}\.1 contain NaN or infinity"
+    ):
         model.advance(model.block(1, huge), 1, stream)
 
 
 def test_an_infinite_hidden_state_is_named(llama: Checkpoint) -> None:
     model = BlockModel(llama, torch.float32, CPU)
     stream = model.embed(token_rows(1, 4), batch_rows=1)
-    with pytest.raises(SparselineError, match=r"layers\.0 hold NaN or infinity"):
+    with pytest.raises(SparselineError, match=r"layers\.0 contain NaN or infinity"):
         stream.hidden[0] = torch.full_like(stream.hidden[0], float("inf"))
         model.advance(model.block(0), 0, stream)
 
@@ -422,7 +424,7 @@ def test_bad_weights_are_named(copy_of: Callable[[str], Path], family: str, valu
     checkpoint.block(0)
     with pytest.raises(
         SparselineError,
-        match=r"model\.safetensors: weights of .*1\.self_attn\.v_proj\.weight hold NaN or infinity",
+        match=r"model\.safetensors: weights of .*1\.self_attn\.v_proj\.weight contain NaN or infinity",
     ):
         checkpoint.block(1)
 
@@ -435,7 +437,7 @@ def test_a_bad_embedding_is_named(copy_of: Callable[[str], Path]) -> None:
 
     rewrite(path, damage)
     model = BlockModel(open_checkpoint(path), torch.float32, CPU)
-    with pytest.raises(SparselineError, match=r"embed_tokens\.weight hold NaN"):
+    with pytest.raises(SparselineError, match=r"embed_tokens\.weight contain NaN"):
         model.embed(token_rows(1, 4), 1)
 
 
@@ -628,7 +630,7 @@ def test_locate(model_paths: dict[str, Path], tmp_path: Path) -> None:
         match=r"model\.id = 'sparseline/no-such-model' \(revision 'abc'\) is not in this machine's hub cache",
     ):
         locate(tmp_path, "sparseline/no-such-model", "abc")
-    with pytest.raises(SparselineError, match="is no name of a model on the hub"):
+    with pytest.raises(SparselineError, match="is not the name of a model on the hub"):
         locate(tmp_path, "not a valid id!", None)
 
 

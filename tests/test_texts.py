@@ -411,7 +411,7 @@ def test_what_is_no_regular_file_is_told(tmp_path: Path) -> None:
         (Path("/dev/zero"), None),
     ):
         with pytest.raises(
-            SparselineError, match=r"is no regular file|is a link to a file that is not there"
+            SparselineError, match=r"is not a regular file|is a link to a file that is not there"
         ):
             read_texts(params(path=path, glob=glob))
 
@@ -737,7 +737,7 @@ def test_concatenation_and_cut() -> None:
     assert rows_of(documents, params(rows=2), NONE).dtype == torch.int64
     whole = params(rows=None, use="evaluate", seed=1)  # all of them, in order, whatever the seed
     assert rows_of(documents, whole, NONE).tolist() == [[0, 1, 2, 0], [3, 0, 4, 5]]
-    with pytest.raises(SparselineError, match="gives 0 rows of 4 tokens, but some are asked for"):
+    with pytest.raises(SparselineError, match="gives 0 samples of 4 tokens, but some are requested"):
         rows_of([[1, 2]], whole, NONE)
 
 
@@ -781,7 +781,8 @@ def test_too_little_text_is_told(documents: list[list[int]], found: int, packing
     with pytest.raises(
         SparselineError,
         match=(
-            rf"gives {expected} rows of 4 tokens, but 3 are asked for; give more text or lower rows or length"
+            rf"gives {expected} samples of 4 tokens, but 3 are requested; give more text, or lower rows or"
+            " length"
         ),
     ):
         rows_of(documents, params(rows=3, packing=packing, seed=0), NONE)
@@ -883,8 +884,8 @@ def test_tool_calls_have_no_content(tokenizer: PreTrainedTokenizerBase, tmp_path
         ({"role": "user", "content": None, "tool_calls": []}, "has null as content"),
         ({"role": "user", "content": 5}, "has a number as content"),
         ({"role": "user", "content": {"text": "hi"}}, "has an object as content"),
-        ({"role": "user", "content": [{"type": "image"}]}, "has a part that is no text"),
-        ({"role": "user", "content": ["hi"]}, "has a part that is no text"),
+        ({"role": "user", "content": [{"type": "image"}]}, "has a part that is not text"),
+        ({"role": "user", "content": ["hi"]}, "has a part that is not text"),
         ({}, "has no keys"),
     ],
 )

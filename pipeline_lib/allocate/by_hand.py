@@ -60,7 +60,7 @@ def left(
     )
     wanted = target(sparsity, total) - sum(kept.values())
     if not rest or not 0 <= wanted <= size:
-        why = "the others cannot make up for it" if rest else "no other is left"
+        why = "the other matrices cannot balance this" if rest else "there is no other matrix"
         raise SparselineError(
             f"params.yaml: {key}: overall = {sparsity:g} is not met: {given}, and {why}; change overall or a"
             " pattern."

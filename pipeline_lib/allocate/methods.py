@@ -88,7 +88,7 @@ def _check_finite(name: str, what: str, values: Any) -> None:
     """
     if not np.isfinite(values).all():
         raise SparselineError(
-            f"The {what} of {name} holds NaN or infinity; check the model, or compute in float32."
+            f"The {what} of {name} contains NaN or infinity; check the model, or compute in float32."
         )
 
 

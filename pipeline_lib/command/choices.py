@@ -89,7 +89,8 @@ def _model(choices: Choices) -> dict[str, str | None]:
         return {"path": str(path.resolve()), "id": None, "revision": None}
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise SparselineError(
-            f"{name} is no directory here, no name on the hub (owner/name), and not `{EMBEDDED}`; correct it."
+            f"{name} is not a directory here, no name on the hub (owner/name), and not `{EMBEDDED}`;"
+            " correct it."
         )
     return {"path": HUB, "id": name, "revision": _commit(name, choices.revision)}
 
@@ -107,8 +108,8 @@ def _commit(hub_id: str, revision: str | None) -> str:
     except Exception as error:  # of the hub or the network
         told = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SparselineError(
-            f"{hub_id} is no directory here, and the hub cannot be asked for its newest commit ({told}); give"
-            " --revision with 40 hexadecimal digits."
+            f"{hub_id} is not a directory here, and its newest commit cannot be fetched from the hub"
+            f" ({told}); give --revision with 40 hexadecimal digits."
         ) from error
     return str(found)
 

@@ -55,7 +55,7 @@ def lay_out(directory: Path, wanted: Mapping[str, bytes]) -> None:
             and (not path.is_file() or files.read(path) != raw)
         ):
             raise SparselineError(
-                f"{path} is there already, with other contents; choose another directory, or move that file"
+                f"{path} already exists with other contents; choose another directory, or move that file"
                 " away."
             )
     write(directory, found)

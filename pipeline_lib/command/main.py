@@ -60,7 +60,8 @@ def init(directory: Path, git: bool | None, update: bool) -> None:
     possible = project.can_begin(directory)
     if git is None and possible and sys.stdin.isatty():
         git = click.confirm(
-            f"Run `git init` in {directory}? `dvc exp` needs git; all else works without", default=True
+            f"Run `git init` in {directory}? `dvc exp` needs git; everything else works without it",
+            default=True,
         )
     if git and possible:
         project.begin(directory)
@@ -73,7 +74,10 @@ def init(directory: Path, git: bool | None, update: bool) -> None:
     click.echo(f"  sparseline plan{within}    # memory, disk and rough time of every stage")
     click.echo(f"  sparseline run{within}     # run what is out of date, and print the table")
     if not project.tracked(directory):
-        click.echo("There is no git here: `dvc exp` needs `git init` and a commit, all else works without.")
+        click.echo(
+            "This directory has no git repository. `dvc exp` needs `git init` and a commit; everything"
+            " else works without."
+        )
     elif git:
         click.echo("The files are added to git; commit them before the first `dvc exp run`.")
 
@@ -162,7 +166,7 @@ def main() -> None:
             sys.exit(130)
         except click.ClickException as error:
             said = " ".join(error.format_message().split())
-            click.echo(f"error: {said} `sparseline --help` says more.", err=True)
+            click.echo(f"error: {said} See `sparseline --help`.", err=True)
             sys.exit(2)
 
 

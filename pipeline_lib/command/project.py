@@ -33,8 +33,8 @@ def opened(directory: Path) -> Path:
     """
     if not (directory / GRAPH).is_file() or not (directory / "stages").is_dir():
         raise SparselineError(
-            f"{directory} is no project, since it has no {GRAPH} or no stages/; `sparseline init {directory}`"
-            " lays one out."
+            f"{directory} is not a project, because it has no {GRAPH} or no stages/; `sparseline init"
+            f" {directory}` creates one."
         )
     return directory
 

@@ -170,8 +170,8 @@ def dumps(value: Any, path: Path) -> str:
         return json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
     except ValueError as error:
         raise SparselineError(
-            f"{path} would hold NaN or infinity: what was computed overflows; check the model, the stage's"
-            " parameters (such as rates), or compute in float32."
+            f"{path} would contain NaN or infinity, because the computation overflows; check the model, the"
+            " stage's parameters (such as rates), or compute in float32."
         ) from error
 
 

@@ -83,6 +83,6 @@ def _exactly(descriptor: int, size: int, deadline: float) -> bytes:
             raise BoundError("it took too long")
         part = os.read(descriptor, min(2**20, size - len(data)))
         if not part:
-            raise BoundError("it ended, as it does where it takes too much memory")
+            raise BoundError("it ended, probably because it needs too much memory")
         data += part
     return bytes(data)

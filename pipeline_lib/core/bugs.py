@@ -28,11 +28,10 @@ def tell(error: BaseException) -> str:
                 )
                 path.write_text(text, encoding="utf-8", errors="backslashreplace")
                 return (
-                    f"This is a fault of Sparseline, not of your input ({kind}). Attach {path} to a report"
-                    " of it."
+                    f"This is an error in Sparseline, not in your input ({kind}). Attach {path} to a bug"
+                    " report."
                 )
     print(text, file=sys.stderr)
     return (
-        f"This is a fault of Sparseline, not of your input ({kind}). Attach the lines above to a report"
-        " of it."
+        f"This is an error in Sparseline, not in your input ({kind}). Attach the lines above to a bug report."
     )

@@ -29,7 +29,7 @@ def opened(path: Path) -> Iterator[BufferedReader]:
 
     Raises:
         OSError: it cannot be opened.
-        SparselineError: it is no regular file.
+        SparselineError: it is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
     with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor
@@ -40,7 +40,7 @@ def opened(path: Path) -> Iterator[BufferedReader]:
 def _check_kind(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         found = next((kind for test, kind in KINDS.items() if test(mode)), "something else")
-        raise SparselineError(f"{path} is no regular file ({found}); put a file there, or take it away.")
+        raise SparselineError(f"{path} is not a regular file ({found}); put a file there, or remove it.")
 
 
 def read(path: Path, most: int | None = None) -> bytes:
@@ -51,12 +51,12 @@ def read(path: Path, most: int | None = None) -> bytes:
 
     Raises:
         OSError: it cannot be read.
-        SparselineError: it is no regular file, or too large for what it is.
+        SparselineError: it is not a regular file, or too large for what it is.
     """
     with opened(path) as file:
         if most is not None and os.fstat(file.fileno()).st_size > most:
             raise SparselineError(
-                f"{path} has more than {most:,} bytes, which is too much for such a file; take it away or"
+                f"{path} has more than {most:,} bytes, which is too much for such a file; remove it or"
                 " fetch it again."
             )
         return file.read()
@@ -78,7 +78,7 @@ def sha256(path: Path) -> str:
 
     Raises:
         OSError: it cannot be read.
-        SparselineError: it is no regular file.
+        SparselineError: it is not a regular file.
     """
     with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -97,7 +97,7 @@ def is_plain(name: str) -> bool:
 
 
 def check_inside(directory: Path, path: Path) -> None:
-    """Refuse what is no regular file, and links that leave the directory. The hub's and DVC's
+    """Refuse what is not a regular file, and links that leave the directory. The hub's and DVC's
     caches are made of links; those are followed.
 
     Raises:

@@ -53,9 +53,7 @@ class Kept:
             self._right[block] = self._checked(block)
         except (OSError, SparselineError, ValueError, TypeError, KeyError, AttributeError):
             artifacts.remove(self._list(block))
-            click.echo(
-                f"{self._what}: what was kept of {self._unit} {block} is damaged; it is computed again"
-            )
+            click.echo(f"{self._what}: the stored {self._unit} {block} is damaged and is computed again")
             return False
         return True
 

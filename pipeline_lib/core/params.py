@@ -78,9 +78,7 @@ def check_name(kind: str, name: object) -> None:
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         quotes = (
-            ""
-            if isinstance(name, str)
-            else "; put it in quotes, since YAML reads it as something else than a name"
+            "" if isinstance(name, str) else "; put it in quotes, because YAML does not read it as a name"
         )
         raise SparselineError(
             f"{FILE}: the {kind} name {name!r} cannot be used: a name may have letters, digits, '-' and"

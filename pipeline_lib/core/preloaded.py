@@ -116,8 +116,8 @@ def _end(status: int | None) -> NoReturn:
     """
     if status is None:
         print(
-            "error: The process that ran this stage is gone; run the same command again: what is finished is"
-            " kept.",
+            "error: The process of this stage has ended unexpectedly; run the same command again:"
+            " finished work is kept.",
             file=sys.stderr,
         )
         os._exit(4)

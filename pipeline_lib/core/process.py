@@ -32,7 +32,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int, cause: str | None = None) -> None:
         cause = cause or f"{signal.Signals(number).name} came"
-        super().__init__(f"{cause}; run the same command again: what is finished is kept.")
+        super().__init__(f"{cause}; run the same command again: finished work is kept.")
         self.code = 128 + number
 
 
@@ -50,7 +50,7 @@ def stoppable() -> Iterator[None]:
     def stop(number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         _came.append(
-            Stopped(number, "The `dvc` that started this stage is gone" if _orphaned.is_set() else None)
+            Stopped(number, "The `dvc` that started this stage has ended" if _orphaned.is_set() else None)
         )
         raise _came[0]
 

@@ -50,7 +50,8 @@ def compute() -> "torch.device":
         return device
     except (RuntimeError, AssertionError) as error:
         raise SparselineError(
-            f"SPARSELINE_DEVICE={name} is not a device of this machine; use cpu, or cuda where one is."
+            f"SPARSELINE_DEVICE={name} is not a device of this machine; use cpu, or cuda on a machine with"
+            " a GPU."
         ) from error
 
 
@@ -81,13 +82,13 @@ def told() -> Iterator[None]:
     except Exception as error:
         if _is_gpu_memory(error):
             message = (
-                f"The GPU's memory ran out; {environment.command('plan')} says what each stage takes there,"
-                " SPARSELINE_GPU_ACTIVATION_BYTES=0 keeps hidden states out of it, and docs/cluster.md says"
+                f"Out of GPU memory; {environment.command('plan')} says what each stage takes there,"
+                " SPARSELINE_GPU_ACTIVATION_BYTES=0 keeps no hidden states there, and docs/cluster.md says"
                 " what else makes it less."
             )
         elif _is_memory(error):
             message = (
-                f"The memory ran out; {environment.command('plan')} says what each stage takes, and"
+                f"Out of memory; {environment.command('plan')} says what each stage takes, and"
                 " docs/cluster.md what makes that less."
             )
         else:
@@ -103,8 +104,8 @@ def _refused(error: OSError) -> str:
     mend = room if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that place"
     where = error.filename2 or error.filename or "A file of this run"  # the second: where something was to go
     return (
-        f"{where}: {os.strerror(error.errno or 0)}; {mend}, then run the same command again: what is finished"
-        " is kept."
+        f"{where}: {os.strerror(error.errno or 0)}; {mend}, then run the same command again: finished"
+        " work is kept."
     )
 
 

@@ -117,7 +117,7 @@ def digests(directory: Path, known: Mapping[str, str] | None = None) -> dict[str
     ones are not read.
 
     Raises:
-        SparselineError: something there is no regular file.
+        SparselineError: something there is not a regular file.
     """
     found = {}
     for path in sorted(directory.rglob("*")):

@@ -18,7 +18,7 @@ def device_name() -> str:
     name = os.environ.get("SPARSELINE_DEVICE", "cpu")
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
         raise SparselineError(
-            f"SPARSELINE_DEVICE={name} is no device that can be used; use cpu, cuda, or cuda:1 and so on."
+            f"SPARSELINE_DEVICE={name} is not a usable device; use cpu, cuda, or cuda:1 and so on."
         )
     return name
 

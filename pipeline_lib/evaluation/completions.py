@@ -32,14 +32,14 @@ def complete(
         return []
     if len(rows) < params.count or rows.shape[1] < params.prompt_tokens:
         raise SparselineError(
-            f"Completions want {params.count} rows of {params.prompt_tokens} tokens, but the text"
+            f"Completions need {params.count} rows of {params.prompt_tokens} tokens, but the text"
             f" {params.text!r} has {len(rows)} of {rows.shape[1]}; lower count or prompt_tokens."
         )
     window = getattr(model.config, "max_position_embeddings", None)
     if window is not None and params.prompt_tokens + params.new_tokens > window:
         raise SparselineError(
-            f"Completions of {params.prompt_tokens} + {params.new_tokens} tokens do not fit the model's"
-            f" {window} positions; lower prompt_tokens or new_tokens."
+            f"Completions of {params.prompt_tokens} + {params.new_tokens} tokens do not fit into the"
+            f" model's {window} positions; lower prompt_tokens or new_tokens."
         )
     prompts = rows[: params.count, : params.prompt_tokens]
     sequence = prompts.to(model.device)

@@ -33,7 +33,8 @@ def perplexity(
     count, length = rows.shape
     if count < 1 or length < 2:
         raise SparselineError(
-            f"Perplexity needs at least one row of two tokens, not {count} rows of {length}; give more text."
+            f"Perplexity needs at least one sample of two tokens, not {count} samples of {length}; give"
+            " more text."
         )
     total = torch.zeros((), dtype=torch.float64)
     with torch.inference_mode():
@@ -47,8 +48,8 @@ def perplexity(
     mean = float(total) / (count * (length - 1))
     if not math.isfinite(mean) or mean > 700:  # exp(709) is the last double
         raise SparselineError(
-            f"The model's mean loss is {mean:.4g}: its weights hold NaN or infinite values, or it overflows"
-            f" in {model.dtype}; prune less, or evaluate in float32."
+            f"The model's mean loss is {mean:.4g}: its weights contain NaN or infinite values, or it"
+            f" overflows in {model.dtype}; prune less, or evaluate in float32."
         )
     return math.exp(mean)
 

@@ -116,7 +116,7 @@ def run_tasks(
                 if len(continuation) > self.max_length:
                     raise SparselineError(
                         f"The task {request.task_name} has a continuation of {len(continuation)} tokens, more"
-                        f" than the model's window of {self.max_length}; leave the task out."
+                        f" than the model's context window of {self.max_length}; leave the task out."
                     )
                 if len(context) + len(continuation) > self.max_length + 1:
                     self.cut.add(id(request))
@@ -124,8 +124,8 @@ def run_tasks(
                 found = super()._loglikelihood_tokens(requests, **options)
             if not all(math.isfinite(likelihood) for likelihood, _ in found):
                 raise SparselineError(
-                    f"The model's log-likelihoods of {what} are NaN or infinite: its weights are, or it"
-                    f" overflows in {model.dtype}; prune less, or set tasks.compute_dtype to float32."
+                    f"The model's log-likelihoods of {what} are NaN or infinite: so are its weights, or"
+                    f" it overflows in {model.dtype}; prune less, or set tasks.compute_dtype to float32."
                 )
             return found
 
@@ -187,7 +187,7 @@ def run_tasks(
             shown = wrong or {figure: one["value"] for figure, one in metrics.items()}
             told = ", ".join(f"{figure} {value}" for figure, value in shown.items())
             raise SparselineError(
-                f"The task {name} gives {told} on {items} items; a figure needs two, and a number."
+                f"The task {name} gives {told} on {items} items; a result needs two, and must be a number."
             )
         flat[name] = {
             "metrics": metrics,
@@ -358,7 +358,7 @@ def _check_watched(folder: Path, path: Path, what: str) -> None:
     place = path.parent.resolve() / path.name
     if not place.is_relative_to(folder.resolve()) or (place.is_dir() and place.is_symlink()):
         raise SparselineError(
-            f"{what}, which is outside {folder} (tasks.path), where DVC watches nothing; copy it there."
+            f"{what}, which is outside {folder} (tasks.path), where DVC does not watch; copy it there."
         )
 
 
@@ -381,8 +381,7 @@ def _load(manager: "TaskManager", preset: Preset, folder: Path) -> dict[str, "Ta
         if not METRICS.keys() & task.aggregation().keys():
             only = ", ".join(task.aggregation())
             raise SparselineError(
-                f"The task {name} measures nothing that is known here, only: {only}; known are:"
-                f" {', '.join(METRICS)}."
+                f"The task {name} has no supported metric, only: {only}; supported are: {', '.join(METRICS)}."
             )
         if task.get_config("num_fewshot") != 0:
             task.set_config("num_fewshot", preset.shots)

@@ -54,7 +54,7 @@ def write(
         for name, tensor in load.tensors(directory):
             ((_, original),) = pruned.read([name])
             if not torch.equal(words(tensor), words(original)):
-                raise RuntimeError(f"{name} does not come back bit for bit")
+                raise RuntimeError(f"{name} cannot be read back bit for bit")
 
 
 def _shard(path: Path, plans: Mapping[str, Plan], pruned: Checkpoint, quantisation: Quantisation) -> bytes:

@@ -121,7 +121,7 @@ def _tensors(path: Path, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
     except Exception as error:  # of a damaged or hostile file, anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if isinstance(error, UnpicklingError):  # torch's words for it advise to run what the file asks for
-            reason = "it is damaged, or asks for code, which is never run"
+            reason = "it is damaged, or contains code, which is never run"
         raise SparselineError(
             f"{path} cannot be read as weights alone ({reason}); fetch the checkpoint again, or another one."
         ) from error
@@ -133,7 +133,7 @@ def _tensors(path: Path, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()
     ):
         raise SparselineError(
-            f"{path} is no mapping of names to tensors; give a model's weights, not a training state."
+            f"{path} is not a mapping of names to tensors; give a model's weights, not a training state."
         )
     size = path.stat().st_size
     if large := next((name for name, tensor in found.items() if tensor.nbytes > size), None):

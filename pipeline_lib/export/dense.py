@@ -55,7 +55,7 @@ def check_unused(out: Path) -> None:
         SparselineError: ``out`` is there, and is no empty directory.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SparselineError(f"{out} is there already; give a directory that is new or empty.")
+        raise SparselineError(f"{out} already exists; give a new or empty directory.")
 
 
 def file_bytes(shards: Mapping[str, Mapping[str, Blob]]) -> int:

@@ -191,6 +191,6 @@ def _fits(fits: bool) -> None:
 def _check(fits: bool) -> None:
     if not fits:
         raise SparselineError(
-            "a bitmask file's mask and values do not fit each other: whoever wrote it did not keep to"
+            "a bitmask file's mask and values do not fit each other: its writer did not conform to"
             " docs/artifacts.md."
         )

@@ -147,7 +147,7 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
 
     def refusal(reason: str) -> SparselineError:
         return SparselineError(
-            f"{variant} cannot be written as gguf: {reason}; take it out of variants.{variant}.export."
+            f"{variant} cannot be written as gguf: {reason}; remove it from variants.{variant}.export."
         )
 
     try:
@@ -156,9 +156,7 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
         raise refusal("its package is not installed (pip install gguf)") from error
     config = pruned.config
     if (family := FAMILIES.get(config.model_type)) is None:
-        raise refusal(
-            f"{config.model_type} is not among the architectures that are written ({', '.join(FAMILIES)})"
-        )
+        raise refusal(f"{config.model_type} is not a supported architecture ({', '.join(FAMILIES)})")
     try:
         words = vocabulary(pruned.path, pruned.vocabulary)
     except ValueError as error:
@@ -170,7 +168,7 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
         names = _names(pruned, _reading(family, read)[0])
     except Exception as error:  # transformers checks little, and raises whatever it meets
         raise refusal(
-            f"transformers makes no model of what it would read back ({' '.join(str(error).split())})"
+            f"transformers cannot build a model from its metadata ({' '.join(str(error).split())})"
         ) from error
     if family.name in TIED and not config.tie_word_embeddings:
         raise refusal(
@@ -377,4 +375,4 @@ def _check(path: Path, pruned: Checkpoint, chosen: Scheme) -> None:
         expected = original.to(blocks.DTYPES.get(one.kind, original.dtype))
         slack = SLACK if chosen.family.shifted and original.ndim < 2 else 0
         if tensor is None or not torch.allclose(tensor.to(expected.dtype), expected, rtol=0, atol=slack):
-            raise RuntimeError(f"{one.name} does not come back as {one.stored}")
+            raise RuntimeError(f"{one.name} cannot be read back as {one.stored}")

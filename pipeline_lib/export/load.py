@@ -55,7 +55,7 @@ def load_model(path: Path) -> "PreTrainedModel":
             f"{path}: its config.json describes no model that its tensors fit ({error})."
         ) from error
     if wrong := {key: sorted(map(str, names)) for key, names in report.items() if names}:
-        raise SparselineError(f"{path}: its tensors are not those that its config.json calls for ({wrong}).")
+        raise SparselineError(f"{path}: its tensors are not those that its config.json requires ({wrong}).")
     if model.can_generate() and (path / GENERATION).exists():
         model.generation_config = generation(path)
     return model.eval()
@@ -106,7 +106,7 @@ class _File:
         except ValueError as error:  # a ValidationError too
             reason = " ".join(str(error).split())[:200]
             raise SparselineError(
-                f"{self._path} does not keep to docs/artifacts.md ({reason}); take it from another source."
+                f"{self._path} does not conform to docs/artifacts.md ({reason}); take it from another source."
             ) from error
         return found
 

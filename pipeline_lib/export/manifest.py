@@ -71,7 +71,7 @@ def read(directory: Path) -> Manifest:
         text = files.read(path, files.LARGE)
     except OSError as error:
         raise SparselineError(
-            f"{directory} is no bitmask checkpoint: {MANIFEST} cannot be read ({error.strerror})."
+            f"{directory} is not a bitmask checkpoint: {MANIFEST} cannot be read ({error.strerror})."
         ) from error
     try:
         value: dict[str, Any] = json.loads(text)

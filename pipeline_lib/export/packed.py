@@ -92,12 +92,13 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
             continue
         if not linear or not pieces[0].whole:
             raise refusal(
-                f"{name} is no linear's weight{' but a transposed one (Conv1D)' if groups.transposed else ''}"
+                f"{name} is not the weight of a linear"
+                f" layer{' but a transposed one (Conv1D)' if groups.transposed else ''}"
             )
         columns = pruned.shapes[name][1]
         found.add((groups.bits, groups.size if groups.size != columns else None, groups.zero_point is None))
         if columns % groups.size:
-            ragged = f"the {columns} inputs of {name} are no multiple of its groups of {groups.size}"
+            ragged = f"the {columns} inputs of {name} are not a multiple of its groups of {groups.size}"
     if not found:
         raise refusal("it is not quantised")
     bits, symmetric = {one[0] for one in found}, {one[2] for one in found}

@@ -39,7 +39,7 @@ def _refusal(kind: type, weight: torch.Tensor, transposed: bool) -> str | None:
         return f"{weight.dtype} is not supported"
     rows, columns = limits[weight.dtype].sparse_min_rows, limits[weight.dtype].sparse_min_cols
     if weight.shape[0] % rows or weight.shape[1] % columns:
-        return f"{list(weight.shape)} is no multiple of [{rows}, {columns}]"
+        return f"{list(weight.shape)} is not a multiple of [{rows}, {columns}]"
     return None
 
 

@@ -185,7 +185,7 @@ class Reader:
         except (ValueError, KeyError) as error:  # a ValidationError too
             reason = " ".join(str(error).split())[:200]
             raise SparselineError(
-                f"{path} is no safetensors file ({reason}); take it from another source."
+                f"{path} is not a safetensors file ({reason}); take it from another source."
             ) from error
 
     def read(self, name: str) -> torch.Tensor:

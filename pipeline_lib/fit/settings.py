@@ -61,7 +61,7 @@ class DistilParams(Params):
     def _states_move(self) -> Any:
         if self.state_dtype == "bfloat16" and self.beta2 > 0.99:
             raise Conflict(
-                "bfloat16 rounds away what such an average gains in a step; give beta2 0.99 or less",
+                "bfloat16 rounds away the change of such an average in one step; give beta2 0.99 or less",
                 "beta2",
                 "state_dtype",
             )

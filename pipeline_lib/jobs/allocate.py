@@ -56,4 +56,4 @@ def allocate(workspace: Workspace, variant: str, part: AllocatePart) -> str:
         f", densities {min(densities):.1%} to {max(densities):.1%}" if max(densities) > min(densities) else ""
     )
     hand = f", {len(given)} of {len(units)} matrices by hand" if given else ""
-    return f"{part.allocation.method}{hand}, {sum(kept):,} of {total:,} weights{spread}"
+    return f"{sum(kept):,} of {total:,} weights kept ({part.allocation.method}{hand}){spread}"

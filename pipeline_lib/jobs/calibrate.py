@@ -25,4 +25,6 @@ def calibrate(workspace: Workspace, source: ModelParams, params: CalibrateParams
                 tensors |= statistics.tensors(name)
             artifacts.write_tensors(artifacts.block_file(directory, index), tensors, {"grams": grams})
     tokens = sum(part.numel() for part in rows.values())
-    return f"{tokens:,} tokens through {depth} blocks, Gram matrices {'stored' if grams else 'left out'}"
+    return (
+        f"statistics of {tokens:,} tokens in {depth} blocks, {'with' if grams else 'without'} Gram matrices"
+    )

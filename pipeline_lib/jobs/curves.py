@@ -17,8 +17,7 @@ from pipeline_lib.stats.walk import stored_or_walked
 def curves(
     workspace: Workspace, source: ModelParams, variant: str, part: CurvesPart, calibrate: CalibrateParams
 ) -> str:
-    """Every matrix pruned to a few densities, what that changes, weighted by what the loss feels; a
-    sentence on it.
+    """Prune every matrix to a few densities and measure the errors; a summary.
 
     Raises:
         SparselineError: an N:M pattern does not divide a matrix, or an error is NaN or infinite.
@@ -49,4 +48,5 @@ def curves(
             found[f"{where}.{label}"] = sensitivities.get(f"{where}.{label}", {}) | facts
     workspace.save(workspace.curves(variant), found)
     points = len(next(iter(found.values()))["curve"]["density"])
-    return f"{len(found)} matrices at {points} densities, moments in {'use' if weighted else 'none'}"
+    moments = "with" if weighted else "without"
+    return f"errors of {len(found)} matrices at {points} densities, {moments} output moments"

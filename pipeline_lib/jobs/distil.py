@@ -36,7 +36,7 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, params: Dist
     rows = calibration_rows(workspace)
     if not len(rows["held_out"]):
         click.echo(
-            f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide what is kept"
+            f"{what}: there is no held-out split (held_out: 0), so the training samples decide what is kept"
         )
     described = f"{params.model_dump_json()} {source.model_dump_json()}"
     inputs = [workspace.model, directory / seals.FILE, calibration_file(workspace)]
@@ -73,8 +73,8 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, params: Dist
         workspace.save(workspace.training(variant), facts)
     became = f"{after:.4f}" if math.isfinite(after) else "no number"
     return (
-        f"divergence from the dense model on held-out rows {before:.4f} → {became} nats a token;"
-        f" {'kept' if kept else 'not kept, the pruned checkpoint stands'}"
+        f"KL divergence from the dense model on the held-out split {before:.4f} → {became} nats per token;"
+        f" {'kept' if kept else 'not kept, the pruned checkpoint is used'}"
     )
 
 
@@ -106,7 +106,7 @@ def _trained(
         for value in values:
             curve.append(value)
             if not math.isfinite(value):
-                click.echo(f"{states.what}: the loss of step {len(curve)} is no number; lower distil.rate")
+                click.echo(f"{states.what}: the loss of step {len(curve)} is not a number; lower distil.rate")
                 break
             progress.advance()
             if len(curve) < steps:

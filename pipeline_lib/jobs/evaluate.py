@@ -43,7 +43,7 @@ def evaluate(workspace: Workspace, source: ModelParams, name: str, part: Evaluat
     completions = complete(model, tokenizer, texts[params.completions.text], params.completions, watched)
     workspace.save(workspace.evaluation(name), {"perplexity": perplexities, "divergence": divergences})
     workspace.save(workspace.completions(name), {"completions": completions})
-    told = {text: f", KL {found['kl']:.4f}" for text, found in divergences.items()}
-    return ", ".join(
-        f"perplexity {text} {value:.3f}{told.get(text, '')}" for text, value in perplexities.items()
+    told = {text: f" (KL {found['kl']:.4f})" for text, found in divergences.items()}
+    return "perplexity " + ", ".join(
+        f"{value:.3f} on {text}{told.get(text, '')}" for text, value in perplexities.items()
     )

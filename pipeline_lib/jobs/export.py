@@ -26,5 +26,5 @@ def export_variant(workspace: Workspace, source: ModelParams, variant: str, para
     left = Variant(variant, facts["settings"]["selection"]["pattern"], directory, workspace.trained(variant))
     sizes = export(open_source(workspace, source), left, workspace.export(variant), params.formats, written)
     workspace.save(workspace.sizes(variant), sizes)
-    told = ", ".join(f"{name} {one['bits']:.2f} bits per weight" for name, one in sizes["formats"].items())
-    return f"{told}; in theory {sizes['theoretical_bits']:.2f}"
+    told = ", ".join(f"{name} {one['bits']:.2f}" for name, one in sizes["formats"].items())
+    return f"bits per weight: {told} (theoretical limit {sizes['theoretical_bits']:.2f})"

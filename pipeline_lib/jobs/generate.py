@@ -34,8 +34,8 @@ def generate(
     most = (window or 2**31) - how.new_tokens - len(lead)
     if most < 1 or (not params.chat_template and how.prompt_tokens > most):
         raise SparselineError(
-            f"params.yaml: texts.{name}.generated: a prompt and {how.new_tokens} new tokens do not fit the"
-            f" model's {window} positions; lower new_tokens."
+            f"params.yaml: texts.{name}.generated: a prompt and {how.new_tokens} new tokens do not fit"
+            f" into the model's {window} positions; lower new_tokens."
         )
     texts = read_texts(params)
     found = prompts(tokenizer, texts, params, how, most)
@@ -43,7 +43,7 @@ def generate(
     joined = params.packing == "concatenate"
     wanted, done = (params.rows or 0) * (params.length if joined else 1), 0
     documents: list[list[int]] = []
-    with Progress(f"generate {name}", wanted, "tokens" if joined else "rows") as progress:
+    with Progress(f"generate {name}", wanted, "tokens" if joined else "samples") as progress:
         while done < wanted:
             if not joined and len(documents) >= TRIED * wanted:
                 raise SparselineError(
@@ -76,6 +76,6 @@ def generate(
         workspace.generated(name), {"documents": documents, "facts": facts | {"documents": len(documents)}}
     )
     return (
-        f"{len(documents)} documents of {sum(map(len, documents)):,} tokens, prompts included, from"
-        f" {len(found)} prompts"
+        f"{len(documents)} documents from {len(found)} prompts, {sum(map(len, documents)):,} tokens with the"
+        " prompts"
     )

@@ -33,7 +33,7 @@ def induce(
     judging = rows["held_out"]
     if not len(judging):
         click.echo(
-            f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide what is kept"
+            f"{what}: there is no held-out split (held_out: 0), so the training samples decide what is kept"
         )
         judging = rows["fit"]
     gate = Gate(model, judging, calibrate.batch_rows, part.selection, part.compensate)
@@ -86,4 +86,4 @@ def induce(
     choices = [outcome.choice for outcome in outcomes.values()]
     tally = ", ".join(f"{choice} in {choices.count(choice)}" for choice in ("learned", "start", "none"))
     changed = sum(outcome.mask_changed for outcome in outcomes.values()) / max(1, len(outcomes))
-    return f"of {len(choices)} blocks the gate kept {tally}; {changed:.1%} of mask entries changed"
+    return f"of {len(choices)} blocks, the gate kept {tally}; {changed:.1%} of the mask entries changed"

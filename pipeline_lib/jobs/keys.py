@@ -69,7 +69,7 @@ def parts(variants: Mapping[str, Variant]) -> dict[str, BaseModel | None]:
     baseline = params.section("report.baseline")
     if not isinstance(baseline, str) or baseline not in variants:
         raise SparselineError(
-            f"{params.FILE}: report.baseline = {baseline!r} is no variant; variants:"
+            f"{params.FILE}: report.baseline = {baseline!r} is not a variant; variants:"
             f" {', '.join(variants) or 'none'}."
         )
     found: dict[str, BaseModel | None] = {
@@ -156,7 +156,7 @@ def tasks(name: str, variants: Mapping[str, Variant]) -> TasksPart | None:
 
 
 def export(variant: Variant) -> ExportParams | None:
-    """None where no format is asked for."""
+    """None where no format is requested."""
     verdict = params.load(VerdictParams, "verdict")
     return ExportParams(formats=variant.export, verdict=verdict) if variant.export else None
 

@@ -66,27 +66,27 @@ def prepare(workspace: Workspace, source: ModelParams) -> str:
     workspace.save(workspace.sizes(DENSE), summary(weights, {"dense": size}))
     prunable = sum(math.prod(matrix["shape"]) for matrix in matrices if matrix["included"])
     for line in grouped({**not_fetched(source), **checkpoint.left_out}):
-        click.echo(f"prepare: not in any result: {line}")
+        click.echo(f"prepare: not copied to the result: {line}")
     if named := own_code(directory):
         instead = (
-            "runs (model.remote_code)"
+            "is used (model.remote_code)"
             if source.remote_code
-            else f"does not run; transformers' {named[0]} takes its place"
+            else f"is not used; transformers' {named[0]} replaces it"
         )
-        click.echo(f"prepare: code of the model's own ({named[1]}) {instead}")
+        click.echo(f"prepare: custom model code ({named[1]}) {instead}")
     for line in _absorbed(checkpoint):
         click.echo(f"prepare: {line}")
     if beyond := ids_beyond(tokenizer, checkpoint.vocabulary):
         click.echo(
-            f"prepare: the tokenizer has tokens that the model has no embedding for ({beyond}); a text that"
-            " holds one is refused"
+            f"prepare: the tokenizer has tokens without an embedding in the model ({beyond}); a text"
+            " with such a token is refused"
         )
     told = f"{checkpoint.parameters:,} parameters, {prunable:,} of them prunable in {entry.depth} blocks"
     return f"{entry.family}, {told}; {selection}"
 
 
 def _verified(checkpoint: Checkpoint) -> Checkpoint:
-    """With those couplings that hold on the model's own weights."""
+    """The checkpoint with those couplings that hold on its own weights."""
     model, layouts = BlockModel(checkpoint, torch.float32, runtime.compute()), []
     for index, (layout, failed) in enumerate(
         track(verified(model), "prepare, couplings", "blocks", checkpoint.architecture.depth)
@@ -94,14 +94,14 @@ def _verified(checkpoint: Checkpoint) -> Checkpoint:
         layouts.append(layout)
         if failed:
             click.echo(
-                f"prepare: block {index}: {', '.join(failed)} would change what the block computes, and is"
-                " left out"
+                f"prepare: block {index}: {', '.join(failed)} would change the block's outputs and is"
+                " not used"
             )
     return replace(checkpoint, architecture=with_layouts(checkpoint.architecture, layouts))
 
 
 def _absorbed(checkpoint: Checkpoint) -> Iterator[str]:
-    """What factors can be folded into, and what no matrix covers."""
+    """Lines on the couplings and on parameters that are in no matrix."""
     layouts = checkpoint.architecture.layouts
     for kind in dict.fromkeys(layouts):
         names = [coupling.name for coupling in kind.couplings if not coupling.name.startswith("expert_")]
@@ -109,27 +109,22 @@ def _absorbed(checkpoint: Checkpoint) -> Iterator[str]:
             {site.name for site in kind.sites if site.pool is not None and site.pool.endswith("input")}
         )
         fixed = [site.name for site in kind.sites if site.coupling is None and site.pool is None]
-        told = [
-            f"{layouts.count(kind)} of {len(layouts)} blocks: factors fold into"
-            f" {', '.join(names) or 'nothing'}"
-        ]
+        told = [f"{layouts.count(kind)} of {len(layouts)} blocks: couplings {', '.join(names) or 'none'}"]
         told += [f"inputs of {', '.join(fixed)} cannot be scaled"] if fixed else []
         told += (
-            [
-                f"{experts} experts, each with matrices of its own; never pruned:"
-                f" {', '.join(sorted(kind.routers))}"
-            ]
+            [f"{experts} experts with separate matrices; never pruned: {', '.join(sorted(kind.routers))}"]
             if experts
             else []
         )
         yield "; ".join(told)
     if left := checkpoint.uncovered():
         yield (
-            f"{checkpoint.coverage:.1%} of the blocks' weights are in matrices; not in any: {', '.join(left)}"
+            f"{checkpoint.coverage:.1%} of the blocks' weights are in matrices; in no matrix:"
+            f" {', '.join(left)}"
         )
     if checkpoint.unread:
         yield (
-            f"{len(checkpoint.unread)} tensors that no text meets are copied unchanged,"
+            f"{len(checkpoint.unread)} tensors that do not process text are copied unchanged,"
             f" {min(checkpoint.unread)} for example"
         )
 

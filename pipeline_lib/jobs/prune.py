@@ -50,7 +50,7 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
         wanted = stream_bytes(steps, tokens, entry.width, model.dtype.itemsize)
         if steps.judged and not len(found["held_out"]):
             click.echo(
-                f"{what}: no rows are held out (held_out: 0), so the fitting rows themselves decide which"
+                f"{what}: there is no held-out split (held_out: 0), so the training samples decide which"
                 " fits are kept"
             )
     described = f"{recipe.model_dump_json()} {source.model_dump_json()}"
@@ -77,7 +77,7 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
     check(total, sum(allocation["kept"].values()), 1)  # counted from the stored masks
     raised = [name for name, facts in matrices.items() if facts.get("damping", 0) > recipe.selection.damping]
     if raised:
-        click.echo(f"{what}: damping raised for {', '.join(raised)}")
+        click.echo(f"{what}: damping was raised for {', '.join(raised)}")
     quantised = _quantised(recipe.quantization, listed, matrices)
     zeros = sum(facts["zeros"] for facts in matrices.values())
     summary = {

@@ -26,6 +26,6 @@ def scale(workspace: Workspace, source: ModelParams, params: ScaleParams) -> str
         write_transforms(made / workspace.start.name, transforms)
     count = sum(factor.numel() for transform in transforms.values() for factor in transform.factors.values())
     return (
-        f"{count:,} factors at {sum(len(layout.couplings) for layout in entry.layouts)} couplings of"
-        f" {entry.depth} blocks, start {params.start}"
+        f"{count:,} initial factors ({params.start}) for"
+        f" {sum(len(layout.couplings) for layout in entry.layouts)} couplings in {entry.depth} blocks"
     )

@@ -80,10 +80,11 @@ def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityPa
         "wanted_moments": params.output_moments,
     }
     workspace.save(workspace.sensitivity / "estimate.json", facts)
-    reached = f"{'reached' if found.reached else 'capped below'} {params.agreement:g}"
+    reached = f"{'reached' if found.reached else 'below'} {params.agreement:g}"
     return (
-        f"{params.estimator}, {len(described)} matrices, {facts['probes']} probes; split-half Kendall τ"
-        f" {found.agreement:.2f}, {reached}; median relative standard error {facts['relative_error']:.0%}"
+        f"{len(described)} matrices by {facts['probes']} probes ({params.estimator}); rankings by both halves"
+        f" agree to τ = {found.agreement:.2f} ({reached}), median standard error"
+        f" {facts['relative_error']:.0%}"
     )
 
 

@@ -26,7 +26,7 @@ def tasks(
             click.echo(f"tasks {preset} {name}: warned {count} times: {warning}")
         measured[preset] = found.tasks
         told += [
-            f"{task} {_main(facts)} of {_items(facts, asked.limit)}" for task, facts in found.tasks.items()
+            f"{task} {_main(facts)} on {_items(facts, asked.limit)}" for task, facts in found.tasks.items()
         ]
     workspace.save(workspace.tasks(name), measured)
     return ", ".join(told)
@@ -41,9 +41,11 @@ def _main(task: Mapping[str, Any]) -> str:
 def _items(task: Mapping[str, Any], limit: int | None) -> str:
     """How many items the accuracy is of, and what is missing of them."""
     fewer = (
-        f" ({limit} were asked for, the task has {task['of']})"
+        f" ({limit} were requested, the task has {task['of']})"
         if limit is not None and task["of"] < limit
         else ""
     )
-    cut = f", {task['truncated']} of them truncated to the model's window" if task["truncated"] else ""
+    cut = (
+        f", {task['truncated']} of them truncated to the model's context window" if task["truncated"] else ""
+    )
     return f"{task['items']} items{fewer}{cut}"

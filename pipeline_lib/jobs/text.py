@@ -57,11 +57,11 @@ def text(workspace: Workspace, source: ModelParams, name: str, params: TextParam
     }
     workspace.save_tensors(workspace.texts(params.use) / f"{name}.safetensors", tensors, facts)
     files = f" in {len(facts['sha256'])} file(s)" if params.kind == "files" else ""
-    empty = f", {facts['empty']} empty ones left out" if facts["empty"] else ""
-    own = " of the model's own" if params.generated else ""
+    empty = f", {facts['empty']} empty ones skipped" if facts["empty"] else ""
+    own = " generated" if params.generated else ""
     return (
-        f"{len(rows)} rows of {params.length} tokens from {facts['documents']} documents{own}{files}{empty} "
-        f"({facts['tokens']:,} tokens); {BEGINS[begins.place]}"
+        f"{len(rows)} samples of {params.length} tokens from {facts['documents']}{own}"
+        f" documents{files}{empty} ({facts['tokens']:,} tokens); {BEGINS[begins.place]}"
     )
 
 

@@ -129,7 +129,7 @@ def _read(
         taken = [[next(read) for _ in range(points.shape[1])] for _ in range(len(points))]
         if not all(math.isfinite(value) for point in taken for value in point):
             raise SparselineError(
-                f"The error curve of {where}.{label} holds NaN or infinity; check the model, or compute in"
+                f"The error curve of {where}.{label} contains NaN or infinity; check the model, or compute in"
                 " float32."
             )
         taken.append([0.0] * points.shape[1])

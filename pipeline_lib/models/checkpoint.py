@@ -71,7 +71,9 @@ def locate(path: Path, hub_id: str | None, revision: str | None) -> Path:
     try:
         found = try_to_load_from_cache(hub_id, CONFIG, revision=revision)
     except HFValidationError as error:
-        raise SparselineError(f"model.id = {hub_id!r} is no name of a model on the hub: {error}") from error
+        raise SparselineError(
+            f"model.id = {hub_id!r} is not the name of a model on the hub: {error}"
+        ) from error
     if not isinstance(found, str):
         raise SparselineError(
             f"model.id = {hub_id!r} (revision {revision!r}) is not in this machine's hub cache; fetch it with"
@@ -270,7 +272,7 @@ def read_config(path: Path, remote_code: bool = False, dequantize: bool = False)
         )
     if not remote_code and (named := own_code(path)) and named[0] not in CONFIG_MAPPING_NAMES:
         raise SparselineError(
-            f"{path / CONFIG} asks for code of the model's own ({named[1]}), and transformers has no"
+            f"{path / CONFIG} names custom model code ({named[1]}), and transformers has no"
             f" {named[0]!r}; set model.remote_code to true if you trust that code: it can do anything that"
             " you can."
         )
@@ -346,8 +348,8 @@ def open_checkpoint(
         more = f" and {len(homeless) - 1} more" if len(homeless) > 1 else ""
         raise SparselineError(
             f"{path} holds {homeless[0]}{more}, for which {type(model).__name__} has no place under its"
-            " config.json; pruning would lose it: give a checkpoint of the language model alone (adapters"
-            " merged, other heads removed)."
+            " config.json; pruning would lose it: give a checkpoint of the language model alone"
+            " (adapters merged, other heads removed)."
         )
     entry = architecture or _discovered(path, config, model, pieces, shapes)
     base = f"{model.base_model_prefix}." if model.base_model is not model else ""
@@ -456,8 +458,7 @@ def _placed(
         if shape != tuple(tensor.shape):
             wanted = f"{list(tensor.shape)}, not {list(shape)}"
             raise SparselineError(
-                f"{path}: config.json calls for {own[0].stored} of shape {wanted}; fetch the checkpoint"
-                " again."
+                f"{path}: config.json requires {own[0].stored} of shape {wanted}; fetch the checkpoint again."
             )
     return dict(sorted(found.items()))
 
@@ -507,7 +508,7 @@ def _discovered(
             raise SparselineError(f"{path}: {error}") from error
         except Exception as error:  # of transformers' own code
             raise SparselineError(
-                f"{path}: {type(model).__name__} does not run on a text as transformers runs it"
+                f"{path}: {type(model).__name__} cannot process text in transformers"
                 f" ({_first_line(error)}); it cannot be pruned."
             ) from error
         base = f"{model.base_model_prefix}." if model.base_model is not model else ""
@@ -569,7 +570,7 @@ def check_sizes(path: Path, config: PreTrainedConfig, shapes: Sequence[tuple[int
             continue  # XLNet has no limit
         if value is not None and (type(value) is not int or not 0 < value <= most[name]):
             raise SparselineError(
-                f"{path / CONFIG}: {name} = {value!r} does not fit the weights beside it; fetch the"
+                f"{path / CONFIG}: {name} = {value!r} does not match the weights beside it; fetch the"
                 " checkpoint again."
             )
 
@@ -586,7 +587,7 @@ def generation(path: Path) -> "GenerationConfig":
         return GenerationConfig.from_pretrained(path)
     except Exception as error:  # transformers checks little, and raises whatever it meets
         raise SparselineError(
-            f"{path / GENERATION} cannot be read ({_first_line(error)}); fetch it again, or take it away."
+            f"{path / GENERATION} cannot be read ({_first_line(error)}); fetch it again, or remove it."
         ) from error
 
 
@@ -657,7 +658,7 @@ def _missing(path: Path, name: str, model: "PreTrainedModel", parts: Parts) -> s
             f"{path} is a {base}, saved without the head of a language model ({name}); save the model as"
             f" {whole}."
         )
-    return f"{path} has no tensor {name}, which its config.json calls for; fetch the checkpoint again."
+    return f"{path} has no tensor {name}, which its config.json requires; fetch the checkpoint again."
 
 
 def is_buffer(name: str, shape: tuple[int, ...] | None) -> bool:

@@ -62,8 +62,8 @@ def discover(model: "PreTrainedModel") -> Found:
         layouts.append(kinds[own.signature])
     if not any(layout.matrices for layout in layouts):
         raise SparselineError(
-            f"no linear layer in the blocks of {type(model).__name__} is reached by text; there is nothing to"
-            " prune."
+            f"no linear layer in the blocks of {type(model).__name__} processes text; there is nothing"
+            " to prune."
         )
     outside = frozenset(name for name in hollow.touched if not name.startswith(f"{path}."))
     return Found(path, calls[0].args[0].shape[-1], tuple(layouts), outside, calls[0].returns)
@@ -168,13 +168,13 @@ def _refuse_other_ways(kind: str, calls: Sequence[Call], others: Sequence[Call])
     for number, (call, other) in enumerate(zip(calls, others, strict=True)):
         if not _same((call.args[1:], call.kwargs), (other.args[1:], other.kwargs)):
             raise SparselineError(
-                f"block {number} of {kind} is given more of the text than what the block before makes of it;"
-                " it cannot be pruned."
+                f"block {number} of {kind} reads more than the output of the block before it; it cannot"
+                " be pruned."
             )
         if number and not _same(call.args[0], calls[number - 1].output):
             raise SparselineError(
-                f"block {number} of {kind} is not given what the block before returns; such a model cannot be"
-                " pruned."
+                f"block {number} of {kind} does not read the output of the block before it; such a model"
+                " cannot be pruned."
             )
 
 

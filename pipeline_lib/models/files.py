@@ -80,9 +80,9 @@ def find_files(path: Path) -> Files:
         raise SparselineError(_no_weights(path, stored))
     if rivals:
         raise SparselineError(
-            f"{path} holds two sets of weights, {WEIGHTS if index is None else INDEX} and {rivals[0]}, of"
-            " which transformers loads the former; keep the files of one set only (in a directory of their"
-            " own, given as model.path)."
+            f"{path} holds two sets of weights, {WEIGHTS if index is None else INDEX} and {rivals[0]},"
+            " of which transformers loads the former; keep the files of one set only (in a separate"
+            " directory, given as model.path)."
         )
     for name in weights:
         if name not in names:
@@ -155,7 +155,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for name in named.values():
         if not is_plain(name) or "/" in name or not name.endswith(".safetensors"):
             raise SparselineError(
-                f"{path} names {name}, which is no .safetensors file beside it; put all shards into one"
+                f"{path} names {name}, which is not a .safetensors file beside it; put all shards into one"
                 " directory."
             )
     return named
@@ -173,7 +173,7 @@ def _no_weights(path: Path, stored: list[str]) -> str:
         )
     if stored:
         return (
-            f"{lacking}, without which transformers does not load {stored[0]}; fetch the index too, or name a"
+            f"{lacking}, which transformers needs to load {stored[0]}; fetch the index too, or name a"
             f" single file {WEIGHTS}."
         )
     if pickled := sorted(found.name for found in path.glob("pytorch_model*.bin")):

@@ -62,7 +62,7 @@ def select(
         never: names of parameters that are never pruned, to say so of a pattern that matches only these.
 
     Raises:
-        SparselineError: a pattern that matches no matrix, or is no regular expression; nothing is
+        SparselineError: a pattern that matches no matrix, or is not a regular expression; nothing is
             left to prune.
     """
     taken: dict[str, list[bool]] = {"include": [False] * len(matrices), "exclude": [False] * len(matrices)}
@@ -84,13 +84,13 @@ def hits(key: str, pattern: str, matrices: Sequence[Names], never: Sequence[str]
     """Whether the pattern, which stands under ``key`` in params.yaml, matches each matrix.
 
     Raises:
-        SparselineError: it matches none, or is no regular expression.
+        SparselineError: it matches none, or is not a regular expression.
     """
     try:
         matches = matcher(pattern)
     except ValueError as error:
         raise SparselineError(
-            f"params.yaml: {key}: {pattern!r} is no regular expression ({error}); correct it."
+            f"params.yaml: {key}: {pattern!r} is not a regular expression ({error}); correct it."
         ) from error
     found = [any(map(matches, names)) for names in matrices]
     if not any(found):
@@ -103,7 +103,7 @@ def _unmatched(key: str, pattern: str, matrices: Sequence[Names], other: str | N
     if other is not None:
         why = f"matches {other}, which is never pruned, and no matrix"
     elif "[" in pattern and not pattern.startswith(EXPRESSION):
-        why = f"matches no matrix (brackets stand for themselves; a set of letters needs {EXPRESSION})"
+        why = f"matches no matrix (brackets are literal; a set of letters needs {EXPRESSION})"
     else:
         why = "matches no matrix"
-    return f"params.yaml: {key}: {pattern!r} {why}; {examples}: correct the pattern or take it out."
+    return f"params.yaml: {key}: {pattern!r} {why}; {examples}: correct or remove the pattern."

@@ -82,7 +82,7 @@ def fetch_pickled(hub_id: str, revision: str | None) -> Path:
     except Exception as error:  # of the hub, the network or the disk
         told = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SparselineError(
-            f"{hub_id} is no directory here, and cannot be fetched from the hub: {told}"
+            f"{hub_id} is not a directory here, and cannot be fetched from the hub: {told}"
         ) from error
 
 
@@ -104,7 +104,7 @@ def _commit(params: ModelParams) -> str:
         )
     if params.path != HUB:
         raise SparselineError(
-            f"model.path = {str(params.path)!r} would be watched though model.id = {hub_id!r} is used; set"
+            f"model.path = {str(params.path)!r} would be watched although model.id = {hub_id!r} is used; set"
             f" path to {HUB}, or id to null."
         )
     if revision is not None and COMMIT.fullmatch(revision):
@@ -112,11 +112,13 @@ def _commit(params: ModelParams) -> str:
     try:
         now = f"{revision or 'main'} is {HfApi().model_info(hub_id, revision=revision, timeout=10).sha} now"
     except HFValidationError as error:
-        raise SparselineError(f"model.id = {hub_id!r} is no name of a model on the hub: {error}") from error
+        raise SparselineError(
+            f"model.id = {hub_id!r} is not the name of a model on the hub: {error}"
+        ) from error
     except Exception:  # offline, gated, mistyped: the sentence does without
         now = f"`git ls-remote https://huggingface.co/{hub_id}` shows it"
     raise SparselineError(
-        f"model.revision = {revision!r} may come to mean other weights of model.id = {hub_id!r}; give the"
+        f"model.revision = {revision!r} may later refer to other weights of model.id = {hub_id!r}; give the"
         f" full hash of a commit ({now})."
     )
 

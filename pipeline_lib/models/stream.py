@@ -325,7 +325,7 @@ class BlockModel:
         if not torch.isfinite(hidden).all():
             name = f"{self.checkpoint.architecture.blocks}.{index}"
             raise SparselineError(
-                f"Activations after {name} hold NaN or infinity; check the model, or compute in float32."
+                f"Activations after {name} contain NaN or infinity; check the model, or compute in float32."
             )
 
 

@@ -39,7 +39,7 @@ def load_tokenizer(path: Path, vocabulary: int, remote_code: bool = False) -> Pr
     except Exception as error:  # transformers checks little, and raises whatever it meets
         if "trust_remote_code" in str(error):
             raise SparselineError(
-                f"{path / 'tokenizer_config.json'} asks for code of the tokenizer's own, which is never run; "
+                f"{path / 'tokenizer_config.json'} names custom tokenizer code, which is never run; "
                 "put a tokenizer.json there that transformers reads without it."
             ) from error
         raise SparselineError(
@@ -76,6 +76,6 @@ def check_ids(ids: torch.Tensor, vocabulary: int, tokenizer: PreTrainedTokenizer
     if largest >= vocabulary:
         token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(largest)!r})"
         raise SparselineError(
-            f"The text holds token {largest}{token}, but the model's vocabulary has {vocabulary}; take such"
-            " tokens out of the text or the chat template, or put the model's own tokenizer there."
+            f"The text holds token {largest}{token}, but the model's vocabulary has {vocabulary}; remove"
+            " such tokens from the text or the chat template, or put the model's own tokenizer there."
         )

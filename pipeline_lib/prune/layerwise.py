@@ -124,7 +124,7 @@ class Layerwise:
         aimed = self.towards_dense if block.layout.site(site).pool is None else 0.0
         if aimed:
             if centred.cross is None:
-                raise ValueError("what aims towards the dense stream wants the cross moment with its inputs")
+                raise ValueError("towards_dense needs the cross moment with the dense activations")
             away = centred.cross.sub_(centred.gram)
             targets = {m: aim(w.float(), away, factorisation, aimed) for m, w in weights.items()}
             del away

@@ -26,7 +26,7 @@ from pipeline_lib.stats.lanes import Sums, fold
 from pipeline_lib.stats.moments import DiagonalSums, Moments, MomentSums, drawn_together
 
 # their mask keeps another number of weights
-NO_SCORES = "The scores of {} hold NaN or infinity; check the model, or compute in float32."
+NO_SCORES = "The scores of {} contain NaN or infinity; check the model, or compute in float32."
 NOTES = ("curvatures", "rules", "grids")  # of a block, by matrix
 
 
@@ -162,7 +162,7 @@ class Streams:
     def pairs(self) -> tuple[Pairs, Pairs]:
         """Fitting and held-out rows: before the window in the pruned stream, after it in the dense one."""
         if self.dense is None:
-            raise ValueError("nothing is fitted without the dense stream")
+            raise ValueError("fitting needs the dense activations")
         inputs, targets = self.pruned.hidden, self.dense.hidden
         return Pairs(inputs[: self.cut], targets[: self.cut]), Pairs(inputs[self.cut :], targets[self.cut :])
 
@@ -186,7 +186,7 @@ class Window:
             ValueError: no text is read.
         """
         if self.streams is None:
-            raise ValueError("this step needs calibration rows")
+            raise ValueError("this step needs calibration samples")
         return self.streams
 
 

@@ -8,9 +8,9 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.workspace import DENSE
 
 RENAMED = {  # keys of version 1 -> what takes their place
-    "induced": "give the variant a section `induce: {}` (with what it changes of `induce`)",
+    "induced": "give the variant a section `induce: {}` (with its changes of the section `induce`)",
     "curved": (
-        "error curves are measured where the variant's allocation reads them; `curves: {…}` in the variant"
+        "error curves are measured if the variant's allocation reads them; `curves: {…}` in the variant"
         " changes how"
     ),
     "exported": "give the variant `export: [dense, bitmask]`",
@@ -22,8 +22,8 @@ RENAMED = {  # keys of version 1 -> what takes their place
     "calibrate.gram_budget_bytes": "set SPARSELINE_GRAM_BYTES in the environment",
 }
 PATHS = {  # the same of a variant
-    "factors": "`induce: {}` in the variant asks for learned factors, and without it there are none",
-    "sensitivity": "the variant's allocation says what it reads",
+    "factors": "`induce: {}` in the variant requests learned factors",
+    "sensitivity": "the variant's allocation determines what it reads",
     "activation_budget_bytes": RENAMED["prune.activation_budget_bytes"],
 }
 
@@ -48,11 +48,11 @@ def check() -> None:
         for key, instead in PATHS.items():
             if isinstance(variant, Mapping) and key in variant:
                 raise SparselineError(
-                    f"{params.FILE}: variants.{name}.{key} is no key any more: {instead}; remove it."
+                    f"{params.FILE}: variants.{name}.{key} is no longer a key: {instead}; remove it."
                 )
     for key, instead in RENAMED.items():
         if _there(key):
-            raise SparselineError(f"{params.FILE}: {key} is no key any more: {instead}; remove it.")
+            raise SparselineError(f"{params.FILE}: {key} is no longer a key: {instead}; remove it.")
     calibrating = texts_of("calibrate")
     if len(calibrating) != 1:
         raise SparselineError(
@@ -75,7 +75,7 @@ def check_evaluated(key: str, text: str) -> None:
     evaluated = texts_of("evaluate")
     if text not in evaluated:
         raise SparselineError(
-            f"{params.FILE}: {key} = {text!r} is no text with use: evaluate; these are:"
+            f"{params.FILE}: {key} = {text!r} is not a text with use: evaluate; these are:"
             f" {', '.join(evaluated) or 'none'}."
         )
 
@@ -90,7 +90,7 @@ def check_presets(variant: str, presets: list[str]) -> None:
     for name in presets:
         if name not in known:
             raise SparselineError(
-                f"{params.FILE}: variants.{variant}.tasks names {name!r}, which is no preset; presets:"
+                f"{params.FILE}: variants.{variant}.tasks names {name!r}, which is not a preset; presets:"
                 f" {', '.join(known) or 'none'}."
             )
 

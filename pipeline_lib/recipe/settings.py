@@ -44,8 +44,8 @@ class ReconstructionParams(Params):
     def _in_order(cls, steps: list[Step]) -> list[Step]:
         if steps != [step for step in STEPS if step in steps]:
             raise ValueError(
-                f"each step once, in the order {', '.join(STEPS)}: masks come before what fits the weights"
-                " that are left"
+                f"each step at most once, in the order {', '.join(STEPS)}: masks are chosen before the"
+                " remaining weights are fitted"
             )
         return steps
 
@@ -59,8 +59,8 @@ class ReconstructionParams(Params):
             raise Conflict(reason, "towards_dense", "collect")
         if self.towards_dense and not {"obs", "lsq"} & set(self.steps):
             reason = (
-                "towards_dense needs obs or lsq among the steps; without them no weight changes, and nothing"
-                " can aim at the dense outputs"
+                "towards_dense needs obs or lsq among the steps; without them no weight changes, so the"
+                " target has no effect"
             )
             raise Conflict(reason, "towards_dense", "steps")
         return self
@@ -97,8 +97,7 @@ class Pruning(Params):
         quantization = info.data.get("quantization")
         if selection.overall == 0 and quantization is not None and quantization.bits is None:
             raise Conflict(
-                "sparsity 0 prunes nothing, so it must be greater than 0 unless quantization.bits says what"
-                " else to do",
+                "sparsity 0 prunes nothing, so it must be greater than 0 unless quantization.bits is set",
                 "sparsity",
             )
         return selection
@@ -107,7 +106,7 @@ class Pruning(Params):
 class Recipe(Pruning):
     """All that decides what a pruned model is."""
 
-    induce: InduceParams | None  # None: nothing is learned before masks are chosen
+    induce: InduceParams | None  # None: no factors are learned before masks are chosen
 
 
 class PruneParams(Pruning):

@@ -128,14 +128,14 @@ def read(name: str, path: Path = params.FILE) -> Variant:
     curves = params.parse(CurvesParams, overlaid, "curves")
     if induced is not None and found.selection.overall == 0:
         raise SparselineError(
-            f"{params.FILE}: {where} prunes nothing (sparsity 0), so that there is nothing to induce; take"
-            " its section `induce` out."
+            f"{params.FILE}: {where} prunes nothing (sparsity 0), so there is nothing to induce; remove"
+            " its section `induce`."
         )
     if distil is not None and found.quantization.bits is not None:
         raise SparselineError(
             f"{params.FILE}: {where} is quantised (quantization.bits = {found.quantization.bits}), and"
-            " distillation would move its weights off their grid; set the bits to null, or take its section"
-            " `distil` out."
+            " distillation would move its weights off their grid; set the bits to null, or remove its"
+            " section `distil`."
         )
     pruning = {name: getattr(found, name) for name in Recipe.model_fields if name != "induce"}
     return Variant(

@@ -106,11 +106,12 @@ def factorise(
             return Factorisation(second_moment, diagonal, inverse_diagonal, work, dead, damping, order)
         damping = max(10 * damping, 1e-4)
     raise SparselineError(
-        f"The second moment of {where} cannot be factorised even with damping 1; give more calibration rows."
+        f"The second moment of {where} cannot be factorised even with damping 1; give more calibration"
+        " samples."
     )
 
 
-NOT_FINITE = "The second moment of {} holds NaN or infinity; check the model, or compute in float32."
+NOT_FINITE = "The second moment of {} contains NaN or infinity; check the model, or compute in float32."
 
 
 def finite(diagonal: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ def _message(value: Any, where: str) -> Message:
         ]
         if not all(isinstance(part, str) for part in parts):
             raise SparselineError(
-                f"{where} has a part that is no text; a list of parts may hold {{'type': 'text', 'text': …}}"
+                f"{where} has a part that is not text; a list of parts may hold {{'type': 'text', 'text': …}}"
                 " only."
             )
         content = "".join(map(str, parts))
@@ -118,7 +118,7 @@ def render(
             rendered.append(found)
     except bounded.BoundError as error:
         raise SparselineError(
-            f"{places[len(rendered)]}: the model's chat template comes to no end on this record ({error});"
+            f"{places[len(rendered)]}: the model's chat template does not finish on this record ({error});"
             " take another template."
         ) from error
     return rendered
@@ -136,7 +136,7 @@ def _rendered(
                 role, _, part = which
                 raise SparselineError(
                     f"{where}: the model's chat template leaves out the {part} of messages with the role"
-                    f" {role!r}; use the template's own roles, or take those messages out."
+                    f" {role!r}; use the template's own roles, or remove those messages."
                 )
     return text
 

@@ -76,8 +76,8 @@ def unpack(path: Path, raw: bytes) -> bytes:
             found += piece
             if len(found) > max(SMALL, RATIO * len(raw)):
                 raise SparselineError(
-                    f"{path} holds more than {len(found):,} bytes in {len(raw):,}, which is no text; take it"
-                    " away."
+                    f"{path} holds more than {len(found):,} bytes in {len(raw):,}, which is not text;"
+                    " remove it."
                 )
     except ImportError as error:
         raise SparselineError(
@@ -131,7 +131,7 @@ def decode(path: Path, raw: bytes) -> str:
         raise SparselineError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     if "\0" in text:
         raise SparselineError(
-            f"{path} is not UTF-8 text (it holds NUL bytes: another encoding, or no text at all)."
+            f"{path} is not UTF-8 text (it holds NUL bytes: another encoding, or not text at all)."
         )
     return text
 
@@ -152,7 +152,7 @@ def check_characters(value: Any, where: str) -> None:
     except UnicodeEncodeError as error:
         found = f"\\u{ord(error.object[error.start]):04x}"
         raise SparselineError(
-            f"{where}: the text holds {found}, half of a surrogate pair, which is no character; remove it."
+            f"{where}: the text holds {found}, half of a surrogate pair, which is not a character; remove it."
         ) from error
 
 

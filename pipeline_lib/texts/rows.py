@@ -70,8 +70,8 @@ def rows_of(documents: list[list[int]], params: TextParams, start: Start) -> tor
     wanted = len(rows) if params.rows is None else params.rows
     if len(rows) < max(1, wanted):
         raise SparselineError(
-            f"The text at {params.path} gives {len(rows)} rows of {params.length} tokens, but"
-            f" {params.rows or 'some'} are asked for; give more text or lower rows or length."
+            f"The text at {params.path} gives {len(rows)} samples of {params.length} tokens, but"
+            f" {params.rows or 'some'} are requested; give more text, or lower rows or length."
         )
     if params.seed is None or params.rows is None:
         rows = rows[:wanted]
@@ -86,13 +86,13 @@ def _checked(rows: torch.Tensor, params: TextParams) -> torch.Tensor:
     found = len(rows.unique())
     if found < params.distinct:
         raise SparselineError(
-            f"The text at {params.path} has only {found} different tokens in {len(rows)} rows, fewer than its"
-            f" `distinct` of {params.distinct}: give other text, or lower `distinct` where the vocabulary is"
-            " that small."
+            f"The text at {params.path} has only {found} different tokens in {len(rows)} samples, fewer"
+            f" than its `distinct` of {params.distinct}: give other text, or lower `distinct` if the"
+            " vocabulary is that small."
         )
     if len(rows) > 1 and len(rows.unique(dim=0)) == 1:
         raise SparselineError(
-            f"The text at {params.path} gives {len(rows)} rows that are all the same; give other text."
+            f"The text at {params.path} gives {len(rows)} samples that are all the same; give other text."
         )
     return rows
 
@@ -106,8 +106,8 @@ def split(rows: torch.Tensor, held_out: float) -> dict[str, torch.Tensor]:
     """
     if held_out and len(rows) < 2:
         raise SparselineError(
-            f"The calibration text has {len(rows)} row, which cannot be split into fitting and held-out rows;"
-            " raise rows, or set held_out: 0."
+            f"The calibration text has {len(rows)} sample, which cannot be split into a training and a"
+            " held-out split; raise rows, or set held_out: 0."
         )
     count = min(max(1, int(round(len(rows) * held_out, 9))), len(rows) - 1) if held_out else 0
     return {"fit": rows[: len(rows) - count].clone(), "held_out": rows[len(rows) - count :].clone()}

@@ -81,7 +81,8 @@ class TextParams(Params):
     def _counts_calibration_rows(self) -> Self:
         if self.rows is None and self.use == "calibrate":
             raise Conflict(
-                "only a text with use: evaluate may be taken whole (rows: null); give the number of rows",
+                "only a text with use: evaluate may have rows: null (the whole text); give the number"
+                " of rows",
                 "use",
                 "rows",
             )
@@ -97,7 +98,7 @@ class TextParams(Params):
                 "generated",
             )
         if self.generated is not None and self.rows is None:
-            raise Conflict("a generated text has no end; give the number of rows", "kind", "rows")
+            raise Conflict("a generated text has no fixed length; give the number of rows", "kind", "rows")
         return self
 
     @property
@@ -157,8 +158,8 @@ def read_texts(params: TextParams) -> Texts:
             )
         if not params.chat_template and isinstance(value, list):
             raise SparselineError(
-                f"{where}: this is a list of messages; set chat_template: true, or choose a `field` that"
-                " holds text."
+                f"{where}: this is a list of messages; set chat_template: true, or choose a `field` with"
+                " text."
             )
         if isinstance(value, str):
             documents.append(value)
@@ -266,7 +267,7 @@ def _listed(root: Path, glob: str | None) -> list[Path]:
         return [_named(root)]
     if glob is not None and (Path(glob).is_absolute() or ".." in Path(glob).parts):
         raise SparselineError(
-            f"The text's glob {glob!r} reaches outside its path {root}, where DVC watches nothing; correct"
+            f"The text's glob {glob!r} reaches outside its path {root}, where DVC does not watch; correct"
             " the two."
         )
     try:
@@ -337,8 +338,8 @@ def _hub(params: TextParams) -> tuple[Iterable[Placed], dict[str, Any]]:
     revision = params.revision or entry.get("revision")
     if revision is None or not COMMIT.fullmatch(str(revision)):
         raise SparselineError(
-            f"{where}: the dataset {entry['id']!r} has the revision {revision!r}, which is no commit and may"
-            " move under cached results; set the text's `revision` to 40 hexadecimal"
+            f"{where}: the dataset {entry['id']!r} has the revision {revision!r}, which is not a commit"
+            " and may change under cached results; set the text's `revision` to 40 hexadecimal"
             f" digits{_newest(entry['id'])}."
         )
     source = (
