@@ -1,4 +1,4 @@
-"""What must be so before any module of a stage, torch above all, is imported."""
+"""Settings that must be made before any module of a stage is imported, above all torch."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Spread one variant's budget: how many weights each matrix keeps."""
+"""Allocate one variant's budget: how many weights each matrix keeps."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""One dense pass over the calibration rows, block by block: statistics of every site's inputs."""
+"""Collect statistics of every site's inputs, in one pass of the dense model, block by block."""
 
 import click
 

@@ -1,5 +1,6 @@
-"""Make safetensors of a model that has pytorch_model.bin only, from a directory or the hub; no code
-in it is run (not a stage).
+"""Convert pytorch_model.bin to safetensors, from a directory or the hub.
+
+It runs no code of the model. This is not a stage.
 """
 
 from pathlib import Path

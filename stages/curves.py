@@ -1,6 +1,4 @@
-"""Measure one variant's error curves: every matrix pruned to a few densities, what that changes,
-weighted by what the loss feels.
-"""
+"""Measure one variant's error curves: the error of every matrix at several densities."""
 
 import click
 

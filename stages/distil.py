@@ -1,5 +1,6 @@
-"""Train one variant's pruned checkpoint as a whole towards the dense model, zeros held; kept only
-where held-out rows agree. Resumes.
+"""Train one variant's whole pruned model towards the dense one, and keep its zeros.
+
+The result is kept if it is better on the held-out split. Resumes after a kill.
 """
 
 import click

@@ -1,5 +1,6 @@
-"""Write the versions that run here into env.lock.json, which is part of every stage's key (not a
-stage; `make environment` calls it).
+"""Write the installed versions into env.lock.json, which is part of every stage's key.
+
+This is not a stage; `make environment` calls it.
 """
 
 import sys

@@ -1,5 +1,6 @@
-"""Measure one saved checkpoint: perplexity and divergence from the source per text, sample
-completions. ``dense`` is the source itself.
+"""Measure one saved checkpoint: perplexity, divergence from the source model, and completions.
+
+``dense`` is the source model itself.
 """
 
 import click

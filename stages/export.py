@@ -1,6 +1,4 @@
-"""Write one variant as files that are as small as it is: dense, bitmask, compressed-tensors, gguf;
-and say how small.
-"""
+"""Write one variant in its formats (dense, bitmask, compressed-tensors, gguf), and record their sizes."""
 
 import click
 

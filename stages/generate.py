@@ -1,6 +1,4 @@
-"""Have the source model write a text with kind: generated, which `text` cuts into rows; nothing for
-other texts.
-"""
+"""Let the source model write a text of kind generated. Other texts need nothing."""
 
 import click
 

@@ -1,5 +1,6 @@
-"""Learn one variant's factors and selection weights, block by block, kept only where the held-out
-rows agree; resumes after a kill.
+"""Learn one variant's factors and selection weights, block by block.
+
+They are kept only where they are better on the held-out split. Resumes after a kill.
 """
 
 import click

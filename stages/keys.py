@@ -1,6 +1,4 @@
-"""Refuse parameters that cannot be used, and write what each stage reads of them and of the code: a
-stage's key is that, and no more.
-"""
+"""Check all parameters, and write what each stage reads of them and of the code: the stages' keys."""
 
 import click
 

@@ -1,5 +1,6 @@
-"""Predict memory, disk and rough time for the configured model, before anything runs (not a stage:
-nothing is written).
+"""Predict memory, disk and rough time for the configured model, before anything runs.
+
+This is not a stage: it writes nothing.
 """
 
 import click

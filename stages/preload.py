@@ -1,5 +1,6 @@
-"""Run a command, such as `dvc repro`, whose stages start at once: they are forks of this process,
-which has torch imported already.
+"""Run a command, such as `dvc repro`, with a faster start of its stages.
+
+The stages are forks of this process, which has imported torch already.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""Find the model, check it, and record what it is: the facts that every later stage's key hangs on."""
+"""Find the model, check it, and record the facts about it that all later stages use."""
 
 import click
 

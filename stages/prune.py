@@ -1,5 +1,6 @@
-"""Prune one variant block by block and write it as a Hugging Face checkpoint with its masks;
-resumes after a kill.
+"""Prune one variant block by block, and write a Hugging Face checkpoint and its masks.
+
+Resumes after a kill.
 """
 
 import click

@@ -1,4 +1,4 @@
-"""Start the function-preserving factors and shifts from the statistics: factors, not weights."""
+"""Compute initial function-preserving factors and shifts from the statistics."""
 
 import click
 

@@ -1,5 +1,6 @@
-"""How sensitive the loss is to each matrix: trace of its Hessian (hutchinson) or Fisher information
-(fisher), on the original model.
+"""Measure how sensitive the loss is to each matrix, on the original model.
+
+The trace of its Hessian (hutchinson) or of its Fisher information (fisher).
 """
 
 import click

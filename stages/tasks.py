@@ -1,6 +1,4 @@
-"""Accuracy and other figures of one saved checkpoint on lm-eval's tasks, by preset. ``dense`` is
-the source itself.
-"""
+"""Measure one saved checkpoint on lm-eval's tasks, by preset. ``dense`` is the source model itself."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""Read one text (local file, standard library or dataset) and cut it into rows of tokens."""
+"""Read one text (files, standard library or dataset), and cut it into samples of tokens."""
 
 import click
 

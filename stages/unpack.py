@@ -1,5 +1,6 @@
-"""Turn a bitmask checkpoint back into an ordinary one, anywhere: it needs neither the pipeline's
-parameters nor DVC (not a stage).
+"""Convert a bitmask checkpoint to an ordinary one. This is not a stage.
+
+It needs neither the pipeline's parameters nor DVC.
 """
 
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""Judge one variant by the thresholds of section `verdict`: ACCEPT ends with 0, REGRESSION with 1
-(not a stage: `dvc repro` comes first).
+"""Compare one variant with the thresholds of the section `verdict`.
+
+The exit code is 0 for ACCEPT and 1 for REGRESSION. This is not a stage: run `dvc repro` before it.
 """
 
 import sys

@@ -167,14 +167,14 @@ def test_a_variant_that_is_only_quantised_is_not_called_pruned() -> None:
         )
     )
     assert metadata(text)["tags"] == ["sparseline", "quantized", "3-bit", "llama"]
-    assert "of the 2,433,024 prunable ones all are kept, and 700,000 are zero" in text
+    assert "Of 2,433,024 prunable weights, all are kept, and 700,000 are zero" in text
 
 
 def test_sizes_are_those_of_the_format() -> None:
     text = " ".join(card(pruned(), measured(), "bitmask", SIZES).split())
     assert (
-        "All weights take 4.33 MB (dense: 6.45 MB), the pruned matrices 2.25 MB of them: 9.000 bits per"
-        " weight, 8.964 in theory." in text
+        "All weights take 4.33 MB (dense: 6.45 MB). The pruned matrices take 2.25 MB of them, 9.000 bits per"
+        " weight (theoretical limit: 8.964)." in text
     )
 
 
@@ -230,12 +230,13 @@ def test_provenance_is_complete() -> None:
         ["`model.safetensors`", f"`{'a' * 64}`"],
     ]
     assert (
-        f"128 rows of 256 tokens from 17 documents (`calibration`); SHA-256 of the rows: `{'c' * 64}`" in text
+        f"128 samples of 256 tokens from 17 documents (`calibration`); SHA-256 of the samples: `{'c' * 64}`"
+        in text
     )
-    assert "Versions: python 3.11, torch 2.13. Seeds: rows 3, induction 5, block 7." in text
+    assert "Versions: python 3.11, torch 2.13. Seeds: samples 3, induction 5, block 7." in text
     found = re.search(r"```json\n(.*?)\n```", text, re.DOTALL)
     assert found and json.loads(found[1]) == settings()
-    assert "rows none (taken in order)" in card(pruned(calibration={"seed": None}))
+    assert "samples none (taken in order)" in card(pruned(calibration={"seed": None}))
 
 
 def test_a_variant_that_read_no_text_says_so() -> None:

@@ -26,7 +26,7 @@ def _in(command: Callable[..., Any]) -> Callable[..., Any]:
         "directory",
         type=DIRECTORY,
         default=Path(),
-        help="The project's directory; else the current one.",
+        help="The project's directory. Default: the current one.",
     )(command)
 
 
@@ -43,10 +43,10 @@ def commands(context: click.Context) -> None:
 @click.option(
     "--git/--no-git",
     default=None,
-    help="Whether to run `git init`, which `dvc exp` needs; else a terminal is asked.",
+    help="Whether to run `git init`, which `dvc exp` needs. Default: ask in a terminal.",
 )
 @click.option(
-    "--update", is_flag=True, help="Renew dvc.yaml and stages/ of a project after the library was upgraded."
+    "--update", is_flag=True, help="Update dvc.yaml and stages/ of a project after an upgrade of the library."
 )
 def init(directory: Path, git: bool | None, update: bool) -> None:
     """Lay out a project in DIRECTORY: parameters, the graph, and thin stages."""
@@ -72,7 +72,7 @@ def init(directory: Path, git: bool | None, update: bool) -> None:
     )
     within = "" if directory.resolve() == Path.cwd() else f" -C {shlex.quote(str(directory))}"
     click.echo(f"  sparseline plan{within}    # memory, disk and rough time of every stage")
-    click.echo(f"  sparseline run{within}     # run what is out of date, and print the table")
+    click.echo(f"  sparseline run{within}     # run all stages that are out of date, and print the table")
     if not project.tracked(directory):
         click.echo(
             "This directory has no git repository. `dvc exp` needs `git init` and a commit; everything"
@@ -91,18 +91,18 @@ def init(directory: Path, git: bool | None, update: bool) -> None:
 @click.option(
     "--sparsity",
     type=click.FloatRange(0, 1, True, True),
-    help="Share of the prunable weights that become zero; else 0.5.",
+    help="Share of the prunable weights that become zero. Default: 0.5.",
 )
-@click.option("--pattern", help="N:M, N weights kept of every M inputs, such as 2:4.")
+@click.option("--pattern", help="N:M: keep N weights of every M inputs, for example 2:4.")
 @click.option(
     "--calibration",
-    help="A file or directory of text, or a name in data/hub.json; else Python's standard library.",
+    help="A file or directory of text, or a name in data/hub.json. Default: Python's standard library.",
 )
 @click.option(
-    "--revision", help="Commit of a model from the hub; else the newest one is taken and written down."
+    "--revision", help="Commit of a model from the hub. Default: the newest one, which is recorded."
 )
 def prune(directory: Path, **options: Any) -> None:
-    """Prune MODEL: a directory, a name on the hub, or `embedded`, the tiny model that comes along."""
+    """Prune MODEL: a directory, a name on the hub, or `embedded`, a tiny example model."""
     layout.lay_out(directory, choices.chosen(layout.shipped(), choices.Choices(**options)))
     _run(directory)
     click.echo(f"model: {directory / 'build/export' / options['preset'] / 'dense'}")
@@ -112,7 +112,7 @@ def prune(directory: Path, **options: Any) -> None:
 @_in
 @click.argument("targets", nargs=-1, type=click.UNPROCESSED)
 def run(directory: Path, targets: tuple[str, ...]) -> None:
-    """Run what is out of date, and print the table; or TARGETS of `dvc repro` alone."""
+    """Run all stages that are out of date, or only TARGETS of `dvc repro`, and print the table."""
     _run(project.opened(directory), *targets)
 
 
@@ -129,7 +129,7 @@ def plan(directory: Path, arguments: tuple[str, ...]) -> None:
 @commands.command()
 @_in
 def report(directory: Path) -> None:
-    """Print the table of the last run, and where the report is."""
+    """Print the table of the last run, and the path of the report."""
     _report(project.opened(directory))
 
 

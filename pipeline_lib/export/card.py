@@ -20,10 +20,10 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
 ```"""
 LOADING = {
-    "dense": f"An ordinary checkpoint; zeros are stored like any weight.\n\n{DENSE}",
+    "dense": f"An ordinary checkpoint; zeros take as much space as other weights.\n\n{DENSE}",
     "bitmask": (
-        """A bit per weight and the weights that are not zero; Sparseline reads it,
-and `docs/artifacts.md` there specifies it.
+        """This format stores a bit per weight and the weights that are not zero. Sparseline reads it, and
+its `docs/artifacts.md` specifies it.
 
 ```python
 from pathlib import Path
@@ -32,12 +32,12 @@ from pipeline_lib.export.load import load_model
 model = load_model(Path("path/to/this/directory"))
 ```
 
-`python -m stages.unpack <this directory> <out>` makes an ordinary checkpoint of it, for
+`python -m stages.unpack <this directory> <out>` converts it to an ordinary checkpoint for
 `AutoModelForCausalLM.from_pretrained`."""
     ),
     "gguf": (
-        """For llama.cpp and what is built on it, with tokenizer and chat template;
-zeros are stored like any weight.
+        """For llama.cpp and tools that use it, with tokenizer and chat template. Zeros take as much space
+as other weights.
 
 ```sh
 llama-cli -m path/to/this/directory/model.gguf -p "Once upon a time"
@@ -57,15 +57,15 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", gguf_file
 }
 LIBRARIES = {"bitmask": "sparseline", "gguf": "gguf"}
 ZERO_POINTS = (
-    "Because of its zero points, transformers 5.23 with compressed-tensors up to 0.20 has to be told to"
-    " dequantise at once: `from_pretrained(path,"
+    "Because of its zero points, transformers 5.23 with compressed-tensors up to 0.20 must dequantise when it"
+    " loads the model: `from_pretrained(path,"
     " quantization_config=CompressedTensorsConfig(dequantize=True))`."
 )
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What is known of a variant once it is pruned."""
+    """Facts about a pruned variant."""
 
     variant: str
     model: Mapping[str, Any]  # build/prepare/model.json
@@ -89,12 +89,13 @@ def card(
     form: str = "dense",
     sizes: Mapping[str, Any] | None = None,
 ) -> str:
-    """The whole file.
+    """The text of the model card.
 
     Args:
-        form: the format of the files that it lies beside.
-        measured: what evaluation found (build/evaluate); None where it has not run.
-        sizes: what export found (build/sizes); None where it has not run.
+        pruned: facts about the variant.
+        measured: results of the evaluation (build/evaluate), if it has run.
+        form: the format of the files beside the card.
+        sizes: sizes of the export (build/sizes), if it has run.
     """
     parts = [
         _metadata(pruned, form),
@@ -131,8 +132,8 @@ def _name(model: Mapping[str, Any]) -> str:
 
 
 def _metadata(pruned: Pruned, form: str) -> str:
-    """YAML front matter; JSON's strings and lists are YAML's. Only what is known: a local directory
-    is no ``base_model``.
+    """YAML front matter (JSON's strings and lists are valid YAML). Unknown keys are left out: a local
+    directory is not a ``base_model``.
     """
     bits = pruned.facts["settings"]["quantization"]["bits"]
     sparse = ["pruned", "sparse"] if pruned.facts["sparsity"] else []
@@ -164,11 +165,11 @@ def _what(pruned: Pruned) -> str:
         commit = f" at `{model['revision']}`" if model.get("revision") else ""
         source = f"[{model['id']}](https://huggingface.co/{model['id']}){commit}"
     return (
-        f"Made by Sparseline from {source}, a {model['family']} model with {model['parameters']:,} parameters"
-        f" ({model['dtype']}): of the {facts['prunable']:,} prunable ones"
+        f"Sparseline pruned {source}, a {model['family']} model with {model['parameters']:,} parameters"
+        f" ({model['dtype']}). Of {facts['prunable']:,} prunable weights,"
         f" {'all' if not facts['sparsity'] else format(facts['kept'], ',')} are kept, and {zeros:,} are zero."
-        " Tokenizer, chat template and configuration are the base model's, and so are its licence, its uses"
-        " and its limits: see there."
+        " Tokenizer, chat template and configuration are those of the base model. Its licence, intended uses"
+        " and limitations apply."
     )
 
 
@@ -182,8 +183,8 @@ def _sparsity(facts: Mapping[str, Any]) -> str:
 
 def _perplexity(measured: Measured) -> Sequence[str]:
     said = (
-        "Perplexity is exp of the mean negative log-likelihood per token, over rows without shared context;"
-        " lower is better."
+        "Perplexity is exp of the mean negative log-likelihood per token, over samples without shared"
+        " context; lower is better."
     )
     figures = [
         name for name in wording.DIVERGENCE if all(name in found for found in measured.divergence.values())
@@ -210,9 +211,9 @@ def _perplexity(measured: Measured) -> Sequence[str]:
 def _size(form: str, sizes: Mapping[str, Any]) -> str:
     own, dense = sizes["formats"][form], sizes["formats"]["dense"]
     return (
-        f"All weights take {wording.size(own['file_bytes'])} (dense: {wording.size(dense['file_bytes'])}),"
-        f" the pruned matrices {wording.size(own['matrix_bytes'])} of them: {own['bits']:.3f} bits per"
-        f" weight, {sizes['theoretical_bits']:.3f} in theory."
+        f"All weights take {wording.size(own['file_bytes'])} (dense: {wording.size(dense['file_bytes'])})."
+        f" The pruned matrices take {wording.size(own['matrix_bytes'])} of them, {own['bits']:.3f} bits per"
+        f" weight (theoretical limit: {sizes['theoretical_bits']:.3f})."
     )
 
 
@@ -239,16 +240,16 @@ def _calibration(text: Mapping[str, Any] | None) -> str:
     if text is None:
         return "It was pruned without calibration text."
     return (
-        f"Calibrated on {text['rows']} rows of {text['length']} tokens from {text['documents']} documents"
-        f" (`{text['text']}`); SHA-256 of the rows: `{text['file_sha256']}`."
+        f"Calibrated on {text['rows']} samples of {text['length']} tokens from {text['documents']} documents"
+        f" (`{text['text']}`); SHA-256 of the samples: `{text['file_sha256']}`."
     )
 
 
 def _seeds(pruned: Pruned) -> str:
-    """Of the rows, of induction, of the steps that ran, and of distillation."""
+    """Seeds of the samples, of induction, of the steps that ran, and of distillation."""
     facts = pruned.facts
     steps = facts["settings"]["reconstruction"]
-    named = {"rows": facts["calibration"]["seed"]} if facts["calibration"] else {}
+    named = {"samples": facts["calibration"]["seed"]} if facts["calibration"] else {}
     named |= {"induction": facts["transform"]["settings"]["seed"]} if facts["transform"] else {}
     named |= {step: steps[step]["seed"] for step in steps["steps"] if "seed" in steps.get(step, {})}
     named |= {"distillation": pruned.training["settings"]["seed"]} if pruned.training else {}

@@ -48,5 +48,5 @@ def curves(
             found[f"{where}.{label}"] = sensitivities.get(f"{where}.{label}", {}) | facts
     workspace.save(workspace.curves(variant), found)
     points = len(next(iter(found.values()))["curve"]["density"])
-    moments = "with" if weighted else "without"
-    return f"errors of {len(found)} matrices at {points} densities, {moments} output moments"
+    with_or_without = "with" if weighted else "without"
+    return f"errors of {len(found)} matrices at {points} densities, {with_or_without} output moments"
