@@ -327,19 +327,18 @@ def page(records: list[dict[str, Any]]) -> str:
     lines = [
         "# Which model types can be pruned",
         "",
-        (
-            f"`make architectures` wrote this page with transformers {transformers.__version__}. Each of its"
-            f" {len(TYPES)} causal-LM model types, tiny and random, went through `prepare`, `calibrate`,"
-            " `sensitivity`, `allocate`, `prune` (`fast`) and `evaluate`. Plain transformers gave the"
-            " written files the same perplexity."
-        ),
-        (
-            f"**{most} prune with at least 90% of a block's weights covered**, {len(good) - most} with less,"
-            f" {len(records) - len(good)} are refused. Covered is the share of all elements of the blocks'"
-            " parameters of two or more dimensions, as files store them, routers left out, that is in"
-            " prunable matrices."
-        ),
-        "No checkpoint of these sizes exists, so this says that a type works, not how good the result is.",
+        f"`make architectures` wrote this page with transformers {transformers.__version__}, which has"
+        f" {len(TYPES)} causal-LM model types.",
+        "",
+        f"- **{most}** can be pruned, with at least 90% of a block's weights covered.",
+        f"- {len(good) - most} can be pruned with a lower coverage.",
+        f"- {len(records) - len(good)} are refused.",
+        "",
+        "A tiny random model of each type went through `prepare`, `calibrate`, `sensitivity`, `allocate`,",
+        "`prune` (`fast`) and `evaluate`. Plain transformers gave the written files the same perplexity.",
+        "*Covered* is the share of the blocks' weights that are in prunable matrices: all elements of",
+        "parameters with two or more dimensions, except routers. This table shows that a type works, not",
+        "how good the result is.",
         "",
         "| model type | covered | experts | couplings that hold |",
         "|---|---|---|---|",
