@@ -1,5 +1,5 @@
-"""How many weights each matrix keeps: Algorithm 1 of 2310.09499 under an overall budget that is met
-exactly.
+"""Budgets: the number of weights that each matrix keeps, by Algorithm 1 of 2310.09499, under an exact
+overall budget.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from pipeline_lib.core.errors import SparselineError
 
 @dataclass(frozen=True)
 class Unit:
-    """One logical matrix as the budget sees it."""
+    """One logical matrix, as seen by the budget."""
 
     name: str
     block: int
@@ -31,8 +31,8 @@ def ranks(values: Sequence[float]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Room:
-    """What every allocation has to keep to: bounds of each kept count, multiples of its quantum,
-    and the overall number.
+    """Constraints of every allocation: bounds of each kept count, multiples of its quantum, and the
+    overall count.
     """
 
     sizes: np.ndarray
@@ -65,19 +65,19 @@ def room(units: Sequence[Unit], sparsity: float, bounds: tuple[float, float]) ->
 def allocate(
     units: Sequence[Unit], sparsity: float, t: np.ndarray, alpha: float, bounds: tuple[float, float]
 ) -> list[int]:
-    """Weights kept per matrix: density_i = clip(c + α·t_i, bounds), c solved so that the overall
+    """Weights kept per matrix: density_i = clip(c + α·t_i, bounds), with c such that the overall
     sparsity is met.
 
     Args:
-        t: each matrix's place in [−1, 1] (by sensitivity rank in Algorithm 1; zeros for a uniform
+        t: each matrix's rank in [−1, 1] (by sensitivity in Algorithm 1; zeros for a uniform
             allocation).
         alpha: half-width of the density interval (Algorithm 1).
-        bounds: least and greatest density of a matrix.
+        bounds: minimal and maximal density of a matrix.
 
     Returns:
         Kept counts, multiples of each matrix's quantum. With quantum 1 they sum to ``target``
-            exactly; otherwise within half of the largest quantum. Rounding is by largest remainder,
-            ties to the earlier matrix.
+            exactly; otherwise within half of the largest quantum. Rounding is by largest remainder;
+            the earlier matrix wins ties.
 
     Raises:
         SparselineError: no densities within the bounds meet the budget.

@@ -1,4 +1,4 @@
-"""Sparsities that the parameters give to single matrices; the others share what is left of the budget."""
+"""Manual sparsities of single matrices. The other matrices share the rest of the budget."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,16 +11,16 @@ from pipeline_lib.models.names import Names, hits
 def by_hand(
     units: Sequence[Unit], names: Sequence[Names], patterns: Sequence[tuple[str, float]], key: str
 ) -> dict[str, int]:
-    """Matrix -> weights kept, of those that a pattern matches: round((1 − p)·n) with the sparsity p
-    of the first such pattern.
+    """Matrix -> weights kept, for matrices that match a pattern: round((1 − p)·n), with the sparsity p
+    of the first matching pattern.
 
     Args:
         names: every name of each unit.
-        key: where the patterns stand in params.yaml, for errors.
+        key: key of the patterns in params.yaml, for errors.
 
     Raises:
-        SparselineError: a pattern matches no matrix, or only such as an earlier one has taken; an
-            N:M pattern has no such sparsity.
+        SparselineError: a pattern matches no matrix, or only matrices of an earlier pattern; or an
+            N:M pattern does not allow the sparsity.
     """
     kept: dict[str, int] = {}
     for pattern, sparsity in patterns:
@@ -45,10 +45,11 @@ def by_hand(
 def left(
     units: Sequence[Unit], kept: Mapping[str, int], sparsity: float, key: str
 ) -> tuple[list[Unit], float]:
-    """The units without a count in ``kept``, and the sparsity at which all units together have ``sparsity``.
+    """The units without a count in ``kept``, and their sparsity such that all units together have
+    ``sparsity``.
 
     Raises:
-        SparselineError: none is left, or these cannot make up for the others.
+        SparselineError: no unit is left, or the others cannot balance the manual sparsities.
     """
     rest = [unit for unit in units if unit.name not in kept]
     if not kept:

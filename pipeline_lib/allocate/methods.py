@@ -1,4 +1,4 @@
-"""What was measured of each matrix to kept counts: the methods of allocation behind one interface."""
+"""The methods of allocation behind one interface: from measurements to kept counts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,13 +25,13 @@ def counts(units: Sequence[Unit], sparsity: float, params: AllocationParams, mea
     """Kept weights per matrix.
 
     ``uniform``: the same density everywhere. ``weight``, ``layer``: Algorithm 1 of 2310.09499, by
-    the rank of a matrix's or block's sensitivity. ``owl``, ``dlp``, ``depth``: cheap references, a
-    density per block, half-width α like Algorithm 1's (``_places``). ``predicted``: least sum of
-    tempered predicted losses, every density within α of the overall one (``minimise``).
+    the rank of a matrix's or block's sensitivity. ``owl``, ``dlp``, ``depth``: a density per block
+    with half-width α as in Algorithm 1 (``_places``). ``predicted``: minimal sum of tempered
+    predicted losses, with every density within α of the overall one (``minimise``).
 
     Raises:
-        SparselineError: something that the method needs was not measured or is NaN or infinite, or
-            no allocation meets the budget.
+        SparselineError: a measurement is missing, NaN or infinite, or no allocation meets the
+            budget.
     """
     if key := KEYS.get(params.method):
         missing = [unit.name for unit in units if measured.get(unit.name, {}).get(key) is None]
@@ -54,12 +54,12 @@ def counts(units: Sequence[Unit], sparsity: float, params: AllocationParams, mea
 
 
 def predicted(name: str, entry: Mapping[str, Any], params: AllocationParams) -> Curve:
-    """One matrix's predicted loss increase [nats/token], second order, at its measured densities,
-    to the power τ = ``temper``.
+    """One matrix's predicted increase of the loss [nats/token] at its measured densities, to second
+    order and to the power τ = ``temper``.
 
     ``trace``: ½·(Tr H/n)·‖ΔW‖², the Hessian as a multiple of the identity. ``kronecker``:
-    ½·tr(E[ggᵀ] ΔW G ΔWᵀ), the Fisher matrix as E[ggᵀ] ⊗ G. τ = 1 takes the predictions at their
-    word; towards 0 only each curve's own relative fall counts, Σ log f.
+    ½·tr(E[ggᵀ] ΔW G ΔWᵀ), the Fisher matrix as E[ggᵀ] ⊗ G. τ = 1 uses the predictions unchanged; as
+    τ approaches 0, only the relative fall of each curve counts, Σ log f.
 
     Raises:
         SparselineError: ``kronecker`` without output moments, or an error that is NaN or infinite.

@@ -1,4 +1,4 @@
-"""Kept counts of the least predicted loss under the budget."""
+"""Kept counts with the minimal predicted loss under the budget."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ KNOTS = 256  # counts at which a curve is looked up, evenly spread; between them
 
 @dataclass(frozen=True)
 class Curve:
-    """One matrix's predicted increase of the loss over its density, measured at increasing
-    densities from 0 to 1, to the power ``temper``.
+    """One matrix's predicted increase of the loss over its density, measured at increasing densities
+    from 0 to 1, to the power ``temper``.
 
-    No increase is negative: one that is, by rounding, counts as 0.
+    Negative values, which are rounding errors, count as 0.
     """
 
     density: np.ndarray
@@ -27,11 +27,12 @@ class Curve:
         object.__setattr__(self, "loss", np.maximum(self.loss, 0.0))
 
     def at(self, density: np.ndarray) -> np.ndarray:
-        """Between two measured points linear in the logarithm, since errors fall by orders of magnitude.
+        """Linear in the logarithm between two measured points, because errors span orders of
+        magnitude.
 
-        Towards 0 at density 1, with the cube of the pruned share: with a density of weights around
-        zero that is not zero, the smallest share s lies below a threshold ∝ s, and its squares sum
-        to ∝ s³.
+        Beyond the last point it falls to 0 at density 1, with the cube of the pruned share. (If
+        weights are dense around zero, the smallest share s lies below a threshold ∝ s, and its
+        squares sum to ∝ s³.)
         """
         i = np.clip(np.searchsorted(self.density, density, side="right") - 1, 0, len(self.density) - 2)
         before, after = self.loss[i], self.loss[i + 1]
@@ -60,16 +61,16 @@ def hull(x: np.ndarray, y: np.ndarray) -> list[int]:
 def minimise(
     units: Sequence[Unit], sparsity: float, curves: Sequence[Curve], bounds: tuple[float, float]
 ) -> list[int]:
-    """Weights kept per matrix with the least sum of predicted losses: steepest descent per weight,
+    """Weights kept per matrix with the minimal sum of predicted losses: steepest descent per weight,
     along each curve's lower convex hull.
 
-    Exact for the hulls f_i. All starts at the lower bounds; the hulls' segments, over all matrices,
-    are taken by increasing slope (loss per weight, the most negative first) until the budget is
-    spent, the last one in part. Within a matrix slopes increase, so that its segments come in
+    Exact for the hulls f_i. The search starts at the lower bounds. It takes the hulls' segments,
+    over all matrices, by increasing slope (loss per weight, the most negative first) until the
+    budget is spent, the last one in part. Slopes increase within a matrix, so its segments come in
     order. Let λ be the slope of the last segment: every weight taken lowers the loss at a slope ≤
-    λ, every weight left out would at ≥ λ, so that each k_i minimises f_i(k) − λk within its bounds.
+    λ, every other weight would do so at ≥ λ, so each k_i minimises f_i(k) − λk within its bounds.
     For any other k' with the same sum, Σ f_i(k'_i) ≥ Σ f_i(k_i) + λ·Σ (k'_i − k_i) = Σ f_i(k_i).
-    With equal quanta the same holds for whole quanta, since segments break at them; unequal ones
+    With equal quanta the same holds for whole quanta, because segments break at them; unequal ones
     are rounded as in ``allocate``.
 
     Returns:

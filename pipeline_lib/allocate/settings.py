@@ -1,4 +1,4 @@
-"""Parameters of how the budget is spread."""
+"""Parameters of the allocation."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ CURVES = frozenset({"predicted", "owl", "dlp"})  # methods that read what curves
 
 
 class AllocationParams(Params):
-    """Section ``prune.allocation``, with ``variants.<name>.allocation`` laid over it."""
+    """Section ``prune.allocation``, overridden by ``variants.<name>.allocation``."""
 
     method: Literal["uniform", "weight", "layer", "predicted", "owl", "dlp", "depth"]
     alpha: float = Field(ge=0)

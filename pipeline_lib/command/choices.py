@@ -1,4 +1,4 @@
-"""What `sparseline prune` is asked for, written into the text of params.yaml. Comments stay."""
+"""The options of `sparseline prune`, written into the text of params.yaml. Comments stay."""
 
 import io
 import json
@@ -37,10 +37,10 @@ class Choices:
 
 
 def chosen(shipped: Mapping[str, bytes], choices: Choices) -> dict[str, bytes]:
-    """The files of a project for these choices.
+    """The files of a project for these options.
 
     Raises:
-        SparselineError: a choice cannot be used.
+        SparselineError: an option cannot be used.
     """
     yaml = _yaml()
     values = yaml.load(shipped[PARAMS].decode())

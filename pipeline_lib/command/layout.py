@@ -1,6 +1,4 @@
-"""The files that a project is made of. The wheel holds them beside the library, and pyproject.toml
-lists them.
-"""
+"""The files of a project. The wheel has them beside the library; pyproject.toml lists them."""
 
 import tomllib
 from collections.abc import Mapping
@@ -33,17 +31,17 @@ def shipped() -> dict[str, bytes]:
 
 
 def graph(checkout: str) -> str:
-    """The text of a project's dvc.yaml, from that of a checkout: the library is no directory of the
+    """The text of a project's dvc.yaml, made from a checkout's: the library is not a directory of the
     project.
     """
     return checkout.replace(WATCHED, INSTEAD)
 
 
 def lay_out(directory: Path, wanted: Mapping[str, bytes]) -> None:
-    """Write the files of a project; those that are there already with the same bytes stay.
+    """Write the files of a project; existing files with the same bytes stay.
 
     Raises:
-        SparselineError: a file is there with other contents. Then nothing is written.
+        SparselineError: a file exists with other contents. Then nothing is written.
         OSError: a file cannot be written.
     """
     found = {name: _joined(directory, name, raw) for name, raw in wanted.items()}
@@ -62,13 +60,13 @@ def lay_out(directory: Path, wanted: Mapping[str, bytes]) -> None:
 
 
 def write(directory: Path, found: Mapping[str, bytes]) -> None:
-    """Write files, dvc.yaml last: a directory that has it has all of them."""
+    """Write files, dvc.yaml last: a directory with dvc.yaml has all of them."""
     for name in sorted(found, key=lambda name: (name == GRAPH, name)):
         artifacts.write_bytes(directory / name, found[name])
 
 
 def renewed() -> dict[str, bytes]:
-    """The files that belong to the library's version, by their paths in a project."""
+    """The files that belong to the version of the library, by their paths in a project."""
     return {name: raw for name, raw in shipped().items() if name.startswith(RENEWED)}
 
 

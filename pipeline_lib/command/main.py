@@ -1,7 +1,7 @@
 """Prune Hugging Face language models in one shot, in a DVC project that uses the installed library.
 
-`prune` does the common case in one line. `init` lays out a project for a team, and `run`, `plan`
-and `report` work in it.
+`prune` does the common case in one line. `init` creates a project for a team; `run`, `plan` and
+`report` work in it.
 """
 
 import shlex
@@ -49,7 +49,7 @@ def commands(context: click.Context) -> None:
     "--update", is_flag=True, help="Update dvc.yaml and stages/ of a project after an upgrade of the library."
 )
 def init(directory: Path, git: bool | None, update: bool) -> None:
-    """Lay out a project in DIRECTORY: parameters, the graph, and thin stages."""
+    """Create a project in DIRECTORY: parameters, the graph, and thin stages."""
     if update:
         layout.write(project.opened(directory), layout.renewed())
         environment.write(directory / environment.FILE)
@@ -136,8 +136,8 @@ def report(directory: Path) -> None:
 @commands.command(name="environment")
 @_in
 def write_environment(directory: Path) -> None:
-    """Write the versions that run here into env.lock.json, a part of every result's key. `run` does
-    it too.
+    """Write the installed versions into env.lock.json, a part of every result's key. `run` does so,
+    too.
     """
     sys.exit(project.call(project.opened(directory), "python", "-m", "stages.environment"))
 
@@ -158,7 +158,7 @@ def _report(directory: Path) -> None:
 
 
 def main() -> None:
-    """Run a command; what cannot be used is told in one sentence, with exit code 2."""
+    """Run a command. Invalid input gives a one-sentence error and exit code 2."""
     with runtime.told():
         try:
             sys.exit(commands.main(prog_name="sparseline", standalone_mode=False))

@@ -1,4 +1,6 @@
-"""What `sparseline` does in a project: the stages and DVC run as they do by hand, with this Python."""
+"""How `sparseline` works in a project: it runs the stages and DVC as one would by hand, with this
+Python.
+"""
 
 import os
 import signal
@@ -29,7 +31,7 @@ def opened(directory: Path) -> Path:
     """The directory, if it is a project.
 
     Raises:
-        SparselineError: it is none.
+        SparselineError: it is not.
     """
     if not (directory / GRAPH).is_file() or not (directory / "stages").is_dir():
         raise SparselineError(
@@ -40,7 +42,7 @@ def opened(directory: Path) -> Path:
 
 
 def settle(directory: Path) -> None:
-    """Before DVC runs: the versions that run are written down, and DVC is told whether there is git.
+    """Prepare a run of DVC: write the installed versions, and tell DVC whether there is git.
 
     Raises:
         SparselineError: a package is not installed, or DVC's configuration cannot be read.
@@ -59,21 +61,21 @@ def settle(directory: Path) -> None:
 
 
 def tracked(directory: Path) -> bool:
-    """Whether a git repository is around the directory and does not ignore what is in it."""
+    """Whether the directory is in a git repository that does not ignore it."""
     # 0: ignored; 128: no repository; None: no git
     return _git(directory, "check-ignore", "--quiet", GRAPH) == 1
 
 
 def can_begin(directory: Path) -> bool:
-    """Whether `git init` is possible, and makes a repository where there is none."""
+    """Whether `git init` is possible, and would create a repository that does not exist yet."""
     return _git(directory, "rev-parse", "--git-dir") == 128
 
 
 def begin(directory: Path) -> None:
-    """`git init`, and every file added.
+    """Run `git init`, and add every file.
 
     Raises:
-        SparselineError: git is missing, or refuses.
+        SparselineError: git is missing or fails.
     """
     for arguments in (("init", "--quiet"), ("add", "--all")):
         if _git(directory, *arguments) != 0:
@@ -92,10 +94,10 @@ def _git(directory: Path, *arguments: str) -> int | None:
 
 
 def run(directory: Path, *targets: str) -> int:
-    """`dvc repro`, with faster starts of its stages; the exit code.
+    """Run `dvc repro` with a faster start of its stages; the exit code.
 
-    The stage `keys` runs once before: of parameters that cannot be used it says one sentence, to
-    which DVC would add its own lines.
+    The stage `keys` runs once before, so that an error in the parameters is one sentence, without
+    DVC's own lines.
     """
     if code := call(directory, "python", "-m", "stages.keys", quiet=True):
         return code
@@ -104,15 +106,15 @@ def run(directory: Path, *targets: str) -> int:
 
 
 def call(directory: Path, *command: str, quiet: bool = False) -> int:
-    """Run a command in a project; its exit code, 128 + its number for a signal.
+    """Run a command in a project; its exit code, or 128 + the number of a signal.
 
-    Signals are for the command. Of SIGINT a terminal tells it itself; the others are passed on.
+    Signals are for the command. A terminal sends SIGINT to it directly; the others are passed on.
 
     Args:
-        quiet: leave out what it prints, except errors.
+        quiet: print only its errors.
 
     Raises:
-        SparselineError: this Python is none that stages can run with.
+        SparselineError: the stages cannot run with this Python.
     """
     shown = subprocess.DEVNULL if quiet else None
     with subprocess.Popen(command, cwd=directory, env=_environ(os.environ), stdout=shown) as process:

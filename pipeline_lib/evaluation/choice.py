@@ -1,8 +1,10 @@
-"""The model-level gate: of several pruned models, the one that a text kept for choosing prefers."""
+"""The choice between several pruned models, by perplexity on one text."""
 
 from collections.abc import Mapping
 
 
 def choose(perplexities: Mapping[str, float]) -> str | None:
-    """The candidate of lowest perplexity, ties to the earlier; None if there are no candidates."""
+    """The candidate with the lowest perplexity; the earlier one wins ties. None if there are no
+    candidates.
+    """
     return min(perplexities, key=lambda name: perplexities[name], default=None)

@@ -1,4 +1,4 @@
-"""What a model writes: greedy completions of the evaluation text's first rows, to look at."""
+"""Greedy completions of the first samples of the evaluation text."""
 
 import inspect
 from typing import Any
@@ -18,15 +18,14 @@ def complete(
     params: CompletionsParams,
     watched: Watched = iter,
 ) -> list[dict[str, str]]:
-    """The most likely token, again and again, after the first ``prompt_tokens`` of the first
-    ``count`` rows [N, T].
+    """Greedy completions of the first ``prompt_tokens`` of the first ``count`` samples [N, T].
 
-    A completion ends before the end-of-text token, or after ``new_tokens``. The loop is ours,
-    because ``generate`` adds whatever the checkpoint's generation config asks for (repetition
-    penalties, sampling). ``watched`` sees every token pass.
+    A completion ends before the end-of-text token, or after ``new_tokens``. The loop is our own,
+    because ``generate`` follows the checkpoint's generation config (repetition penalties,
+    sampling). ``watched`` counts the tokens.
 
     Raises:
-        SparselineError: rows or the model's window are too short.
+        SparselineError: the samples or the model's context window are too short.
     """
     if params.count == 0:
         return []

@@ -1,7 +1,7 @@
-"""How far a model's predictions are from the dense model's, token by token.
+"""Divergence of a model's predictions from the dense model's, token by token.
 
-Of the dense model one block is in memory at a time, then its head. Nothing of its predictions is
-stored: they are computed beside the model's own. Shape letters: ``N`` rows, ``T`` tokens in a row,
+One block of the dense model is in memory at a time, then its head. Its predictions are not stored:
+they are computed beside the model's own. Shape letters: ``N`` samples, ``T`` tokens per sample,
 ``t`` tokens of a piece, ``V`` tokens of the vocabulary.
 """
 
@@ -21,18 +21,18 @@ PERCENT = 99
 
 @dataclass(frozen=True)
 class Dense:
-    """The model that others are compared with, in files."""
+    """The model with which others are compared, in files."""
 
     checkpoint: Checkpoint
     dtype: torch.dtype
     device: torch.device
 
     def logits(self, rows: torch.Tensor, batch_rows: int, watched: Watched = iter) -> Iterator[torch.Tensor]:
-        """The logits [t, V] of the first T - 1 tokens of every row of ``rows`` [N, T], row by row,
-        in pieces of ``HEAD_TOKENS`` tokens.
+        """The logits [t, V] of the first T - 1 tokens of every sample of ``rows`` [N, T], sample by
+        sample, in pieces of ``HEAD_TOKENS`` tokens.
 
-        Hidden states of as many rows as SPARSELINE_ACTIVATION_BYTES hold are there at once; the
-        blocks are read once for these. ``watched`` sees every block pass.
+        Hidden states are kept for as many samples as SPARSELINE_ACTIVATION_BYTES allows; the blocks
+        are read once for these. ``watched`` counts the blocks.
         """
         size = rows.shape[1] * self.checkpoint.architecture.width * self.dtype.itemsize
         together = max(1, settings.activation_bytes() // (batch_rows * size)) * batch_rows
@@ -49,7 +49,9 @@ class Dense:
 
 
 class Divergence:
-    """KL(dense ‖ own) in nats and whether the most likely token is the same, for every predicted token."""
+    """KL(dense ‖ own) in nats and whether the most likely token is the same, for every predicted
+    token.
+    """
 
     def __init__(self, dense: Iterator[torch.Tensor], reverse: bool) -> None:
         """``dense`` gives logits [t, V] in pieces; ``reverse`` asks for KL(own ‖ dense) too."""
@@ -57,7 +59,7 @@ class Divergence:
         self._found: dict[str, list[torch.Tensor]] = {"kl": [], "reverse_kl": [], "agreement": []}
 
     def add(self, own: torch.Tensor) -> None:
-        """The next row's logits [T - 1, V]."""
+        """Add the next sample's logits [T - 1, V]."""
         at = 0
         while at < len(own):
             dense = next(self.dense)
@@ -72,7 +74,7 @@ class Divergence:
         self._found["agreement"].append(p.argmax(-1) == q.argmax(-1))
 
     def summary(self) -> dict[str, float]:
-        """``kl`` and ``reverse_kl``: means over the tokens; ``kl_99``, ``reverse_kl_99``: the least
+        """``kl`` and ``reverse_kl``: means over the tokens; ``kl_99``, ``reverse_kl_99``: the smallest
         value that 99% of the tokens do not exceed; ``agreement``: the share of tokens with the same
         most likely token.
         """

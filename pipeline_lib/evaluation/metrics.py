@@ -1,4 +1,4 @@
-"""Which of lm-eval's metrics are read of a task, and what they are. Imports nothing heavy."""
+"""The supported metrics of lm-eval. Imports nothing heavy."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """What a reader needs to know of one."""
+    """Description of one metric."""
 
     words: str
     share: bool  # in [0, 1], where more is better; else a positive number, where less is better
@@ -25,15 +25,17 @@ METRICS = {  # the first of a task's is its main one
 
 
 def metric(name: str) -> Metric:
-    """Of a figure in build/tasks: a metric, or ``<metric>, <filter>`` where a task filters its answers."""
+    """The metric of a key in build/tasks: a name, or ``<metric>, <filter>`` if a task filters its
+    answers.
+    """
     return METRICS[name.split(", ")[0]]
 
 
 def by_task(
     presets: Mapping[str, Mapping[str, Mapping[str, Any]]], several: bool
 ) -> dict[str, Mapping[str, Any]]:
-    """Task -> its facts, from preset -> task -> facts; with the preset's name before it if models
-    are measured on ``several``.
+    """Task -> its facts, from preset -> task -> facts; with ``several`` presets, the preset's name
+    precedes the task's.
     """
     return {
         f"{preset} {task}" if several else task: facts
@@ -43,6 +45,6 @@ def by_task(
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Names of figures, the main one first; filters of a metric in alphabetical order."""
+    """Names of metrics, the main one first; filters of a metric in alphabetical order."""
     known = list(METRICS)
     return sorted(names, key=lambda name: (known.index(name.split(", ")[0]), name))

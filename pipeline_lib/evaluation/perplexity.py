@@ -1,4 +1,4 @@
-"""Perplexity over rows of token ids."""
+"""Perplexity of samples of token ids."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -17,15 +17,15 @@ def perplexity(
     watched: Watched = iter,
     see: Callable[[torch.Tensor], None] | None = None,
 ) -> float:
-    """exp of the mean negative log-likelihood, in nats per token, over the T - 1 predicted tokens
-    of every row of ``rows`` [N, T].
+    """exp of the mean negative log-likelihood, in nats per token, over the T - 1 predicted tokens of
+    every sample of ``rows`` [N, T].
 
-    Rows are independent: no overlap, no context from the row before. ``batch_rows`` rows go through
-    the blocks at a time; losses are taken from float32 logits and summed in float64, row by row, so
-    that the batch size leaves only the model's own rounding, and the logits of one row alone are in
-    memory.
+    Samples are independent: no overlap, no context from the sample before. ``batch_rows`` samples
+    pass through the blocks at a time. Losses come from float32 logits and are summed in float64,
+    sample by sample. So the batch size changes only the model's own rounding, and only the logits
+    of one sample are in memory.
 
-    ``watched`` sees every batch pass; ``see`` is given the logits [T - 1, V] of each row.
+    ``watched`` counts the batches; ``see`` gets the logits [T - 1, V] of each sample.
 
     Raises:
         SparselineError: there is nothing to predict, or the loss is not finite.
@@ -55,12 +55,11 @@ def perplexity(
 
 
 def row_logits(model: PreTrainedModel, batch: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The logits [T, V] of each row of ``batch`` [B, T], one after another: with V in the hundred
-    thousands, those of a batch outweigh the model.
+    """The logits [T, V] of each sample of ``batch`` [B, T], one after another, because the logits of a
+    batch can be larger than the model.
 
     The blocks run once, on the whole batch. Then the model's own forward code computes the logits
-    of each row (head, scaling, capping), with the decoder standing in that returns the row's hidden
-    states.
+    of each sample (head, scaling, capping), with a decoder that returns the sample's hidden states.
     """
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel):  # some call their head so

@@ -1,4 +1,4 @@
-"""Parameters of what is measured on saved checkpoints."""
+"""Parameters of the evaluation of saved checkpoints."""
 
 from pathlib import Path
 from typing import Literal, Self
@@ -11,7 +11,7 @@ from pipeline_lib.recipe import names
 
 
 class CompletionsParams(Params):
-    """Which text's first rows are completed, and how far."""
+    """The text whose first samples are completed, and the lengths."""
 
     text: str  # name in section `texts`
     count: int = Field(ge=0)  # rows
@@ -36,10 +36,10 @@ class EvaluatePart(Params):
 
     @classmethod
     def read(cls) -> Self:
-        """As params.yaml says.
+        """The section of params.yaml.
 
         Raises:
-            SparselineError: the text whose rows are completed is not among those evaluated.
+            SparselineError: the text of the completions is not evaluated.
         """
         found = cls(evaluate=params.load(EvaluateParams, "evaluate"), texts=names.texts_of("evaluate"))
         names.check_evaluated("evaluate.completions.text", found.evaluate.completions.text)
@@ -73,7 +73,7 @@ class ChooseParams(Params):
 
 
 class VerdictParams(Params):
-    """Section ``verdict``: the most that figures of a pruned model may be; None: not judged."""
+    """Section ``verdict``: upper limits for the results of a pruned model; None: no limit."""
 
     perplexity_ratio: float | None = Field(gt=0)  # to the dense model's, on every evaluation text
     kl: float | None = Field(ge=0)  # mean KL(dense ‖ pruned) in nats per token, on every evaluation text

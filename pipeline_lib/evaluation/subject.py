@@ -1,4 +1,4 @@
-"""Which model an evaluation is about: the source itself (``dense``), or a variant's saved checkpoint."""
+"""The model that is evaluated: the source itself (``dense``), or a variant's saved checkpoint."""
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,7 +13,7 @@ from pipeline_lib.models.whole import load_model
 def open_subject(
     workspace: Workspace, source: ModelParams, name: str, dtype: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, on the device that the settings name, and its tokenizer."""
+    """The model, on the device of the settings, and its tokenizer."""
     device = runtime.compute()
     directory = open_source(workspace, source).path if name == DENSE else workspace.checkpoint(name)
     model = load_model(directory, dtype, device, source.remote_code, source.dequantize)

@@ -1,5 +1,5 @@
-"""Zero- and few-shot tasks through lm-eval, on a model in memory: local YAML tasks, or any of
-lm-eval's own by name.
+"""Zero- and few-shot tasks by lm-eval, on a model in memory: local YAML tasks, or any of lm-eval's own
+by name.
 """
 
 import copy
@@ -40,7 +40,7 @@ FILE_FORMATS = {"csv", "json", "parquet", "text"}  # dataset_path of tasks that 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run of tasks found, and what lm-eval, datasets and Python warned of on the way."""
+    """Results of a run of tasks, and the warnings of lm-eval, datasets and Python."""
 
     tasks: dict[str, dict[str, Any]]
     warnings: Mapping[str, int]  # message -> how often
@@ -59,22 +59,22 @@ def run_tasks(
     preset: Preset,
     what: str = "tasks",
 ) -> Measured:
-    """Figures of each task: ``{name: {"metrics", "chance", "items", "of", "truncated"}}``, sorted
-    by name; a group or tag gives its members.
+    """Results of each task: ``{name: {"metrics", "chance", "items", "of", "truncated"}}``, sorted by
+    name; a group or tag gives its members.
 
-    ``metrics`` has those of ``METRICS`` that the task measures, by name: ``value``, and its
-    standard error ``stderr`` (None where lm-eval gives none). ``chance`` is what guessing gives of
-    the accuracy, in [0, 1] (None where it is not known). ``items`` were measured ``of`` those that
-    the task has; ``truncated`` of them do not fit the model's window, so that lm-eval leaves out
-    their beginning. Nothing that depends on date or host is kept. Tasks that read files touch
-    neither the network nor the user's datasets cache. Seeds Python's, numpy's and torch's global
-    generators, as lm-eval does. Progress is told under the name ``what``.
+    ``metrics`` has the task's metrics that are in ``METRICS``, by name: ``value``, and its standard
+    error ``stderr`` (None if lm-eval gives none). ``chance`` is the accuracy by chance, in [0, 1]
+    (None if unknown). ``items`` were measured ``of`` those that the task has. lm-eval cuts off the
+    beginning of ``truncated`` items, which do not fit into the model's context window. Nothing that
+    depends on date or host is kept. Tasks that read files use neither the network nor the user's
+    datasets cache. Like lm-eval, it seeds the global generators of Python, numpy and torch.
+    ``what`` is the name for progress.
 
     Raises:
-        SparselineError: no such task, one that measures nothing known, or one whose data cannot be
-            read or are not below ``params.path``; an item without an answer (its continuation does
-            not fit the window, or its likelihood is NaN or infinite); fewer than two items; a chat
-            without a template.
+        SparselineError: a task does not exist, has no supported metric, or its data cannot be read
+            or are not below ``params.path``; an item has no answer (its continuation does not fit
+            into the window, or its likelihood is NaN or infinite); there are fewer than two items;
+            a chat has no template.
     """
     if not preset.names:
         return Measured({}, {}, {})
@@ -244,8 +244,7 @@ def _chats(tokenizer: PreTrainedTokenizerBase, preset: Preset) -> bool:
 
 
 def request_lengths(tokenizer: PreTrainedTokenizerBase, path: Path, preset: Preset) -> list[int]:
-    """Tokens of every request of a preset, context and continuation together, the longest first:
-    what a run of it passes through the model.
+    """Tokens of every request of a preset, context and continuation together, the longest first.
 
     Nothing is fetched.
 
@@ -278,8 +277,8 @@ def request_lengths(tokenizer: PreTrainedTokenizerBase, path: Path, preset: Pres
 
 
 def chance(task: "Task") -> float | None:
-    """Accuracy of guessing: the task's ``metadata.chance``, else the mean of 1 / number of choices,
-    else None.
+    """Accuracy by chance: the task's ``metadata.chance``, else the mean of 1 / number of choices, else
+    None.
     """
     stated = (task.config.metadata or {}).get("chance")
     if stated is not None:

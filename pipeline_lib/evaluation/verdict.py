@@ -1,4 +1,4 @@
-"""Whether a pruned model is good enough, by thresholds. Imports nothing heavy."""
+"""The verdict on a pruned model, by thresholds. Imports nothing heavy."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from pipeline_lib.evaluation.settings import VerdictParams
 
 @dataclass(frozen=True)
 class Measured:
-    """What evaluation found of one model."""
+    """Results of the evaluation of one model."""
 
     perplexity: Mapping[str, float]  # text -> value
     divergence: Mapping[str, Mapping[str, float]]  # text -> figure -> value; empty for the dense model
@@ -20,7 +20,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Finding:
-    """One figure beside the most that it may be."""
+    """One result and its limit."""
 
     figure: str
     where: str  # text or task
@@ -37,7 +37,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """ACCEPT where every figure that has a threshold meets it."""
+    """ACCEPT if every result with a limit meets it."""
 
     findings: tuple[Finding, ...]
 
@@ -47,19 +47,19 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """``not judged`` where no figure has a threshold."""
+        """``not judged`` if no result has a limit."""
         return ("ACCEPT" if self.accepted else "REGRESSION") if self.findings else "not judged"
 
     @property
     def reasons(self) -> str:
-        """What a threshold forbids; where nothing is, all that was compared."""
+        """The limits that are exceeded; if none is, all comparisons."""
         told = [finding for finding in self.findings if not finding.met] or self.findings
         return ", ".join(map(str, told))
 
 
 def judge(params: VerdictParams, own: Measured, dense: Measured) -> Verdict:
-    """Every text's perplexity and divergence, and the main accuracy of every task that both models
-    were measured on.
+    """Compare every text's perplexity and divergence, and the main accuracy of every task that both
+    models were measured on.
     """
     return Verdict(tuple(_findings(params, own, dense)))
 

@@ -1,14 +1,14 @@
-"""Train a pruned model as a whole towards the dense model's distribution of the next token; zeros stay zeros.
+"""Train a pruned model as a whole towards the dense model's next-token distribution. Zeros stay zero.
 
 The loss of a token is KL(p‖q): p is the dense model's distribution, q the pruned one's (knowledge
 distillation, 1503.02531, at temperature 1). The dense model runs once, block by block; only its
-hidden states before the last norm are kept. Of the pruned model, what moves is in memory in float32
-with Adam's states. A step runs up through the blocks and then down, as ``measure/backward.py``
-does, and each block takes its Adam step as soon as its own gradient is there: the gradients of one
-block at a time are in memory.
+hidden states before the last norm are kept. The trained parameters of the pruned model are in
+memory in float32, with Adam's states. A step passes forward and then backward through the blocks,
+like ``measure/backward.py``. Each block takes its Adam step as soon as its gradient is complete, so
+only one block's gradients are in memory.
 
-Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of the residual stream,
-``V`` tokens of the vocabulary.
+Shape letters: ``B`` samples in a batch, ``T`` tokens per sample, ``D`` channels of the residual
+stream, ``V`` tokens of the vocabulary.
 """
 
 import math
@@ -37,7 +37,7 @@ Tensors = Mapping[str, torch.Tensor]  # of one block, by their names in it
 
 
 class Trained:
-    """One block as it is trained. What does not move stays as it is stored."""
+    """One block during training. Parameters that are not trained stay as stored."""
 
     def __init__(self, tensors: Tensors, masks: Tensors, layout: Layout, params: DistilParams) -> None:
         """
@@ -68,7 +68,7 @@ class Trained:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that the block computes with."""
+        """All tensors of the block's computation."""
         return {**self.rest, **self.leaves}
 
     @torch.no_grad()
@@ -84,8 +84,8 @@ class Trained:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor | None], rate: float, done: int) -> None:
-        """One step of Adam after ``done`` others, for the gradients of the leaves in order; they
-        are overwritten.
+        """One Adam step after ``done`` others, from the gradients of the leaves in order, which are
+        overwritten.
         """
         for (name, leaf), gradient in zip(self.leaves.items(), gradients, strict=True):
             if gradient is None or not self.scales[name]:
@@ -124,7 +124,7 @@ class Trained:
         }
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a run that goes on needs of the block."""
+        """The block's state for a resumed run."""
         found = {f"{name}:leaf": leaf.detach() for name, leaf in self.leaves.items()}
         return found | {
             f"{name}:average{place}": one
@@ -134,7 +134,7 @@ class Trained:
 
     @torch.no_grad()
     def restore(self, state: Tensors) -> None:
-        """Go on from ``state``, whose scales are those of the block as it was given."""
+        """Continue from ``state``; its scales are those of the original block."""
         for name, leaf in self.leaves.items():
             leaf.copy_(state[f"{name}:leaf"])
             for place, average in enumerate(self.averages[name]):
@@ -143,8 +143,8 @@ class Trained:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Rows to learn from: hidden states before the first block, and as targets the dense model's
-    behind the last one.
+    """Training data: hidden states before the first block, and as targets the dense model's after the
+    last one.
     """
 
     model: BlockModel
@@ -167,15 +167,16 @@ def lesson(
     room: Room | None,
     watched: Callable[[range], Iterable[int]] = iter,
 ) -> Lesson:
-    """Run the dense model, one block in memory at a time: fitting rows in ``compute_dtype``, the
-    rows that judge in the model's own.
+    """Run the dense model, one block in memory at a time: the training split in ``compute_dtype``, the
+    held-out split in the model's own.
 
     Args:
-        rows: ``fit`` and ``held_out`` [N, T].
-        room: where hidden states lie; two streams of all rows, and a third of those that judge.
+        rows: ``fit`` and ``held_out`` samples [N, T].
+        room: where hidden states are kept: those of all samples twice, and of the held-out split
+            once more.
 
     Raises:
-        SparselineError: NaN or infinity behind a block.
+        SparselineError: NaN or infinity after a block.
     """
     fit = deal(len(rows["fit"]), params.batch_rows)
     held_out = deal(len(rows["held_out"]), params.batch_rows, len(fit.sizes))
@@ -196,18 +197,18 @@ def lesson(
 
 
 def stream_bytes(fitting: int, held_out: int, width: int, itemsize: int) -> int:
-    """Bytes of all streams for so many tokens that are learned from and that judge."""
+    """Bytes of all hidden states for so many training and held-out tokens."""
     return (2 * (fitting + held_out) + (held_out or fitting)) * width * itemsize
 
 
 def train(
     given: Lesson, blocks: Sequence[Trained], params: DistilParams, done: int = 0
 ) -> Generator[float, None, None]:
-    """Train the blocks in place; yields each step's mean KL in nats per token, which is not finite
-    where training diverges.
+    """Train the blocks in place; yields each step's mean KL in nats per token, which is not finite if
+    training diverges.
 
     Args:
-        done: steps that the blocks have had already.
+        done: number of steps that the blocks already had.
     """
     fitting, steps = given.fitting, given.steps(params)
     weights = sum(leaf.numel() for block in blocks for leaf in block.leaves.values())
@@ -224,8 +225,8 @@ def train(
 
 
 def rate_share(done: int, steps: int, warmup: float) -> float:
-    """The share of the learning rate after ``done`` of ``steps``: up in equal steps over the share
-    ``warmup``, then along a cosine towards 0.
+    """The share of the learning rate after ``done`` of ``steps``: a linear rise over the share
+    ``warmup``, then a cosine towards 0.
     """
     rising = round(warmup * steps)
     if done < rising:
@@ -234,7 +235,7 @@ def rate_share(done: int, steps: int, warmup: float) -> float:
 
 
 def judge(given: Lesson, tensors: Callable[[int], Tensors]) -> float:
-    """Mean KL in nats per token on the rows that judge; NaN or infinite where the model's outputs are.
+    """Mean KL in nats per token on the held-out split; NaN or infinite if the model's outputs are.
 
     Args:
         tensors: a block's number -> its parameters.

@@ -1,9 +1,9 @@
-"""Fit what is left of a sparse block, by gradients, so that it gives for the pruned stream what the
-dense block gives for the dense one.
+"""Train the remaining weights of a pruned block so that its output on the pruned model's activations
+matches the dense model's.
 
-What moves are parts that are named: the kept weights, biases, the norms' weights, and per-channel
-in/out factors that are folded afterwards, Ŵ = diag(r)(W⊙M)diag(a) (2602.21652, Eqs. 6–8, in the
-role that acts on a fixed mask: docs/method.md). Zeros stay zeros.
+Trained parts: the kept weights, biases, the norms' weights, and per-channel input and output
+factors that are folded afterwards, Ŵ = diag(r)(W⊙M)diag(a) (2602.21652, Eqs. 6–8, for a fixed mask:
+docs/method.md). Zeros stay zero.
 """
 
 import math
@@ -33,8 +33,8 @@ Remask = Callable[[Mapping[str, torch.Tensor]], Masks]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows before and wanted after a block: pruned stream [B, T, D] and dense targets [B, T, D],
-    batch by batch.
+    """Inputs and targets of a block: pruned activations [B, T, D] and dense outputs [B, T, D], batch
+    by batch.
     """
 
     inputs: Sequence[torch.Tensor]
@@ -42,7 +42,7 @@ class Pairs:
 
     @cached_property
     def borders(self) -> list[int]:
-        """The number of each batch's first row; at the end, how many rows there are."""
+        """The number of each batch's first sample, and the number of all samples at the end."""
         sizes = (
             self.inputs.sizes()
             if isinstance(self.inputs, Batches)
@@ -55,16 +55,16 @@ class Pairs:
 
     @property
     def widest(self) -> int:
-        """Rows of the largest batch."""
+        """Samples of the largest batch."""
         return max(stop - start for start, stop in pairwise(self.borders))
 
     @cached_property
     def spread(self) -> float:
-        """Of the targets: what errors are measured by."""
+        """Total variance of the targets, the unit of errors."""
         return spread(self.targets)
 
     def rows(self, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of these numbers: inputs and targets, [n, T, D] each."""
+        """The samples of these numbers: inputs and targets, [n, T, D] each."""
         places = [bisect_right(self.borders, number) - 1 for number in numbers]
         found = [
             torch.cat(
@@ -95,7 +95,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Sparse:
-    """A sparse block, or a window of blocks, that is to be fitted."""
+    """A sparse block, or a window of blocks, before its fit."""
 
     run: Run
     # float32; matrices whose weights move are taken out, so that they need not be there twice
@@ -227,7 +227,7 @@ class _Free:
 
 
 def block_error(run: Run, tensors: Mapping[str, torch.Tensor], rows: Pairs) -> float:
-    """E‖Y_dense − Y_sparse‖² / E‖Y_dense − E Y_dense‖² over the given rows."""
+    """E‖Y_dense − Y_sparse‖² / E‖Y_dense − E Y_dense‖² over the given samples."""
     return _wrong(run, tensors, rows) / rows.spread
 
 
@@ -251,22 +251,22 @@ def spread(targets: Sequence[torch.Tensor]) -> float:
 
 
 def squares(values: torch.Tensor) -> list[torch.Tensor]:
-    """‖·‖² of each row of a batch [B, T, D], in float64."""
+    """‖·‖² of each sample of a batch [B, T, D], in float64."""
     return [row.sum(dtype=torch.float64) for row in values.float().square()]
 
 
 def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fitted:
-    """Fit a sparse block (or window of blocks) and fold its factors; the unfitted block is a
-    candidate and wins ties on the held-out rows.
+    """Train a sparse block (or window of blocks) and fold its factors. The block before the fit is a
+    candidate, too, and wins ties on the held-out split.
 
-    Gradients are taken in ``compute_dtype`` (mixed precision); what moves, and everything that
-    judges it, is float32. With ``weights`` there are in memory five copies of its matrices (as they
-    move, Adam's two moments, the best so far, and the gradient or, going up, what is masked), their
-    masks, and a copy in ``compute_dtype``. Lanes side by side have a gradient and masked weights
-    each.
+    Gradients are computed in ``compute_dtype`` (mixed precision); trained parameters and all errors
+    are float32. With ``weights``, five copies of its matrices are in memory (the weights, Adam's
+    two moments, the best so far, and the gradient or, in the forward pass, the masked weights),
+    their masks, and a copy in ``compute_dtype``. Lanes that run side by side each have a gradient
+    and masked weights.
 
     Args:
-        held_out: the rows that decide; without any, the fitting rows do.
+        held_out: the samples that decide; without any, the training split decides.
     """
     run, tensors, masks, remask = block.run, block.tensors, block.masks, block.remask
     matrices = list(masks)
@@ -350,8 +350,8 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
 
 
 def rate_share(done: int, steps: int) -> float:
-    """The share of the learning rate after ``done`` steps: along a cosine, 1 at the first step and
-    a tenth at the last one.
+    """The share of the learning rate after ``done`` steps: along a cosine, 1 at the first step and a
+    tenth at the last one.
     """
     return 0.55 + 0.45 * math.cos(math.pi * done / max(1, steps - 1))
 
@@ -359,8 +359,8 @@ def rate_share(done: int, steps: int) -> float:
 def minibatches(
     rows: int, batch_rows: int, random: Mapping[int, torch.Generator]
 ) -> Iterator[list[list[int]]]:
-    """For each step, the numbers of ``batch_rows`` rows, lane by lane: the lanes take turns, each
-    in a random order of its own.
+    """For each step, the numbers of ``batch_rows`` samples: the lanes take turns, each in its own
+    random order.
     """
     orders = []
     for lane, part in enumerate(parts(rows)):

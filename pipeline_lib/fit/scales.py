@@ -1,5 +1,5 @@
-"""The scales of a block's quantised matrices as tensors of their own, so that a fit can move them;
-the whole numbers stay as they are.
+"""The scales of a block's quantised matrices as separate tensors, so that a fit can train them; the
+integer codes stay.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from pipeline_lib.solve.grid import Grid
 
 
 class Scales:
-    """One block's, named ``<label>.scale`` [R, G]."""
+    """The scales of one block, named ``<label>.scale`` [R, G]."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], grids: Mapping[Matrix, Grid]) -> None:
         """
@@ -29,7 +29,7 @@ class Scales:
         return {f"{matrix.label}.scale": grid.scale for matrix, grid in self.grids.items()}
 
     def joined(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The block's parameters from theirs and the scales beside them; differentiable in the scales."""
+        """The block's parameters from the codes and these scales; differentiable in the scales."""
         found = dict(tensors)
         weights = [
             grid.spread(found.pop(f"{matrix.label}.scale")) * self.steps[matrix]
@@ -39,7 +39,9 @@ class Scales:
 
     @torch.no_grad()
     def settle(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``joined``, with the scales as the checkpoint's dtype can hold them, which go into the grids."""
+        """``joined``, with the scales rounded to values that the checkpoint's dtype can store, which
+        go into the grids.
+        """
         exact = {
             f"{matrix.label}.scale": grid.scheme.exact(tensors[f"{matrix.label}.scale"])
             for matrix, grid in self.grids.items()

@@ -1,4 +1,4 @@
-"""Parameters of fits by gradients through a block."""
+"""Parameters of block-wise fine-tuning."""
 
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ class SpectralParams(Params):
 
 
 class FitParams(Params):
-    """Sections ``prune.reconstruction.channel`` and ``.block``, but for the latter's own keys."""
+    """Sections ``prune.reconstruction.channel`` and ``.block``, except for the latter's own keys."""
 
     epochs: int = Field(ge=1)
     parts: list[Literal["weights", "factors", "biases", "norms"]] = Field(min_length=1)
@@ -41,8 +41,8 @@ class BlockParams(FitParams):
 
 
 class DistilParams(Params):
-    """Section ``distil``, with ``variants.<name>.distil`` laid over it: how the whole pruned model
-    is trained.
+    """Section ``distil``, overridden by ``variants.<name>.distil``: training of the whole pruned
+    model.
     """
 
     epochs: int = Field(ge=1)

@@ -1,5 +1,5 @@
-"""Feature level: the Spectral Norm Loss's regulariser (2602.21652, Eq. 8), relative so that it
-neither underflows nor blows up.
+"""The regulariser of the Spectral Norm Loss (2602.21652, Eq. 8), relative so that it neither
+underflows nor overflows.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from pipeline_lib.fit.settings import SpectralParams
 
 
 class Norm:
-    """‖·‖_p of one matrix as it changes: p = 2 by power iteration that starts where it last stopped."""
+    """‖·‖_p of one matrix while it changes: p = 2 by power iteration with a warm start."""
 
     def __init__(self, weight: torch.Tensor, params: SpectralParams) -> None:
         self.params = params

@@ -1,6 +1,6 @@
-"""Zeros that stay: where weights are pruned, and what keeps them at zero while others are trained.
+"""Masks of pruned weights that keep zeros during training.
 
-It works on tensors by name, so that it serves any training loop: hold the gradients before an
+They work on tensors by name, so any training loop can use them: hold the gradients before an
 optimiser's step, and the weights after it.
 """
 
@@ -13,7 +13,7 @@ SHIFTS = tuple(range(7, -1, -1))  # the first entry is in the highest bit, as in
 
 
 class Zeros:
-    """Where weights are pruned, by name: one bit per weight, on the weights' device."""
+    """Positions of pruned weights, by name: one bit per weight, on the weights' device."""
 
     def __init__(self, kept: Mapping[str, torch.Tensor]) -> None:
         """
@@ -44,7 +44,7 @@ class Zeros:
 
     @torch.no_grad()
     def hold(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set pruned entries of these tensors to zero, in place; names that are not known are left alone.
+        """Set pruned entries of these tensors to zero, in place; unknown names are ignored.
 
         Args:
             tensors: weights, or their gradients, by name.

@@ -1,5 +1,5 @@
-"""Never worse: what a block's transform is judged by, the error of the block's output on held-out
-rows once its matrices are pruned.
+"""The gate of induction: the error of a block's output on the held-out split, after its matrices are
+pruned with a transform.
 """
 
 import functools
@@ -23,7 +23,7 @@ Judge = Callable[[Transform], float]
 
 
 class Gate:
-    """The dense stream of the held-out rows, which goes through the model once, block by block."""
+    """The dense activations of the held-out split, which pass through the model once, block by block."""
 
     def __init__(
         self,
@@ -37,10 +37,10 @@ class Gate:
         self.stream = model.embed(rows, deal(len(rows), batch_rows).sizes, "gate")
 
     def enter(self, index: int, dense: DenseBlock, kept: Mapping[Matrix, int]) -> Judge:
-        """Pass the stream through block ``index`` (blocks come in order) and return its judge.
+        """Pass the activations through block ``index`` (blocks come in order), and return its judge.
 
-        A judge folds a transform in, refreshes the statistics for it (no forward pass), prunes as
-        the variant's selection says, and returns E‖Y_dense − Y_sparse‖² / E‖Y_dense − E Y_dense‖².
+        A judge folds a transform in, updates the statistics for it (without a forward pass), prunes
+        with the variant's selection, and returns E‖Y_dense − Y_sparse‖² / E‖Y_dense − E Y_dense‖².
         """
         model, layout = self.model, dense.layout
         block = model.block(index, dense.tensors)

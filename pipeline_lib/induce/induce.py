@@ -1,10 +1,10 @@
-"""Learn what helps before a mask is final: function-preserving factors and selection weights, with
-the mask in the loop.
+"""Learn function-preserving factors and selection weights before a mask is final, with the mask in the
+loop.
 
-Source: 2602.21652, Eqs. 4, 6–11. The error of pruning a layer is taken in the original coordinates
-from the Gram matrix, E‖(W − W⊙M) X‖² = tr(ΔW G ΔWᵀ), so factors and weights act only through the
-mask M (docs/method.md says what follows). Shape letters: ``R`` outputs, ``C`` inputs of a matrix,
-``d`` channels of a site.
+Source: 2602.21652, Eqs. 4, 6–11. The error of pruning a layer is computed in the original
+coordinates from the Gram matrix, E‖(W − W⊙M) X‖² = tr(ΔW G ΔWᵀ). So factors and weights have an
+effect only through the mask M (see docs/method.md). Shape letters: ``R`` outputs, ``C`` inputs of a
+matrix, ``d`` channels of a site.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +31,7 @@ from pipeline_lib.stats.moments import SiteStatistics, refresh
 
 @dataclass
 class Outcome:
-    """What induction did to one block. Errors are relative layer errors, averaged over matrices."""
+    """Result of induction for one block. Errors are relative layer errors, averaged over matrices."""
 
     transform: Transform  # on the CPU, as it is stored
     choice: str  # none, start, learned
@@ -232,17 +232,18 @@ def induce_block(
     params: InduceParams,
     judge: Callable[[Transform], float] | None = None,
 ) -> Outcome:
-    """Learn one block's factors and selection weights; keep them only if the held-out rows say so.
+    """Learn one block's factors and selection weights; keep them only if they are better on the
+    held-out split.
 
-    Shifts are kept per site. Candidates for the rest: ``none``, ``start`` (what scale wrote),
-    ``learned`` (the best checked step). L = mean layer error + λ R_p (Eqs. 6–8); Adam on log
-    factors, projected to geometric mean 1 and the box |log| ≤ limit after every step.
+    Shifts are kept per site. Candidates for the rest: ``none``, ``start`` (the initial factors),
+    ``learned`` (the best evaluated step). L = mean layer error + λ R_p (Eqs. 6–8); Adam on log
+    factors, projected to geometric mean 1 and |log| ≤ limit after every step.
 
     Args:
-        dense: the block; its name keys the random signs with the seed.
-        kept: how many weights each included matrix keeps; its mask is learned at that count.
-        judge: gives a candidate's error, the least of which wins (``gate.Gate``); without it, the
-            held-out layer error is taken.
+        dense: the block; its name and the seed key the random signs.
+        kept: number of weights that each included matrix keeps; its mask is learned at that count.
+        judge: the error of a candidate, of which the lowest wins (``gate.Gate``); without it, the
+            held-out layer error.
     """
     layout, where, given = dense.layout, dense.where, dense.statistics
     device = given[layout.sites[0].name].mean.device

@@ -1,9 +1,9 @@
-"""What pruning removes, as a function of score shifts: the mask-in-the-loop loss with its
+"""The error of pruning as a function of score shifts: the mask-in-the-loop loss with its
 straight-through gradient in closed form.
 
-log scores are B + r 1ᵀ + 1 cᵀ, so the gradient flows through row and column sums only: nothing of
-the matrix's size is kept for backward, and rows are taken in parts that stay in the cache. Shape
-letters: ``R`` outputs, ``C`` inputs, ``k`` probes.
+log scores are B + r 1ᵀ + 1 cᵀ, so the gradient needs row and column sums only. Nothing of the
+matrix's size is stored for the backward pass, and rows are processed in parts that fit into the
+cache. Shape letters: ``R`` outputs, ``C`` inputs, ``k`` probes.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import torch
 
 
 class Scored(Protocol):
-    """What ``Removed`` needs of a layer."""
+    """The data of a layer for ``Removed``."""
 
     weight: torch.Tensor  # W [R, C]
     gram: torch.Tensor  # G [C, C]
@@ -25,12 +25,12 @@ class Scored(Protocol):
 
 
 class Removed(torch.autograd.Function):
-    """tr(ΔW G ΔWᵀ) / tr(W G Wᵀ) (2602.21652, Eq. 4) with ΔW = W − W⊙M, differentiable in the shifts
-    r [R] and c [C] of the log scores.
+    """tr(ΔW G ΔWᵀ) / tr(W G Wᵀ) (2602.21652, Eq. 4) with ΔW = W − W⊙M, differentiable in the shifts r
+    [R] and c [C] of the log scores.
 
-    The mask's gradient is that of a sigmoid around each comparison group's threshold. With signs z
-    ∈ {±1}, [k, R], the part of G off its diagonal is taken by Hutchinson's estimate, mean of
-    (zᵀΔW)(G − diag G)(zᵀΔW)ᵀ: unbiased, 4RCk + 2C²k instead of 2RC² operations.
+    The mask's gradient is that of a sigmoid around the threshold of each comparison group. With
+    signs z ∈ {±1}, [k, R], Hutchinson's estimate replaces the off-diagonal part of G: the mean of
+    (zᵀΔW)(G − diag G)(zᵀΔW)ᵀ. It is unbiased and needs 4RCk + 2C²k instead of 2RC² operations.
     """
 
     @staticmethod

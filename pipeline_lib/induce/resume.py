@@ -1,4 +1,4 @@
-"""Finished blocks of an induction run, kept where a kill does not reach them."""
+"""Finished blocks of an induction run, stored so that they survive a kill."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def keep(kept: Kept, index: int, outcome: Outcome) -> None:
 
 
 def finished(kept: Kept, index: int) -> Outcome | None:
-    """A finished block's outcome, equal to the last bit, or None."""
+    """The stored outcome of a block, equal to the last bit, or None."""
     if not kept.finished(index):
         return None
     (transform,), facts = read_transforms(_file(kept, index), 1)

@@ -1,4 +1,4 @@
-"""Distribution level: where the function-preserving factors and shifts start (2602.21652, Sec. 2.2–2.3).
+"""Distribution level: initial function-preserving factors and shifts (2602.21652, Sec. 2.2–2.3).
 
 Convention: a factor d > 0 acts on a site's input as X' = D X and on its consumers as W' = W D⁻¹;
 Eq. 3's s is 1/d.
@@ -15,8 +15,8 @@ from pipeline_lib.stats.moments import SiteStatistics
 
 
 def normalise(log_factor: torch.Tensor, limit: float) -> torch.Tensor:
-    """log s with mean 0 (geometric mean 1) inside the box |log s| ≤ limit; alternating the two
-    converges fast.
+    """log s with mean 0 (geometric mean 1) and |log s| ≤ limit. Alternating between the two
+    constraints converges fast.
     """
     for _ in range(8):
         log_factor = (log_factor - log_factor.mean()).clamp(-limit, limit)
@@ -67,10 +67,10 @@ def starting_factors(
 ) -> dict[str, torch.Tensor]:
     """For every coupling of a block, factors d [size] in float32 with geometric mean 1.
 
-    Couplings of a norm start from their site's statistics, and so do pairs of matrices with
-    ``pairs: inputs``; with ``balance``, and always for Q and K, which no site lies between, a pair
-    starts where both sides have equal norms once the norms' factors are in. A coupling whose factor
-    reaches several channels of its site (grouped queries) starts from the mean of their logs.
+    Couplings of a norm start from their site's statistics. So do pairs of matrices with ``pairs:
+    inputs``. With ``balance``, a pair starts where both sides have equal norms, including the
+    norms' factors; Q and K, which have no site between them, always do. If a factor applies to
+    several channels of a site (grouped queries), it starts from the mean of their logarithms.
     """
     if params.start == "identity":
         return {coupling.name: torch.ones(coupling.size) for coupling in layout.couplings}
@@ -104,7 +104,7 @@ def _is_pair(coupling: Coupling, tensors: Mapping[str, torch.Tensor]) -> bool:
 def shifts(
     layout: Layout, statistics: Mapping[str, SiteStatistics], params: ScaleParams
 ) -> dict[str, torch.Tensor]:
-    """δ [d] for the sites all of whose consumers have a bias to take b̃ = b + W δ (Eq. 3), in the
+    """δ [d] for sites whose consumers all have a bias, which becomes b̃ = b + W δ (Eq. 3), in the
     original coordinates.
     """
     if params.shift == "none":

@@ -1,4 +1,4 @@
-"""Parameters of where factors and shifts start."""
+"""Parameters of the initial factors and shifts."""
 
 from typing import Literal
 

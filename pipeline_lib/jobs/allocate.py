@@ -1,4 +1,4 @@
-"""How many weights each matrix of a variant keeps."""
+"""Allocate the budget of a variant."""
 
 from pipeline_lib.allocate.budget import Unit
 from pipeline_lib.allocate.by_hand import by_hand, left
@@ -11,10 +11,10 @@ from pipeline_lib.recipe.variants import AllocatePart
 
 
 def allocate(workspace: Workspace, variant: str, part: AllocatePart) -> str:
-    """Write matrix -> kept count, checked against the budget; a sentence on it.
+    """Write matrix -> kept count, checked against the budget; a summary.
 
     Raises:
-        SparselineError: an N:M pattern does not divide a matrix, a sparsity by hand cannot be had,
+        SparselineError: an N:M pattern does not divide a matrix, a manual sparsity is impossible,
             or no allocation meets the budget.
     """
     listed = workspace.included()

@@ -12,7 +12,9 @@ from pipeline_lib.stats.walk import gram_bytes, walk
 
 
 def calibrate(workspace: Workspace, source: ModelParams, params: CalibrateParams) -> str:
-    """One dense pass over the calibration rows, block by block; a sentence on it."""
+    """Pass the calibration samples through the dense model, block by block, and collect statistics; a
+    summary.
+    """
     model = open_model(workspace, source)
     rows = calibration_rows(workspace)
     depth = model.checkpoint.architecture.depth

@@ -1,4 +1,6 @@
-"""Error curves: what pruning the dense model's matrices changes, and what the loss would feel of it."""
+"""Error curves: the errors of the dense model's matrices at several densities, and their effect on the
+loss.
+"""
 
 from typing import Any
 

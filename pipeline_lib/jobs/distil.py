@@ -1,4 +1,4 @@
-"""Train one variant's pruned checkpoint as a whole, and keep what held-out rows prefer."""
+"""Train one variant's whole pruned model; the held-out split decides whether the result is kept."""
 
 import math
 import time
@@ -28,7 +28,7 @@ STATES = "states"
 
 
 def distil(workspace: Workspace, source: ModelParams, variant: str, params: DistilParams) -> str:
-    """All blocks together, step by step; resumes after a kill. A sentence on it."""
+    """Train all blocks together, step by step; resumes after a kill. A summary."""
     what = f"distil {variant}"
     model = open_model(workspace, source)
     directory = workspace.opened(workspace.pruned(variant))

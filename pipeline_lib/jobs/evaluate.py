@@ -1,5 +1,5 @@
-"""Perplexities and completions of one saved checkpoint, or of the source model (``dense``); of a
-checkpoint also how far it is from the source.
+"""Perplexity and completions of one saved checkpoint, or of the source model (``dense``); for a
+checkpoint also its divergence from the source.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from pipeline_lib.models.source import open_source
 
 
 def evaluate(workspace: Workspace, source: ModelParams, name: str, part: EvaluatePart) -> str:
-    """Perplexity and divergence per text, and sample completions; a sentence on them."""
+    """Measure perplexity and divergence per text, and write completions; a summary."""
     params = part.evaluate
     dense = None
     if name != DENSE:

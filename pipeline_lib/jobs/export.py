@@ -1,4 +1,4 @@
-"""Write one variant as files that are as small as it is, and weigh them."""
+"""Write one variant in its formats, and record the sizes."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from pipeline_lib.models.source import open_source
 
 
 def export_variant(workspace: Workspace, source: ModelParams, variant: str, params: ExportParams) -> str:
-    """Each format with a model card; a sentence on their sizes."""
+    """Write each format with a model card; a summary of the sizes."""
     facts = workspace.load(workspace.facts(variant))
     pruned = Pruned(
         variant, workspace.load(workspace.model), facts, workspace.load(workspace.training(variant))

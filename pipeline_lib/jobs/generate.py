@@ -1,4 +1,4 @@
-"""Have the source model write a text of its own."""
+"""Let the source model write a text."""
 
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import Progress
@@ -16,16 +16,15 @@ TRIED = 16  # documents for each row, after which it is given up
 def generate(
     workspace: Workspace, source: ModelParams, name: str, params: TextParams, how: GeneratedParams
 ) -> str:
-    """Write documents, each a prompt and what the model goes on with, until there are enough for
-    the text's rows; a sentence on it.
+    """Write documents, each a prompt and its continuation, until there are enough for the text's
+    samples; a summary.
 
-    Prompts are taken in turn, and again from the first one after the last: another number draws
-    other tokens. The start token stands before a document's prompt while it is continued, and is no
-    part of what is written.
+    Prompts are used in turn, and again after the last one; the number of the document changes the
+    random draw. The start token precedes a document's prompt during generation, but is not written.
 
     Raises:
-        SparselineError: prompts cannot be made, or do not fit the model's positions; or the model
-            ends texts before they have as many tokens as needed.
+        SparselineError: there are no prompts, or they do not fit the model's positions; or the
+            model ends texts before they have enough tokens.
     """
     model, tokenizer = open_subject(workspace, source, DENSE, source.compute_dtype)
     begins = start(params.start, model.config.model_type, tokenizer)

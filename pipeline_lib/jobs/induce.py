@@ -23,7 +23,9 @@ from pipeline_lib.stats.walk import InTurn, stored_or_walked
 def induce(
     workspace: Workspace, source: ModelParams, variant: str, part: InducePart, calibrate: CalibrateParams
 ) -> str:
-    """Block by block, kept only where the held-out rows agree; resumes after a kill. A sentence on it."""
+    """Learn factors block by block, and keep them if they are better on the held-out split; resumes
+    after a kill. A summary.
+    """
     what = f"induce {variant}"
     model = open_model(workspace, source)
     entry, checkpoint = model.checkpoint.architecture, model.checkpoint

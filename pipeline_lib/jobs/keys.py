@@ -1,6 +1,6 @@
-"""What each stage reads of params.yaml and of the code, as files.
+"""Key files: what each stage reads of params.yaml and of the code.
 
-DVC runs a stage again when its own file changes, and not when another's does.
+DVC runs a stage again only if its own file changes.
 """
 
 from collections.abc import Mapping
@@ -37,8 +37,8 @@ STAGES = (
 
 
 def write(workspace: Workspace) -> str:
-    """Check all of it, and write a file per stage, or per stage and variant; null where the stage
-    has nothing to do. A sentence on it.
+    """Check all parameters, and write a file per stage, or per stage and variant; null if the stage
+    has nothing to do. A summary.
 
     Raises:
         SparselineError: a name or a value cannot be used.
@@ -61,7 +61,7 @@ def write(workspace: Workspace) -> str:
 
 
 def parts(variants: Mapping[str, Variant]) -> dict[str, BaseModel | None]:
-    """Of params.yaml, by ``<stage>`` or ``<stage>/<variant>``: what each stage reads.
+    """What each stage reads of params.yaml, by ``<stage>`` or ``<stage>/<variant>``.
 
     Raises:
         SparselineError: a value cannot be used.
@@ -114,17 +114,17 @@ def _tidy(workspace: Workspace, variants: Mapping[str, Variant]) -> None:
 
 
 class ChoosePart(params.Params):
-    """Between which variants ``choose`` chooses."""
+    """The candidates of ``choose``, and the text."""
 
     text: str
     candidates: list[str]
 
 
 def choose(variants: Mapping[str, Variant]) -> ChoosePart:
-    """Ties go to the earlier candidate.
+    """What ``choose`` reads; the earlier candidate wins ties.
 
     Raises:
-        SparselineError: the text that decides is not among those evaluated.
+        SparselineError: the text is not evaluated.
     """
     text = params.load(ChooseParams, "choose").text
     names.check_evaluated("choose.text", text)
@@ -139,11 +139,11 @@ class TasksPart(params.Params):
 
 
 def tasks(name: str, variants: Mapping[str, Variant]) -> TasksPart | None:
-    """Of a variant, or of the source model, which is measured on all that any variant is measured
-    on; None without any preset.
+    """The tasks of a variant, or of the source model, which is measured on all presets of the
+    variants; None without any preset.
 
     Raises:
-        SparselineError: a variant names a preset that there is none of.
+        SparselineError: a variant names a preset that does not exist.
     """
     chosen = variants.values() if name == DENSE else [variants[name]]
     for variant in chosen:
@@ -156,13 +156,13 @@ def tasks(name: str, variants: Mapping[str, Variant]) -> TasksPart | None:
 
 
 def export(variant: Variant) -> ExportParams | None:
-    """None where no format is requested."""
+    """None if no format is requested."""
     verdict = params.load(VerdictParams, "verdict")
     return ExportParams(formats=variant.export, verdict=verdict) if variant.export else None
 
 
 def sensitivity(variants: Mapping[str, Variant]) -> SensitivityParams | None:
-    """None where no allocation reads sensitivities; without output moments where none reads these."""
+    """None if no allocation reads sensitivities; without output moments if none reads them."""
     found = params.load(SensitivityParams, "sensitivity")
     if not any(one.needs.output_moments for one in variants.values()):
         found = found.model_copy(update={"output_moments": "none"})
@@ -170,12 +170,12 @@ def sensitivity(variants: Mapping[str, Variant]) -> SensitivityParams | None:
 
 
 def calibrate(variants: Mapping[str, Variant]) -> CalibrateParams | None:
-    """None where neither curves nor induction reads statistics of the dense model."""
+    """None if neither curves nor induction read statistics of the dense model."""
     found = params.load(CalibrateParams, "calibrate")
     return found if any(one.needs.curves or one.needs.factors for one in variants.values()) else None
 
 
 def scale(variants: Mapping[str, Variant]) -> ScaleParams | None:
-    """None where nothing is induced."""
+    """None if no factors are learned."""
     found = params.load(ScaleParams, "scale")
     return found if any(one.needs.factors for one in variants.values()) else None

@@ -60,16 +60,16 @@ class _Planned:
 
 
 def foreseen(name: str | None = None, gpu_memory: float | None = None) -> Iterator[str]:
-    """Lines of a table: a stage each, then what all take together; with a GPU, which stages it is
-    too small for, and what helps.
+    """Lines of a table: one per stage, then the totals; with a GPU also the stages that do not fit,
+    and remedies.
 
     Args:
-        name: of the device that the stages will compute on; None: as the settings say. Times are of
-            that of the settings.
-        gpu_memory: bytes of the GPU; None: what this machine's has.
+        name: device of the stages; None: the device of the settings. Times are always for the
+            latter.
+        gpu_memory: bytes of the GPU; None: those of this machine's GPU.
 
     Raises:
-        SparselineError: a parameter cannot be used, or nothing is known of the GPU.
+        SparselineError: a parameter cannot be used, or the GPU's memory is unknown.
     """
     name = name or settings.device_name()
     memory = None if name == "cpu" else gpu_memory or _memory_of(name)

@@ -1,4 +1,4 @@
-"""Find the model, check it, and record what it is."""
+"""Find the model, check it, and record facts about it."""
 
 import math
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from pipeline_lib.models.written import to_json
 
 
 def prepare(workspace: Workspace, source: ModelParams) -> str:
-    """Facts about the model, its logical matrices, and what it takes; a sentence on it."""
+    """Write facts about the model, its logical matrices, and its size; a summary."""
     directory = fetch(source)
     checkpoint = open_checkpoint(directory, None, source.remote_code, source.dequantize)
     tokenizer = load_tokenizer(directory, checkpoint.vocabulary, source.remote_code)

@@ -22,7 +22,7 @@ from pipeline_lib.stats.inputs import calibration_facts, calibration_file, calib
 
 
 def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recipe: Recipe) -> str:
-    """Block by block; resumes after a kill. A sentence on it."""
+    """Prune block by block; resumes after a kill. A summary."""
     what = f"prune {variant}"
     model = open_model(workspace, source)
     entry = model.checkpoint.architecture

@@ -1,4 +1,4 @@
-"""Where factors and shifts start."""
+"""Initial factors and shifts."""
 
 from pipeline_lib.core import runtime
 from pipeline_lib.core.progress import track
@@ -12,7 +12,7 @@ from pipeline_lib.stats.walk import stored
 
 
 def scale(workspace: Workspace, source: ModelParams, params: ScaleParams) -> str:
-    """The function-preserving factors and shifts that induction sets out from; a sentence on them."""
+    """Compute the function-preserving factors and shifts from which induction starts; a summary."""
     runtime.compute()
     checkpoint = open_source(workspace, source)
     entry = checkpoint.architecture

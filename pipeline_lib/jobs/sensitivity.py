@@ -1,4 +1,4 @@
-"""What changing a weight of the dense model costs."""
+"""Sensitivity of the loss to the weights of the dense model."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,8 @@ from pipeline_lib.stats.inputs import calibration_rows
 
 
 def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityParams) -> str:
-    """The trace of every matrix's Hessian (hutchinson) or Fisher information (fisher); a sentence on it.
+    """Estimate the trace of every matrix's Hessian (hutchinson) or Fisher information (fisher); a
+    summary.
 
     Raises:
         SparselineError: a trace is NaN or infinite.

@@ -1,4 +1,4 @@
-"""Figures on tasks of one saved checkpoint, or of the source model (``dense``)."""
+"""Results on tasks of one saved checkpoint, or of the source model (``dense``)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from pipeline_lib.models.settings import ModelParams
 def tasks(
     workspace: Workspace, source: ModelParams, name: str, params: TasksParams, presets: Mapping[str, Preset]
 ) -> str:
-    """Each preset of lm-eval's tasks; a sentence on their main figures."""
+    """Measure each preset of lm-eval's tasks; a summary of the main results."""
     model, tokenizer = open_subject(workspace, source, name, params.compute_dtype)
     measured: dict[str, Any] = {}
     told = []

@@ -1,4 +1,4 @@
-"""Read one text and cut it into rows of tokens."""
+"""Read one text and cut it into samples of tokens."""
 
 from functools import partial
 from typing import Any
@@ -24,10 +24,10 @@ BEGINS = {
 
 
 def text(workspace: Workspace, source: ModelParams, name: str, params: TextParams) -> str:
-    """Rows of token ids, and which text they are from; a sentence on it.
+    """Write samples of token ids, and facts about their text; a summary.
 
     Raises:
-        SparselineError: rows are longer than the model's positions, or the text cannot be used.
+        SparselineError: samples are longer than the model's positions, or the text cannot be used.
     """
     if workspace.model.exists():  # by hand, a text may be made first
         workspace.load(workspace.model)  # the rows are of its tokenizer

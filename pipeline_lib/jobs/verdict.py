@@ -1,4 +1,4 @@
-"""Whether one variant is good enough."""
+"""The verdict on one variant."""
 
 from pipeline_lib.core.workspace import DENSE, Workspace
 from pipeline_lib.evaluation.metrics import by_task
@@ -7,7 +7,7 @@ from pipeline_lib.evaluation.verdict import Measured, Verdict, judge
 
 
 def verdict(workspace: Workspace, variant: str, params: VerdictParams) -> Verdict:
-    """From what `evaluate` and `tasks` wrote of the variant and of the dense model."""
+    """The verdict, from the results of `evaluate` and `tasks` for the variant and the dense model."""
     own, dense = (_measured(workspace, name) for name in (variant, DENSE))
     return judge(params, own, dense)
 

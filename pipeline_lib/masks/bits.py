@@ -12,10 +12,10 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
 
 
 class BitMasks(MutableMapping[str, torch.Tensor]):
-    """Masks by name, an eighth of their size in memory: what is looked up is a copy, to be put back
-    where it has changed.
+    """Masks by name, packed to an eighth of their size. A lookup returns a copy; store it again after
+    a change.
 
-    Those of three dimensions, which are changed expert by expert, stay as they are.
+    Masks of three dimensions are changed expert by expert and are not packed.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,4 @@
-"""How one matrix's mask is chosen: what scores are, what is compared with what, and what induction
-learned to prefer.
-"""
+"""The rule for one matrix's mask: scores, comparison group, and learned selection weights."""
 
 from dataclasses import dataclass, replace
 
@@ -26,7 +24,7 @@ class Rule:
         return cls(selection.score, selection.shape, selection.group, selection.block, importance)
 
     def at(self, columns: torch.Tensor | slice) -> "Rule":
-        """The same for some columns, in their order."""
+        """The rule for some of the columns, in the given order."""
         return self if self.importance is None else replace(self, importance=self.importance[columns])
 
     def weighted(self, scores: torch.Tensor) -> torch.Tensor:
@@ -34,12 +32,12 @@ class Rule:
         return scores if self.importance is None else scores * self.importance.square()
 
     def scores(self, weight: torch.Tensor, curvature: Curvature) -> torch.Tensor:
-        """Of weights [R, C], u² included; the smallest are pruned."""
+        """Scores of weights [R, C], with u²; the lowest are pruned."""
         return self.weighted(saliency(self.score, weight, curvature))
 
     def mask(self, scores: torch.Tensor, kept: int) -> torch.Tensor:
-        """The mask [R, C] of the ``kept`` best scores [R, C], compared as the pattern or, if it is
-        unstructured, the group says.
+        """The mask [R, C] of the ``kept`` highest scores [R, C], compared within the pattern or, if it
+        is unstructured, within the group.
         """
         if self.pattern.m:
             return select_n_of_m(scores, kept * self.pattern.m // scores.numel(), self.pattern.m)

@@ -1,5 +1,5 @@
-"""Saliency of weights: what removing each costs. All scores are in squared units, so that they rank
-as in the papers.
+"""Scores of weights: the cost of removing each. All scores are squared, and rank weights as in the
+papers.
 
 Shape letters: ``R`` outputs, ``C`` inputs. H = G + damping, damped second moment; G = E[X Xᵀ].
 """
@@ -14,10 +14,10 @@ from pipeline_lib.masks.settings import Score
 
 @dataclass(frozen=True)
 class Curvature:
-    """What the scores need of a matrix's inputs, each [C].
+    """Statistics of a matrix's inputs for the scores, each [C].
 
-    ``inverse_diagonal`` is [H⁻¹]_mm of the columns still free: of the whole matrix before a sweep,
-    U_mm² inside one.
+    ``inverse_diagonal`` is [H⁻¹]_mm of the columns that are still free: of the whole matrix before
+    a sweep, U_mm² inside one.
     """
 
     second_moment: torch.Tensor  # G_mm, undamped
@@ -65,5 +65,5 @@ SCORES: dict[Score, Callable[[torch.Tensor, Curvature], torch.Tensor]] = {
 
 
 def saliency(score: Score, weight: torch.Tensor, curvature: Curvature) -> torch.Tensor:
-    """Scores [R, C]; the smallest are pruned."""
+    """Scores [R, C]; the lowest are pruned."""
     return SCORES[score](weight, curvature)

@@ -1,7 +1,7 @@
-"""From scores to masks: which weights stay, exactly as many as asked, ties broken by position.
-Masks are bool, True = kept.
+"""From scores to masks with an exact number of kept weights; positions break ties. Masks are bool,
+True = kept.
 
-NaN is never kept, so that a mask of scores that hold NaN has too few True.
+NaN is never kept, so a mask of scores with NaN has too few True.
 """
 
 from typing import Any
@@ -106,11 +106,11 @@ def select_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 def select(scores: torch.Tensor, kept: int, group: Group, block: int) -> torch.Tensor:
-    """A mask with exactly ``kept`` True, compared within rows, the whole matrix, or column blocks
-    of width ``block``.
+    """A mask with exactly ``kept`` True, compared within rows, the whole matrix, or column blocks of
+    width ``block``.
 
-    Every row (column block) gets its proportional share; the spare ones go to the first rows, since
-    comparing scores across rows would make the mask depend on how each output happens to be scaled.
+    Every row (column block) gets its proportional share. The first rows get the remainder: if
+    scores were compared across rows, the mask would depend on the scale of each output.
     """
     if group == "matrix":
         return _best(scores.reshape(1, -1), kept).reshape(scores.shape)

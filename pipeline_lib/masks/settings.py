@@ -1,4 +1,4 @@
-"""How masks are chosen: parameters, and the patterns that they may ask for."""
+"""Parameters of the choice of masks, and patterns."""
 
 import re
 from collections.abc import Mapping
@@ -79,7 +79,7 @@ def _in_order(value: Any) -> Any:
 
 
 class SelectionParams(Params):
-    """Section ``prune.selection``, with ``variants.<name>.selection`` laid over it."""
+    """Section ``prune.selection``, overridden by ``variants.<name>.selection``."""
 
     # a mapping comes as pairs, whose order counts
     sparsity: Annotated[Share | list[tuple[str, Share]], BeforeValidator(_in_order)]
@@ -97,7 +97,7 @@ class SelectionParams(Params):
 
     @property
     def by_hand(self) -> list[tuple[str, float]]:
-        """Pattern of names, sparsity: of several that match a matrix the first counts."""
+        """Pattern of names and sparsity; the first pattern that matches a matrix counts."""
         return (
             [pair for pair in self.sparsity if pair[0] != OVERALL] if isinstance(self.sparsity, list) else []
         )

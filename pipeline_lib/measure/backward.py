@@ -1,12 +1,12 @@
-"""Derivatives of the loss block by block: up through the blocks with the inputs of each kept, then
-down with each block's graph alone.
+"""Derivatives of the loss block by block: forward through the blocks, with the inputs of each kept,
+then backward with one block's graph at a time.
 
-Nothing but the chain rule: the derivatives are those of the whole model. The blocks are read once
-up and once down for a group of batches; the graph of one block and one batch is all that is ever in
-memory, at the price of one more forward pass.
+By the chain rule these are the derivatives of the whole model. The blocks are read once forward and
+once backward for a group of batches. Only the graph of one block and one batch is in memory, at the
+price of one more forward pass.
 
-Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of the residual stream,
-``V`` tokens of the vocabulary.
+Shape letters: ``B`` samples in a batch, ``T`` tokens per sample, ``D`` channels of the residual
+stream, ``V`` tokens of the vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Subject:
-    """Whose sensitivity is estimated, on which text."""
+    """The model and the text of an estimate."""
 
     model: BlockModel
     rows: torch.Tensor  # token rows [N, T]
@@ -34,34 +34,32 @@ class Subject:
     matrices: Mapping[int, Mapping[str, Matrix]]
 
     def batch(self, probe: int, count: int) -> torch.Tensor:
-        """The rows [count, T] behind a probe: each takes the next ones, from the start again after
-        the last.
-        """
+        """The samples [count, T] of a probe: each probe takes the next ones, cyclically."""
         return self.rows[(torch.arange(count) + probe * count) % len(self.rows)]
 
 
 class Walk(Protocol[S]):
-    """What is carried: hidden states up and gradients with respect to them down, with their
-    tangents or without; ``number`` is the batch's.
+    """The state of a pass: hidden states forward, and gradients with respect to them backward, with or
+    without tangents; ``number`` is the batch's.
     """
 
     def enter(self, hidden: torch.Tensor) -> S:
-        """Before the first block, for its inputs [B, T, D]."""
+        """The state before the first block, for its inputs [B, T, D]."""
 
     def up(self, block: nn.Module, index: int, number: int, state: S) -> S:
-        """Through a block."""
+        """Forward through a block."""
 
     def turn(self, logits: Logits, number: int, state: S) -> S:
         """At the loss: from hidden states to gradients."""
 
     def down(self, block: nn.Module, index: int, number: int, state: S, gradient: S) -> S:
-        """Back through a block whose inputs were ``state``: from the gradient at its outputs to the
-        one at its inputs.
+        """Backward through a block whose inputs were ``state``: from the gradient at its outputs to
+        the one at its inputs.
         """
 
 
 def walk(model: BlockModel, batches: Sequence[torch.Tensor], method: Walk[S]) -> None:
-    """Take batches of token rows [B, T] through all blocks and back."""
+    """Pass batches of samples [B, T] forward and backward through all blocks."""
     depth = model.checkpoint.architecture.depth
     stream = model.embed(torch.cat(list(batches)), [len(batch) for batch in batches])
     kept = [[method.enter(hidden)] for hidden in stream.hidden]

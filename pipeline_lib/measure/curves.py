@@ -1,5 +1,5 @@
-"""Error curves: what pruning each matrix of a block to a few densities changes, on the dense
-stream; and what OWL and DLP read of a block.
+"""Error curves: the error of each matrix of a block at several densities, on the dense activations;
+and the statistics of OWL and DLP.
 
 Shape letters: ``R`` outputs, ``C`` inputs of a matrix. G = E[X Xᵀ], shape [C, C]; M = E[g gᵀ] of
 the loss's gradients at the outputs, [R, R] or its diagonal [R].
@@ -24,8 +24,8 @@ from pipeline_lib.stats.dense import DenseBlock
 
 
 def counts(size: int, quantum: int, densities: Collection[float]) -> list[int]:
-    """Kept counts to measure between none and all: every multiple of an N:M pattern's quantum, or
-    the densities' nearest.
+    """Kept counts to measure between none and all: every multiple of an N:M pattern's quantum, or the
+    nearest to the densities.
     """
     if quantum > 1:
         return list(range(quantum, size, quantum))
@@ -34,7 +34,7 @@ def counts(size: int, quantum: int, densities: Collection[float]) -> list[int]:
 
 def errors(difference: torch.Tensor, gram: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
     """‖ΔW‖²_F, the layer error tr(ΔW G ΔWᵀ) (= E‖ΔW X‖²), and with M the Kronecker error tr(M ΔW G
-    ΔWᵀ), for ΔW [R, C]. A few rows at a time.
+    ΔWᵀ), for ΔW [R, C], in parts of a few rows.
 
     Returns:
         [3], or [2] without M; float64, on the device.
@@ -63,11 +63,12 @@ def measure(
     compensate: bool,
     params: CurvesParams,
 ) -> dict[str, dict[str, Any]]:
-    """Per label of an included matrix: ``curve``, ``damping``, and its block's ``outliers`` and ``median``.
+    """Per label of an included matrix: ``curve``, ``damping``, and its block's ``outliers`` and
+    ``median``.
 
-    Masks, compensation and errors come from the fitting rows' Gram matrix: the held-out rows judge
-    what the allocation leads to. One factorisation serves all matrices of a site at all densities.
-    At density 0 ΔW = −W, at 1 it is 0: both are exact.
+    Masks, compensation and errors use the Gram matrix of the training split. One factorisation
+    serves all matrices of a site at all densities. At density 0 ΔW = −W, and at 1 it is 0; both are
+    exact.
 
     Args:
         moments: M per label; may be empty.

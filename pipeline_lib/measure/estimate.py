@@ -1,4 +1,4 @@
-"""From samples per probe to an estimate: probes are added until the matrices' ranking holds still."""
+"""Estimates from probes, which are added until the ranking of the matrices is stable."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ Samples = list[dict[str, float]]
 
 
 def kendall(a: Sequence[float], b: Sequence[float]) -> float:
-    """Kendall's τ-b of two rankings of the same things: 1 the same order, −1 the reverse, ties accounted for.
+    """Kendall's τ-b of two rankings: 1 for the same order, −1 for the reverse; it accounts for ties.
 
-    Two rankings without any order agree (1); one without and one with an order do not (0).
+    Two rankings without any order agree (1); one with and one without an order do not (0).
     """
     upper = np.triu_indices(len(a), 1)
     x, y = (np.sign(np.subtract.outer(v, v)[upper]) for v in (np.asarray(a, float), np.asarray(b, float)))
@@ -21,8 +21,8 @@ def kendall(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def split_half(samples: Samples) -> float:
-    """Kendall's τ between the rankings by the even probes' mean and by the odd probes'. Of the
-    whole mean it is an underestimate.
+    """Kendall's τ between the rankings by the means of the even and of the odd probes. It
+    underestimates the reliability of the whole mean.
     """
     halves = [
         [float(np.mean([sample[name] for sample in samples[start::2]])) for name in samples[0]]
@@ -33,18 +33,18 @@ def split_half(samples: Samples) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Samples so far, and how well they agree."""
+    """Samples so far, and their agreement."""
 
     samples: Samples
     agreement: float  # split-half Kendall τ
     reached: bool
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Per matrix: ``trace`` (mean over probes), its ``stderr``, and ``sensitivity`` = max(trace, stderr).
+        """Per matrix: ``trace`` (mean over probes), its ``stderr``, and ``sensitivity`` = max(trace,
+        stderr).
 
-        The floor is for estimates that came out negative or tiny: all that is known of them is that
-        they are about as large as their error at most, and whoever ranks or weighs matrices needs
-        positive numbers.
+        Estimates below their standard error are replaced by it: they are indistinguishable from
+        zero, and rankings need positive numbers.
         """
         found = {}
         for name in self.samples[0]:
@@ -57,13 +57,13 @@ class Estimate:
 def estimates(
     sample: Callable[[Sequence[int]], Samples], most: int, at_once: int, agreement: float
 ) -> Iterator[Estimate]:
-    """The estimate after each group of probes; the last one is where the halves agree, or where
-    ``most`` probes are used up.
+    """The estimate after each group of probes; in the last one, the halves agree or ``most`` probes
+    are used.
 
     Args:
-        sample: the samples of the probes of these numbers.
-        at_once: probes in a group.
-        agreement: split-half Kendall τ to be reached.
+        sample: from numbers of probes to their samples.
+        at_once: probes per group.
+        agreement: requested split-half Kendall τ.
     """
     samples: Samples = []
     while len(samples) < most:
@@ -76,7 +76,7 @@ def estimates(
 
 
 def relative_error(summary: Mapping[str, Mapping[str, float]]) -> float:
-    """Median over matrices of the standard error in units of the sensitivity."""
+    """Median over matrices of standard error / sensitivity."""
     return float(
         np.median(
             [one["stderr"] / one["sensitivity"] if one["sensitivity"] else 0.0 for one in summary.values()]

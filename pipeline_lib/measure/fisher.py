@@ -1,10 +1,10 @@
-"""Trace of the Fisher information per logical matrix by ordinary backward passes, block by block,
-and output gradients' second moments.
+"""Trace of the Fisher information per logical matrix by ordinary backward passes, block by block, and
+second moments of output gradients.
 
-Symbols: p_θ the model's distribution of the next token, y labels drawn from it at every predicted
-position, ℓ = −Σ_t log p_θ(y_t); x [T, C] inputs and g = ∂ℓ/∂(outputs) [T, R] of a linear, so that
-∂ℓ/∂W = gᵀx. Where the model fits the text, the Fisher information is the Hessian of the mean
-cross-entropy (its Gauss-Newton part, the other part having mean zero).
+Symbols: p_θ is the model's distribution of the next token, y labels drawn from it at every
+predicted position, ℓ = −Σ_t log p_θ(y_t). x [T, C] are the inputs of a linear layer and g =
+∂ℓ/∂(outputs) [T, R], so ∂ℓ/∂W = gᵀx. If the model fits the text, the Fisher information is the
+Hessian of the mean cross-entropy (its Gauss-Newton part; the other part has mean zero).
 """
 
 import math
@@ -31,12 +31,12 @@ BATCH_TOKENS = 2048  # which more than one row may have together: the graph of a
 
 
 class OutputMoments:
-    """E[g gᵀ], shape [R, R], of every included matrix, or its diagonal [R], mean over predicted
+    """E[g gᵀ], shape [R, R], of every included matrix, or its diagonal [R], as a mean over predicted
     tokens: one file per block, one block in memory.
 
-    Probe p belongs to lane p mod 4. Until all probes are in, there is a file for each block and
-    lane, since a lane's sum goes on where it was left: how many probes share a pass changes no bit
-    of the sums over given gradients.
+    Probe p belongs to lane p mod 4. Until all probes are done, there is a file per block and lane,
+    so that a lane's sum continues where it ended. The number of probes per pass does not change a
+    bit of the sums over given gradients.
     """
 
     def __init__(self, directory: Path, full: bool) -> None:
@@ -46,13 +46,13 @@ class OutputMoments:
         self._tokens = 0
 
     def open(self, index: int, lane: int) -> None:
-        """From here on gradients are those of a block and a lane."""
+        """Begin with a block and a lane."""
         path = self._file(index, lane)
         self._sums, facts = read_tensors(path) if path.exists() else ({}, {"tokens": 0})
         self._tokens = facts["tokens"]
 
     def add(self, matrix: Matrix, gradients: torch.Tensor) -> None:
-        """Take output gradients g [B, T, R] of a matrix of the block at hand, row by row. The sums
+        """Add output gradients g [B, T, R] of a matrix of the open block, sample by sample. The sums
         stay on their device.
         """
         outputs = gradients.shape[-1]
@@ -67,12 +67,12 @@ class OutputMoments:
             add_square(sums, g, g)
 
     def close(self, index: int, lane: int, tokens: int) -> None:
-        """Done with the block and the lane for now: sums over so many more predicted tokens."""
+        """Store the sums of the open block and lane, over so many more predicted tokens."""
         write_tensors(self._file(index, lane), self._sums, {"tokens": self._tokens + tokens})
         self._sums = {}
 
     def finish(self, depth: int) -> None:
-        """All probes are in: the lanes' sums become each block's mean, in its one file."""
+        """Add the lanes' sums to each block's mean, and store it in one file."""
         for index in range(depth):
             files = [file for lane in range(LANES) if (file := self._file(index, lane)).exists()]
             tokens = sum(read_tensors(file)[1]["tokens"] for file in files)
@@ -114,11 +114,11 @@ def _recorded(
 
 
 def batches(probes: Iterable[int], together: int) -> list[list[int]]:
-    """Probes that go through the blocks together, lane by lane: at most so many of one lane, whose
-    places in it are next to each other.
+    """Probes that pass through the blocks together: a limited number of consecutive probes of one
+    lane.
 
-    The probes' numbers alone decide. So any multiple of ``together`` · 4 probes from number 0 on is
-    made of the same batches, in one pass or in several.
+    Only the probes' numbers decide. So any multiple of ``together`` · 4 probes, counted from probe
+    0, consists of the same batches, in one pass or in several.
     """
     found: dict[tuple[int, int], list[int]] = {}
     for probe in sorted(probes):
@@ -127,7 +127,7 @@ def batches(probes: Iterable[int], together: int) -> list[list[int]]:
 
 
 def at_once(rows_per_probe: int, length: int) -> int:
-    """How many probes, of rows of so many tokens, go through the blocks together."""
+    """Number of probes, with samples of so many tokens, that pass through the blocks together."""
     rows = next(rows for rows in BATCH_ROWS if rows * length <= BATCH_TOKENS or rows == 1)
     return max(1, rows // rows_per_probe)
 
@@ -260,10 +260,10 @@ class _Gradient:
 
 
 def drawn(probabilities: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """A label [n, 1] for each row of probabilities [n, V]: where the sum of those before it passes
-    a uniform number.
+    """A label [n, 1] for each row of probabilities [n, V]: where the cumulative probability passes a
+    uniform random number.
 
-    One number a label is drawn on the CPU, where ``torch.multinomial`` draws V of them, which took
+    One number per label is drawn on the CPU. ``torch.multinomial`` draws V of them, which took
     longer than the head's products.
     """
     sums = probabilities.cumsum(-1, dtype=torch.float64)
@@ -283,12 +283,12 @@ def samples(
     subject: Subject, params: SensitivityParams, probes: Sequence[int], moments: OutputMoments | None = None
 ) -> list[dict[str, float]]:
     """For each probe, ‖∂ℓ/∂W‖² / (tokens · n) per logical matrix: an unbiased sample of its mean
-    Fisher diagonal on the probe's rows.
+    Fisher diagonal on the probe's samples.
 
-    Unbiased because labels drawn from the model have scores ∂log p/∂W of mean zero: of the sum's
-    square, only the tokens' own squares remain in the mean. True labels (the "empirical Fisher") do
-    not have that, nor does the gradient of the mean loss. ``moments`` takes the output gradients of
-    the same pass.
+    It is unbiased because labels drawn from the model have scores ∂log p/∂W of mean zero: only the
+    squares of single tokens remain in the mean of the sum's square. True labels (the "empirical
+    Fisher") do not have this property, nor does the gradient of the mean loss. ``moments`` collects
+    the output gradients of the same pass.
     """
     gradient = _Gradient(subject, params, probes, moments)
     walk(subject.model, gradient.batches, gradient)

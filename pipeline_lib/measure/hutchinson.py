@@ -1,9 +1,9 @@
 """Trace of the cross-entropy Hessian per logical matrix by Hutchinson's estimator (2310.09499, Eqs.
 5–6), block by block.
 
-Symbols: z probe over all included parameters θ, L mean cross-entropy [nats/token], x a block's
-inputs [B, T, D], f a block; ẋ = dx/dt and so on along θ + t z, x̄ = ∂L/∂x and so on. Hz is the
-tangent of θ̄.
+Symbols: z is the probe over all included parameters θ, L the mean cross-entropy [nats/token], x a
+block's inputs [B, T, D], f a block. ẋ = dx/dt along θ + t z, and x̄ = ∂L/∂x; other dots and bars
+accordingly. Hz is the tangent of θ̄.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +33,8 @@ def probe_vector(
 
 
 def push_forward(function: Callable[..., torch.Tensor], inputs: Tensors, tangents: Tensors) -> State:
-    """f(u) and its tangent J u̇, as the derivative of Jᵀ w with respect to w: blocks can have parts
-    without forward-mode derivatives.
+    """f(u) and its tangent J u̇, as the derivative of Jᵀ w with respect to w, because some blocks have
+    parts without forward-mode derivatives.
     """
     u = [tensor.detach().requires_grad_(True) for tensor in inputs]
     output = function(*u)
@@ -50,10 +50,10 @@ def pull_back(
     gradient: torch.Tensor,
     gradient_tangent: torch.Tensor,
 ) -> tuple[Tensors, Tensors]:
-    """One link of the chain for first and second derivatives of L: from those at a function's
-    output to those at its inputs.
+    """One link of the chain rule for first and second derivatives of L: from a function's output to
+    its inputs.
 
-    With φ = ⟨ȳ, f(u)⟩: ū = ∇φ, and its tangent is ∇[⟨∇φ, u̇⟩ + ⟨ȳ̇, f⟩], one double backward.
+    With φ = ⟨ȳ, f(u)⟩: ū = ∇φ, and its tangent is ∇[⟨∇φ, u̇⟩ + ⟨ȳ̇, f⟩], one double backward pass.
 
     Args:
         inputs: u, and ``tangents`` u̇ of the same shapes.
@@ -151,7 +151,7 @@ class _Product:
 
 def samples(subject: Subject, params: SensitivityParams, probes: Sequence[int]) -> list[dict[str, float]]:
     """For each probe, zᵀHz / n per logical matrix: an unbiased sample of its mean Hessian diagonal
-    Tr(H)/n on the probe's rows.
+    Tr(H)/n on the probe's samples.
 
     One Hessian-vector product serves all matrices: z is drawn for all at once, and the cross terms
     vanish in expectation.

@@ -22,7 +22,7 @@ class SensitivityParams(Params):
 
 
 class CurvesParams(Params):
-    """Section ``curves``, with ``variants.<name>.curves`` laid over it."""
+    """Section ``curves``, overridden by ``variants.<name>.curves``."""
 
     densities: list[float] = Field(min_length=1)
     outlier_factor: float = Field(gt=0)

@@ -1,4 +1,4 @@
-"""Names in params.yaml, and keys that once were there."""
+"""Names in params.yaml, and keys of version 1."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,10 +29,10 @@ PATHS = {  # the same of a variant
 
 
 def check() -> None:
-    """Refuse names that DVC, a shell or a file system would read as something else, and keys of version 1.
+    """Refuse names that DVC, a shell or a file system would misread, and keys of version 1.
 
     Raises:
-        SparselineError: the first such name or key, or a section of names that is no mapping.
+        SparselineError: the first such name or key, or a section of names that is not a mapping.
     """
     texts, presets, variants = (
         _mapping(section, params.section(section)) for section in ("texts", "presets", "variants")
@@ -67,10 +67,10 @@ def texts_of(use: str) -> list[str]:
 
 
 def check_evaluated(key: str, text: str) -> None:
-    """Refuse a text that is not evaluated, where ``key`` names one that must be.
+    """Refuse ``key`` if it names a text that is not evaluated.
 
     Raises:
-        SparselineError: it is not.
+        SparselineError: the text is not evaluated.
     """
     evaluated = texts_of("evaluate")
     if text not in evaluated:
@@ -81,10 +81,10 @@ def check_evaluated(key: str, text: str) -> None:
 
 
 def check_presets(variant: str, presets: list[str]) -> None:
-    """Refuse names of presets that there are none of.
+    """Refuse names of presets that do not exist.
 
     Raises:
-        SparselineError: the first.
+        SparselineError: the first unknown name.
     """
     known = _mapping("presets", params.section("presets"))
     for name in presets:

@@ -1,5 +1,5 @@
-"""What a variant needs of the model and of the calibration text. It drives the graph, the stages,
-the report and the model card.
+"""The measurements that a variant needs. They determine the graph, the stages, the report and the
+model card.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Moments = Literal["none", "diagonal", "full"]
 
 @dataclass(frozen=True)
 class Needs:
-    """Of one recipe; nothing that is not named here is computed for it."""
+    """Needs of one recipe; nothing else is computed for it."""
 
     moments: Moments  # second moments of the sites' inputs, for scores and compensation
     cross: bool  # cross moments with the dense model's activations
@@ -26,13 +26,13 @@ class Needs:
 
     @property
     def text(self) -> bool:
-        """Whether pruning reads calibration rows."""
+        """Whether pruning reads calibration samples."""
         return self.moments != "none" or self.dense_stream
 
 
 def needs(recipe: Recipe) -> Needs:
-    """Of scores, only OBS and ISC read the inverse of H; magnitude reads no statistics at all,
-    Wanda and OBD read diagonals.
+    """The needs of a recipe. OBS and ISC need the inverse of H, Wanda and OBD diagonals, and magnitude
+    no statistics.
     """
     how, score = recipe.reconstruction, recipe.selection.score
     fitted = bool(how.fits)

@@ -29,14 +29,14 @@ class ReconstructionParams(Params):
 
     @property
     def fits(self) -> dict[str, FitParams]:
-        """The steps that fit a whole block. Each passes a gate: held-out rows, which enter no
-        statistic of the variant, keep it or not.
+        """The steps that train a whole block. Each has a gate on the held-out split, which enters no
+        statistic of the variant.
         """
         return {name: getattr(self, name) for name in FITS if name in self.steps}
 
     @property
     def window(self) -> int:
-        """How many consecutive blocks are pruned together."""
+        """Number of consecutive blocks that are pruned together."""
         return self.block.window if "block" in self.steps else 1
 
     @field_validator("steps")
@@ -67,7 +67,7 @@ class ReconstructionParams(Params):
 
 
 class InduceParams(Params):
-    """Section ``induce``, with ``variants.<name>.induce`` laid over it."""
+    """Section ``induce``, overridden by ``variants.<name>.induce``."""
 
     factors: bool
     importance: bool
@@ -83,7 +83,7 @@ class InduceParams(Params):
 
 
 class Pruning(Params):
-    """How a model is pruned: what section ``prune`` and ``variants.<name>`` say of it."""
+    """How a model is pruned, from the section ``prune`` and ``variants.<name>``."""
 
     batch_rows: int = Field(ge=1)
     quantization: QuantizationParams
@@ -104,13 +104,13 @@ class Pruning(Params):
 
 
 class Recipe(Pruning):
-    """All that decides what a pruned model is."""
+    """All parameters that determine a pruned model."""
 
     induce: InduceParams | None  # None: no factors are learned before masks are chosen
 
 
 class PruneParams(Pruning):
-    """Section ``prune``, with ``variants.<name>`` laid over it, but for its sections ``induce`` and
+    """Section ``prune``, overridden by ``variants.<name>``, except for its sections ``induce`` and
     ``curves``.
     """
 

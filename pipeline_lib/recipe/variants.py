@@ -1,5 +1,5 @@
-"""Variants as params.yaml writes them, and what each stage reads of one: the stage's key in DVC is
-exactly that.
+"""Variants of params.yaml, and the part of a variant that each stage reads, which is the stage's key
+in DVC.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ OWN = ("induce", "curves", "distil")  # sections of a variant that are laid over
 
 
 class CurvesPart(Params):
-    """What ``curves`` measures for a variant; the sparsity is not part of it."""
+    """What ``curves`` reads of a variant; the sparsity is not part of it."""
 
     selection: SelectionParams
     compensate: bool  # by the OBS sweep
@@ -27,7 +27,7 @@ class CurvesPart(Params):
 
 
 class AllocatePart(Params):
-    """What spreads a variant's budget."""
+    """What ``allocate`` reads of a variant."""
 
     sparsity: float  # overall
     by_hand: list[tuple[str, float]]  # pattern, sparsity: the first match counts
@@ -36,7 +36,7 @@ class AllocatePart(Params):
 
 
 class InducePart(Params):
-    """What ``induce`` learns for a variant; the budget comes with its allocation."""
+    """What ``induce`` reads of a variant; the budget comes from its allocation."""
 
     selection: SelectionParams
     compensate: bool
@@ -45,7 +45,7 @@ class InducePart(Params):
 
 @dataclass(frozen=True)
 class Variant:
-    """A recipe, how its error curves are measured, and what is done with the pruned model."""
+    """A recipe, the parameters of its error curves, and what follows the pruning."""
 
     name: str
     recipe: Recipe
@@ -61,7 +61,7 @@ class Variant:
 
     @property
     def curves(self) -> CurvesPart | None:
-        """None where the allocation reads no curves."""
+        """None if the allocation reads no curves."""
         if not self.needs.curves:
             return None
         return CurvesPart(selection=self._any_sparsity, compensate=self._compensates, curves=self.measured)
@@ -76,7 +76,7 @@ class Variant:
 
     @property
     def induce(self) -> InducePart | None:
-        """None where nothing is induced."""
+        """None if no factors are learned."""
         induce = self.recipe.induce
         return (
             None

@@ -1,4 +1,4 @@
-"""A recipe as readers see it: in the log, in the report and on model cards."""
+"""Descriptions of a recipe for the log, the report and model cards."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ STEPS = {"obs": "OBS sweep", "lsq": "least squares", "channel": "channel fit", "
 
 
 def rows(recipe: Recipe) -> dict[str, str]:
-    """What a variant is made of: head -> words."""
+    """The parts of a variant: head -> words."""
     selection, allocation, quantisation = recipe.selection, recipe.allocation, recipe.quantization
     within = f"block of {selection.block} columns" if selection.group == "block" else selection.group
     alpha = f"α = {allocation.alpha:g}"
@@ -30,7 +30,7 @@ def rows(recipe: Recipe) -> dict[str, str]:
 
 
 def training(facts: Mapping[str, Any]) -> str:
-    """What training did to a pruned model as a whole, from ``build/training``: empty without any."""
+    """The training of the whole pruned model, from ``build/training``; empty without any."""
     if not facts:
         return "none: one-shot"
     return f"{facts['steps']} steps of distillation{'' if facts['kept'] else ', not kept'}"

@@ -1,4 +1,4 @@
-"""Chats: messages checked before a chat template sees them, and rendered by it."""
+"""Chats: check messages, and render them by a chat template."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ Message = dict[str, Any]
 
 
 def check_messages(values: list[Any], where: str) -> list[Message]:
-    """The messages of one chat, as every template takes them.
+    """The messages of one chat in a form that every template accepts.
 
-    A content of text parts becomes one string, and null beside tool calls becomes an empty one:
-    templates that know neither would print Python's notation of them. Other keys that are null are
-    left out.
+    Text parts become one string, and null beside tool calls becomes an empty string, because
+    templates without support for them would print Python's notation. Other keys with null are
+    removed.
 
     Raises:
-        SparselineError: a message without a role, without text, or with parts that are no text.
+        SparselineError: a message has no role, no text, or parts that are not text.
     """
     return [_message(value, f"{where}: message {number}") for number, value in enumerate(values, 1)]
 
@@ -61,15 +61,15 @@ def _message(value: Any, where: str) -> Message:
 
 
 def is_blank(messages: list[Message]) -> bool:
-    """No message says anything."""
+    """Whether no message has content."""
     return not any(message["content"].strip() or message.get("tool_calls") for message in messages)
 
 
 def ask(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], places: Sequence[str]
 ) -> list[str]:
-    """Each chat as ``render`` writes it, up to its last answer, with what makes the model answer.
-    Chats without a message before it are left out.
+    """Each chat as ``render`` writes it, up to its last answer, with the generation prompt. Chats
+    without a message before the answer are skipped.
 
     Raises:
         SparselineError: as ``render``.
@@ -91,12 +91,12 @@ def _before_last_answer(messages: list[Message]) -> list[Message]:
 def render(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], places: Sequence[str]
 ) -> list[str]:
-    """Each chat as the model's chat template writes it, which is a program; ``places`` tell where
-    each was read.
+    """Each chat as the model's chat template writes it. The template is a program; ``places`` are the
+    sources of the chats, for errors.
 
     Raises:
-        SparselineError: there is no template; it fails on a chat, or comes to no end; or it leaves
-            out what messages of some role say.
+        SparselineError: there is no template; it fails on a chat or does not finish; or it drops
+            the content of a role.
     """
     if tokenizer.chat_template is None:
         raise SparselineError(

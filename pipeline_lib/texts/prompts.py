@@ -1,4 +1,4 @@
-"""Openings of documents and chats, which a model goes on with."""
+"""Prompts: the beginnings of documents and chats, which a model continues."""
 
 from collections.abc import Sequence
 
@@ -17,10 +17,10 @@ CHARACTERS = 40
 def prompts(
     tokenizer: PreTrainedTokenizerBase, texts: Texts, params: TextParams, how: GeneratedParams, most: int
 ) -> list[list[int]]:
-    """Tokens, in the order of the source: the first ``prompt_tokens`` of a document; of a chat all
-    before its last answer, in the model's template.
+    """Tokens, in the order of the source: the first ``prompt_tokens`` of a document; of a chat
+    everything before its last answer, in the model's template.
 
-    Documents that are shorter are left out, and so are chats of more than ``most`` tokens.
+    Shorter documents are skipped, and so are chats of more than ``most`` tokens.
 
     Raises:
         SparselineError: none is left.

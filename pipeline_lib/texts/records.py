@@ -1,9 +1,8 @@
-"""Files of text and of records: which file is read as what, its compression, its encoding, and
-where each record stands.
+"""Files of text and of records: format, compression, encoding, and the position of each record.
 
-JSON is read by Python's json and Parquet by pyarrow, not by ``datasets``: that package makes all
-records alike (a message gets the keys of all other messages, as nulls, which a chat template sees),
-names no line in its errors, and writes a cache.
+JSON is read by Python's json and Parquet by pyarrow, not by ``datasets``. That package gives all
+records the same keys (a message gets the keys of all other messages, as nulls, which a chat
+template sees), does not name lines in its errors, and writes a cache.
 """
 
 import bz2
@@ -57,15 +56,15 @@ def _suffix(path: Path) -> str:
 
 
 def holds_records(path: Path) -> bool:
-    """Whether a file's name says that it holds records; any other file is one plain text."""
+    """Whether a file has records, by its name; any other file is one plain text."""
     return _suffix(path) in READERS
 
 
 def unpack(path: Path, raw: bytes) -> bytes:
-    """A file's bytes, decompressed where its last suffix names a compression.
+    """A file's bytes, decompressed if its last suffix names a compression.
 
     Raises:
-        SparselineError: the bytes are damaged or far more than text gives, or a package is missing.
+        SparselineError: the bytes are damaged or decompress to too much, or a package is missing.
     """
     decompressor = COMPRESSIONS.get(path.suffix.lower())
     if decompressor is None:
@@ -115,10 +114,10 @@ def _decompressed(decompressor: Callable[[], Any], raw: bytes) -> Iterator[bytes
 
 
 def decode(path: Path, raw: bytes) -> str:
-    """UTF-8 text; a byte order mark is taken off.
+    """UTF-8 text without a byte order mark.
 
     Raises:
-        SparselineError: the bytes are in another encoding, or are no text.
+        SparselineError: the bytes have another encoding or are not text.
     """
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         raise SparselineError(
@@ -137,15 +136,15 @@ def decode(path: Path, raw: bytes) -> str:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in JSON's words."""
+    """The type of a value, in JSON's words."""
     return KINDS.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def check_characters(value: Any, where: str) -> None:
-    """Refuse lone surrogates, which JSON can write, but no tokenizer takes.
+    """Refuse lone surrogates, which JSON can contain but no tokenizer accepts.
 
     Raises:
-        SparselineError: a string within ``value`` holds one.
+        SparselineError: a string within ``value`` contains one.
     """
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
@@ -157,7 +156,7 @@ def check_characters(value: Any, where: str) -> None:
 
 
 def read_records(path: Path, raw: bytes, field: str | None) -> Iterator[Placed]:
-    """``field`` of every record of a file, with the record's place.
+    """``field`` of every record of a file, with the record's position.
 
     Raises:
         SparselineError: the file is damaged, or a record has no such field.
@@ -167,10 +166,10 @@ def read_records(path: Path, raw: bytes, field: str | None) -> Iterator[Placed]:
 
 
 def pick(record: Any, field: str | None, where: str) -> Any:
-    """A record's field: the key itself, else the path of keys that its dots separate.
+    """A record's field: the key itself, or the path of keys separated by dots.
 
     Raises:
-        SparselineError: the record is no object, or has no such field.
+        SparselineError: the record is not an object, or has no such field.
     """
     if not isinstance(record, dict):
         raise SparselineError(f"{where}: a record must be an object with fields, not {kind(record)}.")

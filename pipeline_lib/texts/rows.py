@@ -1,4 +1,4 @@
-"""Documents to rows of token ids."""
+"""From documents to samples of token ids."""
 
 from collections.abc import Sequence
 
@@ -17,8 +17,8 @@ TOGETHER = 1000  # documents that the tokenizer is given at once
 def encode(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], watched: Watched = iter
 ) -> list[list[int]]:
-    """Each document's tokens, without any that the tokenizer adds. ``watched`` sees every thousand
-    documents pass.
+    """Each document's tokens, without tokens that the tokenizer adds. ``watched`` counts every
+    thousand documents.
     """
     encoded: list[list[int]] = []
     for first in watched(range(0, len(documents), TOGETHER)):
@@ -30,10 +30,10 @@ def encode(
 
 
 def begin(documents: list[list[int]], start: Start, chat_template: bool) -> list[list[int]]:
-    """Documents with the start token where ``document`` asks for it, and without it otherwise.
+    """Documents with the start token if ``start.place`` is document, and without it otherwise.
 
-    A chat begins as its template says: no second start token is put before it, and with ``row`` or
-    ``none`` its own is taken off.
+    A chat begins as its template says: it gets no second start token, and with ``row`` or ``none``
+    its own is removed.
     """
     if start.token is None:
         return documents
@@ -45,16 +45,16 @@ def begin(documents: list[list[int]], start: Start, chat_template: bool) -> list
 
 
 def rows_of(documents: list[list[int]], params: TextParams, start: Start) -> torch.Tensor:
-    """Rows [N, T] of token ids.
+    """Samples [N, T] of token ids.
 
-    ``concatenate`` joins all documents and cuts the stream into rows; ``document`` takes one row
-    from each document that is long enough, at a random place. With a seed the rows are drawn at
-    random without replacement, else they are the first; all of them, in order, where
-    ``params.rows`` is None. With ``start.place`` row, a row is the start token and T - 1 tokens of
-    text.
+    ``concatenate`` joins all documents and cuts them into samples; ``document`` takes one sample
+    from each document that is long enough, at a random position. With a seed, the samples are drawn
+    at random without replacement; without, they are the first ones. If ``params.rows`` is None, all
+    samples are taken in order. With ``start.place`` row, a sample is the start token and T - 1
+    tokens of text.
 
     Raises:
-        SparselineError: too little text for the rows asked for, or too few different tokens in it.
+        SparselineError: too little text for the number of samples, or too few different tokens.
     """
     documents = begin(documents, start, params.chat_template)
     length = params.length - (start.place == "row")
@@ -98,11 +98,11 @@ def _checked(rows: torch.Tensor, params: TextParams) -> torch.Tensor:
 
 
 def split(rows: torch.Tensor, held_out: float) -> dict[str, torch.Tensor]:
-    """``fit`` and ``held_out`` rows; the held-out share is the last, rounded down. A share above 0
-    holds out at least one row.
+    """``fit`` and ``held_out`` samples. The held-out split has the last ones, rounded down; with a
+    share above 0 it has at least one.
 
     Raises:
-        SparselineError: a share above 0 of a single row.
+        SparselineError: a share above 0 of a single sample.
     """
     if held_out and len(rows) < 2:
         raise SparselineError(

@@ -1,4 +1,4 @@
-"""Where texts come from: standard-library modules, local files, or hub datasets. Each source gives
+"""Sources of texts: standard-library modules, local files, or hub datasets. Each source gives
 documents in a fixed order.
 """
 
@@ -52,8 +52,8 @@ class GeneratedParams(Params):
 
 
 class TextParams(Params):
-    """One entry of section ``texts``. ``path`` is what DVC watches, so that editing it reruns what
-    depends on it.
+    """One entry of the section ``texts``. DVC watches ``path``, so a change of it reruns the stages
+    that depend on it.
     """
 
     use: Literal["calibrate", "evaluate"]
@@ -103,7 +103,7 @@ class TextParams(Params):
 
     @property
     def source(self) -> Literal["stdlib", "files", "hub"]:
-        """Kind of the source that is read."""
+        """Kind of the source."""
         if self.kind != "generated":
             return self.kind
         assert self.generated is not None  # validated
@@ -112,9 +112,7 @@ class TextParams(Params):
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents or chats, and what is needed to tell later which they were; ``chat_template`` says
-    which of the two there are.
-    """
+    """Documents or chats (by ``chat_template``), and their provenance."""
 
     documents: list[str]
     chats: list[list[Message]]
@@ -123,11 +121,11 @@ class Texts:
 
 
 def read_texts(params: TextParams) -> Texts:
-    """All documents of a source; empty ones are left out and counted.
+    """All documents of a source; empty ones are skipped and counted.
 
     Raises:
-        SparselineError: the source cannot be found or read, holds no text, or holds other text than
-            the parameters say.
+        SparselineError: the source cannot be found or read, has no text, or does not match the
+            parameters.
     """
     for key, kinds in {"glob": {"files"}, "field": {"files"}, "hub": {"hub"}, "revision": {"hub"}}.items():
         if getattr(params, key) is not None and params.source not in kinds:
