@@ -34,7 +34,7 @@ def write(
 
     Args:
         shards: file name of the dense checkpoint -> plan of each tensor.
-        others: as in ``dense.write``, for whoever turns it back.
+        others: as in ``dense.write``, for the dense checkpoint.
         indexed: as in ``dense.write``.
     """
     with replacing(out) as directory:

@@ -1,4 +1,4 @@
-"""Bit patterns: which weights are stored, and codes of a few bits packed without gaps."""
+"""Bit patterns: the stored weights, and codes of a few bits packed without gaps."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ _CHUNK = 2**20
 
 
 def words(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as whole numbers, so that −0.0 differs from 0.0 and NaN equals itself."""
+    """The same memory as integers, so that −0.0 differs from 0.0 and NaN equals itself."""
     return tensor.contiguous().view(_WORDS[tensor.element_size()])
 
 
@@ -23,8 +23,8 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes below 2^bits (uint8 or bool), row-major, as one string of bits: first code first, its
-    highest bit first; zeros at the end.
+    """Codes below 2^bits (uint8 or bool), row-major, as one string of bits: first code first, highest
+    bit first; zeros at the end.
     """
     flat = codes.contiguous().view(torch.uint8).reshape(-1).numpy()
     if bits == 1:
@@ -35,7 +35,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The first ``count`` codes (uint8) of what ``pack`` made."""
+    """The first ``count`` codes (uint8) of the output of ``pack``."""
     flat = packed.numpy()
     if bits == 1:
         return torch.from_numpy(np.unpackbits(flat, count=count))

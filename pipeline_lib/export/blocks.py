@@ -1,5 +1,5 @@
-"""GGUF's blocks: 32 weights of a row behind their scale, in float16. Codes in, bytes out; nothing
-is rounded again.
+"""GGUF's blocks: 32 weights of a row after their float16 scale. Codes are packed to bytes; nothing is
+rounded again.
 
 Layouts: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h
 """
@@ -24,13 +24,13 @@ DTYPES: dict[Kind, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "
 
 
 def size(shape: tuple[int, ...], kind: Kind) -> tuple[int, ...]:
-    """Shape of the bytes of a tensor: its rows' bytes in the place of its columns."""
+    """Shape of a tensor's bytes, with the bytes of a row in the place of its columns."""
     weights, taken = BYTES[kind]
     return (*shape[:-1], shape[-1] // weights * taken)
 
 
 def fitting(groups: Groups, columns: int) -> Kind | None:
-    """The smallest kind that holds every weight of these groups exactly; None where none does."""
+    """The smallest block type that represents every weight of these groups exactly, or None."""
     whole = groups.size % BLOCK == 0 or groups.size >= columns
     if columns % BLOCK or not whole or not _halves(groups.scale.float()):
         return None
@@ -47,8 +47,8 @@ def _halves(values: torch.Tensor) -> bool:
 
 
 def pack(codes: torch.Tensor, groups: Groups, kind: Kind) -> torch.Tensor:
-    """Bytes [..., R, columns / 32 · bytes of a block] of codes in the parameter's orientation, in
-    the kind that is ``fitting``.
+    """Bytes [..., R, columns / 32 · bytes of a block] of codes in the parameter's orientation, in the
+    type given by ``fitting``.
     """
     logical = groups.logical(codes)
     *rows, columns = logical.shape
@@ -76,7 +76,7 @@ def _of_blocks(values: torch.Tensor, size: int, columns: int) -> torch.Tensor:
 
 
 def plain(tensor: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """Bytes of a tensor that is not in blocks, rounded to the kind's dtype if that is narrower.
+    """Bytes of a tensor without blocks, rounded to the type's dtype if that is narrower.
 
     Raises:
         ValueError: a weight is beyond the dtype's range.

@@ -1,6 +1,4 @@
-"""The model card of a pruned checkpoint: README.md with the metadata that the Hugging Face hub
-reads, from the report's data.
-"""
+"""The model card of a pruned checkpoint: README.md with the metadata that the Hugging Face hub reads."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -75,7 +73,7 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures per text."""
+    """Results per text."""
 
     own: Mapping[str, float]  # perplexities
     dense: Mapping[str, float]

@@ -1,5 +1,5 @@
-"""pytorch_model.bin to safetensors, shard by shard; torch reads tensors only (``weights_only``) and
-never runs what a pickle asks for.
+"""Convert pytorch_model.bin to safetensors, shard by shard. torch reads tensors only
+(``weights_only``) and runs no code of a pickle.
 """
 
 import json
@@ -24,16 +24,16 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 
 def convert(source: Path, out: Path) -> dict[str, str]:
-    """Write the weights of ``source`` as safetensors into ``out``, its other files beside them;
+    """Write the weights of ``source`` as safetensors into ``out``, beside its other files; lines on
     what was left out, and why.
 
-    One shard is in memory at a time (mapped, where its format allows). Tensors that share their
-    memory are one in the result if config.json ties the head to the embedding, else a copy each.
+    One shard is in memory at a time (mapped, if its format allows). Tensors that share memory
+    become one tensor if config.json ties the head to the embedding, otherwise one copy each.
     Buffers that transformers computes are left out.
 
     Raises:
-        SparselineError: no such weights, or safetensors already; a file is damaged or holds more
-            than tensors; ``out`` is in use.
+        SparselineError: there are no such weights, or safetensors already; a file is damaged or
+            contains more than tensors; ``out`` is in use.
     """
     dense.check_unused(out)
     if not source.is_dir():

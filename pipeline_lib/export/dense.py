@@ -28,11 +28,12 @@ def write(
     """A directory for ``from_pretrained``; one tensor is in memory at a time.
 
     Args:
-        shards: file name -> what it holds.
-        tensors: file name -> its tensors, asked for once and in order.
-        others: config, tokenizer and the like: a directory, and the names of files below it that are copied.
-        indexed: whether there is an index of files (there must be for more than one).
-        config: keys added to config.json.
+        shards: file name -> the descriptions of its tensors.
+        tensors: file name -> its tensors, requested once and in order.
+        others: config, tokenizer and the like: a directory, and the names of files below it to
+            copy.
+        indexed: whether to write an index of files (required for more than one).
+        config: keys to add to config.json.
     """
     with replacing(out) as directory:
         directory.mkdir()
@@ -49,15 +50,15 @@ def write(
 
 
 def check_unused(out: Path) -> None:
-    """What a command writes by hand takes nothing else's place.
+    """Refuse to overwrite a directory.
 
     Raises:
-        SparselineError: ``out`` is there, and is no empty directory.
+        SparselineError: ``out`` exists and is not an empty directory.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SparselineError(f"{out} already exists; give a new or empty directory.")
 
 
 def file_bytes(shards: Mapping[str, Mapping[str, Blob]]) -> int:
-    """Bytes of all weight files, without writing them."""
+    """Bytes of all weight files, computed without writing them."""
     return sum(tensorfile.size(blobs, METADATA) for blobs in shards.values())

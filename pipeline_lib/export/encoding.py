@@ -1,7 +1,7 @@
-"""How one tensor lies in a bitmask file: as it is, or a bit per weight and the stored values, or a
-bit per weight and codes.
+"""Encodings of one tensor in a bitmask file: unchanged, or a bit per weight and the stored values, or
+a bit per weight and codes.
 
-Whichever is smallest, and always exact: what is decoded has the same bits. docs/artifacts.md
+The smallest one is used. All are exact: a decoded tensor has the same bits. docs/artifacts.md
 specifies the format.
 """
 
@@ -25,7 +25,7 @@ PARTS = (VERBATIM, CODES, MASK, SCALE, VALUES, ZERO_POINT)  # in the order of th
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts of one tensor, and what a reader has to know besides."""
+    """The parts of one tensor, and the facts that a reader needs."""
 
     parts: Mapping[str, Blob]
     facts: Mapping[str, Any]
@@ -36,7 +36,7 @@ class Plan:
 
 
 def plan(tensor: torch.Tensor, groups: Groups | None = None) -> Plan:
-    """The way that takes the fewest bytes, without making its parts."""
+    """The smallest encoding, computed without creating its parts."""
     kept = stored(tensor)
     count, total = int(kept.sum()), tensor.numel()
     facts: dict[str, Any] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
@@ -71,7 +71,7 @@ def encode(tensor: torch.Tensor, chosen: Plan, groups: Groups | None = None) -> 
 
 
 class Facts(BaseModel):
-    """What a reader has to know of one tensor besides its parts."""
+    """The facts about one tensor that a reader needs, besides its parts."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -92,11 +92,11 @@ class Facts(BaseModel):
         return Blob(DTYPES[self.dtype or ""], tuple(self.shape))
 
     def check(self, parts: Mapping[str, Blob]) -> None:
-        """That the parts are as large as these facts say: what is decoded is at most some hundred
-        times as large as the file.
+        """Check that the parts have the sizes that these facts require. So a decoded tensor is at most
+        some hundred times as large as the file.
 
         Raises:
-            ValueError: they do not fit each other.
+            ValueError: the sizes differ.
         """
         if self.verbatim:
             _fits(parts.keys() == {VERBATIM})
@@ -133,7 +133,7 @@ class Facts(BaseModel):
 
 
 class Described(BaseModel):
-    """What the header of a bitmask file says of its tensors."""
+    """The tensors in the header of a bitmask file."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -146,10 +146,10 @@ def decode(parts: Mapping[str, torch.Tensor], facts: Facts) -> torch.Tensor:
     """The tensor, bit for bit.
 
     Args:
-        facts: those that ``Facts.check`` found to fit.
+        facts: facts that passed ``Facts.check``.
 
     Raises:
-        SparselineError: the mask's ones are not as many as the values.
+        SparselineError: the mask's number of ones differs from the number of values.
     """
     if facts.verbatim:
         return parts[VERBATIM]

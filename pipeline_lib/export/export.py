@@ -1,4 +1,4 @@
-"""Write a pruned variant in the formats asked for, and say what each takes."""
+"""Write a pruned variant in the requested formats, and record their sizes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class _Counted(Checkpoint):
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant as the prune stage left it."""
+    """A variant after pruning."""
 
     name: str
     pattern: str  # of its selection
@@ -51,15 +51,16 @@ class Variant:
 def export(
     source: Checkpoint, variant: Variant, out: Path, formats: Sequence[Format], card: Card
 ) -> dict[str, Any]:
-    """What build/sizes holds of the variant.
+    """The content of build/sizes for the variant.
 
     Args:
-        source: the model that was pruned: exported files are cut where its files are.
+        source: the original model; exported files have the same partition into files.
         out: a directory with one folder per format, and semi_structured.json for a 2:4 pattern.
         card: writes each folder's README.md.
 
     Raises:
-        SparselineError: a format cannot express the variant; it is not what its masks and codes say.
+        SparselineError: a format cannot express the variant, or the variant does not match its
+            masks and codes.
     """
     pruned = open_checkpoint(
         variant.trained or variant.directory / "checkpoint", source.architecture, source.remote_code

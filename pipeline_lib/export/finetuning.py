@@ -1,8 +1,8 @@
-"""Fine-tuning that keeps zeros: a callback for transformers' Trainer, and adapters that are merged
-through the masks.
+"""Fine-tuning that keeps zeros: a callback for transformers' Trainer, and a merge of adapters through
+the masks.
 
 Masks are the zeros of a model, of a checkpoint or of a bitmask directory. docs/fine-tuning.md shows
-how they are used.
+how to use them.
 """
 
 from pathlib import Path
@@ -25,14 +25,14 @@ WRAPPER, WRAPPED = "base_model.model.", ".base_layer"  # in peft's names of the 
 
 
 def zeros_of(path: Path) -> Zeros:
-    """Where a pruned model is zero, by transformers' names of its parameters; besides a byte per
+    """The zeros of a pruned model, by transformers' names of its parameters. Besides a byte per
     weight, one tensor is in memory.
 
     Args:
         path: an ordinary checkpoint, or a bitmask directory.
 
     Raises:
-        SparselineError: it can be read as neither.
+        SparselineError: it is neither.
     """
     if (path / manifest.MANIFEST).exists():
         masks = {name: tensor != 0 for name, tensor in load.tensors(path)}
@@ -52,7 +52,7 @@ def zeros_of(path: Path) -> Zeros:
 
 
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A model's own parameters by transformers' names, also below peft's adapters."""
+    """A model's own parameters by transformers' names, also if peft's adapters wrap it."""
     return {
         name.removeprefix(WRAPPER).replace(WRAPPED, ""): tensor for name, tensor in model.named_parameters()
     }
@@ -62,10 +62,10 @@ def fitted(zeros: Zeros | None, model: torch.nn.Module) -> Zeros:
     """Zeros on a model's devices.
 
     Args:
-        zeros: None: those that the model has.
+        zeros: None: the model's own zeros.
 
     Raises:
-        SparselineError: there are none, or they do not fit the model's parameters.
+        SparselineError: there are none, or they do not match the model's parameters.
     """
     own = parameters(model)
     zeros = Zeros.of(own) if zeros is None else zeros
@@ -84,7 +84,7 @@ def fitted(zeros: Zeros | None, model: torch.nn.Module) -> Zeros:
 
 
 class KeepZeros(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Keeps pruned weights at zero while a Trainer trains all others: ``Trainer(...,
+    """Keeps pruned weights at zero while a Trainer trains the others: ``Trainer(...,
     callbacks=[KeepZeros()])``.
     """
 
@@ -104,14 +104,16 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]  # transformers has no t
         self._zeros.hold(parameters(given["model"]))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Gradients of pruned weights are zero, so that they do not enter the optimiser's moments."""
+        """Set the gradients of pruned weights to zero, so that they do not enter the optimiser's
+        moments.
+        """
         gradients = {
             name: one.grad for name, one in parameters(given["model"]).items() if one.grad is not None
         }
         self._held.hold(gradients)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Before anything reads the weights: another step, an evaluation, a checkpoint."""
+        """Set pruned weights to zero before another step, an evaluation or a checkpoint reads them."""
         self._held.hold(parameters(given["model"]))
 
     @property
@@ -121,10 +123,10 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]  # transformers has no t
 
 
 def merge(model: "PeftModel", zeros: Zeros | None = None) -> "PreTrainedModel":
-    """The model with its adapters merged into the weights that are kept; pruned ones stay zero.
+    """The model with its adapters merged into the kept weights; pruned ones stay zero.
 
     Args:
-        zeros: None: those that the model has below its adapters.
+        zeros: None: the zeros of the model below its adapters.
 
     Raises:
         SparselineError: as ``fitted``.

@@ -1,4 +1,6 @@
-"""Quantised weights: w = scale · (code − zero point), one scale per group of consecutive inputs of a row."""
+"""Quantised weights: w = scale · (code − zero point), with one scale per group of consecutive inputs
+of a row.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,10 @@ from pipeline_lib.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Groups:
-    """How the [R, C] weights of one stored parameter are quantised; codes are 0 … 2^bits − 1,
+    """The quantisation of the [R, C] weights of one stored parameter; codes are 0 … 2^bits − 1,
     symmetric ones have 2^(bits − 1) as zero point.
 
-    A parameter that holds several experts has one more dimension in front, and so have its scales.
+    A parameter with several experts has one more dimension in front, and so have its scales.
     """
 
     bits: int
@@ -33,7 +35,7 @@ class Groups:
         return tensor.mT if self.transposed else tensor
 
     def spans(self, columns: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Group by group: its inputs, its scales [R, 1] in float32 (in which codes are made), its
+        """Group by group: its inputs, its scales [R, 1] in float32 (in which codes are computed), its
         zero points [R, 1].
         """
         scale = self.scale.float()
@@ -46,7 +48,7 @@ class Groups:
         """The codes (uint8) of weights, both in the parameter's orientation.
 
         Raises:
-            ValueError: the weights are not what any codes give.
+            ValueError: the weights do not correspond to codes.
         """
         codes = torch.empty(weight.shape, dtype=torch.uint8)
         target, source = self.logical(codes), self.logical(weight)
@@ -58,8 +60,8 @@ class Groups:
         return codes
 
     def weights(self, codes: torch.Tensor) -> torch.Tensor:
-        """The product in float32, rounded once to the parameter's dtype; codes that are the zero
-        point give 0.0.
+        """The product in float32, rounded once to the parameter's dtype; codes equal to the zero point
+        give 0.0.
         """
         weight = torch.empty(codes.shape, dtype=self.scale.dtype)
         target, source = self.logical(weight), self.logical(codes)
@@ -69,7 +71,7 @@ class Groups:
         return weight
 
     def at_zero(self, codes: torch.Tensor) -> torch.Tensor:
-        """Where a code is its zero point."""
+        """Where a code equals its zero point."""
         found = torch.empty(codes.shape, dtype=torch.bool)
         target, source = self.logical(found), self.logical(codes)
         for inputs, _, zero in self.spans(source.shape[-1]):
@@ -78,8 +80,8 @@ class Groups:
 
 
 class Quantisation:
-    """What ``prune`` left in ``quantization/`` beside a checkpoint, read one block at a time;
-    nothing for a variant that is not quantised.
+    """The content of ``quantization/`` beside a pruned checkpoint, read one block at a time; empty for
+    a variant without quantisation.
     """
 
     def __init__(self, directory: Path, checkpoint: Checkpoint) -> None:
@@ -91,7 +93,7 @@ class Quantisation:
         return self._directory.is_dir()
 
     def of(self, name: str) -> Groups | None:
-        """The groups of a stored parameter, if all of it is quantised."""
+        """The groups of a stored parameter, if it is completely quantised."""
         place = self._checkpoint.place(name) if self else None
         return None if place is None else self._block(place[0]).get(place[1])
 

@@ -1,5 +1,5 @@
-"""Read a bitmask checkpoint: tensor by tensor, as a transformers model, or turned back into an
-ordinary checkpoint.
+"""Read a bitmask checkpoint: tensor by tensor, as a transformers model, or converted to an ordinary
+checkpoint.
 """
 
 from collections import Counter
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the checkpoint by its name, bit for bit, one at a time; what is yielded has
-    passed its checksum.
+    """Every tensor of the checkpoint by its name, bit for bit, one at a time, after a check of its
+    checksum.
 
     Raises:
         SparselineError: a file is missing, truncated, damaged, or of another version; tensors
-            yielded before are right.
+            yielded before are correct.
     """
     checked = manifest.read(path)
     for name in checked.weights:
@@ -39,7 +39,7 @@ def load_model(path: Path) -> "PreTrainedModel":
     """The model in its stored dtype, in evaluation mode; besides it, one tensor is in memory.
 
     Raises:
-        SparselineError: as ``tensors``, or the config asks for other tensors than there are.
+        SparselineError: as ``tensors``, or the config requires other tensors.
     """
     # the model takes these over, it does not copy them
     config, found = read_config(path), dict(tensors(path))
@@ -62,11 +62,11 @@ def load_model(path: Path) -> "PreTrainedModel":
 
 
 def unpack(path: Path, out: Path) -> None:
-    """Write the ordinary checkpoint that ``from_pretrained`` loads, in the files of the model that
-    was pruned.
+    """Write the ordinary checkpoint for ``from_pretrained``, with the original model's partition into
+    files.
 
     Raises:
-        SparselineError: as ``tensors``, or ``out`` is in use; it is then not written.
+        SparselineError: as ``tensors``, or ``out`` is in use; then nothing is written.
     """
     dense.check_unused(out)
     checked = manifest.read(path)

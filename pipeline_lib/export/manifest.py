@@ -1,4 +1,4 @@
-"""The file that vouches for all others of a bitmask checkpoint, and for itself."""
+"""The manifest of a bitmask checkpoint, with the checksums of all other files and its own."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ SUFFIX = ".bitmask.safetensors"  # no name under which transformers would look f
 
 
 class Weights(BaseModel):
-    """What is said of one file of weights."""
+    """Entry of one file of weights."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -29,7 +29,7 @@ class Weights(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What bitmask.json says."""
+    """Content of bitmask.json."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,7 +46,7 @@ def _text(value: dict[str, Any]) -> str:
 
 
 def write(directory: Path, value: dict[str, Any]) -> None:
-    """Last of all: ``files`` are checked from here on, and the digest covers the text without itself."""
+    """Write the manifest, after all ``files``; its digest covers the text without the digest."""
     whole = {"format": FORMAT, "version": VERSION, **value}
     write_text(
         directory / MANIFEST, _text(whole | {"sha256": hashlib.sha256(_text(whole).encode()).hexdigest()})
@@ -54,14 +54,14 @@ def write(directory: Path, value: dict[str, Any]) -> None:
 
 
 def add(directory: Path, name: str) -> None:
-    """Vouch for one more file."""
+    """Add the checksum of one more file."""
     value = read(directory).model_dump(include={"weights", "files", "indexed"})
     value["files"][name] = files.sha256(directory / name)
     write(directory, value)
 
 
 def read(directory: Path) -> Manifest:
-    """The manifest, after a look at it and at every file that is not weights.
+    """The manifest, after a check of it and of every file without weights.
 
     Raises:
         SparselineError: something is missing, damaged, or of another version.

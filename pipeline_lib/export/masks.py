@@ -1,4 +1,4 @@
-"""What ``prune`` decided: its masks, read one block at a time."""
+"""The masks of ``prune``, read one block at a time."""
 
 from functools import lru_cache
 from pathlib import Path

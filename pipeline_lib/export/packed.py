@@ -1,5 +1,5 @@
-"""``compressed-tensors``, format pack-quantized: what vLLM and transformers load. Zeros take as
-many bits as other codes.
+"""``compressed-tensors``, format pack-quantized, for vLLM and transformers. Zeros take as many bits as
+other codes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ WEIGHT = ".weight"
 
 
 def parts(name: str, shape: tuple[int, ...], groups: Groups) -> dict[str, Blob]:
-    """The tensors that stand for one quantised weight."""
+    """The tensors that represent one quantised weight."""
     module, (rows, columns) = name.removesuffix(WEIGHT), shape
     count = groups.scale.shape[1]
     found = {
@@ -36,7 +36,7 @@ def parts(name: str, shape: tuple[int, ...], groups: Groups) -> dict[str, Blob]:
 
 
 def pack(name: str, weight: torch.Tensor, groups: Groups) -> dict[str, torch.Tensor]:
-    """Their contents, packed by the library itself, whose codes are signed."""
+    """Their contents, packed by the compressed-tensors library, whose codes are signed."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # an optional package
 
     module, middle = name.removesuffix(WEIGHT), 2 ** (groups.bits - 1)
@@ -54,7 +54,7 @@ def pack(name: str, weight: torch.Tensor, groups: Groups) -> dict[str, torch.Ten
 
 @dataclass(frozen=True)
 class Scheme:
-    """How all quantised weights of a variant are quantised, and what is not."""
+    """The common quantisation of a variant's weights, and the weights without quantisation."""
 
     bits: int
     group: int | None  # inputs with one scale; None: the whole row
@@ -63,7 +63,7 @@ class Scheme:
 
 
 def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Scheme:
-    """What the format's config says of a variant.
+    """The format's description of a variant.
 
     Raises:
         SparselineError: the format cannot express it, or its package is not installed.
@@ -156,13 +156,13 @@ def write(
     chosen: Scheme,
     indexed: bool,
 ) -> None:
-    """A directory for ``from_pretrained`` where compressed-tensors is installed; the side files are
-    the pruned checkpoint's.
+    """A directory for ``from_pretrained`` with compressed-tensors installed; the other files are the
+    pruned checkpoint's.
 
     Args:
         shards: as in ``dense.write``.
         indexed: as in ``dense.write``.
-        chosen: what ``scheme`` made of the variant.
+        chosen: the result of ``scheme``.
     """
 
     def tensors(file_name: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,5 +1,5 @@
-"""2:4 matrices: checked to be exactly that, and whether ``torch.sparse.to_sparse_semi_structured``
-takes them.
+"""2:4 matrices: check the pattern, and whether ``torch.sparse.to_sparse_semi_structured`` supports
+them.
 """
 
 import torch
@@ -13,11 +13,11 @@ Verdict = dict[str, str | None]  # backend -> why it refuses the matrix, or None
 
 
 def verdict(name: str, weight: torch.Tensor, mask: torch.Tensor, transposed: bool) -> Verdict:
-    """Which of torch's two backends take a 2:4 matrix, in its stored dtype, on a CUDA device.
+    """The torch backends that support a 2:4 matrix, in its stored dtype, on a CUDA device.
 
     Raises:
-        SparselineError: not two of every four consecutive inputs are kept, or a weight that is not
-            kept is not zero.
+        SparselineError: not two of every four consecutive inputs are kept, or a pruned weight is
+            not zero.
     """
     if transposed:
         weight, mask = weight.T, mask.T

@@ -1,4 +1,4 @@
-"""Which files are written for a variant."""
+"""Parameters of the export of a variant."""
 
 from pipeline_lib.core.params import Params
 from pipeline_lib.evaluation.settings import VerdictParams

@@ -1,6 +1,4 @@
-"""The source's files, and which tensors each of them holds: exported checkpoints are cut in the
-same places.
-"""
+"""The partition of the source's tensors into files; exported checkpoints have the same one."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,11 +19,11 @@ def partition(source: Checkpoint) -> dict[str, list[str]]:
 
 
 def one_by_one(checkpoint: Checkpoint, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors with their file closed after each, so that none of it stays mapped."""
+    """Tensors, each with its file closed afterwards, so that nothing stays mapped."""
     for name in names:
         yield from checkpoint.read([name])
 
 
 def write_index(directory: Path, files: Mapping[str, str], total: int) -> None:
-    """Which file holds which tensor, as transformers reads it; ``total`` are the tensors' bytes."""
+    """Write transformers' index from tensors to files; ``total`` is the bytes of all tensors."""
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(files)})

@@ -1,4 +1,4 @@
-"""Bytes and bits per weight of what was written, beside what theory allows. Plain numbers in, JSON out."""
+"""Bytes and bits per weight of the formats, and the theoretical limit. From plain numbers to JSON."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Weights:
-    """One matrix: its weights, those that are not zero, and the bits that one of these takes."""
+    """One matrix: the number of its weights, of those that are not zero, and the bits of one of these."""
 
     total: int
     stored: int
@@ -17,14 +17,14 @@ class Weights:
 
 @dataclass(frozen=True)
 class Bytes:
-    """What a format takes: the pruned matrices' tensors, and all weight files with headers."""
+    """Size of a format: the pruned matrices' tensors, and all weight files with headers."""
 
     matrices: int
     files: int
 
 
 def theoretical_bits(weights: Iterable[Weights]) -> float:
-    """H(p) + (1 − p) · b per weight, p each matrix's own share of zeros: no lossless code of
+    """H(p) + (1 − p) · b per weight, with p each matrix's own share of zeros: no lossless code for
     independent zeros is shorter.
     """
     bits = total = 0.0
@@ -35,12 +35,12 @@ def theoretical_bits(weights: Iterable[Weights]) -> float:
 
 
 def entropy(p: float) -> float:
-    """Of a coin, in bits."""
+    """Entropy of a coin, in bits."""
     return -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
 
 
 def summary(weights: Iterable[Weights], formats: Mapping[str, Bytes]) -> dict[str, Any]:
-    """What build/sizes holds of one model."""
+    """The content of build/sizes for one model."""
     found = list(weights)
     total = sum(one.total for one in found)
     return {

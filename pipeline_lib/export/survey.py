@@ -1,4 +1,4 @@
-"""One look at every tensor of a pruned checkpoint: what each format will hold of it."""
+"""One pass over the tensors of a pruned checkpoint: their encodings in each format."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from pipeline_lib.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of one stored tensor."""
+    """Facts about one stored tensor."""
 
     dense: Blob
     bitmask: Plan
@@ -27,10 +27,11 @@ class Entry:
 
 
 def survey(pruned: Checkpoint, masks: Masks, quantisation: Quantisation, pattern: str) -> dict[str, Entry]:
-    """Name -> entry, for all of the checkpoint; one tensor in memory at a time.
+    """Name -> entry, for the whole checkpoint; one tensor is in memory at a time.
 
     Raises:
-        SparselineError: a 2:4 variant is not exactly 2:4, or a quantised one not exactly its codes.
+        SparselineError: a 2:4 variant is not exactly 2:4, or a quantised one does not match its
+            codes.
     """
     transposed = {
         pruned.block_prefix(block) + matrix.parameter

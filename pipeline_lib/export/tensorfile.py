@@ -1,8 +1,8 @@
-"""safetensors files written and read tensor by tensor: one tensor is in memory at a time, and every
+"""safetensors files, written and read tensor by tensor: one tensor is in memory at a time, and every
 byte read is checked.
 
-The official package writes a file from all its tensors at once, and maps files into memory, where a
-damaged byte passes unseen.
+The official package writes a file from all its tensors at once. It maps files into memory, where
+damage goes unnoticed.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Blob:
-    """What a file says of one tensor."""
+    """Description of one tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -52,8 +52,8 @@ def blob(tensor: torch.Tensor) -> Blob:
 
 
 def header(blobs: Mapping[str, Blob], metadata: Mapping[str, str]) -> bytes:
-    """Length and header as the official package writes them: widest types first, then by name,
-    padded to 8 bytes.
+    """Length and header like the official package's: widest types first, then by name, padded to 8
+    bytes.
     """
     described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -75,13 +75,13 @@ def size(blobs: Mapping[str, Blob], metadata: Mapping[str, str]) -> int:
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes (little-endian, as every machine that torch runs on)."""
+    """A tensor's bytes (little-endian, like every machine that torch supports)."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
 class Writer:
-    """An open file whose tensors come in any order."""
+    """An open file; its tensors may come in any order."""
 
     def __init__(self, file: BinaryIO, blobs: Mapping[str, Blob], metadata: Mapping[str, str]) -> None:
         self._file = file
@@ -104,7 +104,7 @@ class Writer:
         self.missing.remove(name)
 
     def amend(self, metadata: Mapping[str, str]) -> bytes:
-        """Other metadata, as long as the first; the header."""
+        """Replace the metadata by others of the same length; the header."""
         final = header(self._blobs, metadata)
         if len(final) != self._data:
             raise RuntimeError("metadata of another length")
@@ -115,7 +115,7 @@ class Writer:
 
 @contextmanager
 def writing(path: Path, blobs: Mapping[str, Blob], metadata: Mapping[str, str]) -> Iterator[Writer]:
-    """A file that appears under its name when it is complete."""
+    """A file that gets its name when it is complete."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         writer = Writer(file, blobs, metadata)
         yield writer
@@ -135,7 +135,7 @@ def write(
 
 
 class Described(BaseModel):
-    """A tensor as a header describes it."""
+    """Description of a tensor in a header."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -145,11 +145,11 @@ class Described(BaseModel):
 
 
 class Header(RootModel[dict[str, Described | dict[str, str]]]):
-    """A header; ``__metadata__`` is the one entry that is no tensor."""
+    """A header; ``__metadata__`` is its only entry that is not a tensor."""
 
 
 class Reader:
-    """An open file whose header has been checked; ``metadata`` and ``blobs`` are what it says."""
+    """An open file with a checked header; ``metadata`` and ``blobs`` are its content."""
 
     def __init__(self, file: BufferedReader, path: Path, length: int, sha256: str) -> None:
         self._file = file

@@ -1,6 +1,4 @@
-"""A tokenizer as GGUF describes it: tokens with their types, and the name by which llama.cpp knows
-how text is split before merges.
-"""
+"""A tokenizer in GGUF's terms: tokens with their types, and llama.cpp's name of the pre-tokenisation."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +19,7 @@ SPLITS = ("llama-bpe", "qwen2", "tekken", "gpt-4o")  # names whose patterns tran
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """All that a GGUF file holds of a tokenizer but merges and chat template, which its package
+    """The parts of a tokenizer in a GGUF file, except merges and chat template, which its package
     reads from the directory.
     """
 

@@ -1,5 +1,5 @@
-"""Damped second moments of a site's inputs, factorised once for all matrices that share the site;
-and layer errors from them.
+"""Damped second moments of a site's inputs, factorised once for all matrices of the site; and layer
+errors.
 
 Shape letters: ``R`` outputs, ``C`` inputs. G = E[X Xᵀ], shape [C, C]; H = G + damping.
 """
@@ -25,10 +25,10 @@ AVERAGED = 2048  # columns from which on the rounding of single products does no
 
 @dataclass(frozen=True)
 class Factorisation:
-    """H = G + damping of a site, factorised once for all matrices that share it.
+    """H = G + damping of a site, factorised once for all matrices of the site.
 
     ``upper`` is U [C, C], upper triangular with H⁻¹ = Uᵀ U: U_mm² is [H⁻¹]_mm of the trailing
-    submatrix from m on. With an ``order`` that is so for H's rows and columns in that order; all
+    submatrix from m on. With an ``order``, this holds for H's rows and columns in that order; all
     other fields are in the order of the matrix's own columns.
     """
 
@@ -42,8 +42,8 @@ class Factorisation:
 
     @functools.cached_property
     def independence(self) -> float:
-        """0 … 1: the mean of 1/(H_mm [H⁻¹]_mm) over inputs that are not always zero, the share of
-        an input that the others do not tell.
+        """0 … 1: the mean of 1/(H_mm [H⁻¹]_mm) over inputs that are not always zero, the share of an
+        input's variance that the other inputs do not explain.
         """
         share = (self.diagonal * self.inverse_diagonal).reciprocal().mul_(~self.dead)
         return float(share.sum() / (~self.dead).sum().clamp_min(1))
@@ -53,7 +53,7 @@ class Factorisation:
         return Curvature(self.second_moment, self.diagonal, self.inverse_diagonal)
 
     def trailing(self) -> Curvature:
-        """For scores inside the sweep: columns as it takes them."""
+        """For scores inside the sweep: columns in the order of the sweep."""
         inverse_diagonal = self.upper.diagonal().square()
         if self.order is None:
             return Curvature(self.second_moment, self.diagonal, inverse_diagonal)
@@ -70,19 +70,21 @@ def factorise(
 ) -> Factorisation:
     """Damp and factorise a second moment G [C, C].
 
-    ``mean`` adds ``damping`` times the mean diagonal (SparseGPT), taken in the original coordinates
-    where G is of folded inputs X' = D X, so that factors change no score; ``diagonal`` adds it
-    times each own diagonal, invariant by itself. Inputs that are always zero take no part in the
-    mean and are damped by it either way, so that the scale of the activations changes no mask
-    (SparseGPT's code gives them a diagonal of 1). Where the Cholesky factorisation fails, the
-    damping is raised tenfold, up to 1.
+    ``mean`` adds ``damping`` times the mean diagonal (SparseGPT). If G is of folded inputs X' = D
+    X, the mean is taken in the original coordinates, so that factors change no score. ``diagonal``
+    adds ``damping`` times each own diagonal entry, which is invariant. Inputs that are always zero
+    are excluded from the mean and damped by it in both cases, so the scale of the activations
+    changes no mask. (SparseGPT's code gives them a diagonal of 1.) If the Cholesky factorisation
+    fails, the damping is multiplied by ten, up to 1.
 
     Args:
         factor: D's diagonal [C], if G is of folded inputs.
-        ordering: from the whole matrix's curvature to the order [C] of the sweep, or None for left to right.
+        ordering: from the whole matrix's curvature to the order [C] of the sweep, or None for left
+            to right.
 
     Raises:
-        SparselineError: G holds NaN or infinity, or cannot be factorised even so.
+        SparselineError: G contains NaN or infinity, or cannot be factorised with the highest
+            damping.
     """
     usable = finite(gram.diagonal())
     second_moment = gram.diagonal().clamp_min(0)  # of shifted inputs it can be negative by rounding
@@ -115,8 +117,8 @@ NOT_FINITE = "The second moment of {} contains NaN or infinity; check the model,
 
 
 def finite(diagonal: torch.Tensor) -> torch.Tensor:
-    """Whether [] all of a second moment is finite, by its diagonal [C]: no entry of the matrix is
-    larger than the largest on it.
+    """Whether [] a second moment is finite, by its diagonal [C]: no entry of the matrix is larger than
+    the largest on the diagonal.
     """
     return torch.isfinite(diagonal).all()
 
@@ -124,7 +126,7 @@ def finite(diagonal: torch.Tensor) -> torch.Tensor:
 def damping_unit(
     second_moment: torch.Tensor, damping_of: DampingOf, factor: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What a damping of 1 adds to each entry of the diagonal [C], see ``factorise``."""
+    """The amount that a damping of 1 adds to each entry of the diagonal [C] (``factorise``)."""
     dead = second_moment == 0
     unit = torch.ones_like(second_moment) if factor is None else factor.square()
     alive = dead.logical_not().sum()
@@ -134,8 +136,8 @@ def damping_unit(
 
 
 def cholesky_in_place(matrix: torch.Tensor, upper: bool = False) -> torch.Tensor:
-    """Put the factor of a positive definite matrix [C, C] into its place; whether [] there is one.
-    Column by column in memory, nothing is copied.
+    """Replace a positive definite matrix [C, C] by its Cholesky factor; whether [] it exists. Column
+    by column in memory, without a copy.
     """
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, info))
@@ -145,8 +147,8 @@ def cholesky_in_place(matrix: torch.Tensor, upper: bool = False) -> torch.Tensor
 def quadratic(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     """The diagonal [R] of W G Wᵀ in float64, for W [R, C] and a symmetric G [C, C].
 
-    Half of the operations of W G: with the columns in blocks, what a block has to do with those
-    before it counts twice. Products are taken in G's dtype. Memory: two matrices [R, COLUMNS].
+    It takes half of the operations of W G: with the columns in blocks, products between a block and
+    those before it count twice. Products use G's dtype. Memory: two matrices [R, COLUMNS].
     """
     weight = weight.to(moment.dtype)
     found = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
@@ -164,8 +166,8 @@ def quadratic(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
 
 
 def lost(original: torch.Tensor, pruned: torch.Tensor | None, moment: torch.Tensor) -> torch.Tensor:
-    """tr((W − Ŵ) G (W − Ŵ)ᵀ) [] in float64, from a symmetric second moment G [C, C]; without Ŵ of W
-    itself. It stays on the device.
+    """tr((W − Ŵ) G (W − Ŵ)ᵀ) [] in float64, from a symmetric second moment G [C, C]; without Ŵ, that
+    of W itself. It stays on the device.
     """
     total = torch.zeros((), dtype=torch.float64, device=moment.device)
     for first in range(0, len(original), ROWS):
@@ -177,11 +179,11 @@ def lost(original: torch.Tensor, pruned: torch.Tensor | None, moment: torch.Tens
 
 
 def energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """E‖W X‖² = tr(W G Wᵀ) [] in float64 from G [C, C]: what layer errors are relative to. It stays
-    on the device.
+    """E‖W X‖² = tr(W G Wᵀ) [] in float64 from G [C, C], the unit of layer errors. It stays on the
+    device.
 
-    On a CPU that is faster with them, products of large matrices are of bfloat16, and the diagonal
-    of G is not among them: that is exact, and the rounding of so many other terms averages out.
+    On a CPU that is faster with bfloat16, products of large matrices use bfloat16, except for the
+    diagonal of G, which is exact. The rounding errors of so many other terms average out.
     """
     if (
         gram.dtype != torch.float32
@@ -199,7 +201,7 @@ def energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 
 def layer_error(original: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """E‖(W − Ŵ) X‖² / E‖W X‖² [] from the second moment G [C, C]; W is ``original``, or the target
-    W₀ of ``aim``. It stays on the device.
+    """E‖(W − Ŵ) X‖² / E‖W X‖² [] from the second moment G [C, C]; W is ``original``, or the target W₀
+    of ``aim``. It stays on the device.
     """
     return lost(original, pruned, gram) / lost(original, None, gram).clamp_min(1e-30)

@@ -1,10 +1,10 @@
-"""Weights on a grid: whole numbers of ``bits`` bits and, for every group of consecutive inputs of
-an output, a scale (and a zero point).
+"""Quantisation grids: integers of ``bits`` bits and, for every group of consecutive inputs of an
+output, a scale (and a zero point).
 
 w = scale·(q − zero_point). Symmetric: q in −2^(b−1) … 2^(b−1) − 1 and no zero point; asymmetric: q
-in 0 … 2^b − 1. Ranges include zero, so that zero is on every grid and a pruned weight stays exactly
-zero. The last group is as wide as what is left of the columns. Shape letters: ``R`` outputs, ``C``
-inputs, ``G`` groups of an output, ``g`` inputs of a group.
+in 0 … 2^b − 1. Ranges include zero, so every grid contains zero and a pruned weight stays exactly
+zero. The last group has the remaining columns. Shape letters: ``R`` outputs, ``C`` inputs, ``G``
+groups of an output, ``g`` inputs of a group.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from pipeline_lib.solve.settings import QuantizationParams, Stored
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights are quantised."""
+    """The parameters of a quantisation."""
 
     bits: int
     group: int | None  # columns; None: the whole row
@@ -28,7 +28,7 @@ class Scheme:
 
     @property
     def levels(self) -> tuple[int, int]:
-        """The least and the largest q."""
+        """The smallest and the largest q."""
         return (
             (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric else (0, 2**self.bits - 1)
         )
@@ -36,8 +36,8 @@ class Scheme:
     def scales(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales and zero points [R] (float32) for the rows of weights [R, g]; zeros do not count.
 
-        As GPTQ's authors have them (2210.17323): all 2^b levels over max(w, 0) − min(w, 0), or over
-        2 max|w|. A row of zeros has scale 1.
+        As in GPTQ's code (2210.17323): all 2^b levels cover max(w, 0) − min(w, 0), or 2 max|w|. A
+        row of zeros has scale 1.
         """
         low, high = weights.amin(1).clamp_max(0), weights.amax(1).clamp_min(0)
         width = 2 * torch.maximum(-low, high) if self.symmetric else high - low
@@ -46,8 +46,8 @@ class Scheme:
         return scale, zero
 
     def exact(self, scale: torch.Tensor) -> torch.Tensor:
-        """Scales as they are stored, never 0 by rounding: in a 16-bit dtype of the checkpoint, in
-        GGUF's blocks, or as they are (float32).
+        """Scales as they are stored, never rounded to 0: in a 16-bit dtype of the checkpoint, in
+        GGUF's blocks, or unchanged (float32).
         """
         if self.stored == "gguf":
             return self._in_blocks(scale)
@@ -76,10 +76,10 @@ class Scheme:
 
 
 def scheme(params: QuantizationParams, dtype: torch.dtype) -> Scheme | None:
-    """What a grid needs to know, for a checkpoint of this dtype; None where nothing is quantised.
+    """The parameters of the grids for a checkpoint of this dtype; None without quantisation.
 
     Raises:
-        SparselineError: the dtype cannot tell all codes apart.
+        SparselineError: the dtype cannot distinguish all codes.
     """
     if params.bits is None:
         return None
@@ -112,11 +112,11 @@ class Grid:
         self.scale[:, group], self.zero[:, group] = self.scheme.scales(weights)
 
     def round(self, weights: torch.Tensor, group: int) -> torch.Tensor:
-        """Weights [R, n] of a group, the nearest that are on its grid."""
+        """Weights [R, n] of a group, rounded to the nearest ones on its grid."""
         return self.scheme.rounded(weights, self.scale[:, group, None], self.zero[:, group, None])
 
     def count(self, weights: torch.Tensor, lost: torch.Tensor) -> None:
-        """Add weights that were rounded, and what they lost by it, to ``error``."""
+        """Add the rounding error of weights to ``error``."""
         self.lost += lost.double().square().sum()
         self.size += weights.double().square().sum()
 
@@ -131,17 +131,15 @@ class Grid:
 
     @property
     def error(self) -> torch.Tensor:
-        """Σ (w − Q(w))² / Σ w² [] over all that was rounded, on the device."""
+        """Σ (w − Q(w))² / Σ w² [] over all rounded weights, on the device."""
         return torch.where(self.size > 0, self.lost / self.size, 0.0)
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of groups [R, G] in all their columns [R, C]."""
+        """Values of groups [R, G], repeated for all their columns [R, C]."""
         return values.repeat_interleave(self.width, dim=1)[:, : self.shape[1]]
 
     def steps(self, weight: torch.Tensor) -> torch.Tensor:
-        """q − zero_point [R, C] int16 of weights that are on the grid, also after rounding to a
-        16-bit dtype.
-        """
+        """q − zero_point [R, C] int16 of weights on the grid, also after rounding to a 16-bit dtype."""
         return (weight.float() / self.spread(self.scale)).round_().to(torch.int16)
 
     def tensors(self, label: str) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
-"""Elimination of a leaf as one kernel for GPUs, in Triton: a program per tile of outputs, which
-holds their columns in registers.
+"""Elimination of a leaf as one kernel for GPUs, in Triton. A program per tile of outputs holds their
+columns in registers.
 
-Only ``eliminate.py`` imports this, where a GPU and Triton are there. Tests run it on a CPU by
+Only ``eliminate.py`` imports this, if a GPU and Triton are available. Tests run it on a CPU by
 Triton's interpreter.
 """
 
@@ -66,16 +66,16 @@ def eliminate(
     chosen: tuple[int, int, torch.Tensor] | None,
     grid: tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, int]] | None,
 ) -> None:
-    """What ``_Block`` in eliminate.py does to a leaf column by column, in one launch.
+    """The column-by-column elimination of ``_Block`` in eliminate.py for a leaf, in one launch.
 
     Args:
         columns: [B, R] float32, contiguous, in place.
-        kept: [B, R] bool, in place where the mask is chosen here.
+        kept: [B, R] bool, in place if the mask is chosen here.
         errors: [B, R], written.
         upper: U [B, B], rows contiguous.
         chosen: N, M and the factor [B] of w² in the scores; None: ``kept`` is given.
-        grid: scales and zero points [R, G], the group of each column [B] int32, and the least and
-            the largest q; None: nothing is rounded.
+        grid: scales and zero points [R, G], the group of each column [B] int32, and the smallest
+            and the largest q; None: nothing is rounded.
     """
     count, rows = columns.shape
     n, m, factor = chosen or (0, 0, columns)

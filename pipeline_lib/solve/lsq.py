@@ -1,9 +1,9 @@
-"""Layer-wise least squares as ALPS (2406.07831) solves it: the best weights on a mask, and a better mask.
+"""Layer-wise least squares by ALPS (2406.07831): the best weights on a mask, and a better mask.
 
-Both minimise E(Ŵ) = tr((Ŵ − W₀) H (Ŵ − W₀)ᵀ), in which rows do not meet. The OBS sweep is greedy,
-and moves only columns still to come: even on its own mask its weights are not the best. Shape
-letters: ``R`` outputs, ``C`` inputs. The columns of always-zero inputs should be 0 in W₀, as the
-sweep makes them: they cost E their damping only, and must not compete for places.
+Both minimise E(Ŵ) = tr((Ŵ − W₀) H (Ŵ − W₀)ᵀ), which is a sum over rows. The OBS sweep is greedy and
+changes only later columns, so its weights are not optimal even on its own mask. Shape letters:
+``R`` outputs, ``C`` inputs. The columns of always-zero inputs should be 0 in W₀, as after the
+sweep: they contribute only their damping to E, and must not compete for the mask.
 """
 
 import math
@@ -34,12 +34,12 @@ STILL = 1e-3  # share of the kept weights: a support of which no more is exchang
 
 
 def affordable(params: LsqParams, tokens: int | None, columns: int) -> LsqParams:
-    """These, with no more iterations of either kind than ``PASSES`` forward passes of the tokens
-    that H comes from, and no fewer than ``EVERY``.
+    """The parameters with a limited number of iterations of either kind: at most ``PASSES`` forward
+    passes of the tokens behind H, at least ``EVERY``.
 
-    An iteration on a matrix [R, C] costs as much as a forward pass of C tokens through it. So where
-    tokens are few, neither costs much more than H itself took, and weights are not fitted closer
-    than so few tokens tell. None: as many as ``params`` says.
+    An iteration on a matrix [R, C] costs as much as a forward pass of C tokens through it. So with
+    few tokens, neither costs much more than H itself, and weights are not fitted more closely than
+    so few tokens justify. Without ``tokens`` there is no limit.
     """
     if tokens is None:
         return params
@@ -55,28 +55,28 @@ def affordable(params: LsqParams, tokens: int | None, columns: int) -> LsqParams
 def solve(
     target: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, start: torch.Tensor, params: LsqParams
 ) -> tuple[torch.Tensor, int, torch.Tensor]:
-    """The weights that are zero off the mask and minimise E, by preconditioned conjugate gradients
+    """The weights that are zero outside the mask and minimise E, by preconditioned conjugate gradients
     (2406.07831, Section 3.3).
 
-    All rows share the product with H but have steps of their own; the preconditioner is M =
-    diag(H), so that scales of inputs do not matter. With r the residual (W₀ − Ŵ) H on the mask,
-    rᵀM⁻¹r is what E would fall by if inputs were uncorrelated: a row is done when that is at most
-    ``tolerance`` times the E that it started with, and all are when that holds for their sums. No
-    row ends with a larger E than it starts with. Where H_mm = 0 weights stay as in ``start``.
+    All rows share the product with H but have their own step lengths. The preconditioner is M =
+    diag(H), so the scales of inputs do not matter. With r the residual (W₀ − Ŵ) H on the mask,
+    rᵀM⁻¹r is the decrease of E if inputs were uncorrelated. A row is finished when this is at most
+    ``tolerance`` times its initial E; all rows are when it holds for their sums. No row ends with a
+    larger E. Where H_mm = 0, weights stay as in ``start``.
 
-    Rows are taken ``ROWS`` at a time, whose sums are compared: besides inputs and output, this
-    needs five matrices [ROWS, C].
+    Rows are processed in parts of ``ROWS``, whose sums are compared. Besides inputs and output,
+    this needs five matrices [ROWS, C].
 
     Args:
-        target: W₀ [R, C], float32 or float64 as all others.
+        target: W₀ [R, C], float32 or float64 like all others.
         mask: [R, C] bool, True = kept.
         hessian: H [C, C], positive semidefinite.
-        start: [R, C]; what it holds off the mask does not count.
-        params: at most ``iterations``, each one product [R, C] × [C, C]; one more goes before, and
-            one after where a row has lost nearly all of its E.
+        start: [R, C]; values outside the mask are ignored.
+        params: at most ``iterations``, each one product [R, C] × [C, C]; one more before them, and
+            one after them if a row has lost nearly all of its E.
 
     Returns:
-        Ŵ [R, C]; how many iterations the slowest row took; and E(Ŵ) [] float64.
+        Ŵ [R, C]; the number of iterations of the slowest row; and E(Ŵ) [] float64.
     """
     weight = start.masked_fill(~mask, 0)
     diagonal = hessian.diagonal()
@@ -141,7 +141,7 @@ def _descend(
 
 @dataclass(frozen=True)
 class Search:
-    """How a better mask is looked for."""
+    """The search for a better mask."""
 
     # from scores [R, C] to the mask of the best, as many and compared as the variant says
     choose: Callable[[torch.Tensor], torch.Tensor]
@@ -158,26 +158,25 @@ def admm(
     search: Search,
     params: LsqParams,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Look for a better mask by ADMM (2406.07831, Algorithm 1), refit it by ``solve``, and take it
+    """Search for a better mask by ADMM (2406.07831, Algorithm 1), refit it by ``solve``, and accept it
     if its E is not larger than ``start``'s.
 
-    Inputs are scaled so that H_mm = 1: what is compared is w²·H_mm. Where the new mask is refused,
-    the old one is refitted. Memory: four matrices [R, C], their masks, and one and a half [C, C].
+    Inputs are scaled so that H_mm = 1: the scores are w²·H_mm. If the new mask is rejected, the old
+    one is refitted. Memory: four matrices [R, C], their masks, and one and a half [C, C].
 
     Args:
         target: W₀ [R, C].
         mask: the mask to improve [R, C] bool.
         hessian: H [C, C].
-        start: the weights to beat [R, C], zero off the mask.
-        params: at most ``mask_iterations`` of ADMM, each one product [R, C] × [C, C] of numbers in
+        start: the weights to improve [R, C], zero outside the mask.
+        params: at most ``mask_iterations`` of ADMM, each one product [R, C] × [C, C] in
             ``mask_dtype``; the first ρ is ``mask_penalty`` times the search's ``independence``, in
-            units of H's scaled diagonal. The others are of ``solve``.
+            units of H's scaled diagonal. The other keys are for ``solve``.
 
     Returns:
         The weights [R, C], their mask [R, C], and facts: ADMM's ``iterations``; ``swapped``, the
-            share of weights whose place in the mask changed (0 if the old mask stays); ``gain``, by
-            which share E fell; ``refit_iterations`` of ``solve``; and ``error``, E itself []
-            float64.
+            share of changed mask entries (0 if the old mask stays); ``gain``, the relative decrease
+            of E; ``refit_iterations`` of ``solve``; and ``error``, E itself [] float64.
     """
     before = lost(target, start, hessian) if search.error is None else search.error
     sparse, support, taken = _alternate(target, mask, hessian, start, search, params)

@@ -1,4 +1,4 @@
-"""Prune one logical matrix by its rule; with OBS compensation and on a grid if asked to."""
+"""Prune one logical matrix by its rule, optionally with OBS compensation and on a grid."""
 
 import torch
 
@@ -16,14 +16,15 @@ def prune_matrix(
     compensate: bool,
     grid: Grid | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The pruned weight [R, C] in float32, zero outside the mask; the mask [R, C]; and what
-    ``sweep`` tells of its error, if it swept.
+    """The pruned weight [R, C] in float32, zero outside the mask; the mask [R, C]; and the error of
+    ``sweep``, if it was used.
 
     Args:
         weight: [R, C].
         factorisation: of the second moment of its inputs.
-        kept: how many weights stay.
-        grid: filled with what is left, in the same sweep or, without compensation, by rounding to nearest.
+        kept: number of kept weights.
+        grid: filled with the kept weights, in the same sweep or, without compensation, by rounding
+            to nearest.
     """
     if compensate:
         return sweep(weight, factorisation, kept, rule, grid)

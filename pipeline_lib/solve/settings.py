@@ -1,4 +1,4 @@
-"""Parameters of solvers on one matrix."""
+"""Parameters of solvers for one matrix."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ Stored = Literal["checkpoint", "gguf"]
 
 
 class QuantizationParams(Params):
-    """Section ``prune.quantization``, with ``variants.<name>.quantization`` laid over it."""
+    """Section ``prune.quantization``, overridden by ``variants.<name>.quantization``."""
 
     bits: int | None = Field(ge=2, le=8)
     group: Annotated[int, Field(ge=1)] | Literal["row"]

@@ -1,4 +1,4 @@
-"""What pruned and quantised weights take."""
+"""Sizes of pruned and quantised weights."""
 
 from pipeline_lib.solve.settings import QuantizationParams
 

@@ -1,8 +1,9 @@
-"""The OBS column sweep of SparseGPT (2301.00774), with any score of 2310.09499 choosing the mask on the way.
+"""The OBS column sweep of SparseGPT (2301.00774), with any score of 2310.09499 choosing the mask on
+the way.
 
-What stays can be quantised on the way (GPTQ, 2210.17323), so that one compensation mends both
-errors (2301.00774, Section 3.5). ``aim`` moves what the sweep starts from to where the dense
-stream's outputs are best met.
+Kept weights can be quantised in the same sweep (GPTQ, 2210.17323), so that one compensation
+corrects both errors (2301.00774, Section 3.5). ``aim`` replaces the weights from which the sweep
+starts by a target that accounts for the dense model's activations.
 """
 
 from itertools import accumulate
@@ -19,23 +20,23 @@ from pipeline_lib.solve.order import restored, runs
 
 
 def aim(weight: torch.Tensor, away: torch.Tensor, factorisation: Factorisation, share: float) -> torch.Tensor:
-    """What to prune instead of W so that Ŵ X comes near the outputs of the dense stream: W₀ = W +
+    """The target in the place of W, so that Ŵ X approximates the dense model's outputs: W₀ = W +
     share·W (C − G) H⁻¹.
 
-    With X the inputs the pruned layer will get, X_d those of the dense stream, C = E[X_d Xᵀ], G =
-    E[X Xᵀ] and H = G + Λ, completing the square gives E‖Ŵ X − W (X + share·(X_d − X))‖² + ‖(Ŵ − W)
-    Λ^½‖² = tr((Ŵ − W₀) H (Ŵ − W₀)ᵀ) + const for every Ŵ. So whatever minimises the error of W₀
-    (``sweep``, ``lsq.solve``; measured by ``layer_error`` with W₀ as the original) minimises that
-    of the outputs, and damping draws to W. Share 0 is SparseGPT's own target W X, and 1 the dense
-    stream's W X_d.
+    Let X be the inputs of the pruned layer, X_d those in the dense model, C = E[X_d Xᵀ], G = E[X
+    Xᵀ] and H = G + Λ. Completing the square gives E‖Ŵ X − W (X + share·(X_d − X))‖² + ‖(Ŵ − W)
+    Λ^½‖² = tr((Ŵ − W₀) H (Ŵ − W₀)ᵀ) + const for every Ŵ. So minimising the error of W₀ (``sweep``,
+    ``lsq.solve``; measured by ``layer_error`` with W₀ as the original) minimises that of the
+    outputs, and damping pulls towards W. Share 0 is SparseGPT's own target W X, and 1 the dense
+    model's W X_d.
 
     Args:
         weight: W [R, C].
-        away: C − G = E[(X_d − X) Xᵀ], shape [C, C], G being the one that was factorised.
+        away: C − G = E[(X_d − X) Xᵀ], shape [C, C], with the G that was factorised.
         share: 0 … 1.
 
     Returns:
-        W₀ [R, C]; W itself, to the last bit, if both streams are the same or ``share`` is 0.
+        W₀ [R, C]; W itself, to the last bit, if both activations are equal or ``share`` is 0.
     """
     order, upper = factorisation.order, factorisation.upper
     shift = weight @ away
@@ -50,22 +51,22 @@ def sweep(
     rule: Rule,
     grid: Grid | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prune columns in order and let the columns still to come make up for each error (2310.09499, Eq. 3).
+    """Prune columns in order, and let later columns compensate for each error (2310.09499, Eq. 3).
 
     With group ``block`` (and for N:M) the mask of each column block (group of M) is chosen from the
     weights as compensated so far and from U_mm²; with ``row`` and ``matrix`` it is chosen
     beforehand from the whole matrix. Blocks and groups are those of the matrix's own columns,
-    whatever the factorisation's order.
+    regardless of the factorisation's order.
 
     Args:
-        weight: [R, C]: W in any dtype, or what ``aim`` makes of it.
-        kept: how many weights stay.
-        grid: filled on the way: what stays of a column is rounded to it, and the columns still to
-            come make up for that, too.
+        weight: [R, C]: W in any dtype, or the target of ``aim``.
+        kept: number of kept weights.
+        grid: filled on the way: the kept weights of a column are rounded to it, and later columns
+            compensate for this, too.
 
     Returns:
         The compensated weight [R, C], exactly zero outside the mask; the mask [R, C]; and its error
-            tr((W − Ŵ) H (W − Ŵ)ᵀ) [] float64, which is what the single steps add up to (W without
+            tr((W − Ŵ) H (W − Ŵ)ᵀ) [] float64, the sum of the errors of single steps (for W without
             its columns of always-zero inputs). It is NaN if a score was.
 
     Raises:
@@ -109,16 +110,16 @@ def sweep(
 def quantise(
     weight: torch.Tensor, mask: torch.Tensor, factorisation: Factorisation, grid: Grid, block: int
 ) -> torch.Tensor:
-    """Put weights on a grid column by column on a mask that is given, and let the columns still to
-    come make up for each error (2210.17323, Eqs. 2–3).
+    """Quantise weights column by column on a given mask, and let later columns compensate for each
+    error (2210.17323, Eqs. 2–3).
 
-    What a column to come gets though it is pruned is passed on when it is reached.
+    Compensation that reaches a pruned position is passed on when the sweep reaches its column.
 
     Args:
-        weight: [R, C] float32; what it holds off the mask is pruned on the way.
+        weight: [R, C] float32; values outside the mask are pruned on the way.
         mask: [R, C] bool, True = kept.
         grid: filled on the way.
-        block: columns that are updated at once; changes nothing but rounding.
+        block: columns that are updated at once; changes only rounding.
 
     Returns:
         The quantised weight [R, C], exactly zero outside the mask.
