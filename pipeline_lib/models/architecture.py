@@ -1,7 +1,8 @@
-"""Architectures as data: where blocks, matrices and sites are, and which tensors absorb a factor.
+"""Architectures as data: blocks, matrices and sites, and the tensors that absorb a factor.
 ``discover.py`` finds them.
 
-Shape letters: ``R`` outputs (rows), ``C`` inputs (columns) of a logical matrix, ``d`` channels of a site.
+Shape letters: ``R`` outputs (rows), ``C`` inputs (columns) of a logical matrix, ``d`` channels of a
+site.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +15,8 @@ import torch
 class Matrix:
     """A logical matrix [R, C] inside a block: the unit of scores, allocation, masks and sensitivities.
 
-    ``rows``, ``transposed`` and ``expert`` say which part of ``parameter`` it is (fused
-    projections, Conv1D, 3-D experts).
+    ``rows``, ``transposed`` and ``expert`` define its part of ``parameter`` (fused projections,
+    Conv1D, 3-D experts).
     """
 
     kind: str  # q, k, v, qkv, o, gate, up, down, fc1, fc2: the role, for plots and tables
@@ -27,7 +28,7 @@ class Matrix:
     expert: int | None = None
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The logical [R, C] matrix as a view of the stored parameter (or of anything shaped like it)."""
+        """The logical [R, C] matrix as a view of the stored parameter (or of any tensor of its shape)."""
         if self.expert is not None:
             tensor = tensor[self.expert]
         if self.transposed:
@@ -35,8 +36,8 @@ class Matrix:
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
     def bias_view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part [R] of the stored bias that belongs to the matrix's rows, as a view (of anything
-        shaped like the bias).
+        """The part [R] of the stored bias for the matrix's rows, as a view (of any tensor of the
+        bias's shape).
         """
         if self.expert is not None:
             tensor = tensor[self.expert]
@@ -44,7 +45,7 @@ class Matrix:
 
     @property
     def whole(self) -> bool:
-        """It is all of its parameter."""
+        """Whether it is the whole parameter."""
         return self.rows is None and self.expert is None
 
     @property
@@ -59,8 +60,8 @@ class Matrix:
 def laid(
     matrices: Sequence[Matrix], values: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The stored parameters of ``tensors`` with these logical matrices [R, C] in their places;
-    differentiable in the values.
+    """The stored parameters of ``tensors`` with these logical matrices [R, C] inserted; differentiable
+    in the values.
     """
     by_parameter: dict[str, list[tuple[Matrix, torch.Tensor]]] = {}
     for matrix, value in zip(matrices, values, strict=True):
@@ -106,8 +107,8 @@ def _turned(matrix: Matrix, value: torch.Tensor) -> torch.Tensor:
 
 
 def compact(index: Sequence[int]) -> Sequence[int]:
-    """An index in the one form that it is kept in: the numbers from 0 on as a range, which takes no
-    memory, others as a tuple.
+    """An index in canonical form: consecutive numbers from 0 as a range, which takes no memory, others
+    as a tuple.
     """
     return range(len(index)) if tuple(index) == tuple(range(len(index))) else tuple(index)
 
@@ -128,7 +129,7 @@ class Tie:
     expert: int | None = None  # of a parameter that holds several
 
     def entries(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The touched entries of the stored parameter (or of anything shaped like it), ``axis``
+        """The affected entries of the stored parameter (or of any tensor of its shape), ``axis``
         first: [len(index), ...].
         """
         tensor = (tensor if self.expert is None else tensor[self.expert]).movedim(self.axis, 0)
@@ -139,8 +140,8 @@ class Tie:
 
 @dataclass(frozen=True)
 class Coupling:
-    """``size`` free positive factors whose ties cancel: the block's function does not depend on
-    them (2602.21652, Eq. 3).
+    """``size`` free positive factors whose ties cancel: the block's function does not depend on them
+    (2602.21652, Eq. 3).
     """
 
     name: str
@@ -152,8 +153,8 @@ class Coupling:
 class Site:
     """A place whose activations X [tokens, d] are the input of one or more matrices.
 
-    ``parameter`` is one that X is multiplied by, as the block's modules name it; ``coupling``
-    scales X by ``factor[index]`` (X' = D X).
+    ``parameter`` is one of the parameters that multiply X, in the names of the block's modules;
+    ``coupling`` scales X by ``factor[index]`` (X' = D X).
     """
 
     name: str
@@ -166,7 +167,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Layout:
-    """What one block is made of. Names are relative to the block. Blocks that are alike share theirs."""
+    """The structure of one block. Names are relative to the block. Equal blocks share a layout."""
 
     matrices: tuple[Matrix, ...]
     sites: tuple[Site, ...]
@@ -176,7 +177,9 @@ class Layout:
 
     @property
     def offsets(self) -> dict[str, float]:
-        """Parameters that act as offset + w, and the offset (Gemma keeps its norm weights as 1 + w)."""
+        """Parameters that act as offset + w, and the offset (Gemma stores its norm weights so that 1 +
+        w acts).
+        """
         return {
             tie.parameter: tie.offset for coupling in self.couplings for tie in coupling.ties if tie.offset
         }
@@ -190,7 +193,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the pipeline needs to know of a model. Names are relative to the base model."""
+    """The structure of a model. Names are relative to the base model."""
 
     family: str
     blocks: str  # path of the module list inside the base model

@@ -1,5 +1,5 @@
-"""transformers' attention by torch's fused kernel, whose small products MKL does faster than oneDNN
-(see ``products``), and whose gradients on a CPU take longer in bfloat16 than in float32.
+"""transformers' attention by torch's fused kernel. MKL computes its small products faster than oneDNN
+(see ``products``). On a CPU its gradients take longer in bfloat16 than in float32.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from pipeline_lib.core.products import rounding
 
 
 def register() -> None:
-    """Have transformers call it for every model whose attention is ``sdpa`` (the default)."""
+    """Let transformers use it for every model with ``sdpa`` attention (the default)."""
     from transformers import AttentionInterface  # imported here: seconds that not every stage needs
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -1,5 +1,5 @@
-"""Checkpoints on disk: open one block at a time from (sharded) safetensors, write a pruned one
-shard by shard.
+"""Checkpoints on disk: read one block at a time from (sharded) safetensors, write a pruned one shard
+by shard.
 """
 
 import json
@@ -56,10 +56,10 @@ BUFFERS = {r"(attn|attention)\.bias": 4, r"(attn|attention)\.masked_bias": 0, r"
 
 def locate(path: Path, hub_id: str | None, revision: str | None) -> Path:
     """The local directory of a model: ``path`` itself, or the snapshot of ``hub_id`` that prepare
-    fetched. The hub is not called.
+    fetched. It does not use the network.
 
     Raises:
-        SparselineError: it is not here.
+        SparselineError: the directory or snapshot is missing.
     """
     if hub_id is None:
         if not path.is_dir():
@@ -84,12 +84,12 @@ def locate(path: Path, hub_id: str | None, revision: str | None) -> Path:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory whose tensors are read lazily; nothing is in memory but their names.
+    """A model directory whose tensors are read lazily; only their names are in memory.
 
-    ``files`` and ``shapes`` hold what the model has a place for, not the buffers (causal masks,
-    rotary frequencies) that older conversions stored beside that: transformers computes those, so
-    that they are neither read, counted nor written. ``left_out`` names them, with all other files
-    and tensors of the source that are not in the result.
+    ``files`` and ``shapes`` contain the model's parameters, without the buffers (causal masks,
+    rotary frequencies) that older conversions stored, too. transformers computes these, so they are
+    neither read, counted nor written. ``left_out`` names them, and all other files and tensors of
+    the source that are not in the result.
     """
 
     path: Path
@@ -130,12 +130,12 @@ class Checkpoint:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that the model has embeddings for."""
+        """Number of tokens with an embedding."""
         return int(self.config.get_text_config().vocab_size)
 
     @property
     def heads(self) -> int:
-        """Heads of attention, at most; 1 where a config names none."""
+        """Maximal number of attention heads; 1 if the config has none."""
         found = heads_of(self.config.get_text_config())
         return 1 if found is None else found.q
 
@@ -152,8 +152,8 @@ class Checkpoint:
         return rows, columns
 
     def aliases(self, block: int, matrix: Matrix) -> list[str]:
-        """Every name that a pattern may use for a logical matrix: its own first, then its
-        parameter's in files and in transformers.
+        """Every name of a logical matrix for patterns: its own first, then its parameter's in files
+        and in transformers.
         """
         own = self.architecture.matrix_name(block, matrix)
         stored = self.block_prefix(block) + matrix.parameter
@@ -172,7 +172,7 @@ class Checkpoint:
         """The named tensors as stored, file by file.
 
         Raises:
-            SparselineError: NaN or infinity among the weights.
+            SparselineError: the weights contain NaN or infinity.
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
@@ -203,14 +203,14 @@ class Checkpoint:
         return {name.removeprefix(prefix): tensor for name, tensor in self.read(names)}
 
     def block_pieces(self, block: int) -> dict[str, tuple[Piece, ...]]:
-        """What makes up the parameters of a block, all names relative to the block."""
+        """The pieces of a block's parameters; all names are relative to the block."""
         return _relative(
             self.pieces, f"{self.base}{self.architecture.blocks}.{block}.", self.block_prefix(block)
         )
 
     def uncovered(self) -> dict[str, int]:
-        """Elements of the blocks' parameters of two or more dimensions that no logical matrix
-        covers, by the tensors' names in a block.
+        """Elements of the blocks' parameters of two or more dimensions that are in no logical matrix,
+        by the tensors' names in a block.
         """
         found: dict[str, int] = {}
         for block, layout in enumerate(self.architecture.layouts):
@@ -226,8 +226,8 @@ class Checkpoint:
 
     @property
     def coverage(self) -> float:
-        """The share of all elements of the blocks' parameters of two or more dimensions, routers
-        left out, that logical matrices cover.
+        """The share of all elements of the blocks' parameters of two or more dimensions, without
+        routers, that are in logical matrices.
         """
         total = sum(sum(self._block_sizes(block).values()) for block in range(self.architecture.depth))
         return 1 - sum(self.uncovered().values()) / total
@@ -245,20 +245,20 @@ class Checkpoint:
         return {name: math.prod(shape) for name, shape in sorted(shapes.items()) if len(shape) > 1}
 
     def outside_blocks(self) -> list[str]:
-        """Names of embeddings, final norm, head, other towers: everything that no block holds."""
+        """Names of embeddings, final norm, head and other towers: everything outside the blocks."""
         return [name for name in self.files if self.place(name) is None]
 
 
 def read_config(path: Path, remote_code: bool = False, dequantize: bool = False) -> PreTrainedConfig:
-    """The model directory's config, the choice of attention kernel left to transformers: sdpa, or
-    eager where the model has no sdpa.
+    """The model directory's config, with transformers' own choice of the attention kernel: sdpa, or
+    eager if the model has no sdpa.
 
     Args:
-        remote_code: run code of the model's own, if it has any.
+        remote_code: run the model's own code, if it has any.
         dequantize: read weights in FP8 or MXFP4 as bfloat16.
 
     Raises:
-        SparselineError: there is none that transformers can read without code of the model's own.
+        SparselineError: transformers cannot read a config without the model's own code.
     """
     if (path / ADAPTER).exists():
         raise SparselineError(
@@ -294,9 +294,7 @@ def read_config(path: Path, remote_code: bool = False, dequantize: bool = False)
 
 
 def own_code(path: Path) -> tuple[str, str] | None:
-    """The model type and the module of a config that names code of the model's own (``auto_map``),
-    or None.
-    """
+    """The model type and the module of a config with custom code (``auto_map``), or None."""
     try:
         value = json.loads(files.text(path / CONFIG))
         named = value.get("auto_map")
@@ -316,14 +314,14 @@ def open_checkpoint(
     """Open a Hugging Face model directory of safetensors.
 
     Args:
-        architecture: what is known of it already; else it is discovered.
-        remote_code: run code of the model's own, if it has any.
+        architecture: the known architecture; None: discover it.
+        remote_code: run the model's own code, if it has any.
         dequantize: read weights in FP8 or MXFP4 as bfloat16.
 
     Raises:
-        SparselineError: no or an unsupported config, another head than a language model's, no
-            weights or two sets of them, a missing or truncated shard, a tensor missing, of another
-            shape, or without a place in the model; a model that cannot be pruned.
+        SparselineError: the config is missing or unsupported; the head is not a language model's;
+            there are no weights or two sets of them; a shard is missing or truncated; a tensor is
+            missing, has another shape, or has no place in the model; or the model cannot be pruned.
     """
     config = read_config(path, remote_code)
     _refuse(path, config, dequantize)
@@ -555,10 +553,11 @@ def _describing(path: Path) -> Iterator[None]:
 
 
 def check_sizes(path: Path, config: PreTrainedConfig, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Refuse a config that calls for far more than the weights hold, before a model is made of it.
+    """Refuse a config that requires far more than the weights contain, before a model is created from
+    it.
 
     Raises:
-        SparselineError: a number is none, or too large.
+        SparselineError: a value is not a number, or too large.
     """
     with _describing(path):
         described = config.get_text_config()
@@ -576,7 +575,7 @@ def check_sizes(path: Path, config: PreTrainedConfig, shapes: Sequence[tuple[int
 
 
 def generation(path: Path) -> "GenerationConfig":
-    """How the model of a directory generates.
+    """The generation config of a model directory.
 
     Raises:
         SparselineError: the file cannot be read.
@@ -662,9 +661,7 @@ def _missing(path: Path, name: str, model: "PreTrainedModel", parts: Parts) -> s
 
 
 def is_buffer(name: str, shape: tuple[int, ...] | None) -> bool:
-    """Whether a tensor is one of those that transformers computes itself; without a shape, by its
-    name alone.
-    """
+    """Whether transformers computes this tensor itself; without a shape, by its name alone."""
     return any(
         re.search(rf"(^|\.){pattern}$", name) is not None and (shape is None or len(shape) == dimensions)
         for pattern, dimensions in BUFFERS.items()
@@ -689,7 +686,7 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype, remote_code: bool = F
 
 
 def copy_files(names: Sequence[str], source: Path, target: Path) -> None:
-    """Copy files by their names relative to ``source``; of links, what they lead to."""
+    """Copy files by their names relative to ``source``; the targets of links are copied."""
     for name in names:
         with replacing(target / name) as temporary:
             shutil.copyfile(source / name, temporary)
@@ -699,7 +696,8 @@ class ShardWriter:
     """Writes a checkpoint as one shard per block plus one for the rest, each atomically, so that
     finished blocks survive a kill.
 
-    Peak memory is one block's tensors; the source's config, tokenizer and chat template are copied verbatim.
+    Peak memory is one block's tensors; the source's config, tokenizer and chat template are copied
+    verbatim.
     """
 
     def __init__(self, source: Checkpoint, directory: Path) -> None:
@@ -709,22 +707,22 @@ class ShardWriter:
         directory.mkdir(parents=True, exist_ok=True)
 
     def shard(self, block: int) -> Path:
-        """Path of a block's shard; block = depth is the shard of everything else."""
+        """Path of a block's shard; block = depth is the shard of the rest."""
         return self.directory / f"model-{block + 1:05d}-of-{self.shards:05d}.safetensors"
 
     def write(self, block: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """One finished block, named relative to the block, in the source's dtype."""
+        """Write one finished block, with names relative to the block, in the source's dtype."""
         prefix = self.source.block_prefix(block)
         self._save(self.shard(block), {prefix + name: tensor for name, tensor in tensors.items()})
 
     def read(self, block: int) -> dict[str, torch.Tensor]:
-        """A block that was written, named relative to the block."""
+        """Read a written block, with names relative to the block."""
         prefix = self.source.block_prefix(block)
         with safe_open(self.shard(block), framework="pt") as file:
             return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}
 
     def finish(self) -> None:
-        """The remaining tensors, the index, and the source's other files."""
+        """Write the remaining tensors and the index, and copy the source's other files."""
         rest = self.source.outside_blocks()
         self._save(self.shard(self.shards - 1), dict(self.source.read(rest)))
         weight_map, total = {}, 0

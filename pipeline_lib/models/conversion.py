@@ -1,8 +1,8 @@
-"""How a checkpoint's tensors make up a model's parameters, as transformers converts them while it
-loads, and back.
+"""The conversion between a checkpoint's tensors and a model's parameters, as transformers does it when
+it loads a model, and its inverse.
 
-Files of a mixture hold a matrix for every expert, the model one parameter for all; names differ,
-too. Everything else in the project speaks of tensors as the files have them.
+Files of a mixture have a matrix for every expert, the model one parameter for all; names differ,
+too. All other code uses the tensors of the files.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of the files, or some rows of it, and where it goes in a parameter. None: all of it."""
+    """A tensor of the files, or some of its rows, and its position in a parameter. None: all of it."""
 
     stored: str
     from_expert: int | None = None
@@ -35,7 +35,7 @@ class Piece:
 
     @property
     def whole(self) -> bool:
-        """The parameter is the tensor."""
+        """Whether the parameter is the tensor."""
         return all(part is None for part in (self.from_expert, self.from_rows, self.expert, self.rows))
 
     def taken(self, tensor: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def assembled(
     """A parameter from the tensors of the files; differentiable in them.
 
     Args:
-        otherwise: the parameter, for pieces that are not given.
+        otherwise: the parameter, for missing pieces.
     """
 
     def part(piece: Piece) -> Tensor:
@@ -86,7 +86,7 @@ def assembled(
 
 
 def disassembled(pieces: Pieces, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the files from parameters: views of them where a tensor is a part of one."""
+    """The tensors of the files from parameters; views of them if a tensor is part of one."""
     by_tensor: dict[str, list[tuple[Piece, Tensor]]] = {}
     for name, own in pieces.items():
         for piece in own if name in parameters else ():
@@ -108,14 +108,13 @@ def disassembled(pieces: Pieces, parameters: Mapping[str, Tensor]) -> dict[str, 
 def pieces_of(
     model: "PreTrainedModel", shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[Piece, ...]]:
-    """By every name that transformers has for a parameter or buffer of the model, the tensors of
-    the files that make it up.
+    """By every name of a parameter or buffer in transformers, its tensors in the files.
 
     Args:
         shapes: of the files' tensors.
 
     Raises:
-        SparselineError: transformers converts a tensor in a way that is not known here.
+        SparselineError: transformers converts a tensor in an unsupported way.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -291,7 +290,8 @@ def _ties(tie: Tie, pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> It
 
 
 def place(matrix: Matrix, pieces: Pieces) -> tuple[str, int | None, range | None]:
-    """Where a matrix is in the parameters of a block: the parameter, the expert, and its rows (None: all).
+    """The position of a matrix in the parameters of a block: the parameter, the expert, and its rows
+    (None: all).
 
     Args:
         matrix: of the files, as in ``stored_layout``.
@@ -311,7 +311,7 @@ def place(matrix: Matrix, pieces: Pieces) -> tuple[str, int | None, range | None
 
 
 def usual_name(model: "PreTrainedModel", full: str) -> str:
-    """What files usually call a parameter: of several tensors that make it up, the first pattern."""
+    """The usual name of a parameter in files; for several tensors, the first pattern."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         PrefixChange,

@@ -1,4 +1,4 @@
-"""Checkpoints stored in FP8 (DeepSeek-V3) or MXFP4 (gpt-oss): tensors and their scales read as one
+"""Checkpoints in FP8 (DeepSeek-V3) or MXFP4 (gpt-oss): tensors and their scales are read as one
 bfloat16 tensor, by transformers' own code.
 """
 
@@ -16,7 +16,7 @@ Parts = dict[str, tuple[str, tuple[int, ...], str]]
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor that is stored as two."""
+    """A tensor that is stored as two tensors."""
 
     values: str
     scales: str
@@ -24,7 +24,7 @@ class Packed:
     shape: tuple[int, ...]  # of what they stand for
 
     def unpack(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """What they stand for, in bfloat16."""
+        """The tensor in bfloat16."""
         if self.scales.endswith(FP8_SCALE):
             from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -35,8 +35,8 @@ class Packed:
 
 
 def packed(parts: Parts) -> dict[str, Packed]:
-    """By the names that they stand for, the pairs among a checkpoint's tensors; the pairs are taken
-    out of ``parts``, what they stand for comes in.
+    """The pairs among a checkpoint's tensors, by the names of the unpacked tensors, which replace the
+    pairs in ``parts``.
     """
     found: dict[str, Packed] = {}
     for name in list(parts):
@@ -55,5 +55,5 @@ def packed(parts: Parts) -> dict[str, Packed]:
 
 
 def without_quantisation(config: Mapping[str, object]) -> dict[str, object]:
-    """A config.json of the unpacked weights."""
+    """The config.json for the unpacked weights."""
     return {name: value for name, value in config.items() if name != "quantization_config"}

@@ -1,10 +1,10 @@
-"""Find a model's blocks, and in each its matrices, sites and couplings, from the module tree and a
+"""Discover a model's blocks, and the matrices, sites and couplings of each, from the module tree and a
 run without weights (``hollow``).
 
-A coupling is a source whose channels can be scaled: the rows of a product's weight, or a norm's
-weight. What a scaled source changes tells all: either the inputs of later products are scaled with
-it, channel by channel, and nothing else changes, or it is none. Shape letters: ``R`` outputs, ``C``
-inputs of a matrix, ``d`` channels of a site, ``n`` channels of a source.
+A coupling is a source of channels that can be scaled: the rows of a product's weight, or a norm's
+weight. If a scaled source scales the inputs of later products, channel by channel, and changes
+nothing else, it is a coupling. Shape letters: ``R`` outputs, ``C`` inputs of a matrix, ``d``
+channels of a site, ``n`` channels of a source.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +32,7 @@ BASE = 8  # channels are told apart by factors 2 … 2^8, one octal digit at a t
 
 @dataclass(frozen=True)
 class Found:
-    """What discovery says of a model. Names in layouts are those of the block's modules, relative
+    """The discovered structure of a model. Names in layouts are those of the block's modules, relative
     to the block.
     """
 
@@ -44,10 +44,11 @@ class Found:
 
 
 def discover(model: "PreTrainedModel") -> Found:
-    """Run a model without weights.
+    """Run a model without weights, and discover its structure.
 
     Raises:
-        SparselineError: there are no blocks that can be pruned one after the other, with the reason.
+        SparselineError: the model has no blocks that can be pruned one after the other; the message
+            has the reason.
     """
     base = model.base_model
     hollow = Hollow(dict(base.named_parameters()))
@@ -71,7 +72,7 @@ def discover(model: "PreTrainedModel") -> Found:
 
 @dataclass(frozen=True)
 class Call:
-    """How a block is called, and what it returns: hidden states [B, T, D] first."""
+    """The arguments of a block, and its result: hidden states [B, T, D] first."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

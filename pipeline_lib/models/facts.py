@@ -1,8 +1,7 @@
-"""What a run without weights cannot show by itself, and is tried: where Q, K and V lie in a fused
-projection, which channels rotate together.
+"""Guesses about what a run without weights cannot show: the layout of Q, K and V in a fused
+projection, and the channels that rotate together.
 
-Every entry is a guess that a run confirms before it is used. A family's trait that no guess meets
-belongs here.
+A run confirms every guess before it is used. Add a guess here for a family without a matching one.
 """
 
 from collections.abc import Iterator
@@ -25,15 +24,15 @@ KINDS = {name: kind for kind, names in _KINDS.items() for name in names}
 
 
 def kind_of(parameter: str) -> str:
-    """The role that the name of a parameter suggests: of an unknown module its own name."""
+    """The kind of a matrix by the name of its parameter; for an unknown module its own name."""
     module = parameter.removesuffix(".weight").rpartition(".")[2]
     return KINDS.get(module, module.removesuffix("_proj"))
 
 
 @dataclass(frozen=True)
 class Heads:
-    """``q`` query heads on ``kv`` key/value heads; how many channels a head may have, and how many
-    of them may rotate.
+    """``q`` query heads on ``kv`` key/value heads; possible numbers of channels per head, and of
+    rotating channels.
     """
 
     q: int
@@ -45,8 +44,8 @@ class Heads:
 
 
 def named(config: Any, name: str) -> Any:
-    """What a config says under a name; None also where that differs from block to block, for which
-    transformers raises an error of its own.
+    """The value of a config's key; None also if it differs between blocks, for which transformers
+    raises an error.
     """
     try:
         return getattr(config, name, None)
@@ -55,7 +54,7 @@ def named(config: Any, name: str) -> Any:
 
 
 def heads_of(config: Any) -> Heads | None:
-    """Heads as a config names them, or None."""
+    """The heads in a config, or None."""
 
     def number(*names: str) -> int | None:
         return next(
@@ -86,19 +85,19 @@ def heads_of(config: Any) -> Heads | None:
 
 @dataclass(frozen=True)
 class Partition:
-    """The rows of a fused projection, by the matrices that they make up."""
+    """The rows of a fused projection, by matrix."""
 
     kinds: tuple[str, ...]
     rows: tuple[tuple[int, ...], ...]
 
     @property
     def contiguous(self) -> bool:
-        """Each matrix is a slice of the parameter."""
+        """Whether each matrix is a slice of the parameter."""
         return all(rows == tuple(range(rows[0], rows[0] + len(rows))) for rows in self.rows)
 
 
 def partitions(size: int, heads: Heads | None) -> Iterator[Partition]:
-    """What ``size`` rows may be made up of."""
+    """Possible partitions of ``size`` rows."""
     if heads is not None:
         for channels in heads.sizes:
             q, kv = heads.q * channels, heads.kv * channels
@@ -135,8 +134,8 @@ def _by_heads(heads: int, parts: tuple[tuple[int, int], ...]) -> tuple[tuple[int
 
 @dataclass(frozen=True)
 class Rotation:
-    """Factors that Q and K may share: for each row of K and of Q the factor's index. Channels that
-    rotate together share theirs.
+    """Factors that Q and K may share: the factor's index for each row of K and of Q. Channels that
+    rotate together share one.
     """
 
     size: int
@@ -145,7 +144,7 @@ class Rotation:
 
 
 def rotations(rows_q: int, rows_k: int, heads: Heads | None) -> Iterator[Rotation]:
-    """What a pair of matrices may have, those with more factors first."""
+    """Possible rotations of a pair of matrices, those with more factors first."""
     if (
         heads is None
         or rows_q % heads.q

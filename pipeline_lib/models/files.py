@@ -1,5 +1,5 @@
-"""The files of a model directory: those with the weights that transformers loads, those copied
-beside new weights, those left out.
+"""The files of a model directory: the weights that transformers loads, files to copy, and files that
+are left out.
 """
 
 import json
@@ -24,7 +24,7 @@ OTHER_PROGRAMS = (
 
 @dataclass(frozen=True)
 class Files:
-    """What is in a model directory; names are relative to it."""
+    """The content of a model directory; names are relative to it."""
 
     weights: tuple[str, ...]  # in the order in which transformers reads them
     index: Mapping[str, str] | None  # tensor name -> file name, where the weights have an index
@@ -33,7 +33,7 @@ class Files:
 
 
 def reason_left_out(name: str) -> str | None:
-    """Why a file of a model is not taken along, or None; ``name`` is relative, with slashes."""
+    """The reason why a file of a model is not copied, or None; ``name`` is relative, with slashes."""
     path = PurePosixPath(name)
     if any(part.startswith(".") for part in path.parts):
         return "hidden"
@@ -94,12 +94,12 @@ def find_files(path: Path) -> Files:
 
 
 def list_files(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Files to take along, and what is left out with the reason; a subdirectory that is left out is
+    """Files to copy, and files that are left out with the reason. A subdirectory that is left out is
     one entry.
 
     Raises:
-        SparselineError: the directory or a file cannot be read, or what is to be taken along is no
-            regular file of this directory.
+        SparselineError: the directory or a file cannot be read, or a file to copy is not a regular
+            file of this directory.
     """
     found: list[str] = []
     left_out: dict[str, str] = {}
@@ -193,7 +193,7 @@ def _no_weights(path: Path, stored: list[str]) -> str:
 
 
 def grouped(reasons: Mapping[str, str]) -> list[str]:
-    """One line per reason: what it holds for (of many names the first three)."""
+    """One line per reason, with its files (of many, the first three)."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         by_reason.setdefault(reason, []).append(name)

@@ -1,5 +1,5 @@
-"""Fold per-channel factors into a block's tensors: the function stays, only its coordinates change
-(2602.21652, Eq. 3).
+"""Fold per-channel factors into a block's tensors, which does not change its function (2602.21652, Eq.
+3).
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,7 +62,7 @@ def numbers(index: Sequence[int], device: torch.device | None = None) -> torch.T
 
 
 def site_factor(layout: Layout, site: str, factors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """D's diagonal [d] for a site's inputs, or None where nothing scales them."""
+    """D's diagonal [d] for a site's inputs, or None if nothing scales them."""
     entry = layout.site(site)
     if entry.coupling is None or entry.coupling not in factors:
         return None
@@ -70,8 +70,8 @@ def site_factor(layout: Layout, site: str, factors: Mapping[str, torch.Tensor]) 
 
 
 class MatrixScales:
-    """By what the couplings multiply the rows and columns of one logical matrix [R, C]: indices
-    built once, evaluated often.
+    """The couplings' factors on the rows and columns of one logical matrix [R, C]: indices are built
+    once, and evaluated often.
     """
 
     def __init__(

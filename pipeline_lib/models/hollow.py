@@ -1,8 +1,8 @@
-"""Run a model of which nothing but the shapes of its parameters is in memory: every product gives
-random outputs of the right shape.
+"""Run a model with only the shapes of its parameters in memory: every product returns random outputs
+of the right shape.
 
-The outputs of products are then independent of their inputs, so that what a block does between its
-products shows by itself.
+So the outputs of products are independent of their inputs, and the run shows what a block computes
+between its products.
 """
 
 import zlib
@@ -20,8 +20,8 @@ Tensor = torch.Tensor
 
 @dataclass
 class Changes:
-    """What differs from the run before: factors of the rows that a product gives, and of parameters
-    [d] that are not multiplied with.
+    """Changes since the previous run: factors of the output rows of a product, and of parameters [d]
+    without a product.
     """
 
     rows: Mapping[Part, Tensor] = field(default_factory=dict)  # factors [R]
@@ -32,8 +32,8 @@ class Changes:
 
 
 class Hollow(Watched):
-    """While active, parameters (on the meta device) count as random. The same call gives the same
-    result as long as ``Changes`` are none.
+    """While active, parameters (on the meta device) act as random numbers. Without ``Changes``, the
+    same call gives the same result.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -46,8 +46,8 @@ class Hollow(Watched):
         self._times: dict[Part, int] = {}
 
     def begin(self, changes: Changes | None = None, keep: bool = True) -> None:
-        """A new run, with nothing seen yet. Of a whole model nothing is kept but which parts were
-        used: inputs would grow with depth.
+        """Begin a new run. For a whole model only the used parts are recorded, because the inputs
+        would grow with depth.
         """
         self.changes, self.seen, self._times = changes or Changes(), [] if keep else None, {}
 

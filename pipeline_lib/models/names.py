@@ -1,4 +1,4 @@
-"""Patterns over the names of matrices: ``model.include``, ``model.exclude``, and sparsities by hand."""
+"""Patterns for the names of matrices: ``model.include``, ``model.exclude``, and manual sparsities."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ Names = Sequence[str]  # of one matrix; the first is its own
 
 @dataclass(frozen=True)
 class Selection:
-    """Which matrices are pruned, and how many each pattern matched."""
+    """The matrices to prune, and the number of matches of each pattern."""
 
     included: list[bool]  # in the order of the matrices
     matched: list[tuple[str, str, int]]  # include or exclude, the pattern, how many
@@ -32,14 +32,15 @@ class Selection:
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Whether a name matches: a shell pattern with ``*`` and ``?`` (brackets stand for themselves),
-    or ``re:`` and an expression.
+    """Whether a name matches: a shell pattern with ``*`` and ``?`` (brackets are literal), or ``re:``
+    and a regular expression.
 
-    A shell pattern matches a whole name, or the name of a module that holds it (``layers.0.mlp``).
-    An expression has to match from the name's start, not to its end, as in llm-compressor.
+    A shell pattern matches a whole name, or the name of a module that contains it
+    (``layers.0.mlp``). An expression must match from the name's start, but not to its end, as in
+    llm-compressor.
 
     Raises:
-        ValueError: no regular expression behind ``re:``.
+        ValueError: the text after ``re:`` is not a regular expression.
     """
     if pattern.startswith(EXPRESSION):
         try:
@@ -55,14 +56,15 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 def select(
     matrices: Sequence[Names], include: Sequence[str], exclude: Sequence[str], never: Sequence[str]
 ) -> Selection:
-    """Apply the patterns; ``exclude`` wins.
+    """Apply the patterns; ``exclude`` has priority.
 
     Args:
         matrices: every name of each matrix.
-        never: names of parameters that are never pruned, to say so of a pattern that matches only these.
+        never: names of parameters that are never pruned, for the error of a pattern that matches
+            only these.
 
     Raises:
-        SparselineError: a pattern that matches no matrix, or is not a regular expression; nothing is
+        SparselineError: a pattern matches no matrix or is not a regular expression, or nothing is
             left to prune.
     """
     taken: dict[str, list[bool]] = {"include": [False] * len(matrices), "exclude": [False] * len(matrices)}
@@ -81,7 +83,7 @@ def select(
 
 
 def hits(key: str, pattern: str, matrices: Sequence[Names], never: Sequence[str] = ()) -> list[bool]:
-    """Whether the pattern, which stands under ``key`` in params.yaml, matches each matrix.
+    """Whether the pattern, the value of ``key`` in params.yaml, matches each matrix.
 
     Raises:
         SparselineError: it matches none, or is not a regular expression.

@@ -1,5 +1,5 @@
-"""Where hidden states lie between two blocks: on the device, in host memory, or in files. They are
-the same bytes everywhere.
+"""Storage of hidden states between two blocks: on the device, in host memory, or in files, always with
+the same bytes.
 """
 
 import math
@@ -20,11 +20,11 @@ Place = Literal["device", "host", "disk"]
 
 @dataclass
 class Room:
-    """Bytes that hidden states may take on the device and in host memory, all streams together.
+    """Bytes for hidden states on the device and in host memory, for all streams together.
 
     Batches are placed one by one: the first on the device, the next in host memory, the others in
-    files in ``directory``. Without a directory host memory takes them all. A batch keeps its place;
-    another stream of the same name takes the places of the first one over.
+    files in ``directory``. Without a directory, host memory takes them all. A batch keeps its
+    place; another stream of the same name reuses the places of the first one.
     """
 
     device: float = math.inf
@@ -33,7 +33,7 @@ class Room:
     _places: dict[tuple[str, int], Place] = field(default_factory=dict)
 
     def place(self, name: str, number: int, size: int) -> Place:
-        """That of a stream's batch of ``size`` bytes."""
+        """The place of a stream's batch of ``size`` bytes."""
         found = self._places.get((name, number))
         if found is None:
             if size <= self.device:
@@ -47,14 +47,14 @@ class Room:
 
 
 def room(device: torch.device, directory: Path | None = None, wanted: float = 0) -> Room:
-    """What the settings leave to hidden states of ``wanted`` bytes.
+    """The room that the settings allow for hidden states of ``wanted`` bytes.
 
-    On a CPU they are all in memory, or, where that is more than SPARSELINE_ACTIVATION_BYTES, all in
-    files. On a GPU they are there up to SPARSELINE_GPU_ACTIVATION_BYTES, then in host memory up to
+    On a CPU they are all in memory or, above SPARSELINE_ACTIVATION_BYTES, all in files. On a GPU
+    they stay there up to SPARSELINE_GPU_ACTIVATION_BYTES, then in host memory up to
     SPARSELINE_ACTIVATION_BYTES, then in files.
 
     Args:
-        directory: of the files; None: there are none, whatever the settings say.
+        directory: directory for files; None: no files, regardless of the settings.
     """
     host = settings.activation_bytes()
     if device.type != "cuda":
@@ -200,10 +200,11 @@ _Ahead = tuple[_InHost, torch.Tensor, torch.cuda.Event | None]
 
 
 class Batches(Sequence[torch.Tensor]):
-    """Hidden states [B, T, D] batch by batch, each in the place that the room has for it; what is
-    asked for is on the device.
+    """Hidden states [B, T, D] batch by batch, each in its place in the room; a batch that is read is
+    on the device.
 
-    A slice shares the places. Who reads batch after batch in order finds the next one on its way.
+    A slice shares the places. A reader that takes the batches in order gets the next one
+    prefetched.
     """
 
     def __init__(self, count: int, device: torch.device, room: Room, name: str) -> None:
@@ -237,11 +238,11 @@ class Batches(Sequence[torch.Tensor]):
         self._cell(place).write(hidden)
 
     def sizes(self) -> list[int]:
-        """Rows of each batch."""
+        """Number of samples in each batch."""
         return [self._cell(place).rows() for place in range(len(self))]
 
     def row(self, place: int, number: int) -> torch.Tensor:
-        """One row [1, T, D] of a batch; no other is read."""
+        """One sample [1, T, D] of a batch; no other is read."""
         return self._cell(place).row(number)
 
     def _cell(self, place: int) -> _Cell:

@@ -1,6 +1,4 @@
-"""The products that parameters take part in, seen while a model runs: whose inputs X [tokens, d]
-they multiply.
-"""
+"""Observe the products with parameters while a model runs, and their inputs X [tokens, d]."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,8 +16,8 @@ _ADDED = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}  # the bias 
 
 @dataclass(frozen=True)
 class Part:
-    """What multiplies: a module's parameter, or one expert of it, or some of its rows. Names are
-    relative to the block.
+    """The parameter of a product: a module's parameter, one expert of it, or some of its rows. Names
+    are relative to the block.
     """
 
     parameter: str
@@ -30,7 +28,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Product:
-    """One product as it is about to be taken."""
+    """One product, before it is computed."""
 
     part: Part
     inputs: Tensor  # X [..., d]
@@ -40,13 +38,13 @@ class Product:
     turned: bool = False  # the weight comes first: W Xᵀ
 
     def outputs_in(self, result: Tensor) -> Tensor:
-        """The product's outputs [..., R] in what the call gave, or in its gradient."""
+        """The product's outputs [..., R] in the result of the call, or in its gradient."""
         own = result if self.batched is None else result[self.batched]
         return own.transpose(-1, -2) if self.turned else own
 
 
 class Parameters:
-    """Which parameter a tensor is a view of, and which part of it."""
+    """Maps a tensor to the parameter of which it is a view, and to its part of it."""
 
     def __init__(self, named: Mapping[str, Tensor]) -> None:
         self._of = {_storage(tensor): [] for tensor in named.values()}  # type: dict[int, list[tuple[str, Tensor]]]
@@ -65,7 +63,7 @@ class Parameters:
         return None
 
     def part(self, weight: Tensor) -> Part | None:
-        """The part that a weight [R, C] is; None if it is no whole rows of a matrix that is stored here."""
+        """The part that a weight [R, C] is; None unless it consists of whole rows of a stored matrix."""
         found = self.find(weight)
         if found is None or weight.ndim != 2 or found[1].ndim not in (2, 3):
             return None
@@ -92,8 +90,8 @@ def _storage(tensor: Tensor) -> int:
 
 
 class Watched(TorchFunctionMode):
-    """While active, ``see`` is told of every product of a parameter before it is taken; what it
-    returns takes its place, unless None.
+    """While active, ``see`` gets every product with a parameter before it is computed; its result
+    replaces the product, unless it is None.
     """
 
     def __init__(
@@ -127,7 +125,7 @@ class Watched(TorchFunctionMode):
         return outputs
 
     def otherwise(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Any other call."""
+        """Handle any other call."""
         return func(*args, **kwargs)
 
     def _products(self, inputs: Any, weight: Any, bias: Any) -> list[Product]:

@@ -1,6 +1,7 @@
-"""Text that a model writes by itself.
+"""Generate text with a model.
 
-Shape letters: ``B`` prompts in a batch, ``T`` tokens of the longest, ``V`` tokens of the vocabulary.
+Shape letters: ``B`` prompts in a batch, ``T`` tokens of the longest, ``V`` tokens of the
+vocabulary.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from pipeline_lib.core.random import generator
 
 @dataclass(frozen=True)
 class Drawing:
-    """How tokens are drawn."""
+    """Parameters of the sampling."""
 
     new_tokens: int  # at most
     temperature: float  # 0: the most likely token
@@ -28,8 +29,8 @@ class Drawing:
 
 
 def ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text: those of the model's generation config, else the tokenizer's;
-    maybe none.
+    """The end-of-text tokens: those of the model's generation config, else the tokenizer's; possibly
+    none.
     """
     found = getattr(model.generation_config, "eos_token_id", None)
     found = tokenizer.eos_token_id if found is None else found
@@ -43,12 +44,12 @@ def continued(
     how: Drawing,
     ends: Sequence[int],
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, up to and with the first of ``ends``.
+    """The tokens that follow each prompt, up to and including the first of ``ends``.
 
     Tokens are drawn from softmax(logits / temperature) by Gumbel's trick: the largest of logits /
-    temperature + noise. The noise depends on the seed and on the prompt's number alone, so that
-    other batches change nothing but the model's rounding. Nothing else of the checkpoint's
-    generation config (repetition penalties, top-k) is used.
+    temperature + noise. The noise depends only on the seed and the prompt's number, so other
+    batches change nothing but the model's rounding. Other keys of the checkpoint's generation
+    config (repetition penalties, top-k) are not used.
     """
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Parameters of which model is pruned."""
+"""Parameters of the model."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The model that the parameters name, as the prepare stage recorded it."""
+"""The model of the parameters, as recorded by the prepare stage."""
 
 import glob
 import hashlib
@@ -23,12 +23,12 @@ SMALL = 2**26  # bytes; larger files are compared by DVC, not hashed again by ev
 
 
 def fetch(params: ModelParams) -> Path:
-    """The local directory of the model; from the hub, at one commit, those files that are loaded or
-    copied. Later stages use ``locate``.
+    """The local directory of the model. From the hub, it fetches the files to load or copy at one
+    commit. Later stages use ``locate``.
 
     Raises:
-        SparselineError: ``path``, ``id`` and ``revision`` do not fit each other, or the model
-            cannot be reached.
+        SparselineError: ``path``, ``id`` and ``revision`` do not match, or the model cannot be
+            fetched.
     """
     if params.id is None:
         if params.revision is not None:
@@ -60,11 +60,10 @@ def fetch(params: ModelParams) -> Path:
 
 
 def fetch_pickled(hub_id: str, revision: str | None) -> Path:
-    """The local directory of a hub model that has no safetensors: its .bin files and what is copied
-    beside them.
+    """The local directory of a hub model without safetensors: its .bin files and the files to copy.
 
     Raises:
-        SparselineError: it cannot be reached.
+        SparselineError: it cannot be fetched.
     """
     try:
         names = HfApi().list_repo_files(hub_id, revision=revision)
@@ -87,8 +86,8 @@ def fetch_pickled(hub_id: str, revision: str | None) -> Path:
 
 
 def not_fetched(params: ModelParams) -> dict[str, str]:
-    """Files of the hub's repository that are in no result -> why; nothing for a directory, or where
-    the hub cannot be asked.
+    """Files of the hub's repository that are not in the result -> the reason; empty for a directory,
+    or without network.
     """
     names = None if params.id is None else _listed(params.id, params.revision or "")[0]
     return {name: reason for name in names or [] if (reason := reason_left_out(name)) is not None}
@@ -147,20 +146,20 @@ def _unreachable(hub_id: str, commit: str, reason: Exception | None) -> Sparseli
 
 
 def identity(sha256: Mapping[str, str]) -> str:
-    """A model's digest, from those of its files."""
+    """A model's digest, computed from those of its files."""
     return hashlib.sha256(json.dumps(dict(sha256), sort_keys=True).encode()).hexdigest()[:32]
 
 
 def recorded_files(checkpoint: Checkpoint) -> list[str]:
-    """The files that the model is: weights, their index, and what is copied beside new ones."""
+    """The files of the model: weights, their index, and files to copy."""
     return sorted({*checkpoint.files.values(), *checkpoint.others, *([INDEX] if checkpoint.indexed else [])})
 
 
 def open_source(workspace: Workspace, params: ModelParams) -> Checkpoint:
-    """The checkpoint as prepare saw it.
+    """The checkpoint as prepare recorded it.
 
     Raises:
-        SparselineError: one of its files has changed since, has come or gone.
+        SparselineError: one of its files has been changed, added or removed since.
     """
     facts = workspace.load(workspace.model)
     try:

@@ -1,4 +1,4 @@
-"""The start-of-sequence token: which one a model has, and where its family's usual evaluation puts it."""
+"""The start-of-sequence token of a model, and its position in its family's usual evaluation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,23 +19,23 @@ ROW = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
 
 @dataclass(frozen=True)
 class Start:
-    """Where the start token stands in the rows of a text."""
+    """The position of the start token in the samples of a text."""
 
     place: Place
     token: int | None  # None: the tokenizer has none, and place is "none"
 
 
 def usual(model_type: str) -> Place:
-    """Where the family's usual evaluation has the start token."""
+    """The position of the start token in the family's usual evaluation."""
     return "row" if model_type in ROW else "document"
 
 
 def start(place: Place | None, model_type: str, tokenizer: PreTrainedTokenizerBase) -> Start:
-    """The place asked for, or the family's usual one for None; the token is the tokenizer's BOS,
+    """The requested position, or the family's usual one for None; the token is the tokenizer's BOS,
     else its EOS.
 
     Raises:
-        SparselineError: a start token is asked for, but the tokenizer has none.
+        SparselineError: a start token is requested, but the tokenizer has none.
     """
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if token is not None:

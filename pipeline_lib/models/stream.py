@@ -1,7 +1,8 @@
-"""Run a model block by block: the peak memory is one or two blocks plus the activations, whatever the depth.
+"""Run a model block by block: the peak memory is one or two blocks plus the activations, independent
+of depth.
 
-Shape letters: ``B`` rows in a batch, ``T`` tokens in a row, ``D`` channels of the residual stream,
-``V`` tokens of the vocabulary.
+Shape letters: ``B`` samples in a batch, ``T`` tokens per sample, ``D`` channels of the residual
+stream, ``V`` tokens of the vocabulary.
 """
 
 import copy
@@ -53,8 +54,8 @@ class _Recorder(nn.Module):
 
 
 class Stream:
-    """Hidden states [B, T, D] of every batch before some block, in order; overwritten as the blocks
-    are passed. Each lies where the room says.
+    """Hidden states [B, T, D] of all batches before some block, in order; each block overwrites them.
+    The room determines their places.
     """
 
     def __init__(self, batches: int, device: torch.device, room: Room, name: str = "") -> None:
@@ -62,7 +63,7 @@ class Stream:
         self.hidden = Batches(batches, device, room, name)
 
     def copy(self, name: str = "") -> "Stream":
-        """Another one that starts where this one is."""
+        """A second stream with the same hidden states."""
         other = Stream(len(self.hidden), self.device, self.room, name)
         for number, hidden in enumerate(self.hidden):
             other.hidden[number] = hidden
@@ -70,11 +71,12 @@ class Stream:
 
 
 class BlockModel:
-    """A checkpoint of which only what is asked for is in memory: embeddings, single blocks, or the head.
+    """A checkpoint of which only the requested parts are in memory: embeddings, single blocks, or the
+    head.
 
-    ``products`` says what float32 products on a GPU may round to while blocks run, and so in the
-    statistics that are taken meanwhile; ``room``, where streams lie that have no other (None: on
-    the device).
+    ``products`` is the precision of float32 products on a GPU while blocks run, and so of the
+    statistics collected meanwhile. ``room`` is the storage of streams without a room of their own
+    (None: on the device).
     """
 
     def __init__(
@@ -101,10 +103,10 @@ class BlockModel:
     def embed(
         self, rows: torch.Tensor, batch_rows: int | list[int], name: str = "", room: Room | None = None
     ) -> Stream:
-        """The stream before the first block, for token rows [N, T]; notes each block's other
-        arguments on the way.
+        """The stream before the first block, for samples [N, T]; it also records each block's other
+        arguments.
 
-        Batches are of ``batch_rows`` rows, or of so many as the list says.
+        Batches have ``batch_rows`` samples, or the sizes in the list.
         """
         if rows.shape[1] != self._length:
             self._length, self._arguments = rows.shape[1], {}
@@ -119,11 +121,11 @@ class BlockModel:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """While open, the function from hidden states [B, T, D] after the last block to logits [B,
-        T, V], differentiable in them.
+        """While open, the function from hidden states [B, T, D] after the last block to logits [B, T,
+        V], differentiable in them.
 
-        transformers' own code computes it, last norm, projection and scaling included; ``embed``
-        has to come first.
+        transformers' own code computes it, including last norm, projection and scaling; ``embed``
+        must come first.
         """
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
@@ -227,8 +229,8 @@ class BlockModel:
         return self._made_of[index]
 
     def arguments(self, index: int, rows: int) -> Arguments:
-        """What block ``index`` gets besides a batch of so many rows (it depends on positions, not
-        on tokens).
+        """The arguments of block ``index`` besides a batch of so many samples (they depend on
+        positions, not on tokens).
         """
         if rows not in self._arguments:
             larger = self._arguments[min(size for size in self._arguments if size > rows)]
@@ -242,8 +244,8 @@ class BlockModel:
         hidden: torch.Tensor,
         tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Output [B, T, D] of a block for hidden states [B, T, D]; differentiably with ``tensors``
-        in the place of its own.
+        """Output [B, T, D] of a block for hidden states [B, T, D]; differentiable in ``tensors``,
+        which replace the block's own.
         """
         args, kwargs = self.arguments(index, len(hidden))
         if tensors is None:
@@ -282,8 +284,8 @@ class BlockModel:
         """Pass the stream through a block: all of it, or the batches of these numbers.
 
         Raises:
-            SparselineError: the block's output holds NaN or infinity. It is told when all batches
-                have passed.
+            SparselineError: the block's output contains NaN or infinity. It is raised after all
+                batches have passed.
         """
         self.check_finite(index, self.passed(block, index, stream, numbers))
 
@@ -294,8 +296,8 @@ class BlockModel:
     def passed(
         self, block: nn.Module, index: int, stream: Stream, numbers: Iterable[int] | None = None
     ) -> torch.Tensor:
-        """``advance`` that leaves ``check_finite`` to others: the least and the largest output of
-        every batch, on the device, NaN if one is.
+        """``advance`` without ``check_finite``: the smallest and the largest output of every batch, on
+        the device, NaN if one is.
         """
 
         @torch.no_grad()
@@ -317,10 +319,10 @@ class BlockModel:
         return torch.stack(bounds) if bounds else torch.zeros(0, device=self.device)
 
     def check_finite(self, index: int, hidden: torch.Tensor) -> None:
-        """Refuse a block's output, or what bounds it, that nothing can be made of.
+        """Refuse a block's output, or its bounds, with NaN or infinity.
 
         Raises:
-            SparselineError: it holds NaN or infinity.
+            SparselineError: it contains NaN or infinity.
         """
         if not torch.isfinite(hidden).all():
             name = f"{self.checkpoint.architecture.blocks}.{index}"
@@ -352,8 +354,8 @@ Take = Callable[
 
 @contextmanager
 def tapped(block: nn.Module, sites: Iterable[Site], take: Take) -> Iterator[None]:
-    """While open, ``take`` gets the inputs X of each site whenever the block runs. Inputs of tokens
-    that an expert is not meant for are left out.
+    """While open, ``take`` gets the inputs X of each site whenever the block runs, without inputs of
+    tokens that are not routed to the expert.
     """
     wanted = {(site.parameter, site.expert): site for site in sites}
     named = dict(block.named_parameters())
@@ -391,16 +393,16 @@ def tapped(block: nn.Module, sites: Iterable[Site], take: Take) -> Iterator[None
 
 @dataclass(frozen=True)
 class Routes:
-    """Which experts a router chose for each token, and how it weighs them: [tokens, chosen] both,
-    as transformers' experts get them.
+    """A router's choice of experts for each token, and their weights: [tokens, chosen] both, as
+    transformers' experts get them.
     """
 
     chosen: torch.Tensor
     weight: torch.Tensor
 
     def weights(self, expert: int, count: int) -> torch.Tensor | None:
-        """Those of an expert's tokens, in the order in which the experts' loop takes them; None if
-        it takes another number of tokens.
+        """The router weights of an expert's tokens, in the order of the experts' loop; None if it
+        takes another number of tokens.
         """
         if self.chosen.shape != self.weight.shape:
             return None

@@ -15,12 +15,12 @@ SENTENCEPIECE = ("sentencepiece", "protobuf")  # packages that read tokenizer.mo
 def load_tokenizer(path: Path, vocabulary: int, remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model directory's tokenizer.
 
-    Tokens beyond the model's ``vocabulary`` are no mistake by themselves: a padding token is often
-    added without an embedding.
+    Tokens beyond the model's ``vocabulary`` are allowed: a padding token is often added without an
+    embedding.
 
     Raises:
-        SparselineError: there is none, a package that it needs is missing, or plain text gives ids
-            that the model has no embedding for.
+        SparselineError: there is none, a package is missing, or plain text gives ids without an
+            embedding.
     """
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         for package in SENTENCEPIECE:
@@ -60,14 +60,14 @@ def load_tokenizer(path: Path, vocabulary: int, remote_code: bool = False) -> Pr
 
 
 def ids_beyond(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> str:
-    """Tokens that the model has no embedding for, as a few words; empty where there are none."""
+    """Tokens without an embedding, as a few words; empty if there are none."""
     found = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= vocabulary)
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     return f"{found[0][1]!r} = {found[0][0]}{more}" if found else ""
 
 
 def check_ids(ids: torch.Tensor, vocabulary: int, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Refuse token ids that the model has no embedding for.
+    """Refuse token ids without an embedding.
 
     Raises:
         SparselineError: there is one.

@@ -1,5 +1,5 @@
-"""The artifact that scale and induce write and prune reads: factors, shifts and selection weights,
-never model weights.
+"""The artifact that scale and induce write and prune reads: factors, shifts and selection weights, but
+no model weights.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from pipeline_lib.core.artifacts import read_tensors, write_tensors
 
 @dataclass(frozen=True)
 class Transform:
-    """What is done to one block before its mask is chosen. Empty mappings mean: nothing."""
+    """Changes of one block before its mask is chosen. Empty mappings mean no change."""
 
     # coupling -> d > 0 [size], folded exactly
     factors: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -46,7 +46,7 @@ def write_transforms(
 
 
 def read_transforms(path: Path, depth: int) -> tuple[list[Transform], dict[str, Any]]:
-    """One transform per block; blocks that the file does not name get the identity."""
+    """One transform per block; blocks that are not in the file get the identity."""
     tensors, facts = read_tensors(path)
     parts: list[dict[str, dict[str, torch.Tensor]]] = [
         {"factor": {}, "shift": {}, "importance": {}} for _ in range(depth)

@@ -1,5 +1,5 @@
-"""Try every coupling on the model's own weights before it is used: random powers of two must leave
-each block's function as it is.
+"""Verify every coupling on the model's own weights: random powers of two must not change any block's
+function.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ LOST = 64
 def verified(model: BlockModel, seed: int = 0) -> Iterator[tuple[Layout, tuple[str, ...]]]:
     """For each block its layout with the couplings that hold, and the names of those that do not.
 
-    A row of random tokens is passed through the model. Memory: a block twice.
+    A sample of random tokens is passed through the model. Memory: a block twice.
     """
     random = generator(seed, "couplings")
     stream = model.embed(torch.randint(0, model.checkpoint.vocabulary, (1, TOKENS), generator=random), 1)
@@ -63,7 +63,7 @@ class _Trial:
 
 
 def without(layout: Layout, names: Sequence[str]) -> Layout:
-    """A layout that lacks some couplings; the same one where it lacks none."""
+    """A layout without some couplings; the same object if it has none of them."""
     if not names:
         return layout
     sites = tuple(

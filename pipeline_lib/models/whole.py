@@ -1,4 +1,4 @@
-"""Load a whole checkpoint for evaluation and for gradients of its loss."""
+"""Load a whole checkpoint for evaluation or for gradients of its loss."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ def load_model(
     """The model in one copy, in evaluation mode, without gradients.
 
     Raises:
-        SparselineError: two sets of weights, or none; and by every call of the model, a token id
-            that it has no embedding for.
+        SparselineError: there are two sets of weights, or none; every call of the model raises it
+            for a token id without an embedding.
     """
     find_files(path)  # refuses what is ambiguous
     attention.register()

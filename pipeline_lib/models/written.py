@@ -1,4 +1,4 @@
-"""An architecture as JSON: what `prepare` discovered and verified, for all other stages."""
+"""An architecture as JSON: the result of `prepare` for all other stages."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -10,7 +10,7 @@ _PARTS = {"matrices": Matrix, "sites": Site, "couplings": Coupling}
 
 
 def to_json(architecture: Architecture) -> dict[str, Any]:
-    """Blocks that are alike share one layout."""
+    """Equal blocks share one layout."""
     kinds = list(dict.fromkeys(architecture.layouts))
     return {
         "family": architecture.family,
@@ -28,10 +28,10 @@ def to_json(architecture: Architecture) -> dict[str, Any]:
 
 
 def from_json(value: Mapping[str, Any]) -> Architecture:
-    """See ``to_json``.
+    """The inverse of ``to_json``.
 
     Raises:
-        KeyError, TypeError, IndexError: it is no such object.
+        KeyError, TypeError, IndexError: the object is not an architecture.
     """
     kinds = []
     for kind in value["kinds"]:

@@ -1,8 +1,8 @@
-"""Elimination of columns, the inner loop of the OBS sweep: what a weight loses, the columns still
-to come make up for.
+"""Elimination of columns, the inner loop of the OBS sweep: later columns compensate for the loss of a
+weight.
 
 A column block is copied with its columns as rows, so that each is contiguous. It is eliminated by
-halves: first the left one; then one product passes its errors on to the right one. Python loops
+halves: first the left one; then one product passes its errors to the right one. Python loops run
 over the columns of a leaf only. On a GPU a leaf is one launch of a kernel. Shape letters: ``R``
 outputs, ``C`` inputs, ``B`` columns of a block.
 """
@@ -36,8 +36,8 @@ def fused(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Groups:
-    """Of every M columns, the N of an output with the largest w² times their factor stay. They are
-    chosen when the first is reached.
+    """Of every M columns, an output keeps the N with the largest w² times their factor. They are
+    chosen when the sweep reaches the first of them.
     """
 
     n: int
@@ -46,8 +46,8 @@ class Groups:
 
 
 class Rounding:
-    """A grid as the sweep meets it: the group of every column, and where a group starts, all of its
-    columns.
+    """A grid in the order of the sweep: the group of every column, and all columns of a group at its
+    first one.
     """
 
     def __init__(self, grid: Grid, order: torch.Tensor | None) -> None:
@@ -62,7 +62,7 @@ class Rounding:
 
 @dataclass
 class Columns:
-    """Weight and mask [R, C], both in the sweep's order, as the sweep changes them."""
+    """Weight and mask [R, C], both in the sweep's order, changed by the sweep."""
 
     weight: torch.Tensor
     mask: torch.Tensor  # True where nothing is chosen yet
@@ -81,10 +81,10 @@ class Columns:
     def eliminate(
         self, start: int, stop: int, choose: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> None:
-        """Columns ``start`` … ``stop`` in place; all columns to the right are updated.
+        """Eliminate columns ``start`` … ``stop`` in place; all columns to the right are updated.
 
         Args:
-            choose: from these columns [R, B] as compensated so far to their mask.
+            choose: from these columns [R, B], as compensated so far, to their mask.
         """
         if stop > self.near:
             self._pass_on(start)
