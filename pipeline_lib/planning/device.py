@@ -1,11 +1,10 @@
-"""What a stage holds on a GPU: the peak of its tensors there, which is what
-``torch.cuda.max_memory_allocated`` tells afterwards.
+"""Memory of a stage on a GPU: the peak of its tensors there, as ``torch.cuda.max_memory_allocated``
+reports it afterwards.
 
-Nothing of the libraries is in it, nor what the allocator keeps of freed memory. Each stage has a
-few phases, of which the largest counts. Symbols: P parameters of a block, D channels of the stream,
-V tokens of the vocabulary, T tokens of a row. The numbers of tensors that a phase holds were
-counted in the code, and for gradients on a Llama by following every tensor's storage
-(tests/test_device_memory.py).
+It includes neither the libraries nor freed memory that the allocator keeps. Each stage has a few
+phases, of which the largest counts. Symbols: P parameters of a block, D channels of the stream, V
+tokens of the vocabulary, T tokens per sample. The numbers of tensors in a phase were counted in the
+code, and for gradients by tracking every tensor's storage on a Llama (tests/test_device_memory.py).
 """
 
 import math
@@ -31,20 +30,20 @@ CONTEXT = 0.6e9
 
 
 def streams_budget(memory: float) -> float:
-    """Bytes of hidden states that stay on a GPU of so much memory, if nothing else is on it."""
+    """Bytes of hidden states that stay on an otherwise empty GPU of so much memory."""
     asked = settings.gpu_activation_bytes()
     return settings.GPU_SHARE * (memory - CONTEXT) if asked is None else asked
 
 
 def held(streams: float, batch: float, budget: float) -> float:
-    """Bytes of streams on the GPU: all, or up to the budget and of the others a batch that is read,
-    one ahead, and one that is written.
+    """Bytes of streams on the GPU: all; or up to the budget, plus a batch of the others that is read,
+    one that is prefetched, and one that is written.
     """
     return streams if streams <= budget else min(streams, budget + 3 * batch)
 
 
 def pruning(plan: Plan, shapes: Shapes, budget: float) -> float:
-    """The streams, and the embeddings while these are made; then the largest of the steps."""
+    """The streams, and the embeddings while the streams are computed; then the largest of the steps."""
     width = shapes.checkpoint.architecture.width
     streams, batch = 0.0, shapes.dtype.itemsize * shapes.batch * shapes.length * width
     if plan.needs.text:
@@ -56,11 +55,11 @@ def pruning(plan: Plan, shapes: Shapes, budget: float) -> float:
 
 
 def calibrating(shapes: Shapes, params: CalibrateParams, budget: float) -> float:
-    """The stream, a block, and the largest of three phases: Gram matrices of the fitting rows and
-    of a lane, the samples that medians are taken over, and a batch; the same for the held-out rows
-    beside them; what statistics are made of, with the widest site's once more.
+    """The stream, a block, and the largest of three phases: Gram matrices of the training split and of
+    a lane, samples for medians, and a batch; the same for the held-out split, in addition; the
+    computation of statistics, with the widest site's once more.
 
-    A sum over a row takes 16 bytes a value: in float64, and its square.
+    A sum over a sample takes 16 bytes per value: in float64, and its square.
     """
     widest, channels = max(shapes.sites), sum(shapes.sites)
     item, length, width = shapes.dtype.itemsize, shapes.length, shapes.checkpoint.architecture.width
@@ -86,8 +85,8 @@ def calibrating(shapes: Shapes, params: CalibrateParams, budget: float) -> float
 
 
 def inducing(shapes: Shapes, again: float, budget: float) -> float:
-    """The gate's rows before and after a block, the block and its pruned form, and a batch; or the
-    walk that takes the Gram matrices again.
+    """The held-out samples before and after a block, the block and its pruned form, and a batch; or
+    the pass that collects the Gram matrices again.
     """
     item = shapes.dtype.itemsize
     rows = shapes.rows * (shapes.held_out or 1)
@@ -100,8 +99,8 @@ def inducing(shapes: Shapes, again: float, budget: float) -> float:
 
 
 def probing(shapes: Shapes, params: SensitivityParams, moments: float) -> float:
-    """Every block's inputs for a pass of probes, in float32, with second derivatives their tangents
-    too. Beside them a block and the graph of the probes of one call in it, then what is left of it
+    """Every block's inputs for a pass of probes, in float32; with second derivatives also their
+    tangents. In addition a block and the graph of the probes of one call in it, then the rest of it
     with the block's output moments; or a block and the head with some copies of logits.
 
     Args:
@@ -141,16 +140,16 @@ def probing(shapes: Shapes, params: SensitivityParams, moments: float) -> float:
 
 
 def trained(params: DistilParams) -> float:
-    """Bytes of a weight of the pruned model while the whole of it is trained: as it moves, Adam's
-    two averages, and a bit of mask.
+    """Bytes per weight of the pruned model while the whole model is trained: the weight, Adam's two
+    averages, and a bit of mask.
     """
     return 4 + 2 * getattr(torch, params.state_dtype).itemsize + 1 / 8
 
 
 def learning(params: DistilParams, shapes: Shapes) -> float:
-    """What a step of distillation holds beside weights: the inputs of every block for its rows; the
-    graph of a lane's rows in one block, or of all rows in all blocks without ``recompute``; six
-    copies of a few tokens' logits (both models', their logarithms, probabilities, gradient).
+    """Memory of a distillation step besides weights: the inputs of every block for its samples; the
+    graph of a lane's samples in one block, or of all samples in all blocks without ``recompute``;
+    six copies of a few tokens' logits (both models', their logarithms, probabilities, gradient).
     """
     depth, lane = shapes.checkpoint.architecture.depth, math.ceil(params.batch_rows / LANES)
     boundaries = 4 * params.batch_rows * shapes.length * shapes.checkpoint.architecture.width * (depth + 1)
@@ -161,8 +160,8 @@ def learning(params: DistilParams, shapes: Shapes) -> float:
 
 
 def evaluating(checkpoint: Checkpoint, params: EvaluateParams, rows: int, length: int, tops: float) -> float:
-    """The whole model, a batch in a block with the logits of the row before; or its hidden states
-    with ``tops`` bytes for logits.
+    """The whole model, and a batch in a block with the logits of the previous sample; or its hidden
+    states with ``tops`` bytes for logits.
 
     Args:
         rows: of a batch, with ``length`` tokens each.

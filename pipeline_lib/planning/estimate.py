@@ -1,10 +1,10 @@
-"""Predict memory, disk and rough time of every stage from the model's header alone, before anything runs.
+"""Predict memory, disk and rough time of every stage from the model's header alone, before anything
+runs.
 
-Memory is that of a stage that computes on the CPU; ``device`` has what of it would lie on a GPU,
-and what would be left on the host.
+Memory is for a stage on the CPU; ``device`` predicts its parts on a GPU and on the host.
 
 Symbols: n calibration tokens, P parameters of a block, B blocks, d channels of a site. Bytes;
-floats are 4 bytes while computing.
+floats take 4 bytes while computing.
 """
 
 import math
@@ -38,7 +38,7 @@ SLOWDOWN = 2.0  # wall time over pure matrix products: softmax, norms, sorting, 
 
 @dataclass(frozen=True)
 class Work:
-    """What the parameters ask for, beside the variants' recipes."""
+    """The parameters of the estimate, besides the variants' recipes."""
 
     shapes: Shapes  # of the calibration rows, in batches of ``calibrate.batch_rows``
     held_out: float  # share of the rows that judges
@@ -50,7 +50,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One stage's needs."""
+    """The needs of one stage."""
 
     stage: str
     memory_bytes: float
@@ -76,13 +76,13 @@ def measure_speed(place: torch.device) -> float:
 
 
 def estimate(work: Work) -> dict[str, Estimate]:
-    """Needs of the stages that all variants share.
+    """The needs of the stages that all variants share.
 
-    Formulas: an activation stream takes e·n·D, e the bytes of ``compute_dtype``; a block in use
-    4·P; calibrate adds its Grams 3·Σ4d² (of fitting and held-out rows, and a lane's), the samples
-    that medians are taken over (the widest site's four times: joined, sorted, and with places), and
-    what summing a row of the widest site takes, 15 bytes a value (itself in float32 and in float64,
-    its square): measured. Sensitivity: see ``_probing``.
+    Formulas: an activation stream takes e·n·D, with e the bytes of ``compute_dtype``; a block in
+    use takes 4·P. calibrate adds its Gram matrices 3·Σ4d² (of both splits and of a lane) and the
+    samples for medians (the widest site's four times: joined, sorted, and with positions). The sum
+    over a sample of the widest site takes 15 bytes per value (in float32, in float64, and its
+    square): measured. Sensitivity: see ``_probing``.
     """
     shapes, depth = work.shapes, work.shapes.blocks
     base = LIBRARIES + outside(shapes.checkpoint)
@@ -109,8 +109,8 @@ def estimate(work: Work) -> dict[str, Estimate]:
 
 
 def inducing(work: Work, name: str, params: InduceParams) -> Estimate:
-    """Needs of one variant's `induce`: each block is pruned up to three times for its gate, whose
-    rows are there before and after the block.
+    """The needs of one variant's `induce`: each block is pruned up to three times for its gate; the
+    held-out samples before and after the block are in memory.
     """
     shapes, depth = work.shapes, work.shapes.blocks
     again, repeated = _walked_again(work)
@@ -130,8 +130,8 @@ def inducing(work: Work, name: str, params: InduceParams) -> Estimate:
 
 
 def measuring(work: Work, name: str, params: CurvesParams) -> Estimate:
-    """Needs of one variant's `curves`: each matrix of a block pruned at every density, and two
-    products with its errors.
+    """The needs of one variant's `curves`: each matrix of a block is pruned at every density, with two
+    products for its errors.
     """
     shapes, depth = work.shapes, work.shapes.blocks
     again, repeated = _walked_again(work)
@@ -240,14 +240,14 @@ def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> float:
 def evaluating(
     checkpoint: Checkpoint, params: EvaluateParams, texts: Sequence[tuple[int, int]], compared: bool = False
 ) -> Estimate:
-    """Needs of `evaluate` for one model: texts of (rows, length). ``compared``: with the dense
-    model, as every variant is.
+    """The needs of `evaluate` for one model: texts of (samples, length). ``compared``: with the dense
+    model, as for every variant.
 
-    Memory: the whole model, a batch's activations, and of one row the logits: as the model gives
-    them, their log-softmax, and a float32 copy where they are of another dtype. Completions take
-    the logits of their last tokens, and keys and values. Beside them the dense model's hidden
+    Memory: the whole model, a batch's activations, and the logits of one sample: the model's
+    output, their log-softmax, and a float32 copy if they have another dtype. Completions need the
+    logits of their last tokens, and keys and values. For the comparison, the dense model's hidden
     states up to SPARSELINE_ACTIVATION_BYTES; a block of it, then its head; and six times the logits
-    of a piece of a row.
+    of a piece of a sample.
     """
     dtype, entry = getattr(torch, params.compute_dtype), checkpoint.architecture
     rows = min(params.batch_rows, max((rows for rows, _ in texts), default=0))
@@ -295,7 +295,7 @@ def evaluating(
 def generating(
     checkpoint: Checkpoint, name: str, dtype: torch.dtype, text: TextParams, how: GeneratedParams
 ) -> Estimate:
-    """Needs of `generate` for one text: the whole model, keys and values of a batch, and four
+    """The needs of `generate` for one text: the whole model, keys and values of a batch, and four
     copies of its logits in float32.
     """
     entry, tokens = checkpoint.architecture, how.prompt_tokens + how.new_tokens
@@ -312,12 +312,12 @@ def generating(
 
 
 def answering(checkpoint: Checkpoint, name: str, params: TasksParams, lengths: Sequence[int]) -> Estimate:
-    """Needs of `tasks` for one model and a preset whose requests have these lengths [tokens], the
+    """The needs of `tasks` for one model and a preset with requests of these lengths [tokens], the
     longest first.
 
-    Memory: the whole model, and a batch's activations or its logits, of all rows at once: as the
-    model gives them, their log-softmax, and a float32 copy where they are of another dtype. lm-eval
-    runs the longest batch first, and keeps its log-softmax until the next batch has its own.
+    Memory: the whole model, and a batch's activations or its logits, of all samples at once: the
+    model's output, their log-softmax, and a float32 copy if they have another dtype. lm-eval runs
+    the longest batch first, and keeps its log-softmax until the next batch has its own.
     """
     dtype, window = (
         getattr(torch, params.compute_dtype),
@@ -352,7 +352,7 @@ def _logits(dtype: torch.dtype) -> int:
 
 
 def pruning(name: str, plan: Plan, shapes: Shapes, budget: float = math.inf) -> Estimate:
-    """Needs of one variant's `prune`: the streams of hidden states up to their budget, and the
+    """The needs of one variant's `prune`: the streams of hidden states up to their budget, and the
     largest of its steps; the FLOPs of all.
 
     Args:
@@ -377,15 +377,15 @@ def pruning(name: str, plan: Plan, shapes: Shapes, budget: float = math.inf) -> 
 
 
 def distilling(name: str, params: DistilParams, shapes: Shapes, budget: float = math.inf) -> Estimate:
-    """Needs of one variant's `distil`. The dense model takes a block at a time; what it leaves are
-    hidden states of all rows.
+    """The needs of one variant's `distil`. The dense model takes one block at a time and leaves the
+    hidden states of all samples.
 
-    Memory of the pruned model, for each of its W weights: 4 bytes as it moves, two averages, a bit
-    of mask. Beside it the inputs of every block for a step's rows; one block's gradient, a lane's,
-    and a rounded copy, 10 bytes a weight; graphs and logits (``device.learning``).
+    Memory of the pruned model, for each of its W weights: 4 bytes, two averages, a bit of mask. In
+    addition the inputs of every block for a step's samples; one block's gradient, a lane's, and a
+    rounded copy, 10 bytes per weight; graphs and logits (``device.learning``).
 
     Args:
-        shapes: with the rows of a step as its batch.
+        shapes: with the samples of a step as its batch.
         budget: bytes of hidden states that stay on a GPU.
     """
     checkpoint, dtype = shapes.checkpoint, shapes.dtype
@@ -416,10 +416,10 @@ def distilling(name: str, params: DistilParams, shapes: Shapes, budget: float = 
 
 
 def exporting(checkpoint: Checkpoint, name: str, formats: Sequence[str], sparsity: float) -> Estimate:
-    """Needs of one variant's `export`: one tensor with its mask, values and what they decode to,
-    about 10 bytes a weight; every format's bytes.
+    """The needs of one variant's `export`: one tensor with its mask, values and decoded form, about 10
+    bytes per weight; every format's bytes.
 
-    Quantised variants need less for `bitmask` than what is said here.
+    `bitmask` of a quantised variant needs less than predicted.
     """
     entry, item = checkpoint.architecture, checkpoint.dtype.itemsize
     inside = sum(math.prod(checkpoint.matrix_shape(*place)) for place in entry.places())
