@@ -1,9 +1,9 @@
-"""``gguf``: one file with weights, tokenizer and metadata, for llama.cpp and what is built on it;
-transformers reads it too.
+"""``gguf``: one file with weights, tokenizer and metadata, for llama.cpp and tools that use it;
+transformers reads it, too.
 
-Nothing is rounded twice: quantised weights keep their codes where GGUF has blocks for their grid.
-What transformers reads back is compared with the checkpoint, tensor by tensor and with
-transformers' own reader, before the file gets its name.
+Nothing is rounded twice: quantised weights keep their codes if a GGUF block type matches their
+grid. Before the file gets its name, transformers' own reader reads it, and each tensor is compared
+with the checkpoint.
 """
 
 from collections import Counter
@@ -114,7 +114,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a variant's file holds."""
+    """The content of a variant's file."""
 
     family: Family
     metadata: Mapping[str, Any]  # of the architecture, without its name in front
@@ -123,13 +123,13 @@ class Scheme:
     tensors: tuple[Tensor, ...]
 
     def bytes(self, stored: Iterable[str]) -> int:
-        """What tensors of the checkpoint take in the file."""
+        """Size of the checkpoint's tensors in the file."""
         sizes = {one.stored: torch.Size(blocks.size(one.shape, one.kind)).numel() for one in self.tensors}
         return sum(sizes[name] for name in stored)
 
     @property
     def main(self) -> Kind:
-        """The kind of most weights in blocks; else of most weights."""
+        """The type of most weights in blocks; without blocks, of most weights."""
         counted: Counter[Kind] = Counter()
         for one in self.tensors:
             counted[one.kind] += torch.Size(one.shape).numel()
@@ -138,10 +138,10 @@ class Scheme:
 
 
 def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Scheme:
-    """What the file holds of a variant.
+    """The content of the file for a variant.
 
     Raises:
-        SparselineError: transformers would not read the model back, GGUF cannot express it, or its
+        SparselineError: transformers could not read the model back, GGUF cannot express it, or its
             package is not installed.
     """
 
@@ -277,11 +277,11 @@ def write(out: Path, pruned: Checkpoint, quantisation: Quantisation, chosen: Sch
     memory at a time.
 
     Args:
-        chosen: what ``scheme`` made of the variant.
+        chosen: the result of ``scheme``.
         title: general.name.
 
     Raises:
-        SparselineError: a weight is beyond the range of float16.
+        SparselineError: a weight exceeds the range of float16.
     """
     with replacing(out) as directory:
         directory.mkdir()
