@@ -1,4 +1,4 @@
-"""Two ways in which torch's threads share work: on one product, or side by side on parts of the work."""
+"""Torch's threads either share every product, or each take a part of the work."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +23,10 @@ def small(device: torch.device, weights: int) -> bool:
 
 @contextmanager
 def side_by_side(wanted: bool) -> Iterator[Map[Any, Any]]:
-    """While open, a ``map`` over parts: torch's threads take a part each, instead of sharing the
-    work on one, if that is wanted.
+    """While open, a ``map`` over parts. If requested, torch's threads take one part each, instead of
+    sharing the work on one.
 
-    Small products leave most of two threads' time to their waking up. The parts' results are in
+    With small products, two threads spend most of their time waking up. The parts' results are in
     memory together.
     """
     if not wanted:

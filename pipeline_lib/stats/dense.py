@@ -1,4 +1,4 @@
-"""A block of the dense model together with what is known of it."""
+"""A block of the dense model and its statistics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +11,7 @@ from pipeline_lib.stats.moments import SiteStatistics
 
 @dataclass(frozen=True)
 class DenseBlock:
-    """One block before anything is done to it: what error curves and induction start from, all on
-    one device.
-    """
+    """One original block, the input of error curves and induction, all on one device."""
 
     layout: Layout
     where: str  # its name in the model

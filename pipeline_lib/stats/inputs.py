@@ -1,4 +1,4 @@
-"""What the calibrated stages open first: the model, ready to stream, and the calibration rows."""
+"""The inputs of stages with calibration text: the model, ready to stream, and the calibration samples."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pipeline_lib.models.stream import BlockModel
 
 
 def open_model(workspace: Workspace, params: ModelParams) -> BlockModel:
-    """The model as prepare saw it, on the device that the settings name."""
+    """The model as prepare recorded it, on the device of the settings."""
     device = runtime.compute()
     return BlockModel(
         open_source(workspace, params),
@@ -27,16 +27,16 @@ def open_model(workspace: Workspace, params: ModelParams) -> BlockModel:
 
 
 def calibration_rows(workspace: Workspace) -> dict[str, torch.Tensor]:
-    """``fit`` and ``held_out`` rows [N, T] of the one calibration text.
+    """``fit`` and ``held_out`` samples [N, T] of the one calibration text.
 
     Raises:
-        SparselineError: there is none, or more than one.
+        SparselineError: there is no calibration text, or more than one.
     """
     return workspace.load_tensors(calibration_file(workspace))[0]
 
 
 def calibration_facts(workspace: Workspace) -> dict[str, Any]:
-    """Where they come from: the text's name, its facts, and the SHA-256 of their file.
+    """Provenance of the samples: the text's name, its facts, and the SHA-256 of the file.
 
     Raises:
         SparselineError: as ``calibration_rows``.
@@ -46,7 +46,7 @@ def calibration_facts(workspace: Workspace) -> dict[str, Any]:
 
 
 def calibration_file(workspace: Workspace) -> Path:
-    """Where they are.
+    """Path of the samples.
 
     Raises:
         SparselineError: as ``calibration_rows``.

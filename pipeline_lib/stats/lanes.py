@@ -1,8 +1,8 @@
-"""Lanes: the order in which sums over calibration rows are taken, which depends on the rows alone.
+"""Lanes: the order of sums over calibration samples, which depends on the samples alone.
 
-Rows are dealt to four lanes by their numbers. A sum runs row by row within a lane, and then over
-the lanes in order. How the rows come in batches, and who adds up which lane, changes no bit. A
-batch holds rows of one lane, since another batch may round otherwise.
+Samples are divided into four lanes by their numbers. A sum runs sample by sample within a lane, and
+then over the lanes in order. Neither the batches nor the worker that adds up a lane change a bit. A
+batch has samples of one lane only, because another batch may round differently.
 """
 
 import functools
@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Dealt:
-    """Rows in batches, lane by lane."""
+    """Samples in batches, lane by lane."""
 
     sizes: list[int]  # rows of each batch
     lanes: list[list[int]]  # for each lane, its batches' numbers
 
 
 class Sums(dict[str, T]):
-    """Sums by the name of what they are of; added one by one."""
+    """Named sums, to which terms are added one by one."""
 
     def __iadd__(self, other: "Sums[T]") -> "Sums[T]":
         for name in self:
@@ -36,15 +36,15 @@ class Sums(dict[str, T]):
 
 
 def parts(rows: int) -> list[slice]:
-    """The rows of each lane: consecutive ones, a quarter each, rounded. Of fewer rows than lanes,
-    some get none.
+    """The samples of each lane: consecutive ones, a quarter each, rounded. With fewer samples than
+    lanes, some lanes are empty.
     """
     borders = [-(-rows * lane // LANES) for lane in range(LANES + 1)]
     return [slice(first, last) for first, last in pairwise(borders)]
 
 
 def deal(rows: int, batch_rows: int, first: int = 0) -> Dealt:
-    """Rows in batches of ``batch_rows``, or what is left of a lane; numbers count from ``first``."""
+    """Samples in batches of ``batch_rows``, or the rest of a lane; numbers count from ``first``."""
     sizes: list[int] = []
     lanes = []
     for part in parts(rows):
@@ -55,7 +55,7 @@ def deal(rows: int, batch_rows: int, first: int = 0) -> Dealt:
 
 
 def fold(lanes: Iterable[T]) -> T:
-    """0 + 1 + 2 + 3: each is added in place to those before it, and is asked for when these are summed up.
+    """0 + 1 + 2 + 3: each is requested when those before it are summed up, and added to them in place.
 
     Raises:
         ValueError: there is none.
@@ -74,8 +74,8 @@ def fold(lanes: Iterable[T]) -> T:
 
 
 def total(values: Sequence[Any]) -> Any:
-    """The sum of one value (a number or a tensor) per row, in the lanes' order; the values stay as
-    they are.
+    """The sum of one value (a number or a tensor) per sample, in the lanes' order; the values do not
+    change.
     """
     lanes = [values[part] for part in parts(len(values)) if part.start < part.stop]
     return functools.reduce(operator.add, [functools.reduce(operator.add, lane) for lane in lanes])

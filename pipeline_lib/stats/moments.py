@@ -1,7 +1,7 @@
-"""Statistics of the inputs X [tokens, d] of a site, and how they follow a change of factors without
+"""Statistics of the inputs X [tokens, d] of a site, and their update after a change of factors without
 a forward pass.
 
-Symbols: G = E[X Xᵀ] second moment (Gram) [d, d], μ = E[X] mean [d], n tokens.
+Symbols: G = E[X Xᵀ] second moment (Gram matrix) [d, d], μ = E[X] mean [d], n tokens.
 """
 
 import copy
@@ -14,8 +14,8 @@ import torch
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """Facts about one site. Vectors [d] and ``gram`` come from the fitting rows, ``held_out_gram``
-    from the held-out ones.
+    """Statistics of one site. Vectors [d] and ``gram`` come from the training split, ``held_out_gram``
+    from the held-out split.
     """
 
     second_moment: torch.Tensor  # diag(G)
@@ -29,7 +29,7 @@ class SiteStatistics:
 
     @property
     def second_moment_matrix(self) -> torch.Tensor:
-        """G [d, d], where it must be there.
+        """G [d, d], which must be available.
 
         Raises:
             ValueError: only the vectors were collected.
@@ -40,7 +40,7 @@ class SiteStatistics:
 
     @property
     def moments(self) -> "Moments":
-        """What pruning needs of them. Pruning overwrites what it is given, so this is a copy."""
+        """The moments for pruning, as a copy, because pruning overwrites them."""
         return Moments(self.second_moment_matrix.clone(), self.mean)
 
     def to(self, device: torch.device) -> "SiteStatistics":
@@ -49,7 +49,7 @@ class SiteStatistics:
         )
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
-        """For storage: ``{prefix}.{field}``, absent Grams left out."""
+        """For storage: ``{prefix}.{field}``, without absent Gram matrices."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {f"{prefix}.{name}": value for name, value in values.items() if value is not None}
 
@@ -63,10 +63,10 @@ PIECE = 2**18  # values that a CPU widens to float64 at a time: they stay in its
 
 
 class WeightedSums:
-    """Sums over tokens, each weighed by the square of what its outputs are weighed by: E‖w ΔW X‖²
-    is what an expert's error comes to.
+    """Sums over tokens, each weighted by the square of its router weight, because E‖w ΔW X‖² is the
+    error that an expert contributes.
 
-    Experts that see few tokens are drawn towards all experts of their layer.
+    The statistics of experts with few tokens are averaged with those of all experts of their layer.
     """
 
     MEANS: tuple[str, ...] = ()  # attributes that are sums, and become means by ``count``
@@ -79,12 +79,12 @@ class WeightedSums:
 
     @property
     def seen(self) -> float | torch.Tensor:
-        """The sum of weights before anything was drawn to a pool."""
+        """The sum of weights before any averaging with a pool."""
         return self._seen if self._seen is not None else self.count
 
     def shrunk(self: S, pool: S) -> S:
-        """Means drawn towards the pool's: n tokens count for n, the pool for ``prior`` of them. The
-        sole contributor to a pool stays as it is.
+        """Means averaged with the pool's: n tokens have the weight n, the pool the weight ``prior``.
+        The only contributor to a pool does not change.
         """
         if self.tokens == pool.tokens:
             return self
@@ -104,13 +104,13 @@ class WeightedSums:
 
 
 def prior(channels: int) -> float:
-    """As how many tokens the pool counts: with fewer than there are channels a Gram matrix is singular."""
+    """The pool's weight in tokens: with fewer tokens than channels, a Gram matrix is singular."""
     return channels / 4
 
 
 def drawn_together(found: Mapping[str, S], pools: Mapping[str, str | None]) -> dict[str, S]:
-    """The sums of each site of ``pools`` (site -> pool or None), drawn to those of its pool, which
-    are among ``found``, too.
+    """The sums of each site of ``pools`` (site -> pool or None), averaged with those of its pool,
+    which are among ``found``, too.
     """
     drawn = {}
     for site, pool in pools.items():
@@ -120,8 +120,8 @@ def drawn_together(found: Mapping[str, S], pools: Mapping[str, str | None]) -> d
 
 
 class Accumulator(WeightedSums):
-    """Collects a site's statistics row by row, in float32 (count and sums in float64). One is added
-    to another: that of the rows before it.
+    """Collects a site's statistics sample by sample, in float32 (count and sums in float64).
+    Accumulators can be added to the one of the samples before.
     """
 
     MEANS = ("sum", "squares", "gram")
@@ -143,8 +143,8 @@ class Accumulator(WeightedSums):
         self.gram: torch.Tensor | None = None
 
     def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Take the activations of one row [T, d] or of several [B, T, d]; or of an expert's tokens
-        [n, d], with what weighs its outputs [n].
+        """Add the activations of one sample [T, d] or of several [B, T, d]; or of an expert's tokens
+        [n, d], with their router weights [n].
         """
         for row in _rows(inputs):
             if len(row):
@@ -216,8 +216,8 @@ class Accumulator(WeightedSums):
 
 @dataclass(frozen=True)
 class Moments:
-    """What pruning needs of a site's inputs X in its own stream, and of X_dense in the dense one.
-    Who prunes with it owns it, and overwrites it.
+    """Statistics for pruning: of a site's inputs X in the pruned stream, and of X_dense in the dense
+    one. The user owns and overwrites them.
     """
 
     gram: torch.Tensor  # G = E[X Xᵀ] [d, d]
@@ -227,7 +227,9 @@ class Moments:
     tokens: int | None = None  # that these come from, before they were drawn to other experts'
 
     def shifted(self, shift: torch.Tensor) -> "Moments":
-        """Those of X − δ and X_dense − δ (2602.21652, Eqs. 9–11; C' = C − δμᵀ − μ_dense δᵀ + δδᵀ)."""
+        """The moments of X − δ and X_dense − δ (2602.21652, Eqs. 9–11; C' = C − δμᵀ − μ_dense δᵀ +
+        δδᵀ).
+        """
         cross = (
             None
             if self.cross is None or self.dense_mean is None
@@ -244,8 +246,8 @@ class Moments:
 
 
 class MomentSums(WeightedSums):
-    """Collects ``Moments`` row by row, in float32; means over rows in float64. One is added to
-    another: that of the rows before it.
+    """Collects ``Moments`` sample by sample, in float32; means over samples in float64. They can be
+    added to those of the samples before.
     """
 
     MEANS = ("gram", "mean")
@@ -257,10 +259,10 @@ class MomentSums(WeightedSums):
     def add(
         self, inputs: torch.Tensor, dense: torch.Tensor | None = None, weights: torch.Tensor | None = None
     ) -> None:
-        """Take the activations of one row [T, d] or of several [B, T, d], and what the dense stream
-        has in their places: always or never.
+        """Add the activations of one sample [T, d] or of several [B, T, d], and always or never those
+        of the dense stream.
 
-        Of an expert's tokens [n, d], also what weighs its outputs [n].
+        For an expert's tokens [n, d], also their router weights [n].
         """
         for number, row in enumerate(_rows(inputs)):
             if len(row):
@@ -294,8 +296,8 @@ class MomentSums(WeightedSums):
         return self
 
     def finish(self, beside: bool = False) -> Moments:
-        """With the cross moment if asked for. The sums become means where they are: nothing can be
-        added any more.
+        """The moments, with the cross moment if requested. The sums become means in place, so nothing
+        can be added afterwards.
         """
         own = mirror_(self.gram.div_(self.count)), (self.mean / self.count).float()
         beside = beside and self.dense_mean.ndim > 0  # of an expert's inputs there is none
@@ -305,8 +307,8 @@ class MomentSums(WeightedSums):
 
 
 class DiagonalSums(WeightedSums):
-    """The diagonal of a second moment, row by row, in float64. One is added to another: that of the
-    rows before it.
+    """The diagonal of a second moment, sample by sample, in float64. It can be added to that of the
+    samples before.
     """
 
     MEANS = ("squares",)
@@ -316,8 +318,8 @@ class DiagonalSums(WeightedSums):
         self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Take the activations of one row [T, d] or of several [B, T, d]; or of an expert's tokens
-        [n, d], with what weighs its outputs [n].
+        """Add the activations of one sample [T, d] or of several [B, T, d]; or of an expert's tokens
+        [n, d], with their router weights [n].
         """
         for row in _rows(inputs):
             if len(row):
@@ -346,11 +348,11 @@ class DiagonalSums(WeightedSums):
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add leftᵀ right to ``total`` [d, d] float32, for [n, d] both. What is multiplied is exact,
-    and summed in float32.
+    """Add leftᵀ right to ``total`` [d, d] float32, for [n, d] both. The factors are exact, and the
+    sums are float32.
 
-    A product of two bfloat16 values fits into float32: where a GPU's matrix units give their sums
-    in float32, nothing is widened before.
+    A product of two bfloat16 values fits into float32. If a GPU's matrix units return their sums in
+    float32, nothing is converted before.
     """
     if total.is_cuda and left.dtype == right.dtype == torch.bfloat16:
         total += torch.mm(left.T, right, out_dtype=torch.float32)
@@ -413,15 +415,15 @@ def refresh(
     """Statistics of X' = D (X − δ) from those of X: the fast Hessian update (2602.21652, Eqs. 9–11).
 
     G' = D (G − δμᵀ − μδᵀ + δδᵀ) D, hence diag(G') = d² ∘ (diag(G) − 2δ∘μ + δ²) and μ' = D (μ − δ).
-    The held-out Gram is centred with the fitting rows' mean, so with a shift it is exact only up to
-    the two means' difference.
+    The held-out Gram matrix is centred with the mean of the training split, so with a shift it is
+    exact only up to the difference of the two means.
 
     Args:
         factor: d > 0 [d], or None for 1.
         shift: δ [d], or None for 0.
 
     Returns:
-        The statistics themselves where neither is given.
+        The statistics themselves if neither is given.
     """
     if factor is None and shift is None:
         return statistics

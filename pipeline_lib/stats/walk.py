@@ -1,4 +1,6 @@
-"""One dense pass over the calibration rows, block by block, that yields every site's statistics."""
+"""One pass of the dense model over the calibration samples, block by block, that yields every site's
+statistics.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,18 +20,18 @@ from pipeline_lib.stats.settings import CalibrateParams
 
 
 def gram_bytes(architecture: Architecture) -> int:
-    """Bytes of all float32 Gram matrices of the model, fitting and held-out."""
+    """Bytes of all float32 Gram matrices of the model, for both splits."""
     return 2 * sum(4 * len(site.index) ** 2 for layout in architecture.layouts for site in layout.sites)
 
 
 def walk(
     model: BlockModel, fit: torch.Tensor, held_out: torch.Tensor, params: CalibrateParams, grams: bool
 ) -> Iterator[tuple[int, Mapping[str, SiteStatistics]]]:
-    """Pass token rows [N, T] through the dense model; yield (block, statistics per site, on the
-    model's device) as each block is done.
+    """Pass samples [N, T] through the dense model; yield (block, statistics per site, on the model's
+    device) for each finished block.
 
-    Where the Gram matrices of a block's experts are larger than SPARSELINE_GRAM_BYTES, they are in
-    memory by groups, see ``InTurn``.
+    If the Gram matrices of a block's experts are larger than SPARSELINE_GRAM_BYTES, they are in
+    memory by groups (``InTurn``).
     """
     streams = [
         _Rows(model, name, rows, params, grams)
@@ -73,8 +75,8 @@ def _collected(
 
 
 class InTurn(Mapping[str, SiteStatistics]):
-    """Statistics of a block's sites, of which one group is in memory: what is asked for brings its
-    group, by another pass.
+    """Statistics of a block's sites, with one group in memory: a request for a site collects its group
+    by another pass.
     """
 
     def __init__(
@@ -170,7 +172,9 @@ class _Rows:
 
 
 def stored(directory: Path, layout: Layout, block: int) -> dict[str, SiteStatistics]:
-    """One block's statistics as calibrate wrote them, Gram matrices only if they were within budget."""
+    """One block's statistics from calibrate's files; Gram matrices only if they were within the
+    budget.
+    """
     tensors, _ = read_tensors(block_file(directory, block))
     return {site.name: SiteStatistics.from_tensors(site.name, tensors) for site in layout.sites}
 
@@ -178,8 +182,8 @@ def stored(directory: Path, layout: Layout, block: int) -> dict[str, SiteStatist
 def stored_or_walked(
     directory: Path, model: BlockModel, fit: torch.Tensor, held_out: torch.Tensor, params: CalibrateParams
 ) -> Iterator[tuple[int, Mapping[str, SiteStatistics]]]:
-    """Statistics with Gram matrices, on the model's device: from calibrate's files, or, where those
-    were over budget, by walking the model again.
+    """Statistics with Gram matrices, on the model's device: from calibrate's files or, if those were
+    over the budget, by another pass of the model.
     """
     _, facts = read_tensors(block_file(directory, 0))
     if not facts["grams"]:
