@@ -1,5 +1,5 @@
-"""Choose masks by scores that need no inverse of H, and set what is pruned to zero: nothing is
-factorised and nothing compensated.
+"""Choose masks by scores without the inverse of H, and set pruned weights to zero: nothing is
+factorised or compensated.
 """
 
 from dataclasses import dataclass
@@ -41,12 +41,12 @@ class Choose:
                 self.prune_site(block, site, found.get(site))
 
     def prune_site(self, block: Block, site: str, second_moment: torch.Tensor | None) -> None:
-        """Choose the masks of the matrices that share a site, and put both into the block, which is
-        checked when it settles.
+        """Choose the masks of the matrices of a site, and put weights and masks into the block, whose
+        checks run when it settles.
 
         Args:
-            second_moment: the diagonal [C] of the site's inputs' second moment, or None where the
-                score reads none.
+            second_moment: the diagonal [C] of the second moment of the site's inputs, or None if
+                the score reads none.
         """
         rule = Rule.of(self.selection)
         if second_moment is not None:
@@ -78,10 +78,9 @@ class Choose:
             }
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: the window's blocks (twice where they are fitted later), and the larger of two:
-        the block that runs and a batch, while statistics are collected; the largest matrix in
-        float32 with its scores and mask, and, where it is compared as a whole, the places of equal
-        scores.
+        """Bytes: the window's blocks (twice if they are fitted later), and the larger of two phases:
+        the running block and a batch, while statistics are collected; the largest matrix in float32
+        with its scores and mask and, if it is compared as a whole, the positions of equal scores.
         """
         item, wide = shapes.checkpoint.dtype.itemsize, self.dtype is not None
         kept, dense = max(item, 4 * wide), wide * shapes.dtype.itemsize
@@ -94,5 +93,5 @@ class Choose:
         )
 
     def flops(self, shapes: Shapes) -> float:
-        """The passes that collect diagonals; site by site, a pass stops where it has what it came for."""
+        """The passes that collect diagonals; with statistics per site, a pass stops at its site."""
         return 0 if self.moments == "none" else (2.2 if self.by_site else 1) * shapes.forward

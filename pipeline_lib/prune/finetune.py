@@ -1,4 +1,4 @@
-"""Fit the pruned blocks of a window together, by gradients."""
+"""Train the pruned blocks of a window together, by gradients."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,14 +17,14 @@ from pipeline_lib.stats.lanes import LANES
 
 @dataclass(frozen=True)
 class Finetune:
-    """One of the steps ``channel`` and ``block``, or what is fitted once more after quantisation."""
+    """One of the steps ``channel`` and ``block``, or the fit after quantisation."""
 
     name: str  # under which the blocks are told the window's errors
     params: FitParams
     remasks: bool  # masks may be chosen anew
 
     def run(self, window: Window) -> None:
-        """In place; the held-out rows judge."""
+        """Train in place; the held-out split decides."""
         model, blocks = window.model, window.blocks
         places = {  # matrices as they are called in the window -> block and matrix
             replace(m, parameter=f"{index}/{m.parameter}", bias=m.bias and f"{index}/{m.bias}"): (index, m)
@@ -94,9 +94,10 @@ class Finetune:
         return remask
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: 23 a weight where weights move (as they move, Adam's moments, gradient, the best
-        so far, masks and bfloat16 copies), 22 for scales, else 16; 10 for each more lane side by
-        side (its gradient, and what is masked, in float32 and bfloat16); one batch's graph.
+        """Bytes: 23 per weight if weights are trained (the weights, Adam's moments, gradient, the best
+        so far, masks and bfloat16 copies), 22 for scales, else 16; 10 for each further lane that
+        runs side by side (its gradient, and the masked weights, in float32 and bfloat16); one
+        batch's graph.
         """
         each = 23 if "weights" in self.params.parts else 22 if "scales" in self.params.parts else 16
         each += 10 * (LANES - 1) * (shapes.window * shapes.block <= SMALL)

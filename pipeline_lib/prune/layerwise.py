@@ -1,4 +1,4 @@
-"""Prune and compensate the matrices of one block, each by itself, from the statistics of its inputs."""
+"""Prune and compensate the matrices of one block independently, from the statistics of their inputs."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +29,8 @@ from pipeline_lib.stats.moments import Moments
 
 @dataclass(frozen=True)
 class Layerwise:
-    """What is done to each matrix of a block: choose its mask, with or without the OBS sweep; then
-    least squares; then rounding to a grid.
+    """The layer-wise step for each matrix of a block: choose its mask, with or without the OBS sweep;
+    then least squares; then rounding to a grid.
     """
 
     selection: SelectionParams
@@ -46,7 +46,7 @@ class Layerwise:
     dtype: torch.dtype | None = None
 
     def run(self, window: Window) -> None:
-        """Prune the window's only block in place, by the moments of the streams before it."""
+        """Prune the window's only block in place, with the moments of the streams before it."""
         ((index, block),) = window.blocks.items()
         model, streams = window.model, window.rows
         hidden, beside = streams.pruned.hidden, None
@@ -68,8 +68,8 @@ class Layerwise:
                 left = left[len(ready) :]
 
     def prune_block(self, block: Block, moments: dict[str, Moments]) -> None:
-        """Prune all matrices of a block by moments that were collected before any of them is
-        pruned; used up (``prune_site``).
+        """Prune all matrices of a block with moments that were collected before; overwrites them
+        (``prune_site``).
         """
         with block.settling():
             self._prune_sites(block, block.sites, moments)
@@ -94,20 +94,20 @@ class Layerwise:
                     raise error
 
     def prune_site(self, block: Block, site: str, moments: dict[str, Moments]) -> None:
-        """Choose the masks of the matrices that share a site, compensate as asked, and put both
-        into the block, which is checked when it settles.
+        """Choose the masks of the matrices of a site, compensate as requested, and put both into the
+        block, whose checks run when it settles.
 
-        They share one factorisation, which alone is waited for. Memory: besides the block, two
-        matrices [C, C] and one [R, C] for the sweep alone; a third [C, C] while it is aimed or a
-        mask is improved.
+        The matrices share one factorisation, which is the only thing that is waited for. Memory:
+        besides the block, two matrices [C, C] and one [R, C] for the sweep alone; a third [C, C]
+        for a target or for a better mask.
 
         Args:
-            moments: holds those of the site's inputs in the pruned stream, folded; with ``cross``
-                where the compensation aims towards the dense stream. They are taken out and used
-                up: in a wide block each weighs more than the largest matrix.
+            moments: those of the site's inputs in the pruned stream, folded; with ``cross`` for a
+                target in the dense stream. The function takes ownership of them and overwrites
+                them, to save memory.
 
         Raises:
-            ValueError: ``cross`` is wanted, and not there.
+            ValueError: ``cross`` is needed but missing.
         """
         matrices = block.consumers(site)
         weights = {m: m.view(block.tensors[m.parameter]) for m in matrices}
@@ -150,10 +150,10 @@ class Layerwise:
             del weight, target, task  # before the next
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: the window's blocks (twice where the dense one is needed again), and the larger of
-        two. While statistics are collected, the block that runs, the Gram matrices (site by site
-        only the largest) and the cross moments beside them, as much for a lane, and a batch. While
-        a site is solved, the Gram matrices that are left, and what ``_solving`` says.
+        """Bytes: the window's blocks (twice if the dense one is needed again), and the larger of two
+        phases. While statistics are collected: the running block, the Gram matrices (with
+        statistics per site only the largest) and the cross moments, the same for a lane, and a
+        batch. While a site is solved: the remaining Gram matrices, and the memory of ``_solving``.
         """
         d, aimed = max(shapes.sites), self.towards_dense > 0
         wide = self.dtype is not None
@@ -212,9 +212,9 @@ class Layerwise:
         return square + max(2 * square, aimed * aiming, held + steps)
 
     def flops(self, shapes: Shapes) -> float:
-        """Passes that collect (site by site, one stops where it has what it came for), statistics,
-        factorisation, and per matrix products of its own size: a sweep for the mask and one for the
-        grid, least squares and ADMM with at most all iterations, and their inverses.
+        """Passes that collect statistics (per site, a pass stops at its site), the statistics, the
+        factorisation, and products per matrix: a sweep for the mask and one for the grid, least
+        squares and ADMM with at most all iterations, and their inverses.
         """
         aimed = self.towards_dense > 0
         passes = (2.2 if self.by_site else 1) * (2 if aimed else 1)
@@ -332,8 +332,8 @@ class _Errors:
 
 @dataclass(frozen=True)
 class Quantise:
-    """Put the fitted blocks of a window on grids, site by site; each aims at what the block gave
-    for the same stream before.
+    """Quantise the fitted blocks of a window, site by site. The target of each matrix is the output of
+    the block before quantisation for the same stream.
     """
 
     selection: SelectionParams
@@ -341,8 +341,8 @@ class Quantise:
     compensate: bool  # by the OBS sweep; else to nearest
 
     def run(self, window: Window) -> None:
-        """In place. The pruned stream before the window is copied and passed on if there is more
-        than one block.
+        """Quantise in place. With more than one block, the pruned stream before the window is copied
+        and advanced.
         """
         model, streams = window.model, window.rows
         stream = streams.pruned if len(window.blocks) == 1 else streams.pruned.copy("ahead")
@@ -367,8 +367,8 @@ class Quantise:
                 model.advance(model.block(index, block.tensors), index, stream)
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: the window's blocks as fitted and as quantised, moments of the largest site, a
-        batch; as much for a lane, or afterwards the factorisation and the largest matrix.
+        """Bytes: the window's blocks as fitted and as quantised, moments of the largest site, a batch;
+        the same for a lane, or afterwards the factorisation and the largest matrix.
         """
         d = max(shapes.sites)
         grams = 4 * d * d * (1 + self.compensate)
@@ -376,17 +376,17 @@ class Quantise:
         return 8 * shapes.block * shapes.window + grams + max(grams, solver) + shapes.inner(shapes.batch_rows)
 
     def flops(self, shapes: Shapes) -> float:
-        """Statistics site by site beside the fitted block's, and a sweep towards its outputs."""
+        """Statistics per site beside those of the fitted block, and a sweep towards its outputs."""
         products = 5 * self.compensate * shapes.sweep
         return 2 * 2.2 * shapes.forward + 2 * shapes.gram_flops + shapes.factor_flops + products
 
     def quantise_site(self, block: Block, site: str, moments: Moments) -> None:
-        """Quantise the pruned matrices that share a site, on their masks.
+        """Quantise the pruned matrices of a site, on their masks.
 
         Args:
-            moments: of the site's inputs in the stream that passes through what is quantised
-                already; with ``cross``, the block before it was quantised stands for the dense one,
-                and the compensation aims at its outputs.
+            moments: those of the site's inputs after the sites that are already quantised; with
+                ``cross``, the block before quantisation takes the place of the dense one, and its
+                outputs are the target.
         """
         centred, shift, factor = _centred(block, site, moments)
         gram = centred.gram

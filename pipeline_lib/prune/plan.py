@@ -1,4 +1,4 @@
-"""From a recipe to the steps that prune a block; no tensors are touched."""
+"""From a recipe to the steps of pruning a block; no tensors are touched."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ REFIT = "refit"  # what is fitted once more where a block is quantised after it 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done to a model."""
+    """The steps of pruning a model."""
 
     needs: Needs
     select: Step  # block by block: each sees what comes out of the pruned blocks before it
@@ -26,7 +26,7 @@ class Plan:
 
     @property
     def judged(self) -> bool:
-        """Whether held-out rows judge a step: no statistic is taken from them then."""
+        """Whether a step has a gate; then the held-out split enters no statistic."""
         return any(isinstance(step, Finetune) for step in self.mend)
 
     @property
@@ -38,7 +38,7 @@ def plan(recipe: Recipe, dtype: torch.dtype) -> Plan:
     """The steps of a recipe for a checkpoint of this dtype.
 
     Raises:
-        SparselineError: the dtype cannot tell all codes of a quantisation apart.
+        SparselineError: the dtype cannot distinguish all codes of a quantisation.
     """
     need, how, selection = needs(recipe), recipe.reconstruction, recipe.selection
     grid = scheme(recipe.quantization, dtype)

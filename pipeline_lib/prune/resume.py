@@ -1,5 +1,5 @@
-"""Finished blocks of a pruning run, kept where a kill does not reach them, and published in one
-rename when all are there.
+"""Finished blocks of a pruning run, stored so that they survive a kill, and published by one rename
+when all are finished.
 """
 
 import os
@@ -31,8 +31,8 @@ PARTS = ("checkpoint", "masks", "quantization", "facts")
 
 
 class Progress:
-    """Blocks as files: ``checkpoint/`` (one shard per block), ``masks/``, ``quantization/`` if
-    there is any, and ``facts/``.
+    """Blocks as files: ``checkpoint/`` (one shard per block), ``masks/``, ``quantization/`` with
+    quantisation, and ``facts/``.
     """
 
     def __init__(self, kept: Kept, source: Checkpoint, quantization: QuantizationParams) -> None:
@@ -49,7 +49,7 @@ class Progress:
         return self.writer.read(index) if self.kept.finished(index) else None
 
     def done(self) -> int:
-        """Blocks that are finished."""
+        """Number of finished blocks."""
         return sum(map(self.kept.finished, range(self.source.architecture.depth)))
 
     def keep(self, index: int, result: Block) -> None:
@@ -92,7 +92,9 @@ class Progress:
         self.kept.finish(index, written)
 
     def publish(self, workspace: Workspace, out: Path) -> dict[int, Any]:
-        """Complete the checkpoint, place it with its masks and grids at ``out``; every block's facts."""
+        """Complete the checkpoint and move it with its masks and grids to ``out``; every block's
+        facts.
+        """
         facts = {
             index: artifacts.read_json(self._facts(index)) for index in range(self.source.architecture.depth)
         }

@@ -1,5 +1,5 @@
-"""Prune a model block by block: each block sees the outputs of the pruned blocks before it, and is
-written when it is done.
+"""Prune a model block by block: the input of each block is the output of the pruned blocks before it.
+A block is written when it is finished.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,21 +19,21 @@ from pipeline_lib.stats.lanes import Dealt, deal
 
 @dataclass(frozen=True)
 class Rows:
-    """Calibration rows [N, T] of token ids, and how they are passed through the model."""
+    """Calibration samples [N, T] of token ids, and their batch size."""
 
     fit: torch.Tensor
     held_out: torch.Tensor  # judge fits, and enter no statistic of what is judged
     batch_rows: int  # rows in one forward pass; no batch holds both kinds, or rows of two lanes
 
     def dealt(self) -> tuple[Dealt, Dealt]:
-        """Fitting and held-out rows in batches, those after these."""
+        """Training and held-out samples in batches, the latter after the former."""
         fit = deal(len(self.fit), self.batch_rows)
         return fit, deal(len(self.held_out), self.batch_rows, len(fit.sizes))
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is pruned, and how much of it."""
+    """The model, and the number of weights to keep."""
 
     model: BlockModel
     transforms: list[Transform]  # one per block
@@ -48,20 +48,20 @@ def prune(
 ) -> Iterator[tuple[int, Block]]:
     """Yield every block, in order, of every window that is not yet ``finished``.
 
-    Where a step fits whole blocks, the held-out rows judge it, and all statistics come from the
-    fitting rows alone. Otherwise nothing is judged, and the statistics come from all rows.
+    If a step trains whole blocks, the held-out split decides whether its result is kept, and all
+    statistics come from the training split. Otherwise the statistics come from all samples.
 
     The streams before the first unfinished block are recomputed from the finished blocks' stored
-    tensors, which are the very tensors (rounded to the checkpoint's dtype) that an uninterrupted
-    run passes its stream through: the bytes are the same.
+    tensors. These are the tensors (rounded to the checkpoint's dtype) through which an
+    uninterrupted run passes its stream, so the bytes are the same.
 
-    Memory: the streams (one, or two where something aims at the dense model, a value of the
-    computing dtype per token and channel each), and one window of blocks with what its step needs
-    (``fit``); nothing grows with depth.
+    Memory: the streams (one, or two if a target needs the dense model; one value of the computing
+    dtype per token and channel each), and one window of blocks with the needs of its step
+    (``fit``). Nothing grows with depth.
 
     Args:
-        rows: None where the plan needs no text: no forward pass is run then.
-        room: where the streams lie; None: on the device.
+        rows: None if the plan needs no text; then no forward pass is run.
+        room: the storage of the streams; None: on the device.
     """
     depth = source.model.checkpoint.architecture.depth
     streams = None if rows is None else _streams(source.model, rows, plan, room)

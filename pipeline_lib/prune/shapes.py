@@ -1,4 +1,4 @@
-"""Sizes that decide what a step takes, from the model's header alone: nothing is loaded."""
+"""Sizes that determine the cost of a step, from the model's header alone: nothing is loaded."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ from pipeline_lib.stats.lanes import LANES
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of the largest block, and of the calibration rows. Bytes; floats are 4 bytes while computing."""
+    """Sizes of the largest block and of the calibration samples. Bytes; floats take 4 bytes while
+    computing.
+    """
 
     checkpoint: Checkpoint
     rows: int
@@ -28,14 +30,12 @@ class Shapes:
 
     @property
     def sites(self) -> list[int]:
-        """Channels of each."""
+        """Channels of each site."""
         return [len(site.index) for site in self.checkpoint.architecture.layouts[self._largest].sites]
 
     @property
     def consumers(self) -> list[tuple[int, list[tuple[int, int]]]]:
-        """Channels of each site, in the order in which they are pruned, and the matrices [R, C]
-        that share it.
-        """
+        """Channels of each site, in the order of pruning, and its matrices [R, C]."""
         layout = self.checkpoint.architecture.layouts[self._largest]
         shape = self.checkpoint.matrix_shape
         return [
@@ -45,7 +45,7 @@ class Shapes:
 
     @property
     def blocks(self) -> float:
-        """How many of the largest block would have all prunable weights of the model."""
+        """Number of largest blocks that would have all prunable weights of the model."""
         depth = self.checkpoint.architecture.depth
         return sum(rows * columns for block in range(depth) for rows, columns in self._of(block)) / self.block
 
@@ -78,31 +78,33 @@ class Shapes:
 
     @property
     def stored(self) -> int:
-        """Bytes of a weight: as stored, and another 4 to compute with if that is not float32."""
+        """Bytes per weight: as stored, and 4 more to compute with unless that is float32."""
         item = self.checkpoint.dtype.itemsize
         return item + (item != 4) * 4
 
     @property
     def copied(self) -> int:
-        """Bytes of a weight of a block that computes beside the stored one; 0 where both have one
-        dtype, and share it.
+        """Bytes per weight of a block that computes beside the stored one; 0 if both have the same
+        dtype and share it.
         """
         return 0 if self.dtype == self.checkpoint.dtype else self.dtype.itemsize
 
     @property
     def batch(self) -> int:
-        """Rows of the largest batch: none holds rows of two lanes, or both fitting and held-out ones."""
+        """Samples of the largest batch; no batch has samples of two lanes or of both splits."""
         rows = self.rows * max(self.held_out, 1 - self.held_out)
         return min(self.batch_rows, math.ceil(rows / LANES))
 
     @property
     def forward(self) -> int:
-        """FLOPs of all rows through the block's products."""
+        """FLOPs of all samples through the block's products."""
         return 2 * self.tokens * self.block
 
     @property
     def sweep(self) -> int:
-        """FLOPs of a product [R, C] × [C, C] for every matrix, which a column sweep takes, too."""
+        """FLOPs of a product [R, C] × [C, C] for every matrix, which is also the cost of a column
+        sweep.
+        """
         return sum(rows * columns * columns for rows, columns in self.matrices)
 
     @property
@@ -119,25 +121,25 @@ class Shapes:
         return 3 * sum(d**3 for d in self.sites)
 
     def inner(self, rows: int) -> float:
-        """Bytes of a batch's activations within the block: every site's inputs, four of the
-        stream's width, rows of the attention.
+        """Bytes of a batch's activations within the block: every site's inputs, four of the stream's
+        width, rows of the attention.
         """
         heads, width = self.checkpoint.heads, self.checkpoint.architecture.width
         return 4 * rows * self.length * (sum(self.sites) + 4 * width + heads * self.length / 4)
 
     def activations(self, rows: int) -> float:
-        """Bytes of tensors that a block's forward pass holds at its peak, its input left out: where
-        it is widest three tensors of that width (gate, up, and their product; two in an MLP without
-        a gate), or in the attention six of the stream's (Q, K and V, before and after the
-        rotation), and three of the stream's width beside them (residual, normed, output).
-        Attention's fused kernels hold no row of it.
+        """Bytes of the tensors of a block's forward pass at its peak, without its input. At the widest
+        point these are three tensors of that width (gate, up, and their product; two in an MLP
+        without a gate), or in the attention six of the stream's width (Q, K and V, before and after
+        the rotation), and three of the stream's width in addition (residual, normed, output). Fused
+        attention kernels store no row of the attention.
         """
         width, widest = self.checkpoint.architecture.width, max(self.sites)
         tensors = 1 + min(2, sum(outputs // widest for outputs, _ in self.matrices if outputs % widest == 0))
         return self.dtype.itemsize * rows * self.length * (max(tensors * widest, 6 * width) + 3 * width)
 
     def stream(self, dtype: torch.dtype) -> int:
-        """Bytes of the hidden states of all rows."""
+        """Bytes of the hidden states of all samples."""
         return dtype.itemsize * self.tokens * self.checkpoint.architecture.width
 
 

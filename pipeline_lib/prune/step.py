@@ -1,4 +1,4 @@
-"""What every step of pruning is."""
+"""The interface of a pruning step."""
 
 from typing import Protocol
 
@@ -7,13 +7,13 @@ from pipeline_lib.prune.window import Window
 
 
 class Step(Protocol):
-    """A frozen dataclass that holds its parameters."""
+    """A frozen dataclass with its parameters."""
 
     def run(self, window: Window) -> None:
         """Change the window's blocks in place."""
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes while it runs, beside the streams of hidden states."""
+        """Bytes while it runs, without the streams of hidden states."""
         ...
 
     def flops(self, shapes: Shapes) -> float:

@@ -1,4 +1,4 @@
-"""What pruning works on: blocks as they are pruned, the streams before them, and a window of
+"""The objects of pruning: blocks while they are pruned, the streams before them, and a window of
 consecutive blocks.
 """
 
@@ -32,7 +32,7 @@ NOTES = ("curvatures", "rules", "grids")  # of a block, by matrix
 
 @dataclass
 class Block:
-    """One block as it is pruned. The transform's factors are folded into ``tensors``; its other
+    """One block while it is pruned. The transform's factors are folded into ``tensors``; its other
     parts go into masks and biases.
     """
 
@@ -76,11 +76,11 @@ class Block:
         return [site.name for site in self.layout.sites if site.name in wanted]
 
     def ahead(self, site: str, alone: bool, budget: float = math.inf) -> list[str]:
-        """The sites whose statistics are collected in one pass: this one and those behind it.
+        """The sites whose statistics are collected in one pass: this one and later ones.
 
         Args:
-            alone: only this one, and with an expert's those of the other experts of its layer.
-            budget: bytes of Gram matrices of experts, of which at least one is collected.
+            alone: only this one, and for an expert's site those of the other experts of its layer.
+            budget: bytes for Gram matrices of experts; at least one is collected.
         """
         pool, used = self.layout.site(site).pool, 0.0
         names: list[str] = []
@@ -96,12 +96,12 @@ class Block:
         return names
 
     def consumers(self, site: str) -> list[Matrix]:
-        """The included matrices that share a site."""
+        """The included matrices of a site."""
         return [matrix for matrix in self.layout.consumers(site) if matrix in self.kept]
 
     def take(self, matrix: Matrix, mask: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-        """A matrix's mask [R, C]; the parameter that holds the matrix becomes a copy, in this
-        dtype, whose weights may be changed.
+        """Store a matrix's mask [R, C]. The matrix's parameter becomes a copy, in this dtype, whose
+        weights may be changed.
         """
         name = matrix.parameter
         with self.lock:  # another matrix may be in the same parameter
@@ -115,13 +115,14 @@ class Block:
 
     @contextmanager
     def settling(self) -> Iterator[None]:
-        """While open, figures of the matrices stay on the device, and what must be true is not
-        looked at: a step does not wait for a device.
+        """While open, results about the matrices stay on the device, and checks are postponed, so that
+        a step does not wait for a device.
 
-        At the end all are read, in one transfer. If something fails before, what went wrong first is told.
+        At the end all are read, in one transfer. If something fails before, the first failure is
+        raised.
 
         Raises:
-            SparselineError: one of the ``checks`` does not hold.
+            SparselineError: one of the ``checks`` fails.
         """
         try:
             yield
@@ -150,8 +151,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states before a window. Batches before number ``cut`` hold the fitting rows, the
-    others those that judge; each of one lane.
+    """Hidden states before a window. Batches before number ``cut`` are the training split, the others
+    the held-out split; each has one lane.
     """
 
     pruned: Stream
@@ -160,7 +161,9 @@ class Streams:
     seen: Sequence[Sequence[int]]  # for each lane, the numbers of its batches that statistics are taken from
 
     def pairs(self) -> tuple[Pairs, Pairs]:
-        """Fitting and held-out rows: before the window in the pruned stream, after it in the dense one."""
+        """Training and held-out samples: before the window in the pruned stream, after it in the dense
+        one.
+        """
         if self.dense is None:
             raise ValueError("fitting needs the dense activations")
         inputs, targets = self.pruned.hidden, self.dense.hidden
@@ -180,10 +183,10 @@ class Window:
 
     @property
     def rows(self) -> Streams:
-        """The streams, where a step must have them.
+        """The streams, for a step that needs them.
 
         Raises:
-            ValueError: no text is read.
+            ValueError: there is no text.
         """
         if self.streams is None:
             raise ValueError("this step needs calibration samples")
@@ -202,8 +205,8 @@ def collect(
     sites: Sequence[str],
     beside: tuple[nn.Module, Sequence[torch.Tensor]] | None = None,
 ) -> dict[str, Moments]:
-    """Moments of the sites' inputs for batches of a stream before a block. No more of the block is
-    run than they need.
+    """Moments of the sites' inputs for batches of a stream before a block. Only the necessary part of
+    the block is run.
 
     Memory: two matrices [d, d] per site, the sum and one lane's; twice that with ``beside``. Two
     more for a layer of experts.
@@ -211,10 +214,10 @@ def collect(
     Args:
         block: its number, and the block.
         hidden: [B, T, D] each.
-        lanes: for each, the numbers of its batches.
-        sites: names of those that are wanted.
-        beside: the dense block and the dense stream's batches before it: the cross moments with its
-            inputs are collected too.
+        lanes: for each lane, the numbers of its batches.
+        sites: names of the sites.
+        beside: the dense block and the dense stream's batches before it: then the cross moments
+            with its inputs are collected, too.
     """
 
     known = {site.name: site.pool for site in _sites(model, block[0])}
