@@ -1,4 +1,4 @@
-"""Files and directories that appear in one step, under bytes that equal contents share: text, JSON,
+"""Files and directories that appear atomically, with equal bytes for equal contents: text, JSON,
 safetensors.
 """
 
@@ -31,14 +31,14 @@ ABANDONED = 14 * 24 * 3600  # seconds after which what a process left on a share
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of ``path`` to write (file or directory), which takes its place only when
-    the body ends well.
+    """A temporary sibling of ``path`` to write (file or directory), which replaces it only if the body
+    succeeds.
 
-    No two processes have the same one. Those of killed processes are removed on the way.
+    Its name is unique to the process. Temporary files of killed processes are removed.
 
     Raises:
         OSError: something cannot be written; ``filename`` says what.
-        Stopped: a signal came, see ``process.heed``.
+        Stopped: a signal arrived, see ``process.heed``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*partial"):
@@ -70,8 +70,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def temporary_name(path: Path) -> Path:
-    """A sibling that no other process has, on this host or another; it says whose it is: see
-    ``_abandoned``.
+    """A sibling name that no other process has, on this host or another; it identifies its owner
+    (``_abandoned``).
     """
     return path.with_name(f".{path.name}.{_here()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
 
@@ -89,7 +89,7 @@ def _here() -> str:
 
 
 def final_name(name: str) -> str:
-    """What a temporary name is to become."""
+    """The final name of a temporary name."""
     found = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}\.partial", name)
     return found[1] if found else name
 
@@ -105,7 +105,7 @@ def _abandoned(temporary: Path) -> bool:
 
 
 def newest(path: Path) -> float:
-    """When the newest file of a tree was written, in seconds since the epoch; 0 where there is nothing."""
+    """Modification time of the newest file of a tree, in seconds since the epoch; 0 if there is none."""
     found = [str(path)]
     # unlike rglob, it passes over what another process removes meanwhile
     for folder, below, names in os.walk(path):
@@ -118,9 +118,7 @@ def newest(path: Path) -> float:
 
 
 def remove(path: Path) -> None:
-    """A file, a link (not what it leads to), or a directory with all that it holds; nothing where
-    there is nothing.
-    """
+    """Remove a file, a link (not its target), or a directory with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -130,7 +128,7 @@ def remove(path: Path) -> None:
 def save_tensors(
     path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None
 ) -> None:
-    """``save_file``, with the system's errors as what they are.
+    """``save_file``, with the system's errors as OSError.
 
     Raises:
         OSError: the file cannot be written.
@@ -156,10 +154,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Sorted keys, so that equal values are equal bytes.
+    """Write JSON with sorted keys, so that equal values give equal bytes.
 
     Raises:
-        SparselineError: NaN or infinity among the values.
+        SparselineError: the values contain NaN or infinity.
     """
     write_text(path, dumps(value, path))
 
@@ -187,7 +185,7 @@ def read_json(path: Path) -> Any:
 def write_tensors(
     path: Path, tensors: Mapping[str, "torch.Tensor"], facts: Mapping[str, Any] | None = None
 ) -> None:
-    """One safetensors file. Facts go into a single metadata key, since several keys come out in
+    """Write one safetensors file. Facts go into a single metadata key, because several keys have a
     random order.
     """
     metadata = {"sparseline": json.dumps(dict(facts or {}), sort_keys=True)}
@@ -215,5 +213,5 @@ def read_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]
 
 
 def block_file(directory: Path, block: int) -> Path:
-    """Where an artifact of one file per block keeps a block's tensors."""
+    """The path of a block's tensors in an artifact with one file per block."""
     return directory / f"block-{block:03d}.safetensors"

@@ -1,5 +1,5 @@
-"""Run a stranger's program, such as a chat template, in a process of its own, within limits of time
-and memory.
+"""Run an untrusted program, such as a chat template, in a separate process with limits of time and
+memory.
 """
 
 import os
@@ -24,14 +24,14 @@ In = TypeVar("In")
 
 
 class BoundError(Exception):
-    """Why the program has no result, as a few words."""
+    """The reason why the program has no result, as a few words."""
 
 
 def each(function: Callable[[In], Any], items: Iterable[In], seconds: float = SECONDS) -> Iterator[Any]:
-    """What ``function`` gives of each item, in order.
+    """The result of ``function`` for each item, in order.
 
     Args:
-        seconds: that one item may take.
+        seconds: time limit per item.
 
     Raises:
         BoundError: it took longer, or ended, as it does beyond 4 GB of memory.

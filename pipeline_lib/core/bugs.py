@@ -1,4 +1,4 @@
-"""What is told of a fault of our own: one sentence, and a file to attach to a report."""
+"""The report of an internal error: one sentence, and a file to attach to a bug report."""
 
 import platform
 import sys
@@ -12,8 +12,8 @@ CODE = 3  # of a process that ends by such a fault
 
 
 def tell(error: BaseException) -> str:
-    """Write the traceback into a file (in DVC's directory of temporary files, where there is one);
-    the sentence that names it.
+    """Write the traceback into a file (in DVC's directory of temporary files, if it exists); the
+    sentence that names it.
     """
     kind = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
     text = "".join(

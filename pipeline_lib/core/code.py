@@ -1,5 +1,5 @@
-"""Which code a stage runs: the import closure of its module, by its import statements, those inside
-functions included.
+"""The code that a stage runs: the import closure of its module, by its import statements, including
+those inside functions.
 """
 
 import ast
@@ -16,10 +16,11 @@ IMPORT = re.compile(r"^[ \t]*((?:from|import) (?:[^\n(]|\([^)]*\))*)", re.MULTIL
 
 
 def closure(stage: str, root: Path = Path()) -> list[Path]:
-    """Every file of ours that ``python -m stages.<stage>`` may read as code; templates included.
+    """Every file of the project that ``python -m stages.<stage>`` may read as code, including
+    templates.
 
     Returns:
-        Names: paths from the directory that holds the file's package. In a checkout that is the
+        Names: paths from the directory that contains the file's package. In a checkout this is the
             root for all of them.
     """
     return sorted(_sources(stage, root))
@@ -36,8 +37,8 @@ def digest(stage: str, root: Path = Path()) -> str:
 
 
 def is_project(root: Path = Path()) -> bool:
-    """Whether a directory is laid out by `sparseline init`: it has the stages, and the library is
-    the installed one.
+    """Whether a directory was created by `sparseline init`: it has the stages, and uses the installed
+    library.
     """
     return (root / "stages").is_dir() and not (root / "pipeline_lib").is_dir()
 

@@ -1,4 +1,4 @@
-"""Kept counts as whole numbers: of a total, and in proportion to sizes."""
+"""Kept counts as integers: overall, and in proportion to sizes."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def shares(kept: int, sizes: Sequence[int]) -> list[int]:
 
 
 def check(kept: int, budget: int, quantum: int) -> None:
-    """A count must be the budget, or for N:M within half of the largest step.
+    """Check that a count is the budget, or for N:M within half of the largest step.
 
     Raises:
         RuntimeError: it is not.

@@ -1,5 +1,5 @@
-"""The versions that results are made with: env.lock.json, which is a dep of every numeric stage and
-so a part of its key.
+"""The versions of the software: env.lock.json, which is a dependency of every numeric stage and so a
+part of its key.
 """
 
 import json
@@ -15,14 +15,14 @@ PACKAGES = ("numpy", "torch", "transformers")
 
 
 def command(target: str) -> str:
-    """How a user runs a target of the Makefile here, in backquotes: with make, or in a project with
-    the installed command.
+    """The command for a target of the Makefile, in backquotes: with make, or in a project with the
+    installed command.
     """
     return f"`sparseline {target}`" if code.is_project() else f"`make {target}`"
 
 
 def running() -> dict[str, str]:
-    """The versions of Python and of the packages that decide about results, builds (``+cpu``) left out.
+    """The versions of Python and of the packages that influence results, without builds (``+cpu``).
 
     Raises:
         SparselineError: a package is not installed.
@@ -37,7 +37,7 @@ def running() -> dict[str, str]:
 
 
 def check(path: Path = FILE) -> None:
-    """Refuse to run with other versions than the stages' keys say.
+    """Refuse to run with other versions than those of the stages' keys.
 
     Raises:
         SparselineError: the file cannot be read, or a version differs.
@@ -61,7 +61,9 @@ def check(path: Path = FILE) -> None:
 
 
 def write(path: Path = FILE) -> bool:
-    """Put the versions that run into the file; whether that changed it. Equal versions give equal bytes."""
+    """Write the installed versions into the file; whether that changed it. Equal versions give equal
+    bytes.
+    """
     text = json.dumps(running(), sort_keys=True) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False

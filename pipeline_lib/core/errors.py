@@ -1,8 +1,9 @@
-"""The one error that a user's mistake raises."""
+"""The error for a user's mistakes."""
 
 
 class SparselineError(Exception):
-    """Bad input, told in one sentence: what is wrong, where, and how to mend it.
+    """Bad input, described in one sentence: what is wrong, where, and how to correct it.
 
-    Stages print it and exit with code 2; anything else that escapes a stage is a bug and keeps its traceback.
+    Stages print it and exit with code 2. Any other exception of a stage is a bug and keeps its
+    traceback.
     """

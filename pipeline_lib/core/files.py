@@ -1,5 +1,5 @@
-"""Files are read here: regular ones only, so that no pipe and no device is waited for; a stranger's
-only where they lie in its directory.
+"""Reading of files: regular files only, so that no pipe or device blocks; untrusted files only inside
+their directory.
 """
 
 import hashlib
@@ -47,11 +47,11 @@ def read(path: Path, most: int | None = None) -> bytes:
     """A file's bytes.
 
     Args:
-        most: how many they may be; None: any number.
+        most: maximal number of bytes; None: no limit.
 
     Raises:
         OSError: it cannot be read.
-        SparselineError: it is not a regular file, or too large for what it is.
+        SparselineError: it is not a regular file, or too large.
     """
     with opened(path) as file:
         if most is not None and os.fstat(file.fileno()).st_size > most:
@@ -85,7 +85,7 @@ def sha256(path: Path) -> str:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name from a file stays below the directory that it is taken in."""
+    """Whether a name from a file stays inside its directory."""
     path = PurePosixPath(name)
     return (
         path.as_posix() == name
@@ -97,11 +97,11 @@ def is_plain(name: str) -> bool:
 
 
 def check_inside(directory: Path, path: Path) -> None:
-    """Refuse what is not a regular file, and links that leave the directory. The hub's and DVC's
-    caches are made of links; those are followed.
+    """Refuse files that are not regular, and links that leave the directory. Links into the hub's and
+    DVC's caches are allowed.
 
     Raises:
-        SparselineError: as above, or a link to nothing.
+        SparselineError: such a file or link, or a broken link.
     """
     try:
         real = path.resolve(strict=True)

@@ -1,6 +1,4 @@
-"""Finished blocks of an interrupted stage: files in its scratch, each with a checksum, since
-nothing else vouches for them.
-"""
+"""Finished blocks of an interrupted stage: files in its scratch directory, each with a checksum."""
 
 import hashlib
 import json
@@ -15,8 +13,8 @@ from pipeline_lib.core.errors import SparselineError
 
 
 class Kept:
-    """Blocks below a directory that a stage holds (``scratch.hold``). A block is finished when its
-    list of checksums is there, and right.
+    """Blocks in a directory that a stage holds (``scratch.hold``). A block is finished if its list of
+    checksums exists and is correct.
     """
 
     def __init__(self, directory: Path, what: str, folders: Sequence[str] = (), unit: str = "block") -> None:
@@ -38,13 +36,13 @@ class Kept:
         return self.directory / f"finished-{block:03d}.json"
 
     def finish(self, block: int, written: Sequence[Path]) -> None:
-        """Last of all: the block's files are there."""
+        """Mark a block as finished, after its files are written."""
         found = {path.relative_to(self.directory).as_posix(): files.sha256(path) for path in written}
         artifacts.write_json(self._list(block), {"files": found, "sha256": _digest(found)})
         self._right[block] = found
 
     def finished(self, block: int) -> bool:
-        """Whether the block is there, whole. A damaged one counts as never finished, and the log says so."""
+        """Whether the block is complete. A damaged one counts as unfinished; the log says so."""
         if block in self._right:
             return True
         if not _exists(self._list(block)):
@@ -68,7 +66,7 @@ class Kept:
         return found
 
     def latest(self) -> int | None:
-        """The largest number of what is there, whole; None where there is nothing."""
+        """The largest number of a complete block; None if there is none."""
         listed = [
             int(path.stem.removeprefix("finished-"))
             for path in self.directory.glob("finished-*.json")
@@ -77,7 +75,7 @@ class Kept:
         return next((number for number in sorted(listed, reverse=True) if self.finished(number)), None)
 
     def forget(self, block: int) -> None:
-        """First of all it is no longer finished; then its files go."""
+        """Mark a block as unfinished, then remove its files."""
         artifacts.remove(self._list(block))
         for name in self._right.pop(block, {}):
             artifacts.remove(self.directory / name)

@@ -1,4 +1,4 @@
-"""Read ``params.yaml`` into the frozen pydantic model that lives beside each algorithm."""
+"""Read ``params.yaml`` into the frozen pydantic models beside each algorithm."""
 
 import json
 import re
@@ -30,8 +30,8 @@ SHOWN = 60  # characters of a value in an error
 
 
 class Conflict(ValueError):
-    """What a validator raises when values of several keys (of the section that it validates) do not
-    go together.
+    """Raised by a validator if values of several keys (of the section that it validates) contradict
+    each other.
     """
 
     def __init__(self, reason: str, *keys: str) -> None:
@@ -40,7 +40,7 @@ class Conflict(ValueError):
 
 
 class Merged(dict[str, Any]):
-    """One section laid over another, which knows where each value was written."""
+    """A section that overrides another one, and knows where each value was written."""
 
     def __init__(
         self, defaults: str, overrides: str, below: Mapping[str, Any], above: Mapping[str, Any]
@@ -49,7 +49,7 @@ class Merged(dict[str, Any]):
         self.defaults, self.overrides, self.above = defaults, overrides, above
 
     def section_of(self, location: Location) -> str:
-        """The overriding section if the value is written there, else the one that holds the defaults."""
+        """The overriding section if the value is written there, else the section with the defaults."""
         value: Any = self.above
         for part in location:
             if not isinstance(value, Mapping):  # inside of what replaces the default as a whole
@@ -60,21 +60,21 @@ class Merged(dict[str, Any]):
         return self.overrides
 
     def without(self, *keys: str) -> "Merged":
-        """The same, some keys left out."""
+        """The same section without some keys."""
         below, above = ({key: part[key] for key in part if key not in keys} for part in (self, self.above))
         return Merged(self.defaults, self.overrides, below, above)
 
 
 def check_name(kind: str, name: object) -> None:
-    """A name becomes part of file names, of DVC's stage names and of dotted keys, so that it may
-    not hold everything.
+    """Check a name, which becomes part of file names, of DVC's stage names and of dotted keys.
 
     Args:
         kind: what is named, for the message ("variant", "text").
         name: a key of params.yaml; YAML may read it as a number or as true.
 
     Raises:
-        SparselineError: the name has other characters than ASCII letters, digits, '-' and '_', or none.
+        SparselineError: the name is empty or has other characters than ASCII letters, digits, '-'
+            and '_'.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         quotes = (
@@ -129,8 +129,8 @@ def section(name: str, path: Path = FILE) -> Any:
 
 
 def merge(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """``defaults`` with ``overrides`` laid over them, mapping by mapping; a mapping's name with
-    nothing behind it changes nothing.
+    """``defaults``, overridden by ``overrides``, mapping by mapping; an empty mapping in ``overrides``
+    changes nothing.
     """
     merged = dict(defaults)
     for key, value in overrides.items():
@@ -140,7 +140,7 @@ def merge(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
 
 
 def merged(defaults: str, overrides: str, path: Path = FILE) -> Merged:
-    """The section ``defaults`` with the section ``overrides`` (which may be empty) laid over it.
+    """The section ``defaults``, overridden by the section ``overrides`` (which may be empty).
 
     Raises:
         SparselineError: a section is missing, or is not a mapping.
@@ -156,8 +156,8 @@ def merged(defaults: str, overrides: str, path: Path = FILE) -> Merged:
 
 
 def parse(model: type[P], value: Any, name: str) -> P:
-    """Validate ``value`` as ``model``; ``name`` is where the value stands in params.yaml (a
-    ``Merged`` knows better).
+    """Validate ``value`` as ``model``; ``name`` is the value's key in params.yaml (a ``Merged`` has
+    more precise keys).
 
     Raises:
         SparselineError: the first violation, with its key, its value and what is allowed.

@@ -1,9 +1,9 @@
-"""Stages that start at once: a process has torch imported already, runs a command such as `dvc
-repro`, and each stage is a fork of it.
+"""A faster start of stages: a process that has imported torch runs a command such as `dvc repro`, and
+each stage is a fork of it.
 
-Only what is installed is imported beforehand, and nothing of it has run. A fork imports the
-project's own code anew, in the directory and with the environment of the process that asked for it
-(the client): it computes what the client would have computed itself.
+Only installed packages are imported beforehand, and none of their functions has run. A fork imports
+the project's own code itself, in the directory and environment of the process that requested it
+(the client). So it computes what the client would have computed.
 """
 
 import atexit
@@ -75,8 +75,8 @@ def _fixed(environ: dict[str, str]) -> dict[str, str]:
 
 
 def hand_over() -> None:
-    """Have this process's command, `python -m …`, run by a fork, and end as that ends; return where
-    nobody forks for it.
+    """Let a fork run this process's command, `python -m …`, and end like it; return if no process
+    forks for it.
     """
     ignored = [int(number) for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
     with socket.socket(socket.AF_UNIX) as server:
@@ -129,7 +129,7 @@ def _end(status: int | None) -> NoReturn:
 
 
 def serve(command: list[str]) -> NoReturn:
-    """Run a command whose stages are forks of this process, and end as it ends."""
+    """Run a command whose stages are forks of this process, and end like it."""
     listener = _listener()
     if listener is None:
         os.execvp(command[0], command)

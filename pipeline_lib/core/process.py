@@ -1,4 +1,4 @@
-"""How a process ends: cleanly by a signal, and with the `dvc` that started it."""
+"""The end of a process: cleanly after a signal, and together with the `dvc` that started it."""
 
 import json
 import os
@@ -26,8 +26,8 @@ _came: list["Stopped"] = []  # the signal that came, if one did
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the process to end. Raised in the main thread, so that temporary files are
-    removed on the way out.
+    """A signal requested the process to end. It is raised in the main thread, so that temporary files
+    are removed.
     """
 
     def __init__(self, number: int, cause: str | None = None) -> None:
@@ -38,13 +38,13 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """In the body SIGTERM, SIGHUP and SIGINT raise ``Stopped``, once; the next one kills. What is
-    ignored (nohup) or has a handler stays so.
+    """In the body SIGTERM, SIGHUP and SIGINT raise ``Stopped``, once; the next one kills. Signals that
+    are ignored (nohup) or have a handler stay so.
 
-    The signal may come in the midst of a library's call. Some turn what is raised there into an
-    error of their own: what leaves this body after a signal is ``Stopped``, whatever the error was.
-    Some go on as if nothing had been: see ``heed``. Where Python itself cannot let an exception
-    pass (while an object is removed), it is raised again a moment later.
+    The signal may arrive during a library's call. Some libraries convert the exception to their own
+    error: after a signal, the body always raises ``Stopped``. Some libraries swallow it: see
+    ``heed``. If Python itself cannot let an exception pass (while an object is removed), it is
+    raised again a moment later.
     """
 
     def stop(number: int, _frame: FrameType | None) -> None:
@@ -97,8 +97,8 @@ def _is_usual(handler: Any) -> bool:
 
 
 def heed() -> None:
-    """Raise a signal again that came and that a library swallowed: what was computed since may be
-    wrong, so no file of it may appear.
+    """Raise a signal again that a library swallowed: results computed since may be wrong, so no file
+    of them may appear.
     """
     if _came:
         raise _came[0]
@@ -106,8 +106,8 @@ def heed() -> None:
 
 @contextmanager
 def following_dvc() -> Iterator[None]:
-    """While open, this process ends as soon as the `dvc` that started it is gone. One that was
-    started by hand is left alone.
+    """While open, this process ends as soon as the `dvc` that started it has ended. A process that was
+    started by hand is not affected.
     """
     chain = _chain()
     if chain is None:

@@ -1,13 +1,13 @@
-"""Which library multiplies float32 matrices on the CPU, and what float32 products on a GPU may
-round their inputs to.
+"""The library for float32 products on the CPU, and the rounding of inputs of float32 products on a
+GPU.
 
-torch asks MKL, which leaves AVX-512 unused on AMD's processors: half of their speed. oneDNN, which
-comes with torch as well, uses it, but torch turns to it for float32 only if it may round to
-bfloat16 inside. It does that only where a processor has matrix units for it (AMX): so it is allowed
-to, tried, and stopped again unless its products are float32's in every digit that counts.
+torch uses MKL, which does not use AVX-512 on AMD's processors and reaches half of their speed.
+oneDNN, which torch also contains, uses it, but torch calls it for float32 only if it may round to
+bfloat16 internally. It rounds only on processors with matrix units for bfloat16 (AMX). So it is
+enabled, tested, and disabled again unless its products are as exact as float32's.
 
-On a GPU, products are float32's own (``ieee``) unless ``model.products`` says otherwise, and then
-only in ``rounded``.
+On a GPU, products have full float32 precision (``ieee``) unless ``model.products`` says otherwise,
+and then only in ``rounded``.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,8 +28,8 @@ _gpu_others: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.
 
 @contextmanager
 def rounding(allowed: bool) -> Iterator[None]:
-    """While open, whether oneDNN may round inside float32 products, so whether it is asked for them
-    at all.
+    """While open, whether oneDNN may round inside float32 products, and so whether it is used for
+    them.
     """
     before = _flags.fp32_precision
     _flags.fp32_precision = "bf16" if allowed else "ieee"
@@ -40,7 +40,7 @@ def rounding(allowed: bool) -> Iterator[None]:
 
 
 def exact(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.mm) -> bool:
-    """Whether ``product`` of float32 matrices is as good as float32 allows."""
+    """Whether ``product`` of float32 matrices is as exact as float32 allows."""
     random = torch.Generator().manual_seed(0)
     for rows, inner, columns in SHAPES:
         a, b = torch.randn(rows, inner, generator=random), torch.randn(inner, columns, generator=random)
@@ -51,7 +51,7 @@ def exact(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.
 
 
 def choose() -> bool:
-    """Let oneDNN multiply float32 matrices in this process if that is exact; whether it does."""
+    """Enable oneDNN for float32 products in this process if it is exact; whether it is enabled."""
     with rounding(True):
         good = torch.backends.mkldnn.is_available() and exact()
     _flags.fp32_precision = "bf16" if good else "ieee"
@@ -59,15 +59,15 @@ def choose() -> bool:
 
 
 def bfloat16_is_faster() -> bool:
-    """Whether this CPU has instructions of its own for products of bfloat16: without them these
-    take longer than float32's.
+    """Whether this CPU has instructions for bfloat16 products; without them these are slower than
+    float32's.
     """
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def exact_on_gpu() -> None:
-    """Let no float32 product on a GPU round its inputs in this process: torch's default for
-    convolutions is TF32.
+    """Forbid rounding of the inputs of float32 products on a GPU in this process (torch's default for
+    convolutions is TF32).
     """
     for flags in (_gpu, *_gpu_others):
         flags.fp32_precision = "ieee"
@@ -75,12 +75,12 @@ def exact_on_gpu() -> None:
 
 @contextmanager
 def rounded(device: torch.device, products: Products) -> Iterator[None]:
-    """While open, float32 products on a GPU may round their inputs to TF32 (10 bits after the
-    point) or, in forward passes, to bfloat16 (7 bits).
+    """While open, float32 products on a GPU may round their inputs to TF32 (10 bits after the point)
+    or, in forward passes, to bfloat16 (7 bits).
 
-    torch has no bfloat16 setting for float32 products on a GPU: autocast does it, which rounds the
-    results too, and leaves norms, softmax and whatever adds to an accumulator in place alone; those
-    sums are TF32's then. Nothing changes for a CPU, or for ``float32``.
+    torch has no bfloat16 setting for float32 products on a GPU, so autocast is used. It also rounds
+    the results, but not norms, softmax and in-place additions to an accumulator, whose sums are
+    TF32's. Nothing changes for a CPU, or for ``float32``.
     """
     if device.type != "cuda" or products == "float32":
         yield

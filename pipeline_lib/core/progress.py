@@ -1,6 +1,4 @@
-"""How far a stage is and how long is left: a bar in a terminal, elsewhere (a log, a pipe) a plain
-line now and then.
-"""
+"""Progress of a stage: a bar in a terminal, lines at intervals in a log or a pipe."""
 
 import shutil
 import sys
@@ -16,10 +14,10 @@ Watched = Callable[[range], Iterable[int]]
 
 
 class Progress:
-    """Counts what is done of ``total``; a context manager, so that its end is told too.
+    """Counts finished items of ``total``; a context manager, which also reports the end.
 
-    A terminal gets tqdm's bar. Anything else gets at most a line every ten seconds, and a last one
-    if it took that long: ``prune wanda: 3 of 32 blocks, 1 min 20 s left``.
+    In a terminal it shows tqdm's bar. Elsewhere it prints at most a line every ten seconds, and a
+    last one if the work took that long: ``prune wanda: 3 of 32 blocks, 1 min 20 s left``.
     """
 
     def __init__(
@@ -31,8 +29,8 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``done`` of ``total`` were so before the clock started (a resumed run); ``stream`` is
-        standard error.
+        """``done`` items were finished before the start (a resumed run); ``stream`` is standard error
+        by default.
         """
         self._what, self._total, self._units = what, total, units
         self._before, self._done = done, done
@@ -49,7 +47,7 @@ class Progress:
             )
 
     def advance(self, count: int = 1) -> None:
-        """``count`` more are done."""
+        """``count`` more items are finished."""
         self._done += count
         now = self._clock()
         if self._bar is not None:
@@ -79,9 +77,9 @@ class Progress:
 
 
 def track(items: Iterable[T], what: str, units: str, total: int | None = None, done: int = 0) -> Iterator[T]:
-    """The same items, with progress told as each is finished.
+    """The same items; each counts as finished when the next is requested.
 
-    ``total`` where the items have no length; ``done`` as in ``Progress``.
+    ``total`` is needed if the items have no length; ``done`` is as in ``Progress``.
     """
     if total is None:
         assert isinstance(items, Sized)
@@ -94,7 +92,7 @@ def track(items: Iterable[T], what: str, units: str, total: int | None = None, d
 
 
 def duration(seconds: float) -> str:
-    """As said: ``4.5 s``, ``45 s``, ``1 min 20 s``, ``2 h 5 min``."""
+    """A duration in words: ``4.5 s``, ``45 s``, ``1 min 20 s``, ``2 h 5 min``."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

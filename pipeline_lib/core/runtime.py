@@ -1,5 +1,5 @@
-"""How a stage runs: one-sentence errors, costs, and torch as the settings want it, which is
-imported only where it is needed.
+"""How a stage runs: one-sentence errors, cost records, and torch with the settings, imported only if
+needed.
 """
 
 import errno
@@ -30,11 +30,11 @@ _used: "set[torch.device]" = set()  # by this process, which is one stage
 
 
 def compute() -> "torch.device":
-    """Make torch ready as the settings say (threads, the library of its products, exact products on
-    a GPU); the device.
+    """Prepare torch by the settings (threads, library of its products, exact products on a GPU); the
+    device.
 
     Raises:
-        SparselineError: no such device here, or a setting cannot be used.
+        SparselineError: the device does not exist, or a setting cannot be used.
     """
     import torch
 
@@ -57,7 +57,7 @@ def compute() -> "torch.device":
 
 @contextmanager
 def told() -> Iterator[None]:
-    """What ends the body early is told in one sentence.
+    """Report an exception of the body in one sentence.
 
     Exit codes: 2 for a SparselineError, the system's refusal of a file and too little memory; 128 +
     its number for a signal; 3 for anything else, which is a bug.
@@ -138,18 +138,18 @@ def _peak_gpu() -> int | None:
 
 @contextmanager
 def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str], None]]:
-    """The body of a stage: environment checked, what goes wrong told in one sentence (``told``),
-    cost written.
+    """The body of a stage: it checks the environment, reports errors in one sentence (``told``), and
+    writes the cost record.
 
-    Yields what tells the stage's last line: a sentence on what was done, to which the seconds are added.
-    A stage that `dvc` started ends with it.
+    Yields a function that prints the stage's last line: a summary, to which it adds the duration. A
+    stage that `dvc` started ends with it.
 
     Args:
         name: of the cost record ``build/costs/<name>.json``: wall seconds, CPU seconds, peak
-            memory, and peak GPU memory (null on a CPU). DVC does not track it, since equal runs
+            memory, and peak GPU memory (null on a CPU). DVC does not track it, because equal runs
             must write equal outputs.
-        output: one of the stage's outputs. The record holds its SHA-256, so that a reader can tell
-            whether the output still is this run's.
+        output: one of the stage's outputs. The record has its SHA-256, so that a reader can tell
+            whether the output is still this run's.
     """
     started = time.monotonic()
 

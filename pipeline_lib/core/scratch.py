@@ -1,10 +1,10 @@
-"""Where an interrupted stage keeps finished blocks: a directory per key, outside the graph and
+"""Storage for the finished blocks of an interrupted stage: a directory per key, outside the graph and
 outside any experiment's copy.
 
-One process at a time holds a key. The lock is the operating system's (flock), which is free as soon
-as its owner is gone, however that ended. On a network file system that may fail (a partition, a
-lost lease): so each process has a directory of its own for what it overwrites, and finished files
-appear in one step under bytes that are the same whoever writes them.
+Only one process at a time holds a key. The lock is the operating system's (flock), which is
+released when its owner ends, for any reason. On a network file system that may fail (a partition, a
+lost lease). So each process has its own directory for files that it overwrites, and finished files
+appear atomically, with the same bytes from every process.
 """
 
 import errno
@@ -36,8 +36,8 @@ LOOK = 0.5  # seconds between two looks at a lock that another process has
 
 @dataclass(frozen=True)
 class Scratch:
-    """What the holder of a key may write to: ``kept`` outlives a kill, ``own`` is this process's
-    and is removed when it ends.
+    """The directories of the holder of a key: ``kept`` survives a kill, ``own`` belongs to this
+    process and is removed at its end.
     """
 
     kept: Path
@@ -46,19 +46,20 @@ class Scratch:
 
 @contextmanager
 def hold(name: str, key: str, what: str) -> Iterator[Scratch]:
-    """The scratch of this key, for this process alone; waits for another that has it, and says so once.
+    """The scratch directories of this key, for this process alone. If another process holds the key,
+    it prints a message once and waits.
 
-    What is kept is dropped when the body ends well, unless others wait: the next of them finds all
-    blocks finished. It is kept when the body fails. Keys that nobody has used for two weeks are
-    removed.
+    Finished blocks are removed when the body succeeds, unless other processes wait; the next of
+    them finds all blocks finished. They are kept if the body fails. Keys that have not been used
+    for two weeks are removed.
 
     Args:
         name: of the stage.
         key: 32 hexadecimal digits, see ``runtime.resume_key``.
-        what: how messages begin, "prune wanda".
+        what: the beginning of messages, "prune wanda".
 
     Raises:
-        SparselineError: there is no place that can be written.
+        SparselineError: no directory can be written.
     """
     place = _root(what) / name
     place.mkdir(exist_ok=True)

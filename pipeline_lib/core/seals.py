@@ -1,7 +1,7 @@
-"""Seals: by them a reader notices that an artifact is damaged, or is another's.
+"""Seals: a reader detects by them that an artifact is damaged, or belongs elsewhere.
 
-A file's seal stands in the file: its schema, its path in the project, the model that it was made
-for, and its SHA-256. A directory has the seal in ``seal.json``, with the SHA-256 of every file.
+A file's seal is in the file: its schema, its path in the project, its model, and its SHA-256. A
+directory has the seal in ``seal.json``, with the SHA-256 of every file.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ THREADS = 8  # that hash a directory's files: hashing is slower than a disk
 
 
 class BrokenSealError(Exception):
-    """Why an artifact cannot be used, as the end of a sentence."""
+    """The reason why an artifact cannot be used, as the end of a sentence."""
 
 
 @dataclass(frozen=True)
 class Seal:
-    """What an artifact says of itself."""
+    """An artifact's description of itself."""
 
     file: str  # its path in the project
     model: str | None  # digest of the model that it was made for; None: of no model
@@ -45,15 +45,15 @@ def close(raw: bytes) -> bytes:
 
 
 def check(raw: bytes, told: Any, file: str) -> Seal:
-    """The seal of a file, from what stands in it.
+    """The seal of a file, after a check.
 
     Args:
         raw: the file's bytes.
-        told: what it says of itself.
-        file: where it was found in the project.
+        told: the file's seal as an object.
+        file: the file's path in the project.
 
     Raises:
-        BrokenSealError: it is of another version, damaged, or another artifact.
+        BrokenSealError: it has another version, is damaged, or is another artifact.
     """
     if not isinstance(told, Mapping) or told.get("schema") != SCHEMA:
         raise BrokenSealError("was written by another version of Sparseline, or is damaged")
@@ -66,10 +66,10 @@ def check(raw: bytes, told: Any, file: str) -> Seal:
 
 
 def sealed_json(value: Mapping[str, Any], seal: Seal) -> bytes:
-    """A JSON file.
+    """A JSON file with its seal.
 
     Raises:
-        SparselineError: NaN or infinity among the values.
+        SparselineError: the values contain NaN or infinity.
     """
     return close(dumps({**value, KEY: asdict(seal)}, Path(seal.file)).encode())
 
@@ -78,7 +78,7 @@ def parse_json(raw: bytes, file: str) -> tuple[dict[str, Any], Seal]:
     """A JSON artifact without its seal, and the seal.
 
     Raises:
-        BrokenSealError: as ``check``, or it is no JSON object.
+        BrokenSealError: as ``check``, or it is not a JSON object.
     """
     try:
         value = json.loads(raw)
@@ -89,8 +89,8 @@ def parse_json(raw: bytes, file: str) -> tuple[dict[str, Any], Seal]:
 
 
 def sealed_tensors(tensors: Mapping[str, "torch.Tensor"], facts: Mapping[str, Any], seal: Seal) -> bytes:
-    """A safetensors file. Facts and seal go into a single metadata key, since several keys come out
-    in random order.
+    """A safetensors file with its seal. Facts and seal go into a single metadata key, because several
+    keys have a random order.
     """
     from safetensors.torch import save
 
@@ -99,10 +99,10 @@ def sealed_tensors(tensors: Mapping[str, "torch.Tensor"], facts: Mapping[str, An
 
 
 def parse_facts(raw: bytes, file: str) -> tuple[dict[str, Any], Seal]:
-    """The facts of a safetensors artifact, and its seal, which covers the tensors too.
+    """The facts of a safetensors artifact, and its seal, which covers the tensors, too.
 
     Raises:
-        BrokenSealError: as ``check``, or it is no such file.
+        BrokenSealError: as ``check``, or it is not such a file.
     """
     try:
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
@@ -113,8 +113,8 @@ def parse_facts(raw: bytes, file: str) -> tuple[dict[str, Any], Seal]:
 
 
 def digests(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Path below the directory -> SHA-256, of all files but hidden ones and the seal; ``known``
-    ones are not read.
+    """Path in the directory -> SHA-256, for all files except hidden ones and the seal; ``known`` ones
+    are not read.
 
     Raises:
         SparselineError: something there is not a regular file.
@@ -131,10 +131,10 @@ def digests(directory: Path, known: Mapping[str, str] | None = None) -> dict[str
 
 
 def compare(recorded: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Raise what is wrong with a directory's files.
+    """Check a directory's files.
 
     Raises:
-        BrokenSealError: a file is missing, damaged, or none of those that were written.
+        BrokenSealError: a file is missing, damaged or superfluous.
     """
     for name in sorted({*recorded, *found}):
         if name not in found:

@@ -13,7 +13,7 @@ def device_name() -> str:
     """SPARSELINE_DEVICE: ``cpu``, ``cuda``, ``cuda:1``.
 
     Raises:
-        SparselineError: it is another word.
+        SparselineError: another value.
     """
     name = os.environ.get("SPARSELINE_DEVICE", "cpu")
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
@@ -24,10 +24,10 @@ def device_name() -> str:
 
 
 def threads() -> int | None:
-    """SPARSELINE_THREADS; None: as many as torch takes.
+    """SPARSELINE_THREADS; None: torch's default.
 
     Raises:
-        SparselineError: it is no positive whole number, or far more than there are processors.
+        SparselineError: it is not a positive integer, or far more than there are processors.
     """
     found, most = _whole("SPARSELINE_THREADS", 1), 4 * (os.cpu_count() or 1)
     if found is not None and found > most:
@@ -39,34 +39,34 @@ def threads() -> int | None:
 
 
 def activation_bytes() -> int:
-    """SPARSELINE_ACTIVATION_BYTES: streams of hidden states stay in memory up to this size, else
-    they are files (same results).
+    """SPARSELINE_ACTIVATION_BYTES: streams of hidden states stay in memory up to this size, otherwise
+    in files (same results).
 
     Raises:
-        SparselineError: it is no whole number.
+        SparselineError: it is not an integer.
     """
     found = _whole("SPARSELINE_ACTIVATION_BYTES", 0)
     return BYTES if found is None else found
 
 
 def gpu_activation_bytes() -> int | None:
-    """SPARSELINE_GPU_ACTIVATION_BYTES: hidden states stay on the GPU up to this size, the rest in
-    host memory (same results).
+    """SPARSELINE_GPU_ACTIVATION_BYTES: hidden states stay on the GPU up to this size, the rest in host
+    memory (same results).
 
-    None: ``GPU_SHARE`` of what is free there when the stage begins.
+    None: the share ``GPU_SHARE`` of the free memory when the stage begins.
 
     Raises:
-        SparselineError: it is no whole number.
+        SparselineError: it is not an integer.
     """
     return _whole("SPARSELINE_GPU_ACTIVATION_BYTES", 0)
 
 
 def gram_bytes() -> int:
-    """SPARSELINE_GRAM_BYTES: Gram matrices are stored up to this size, else taken again where they
-    are needed (same results).
+    """SPARSELINE_GRAM_BYTES: Gram matrices are stored up to this size, otherwise collected again when
+    they are needed (same results).
 
     Raises:
-        SparselineError: it is no whole number.
+        SparselineError: it is not an integer.
     """
     found = _whole("SPARSELINE_GRAM_BYTES", 0)
     return BYTES if found is None else found

@@ -1,6 +1,4 @@
-"""Where the artifacts of a project are: every path of the pipeline, in one place, and how they are
-read and written.
-"""
+"""The artifacts of a project: every path of the pipeline in one place, and their reading and writing."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +17,7 @@ DENSE = "dense"  # the source model, where variants are named
 
 @dataclass(frozen=True)
 class Workspace:
-    """A project's directory; stages run in it. docs/artifacts.md says what the files hold."""
+    """A project's directory; stages run in it. docs/artifacts.md describes the files."""
 
     root: Path = Path()
     # at most one: see ``made_for``
@@ -51,17 +49,17 @@ class Workspace:
         return self.build / "texts" / use
 
     def generated(self, text: str) -> Path:
-        """What the source model wrote for a text of its own."""
+        """A text that the source model wrote."""
         return self.build / "generated" / f"{text}.json"
 
     @property
     def statistics(self) -> Path:
-        """Directory of every site's statistics, a file per block."""
+        """Directory of every site's statistics, one file per block."""
         return self.build / "calibrate"
 
     @property
     def start(self) -> Path:
-        """Where factors and shifts start."""
+        """Initial factors and shifts."""
         return self.build / "scale/transform.safetensors"
 
     @property
@@ -73,11 +71,11 @@ class Workspace:
         return self.build / "curves" / f"{variant}.json"
 
     def allocation(self, variant: str) -> Path:
-        """How many weights each matrix keeps."""
+        """Number of weights that each matrix keeps."""
         return self.build / "allocate" / f"{variant}.json"
 
     def induced(self, variant: str) -> Path:
-        """Directory of learned factors; without any it holds the curve alone, which is empty."""
+        """Directory of learned factors; without any it contains only an empty curve."""
         return self.build / "induce" / variant
 
     def pruned(self, variant: str) -> Path:
@@ -85,18 +83,18 @@ class Workspace:
         return self.build / "prune" / variant
 
     def distilled(self, variant: str) -> Path:
-        """Directory of the checkpoint after its training as a whole; empty but for its seal where
-        there was none, or none that was kept.
+        """Directory of the checkpoint after training as a whole; only a seal without training, or if
+        its result was not kept.
         """
         return self.build / "distil" / variant
 
     def training(self, variant: str) -> Path:
-        """What that training did; without any an empty object."""
+        """Facts about this training; an empty object without any."""
         return self.build / "training" / f"{variant}.json"
 
     def checkpoint(self, variant: str) -> Path:
-        """Directory of the checkpoint that is measured and taken elsewhere: the trained one if
-        there is one, else the pruned one.
+        """Directory of the checkpoint that is measured and exported: the trained one if it exists,
+        else the pruned one.
 
         Raises:
             SparselineError: as ``opened``.
@@ -104,12 +102,12 @@ class Workspace:
         return self.trained(variant) or self.opened(self.pruned(variant)) / "checkpoint"
 
     def trained(self, variant: str) -> Path | None:
-        """The same where there is a trained one, else None."""
+        """The trained checkpoint, or None."""
         found = self.opened(self.distilled(variant)) / "checkpoint"
         return found if found.is_dir() else None
 
     def facts(self, variant: str) -> Path:
-        """What happened to each matrix and block."""
+        """Facts about each pruned matrix and block."""
         return self.build / "facts" / f"{variant}.json"
 
     def evaluation(self, model: str) -> Path:
@@ -120,11 +118,11 @@ class Workspace:
         return self.build / "completions" / f"{model}.json"
 
     def tasks(self, model: str) -> Path:
-        """Accuracies by preset and task."""
+        """Results by preset and task."""
         return self.build / "tasks" / f"{model}.json"
 
     def export(self, variant: str) -> Path:
-        """Directory of a variant's files to take elsewhere, a directory per format."""
+        """Directory of a variant's exported files, with a directory per format."""
         return self.build / "export" / variant
 
     def sizes(self, model: str) -> Path:
@@ -139,7 +137,7 @@ class Workspace:
         return self.root / "report"
 
     def of_models(self) -> list[Path]:
-        """All that is there of any variant, or of ``dense``."""
+        """All existing artifacts of variants and of ``dense``."""
         places = (
             self.curves,
             self.allocation,
@@ -156,8 +154,8 @@ class Workspace:
     # Reading and writing
 
     def made_for(self, model: str | None, path: Path) -> None:
-        """Take note of the model that an artifact is of, by its digest. All that a stage reads must
-        be of the same one; so is what it writes.
+        """Record the model of an artifact, by its digest. All artifacts that a stage reads and writes
+        must have the same model.
 
         Raises:
             SparselineError: an artifact of another model was read before.
@@ -171,22 +169,21 @@ class Workspace:
             )
 
     def save(self, path: Path, value: Mapping[str, Any]) -> None:
-        """Write a JSON object with its seal; an empty one says that the stage had nothing to do."""
+        """Write a JSON object with its seal; an empty one means that the stage had nothing to do."""
         artifacts.write_bytes(path, seals.sealed_json(value, self._seal(path)))
 
     def load(self, path: Path) -> dict[str, Any]:
         """A JSON object, without its seal.
 
         Raises:
-            SparselineError: it is missing, damaged, another artifact, or of another model than what
-                was read before.
+            SparselineError: it is missing, damaged, another artifact, or of another model.
         """
         return self._checked(path, seals.parse_json)[0]
 
     def save_tensors(
         self, path: Path, tensors: Mapping[str, "torch.Tensor"], facts: Mapping[str, Any]
     ) -> None:
-        """Write a safetensors file with its seal; it is made in memory."""
+        """Write a safetensors file with its seal; it is composed in memory."""
         artifacts.write_bytes(path, seals.sealed_tensors(tensors, facts, self._seal(path)))
 
     def load_tensors(self, path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
@@ -201,7 +198,7 @@ class Workspace:
         return load(raw), facts
 
     def load_facts(self, path: Path) -> dict[str, Any]:
-        """The facts alone, without torch; the tensors are checked too.
+        """The facts alone, without torch; the tensors are checked, too.
 
         Raises:
             SparselineError: as ``load``.
@@ -210,8 +207,8 @@ class Workspace:
 
     @contextmanager
     def directory(self, path: Path, known: Mapping[str, str] | None = None) -> Iterator[Path]:
-        """A directory to write an artifact's files to; with its seal it takes the old one's place
-        when the body ends well.
+        """A directory for an artifact's files; with its seal, it replaces the old one if the body
+        succeeds.
 
         Args:
             known: SHA-256 of files that need not be read again, by their paths in the directory.
@@ -222,15 +219,15 @@ class Workspace:
             self.save(temporary / seals.FILE, {"files": seals.digests(temporary, known or {})})
 
     def leave_empty(self, path: Path) -> None:
-        """A directory of a stage that had nothing to do: its seal is all that it holds."""
+        """Write the directory of a stage that had nothing to do: it contains only its seal."""
         with self.directory(path):
             pass
 
     def opened(self, path: Path) -> Path:
-        """A directory whose files are what its stage wrote.
+        """A directory, after a check that its files are those that its stage wrote.
 
         Raises:
-            SparselineError: as ``load``; a file is missing, damaged, or not one of them.
+            SparselineError: as ``load``; or a file is missing, damaged or superfluous.
         """
         recorded = self.load(path / seals.FILE)["files"]
         try:
@@ -240,8 +237,7 @@ class Workspace:
         return path
 
     def included(self) -> list[dict[str, Any]]:
-        """The logical matrices that are to be pruned, as prepare listed them: name, block, label,
-        kind, shape.
+        """The logical matrices to prune, as listed by prepare: name, block, label, kind, shape.
 
         Raises:
             SparselineError: as ``opened``.
