@@ -1,4 +1,4 @@
-# `make run` and `make test` set up what they need. Settings are environment variables, SPARSELINE_DEVICE and others: see docs/settings.md.
+# `make run` and `make test` install what they need. Settings are environment variables, SPARSELINE_DEVICE and others: see docs/settings.md.
 # The Python of the environment: the first of these that runs and is 3.11 to 3.14.
 PYTHONS := python3.11 python3 python3.12 python3.13 python3.14
 RIGHT := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
@@ -6,10 +6,10 @@ PYTHON ?= $(shell for python in $(PYTHONS); do if $$python -c '$(RIGHT)' 2>/dev/
 VENV ?= .venv
 BIN := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
 export PATH := $(BIN):$(PATH)
-# Threads that wait for each other spin otherwise: beside another busy process everything takes five to ten times as long.
+# Otherwise waiting threads spin: beside another busy process everything takes five to ten times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
-# glibc keeps freed blocks of up to 32 MiB (fewer page faults) and gives larger ones back: their holes in the heap cannot be
-# used again once something small lies in them, which costs hundreds of MB, in some runs and not in others.
+# glibc keeps freed blocks of up to 32 MiB (fewer page faults) and returns larger ones. If it kept these, small blocks could
+# fragment their holes in the heap, which costs hundreds of MB in some runs.
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
@@ -17,7 +17,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 .PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-real bench-latency bench-busy bench-verify
 .PHONY: bench-sweep bench-block bench-gpu
 
-run: environment  ## reproduce everything that is out of date, print the table and the report's path
+run: environment  ## run all stages that are out of date, print the table and the path of the report
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true  # an archive without .git
 	python -m stages.preload dvc repro
 	@echo; python -m stages.costs; echo; echo "report: report/index.html"
@@ -26,17 +26,17 @@ test: environment sshd  ## the whole test suite
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 MINUTES ?= 60
-campaign: environment  ## kills and hostile inputs at random for MINUTES, with a seed that it prints; then tests of more instances than `make test` has time for
+campaign: environment  ## random kills and hostile inputs for MINUTES, with a printed seed; then tests with more instances than `make test`
 	python tests/campaign.py all --minutes $(MINUTES) --record benchmarks/results/campaign.json
 	python -m pytest -m campaign
 
-campaign-short: environment  ## a few of them with a fixed seed, as CI does
+campaign-short: environment  ## a few of them with a fixed seed, as in CI
 	python -m pytest -n 2 -m short_campaign tests/test_campaign.py
 
-architectures: environment  ## every causal-LM model type of the installed transformers, tiny, through the pipeline: those without a record
+architectures: environment  ## test every causal-LM model type of the installed transformers that has no record, as a tiny model
 	python tests/architectures.py
 
-sshd:  ## for the tests over SSH: installed in a container only, since elsewhere the Debian package would open port 22
+sshd:  ## for the tests over SSH; installed only in a container, because elsewhere the Debian package would open port 22
 	@test -x /usr/sbin/sshd || { test ! -d /run/systemd/system && apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server; } \
 		|| echo "no sshd, so the tests over SSH are skipped (Debian: apt-get install openssh-server)"
 
@@ -50,48 +50,48 @@ check: environment  ## formatting, lint, types, and the prose of the pages
 wheel: environment  ## build the wheel, and try the command `sparseline` in a new environment (docs/install.md)
 	.ci/wheel
 
-docs: environment  ## the documentation as static pages below site/; a link that leads nowhere is an error
+docs: environment  ## build the documentation as static pages below site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 mkdocs build
 
-format: environment  ## correct formatting, and what lint can correct
+format: environment  ## correct formatting, and lint errors if possible
 	ruff format .
 	ruff check --fix .
 
-bench-induction bench-sparsity bench-reconstruction bench-quantization: bench-%: environment  ## testbeds: a study's cells that have no file yet, then its tables (docs/results.md)
+bench-induction bench-sparsity bench-reconstruction bench-quantization: bench-%: environment  ## run a study on the test models: cells without a file, then the tables (docs/results.md)
 	python -m benchmarks.studies run $*
 
-rivals-environment:  ## llm-compressor in an environment of its own, for bench-rivals, bench-block and bench-gpu
+rivals-environment:  ## install llm-compressor in a separate environment, for bench-rivals, bench-block and bench-gpu
 	$(PYTHON) -m venv .rivals
 	.rivals/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	.rivals/bin/python -m pip install --quiet --disable-pip-version-check llmcompressor==0.14.0.1 compressed-tensors==0.19.0 "transformers>=5.15,<5.18"
 
-bench-rivals: environment  ## testbeds: our presets and baselines against llm-compressor; then costs alone (wants a quiet machine)
+bench-rivals: environment  ## compare presets and baselines with llm-compressor on the test models; then their costs (needs an idle machine)
 	python -m benchmarks.studies run rivals
 	python -m benchmarks.studies run rivals_cost
 
-bench-real: environment  ## a real language model (docs/results.md): cells that the record lacks; ONLY: 'table=main method=fast'; CELL: one that is computed anew
+bench-real: environment  ## measure a real language model (docs/results.md): cells without a record; ONLY: 'table=main method=fast'; CELL: one to compute again
 	python -m benchmarks.real run $(foreach one,$(ONLY),--only '$(one)') $(if $(CELL),--cell '$(CELL)')
 
-bench-busy: environment  ## dvc repro beside a busy process, against an idle machine (wants a quiet machine)
+bench-busy: environment  ## compare dvc repro beside a busy process and on an idle machine (needs an idle machine)
 	python -m benchmarks.busy
 
-bench-latency: environment  ## what sparsity does to speed: dense against 2:4 on a GPU, or what zeros are worth on this CPU
+bench-latency: environment  ## measure the effect of sparsity on speed: 2:4 on a GPU, or zeros on this CPU
 	python -m benchmarks.latency
 
 ROWS ?= 4096
 COLUMNS ?= 4096
-bench-sweep: environment  ## the OBS sweep of a matrix of ROWS x COLUMNS against its products alone, on one CPU thread
+bench-sweep: environment  ## compare the OBS sweep of a ROWS x COLUMNS matrix with its products alone, on one CPU thread
 	python -m benchmarks.sweep $(ROWS) $(COLUMNS)
 
 BLOCKS ?= llama-7b,sparsegpt,8192
-bench-block: environment  ## one real decoder block: time and memory beside the floor and llm-compressor; BLOCKS: rows (shape,method,tokens) that are measured anew
+bench-block: environment  ## measure time and memory of one decoder block of real size; BLOCKS: rows (shape,method,tokens) to measure again
 	python -m benchmarks.block $(BLOCKS)
 
-bench-gpu: environment  ## the table of speeds of the device SPARSELINE_DEVICE, what it has not got yet; MODEL: a checkpoint in the place of random weights
+bench-gpu: environment  ## complete the table of speeds of SPARSELINE_DEVICE; MODEL: a checkpoint to use in the place of random weights
 	python -m benchmarks.gpu $(if $(MODEL),--model '$(MODEL)')
 
 STUDIES := induction sparsity reconstruction quantization rivals rivals_rows
-bench-verify: environment  ## compute cells of the records anew: CELLS random ones per study, or one: make bench-verify STUDIES=sparsity CELL='llama,unstructured,0.5,predicted,obs,0'
+bench-verify: environment  ## compute recorded cells again: CELLS random ones per study, or one: make bench-verify STUDIES=sparsity CELL='llama,unstructured,0.5,predicted,obs,0'
 	@for study in $(STUDIES); do python -m benchmarks.studies verify $$study $(if $(CELL),--cell '$(CELL)',--count $(or $(CELLS),3)) || exit 1; done
 
 plan: environment  ## predict memory, disk and rough time for the configured model, before anything runs

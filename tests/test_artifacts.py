@@ -646,7 +646,8 @@ for write in (by_text, by_tensors, lambda: save_tensors(out, big)):
         check=True,
     )
     assert re.fullmatch(
-        r"(error: \S*out\S*: File too large; mend that place, then run the same command again: [^\n]*\n){3}",
+        r"(error: \S*out\S*: File too large; correct the cause, then run the same command again:"
+        r" [^\n]*\n){3}",
         done.stderr,
     )
     assert {path.name for path in tmp_path.iterdir()} <= {"env.lock.json", "out"}

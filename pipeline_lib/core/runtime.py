@@ -99,12 +99,12 @@ def told() -> Iterator[None]:
 
 
 def _refused(error: OSError) -> str:
-    """What the system did not do."""
+    """The sentence about a file operation that the system refused."""
     room = f"make room, {environment.command('plan')} says what a run takes"
-    mend = room if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that place"
+    remedy = room if error.errno in (errno.ENOSPC, errno.EDQUOT) else "correct the cause"
     where = error.filename2 or error.filename or "A file of this run"  # the second: where something was to go
     return (
-        f"{where}: {os.strerror(error.errno or 0)}; {mend}, then run the same command again: finished"
+        f"{where}: {os.strerror(error.errno or 0)}; {remedy}, then run the same command again: finished"
         " work is kept."
     )
 
