@@ -1,9 +1,8 @@
-"""Sentences of the pages that are too long to be read once: `make check` runs this on README.md,
-CHANGELOG.md and docs/.
+"""Check the pages for long sentences and lines, and README.md for its length. `make check` runs this.
 
-A sentence ends with a full stop, a question mark or an exclamation mark before a space. Code that
-is set apart is no prose; code inside a sentence is one word. A table's cell is a text of its own,
-and so is a heading, an item and a paragraph.
+A sentence ends with a full stop, a question mark or an exclamation mark before a space. Code blocks
+are not prose; code inside a sentence is one word. Table cells, headings, items and paragraphs are
+separate texts. Lines are limited in paragraphs and items only.
 """
 
 import re
@@ -14,12 +13,14 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 MOST = 35  # words of a sentence
+WIDTH = 105  # columns of a line of prose
+README = 150  # lines
 ROOT = Path(__file__).parent.parent
 ENDS = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!cf\.)(?<!vs\.)\s+")
 
 
 def sentences(page: str) -> Iterator[tuple[int, str]]:
-    """Line of the text that it stands in, and each sentence of a page of Markdown."""
+    """The line of the text, and each sentence of a page of Markdown."""
     line = 0
     for token in MarkdownIt("commonmark").enable("table").parse(page):
         line = token.map[0] + 1 if token.map else line
@@ -40,8 +41,8 @@ def _said(kind: str, content: str) -> str:
 
 
 def too_long(page: str) -> list[tuple[int, int, str]]:
-    """Line, number of words, and text of each sentence with more than ``MOST`` words; signs alone
-    are no words.
+    """Line, number of words, and text of each sentence with more than ``MOST`` words. Signs do not
+    count as words.
     """
     found = [
         (line, len([word for word in said.split() if re.search(r"\w", word)]), said)
@@ -50,10 +51,31 @@ def too_long(page: str) -> list[tuple[int, int, str]]:
     return [one for one in found if one[1] > MOST]
 
 
+def wide(page: str) -> list[tuple[int, int]]:
+    """Line and columns of each line of prose with more than ``WIDTH`` columns that could be wrapped."""
+    lines = page.split("\n")
+    prose = {
+        number
+        for token in MarkdownIt("commonmark").enable("table").parse(page)
+        if token.type == "paragraph_open" and token.map
+        for number in range(*token.map)
+    }
+    return [
+        (number + 1, len(lines[number]))
+        for number in sorted(prose)
+        if len(lines[number]) > WIDTH and not lines[number].startswith("![")
+    ]
+
+
 def main() -> int:
-    """Print the long sentences of the pages; 1 if there are any."""
-    count = 0
+    """Print what is too long; 1 if there is anything."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").count("\n")
+    if count := int(readme > README):
+        print(f"README.md has {readme} lines, at most {README}")
     for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for line, columns in wide(path.read_text(encoding="utf-8")):
+            count += 1
+            print(f"{path.relative_to(ROOT)}:{line}: {columns} columns, at most {WIDTH}")
         for line, words, said in too_long(path.read_text(encoding="utf-8")):
             count += 1
             print(f"{path.relative_to(ROOT)}:{line}: {words} words, at most {MOST}: {said[:1500]}")

@@ -128,3 +128,20 @@ def test_what_is_no_long_sentence(page: str) -> None:
 
 def test_a_sentence_is_told_with_its_line() -> None:
     assert prose.too_long(f"# Title\n\nShort.\n\n{LONG}end\n") == [(5, prose.MOST + 2, f"{LONG}end")]
+
+
+# Lines
+
+WIDE = "word " * 40
+
+
+@pytest.mark.parametrize("page", [f"{WIDE}\n", f"Short.\n\n- {WIDE}\n", f"short\n{WIDE}\n"])
+def test_a_wide_line_is_found(page: str) -> None:
+    assert len(prose.wide(page)) == 1
+
+
+@pytest.mark.parametrize(
+    "page", [f"# {WIDE}\n", f"```\n{WIDE}\n```\n", f"| a |\n|---|\n| {WIDE} |\n", f"![{WIDE}](x.svg)\n"]
+)
+def test_what_cannot_be_wrapped_may_be_wide(page: str) -> None:
+    assert prose.wide(page) == []
