@@ -14,7 +14,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
 .PHONY: run test campaign campaign-short architectures sshd check format wheel docs plan sweep screenshots environment clean
-.PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-real bench-latency bench-busy bench-verify
+.PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-real bench-calibration-text bench-latency bench-busy bench-verify
 .PHONY: bench-sweep bench-block bench-gpu
 
 run: environment  ## run all stages that are out of date, print the table and the path of the report
@@ -71,6 +71,9 @@ bench-rivals: environment  ## compare presets and baselines with llm-compressor 
 
 bench-real: environment  ## measure a real language model (docs/results.md): cells without a record; ONLY: 'table=main method=fast'; CELL: one to compute again
 	python -m benchmarks.real run $(foreach one,$(ONLY),--only '$(one)') $(if $(CELL),--cell '$(CELL)')
+
+bench-calibration-text: environment  ## measure the real language model, calibrated on four texts (docs/results.md): cells without a record; ONLY: 'source=C4 method=fast'; CELL: one to compute again
+	python -m benchmarks.calibration_text run $(foreach one,$(ONLY),--only '$(one)') $(if $(CELL),--cell '$(CELL)')
 
 bench-busy: environment  ## compare dvc repro beside a busy process and on an idle machine (needs an idle machine)
 	python -m benchmarks.busy

@@ -32,9 +32,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.alone import alone, cost, wait
-from benchmarks.harness import RESULTS, UNIFORM, Cell, Record, Study, selection
+from benchmarks.harness import RESULTS, ROOT, UNIFORM, Cell, Record, Study, selection
 from benchmarks.lab import Lab
-from benchmarks.rivals import PYTHON, ROOT, called
+from benchmarks.rivals import PYTHON, called
 from benchmarks.testbed import RANDOM, Bed
 from pipeline_lib.core import runtime
 from pipeline_lib.core.params import merge

@@ -28,7 +28,8 @@ from pipeline_lib.core.artifacts import write_json
 from pipeline_lib.core.files import sha256
 from pipeline_lib.recipe.settings import Recipe
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 TEXTS = ("validation", "test", "wikitext2")
 PATTERNS = {
     "50%": (0.5, "unstructured"),
@@ -190,6 +191,44 @@ class Study:
         self.file(cell).unlink()
         return gathered
 
+    def complete(self, only: Mapping[str, str], names: Sequence[str], save: bool) -> list[str]:
+        """Compute what the record lacks, or the named cells anew; each is in the record as soon as
+        it is done.
+
+        Args:
+            only: values of the key, as text, that cells must have.
+            save: commit the record in git after each cell.
+
+        Returns:
+            Names of the cells that failed; why is told at once.
+
+        Raises:
+            click.ClickException: there is no such cell.
+        """
+        asked = [
+            name
+            for name, cell in self.every.items()
+            if all(str(cell.key.get(part)) == value for part, value in only.items())
+        ]
+        pairs = [f"{part}={value}" for part, value in only.items()]
+        if unknown := [name for name in names if name not in self.every] or ([] if asked else pairs):
+            raise click.ClickException(
+                f"there is no cell {unknown[0]!r}; the first is {next(iter(self.every))}."
+            )
+        recorded = {self._name(record) for record in self.recorded()}
+        failed = []
+        for name in names or [name for name in asked if name not in recorded]:
+            try:
+                self.renew(name)
+            except (click.ClickException, RuntimeError) as error:  # the others do not depend on it
+                failed.append(name)
+                click.echo(f"{name}: {error}", err=True)
+                continue
+            if save:
+                command = ["git", "commit", "--quiet", "--only", str(self.record)]
+                subprocess.run([*command, "-m", f"Benchmark {self.name}: {name}"], cwd=ROOT, check=True)
+        return failed
+
     def _keep(self, cell: Cell) -> None:
         """Compute a cell into its file, and tell what came out."""
         started = time.perf_counter()
@@ -303,6 +342,53 @@ class Study:
 def gap(base: float, new: float, dense: float) -> float:
     """Share of the gap that is closed: (ln ppl_base − ln ppl_new) / (ln ppl_base − ln ppl_dense)."""
     return (math.log(base) - math.log(new)) / (math.log(base) - math.log(dense))
+
+
+def commands(
+    study: Callable[[], Study], show: Callable[[list[Record]], None], told: str | None
+) -> click.Group:
+    """``run``, ``table`` and ``verify`` of a study whose cells take so long that each is recorded
+    by itself.
+
+    Args:
+        show: prints the tables of the records.
+        told: the help.
+    """
+
+    @click.group(help=told)
+    def main() -> None:
+        pass
+
+    @main.command()
+    @click.option(
+        "--only",
+        multiple=True,
+        metavar="FIELD=VALUE",
+        help="Only cells with this value of the key: method=fast.",
+    )
+    @click.option("--cell", "names", multiple=True, help="Cells to compute anew, by their names.")
+    @click.option("--commit", is_flag=True, help="Commit the record after each cell.")
+    def run(only: tuple[str, ...], names: tuple[str, ...], commit: bool) -> None:
+        """Every cell that the record lacks, or those that are named; then the tables."""
+        failed = study().complete(dict(one.split("=", 1) for one in only), names, commit)
+        show(study().recorded())
+        if failed:
+            raise click.ClickException(f"{len(failed)} cells failed: {'; '.join(failed)}")
+
+    @main.command()
+    def table() -> None:
+        """The tables of the record."""
+        show(study().recorded())
+
+    @main.command()
+    @click.option("--cell", "names", multiple=True, help="The fields of its key, with commas between them.")
+    @click.option("--count", default=3, show_default=True, help="So many random cells where none is named.")
+    @click.option("--seed", type=int, help="Of their choice.")
+    def verify(names: tuple[str, ...], count: int, seed: int | None) -> None:
+        """Compute recorded cells anew and compare: perplexities must agree within 1%."""
+        study().verify(names, count, seed)
+
+    return main
 
 
 def commit() -> str:

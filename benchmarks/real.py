@@ -19,9 +19,8 @@ import json
 import math
 import os
 import statistics as stats
-import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,28 +28,32 @@ from typing import Any
 import click
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.alone import alone, cost
 from benchmarks.block import place
-from benchmarks.harness import MORE, PATTERNS, UNIFORM, Cell, Record, Study, selection
+from benchmarks.harness import MORE, PATTERNS, ROOT, UNIFORM, Cell, Record, Study, commands, selection
 from benchmarks.lab import Changes, Lab, section
-from benchmarks.rivals import LLMCOMPRESSOR, ROOT, compressed
+from benchmarks.rivals import LLMCOMPRESSOR, compressed
 from benchmarks.studies import ALLOCATIONS, BASES
 from benchmarks.testbed import RANDOM, Bed, Tensors
 from benchmarks.testbed import ROOT as TESTBED
 from pipeline_lib.core import code, params
+from pipeline_lib.core.artifacts import write_json
+from pipeline_lib.core.files import sha256
 from pipeline_lib.core.params import merge
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.evaluation.settings import Preset, TasksParams
 from pipeline_lib.evaluation.tasks import run_tasks
 from pipeline_lib.fit.distil import Trained, judge, lesson, train
 from pipeline_lib.fit.settings import DistilParams
-from pipeline_lib.models.start import start
+from pipeline_lib.models.start import Start, start
 from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.models.whole import load_model
+from pipeline_lib.texts.own import Author
+from pipeline_lib.texts.prompts import prompts
 from pipeline_lib.texts.rows import encode, rows_of
-from pipeline_lib.texts.texts import TextParams
+from pipeline_lib.texts.texts import GeneratedParams, TextParams, Texts
 
 MODEL = Path(os.environ.get("SPARSELINE_REAL", ROOT.parent / "real" / "smol"))
 NAME = "SmolLM2-135M-Instruct"
@@ -77,6 +80,17 @@ TASKS = Preset(
 )
 BATCH_ROWS = 8  # of evaluations
 TABLES = ("main", "induction", "sparsity", "ablation")
+# The model's own text: how it goes on where pages of C4 begin
+GENERATED = "generated"
+OWN = {
+    "prompts": "files",
+    "prompt_tokens": 16,
+    "new_tokens": 496,
+    "temperature": 1.0,
+    "batch_rows": 64,
+    "seed": 0,
+}
+CUT: Changes = {"packing": "concatenate", "chat_template": False, "distinct": 1}  # documents into rows
 MASK = "mask:"  # before a parameter's name, in the files of a pruned block
 # stages whose code a pruned model follows from
 CODE = ("calibrate", "sensitivity", "curves", "allocate", "induce", "prune")
@@ -196,28 +210,51 @@ class Real(Bed):
         """Token rows [count, length], drawn with the seed; the first ones without."""
         if source == RANDOM:
             return super().rows(source, count, seed)
-        asked = {
-            "packing": "concatenate",
-            "rows": count,
-            "length": self.length,
-            "seed": seed,
-            "chat_template": False,
-            "distinct": 1,
-        }
-        cut = TextParams.model_construct(None, path=Path(source), **asked)
-        tokenizer = load_tokenizer(self.path, self.checkpoint.vocabulary)
-        return rows_of(
-            encode(tokenizer, _documents(source)),
-            cut,
-            start(None, self.checkpoint.config.model_type, tokenizer),
-        )
+        asked = {"rows": count, "length": self.length, "seed": seed}
+        cut = TextParams.model_construct(None, path=Path(source), **asked, **CUT)
+        documents = self.written() if source == GENERATED else encode(self.tokenizer, _documents(source))
+        return rows_of(documents, cut, self.begins)
+
+    def evaluated(self, text: str) -> torch.Tensor:
+        """The token rows that a text's perplexity is of."""
+        count, length = (REPORTED | CHOSEN)[text]
+        return Real(length).rows(text, count)
 
     @torch.no_grad()
-    def perplexity(self, blocks: Tensors, text: str) -> float:
-        """Of the model with these tensors in the place of its own."""
+    def perplexity(
+        self, blocks: Tensors, text: str, see: Callable[[torch.Tensor], None] | None = None
+    ) -> float:
+        """Of the model with these tensors in the place of its own; ``see`` is given each row's logits."""
         put(self.whole, self, blocks)
-        count, length = (REPORTED | CHOSEN)[text]
-        return perplexity(self.whole, Real(length).rows(text, count), BATCH_ROWS)
+        return perplexity(self.whole, self.evaluated(text), BATCH_ROWS, see=see)
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.path, self.checkpoint.vocabulary)
+
+    @functools.cached_property
+    def begins(self) -> Start:
+        return start(None, self.checkpoint.config.model_type, self.tokenizer)
+
+    def written(self) -> list[list[int]]:
+        """Documents of the model's own, as many as calibration rows take: written once, and kept
+        below ``results/cells`` as long as neither model, prompts nor code change.
+        """
+        rows = Method(None).rows
+        how = GeneratedParams.model_validate(OWN)
+        files = [self.path / "model.safetensors", _file(C4)]
+        said = [how.model_dump(), rows, self.length, *map(sha256, files), code.digest("generate")]
+        digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
+        kept = STUDY.home / "cells" / f"{GENERATED}-{digest}.json"
+        if not kept.exists():
+            cut = TextParams.model_construct(
+                None, path=_file(C4), generated=how, rows=rows, length=self.length, **CUT
+            )
+            author = Author(load_model(self.path, "float32", self.device), self.tokenizer, self.begins)
+            given = prompts(self.tokenizer, Texts(_documents(C4), [], [], {}), cut, how, self.length)
+            write_json(kept, author.documents(given, cut, how, lambda _: None))
+        found: list[list[int]] = json.loads(kept.read_text(encoding="utf-8"))
+        return found
 
 
 def put(model: PreTrainedModel, bed: Bed, blocks: Tensors) -> None:
@@ -230,8 +267,8 @@ def put(model: PreTrainedModel, bed: Bed, blocks: Tensors) -> None:
 
 
 def _file(source: str) -> Path:
-    """Where a text is."""
-    if source in (C4, "c4.valid"):
+    """Where a text is, or what it goes on from."""
+    if source in (C4, "c4.valid", GENERATED):
         return DATA / "texts" / f"{C4}.jsonl"
     return (TESTBED if source.startswith("mix") else DATA) / "texts" / f"{source}.txt"
 
@@ -281,12 +318,11 @@ def cells() -> Iterator[Cell]:
 def lab(asked: Cell) -> Lab:
     """The model on a cell's calibration rows."""
     source, _, length = asked.source.partition(":")
-    return Lab(Real(int(length or LENGTH))).at(source, asked.rows, asked.key["seed"])
+    return Lab(Real(int(length or LENGTH))).at(source, asked.rows, asked.key.get("seed", 0))
 
 
-def prune(name: str, out: Path) -> Record:
+def prune(asked: Cell, out: Path) -> Record:
     """Prune as a cell says; a file per block with its masks. The cost."""
-    asked = STUDY.every[name]
     here, how = lab(asked), asked.recipe("ppl")
     assert how is not None
 
@@ -305,9 +341,8 @@ def prune(name: str, out: Path) -> Record:
     return cost(work, here.bed.device)
 
 
-def distil(name: str, start: Path, out: Path) -> Record:
+def distil(asked: Cell, start: Path, out: Path) -> Record:
     """Train the pruned blocks of a directory as a cell says; the cost, and what the gate found."""
-    asked = STUDY.every[name]
     here, how = lab(asked), METHODS[asked.key["table"]][asked.key["method"]]
     settings = params.parse(DistilParams, merge(section("distil"), how.distil or {}), "distil")
     model, facts = here.bed.stream(), {}
@@ -360,13 +395,13 @@ def pruned(asked: Cell, folder: Path) -> tuple[Path, Record]:
     if asked.key["table"] != "main" or not any(
         how.distil is not None and how.variant == name for how in MAIN.values()
     ):
-        return folder, alone(prune, asked.name, folder)
+        return folder, alone(prune, asked, folder)
     digest = hashlib.sha256("".join(map(code.digest, CODE)).encode()).hexdigest()[:8]
     kept = STUDY.file(asked).with_suffix("").with_name(f"{STUDY.file(asked).stem}-{digest}")
     told = kept / "cost.json"
     if not told.exists():
         kept.mkdir(parents=True, exist_ok=True)
-        told.write_text(json.dumps(alone(prune, asked.name, kept)), encoding="utf-8")  # last of all
+        told.write_text(json.dumps(alone(prune, asked, kept)), encoding="utf-8")  # last of all
     found: Record = json.loads(told.read_text(encoding="utf-8"))
     return kept, found
 
@@ -392,14 +427,18 @@ def made(asked: Cell, folder: Path) -> tuple[Tensors, Record]:
         begun, before = pruned(cell("main", str(how.variant), key["pattern"], key["seed"]), folder)
         directory = folder / "trained"
         directory.mkdir()
-        told = alone(distil, asked.name, begun, directory)
+        told = alone(distil, asked, begun, directory)
         told |= {part: told[part] + before[part] for part in ("wall_s", "cpu_s")}
         told |= {
             part: max(filter(None, (told[part], before[part])), default=None)
             for part in ("peak_bytes", "peak_gpu_bytes")
         }
-    files = {int(file.stem): _split(load_file(file))[0] for file in directory.glob("*.safetensors")}
-    return files, told
+    return loaded(directory), told
+
+
+def loaded(directory: Path) -> Tensors:
+    """The pruned blocks of a directory."""
+    return {int(file.stem): _split(load_file(file))[0] for file in directory.glob("*.safetensors")}
 
 
 @functools.cache
@@ -430,14 +469,14 @@ def measure(asked: Cell) -> list[Record]:
     ]
 
 
-def tasks(bed: Bed, blocks: Tensors) -> Record:
+def tasks(bed: Real, blocks: Tensors) -> Record:
     """Accuracies in bfloat16: per task the metric (``acc_norm`` where there is one), its value, and
     every item's score as a digit; their mean.
     """
     model = load_model(bed.path, "bfloat16", bed.device)
     put(model, bed, blocks)
     how = TasksParams(path=DATA / "tasks", compute_dtype="bfloat16", batch_rows=16)
-    scores = run_tasks(model, load_tokenizer(bed.path, bed.checkpoint.vocabulary), how, TASKS, "tasks").scores
+    scores = run_tasks(model, bed.tokenizer, how, TASKS, "tasks").scores
     each: dict[str, Record] = {}
     for name, found in scores.items():
         metric = "acc_norm" if "acc_norm" in found else "acc"
@@ -467,6 +506,12 @@ def base(record: Record) -> Record:
     return {"method": method}
 
 
+def inputs(asked: Cell) -> list[Path]:
+    """The files that a cell's pruned model depends on."""
+    source = asked.source.partition(":")[0]
+    return [MODEL / "model.safetensors", *([_file(source)] if source != RANDOM else [])]
+
+
 STUDY = Study(
     "real",
     cells,
@@ -475,10 +520,7 @@ STUDY = Study(
     base=base,
     texts=(*REPORTED, *CHOSEN),
     beside=("cpu_s", "CPU s"),
-    files=lambda asked: [
-        MODEL / "model.safetensors",
-        *({_file(asked.source.partition(":")[0])} if asked.source != RANDOM else ()),
-    ],
+    files=inputs,
 )
 
 
@@ -503,11 +545,13 @@ def task_table(records: Sequence[Record]) -> str:
     lines = ["| pattern, method | task mean, % | against dense | against SparseGPT |", "|---|---|---|---|"]
     for (pattern, method), found in known.items():
         beside = [_apart(found, known.get(other)) for other in (("50%", "dense"), (pattern, "sparsegpt"))]
-        lines.append(
-            f"| {pattern}, {method} | {100 * found['mean']:.2f} ± {100 * found['stderr']:.2f} |"
-            f" {' | '.join(beside)} |"
-        )
+        lines.append(f"| {pattern}, {method} | {task_mean(found)} | {' | '.join(beside)} |")
     return "\n".join(lines)
+
+
+def task_mean(found: Record) -> str:
+    """In percent ± its standard error."""
+    return f"{100 * found['mean']:.2f} ± {100 * found['stderr']:.2f}"
 
 
 def _apart(found: Record, other: Record | None) -> str:
@@ -518,72 +562,7 @@ def _apart(found: Record, other: Record | None) -> str:
     return f"{100 * (found['mean'] - other['mean']):+.2f} ± {100 * _error(differences):.2f}"
 
 
-@click.group(help=__doc__)
-def main() -> None:
-    pass
-
-
-@main.command()
-@click.option(
-    "--only",
-    multiple=True,
-    metavar="FIELD=VALUE",
-    help="Only cells with this value of the key: table=main, method=fast.",
-)
-@click.option(
-    "--cell",
-    "names",
-    multiple=True,
-    help="Cells to compute anew, by their names: main,SmolLM2-135M-Instruct,fast,50%,0.",
-)
-@click.option("--commit", is_flag=True, help="Commit the record after each cell.")
-def run(only: tuple[str, ...], names: tuple[str, ...], commit: bool) -> None:
-    """Every cell that the record lacks, or those that are named; then the tables."""
-    wanted = dict(one.split("=", 1) for one in only)
-    asked = [
-        name
-        for name, one in STUDY.every.items()
-        if all(str(one.key.get(part)) == value for part, value in wanted.items())
-    ]
-    if unknown := [name for name in names if name not in STUDY.every] or ([] if asked else list(only)):
-        raise click.ClickException(
-            f"there is no cell {unknown[0]!r}; the first is {next(iter(STUDY.every))}."
-        )
-    recorded = {
-        ",".join(str(record[part]) for part in next(iter(STUDY.every.values())).key)
-        for record in STUDY.recorded()
-    }
-    failed = []
-    for name in names or [name for name in asked if name not in recorded]:
-        try:
-            STUDY.renew(name)  # each is in the record as soon as it is done
-        except (click.ClickException, RuntimeError) as error:  # the others do not depend on it
-            failed.append(name)
-            click.echo(f"{name}: {error}", err=True)
-            continue
-        if commit:
-            message = f"Real testbed: {name.replace(NAME + ',', '')}"
-            subprocess.run(
-                ["git", "commit", "--quiet", "--only", str(STUDY.record), "-m", message], cwd=ROOT, check=True
-            )
-    show(STUDY.recorded())
-    if failed:
-        raise click.ClickException(f"{len(failed)} cells failed: {'; '.join(failed)}")
-
-
-@main.command()
-def table() -> None:
-    """The tables of the record."""
-    show(STUDY.recorded())
-
-
-@main.command()
-@click.option("--cell", "names", multiple=True, help="The fields of its key, with commas between them.")
-@click.option("--count", default=3, show_default=True, help="So many random cells where none is named.")
-@click.option("--seed", type=int, help="Of their choice.")
-def verify(names: tuple[str, ...], count: int, seed: int | None) -> None:
-    """Compute recorded cells anew and compare: perplexities must agree within 1%."""
-    STUDY.verify(names, count, seed)
+main = commands(lambda: STUDY, show, __doc__)
 
 
 if __name__ == "__main__":

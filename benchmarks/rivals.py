@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.alone import resident
-from benchmarks.harness import PATTERNS, TEXTS, UNIFORM, Cell, Record, Study, lab, selection
+from benchmarks.harness import PATTERNS, ROOT, TEXTS, UNIFORM, Cell, Record, Study, lab, selection
 from benchmarks.lab import Changes, Kept, Lab
 from benchmarks.testbed import CODE, MIXTURE, NAMES, RANDOM, Bed, Tensors, Testbed
 from pipeline_lib.core import settings
@@ -34,7 +34,6 @@ from pipeline_lib.prune.window import collect
 from pipeline_lib.stats.lanes import deal
 from pipeline_lib.stats.moments import Moments
 
-ROOT = Path(__file__).parent.parent
 PYTHON = os.environ.get("SPARSELINE_RIVALS", str(ROOT / ".rivals" / "bin" / "python"))
 JUDGED = ("50%", "60%", "70%", "2:4")
 LLMCOMPRESSOR = {f"llm-compressor {name}": name for name in ("sparsegpt", "wanda")}

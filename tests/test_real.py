@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from project import ROOT, text
 from tiny import load_full, make_model
 
-from benchmarks import real
+from benchmarks import calibration_text, real
 from benchmarks.harness import Record
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.models.checkpoint import open_checkpoint
@@ -204,3 +205,92 @@ def test_differences_are_paired() -> None:
         real._apart({"mean": 0.625, "each": each}, {"mean": 0.5, "each": other})
         == f"+12.50 ± {100 * (0.25 / 4) ** 0.5 / 2:.2f}"
     )
+
+
+# What calibration text is worth
+
+OWN = {"prompt_tokens": 16, "new_tokens": 240, "batch_rows": 256}
+
+
+@pytest.fixture
+def studied(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, list[Record]]]:
+    """As ``ran``, of the study of calibration texts; the model's own documents are shorter."""
+    told = type("Told", (), {"scores": SCORES})
+    monkeypatch.setattr(real, "run_tasks", lambda *_: told)
+    monkeypatch.setattr(real, "OWN", real.OWN | OWN)
+    monkeypatch.setattr(calibration_text, "alone", lambda work, *given: work(*given))
+    study = dataclasses.replace(calibration_text.STUDY, home=here / "record")
+    monkeypatch.setattr(calibration_text, "STUDY", study)
+
+    def run(*arguments: str) -> tuple[str, list[Record]]:
+        done = CliRunner().invoke(calibration_text.main, [*arguments], catch_exceptions=False)
+        assert done.exit_code == 0, f"{done.output} {done.exception!r}"
+        return done.output, calibration_text.STUDY.recorded()
+
+    return run
+
+
+def test_a_cell_of_the_study_is_what_it_says(
+    studied: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two cells, one after the other, and then none. Oracle: transformers' two models, whole, and
+    the definitions of perplexity, KL and agreement.
+    """
+    blocks = {}
+    monkeypatch.setattr(
+        calibration_text, "loaded", lambda folder: blocks.setdefault("pruned", real.loaded(folder))
+    )
+    output, first = studied("run", "--only", "source=C4", "--only", "method=sparsegpt")
+    assert "not run yet: none,dense; WikiText-2,sparsegpt" in output
+    fields = ["source", "method", "text", "ppl", "kl", "agreement", "tasks", "commit"]
+    assert [sorted(record) for record in first] == [sorted(fields)] * 3
+    assert {(one["source"], one["method"]) for one in first} == {("C4", "sparsegpt")}
+    assert [one["text"] for one in first] == list(calibration_text.TEXTS)
+    assert [one["tasks"]["mean"] for one in first] == [0.75] * 3
+    dense, pruned = load_full(here / "model"), load_full(here / "model")
+    real.put(pruned, real.real(), blocks["pruned"])
+    share = [float((one == 0).float().mean()) for one in blocks["pruned"][0].values() if one.ndim == 2]
+    assert share == pytest.approx([0.5] * len(share), abs=0.01)
+    for record in first:
+        rows = real.real().evaluated(record["text"])
+        p, q = (model(input_ids=rows).logits[:, :-1].log_softmax(-1) for model in (dense, pruned))
+        loss = -q.gather(-1, rows[:, 1:, None]).mean()
+        assert record["ppl"] == pytest.approx(float(loss.exp()), rel=1e-4)
+        assert record["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+        assert record["agreement"] == pytest.approx(
+            float((p.argmax(-1) == q.argmax(-1)).float().mean()), abs=1e-3
+        )
+    second = studied("run", "--only", "method=dense")[1]
+    assert second[3:] == first and [one["kl"] for one in second[:3]] == pytest.approx([0] * 3, abs=1e-6)
+    assert [one["agreement"] for one in second[:3]] == pytest.approx([1] * 3, abs=1e-3)
+    monkeypatch.setattr(real, "prune", None)
+    output, again = studied("run", "--only", "source=C4", "--only", "method=sparsegpt")
+    assert again == second and "| sparsegpt, C4 |" in output and "75.00 ± " in output
+
+
+@pytest.mark.usefixtures("studied")
+def test_calibration_texts_are_four(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own documents begin as pages of C4 do, are written once, and are not the pages.
+    Oracle: the pages' tokens.
+    """
+    cells = {(one.key["source"], one.key["method"]): one for one in calibration_text.STUDY.every.values()}
+    assert len(cells) == 9 and all(one.rows == 128 for one in cells.values())
+    bed = real.Real()
+    rows = {
+        source: real.lab(cells[source, "fast"]).rows
+        for source in ("C4", "WikiText-2", "generated", "random tokens")
+    }
+    assert {(len(one["fit"]), len(one["held_out"]), one["fit"].shape[1]) for one in rows.values()} == {
+        (96, 32, 512)
+    }
+    (kept,) = here.glob("record/cells/generated-*.json")
+    documents = json.loads(kept.read_text(encoding="utf-8"))
+    pages = [bed.tokenizer(page)["input_ids"] for page in real._documents("c4.calib")]
+    assert [one[:16] for one in documents] == [
+        pages[number % len(pages)][:16] for number in range(len(documents))
+    ]
+    assert not any(tuple(one) in {tuple(page[: len(one)]) for page in pages} for one in documents)
+    assert sum(map(len, documents)) >= 128 * 512 > sum(map(len, documents[:-1]))
+    monkeypatch.setattr(real, "Author", None)  # nothing is written any more
+    again = real.lab(cells["generated", "sparsegpt"]).rows
+    assert all(torch.equal(again[part], rows["generated"][part]) for part in again)

@@ -4,13 +4,11 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import Progress
 from pipeline_lib.core.workspace import DENSE, Workspace
 from pipeline_lib.evaluation.subject import open_subject
-from pipeline_lib.models.sample import Drawing, continued, ends
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.start import start
+from pipeline_lib.texts.own import Author, wanted
 from pipeline_lib.texts.prompts import prompts
 from pipeline_lib.texts.texts import GeneratedParams, TextParams, read_texts
-
-TRIED = 16  # documents for each row, after which it is given up
 
 
 def generate(
@@ -28,9 +26,9 @@ def generate(
     """
     model, tokenizer = open_subject(workspace, source, DENSE, source.compute_dtype)
     begins = start(params.start, model.config.model_type, tokenizer)
-    lead = [] if params.chat_template or begins.token is None or begins.place == "none" else [begins.token]
+    author = Author(model, tokenizer, begins)
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    most = (window or 2**31) - how.new_tokens - len(lead)
+    most = (window or 2**31) - how.new_tokens - len(author.lead(params))
     if most < 1 or (not params.chat_template and how.prompt_tokens > most):
         raise SparselineError(
             f"params.yaml: texts.{name}.generated: a prompt and {how.new_tokens} new tokens do not fit"
@@ -38,34 +36,9 @@ def generate(
         )
     texts = read_texts(params)
     found = prompts(tokenizer, texts, params, how, most)
-    drawing, stops = Drawing(how.new_tokens, how.temperature, how.seed), ends(model, tokenizer)
-    joined = params.packing == "concatenate"
-    wanted, done = (params.rows or 0) * (params.length if joined else 1), 0
-    documents: list[list[int]] = []
-    with Progress(f"generate {name}", wanted, "tokens" if joined else "samples") as progress:
-        while done < wanted:
-            if not joined and len(documents) >= TRIED * wanted:
-                raise SparselineError(
-                    f"The model ends its texts early: {done} of {len(documents)} documents of the text"
-                    f" {name} have {params.length} tokens. Set packing: concatenate, or lower length."
-                )
-            numbers = range(len(documents), len(documents) + how.batch_rows)
-            batch = [found[number % len(found)] for number in numbers]
-            for prompt, new in zip(
-                batch,
-                continued(model, [lead + prompt for prompt in batch], numbers, drawing, stops),
-                strict=True,
-            ):
-                if done >= wanted:  # the text does not depend on the size of the batch
-                    break
-                documents.append(
-                    prompt + (new[:-1] if new[-1] in stops and not params.chat_template else new)
-                )
-                added = min(
-                    wanted - done, len(documents[-1]) if joined else int(len(documents[-1]) >= params.length)
-                )
-                done += added
-                progress.advance(added)
+    units = "tokens" if params.packing == "concatenate" else "samples"
+    with Progress(f"generate {name}", wanted(params), units) as progress:
+        documents = author.documents(found, params, how, progress.advance)
     facts = texts.provenance | {
         "kind": "generated",
         "prompts": len(found),
