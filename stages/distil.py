@@ -16,15 +16,15 @@ from pipeline_lib.recipe.variants import read
 def main(variant: str) -> None:
     workspace = Workspace()
     with runtime.stage(f"distil-{variant}", workspace.training(variant)) as tell:
-        settings = read(variant).distil
-        if settings is None:
+        part = read(variant).distil
+        if part is None:
             workspace.leave_empty(workspace.distilled(variant))
             workspace.save(workspace.training(variant), {})
             tell(f"distil {variant}: nothing to do, because it has no section distil")
             return
         from pipeline_lib.jobs.distil import distil
 
-        tell(f"distil {variant}: {distil(workspace, params.load(ModelParams, 'model'), variant, settings)}")
+        tell(f"distil {variant}: {distil(workspace, params.load(ModelParams, 'model'), variant, part)}")
 
 
 if __name__ == "__main__":

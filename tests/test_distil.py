@@ -12,11 +12,14 @@ import pytest
 import torch
 from architectures import make_checkpoint
 from project import WANDA, build, change_params, invoke, load_artifact, make_workspace, scratch, tree
-from pruned import make_pruned
+from pruned import Rounding, make_pruned
 from tiny import all_tensors, load_full, make_model, token_rows
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from pipeline_lib.core import artifacts
 from pipeline_lib.core import params as read
 from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.export.load import load_model
 from pipeline_lib.export.masks import Masks
 from pipeline_lib.fit import distil as module
 from pipeline_lib.fit.distil import Lesson, Trained, judge, lesson, rate_share, train
@@ -28,6 +31,7 @@ from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.recipe.variants import read as read_variant
 from pipeline_lib.recipe.variants import read_all
+from pipeline_lib.solve.grid import Scheme
 
 CPU = torch.device("cpu")
 LENGTH = 12
@@ -52,24 +56,29 @@ def params(**changes: Any) -> DistilParams:
     return DistilParams(**{**values, **changes})
 
 
-def make(directory: Path, family: str) -> tuple[Checkpoint, Checkpoint, Masks]:
+def make(
+    directory: Path, family: str, rounding: Rounding | None = None
+) -> tuple[Checkpoint, Checkpoint, Masks]:
     """A dense model, its pruned checkpoint, and its masks."""
     if family in ("mixtral", "gpt_oss"):
         source = open_checkpoint(make_checkpoint(directory / "dense", family))
     else:
         source = open_checkpoint(make_model(directory / "dense", family))
-    left = make_pruned(directory / "pruned", source)
+    left = make_pruned(directory / "pruned", source, rounding=rounding)
     pruned = open_checkpoint(left / "checkpoint", source.architecture)
     return source, pruned, Masks(left / "masks", pruned)
 
 
 def begin(
-    models: tuple[Checkpoint, Checkpoint, Masks], how: DistilParams, held_out: int = 4
+    models: tuple[Checkpoint, Checkpoint, Masks],
+    how: DistilParams,
+    held_out: int = 4,
+    grid: Scheme | None = None,
 ) -> tuple[Lesson, list[Trained]]:
     source, pruned, masks = models
     model = BlockModel(source, torch.float32, CPU)
     rows = {"fit": token_rows(12, LENGTH, seed=1), "held_out": token_rows(held_out, LENGTH, seed=2)}
-    return lesson(model, rows, how, None), job.opened(model, pruned, masks, how)
+    return lesson(model, rows, how, None), job.opened(model, pruned, masks, how, grid)
 
 
 # Zeros
@@ -242,6 +251,98 @@ def test_graphs_that_are_kept_change_nothing(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
+# Quantised variants
+
+GRIDS = {"symmetric": Rounding(4, 16), "zero points": Rounding(4, 16, False)}
+
+
+def scheme(rounding: Rounding, dtype: torch.dtype) -> Scheme:
+    return Scheme(rounding.bits, rounding.group, rounding.symmetric, dtype)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("kind", list(GRIDS))
+def test_quantised_weights_stay_on_their_grids(tmp_path: Path, family: str, kind: str) -> None:
+    """The models come together, and every weight is the new scale times the old whole number.
+    Oracle: the weights over the scales, before and after.
+    """
+    rounding = GRIDS[kind]
+    models = make(tmp_path, family, rounding)
+    grid = scheme(rounding, models[1].dtype)
+    how = params(epochs=6, rate=0.02)
+    given, blocks = begin(models, how, held_out=0, grid=grid)
+    before = judge(given, models[1].block)
+    list(train(given, blocks, how))
+    stored = [block.stored() for block in blocks]
+    assert judge(given, lambda index: stored[index]) < 0.95 * before
+    moved, compared = 0, 0
+    for index, block in enumerate(blocks):
+        start, folder = models[1].block(index), models[1].path.parent / "quantization"
+        old, _ = artifacts.read_tensors(artifacts.block_file(folder, index))
+        assert block.grids and block.rest.keys() >= {matrix.parameter for matrix in block.grids}
+        for matrix, now in block.grids.items():
+            scales = (old[f"{matrix.label}.scale"], now.scale)
+            weights = (matrix.view(one[matrix.parameter]).float() for one in (start, stored[index]))
+            first, last = (
+                w / one.repeat_interleave(16, 1)[:, : w.shape[1]]
+                for w, one in zip(weights, scales, strict=True)
+            )
+            assert (
+                torch.equal(first.round(), last.round()) and float((last - last.round()).abs().max()) < 0.05
+            )
+            assert torch.equal(first == 0, last == 0) and not torch.signbit(last[last == 0]).any()
+            assert torch.equal(now.scale.to(models[1].dtype).float(), now.scale)  # as it is stored
+            moved += int((scales[0] != scales[1]).sum())
+            compared += scales[0].numel()
+        norms = [name for name, one in start.items() if one.ndim == 1 and name.endswith("weight")]
+        assert norms and all(not torch.equal(stored[index][name], start[name]) for name in norms)
+    assert moved > compared / 2
+
+
+def test_a_scale_moves_by_the_gradient_of_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: transformers' two models and autograd: of a logarithm of a scale the sum of weights
+    times gradients of its group.
+    """
+    models = make(tmp_path, "llama", GRIDS["zero points"])
+    how = params(batch_rows=12, epochs=1)
+    given, blocks = begin(models, how, grid=scheme(GRIDS["zero points"], models[1].dtype))
+    noted: dict[int, dict[str, torch.Tensor]] = {}
+
+    def note(self: Trained, gradients: list[torch.Tensor], rate: float, done: int) -> None:
+        noted[blocks.index(self)] = dict(zip(self.leaves, gradients, strict=True))
+
+    monkeypatch.setattr(Trained, "step", note)
+    list(train(given, blocks, how))
+    dense, pruned = load_full(models[0].path), load_full(models[1].path)
+    rows = token_rows(12, LENGTH, seed=1)
+    pruned.requires_grad_(True)
+    p, q = dense(input_ids=rows).logits.log_softmax(-1), pruned(input_ids=rows).logits.log_softmax(-1)
+    (p.exp() * (p - q)).sum(-1).mean().backward()
+    own = dict(pruned.named_parameters())
+    for index, block in enumerate(blocks):
+        assert not {matrix.parameter for matrix in block.grids} & block.leaves.keys()
+        for matrix in block.grids:
+            parameter = own[models[1].block_prefix(index) + matrix.parameter]
+            assert parameter.grad is not None
+            by_group = (parameter.detach() * parameter.grad).split(16, 1)
+            wanted = torch.stack([part.sum(1) for part in by_group], 1)
+            torch.testing.assert_close(noted[index][f"{matrix.label}.scale"], wanted, rtol=1e-2, atol=1e-5)
+
+
+def test_without_weights_the_grids_stay(tmp_path: Path) -> None:
+    rounding = GRIDS["symmetric"]
+    models = make(tmp_path, "llama-bias", rounding)
+    how = params(parts=["norms", "biases"])
+    given, blocks = begin(models, how, grid=scheme(rounding, models[1].dtype))
+    list(train(given, blocks, how))
+    start, stored = models[1].block(0), blocks[0].stored()
+    assert {name for name in stored if not torch.equal(stored[name], start[name])} == {
+        name for name, one in start.items() if one.ndim == 1
+    }
+
+
 # The stage
 
 MODEL = {"layers": 2}
@@ -392,6 +493,30 @@ def stopping(keep: Any, after: int) -> Any:
     return kept
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("form", ["bitmask", "compressed-tensors"])
+def test_a_trained_quantised_variant_is_exported_as_it_was_trained(workspace: Path, form: str) -> None:
+    """The file's own reader gives the trained checkpoint. Oracle: its tensors."""
+    how = {"quantization": {"bits": 4, "group": 16}, "export": [form], "distil": {"epochs": 6, "rate": 0.05}}
+    change_params(workspace, "variants.trained", {**WANDA, **how})
+    build("keys", "prune trained", "distil trained", "evaluate dense", "evaluate trained")
+    build("tasks dense", "tasks trained", "export trained")
+    assert load_artifact(workspace / "build/training/trained.json")["kept"]
+    trained, pruned = (
+        all_tensors(workspace / f"build/{stage}/trained/checkpoint") for stage in ("distil", "prune")
+    )
+    folder = workspace / "build/export/trained" / form
+    whole = {"dtype": torch.float32, "quantization_config": CompressedTensorsConfig(dequantize=True)}
+    model = load_model(folder) if form == "bitmask" else AutoModelForCausalLM.from_pretrained(folder, **whole)
+    read = dict(model.named_parameters())
+    matrices = [name for name in trained if name.endswith("proj.weight")]
+    assert len(matrices) == 14
+    for name in matrices:
+        assert torch.equal(read[name], trained[name]), name
+        assert torch.equal(trained[name] == 0, pruned[name] == 0)
+    assert any(not torch.equal(trained[name], pruned[name]) for name in matrices)
+
+
 def test_a_variant_that_does_not_ask_is_left_alone(workspace: Path) -> None:
     result = invoke("distil", "wanda")
     assert result.exit_code == 0 and "nothing to do" in result.output
@@ -410,10 +535,6 @@ def test_without_held_out_rows_the_fitting_rows_decide(workspace: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (
-            {"quantization": {"bits": 4}, "distil": {}},
-            ("variants.trained is quantised", "take its section `distil` out"),
-        ),
         ({"distil": {"beta2": 0.999, "state_dtype": "bfloat16"}}, ("beta2", "give beta2 0.99 or less")),
         ({"distil": {"rates": 1}}, ("variants.trained.distil.rates is not a known key",)),
         ({"distil": {"warmup": 1}}, ("variants.trained.distil.warmup = 1 ",)),
@@ -437,7 +558,7 @@ def test_the_preset_is_best_and_training() -> None:
         shipped["distilled"].recipe == shipped["best"].recipe
         and shipped["distilled"].measured == shipped["best"].measured
     )
-    assert [name for name, variant in shipped.items() if variant.distil is not None] == ["distilled"]
+    assert [name for name, variant in shipped.items() if variant.trained is not None] == ["distilled"]
 
 
 def test_the_embedded_model_gains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

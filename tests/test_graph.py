@@ -616,7 +616,7 @@ FOR = {
     "prune.tasks": "tasks@[!b]*",
     "prune.candidate": "choose",
     "prune.quantization.*": "prune@*",
-    "prune.quantization.bits": REFUSED,  # `distilled` is trained, and training takes weights off their grid
+    "prune.quantization.bits": "prune@* distil@distilled",  # which trains a quantised model's scales
     "prune.selection.sparsity": "allocate@* prune@*",
     "prune.selection.pattern": "curves@best curves@distilled allocate@* induce@papers prune@*",
     "prune.selection.score": (

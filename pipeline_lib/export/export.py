@@ -18,6 +18,7 @@ from pipeline_lib.export.shards import one_by_one, partition
 from pipeline_lib.export.sizes import Bytes, summary
 from pipeline_lib.export.survey import Entry, survey
 from pipeline_lib.export.tensorfile import Blob
+from pipeline_lib.fit import grids
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.recipe.settings import Format
 
@@ -44,8 +45,8 @@ class Variant:
 
     name: str
     pattern: str  # of its selection
-    directory: Path  # its masks, if it is quantised its codes, and its checkpoint
-    trained: Path | None = None  # the checkpoint in the place of that one
+    directory: Path  # its masks, if it is quantised its scales, and its checkpoint
+    trained: Path | None = None  # the checkpoint in the place of that one; its scales beside it
 
 
 def export(
@@ -62,10 +63,9 @@ def export(
         SparselineError: a format cannot express the variant, or the variant does not match its
             masks and codes.
     """
-    pruned = open_checkpoint(
-        variant.trained or variant.directory / "checkpoint", source.architecture, source.remote_code
-    )
-    quantisation = Quantisation(variant.directory / "quantization", pruned)
+    left = variant.trained or variant.directory / "checkpoint"
+    pruned = open_checkpoint(left, source.architecture, source.remote_code)
+    quantisation = Quantisation(left.parent / grids.FOLDER, pruned)
     # Refuses before anything is written.
     scheme = packed.scheme(pruned, quantisation, variant.name) if "compressed-tensors" in formats else None
     file = gguf.scheme(pruned, quantisation, variant.name) if "gguf" in formats else None

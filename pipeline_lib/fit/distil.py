@@ -1,4 +1,5 @@
-"""Train a pruned model as a whole towards the dense model's next-token distribution. Zeros stay zero.
+"""Train a pruned model as a whole towards the dense model's next-token distribution. Zeros stay
+zero, and quantised weights stay on their grids.
 
 The loss of a token is KL(p‖q): p is the dense model's distribution, q the pruned one's (knowledge
 distillation, 1503.02531, at temperature 1). The dense model runs once, block by block; only its
@@ -23,11 +24,13 @@ from torch.optim.adam import adam
 from pipeline_lib.core.random import generator
 from pipeline_lib.core.threads import Map, side_by_side, small
 from pipeline_lib.fit.fit import Pairs, minibatches
+from pipeline_lib.fit.scales import Scales
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.fit.zeros import Zeros
-from pipeline_lib.models.architecture import Layout
+from pipeline_lib.models.architecture import Layout, Matrix
 from pipeline_lib.models.places import Room
 from pipeline_lib.models.stream import HEAD_TOKENS, BlockModel, Stream
+from pipeline_lib.solve.grid import Grid
 from pipeline_lib.stats.lanes import LANES, deal, total
 
 EPSILON = 1e-12  # of Adam: gradients of a mean over tokens are small
@@ -37,16 +40,31 @@ Tensors = Mapping[str, torch.Tensor]  # of one block, by their names in it
 
 
 class Trained:
-    """One block during training. Parameters that are not trained stay as stored."""
+    """One block during training. Parameters that are not trained stay as stored.
 
-    def __init__(self, tensors: Tensors, masks: Tensors, layout: Layout, params: DistilParams) -> None:
+    Quantised weights stay on their grids: the grids' scales are trained instead, and the integers
+    stay. A scale is trained by the logarithm of a factor, so that it stays positive.
+    """
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        masks: Tensors,
+        layout: Layout,
+        params: DistilParams,
+        grids: Mapping[Matrix, Grid] | None = None,
+    ) -> None:
         """
         Args:
             tensors: every parameter, on the device.
             masks: of the pruned parameters (bool, True = kept); weights of others do not move.
+            grids: of the quantised matrices.
         """
+        self.grids = grids or {}
+        self.scales = Scales(tensors, self.grids if "weights" in params.parts else {})
+        self.started = self.scales.free()
         named = {
-            "weights": set(masks),
+            "weights": set(masks) - {matrix.parameter for matrix in self.grids},
             "biases": {m.bias for m in layout.matrices if m.bias is not None and m.parameter in masks},
             "norms": {
                 name for name, tensor in tensors.items() if tensor.ndim == 1 and name.endswith("weight")
@@ -54,25 +72,35 @@ class Trained:
         }
         moving = sorted(set().union(*(named[part] for part in params.parts)))
         self.params = params
-        self.dtypes = {name: tensors[name].dtype for name in moving}
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         self.leaves = {name: tensors[name].to(torch.float32, copy=True).requires_grad_() for name in moving}
         self.rest = {name: tensor for name, tensor in tensors.items() if name not in self.leaves}
         self.zeros = Zeros({name: mask for name, mask in masks.items() if name in self.leaves})
         self.zeros.hold(self.leaves)
+        self.units = self._units(layout.offsets) | dict.fromkeys(self.started, 1.0)
+        self.leaves |= {name: torch.zeros_like(one).requires_grad_() for name, one in self.started.items()}
         kind: torch.dtype = getattr(torch, params.state_dtype)
         self.averages = {
             name: [torch.zeros_like(leaf, dtype=kind, requires_grad=False) for _ in range(2)]
             for name, leaf in self.leaves.items()
         }
-        self.scales = self._scales(layout.offsets)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors of the block's computation."""
-        return {**self.rest, **self.leaves}
+        return self.scales.joined(self._moved)
+
+    @property
+    def _moved(self) -> dict[str, torch.Tensor]:
+        """All parameters, and the scales beside them."""
+        return {
+            **self.rest,
+            **self.leaves,
+            **{name: one * self.leaves[name].exp() for name, one in self.started.items()},
+        }
 
     @torch.no_grad()
-    def _scales(self, offsets: Mapping[str, float]) -> dict[str, float]:
+    def _units(self, offsets: Mapping[str, float]) -> dict[str, float]:
         """The root mean square of what is kept of each leaf, as it acts: its unit of rates. What is
         all zero does not move.
         """
@@ -88,7 +116,7 @@ class Trained:
         overwritten.
         """
         for (name, leaf), gradient in zip(self.leaves.items(), gradients, strict=True):
-            if gradient is None or not self.scales[name]:
+            if gradient is None or not self.units[name]:
                 continue
             gradient = gradient.contiguous()  # the fused kernel reads it as it lies
             self.zeros.hold({name: gradient})
@@ -106,7 +134,7 @@ class Trained:
                 amsgrad=False,
                 beta1=self.params.beta1,
                 beta2=self.params.beta2,
-                lr=rate * self.scales[name],
+                lr=rate * self.units[name],
                 weight_decay=0.0,
                 eps=EPSILON,
                 maximize=False,
@@ -116,12 +144,11 @@ class Trained:
                     kept.copy_(average)
             self.zeros.hold({name: leaf})
 
+    @torch.no_grad()
     def stored(self) -> dict[str, torch.Tensor]:
-        """All tensors in the checkpoint's dtypes."""
-        return {
-            **self.rest,
-            **{name: leaf.detach().to(self.dtypes[name]) for name, leaf in self.leaves.items()},
-        }
+        """All tensors in the checkpoint's dtypes; the grids have the scales that they are on."""
+        found = self.scales.settle(self._moved)
+        return {name: tensor.detach().to(self.dtypes[name]) for name, tensor in found.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
         """The block's state for a resumed run."""
@@ -134,7 +161,7 @@ class Trained:
 
     @torch.no_grad()
     def restore(self, state: Tensors) -> None:
-        """Continue from ``state``; its scales are those of the original block."""
+        """Continue from ``state``; its units are those of the original block."""
         for name, leaf in self.leaves.items():
             leaf.copy_(state[f"{name}:leaf"])
             for place, average in enumerate(self.averages[name]):

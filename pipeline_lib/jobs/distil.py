@@ -14,6 +14,7 @@ from pipeline_lib.core.kept import Kept
 from pipeline_lib.core.progress import Progress, track
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.export.masks import Masks
+from pipeline_lib.fit import grids
 from pipeline_lib.fit.distil import Lesson, Trained, judge, lesson, stream_bytes, train
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.models.architecture import Architecture
@@ -21,14 +22,17 @@ from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpo
 from pipeline_lib.models.places import room
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.stream import BlockModel
+from pipeline_lib.recipe.variants import DistilPart
+from pipeline_lib.solve.grid import Scheme, scheme
 from pipeline_lib.stats.inputs import calibration_file, calibration_rows, open_model
 
 SECONDS = 300.0  # between two states on the disk, or twenty times what writing one takes
 STATES = "states"
 
 
-def distil(workspace: Workspace, source: ModelParams, variant: str, params: DistilParams) -> str:
+def distil(workspace: Workspace, source: ModelParams, variant: str, part: DistilPart) -> str:
     """Train all blocks together, step by step; resumes after a kill. A summary."""
+    params = part.distil
     what = f"distil {variant}"
     model = open_model(workspace, source)
     directory = workspace.opened(workspace.pruned(variant))
@@ -38,7 +42,7 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, params: Dist
         click.echo(
             f"{what}: there is no held-out split (held_out: 0), so the training samples decide what is kept"
         )
-    described = f"{params.model_dump_json()} {source.model_dump_json()}"
+    described = f"{part.model_dump_json()} {source.model_dump_json()}"
     inputs = [workspace.model, directory / seals.FILE, calibration_file(workspace)]
     wanted = stream_bytes(
         rows["fit"].numel(),
@@ -49,7 +53,8 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, params: Dist
     with scratch.hold("distil", runtime.resume_key("distil", described, inputs), what) as held:
         watched = partial(track, what=f"{what}, dense model", units="blocks")
         given = lesson(model, rows, params, room(model.device, held.own, wanted), watched)
-        blocks = opened(model, pruned, Masks(directory / "masks", pruned), params)
+        grid = scheme(part.quantization, pruned.dtype) if part.quantization else None
+        blocks = opened(model, pruned, Masks(directory / "masks", pruned), params, grid)
         before = judge(given, pruned.block)
         curve = _trained(given, blocks, params, _States(held.kept, what))
         after = judge(given, lambda index: blocks[index].stored()) if math.isfinite(curve[-1]) else math.nan
@@ -59,6 +64,8 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, params: Dist
                 writer = ShardWriter(pruned, made / "checkpoint")
                 for index, block in enumerate(blocks):
                     writer.write(index, block.stored())
+                    if grid is not None:
+                        grids.write(artifacts.block_file(made / grids.FOLDER, index), block.grids)
                 writer.finish()
         facts = {
             "settings": params.model_dump(mode="json"),
@@ -78,15 +85,22 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, params: Dist
     )
 
 
-def opened(model: BlockModel, pruned: Checkpoint, masks: Masks, params: DistilParams) -> list[Trained]:
-    """A pruned checkpoint's blocks, ready to be trained on the model's device."""
-    found = []
+def opened(
+    model: BlockModel, pruned: Checkpoint, masks: Masks, params: DistilParams, grid: Scheme | None = None
+) -> list[Trained]:
+    """A pruned checkpoint's blocks, ready to be trained on the model's device.
+
+    Args:
+        grid: how its weights are quantised, as files beside it say of each block.
+    """
+    found, folder = [], pruned.path.parent / grids.FOLDER
     for index, layout in enumerate(model.checkpoint.architecture.layouts):
         prefix = pruned.block_prefix(index)
         own = {name.removeprefix(prefix): mask.to(model.device) for name, mask in masks.block(index).items()}
         # maps the file otherwise
         tensors = {name: tensor.to(model.device, copy=True) for name, tensor in pruned.block(index).items()}
-        found.append(Trained(tensors, own, layout, params))
+        of_block = grids.read(artifacts.block_file(folder, index), tensors, layout, grid) if grid else None
+        found.append(Trained(tensors, own, layout, params, of_block))
     return found
 
 

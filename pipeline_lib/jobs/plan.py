@@ -179,11 +179,12 @@ def _planned(
             checkpoint, text.rows, text.length, variant.recipe.batch_rows, steps.window, dtype, text.held_out
         )
         found.steps.append((estimate.pruning(f"prune {name}", steps, own, budget), 1))
-        if (learn := variant.distil) is not None:
+        if (learn := variant.trained) is not None:
             own = Shapes(
                 checkpoint, text.rows, text.length, learn.batch_rows, dtype=dtype, held_out=text.held_out
             )
-            found.steps.append((estimate.distilling(f"distil {name}", learn, own, budget), 1))
+            rounded = variant.recipe.quantization.bits is not None
+            found.steps.append((estimate.distilling(f"distil {name}", learn, own, budget, rounded), 1))
     evaluate = params.load(EvaluateParams, "evaluate")
     measured = [
         (one.rows or evaluate.batch_rows, one.length) for one in texts.values() if one.use == "evaluate"

@@ -139,10 +139,16 @@ def probing(shapes: Shapes, params: SensitivityParams, moments: float) -> float:
     return max(first, second)
 
 
-def trained(params: DistilParams) -> float:
+def trained(params: DistilParams, dtype: torch.dtype | None) -> float:
     """Bytes per weight of the pruned model while the whole model is trained: the weight, Adam's two
     averages, and a bit of mask.
+
+    Args:
+        dtype: of a quantised checkpoint, of which only the scales are trained: a weight as stored,
+            and its integer.
     """
+    if dtype is not None:
+        return dtype.itemsize + 2
     return 4 + 2 * getattr(torch, params.state_dtype).itemsize + 1 / 8
 
 

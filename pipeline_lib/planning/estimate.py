@@ -376,17 +376,21 @@ def pruning(name: str, plan: Plan, shapes: Shapes, budget: float = math.inf) -> 
     return Estimate(name, memory, disk, shapes.blocks * flops, gpu_bytes=gpu, host_bytes=host)
 
 
-def distilling(name: str, params: DistilParams, shapes: Shapes, budget: float = math.inf) -> Estimate:
+def distilling(
+    name: str, params: DistilParams, shapes: Shapes, budget: float = math.inf, rounded: bool = False
+) -> Estimate:
     """The needs of one variant's `distil`. The dense model takes one block at a time and leaves the
     hidden states of all samples.
 
     Memory of the pruned model, for each of its W weights: 4 bytes, two averages, a bit of mask. In
     addition the inputs of every block for a step's samples; one block's gradient, a lane's, and a
-    rounded copy, 10 bytes per weight; graphs and logits (``device.learning``).
+    rounded copy, 10 bytes per weight; graphs and logits (``device.learning``). Quantised weights of
+    a block are computed from scales and integers for each lane, 8 bytes more.
 
     Args:
         shapes: with the samples of a step as its batch.
         budget: bytes of hidden states that stay on a GPU.
+        rounded: the pruned model is quantised.
     """
     checkpoint, dtype = shapes.checkpoint, shapes.dtype
     width, weights = checkpoint.architecture.width, shapes.blocks * shapes.block
@@ -394,8 +398,8 @@ def distilling(name: str, params: DistilParams, shapes: Shapes, budget: float = 
     lengths = shapes.length * (shapes.rows - judging), shapes.length * judging
     streams = learning_bytes(*lengths, width, dtype.itemsize)
     spilt = streams > settings.activation_bytes()
-    state = device.trained(params) * weights
-    training = state + 10 * shapes.block + device.learning(params, shapes)
+    state = device.trained(params, checkpoint.dtype if rounded else None) * weights
+    training = state + (18 if rounded else 10) * shapes.block + device.learning(params, shapes)
     kept = 3 * dtype.itemsize * shapes.length * shapes.batch_rows * width if spilt else streams
     head = 2 * width * checkpoint.vocabulary * shapes.tokens
     forward, share = shapes.blocks * shapes.forward + head, 1 - judging / shapes.rows

@@ -12,6 +12,7 @@ import torch
 from pipeline_lib.core import artifacts
 from pipeline_lib.core.kept import Kept
 from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.fit import grids
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter
 from pipeline_lib.prune.window import Block
 from pipeline_lib.solve.settings import QuantizationParams
@@ -27,7 +28,7 @@ def _place(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-PARTS = ("checkpoint", "masks", "quantization", "facts")
+PARTS = ("checkpoint", "masks", grids.FOLDER, "facts")
 
 
 class Progress:
@@ -65,15 +66,8 @@ class Progress:
         ]
         artifacts.write_tensors(written[1], masks, {"shapes": shapes})
         if self.quantization.bits is not None:
-            grids = {
-                name: tensor
-                for matrix, grid in result.grids.items()
-                for name, tensor in grid.tensors(matrix.label).items()
-            }
-            told = {"shapes": {matrix.label: list(grid.shape) for matrix, grid in result.grids.items()}}
-            how = self.quantization.model_dump(include={"bits", "group", "symmetric"})
-            written.append(artifacts.block_file(self.directory / "quantization", index))
-            artifacts.write_tensors(written[-1], grids, how | told)
+            written.append(artifacts.block_file(self.directory / grids.FOLDER, index))
+            grids.write(written[-1], result.grids)
         by_label = {matrix.label: matrix for matrix in self.source.architecture.layouts[index].matrices}
         weights = [
             by_label[label].view(result.tensors[by_label[label].parameter])
@@ -103,7 +97,7 @@ class Progress:
             for part in (
                 "checkpoint",
                 "masks",
-                *(["quantization"] if self.quantization.bits is not None else []),
+                *([grids.FOLDER] if self.quantization.bits is not None else []),
             ):
                 (temporary / part).mkdir()
                 # side files may lie in a subdirectory

@@ -14,6 +14,7 @@ from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.measure.settings import CurvesParams
 from pipeline_lib.recipe.needs import Needs, needs
 from pipeline_lib.recipe.settings import Format, InduceParams, PruneParams, Recipe
+from pipeline_lib.solve.settings import QuantizationParams
 
 OWN = ("induce", "curves", "distil")  # sections of a variant that are laid over sections of their own
 
@@ -43,6 +44,13 @@ class InducePart(Params):
     induce: InduceParams
 
 
+class DistilPart(Params):
+    """How ``distil`` trains a variant."""
+
+    distil: DistilParams
+    quantization: QuantizationParams | None  # None: its weights are on no grid
+
+
 @dataclass(frozen=True)
 class Variant:
     """A recipe, the parameters of its error curves, and what follows the pruning."""
@@ -50,7 +58,7 @@ class Variant:
     name: str
     recipe: Recipe
     measured: CurvesParams
-    distil: DistilParams | None  # None: the pruned model is not trained as a whole
+    trained: DistilParams | None  # None: the pruned model is not trained as a whole
     export: list[Format]
     tasks: list[str]  # presets
     candidate: bool  # for the model-level gate
@@ -82,6 +90,16 @@ class Variant:
             None
             if induce is None
             else InducePart(selection=self._any_sparsity, compensate=self._compensates, induce=induce)
+        )
+
+    @property
+    def distil(self) -> DistilPart | None:
+        """None where nothing is trained."""
+        grid = self.recipe.quantization
+        return (
+            None
+            if self.trained is None
+            else DistilPart(distil=self.trained, quantization=None if grid.bits is None else grid)
         )
 
     @property
@@ -130,12 +148,6 @@ def read(name: str, path: Path = params.FILE) -> Variant:
         raise SparselineError(
             f"{params.FILE}: {where} prunes nothing (sparsity 0), so there is nothing to induce; remove"
             " its section `induce`."
-        )
-    if distil is not None and found.quantization.bits is not None:
-        raise SparselineError(
-            f"{params.FILE}: {where} is quantised (quantization.bits = {found.quantization.bits}), and"
-            " distillation would move its weights off their grid; set the bits to null, or remove its"
-            " section `distil`."
         )
     pruning = {name: getattr(found, name) for name in Recipe.model_fields if name != "induce"}
     return Variant(
