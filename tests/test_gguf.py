@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import ROOT
 from pruned import Rounding, card, make_pruned
-from tiny import VOCABULARY, load_full, make_tokenizer, randomise, token_rows
+from safetensors.torch import load_file, save_file
+from tiny import VOCABULARY, all_tensors, load_full, make_tokenizer, randomise, token_rows
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pipeline_lib.core.artifacts import block_file, read_tensors, write_tensors
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.export import blocks, gguf
 from pipeline_lib.export.export import Variant, export
@@ -39,6 +41,8 @@ SIZES = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": False,
 }
+# transformers knows only these widths of experts: the file does not carry them
+EXPERTS = SIZES | {"num_experts": 4, "num_experts_per_tok": 2}
 GEMMA = SIZES | {"head_dim": 16, "tie_word_embeddings": True}
 # Name -> model type and what differs from its defaults.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,6 +57,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", GEMMA),
     "gpt2": ("gpt2", {"n_embd": 64, "n_head": 4}),
     "bloom": ("bloom", {"hidden_size": 64, "n_head": 4}),
+    "falcon": ("falcon", {"hidden_size": 64, "num_attention_heads": 4}),
+    "stablelm": ("stablelm", SIZES),
+    "stablelm-parallel": ("stablelm", SIZES | {"use_qkv_bias": True, "use_parallel_residual": True}),
+    "nemotron": ("nemotron", SIZES),
+    "qwen2_moe": (
+        "qwen2_moe",
+        EXPERTS | {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        EXPERTS | {"head_dim": 16, "moe_intermediate_size": 768, "norm_topk_prob": True},
+    ),
     "opt": ("opt", {"hidden_size": 64, "ffn_dim": 96, "num_attention_heads": 4, "word_embed_proj_dim": 64}),
 }
 WRITTEN = [name for name in CONFIGS if name != "opt"]
@@ -103,7 +119,7 @@ def test_transformers_reads_the_pruned_checkpoint_back(
     oracle = load_full(tmp_path / "prune" / "checkpoint", dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.FILE, dtype=dtype).eval()
     assert set(kinds(folder).values()) == {"BF16" if dtype == torch.bfloat16 else "F16", "F32"}
-    shifted = "gemma" in family  # norms are stored as w + 1
+    shifted = "gemma" in family or family == "nemotron"  # norms are stored as w + 1
     own = dict(model.named_parameters())
     for name, parameter in oracle.named_parameters():
         torch.testing.assert_close(
@@ -130,7 +146,7 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "bloom", "falcon", "qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("kind", list(GRIDS))
 def test_quantised_weights_are_not_rounded_again(tmp_path: Path, family: str, kind: str) -> None:
     """Read in the checkpoint's dtype the file gives its very logits, and zeros are zeros in
@@ -142,7 +158,7 @@ def test_quantised_weights_are_not_rounded_again(tmp_path: Path, family: str, ki
     assert {
         found
         for name, found in kinds(folder).items()
-        if name.startswith("blk.") and "norm" not in name and "bias" not in name
+        if name.startswith("blk.") and not any(part in name for part in ("norm", "bias", "gate_inp"))
     } == {kind}
     assert found["formats"]["gguf"]["bits"] == {"Q4_0": 4.5, "Q4_1": 5, "Q8_0": 8.5}[kind]
     wide = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.FILE, dtype=torch.float32)
@@ -237,6 +253,49 @@ def test_sizes_are_those_of_the_file(tmp_path: Path) -> None:
     matrices = [one for one in read.tensors if one.name.startswith("blk.") and len(one.shape) > 1]
     assert found["formats"]["gguf"]["matrix_bytes"] == sum(int(one.n_bytes) for one in matrices)
     assert found["formats"]["gguf"]["file_bytes"] == (folder / gguf.FILE).stat().st_size
+
+
+def test_experts_are_one_tensor(tmp_path: Path) -> None:
+    """In the order of their numbers. Oracle: the checkpoint's tensors, and the reader's
+    dequantisation.
+    """
+    folder, _ = exported(tmp_path, make(tmp_path / "source", "qwen2_moe"), GRIDS["Q8_0"])
+    tensors = all_tensors(tmp_path / "prune" / "checkpoint")
+    read = {one.name: one for one in package.GGUFReader(folder / gguf.FILE).tensors}
+    for part in ("gate", "up", "down"):
+        one = read[f"blk.1.ffn_{part}_exps.weight"]
+        found = torch.from_numpy(package.dequantize(one.data, one.tensor_type).copy())
+        stored = [tensors[f"model.layers.1.mlp.experts.{number}.{part}_proj.weight"] for number in range(4)]
+        assert torch.equal(found.bfloat16(), torch.stack(stored))
+    assert read["blk.1.ffn_gate_inp.weight"].tensor_type.name == "F32"  # the router
+    assert read["blk.1.ffn_gate_inp_shexp.weight"].shape.tolist() == [64]
+
+
+def test_grids_that_differ_between_experts_have_a_block(tmp_path: Path) -> None:
+    """One expert's zero points fit Q4_1, another's do not: eight bits hold both. Oracle: the logits."""
+    source = make(tmp_path / "source", "qwen3_moe")
+    folder, _ = exported(tmp_path, source, Rounding(4, 32, False, "gguf"))
+    name = "blk.0.ffn_down_exps.weight"
+    assert kinds(folder)[name] == "Q4_1"
+    label, stored = "mlp.experts.3.down_proj", "model.layers.0.mlp.experts.3.down_proj.weight"
+    path = block_file(tmp_path / "prune" / "quantization", 0)
+    groups, facts = read_tensors(path)
+    # 255/128 has eight significant bits, and 15 times as much twelve, of which float16 holds eleven
+    scale, zero = torch.full_like(groups[f"{label}.scale"], 255 / 128), 15
+    groups[f"{label}.scale"] = scale
+    groups[f"{label}.zero_point"] = torch.full_like(groups[f"{label}.zero_point"], zero)
+    write_tensors(path, groups, facts)
+    index = json.loads((tmp_path / "prune/checkpoint/model.safetensors.index.json").read_text())
+    shard = tmp_path / "prune/checkpoint" / index["weight_map"][stored]
+    tensors = load_file(shard)
+    steps = torch.randint(0, 16, tensors[stored].shape, generator=torch.Generator().manual_seed(0)) - zero
+    kept = tensors[stored] != 0
+    tensors[stored] = (scale.repeat_interleave(32, 1) * steps * kept).bfloat16()
+    save_file(tensors, shard, {"format": "pt"})
+    folder, _ = exported(tmp_path, source, name="again")
+    assert kinds(folder)[name] == "Q8_0"
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.FILE, dtype=torch.bfloat16).eval()
+    assert torch.equal(logits(model), logits(load_full(tmp_path / "prune" / "checkpoint", torch.bfloat16)))
 
 
 # Metadata
@@ -401,7 +460,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another architecture": (
         "opt",
         {},
-        r"opt is not among the architectures that are written \(llama, .*bloom\)",
+        r"opt is not among the architectures that are written \(llama, .*qwen3_moe\)",
     ),
     "biases": (
         "llama",
@@ -418,6 +477,21 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "phi3",
         {"vocab_size": VOCABULARY, "pad_token_id": None},
         r"transformers makes no model of what it would read back \(Padding_idx",
+    ),
+    "width of experts": (
+        "qwen3_moe",
+        {"moe_intermediate_size": 96},
+        r"does not carry moe_intermediate_size = 96 of its config.json \(it would be read as 768\)",
+    ),
+    "weights of the best experts that are not scaled": (
+        "qwen3_moe",
+        {"norm_topk_prob": False},
+        "does not carry norm_topk_prob = False",
+    ),
+    "Falcon's later architecture": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+        "does not carry new_decoder_architecture = True",
     ),
     "width of heads": ("qwen3", {"head_dim": 16}, "does not carry head_dim = 16"),
 }

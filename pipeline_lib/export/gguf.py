@@ -6,9 +6,10 @@ grid. Before the file gets its name, transformers' own reader reads it, and each
 with the checkpoint.
 """
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,19 @@ from pipeline_lib.export.groups import Groups, Quantisation
 from pipeline_lib.export.shards import one_by_one
 from pipeline_lib.export.vocabulary import Vocabulary, vocabulary
 from pipeline_lib.models.checkpoint import Checkpoint, skeleton
+from pipeline_lib.models.conversion import Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 FILE = "model.gguf"
-TIED = ("bloom",)  # architectures whose head transformers ties to the embeddings whatever the file holds
+# architectures whose head transformers ties to the embeddings whatever the file holds
+TIED = ("bloom", "falcon")
+# Of a mixture the file has a tensor for all experts of a block, by the parameter of transformers;
+# gate and up are halves of one.
+EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps")
+WIDE = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # routers, in float32 as llama.cpp has them
+FLAT = "ffn_gate_inp_shexp.weight"  # one row, which is a vector in the file
 # llama.cpp's numbers
 FILE_TYPES: dict[Kind, int] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 HALVES: dict[torch.dtype, Kind] = {torch.bfloat16: "BF16"}  # else F16
@@ -51,6 +59,8 @@ NEUTRAL += (
     "_name_or_path",
     "transformers_version",
     "max_window_layers",
+    "router_aux_loss_coef",
+    "output_router_logits",
 )
 
 
@@ -84,8 +94,14 @@ class Family:
     order: Callable[["PreTrainedConfig", str, int], torch.Tensor | None] = _unmoved  # of a tensor's rows
     shifted: bool = False  # norms are stored as w + 1
     transposed: tuple[str, ...] = ()  # matrices that transformers stores [C, R]
+    reads: str | None = None  # transformers' name of it, if that is another
+    model_type: str | None = None  # of what transformers makes of it, if that is another again
+    # metadata for llama.cpp alone, by attributes of the config
+    also: Mapping[str, str] = field(default_factory=dict)
+    inferred: tuple[str, ...] = ()  # attributes that transformers infers from the tensors
 
 
+EXPERT_LENGTH = {"expert_feed_forward_length": "moe_intermediate_size"}
 FAMILIES = {
     "llama": Family("llama", _rotated),
     "mistral": Family("llama", _rotated),
@@ -94,11 +110,24 @@ FAMILIES = {
     "phi3": Family("phi3"),
     "starcoder2": Family("starcoder2"),
     "gemma2": Family("gemma2", shifted=True),
-    "gemma3_text": Family("gemma3", shifted=True),
+    "gemma3_text": Family("gemma3", shifted=True, model_type="gemma3_text"),
     "gpt2": Family(
         "gpt2", transposed=("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
     ),
     "bloom": Family("bloom", _unmixed),
+    "falcon": Family("falcon", also={"attention.layer_norm_epsilon": "layer_norm_epsilon"}),
+    "stablelm": Family(
+        "stablelm",
+        also={"use_parallel_residual": "use_parallel_residual"},
+        inferred=("use_qkv_bias", "use_parallel_residual"),
+    ),
+    "nemotron": Family("nemotron", shifted=True, also={"attention.layer_norm_epsilon": "norm_eps"}),
+    "qwen2_moe": Family(
+        "qwen2moe",
+        reads="qwen2_moe",
+        also=EXPERT_LENGTH | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+    ),
+    "qwen3_moe": Family("qwen3moe", reads="qwen3_moe", also=EXPERT_LENGTH),
 }
 
 
@@ -106,10 +135,10 @@ FAMILIES = {
 class Tensor:
     """One tensor of the file."""
 
-    stored: str  # in the checkpoint
+    stored: tuple[str, ...]  # in the checkpoint: one, or one for each expert
     name: str  # in the file
     kind: Kind
-    shape: tuple[int, ...]  # in the file, outputs first
+    shape: tuple[int, ...]  # in the file, outputs first; experts before them
 
 
 @dataclass(frozen=True)
@@ -124,7 +153,11 @@ class Scheme:
 
     def bytes(self, stored: Iterable[str]) -> int:
         """Size of the checkpoint's tensors in the file."""
-        sizes = {one.stored: torch.Size(blocks.size(one.shape, one.kind)).numel() for one in self.tensors}
+        sizes = {
+            name: torch.Size(blocks.size(one.shape, one.kind)).numel() // len(one.stored)
+            for one in self.tensors
+            for name in one.stored
+        }
         return sum(sizes[name] for name in stored)
 
     @property
@@ -174,22 +207,34 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
         raise refusal(
             f"transformers would tie its head to its embeddings, as it does for every {family.name} model"
         )
-    if homeless := sorted(pruned.files.keys() - names.keys()):
+    if homeless := sorted(pruned.files.keys() - {stored for own in names.values() for stored in own}):
         raise refusal(f"GGUF has no name for {homeless[0]}")
     tensors = []
-    for stored, name in names.items():
-        groups, shape = quantisation.of(stored), pruned.shapes[stored]
-        if name.endswith(family.transposed):
-            shape = shape[::-1]
-        kind: Kind | None = None if groups is None else blocks.fitting(groups, shape[-1])
-        if groups is not None and kind is None and pruned.dtype.itemsize > 2:
-            raise refusal(
-                f"no block of GGUF holds the grid of {stored}, and F16 would round it again (set"
-                " quantization.scales to gguf)"
-            )
-        kind = kind or ("F32" if len(shape) < 2 else HALVES.get(pruned.dtype, "F16"))
-        tensors.append(Tensor(stored, name, kind, shape))
+    for name, own in names.items():
+        shape = pruned.shapes[own[0]]
+        shape = (
+            shape[::-1] if name.endswith(family.transposed) else shape[1:] if name.endswith(FLAT) else shape
+        )
+        found = [quantisation.of(stored) for stored in own]
+        kind = _common([blocks.fitting(groups, shape[-1]) for groups in found if groups is not None])
+        if None in found or kind is None:
+            if any(groups is not None for groups in found) and pruned.dtype.itemsize > 2:
+                raise refusal(
+                    f"no block of GGUF holds the grid of {own[0]}, and F16 would round it again (set"
+                    " quantization.scales to gguf)"
+                )
+            wide = len(shape) < 2 or name.endswith(WIDE)
+            kind = "F32" if wide else HALVES.get(pruned.dtype, "F16")
+        tensors.append(Tensor(own, name, kind, (len(own), *shape) if EXPERTS.match(name) else shape))
     return Scheme(family, metadata, read, words, tuple(tensors))
+
+
+def _common(kinds: Sequence[Kind | None]) -> Kind | None:
+    """The kind that holds what each of these holds. Q8_0 holds what is in Q4_1."""
+    found = set(kinds)
+    if len(found) < 2:
+        return next(iter(found), None)
+    return None if None in found else "Q8_0"
 
 
 def _described(family: Family, config: "PreTrainedConfig") -> tuple[dict[str, Any], "PreTrainedConfig"]:
@@ -197,15 +242,18 @@ def _described(family: Family, config: "PreTrainedConfig") -> tuple[dict[str, An
     makes of them.
     """
     from transformers import AutoConfig
-    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+    from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 
     rotation = getattr(config, "rope_parameters", None) or {}
     rotation = rotation.get("full_attention", rotation)  # Gemma 3 has two
     known = {"rope_theta": rotation.get("rope_theta"), "n_ctx": getattr(config, "n_positions", None)}
+    known["num_key_value_heads"] = 1 if getattr(config, "multi_query", False) else None
     known["feed_forward_length"] = getattr(config, "n_inner", None) or 4 * config.hidden_size  # GPT-2
     metadata: dict[str, Any] = {}
-    values: dict[str, Any] = {}
-    for key, attribute in GGUF_CONFIG_MAPPING[family.name].items():
+    reads = family.reads or family.name
+    values: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(reads, {}))
+    values |= {attribute: getattr(config, attribute) for attribute in family.inferred}
+    for key, attribute in GGUF_CONFIG_MAPPING[reads].items():
         value = None if attribute is None else getattr(config, attribute, None)
         value = known.get(attribute) if value is None else value
         if value is not None:
@@ -219,14 +267,18 @@ def _described(family: Family, config: "PreTrainedConfig") -> tuple[dict[str, An
     metadata.setdefault(
         "feed_forward_length", getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     )
-    if size := getattr(config, "head_dim", None):
+    metadata |= {key: getattr(config, attribute) for key, attribute in family.also.items()}
+    size = getattr(config, "head_dim", None)
+    if size:
         metadata |= {"attention.key_length": size, "attention.value_length": size}
+    if (share := rotation.get("partial_rotary_factor")) is not None:
+        width = size or config.hidden_size // config.num_attention_heads
+        metadata["rope.dimension_count"] = int(share * width)
     if known["rope_theta"] is not None:
         metadata.setdefault("rope.freq_base", float(known["rope_theta"]))
     values.setdefault("vocab_size", config.vocab_size)
-    model_type = {"gemma3": "gemma3_text"}.get(family.name, family.name)
     return metadata, AutoConfig.for_model(
-        model_type, **values, tie_word_embeddings=bool(config.tie_word_embeddings)
+        family.model_type or reads, **values, tie_word_embeddings=bool(config.tie_word_embeddings)
     )
 
 
@@ -260,16 +312,38 @@ def _reading(family: Family, read: "PreTrainedConfig") -> tuple[dict[str, str], 
     return get_gguf_hf_weights_map(skeleton(read, torch.float32), processor), processor
 
 
-def _names(pruned: Checkpoint, file_names: Mapping[str, str]) -> dict[str, str]:
-    """Tensor of the checkpoint -> its name in the file; a head that is tied to the embedding is not
+def _names(pruned: Checkpoint, file_names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Name in the file -> tensors of the checkpoint; a head that is tied to the embedding is not
     written.
     """
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, ...]] = {}
+    seen: set[str] = set()
     for name, full in sorted(file_names.items(), key=lambda pair: (pair[0] == "output.weight", pair[0])):
-        for piece in pruned.pieces.get(full, ()):
-            if piece.whole:
-                found.setdefault(piece.stored, name)
+        pieces = pruned.pieces.get(full, ())
+        if part := EXPERTS.fullmatch(name.removesuffix(".weight")):
+            own = _experts(pruned, pieces, part[1])
+            name = f"{part[0]}.weight"
+        else:
+            own = tuple(piece.stored for piece in pieces if piece.whole)
+        if own and not seen & {*own}:
+            found[name] = own
+            seen |= {*own}
     return found
+
+
+def _experts(pruned: Checkpoint, pieces: Sequence[Piece], part: str) -> tuple[str, ...]:
+    """The tensor of each expert that makes up ``gate`` or ``up``, the halves of one parameter, or
+    ``down``; empty where the checkpoint has no tensors of their own for these.
+    """
+    found = []
+    for piece in pieces:
+        if piece.expert is None or piece.rows is None or piece.from_rows is None:
+            return ()
+        if part == "down" or (part == "gate") == (piece.rows.start == 0):
+            if piece.from_expert is not None or len(piece.from_rows) < pruned.shapes[piece.stored][0]:
+                return ()
+            found.append(piece.stored)
+    return tuple(found)
 
 
 def write(out: Path, pruned: Checkpoint, quantisation: Quantisation, chosen: Scheme, title: str) -> None:
@@ -311,24 +385,25 @@ def _write(path: Path, pruned: Checkpoint, quantisation: Quantisation, chosen: S
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     try:
-        for one, tensor in _tensors(pruned, chosen):
-            writer.write_tensor_data(
-                _bytes(one, tensor, quantisation.of(one.stored), chosen.family, pruned.config).numpy()
-            )
+        for one in chosen.tensors:
+            parts = [
+                _bytes(one, part, quantisation.of(part[0]), chosen.family, pruned.config)
+                for part in one_by_one(pruned, list(one.stored))
+            ]
+            writer.write_tensor_data(torch.cat(parts).numpy())
     finally:
         writer.close()
 
 
-def _tensors(pruned: Checkpoint, chosen: Scheme) -> Iterator[tuple[Tensor, torch.Tensor]]:
-    """The file's tensors in order, as the checkpoint stores them."""
-    read = one_by_one(pruned, [one.stored for one in chosen.tensors])
-    yield from ((one, tensor) for one, (_, tensor) in zip(chosen.tensors, read, strict=True))
-
-
 def _bytes(
-    one: Tensor, tensor: torch.Tensor, groups: Groups | None, family: Family, config: "PreTrainedConfig"
+    one: Tensor,
+    part: tuple[str, torch.Tensor],
+    groups: Groups | None,
+    family: Family,
+    config: "PreTrainedConfig",
 ) -> torch.Tensor:
-    """A tensor as the file holds it (uint8)."""
+    """A tensor of the checkpoint, with its name there, as the file holds it (uint8)."""
+    stored, tensor = part
     if groups is not None and blocks.BYTES[one.kind][0] > 1:
         found = blocks.pack(groups.codes(tensor), groups, one.kind)
     else:
@@ -340,12 +415,12 @@ def _bytes(
             found = blocks.plain(tensor, one.kind)
         except ValueError as error:
             raise SparselineError(
-                f"{one.stored}: {error}; convert the model to bfloat16, or export another format."
+                f"{stored}: {error}; convert the model to bfloat16, or export another format."
             ) from error
     order = family.order(config, one.name, one.shape[0])
     if order is not None:
         found = (found.reshape(one.shape[0], -1)[order]).reshape(found.shape)
-    return found.contiguous()
+    return found.flatten()
 
 
 def _check(path: Path, pruned: Checkpoint, chosen: Scheme) -> None:
@@ -362,7 +437,7 @@ def _check(path: Path, pruned: Checkpoint, chosen: Scheme) -> None:
         raise RuntimeError(f"transformers reads another config: {lost}")
     names, processor = _reading(chosen.family, read)
     found = {one.name: one for one in GGUFReader(path).tensors}
-    for one, original in _tensors(pruned, chosen):
+    for one in chosen.tensors:
         data = found[one.name]
         taken: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
         given = {"name": one.name, "tensor_key_mapping": names, "parsed_parameters": taken}
@@ -372,7 +447,11 @@ def _check(path: Path, pruned: Checkpoint, chosen: Scheme) -> None:
             if result.name is None
             else torch.from_numpy(np.array(result.weights))
         )
-        expected = original.to(blocks.DTYPES.get(one.kind, original.dtype))
-        slack = SLACK if chosen.family.shifted and original.ndim < 2 else 0
-        if tensor is None or not torch.allclose(tensor.to(expected.dtype), expected, rtol=0, atol=slack):
-            raise RuntimeError(f"{one.name} cannot be read back as {one.stored}")
+        if tensor is not None and (part := EXPERTS.match(one.name)) and part[1] != "down":
+            tensor = tensor.chunk(2, 1)[part[1] == "up"]  # the other half is another tensor of the file
+        for number, (stored, original) in enumerate(one_by_one(pruned, list(one.stored))):
+            expected = original.to(blocks.DTYPES.get(one.kind, original.dtype))
+            slack = SLACK if chosen.family.shifted and original.ndim < 2 else 0
+            own = tensor if tensor is None or not EXPERTS.match(one.name) else tensor[number]
+            if own is None or not torch.allclose(own.to(expected.dtype), expected, rtol=0, atol=slack):
+                raise RuntimeError(f"{one.name} cannot be read back as {stored}")

@@ -435,6 +435,10 @@ def exporting(checkpoint: Checkpoint, name: str, formats: Sequence[str], sparsit
         "gguf": 2,
     }
     largest = max(math.prod(shape) for shape in checkpoint.shapes.values())
+    if "gguf" in formats:  # a block's experts are one tensor
+        joined = [own for own in checkpoint.pieces.values() if own[0].expert is not None]
+        sizes = [sum(math.prod(checkpoint.shapes[piece.stored]) for piece in own) for own in joined]
+        largest = max(largest, *sizes)
     return Estimate(
         name, LIBRARIES + 10 * largest, sum(outside + inside * bytes_each[one] for one in formats), 0
     )
