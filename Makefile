@@ -14,7 +14,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
 .PHONY: run test campaign campaign-short architectures sshd check format wheel docs plan sweep screenshots environment clean
-.PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment bench-real bench-calibration-text bench-latency bench-busy bench-verify
+.PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment llama-environment bench-llama bench-real bench-calibration-text bench-latency bench-busy bench-verify
 .PHONY: bench-sweep bench-block bench-gpu
 
 run: environment  ## run all stages that are out of date, print the table and the path of the report
@@ -64,6 +64,13 @@ rivals-environment:  ## install llm-compressor in a separate environment, for be
 	$(PYTHON) -m venv .rivals
 	.rivals/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	.rivals/bin/python -m pip install --quiet --disable-pip-version-check llmcompressor==0.14.0.1 compressed-tensors==0.19.0 "transformers>=5.15,<5.18"
+
+llama-environment:  ## build llama.cpp from llama-cpp-python's source in an environment of its own, for bench-llama (needs cmake and a C++ compiler)
+	$(PYTHON) -m venv .llama
+	.llama/bin/python -m pip install --quiet --disable-pip-version-check --no-binary llama-cpp-python llama-cpp-python==0.3.36
+
+bench-llama: environment  ## read a GGUF file of each kind with llama.cpp, and compare its continuations with transformers' (docs/formats.md)
+	python -m benchmarks.llama_cpp
 
 bench-rivals: environment  ## compare presets and baselines with llm-compressor on the test models; then their costs (needs an idle machine)
 	python -m benchmarks.studies run rivals
