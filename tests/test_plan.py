@@ -352,6 +352,11 @@ def test_training_weighs_what_moves(tmp_path: Path) -> None:
         assert many.memory_bytes - few.memory_bytes == pytest.approx(
             6 * (each * shallow.block + 4 * how.batch_rows * 32 * 32)
         )
+    few, many = (distilling("distil", how, one, rounded=True) for one in (shallow, deep))
+    stored = shallow.checkpoint.dtype.itemsize + 2  # and a whole number; the scales weigh little
+    assert many.memory_bytes - few.memory_bytes == pytest.approx(
+        6 * (stored * shallow.block + 4 * how.batch_rows * 32 * 32)
+    )
     all_graphs = distilling("distil", how.model_copy(update={"recompute": False}), deep)
     once = distilling("distil", how, deep)
     assert all_graphs.memory_bytes > once.memory_bytes and all_graphs.flops < once.flops
