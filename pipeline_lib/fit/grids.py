@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ def write(path: Path, grids: Mapping[Matrix, Grid]) -> None:
     tensors = {
         name: tensor for matrix, grid in grids.items() for name, tensor in grid.tensors(matrix.label).items()
     }
-    facts = {"shapes": {matrix.label: list(grid.shape) for matrix, grid in grids.items()}}
+    facts: dict[str, Any] = {"shapes": {matrix.label: list(grid.shape) for matrix, grid in grids.items()}}
     for grid in grids.values():
         how = grid.scheme
         facts |= {"bits": how.bits, "group": how.group or "row", "symmetric": how.symmetric}
