@@ -1088,7 +1088,7 @@ def _bitmask(draw: random.Random) -> Case:
 
 VARIABLES: dict[str, Sequence[str]] = {
     "SPARSELINE_THREADS": ("0", "-1", "²", "1.5", str(2**31), "5000", "one", " 1", "9" * 30, "١", "1"),
-    "SPARSELINE_DEVICE": ("meta", "hpu", "cuda", "cuda:999", "mps", "", "cpu:0", "CPU", "xla", "²",
+    "SPARSELINE_DEVICE": ("meta", "hpu", "auto", "cuda", "cuda:999", "mps", "", "cpu:0", "CPU", "xla", "²",
     "cpu", "cuda:²"),
     "SPARSELINE_ACTIVATION_BYTES": ("0", "-1", "²", "1e9", str(2**63), "9" * 30, "x"),
     "SPARSELINE_GRAM_BYTES": ("0", "-1", "²",

@@ -1124,6 +1124,7 @@ def test_bad_data(workspace: Path, mistake: Mistake) -> None:
         ("SPARSELINE_GRAM_BYTES", "4GB", ("SPARSELINE_GRAM_BYTES=4GB", "whole number of bytes")),
         ("SPARSELINE_DEVICE", "nonsense", ("SPARSELINE_DEVICE=nonsense", "use cpu")),
         ("SPARSELINE_DEVICE", "cuda:99", ("SPARSELINE_DEVICE=cuda:99", "use cpu")),
+        ("SPARSELINE_DEVICE", "auto", ("SPARSELINE_DEVICE=auto", "this machine has none", "use cpu")),
     ],
 )
 def test_bad_settings(

@@ -38,13 +38,15 @@ def compute() -> "torch.device":
     """
     import torch
 
-    from pipeline_lib.core import products
+    from pipeline_lib.core import gpus, products
 
     if threads := settings.threads():
         torch.set_num_threads(threads)
     products.choose()
     products.exact_on_gpu()
     name = settings.device_name()
+    if name == "auto":
+        name = f"cuda:{gpus.take()[0]}"
     try:
         _used.add(device := torch.empty(0, device=name).device)
         return device

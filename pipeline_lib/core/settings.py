@@ -10,15 +10,15 @@ GPU_SHARE = 0.25  # of a GPU's free memory that hidden states take
 
 
 def device_name() -> str:
-    """SPARSELINE_DEVICE: ``cpu``, ``cuda``, ``cuda:1``.
+    """SPARSELINE_DEVICE: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, the first GPU that is free.
 
     Raises:
         SparselineError: another value.
     """
     name = os.environ.get("SPARSELINE_DEVICE", "cpu")
-    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+    if not re.fullmatch(r"cpu|auto|cuda(:[0-9]{1,3})?", name):
         raise SparselineError(
-            f"SPARSELINE_DEVICE={name} is not a usable device; use cpu, cuda, or cuda:1 and so on."
+            f"SPARSELINE_DEVICE={name} is not a usable device; use cpu, auto, cuda, or cuda:1 and so on."
         )
     return name
 

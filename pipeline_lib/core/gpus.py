@@ -1,0 +1,100 @@
+"""Free GPUs, for SPARSELINE_DEVICE=auto: so that stages which run side by side on a machine each get one.
+
+A GPU is free where no other stage has taken it and other programs hold little of its memory. Taken
+is one whose name another process has as the address of a socket: the system frees that as soon as
+the process is gone, however it ended.
+"""
+
+import functools
+import shutil
+import socket
+import subprocess
+import time
+from contextlib import suppress
+
+from pipeline_lib.core.errors import SparselineError
+
+LITTLE = 0.1  # share of the memory that a desktop or a driver may hold
+PATIENCE = 10.0  # seconds for which GPUs that are not free are looked at again: a stage has just ended
+LOOK = 0.5
+_taken: list[socket.socket] = []  # until this process ends
+
+
+@functools.cache
+def take(count: int = 1) -> tuple[int, ...]:
+    """The numbers of the first free GPUs, which are this process's from now on; always the same ones.
+
+    Raises:
+        SparselineError: so many are not free.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        found, busy = _free(count)
+        if len(found) == count:
+            _taken.extend(found.values())
+            return tuple(found)
+        for lock in found.values():
+            lock.close()
+        if not busy:
+            raise SparselineError(
+                f"SPARSELINE_DEVICE=auto takes {_gpus(count)}, and this machine has {len(found) or 'none'};"
+                " use cpu, or a machine that has more."
+            )
+        if time.monotonic() > deadline:
+            raise SparselineError(
+                f"SPARSELINE_DEVICE=auto takes {_gpus(count)} and finds {len(found) or 'none'} free:"
+                f" {'; '.join(busy)}. Start fewer stages at once, or name a device, such as"
+                " SPARSELINE_DEVICE=cuda:0."
+            )
+        time.sleep(LOOK)
+
+
+def _gpus(count: int) -> str:
+    return "a GPU" if count == 1 else f"{count} GPUs"
+
+
+def _free(count: int) -> tuple[dict[int, socket.socket], list[str]]:
+    """Up to so many GPUs that are free, by their numbers; and why others are not."""
+    import torch
+
+    held, found, busy = _held(), dict[int, socket.socket](), list[str]()
+    for number in range(torch.cuda.device_count()):
+        if len(found) == count:
+            break
+        name = str(torch.cuda.get_device_properties(number).uuid)
+        if held.get(name, 0.0) > LITTLE:
+            busy.append(f"of cuda:{number}'s memory {held[name]:.0%} are in use")
+        elif (lock := _lock(name)) is None:
+            busy.append(f"another stage has cuda:{number}")
+        else:
+            found[number] = lock
+    return found, busy
+
+
+def _lock(name: str) -> socket.socket | None:
+    """None where another process has it. The address is no file: it begins with a zero byte."""
+    lock = socket.socket(socket.AF_UNIX)
+    try:
+        lock.bind(f"\0sparseline-gpu-{name}")
+    except OSError:
+        lock.close()
+        return None
+    return lock
+
+
+def _held() -> dict[str, float]:
+    """The share of every GPU's memory that is in use, by its name; nothing where the driver's tool is
+    not there. torch would take memory of each GPU that it asks.
+    """
+    held: dict[str, float] = {}
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return held
+    query = (tool, "--query-gpu=uuid,memory.used,memory.total", "--format=csv,noheader,nounits")
+    with suppress(OSError, subprocess.TimeoutExpired):
+        told = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
+        for line in told.stdout.splitlines():
+            with suppress(ValueError, ZeroDivisionError):  # "[N/A]"
+                name, used, total = line.split(", ")
+                held[name.removeprefix("GPU-")] = float(used) / float(total)
+    return held
