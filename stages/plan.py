@@ -17,13 +17,23 @@ from pipeline_lib.core import runtime
 @click.option(
     "--gpu-memory",
     type=click.FloatRange(min=0, min_open=True),
-    help="Bytes of the GPU, for instance 24e9; else what is here.",
+    help="Bytes of the GPU of a process, for instance 24e9; else what is here.",
 )
-def main(device: str | None, gpu_memory: float | None) -> None:
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    help="That run a stage together; else SPARSELINE_PROCESSES, or one.",
+)
+@click.option(
+    "--speed",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of a process's matrix products in FLOP/s, for instance 50e12; else it is measured here.",
+)
+def main(device: str | None, gpu_memory: float | None, processes: int | None, speed: float | None) -> None:
     with runtime.stage():
-        from pipeline_lib.jobs.plan import foreseen
+        from pipeline_lib.jobs.plan import Machine, foreseen
 
-        for line in foreseen(device, gpu_memory):
+        for line in foreseen(Machine(device, gpu_memory, processes, speed)):
             click.echo(line)
 
 

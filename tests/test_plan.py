@@ -271,6 +271,45 @@ def test_quantising_takes_the_sweeps_it_makes(wide: Path) -> None:
     assert once - plain > each
 
 
+# Several processes, of which the one that has most to do is planned
+
+
+@pytest.mark.parametrize(
+    ("processes", "lanes", "products", "by_site", "factorised"),
+    # products [R, C] x [C, C]: five of 1 (all but K and V), two of a half; factorised: sites
+    [(1, 4, 6, 6, 4), (2, 2, 3, 4, 3), (3, 2, 2, 4, 2), (4, 1, 2, 4, 2), (8, 1, 1, 4, 1)],
+)
+def test_rows_are_shared_by_lanes_and_matrices_by_cost(
+    wide: Path, processes: int, lanes: int, products: int, by_site: int, factorised: int
+) -> None:
+    """Oracle: dealt by hand."""
+    shapes = Shapes(open_checkpoint(wide), 8, 32, 4, processes=processes)
+    assert shapes.forward == 2 * shapes.block * 8 * 32 * lanes / 4
+    assert shapes.stream(torch.float32) == 4 * 128 * 8 * 32 * lanes / 4
+    assert shapes.solving() == (products * 128**3, 3 * factorised * 128**3)
+    assert shapes.solving(by_site=True) == (by_site * 128**3, 3 * 4 * 128**3)
+
+
+def test_more_processes_hold_fewer_hidden_states_and_the_same_block(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,024 rows of 32 tokens with 128 channels; what two processes have is spilt where one's is."""
+
+    def own(processes: int) -> Estimate:
+        found = plan(recipe(("obs",)), torch.float32)
+        return pruning("prune", found, Shapes(open_checkpoint(wide), 1024, 32, 4, processes=processes))
+
+    monkeypatch.setenv("SPARSELINE_ACTIVATION_BYTES", str(10**12))
+    one, two, four = own(1), own(2), own(4)
+    stream = 4 * 1024 * 32 * 128
+    assert one.memory_bytes - two.memory_bytes == stream / 2
+    assert two.memory_bytes - four.memory_bytes == one.gpu_bytes - two.gpu_bytes - stream / 4 == stream / 4
+    assert four.flops < two.flops < one.flops < 4 * four.flops
+    monkeypatch.setenv("SPARSELINE_ACTIVATION_BYTES", str(stream - 1))
+    assert own(1).disk_bytes == own(2).disk_bytes == one.disk_bytes + stream
+    assert own(1).memory_bytes == own(2).memory_bytes
+
+
 # evaluate and tasks, which hold the whole model
 
 VOCABULARY = 64000  # the logits of a few rows outweigh a tiny model and the libraries
@@ -427,6 +466,35 @@ def test_hidden_states_beyond_a_gpus_budget_are_the_hosts(
     )
     (host, gpu), (more, less) = needs("10000000000"), needs("0")
     assert less < gpu and more > host
+
+
+def test_processes_are_planned_as_one_of_them_and_together(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for as an option or a setting. What one process does alone is counted once; the speed that is
+    given stands in the place of this machine's.
+    """
+
+    def said(*options: str) -> str:
+        return invoke("plan", "--speed", "1e6", *options).output
+
+    one, two = said(), said("--processes", "2")
+    monkeypatch.setenv("SPARSELINE_PROCESSES", "2")
+    assert said() == two and said("--processes", "1") == one
+    assert "1 process with 0 GFLOP/s" in one and "2 processes with 0 GFLOP/s each" in two
+    peak, together = re.findall(r"peak memory ([\d.]+) GB \(a process; all .* ([\d.]+) GB\)", two)[0]
+    assert float(together) == pytest.approx(2 * float(peak), abs=0.02)
+    assert "all of them" not in one and "send each other" in two and "send each other" not in one
+
+    def longest(output: str) -> dict[str, float]:
+        units = {"s": 1, "min": 60, "h": 3600}
+        rows = re.findall(r"^(\w+(?: \w+)?) +\d+ .*?([\d.]+) (s|min|h)$", output, re.MULTILINE)
+        return {stage: float(time) * units[unit] for stage, time, unit in rows}
+
+    alone, shared = longest(one), longest(two)
+    assert alone["export sparseline"] == shared["export sparseline"]
+    for stage in ("calibrate", "sensitivity", "prune wanda", "prune sparseline", "evaluate"):
+        assert shared[stage] < 0.75 * alone[stage], stage
 
 
 def test_what_is_not_known_of_a_gpu_is_asked_for(project: Path) -> None:

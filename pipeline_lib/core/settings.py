@@ -38,6 +38,15 @@ def threads() -> int | None:
     return found
 
 
+def processes() -> int:
+    """SPARSELINE_PROCESSES: how many processes run a stage together.
+
+    Raises:
+        SparselineError: it is no positive whole number.
+    """
+    return _whole("SPARSELINE_PROCESSES", 1) or 1
+
+
 def activation_bytes() -> int:
     """SPARSELINE_ACTIVATION_BYTES: streams of hidden states stay in memory up to this size, otherwise
     in files (same results).

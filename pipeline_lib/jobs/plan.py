@@ -51,6 +51,16 @@ LESS = {  # by a stage's first word: what makes less of what it holds on a GPU
 }
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What the stages will run on; None: as the settings say, or what is measured here."""
+
+    device: str | None = None
+    gpu_memory: float | None = None  # bytes
+    processes: int | None = None
+    speed: float | None = None  # of a process's matrix products [FLOP/s]
+
+
 @dataclass
 class _Planned:
     """Stages, how often each runs, and what could not be counted."""
@@ -59,38 +69,36 @@ class _Planned:
     unknown: list[str] = field(default_factory=list)
 
 
-def foreseen(name: str | None = None, gpu_memory: float | None = None) -> Iterator[str]:
+def foreseen(machine: Machine) -> Iterator[str]:
     """Lines of a table: one per stage, then the totals; with a GPU also the stages that do not fit,
-    and remedies.
-
-    Args:
-        name: device of the stages; None: the device of the settings. Times are always for the
-            latter.
-        gpu_memory: bytes of the GPU; None: those of this machine's GPU.
+    and remedies. Memory is that of one process.
 
     Raises:
         SparselineError: a parameter cannot be used, or the GPU's memory is unknown.
     """
-    name = name or settings.device_name()
-    memory = None if name == "cpu" else gpu_memory or _memory_of(name)
+    processes = machine.processes or settings.processes()
+    name = machine.device or settings.device_name()
+    if name == "auto":
+        name = str(runtime.compute())
+    memory = None if name == "cpu" else machine.gpu_memory or _memory_of(name)
     names.check()
     source = params.load(ModelParams, "model")
     checkpoint = open_checkpoint(fetch(source), None, source.remote_code, source.dequantize)
     texts = {name: params.load(TextParams, f"texts.{name}") for name in params.section("texts")}
     budget = math.inf if memory is None else device.streams_budget(memory)
-    found = _planned(checkpoint, getattr(torch, source.compute_dtype), texts, read_all(), budget)
-    here = runtime.compute()
-    with rounded(here, source.products):
-        speed = measure_speed(here)
+    base = _Base(checkpoint, getattr(torch, source.compute_dtype), budget, processes)
+    found = _planned(base, texts, read_all())
+    speed = machine.speed or _measured(source)
     yield (
         f"{checkpoint.path}: {checkpoint.parameters:,} parameters, {checkpoint.architecture.depth} blocks;"
-        f" {speed / 1e9:.0f} GFLOP/s here\n"
+        f" {processes} process{'es' * (processes > 1)} with {speed / 1e9:.0f} GFLOP/s"
+        f"{' each' * (processes > 1)}\n"
     )
     yield (
         f"{'stage':<20}{'runs':>5}{'memory':>12}{'' if memory is None else 'on the GPU':>12}"
         f"{'disk each':>12}{'time each':>18}"
     )
-    least = most = disk = peak = on_gpu = 0.0
+    least = most = disk = peak = whole = on_gpu = 0.0
     for step, runs in found.steps:
         early, late = START + step.least * step.seconds(speed), START + step.seconds(speed)
         taken = step.memory_bytes if memory is None or step.host_bytes is None else step.host_bytes
@@ -100,6 +108,7 @@ def foreseen(name: str | None = None, gpu_memory: float | None = None) -> Iterat
             disk + step.disk_bytes * runs,
             max(peak, taken),
         )
+        whole = max(whole, taken * step.processes)
         on_gpu = max(on_gpu, step.gpu_bytes)
         gpu = "" if memory is None else _size(step.gpu_bytes)
         yield (
@@ -110,14 +119,22 @@ def foreseen(name: str | None = None, gpu_memory: float | None = None) -> Iterat
     if memory is not None:
         yield from _too_large([step for step, _ in found.steps], memory)
     yield (
-        f"\npeak memory {_size(peak)}{'' if memory is None else f', on the GPU {_size(on_gpu)}'}, disk"
+        f"\npeak memory {_size(peak)}{'' if memory is None else f', on the GPU {_size(on_gpu)}'}"
+        f"{f' (a process; all of them on one machine {_size(whole)})' * (processes > 1)}, disk"
         f" {_size(disk)} (each output also in DVC's cache unless links are set), about"
-        f" {_span(least, most)} in all"
+        f" {_span(least, most)} in all{', without what the processes send each other' * (processes > 1)}"
     )
     yield (
         "text, allocate, choose and report are left out: text holds the text that it reads and its tokens,"
         " the others next to nothing"
     )
+
+
+def _measured(source: ModelParams) -> float:
+    """FLOP/s here."""
+    here = runtime.compute()
+    with rounded(here, source.products):
+        return measure_speed(here)
 
 
 def _memory_of(name: str) -> float:
@@ -140,19 +157,27 @@ def _too_large(steps: Sequence[Estimate], memory: float) -> Iterator[str]:
             )
 
 
-def _planned(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    texts: dict[str, TextParams],
-    variants: dict[str, Variant],
-    budget: float,
-) -> _Planned:
+@dataclass(frozen=True)
+class _Base:
+    """What all stages have in common."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype  # of forward passes
+    budget: float  # bytes of hidden states that stay on a GPU
+    processes: int
+
+    def shapes(self, text: TextParams, batch_rows: int, window: int = 1) -> Shapes:
+        """Of the calibration rows, in batches."""
+        assert text.rows is not None  # else it would have been refused
+        sizes = (text.rows, text.length, batch_rows, window)
+        return Shapes(self.checkpoint, *sizes, self.dtype, text.held_out, self.processes)
+
+
+def _planned(base: _Base, texts: dict[str, TextParams], variants: dict[str, Variant]) -> _Planned:
+    checkpoint, dtype, budget, processes = base.checkpoint, base.dtype, base.budget, base.processes
     (text,) = (text for text in texts.values() if text.use == "calibrate")
-    assert text.rows is not None  # else it would have been refused
     calibrate = params.load(CalibrateParams, "calibrate")
-    shapes = Shapes(
-        checkpoint, text.rows, text.length, calibrate.batch_rows, dtype=dtype, held_out=text.held_out
-    )
+    shapes = base.shapes(text, calibrate.batch_rows)
     asked = keys.sensitivity(variants)
     used = {"calibrate": keys.calibrate(variants), "scale": keys.scale(variants), "sensitivity": asked}
     work = Work(
@@ -175,14 +200,10 @@ def _planned(
         if variant.induce is not None:
             found.steps.append((estimate.inducing(work, f"induce {name}", variant.induce.induce), 1))
         steps = plan(variant.recipe, checkpoint.dtype)
-        own = Shapes(
-            checkpoint, text.rows, text.length, variant.recipe.batch_rows, steps.window, dtype, text.held_out
-        )
+        own = base.shapes(text, variant.recipe.batch_rows, steps.window)
         found.steps.append((estimate.pruning(f"prune {name}", steps, own, budget), 1))
         if (learn := variant.trained) is not None:
-            own = Shapes(
-                checkpoint, text.rows, text.length, learn.batch_rows, dtype=dtype, held_out=text.held_out
-            )
+            own = base.shapes(text, learn.batch_rows)
             rounded = variant.recipe.quantization.bits is not None
             found.steps.append((estimate.distilling(f"distil {name}", learn, own, budget, rounded), 1))
     evaluate = params.load(EvaluateParams, "evaluate")
@@ -193,12 +214,12 @@ def _planned(
     found.unknown += [
         f"evaluate takes the text {name} whole: of its rows one batch is counted here." for name in whole
     ]
-    found.steps.append((estimate.evaluating(checkpoint, evaluate, measured), 1))
-    if variants:
-        found.steps.append(
-            (estimate.evaluating(checkpoint, evaluate, measured, compared=True), len(variants))
-        )
-    _add_tasks(found, checkpoint, variants)
+    runs = {False: 1} | ({True: len(variants)} if variants else {})
+    found.steps += [
+        (estimate.evaluating(checkpoint, evaluate, measured, compared, processes), count)
+        for compared, count in runs.items()
+    ]
+    _add_tasks(found, base, variants)
     for name, variant in variants.items():
         if variant.export:
             step = estimate.exporting(
@@ -208,9 +229,9 @@ def _planned(
     return found
 
 
-def _add_tasks(found: _Planned, checkpoint: Checkpoint, variants: dict[str, Variant]) -> None:
+def _add_tasks(found: _Planned, base: _Base, variants: dict[str, Variant]) -> None:
     """A line per preset, which runs on the source model and on every variant that asks for it."""
-    part = keys.tasks(DENSE, variants)
+    part, checkpoint = keys.tasks(DENSE, variants), base.checkpoint
     if part is None:
         return
     for name, preset in part.presets.items():
@@ -224,7 +245,8 @@ def _add_tasks(found: _Planned, checkpoint: Checkpoint, variants: dict[str, Vari
         except Unread as error:
             found.unknown.append(f"tasks {name} are not counted. {error}")
             continue
-        found.steps.append((estimate.answering(checkpoint, f"tasks {name}", part.tasks, lengths), runs))
+        needs = estimate.answering(checkpoint, f"tasks {name}", part.tasks, lengths, base.processes)
+        found.steps.append((needs, runs))
 
 
 def _size(count: float) -> str:

@@ -47,7 +47,7 @@ def pruning(plan: Plan, shapes: Shapes, budget: float) -> float:
     width = shapes.checkpoint.architecture.width
     streams, batch = 0.0, shapes.dtype.itemsize * shapes.batch * shapes.length * width
     if plan.needs.text:
-        streams = held(stream_bytes(plan, shapes.tokens, width, shapes.dtype.itemsize), batch, budget)
+        streams = held(stream_bytes(plan, shapes.own, width, shapes.dtype.itemsize), batch, budget)
     return streams + max(
         plan.needs.text * outside(shapes.checkpoint, shapes.dtype),
         *(step.memory(shapes) for step in plan.steps),

@@ -59,6 +59,7 @@ class Estimate:
     least: float = 1.0  # share of the FLOPs after which the stage may be done already
     gpu_bytes: float = 0.0  # on the GPU, where there is one
     host_bytes: float | None = None  # in the host's memory beside it; None: as on a CPU
+    processes: int = 1  # that take as much each; FLOPs are those of the one that has most to do
 
     def seconds(self, flops_per_second: float) -> float:
         return SLOWDOWN * self.flops / flops_per_second
@@ -100,6 +101,7 @@ def estimate(work: Work) -> dict[str, Estimate]:
             + shapes.stored * shapes.block
             + 2 * shapes.grams
             + _beyond(shapes.stream(work.compute_dtype), work.budget),
+            processes=shapes.processes,
         ),
         "scale": Estimate(
             "scale", LIBRARIES + 4 * shapes.block + 2 * shapes.grams, depth * 4 * sum(shapes.sites), 0
@@ -126,6 +128,7 @@ def inducing(work: Work, name: str, params: InduceParams) -> Estimate:
         depth * flops,
         gpu_bytes=device.inducing(shapes, _walked_on_gpu(work), work.budget),
         host_bytes=memory - judged - again + _beyond(judged, work.budget),
+        processes=shapes.processes,
     )
 
 
@@ -145,7 +148,13 @@ def measuring(work: Work, name: str, params: CurvesParams) -> Estimate:
     )
     flops = repeated + shapes.factor_flops + len(params.densities) * 4 * shapes.sweep
     return Estimate(
-        name, memory, 1e4 * depth, depth * flops, gpu_bytes=_walked_on_gpu(work), host_bytes=memory - again
+        name,
+        memory,
+        1e4 * depth,
+        depth * flops,
+        gpu_bytes=_walked_on_gpu(work),
+        host_bytes=memory - again,
+        processes=shapes.processes,
     )
 
 
@@ -219,6 +228,7 @@ def _probing(work: Work) -> Estimate:
         forwards
         * 2
         * params.probes
+        * shapes.share
         * tokens
         * (shapes.block * shapes.blocks + entry.width * checkpoint.vocabulary)
     )
@@ -226,7 +236,8 @@ def _probing(work: Work) -> Estimate:
     base = LIBRARIES + outside(shapes.checkpoint)
     gpu = device.probing(shapes, params, moments / entry.depth)
     host = base + shapes.stored * shapes.block + 2 * moments / entry.depth
-    return Estimate("sensitivity", base + memory, 1e4 + 4 * moments, flops, first / params.probes, gpu, host)
+    least, disk = first / params.probes, 1e4 + 4 * moments
+    return Estimate("sensitivity", base + memory, disk, flops, least, gpu, host, shapes.processes)
 
 
 def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> float:
@@ -238,10 +249,14 @@ def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> float:
 
 
 def evaluating(
-    checkpoint: Checkpoint, params: EvaluateParams, texts: Sequence[tuple[int, int]], compared: bool = False
+    checkpoint: Checkpoint,
+    params: EvaluateParams,
+    texts: Sequence[tuple[int, int]],
+    compared: bool = False,
+    processes: int = 1,
 ) -> Estimate:
     """The needs of `evaluate` for one model: texts of (samples, length). ``compared``: with the dense
-    model, as for every variant.
+    model, as for every variant. Each of several processes holds the whole model.
 
     Memory: the whole model, a batch's activations, and the logits of one sample: the model's
     output, their log-softmax, and a float32 copy if they have another dtype. Completions need the
@@ -279,7 +294,7 @@ def evaluating(
     )
     gpu = device.evaluating(checkpoint, params, rows, length, max(tops, cache + tops - hidden))
     host = LIBRARIES + _loaded(checkpoint, dtype)
-    name, flops, beside = "evaluate dense", 2 * checkpoint.parameters * tokens, 0.0
+    name, flops, beside = "evaluate dense", 2 * checkpoint.parameters * tokens / processes, 0.0
     if compared:
         states = min(
             settings.activation_bytes(),
@@ -289,7 +304,8 @@ def evaluating(
             Shapes(checkpoint, rows, length, rows).block * dtype.itemsize, outside(checkpoint, dtype)
         )
         name, flops = "evaluate", 2 * flops
-    return Estimate(name, memory + beside, 1e4, flops, gpu_bytes=gpu + beside, host_bytes=host)
+    gpu, memory = gpu + beside, memory + beside
+    return Estimate(name, memory, 1e4, flops, gpu_bytes=gpu, host_bytes=host, processes=processes)
 
 
 def generating(
@@ -311,7 +327,9 @@ def generating(
     )
 
 
-def answering(checkpoint: Checkpoint, name: str, params: TasksParams, lengths: Sequence[int]) -> Estimate:
+def answering(
+    checkpoint: Checkpoint, name: str, params: TasksParams, lengths: Sequence[int], processes: int = 1
+) -> Estimate:
     """The needs of `tasks` for one model and a preset with requests of these lengths [tokens], the
     longest first.
 
@@ -343,7 +361,8 @@ def answering(checkpoint: Checkpoint, name: str, params: TasksParams, lengths: S
         + max(inner, tops)
     )
     host = LIBRARIES + TASK_LIBRARIES + _loaded(checkpoint, dtype)
-    return Estimate(name, memory, 1e4, 2 * checkpoint.parameters * sum(cut), gpu_bytes=gpu, host_bytes=host)
+    flops = 2 * checkpoint.parameters * sum(cut) / processes
+    return Estimate(name, memory, 1e4, flops, gpu_bytes=gpu, host_bytes=host, processes=processes)
 
 
 def _logits(dtype: torch.dtype) -> int:
@@ -359,21 +378,22 @@ def pruning(name: str, plan: Plan, shapes: Shapes, budget: float = math.inf) -> 
         budget: bytes of hidden states that stay on a GPU.
     """
     checkpoint, dtype = shapes.checkpoint, shapes.dtype
-    streams = (
-        stream_bytes(plan, shapes.tokens, checkpoint.architecture.width, dtype.itemsize)
-        if plan.needs.text
-        else 0
+    width = checkpoint.architecture.width
+    streams, whole = (
+        stream_bytes(plan, tokens, width, dtype.itemsize) if plan.needs.text else 0
+        for tokens in (shapes.own, shapes.tokens)
     )
-    spilt = streams > settings.activation_bytes()
-    kept = 3 * shapes.stream(dtype) * shapes.batch_rows / shapes.rows if spilt else streams
+    spilt = whole > settings.activation_bytes()
+    kept = 3 * dtype.itemsize * shapes.length * shapes.batch_rows * width if spilt else streams
     passes = plan.needs.text + plan.needs.dense_stream  # what comes out of finished blocks
     flops = passes * shapes.forward + sum(step.flops(shapes) for step in plan.steps)
     memory = LIBRARIES + outside(checkpoint) + kept + max(step.memory(shapes) for step in plan.steps)
-    disk = checkpoint.parameters * checkpoint.dtype.itemsize + checkpoint.parameters / 8 + spilt * streams
-    beyond = min(_beyond(streams, budget), settings.activation_bytes())
+    disk = checkpoint.parameters * checkpoint.dtype.itemsize + checkpoint.parameters / 8 + spilt * whole
+    beyond = min(_beyond(streams, budget), settings.activation_bytes() / shapes.processes)
     host = LIBRARIES + outside(checkpoint) + shapes.stored * shapes.block + beyond
     gpu = device.pruning(plan, shapes, budget)
-    return Estimate(name, memory, disk, shapes.blocks * flops, gpu_bytes=gpu, host_bytes=host)
+    flops *= shapes.blocks
+    return Estimate(name, memory, disk, flops, gpu_bytes=gpu, host_bytes=host, processes=shapes.processes)
 
 
 def distilling(
@@ -396,27 +416,29 @@ def distilling(
     width, weights = checkpoint.architecture.width, shapes.blocks * shapes.block
     judging = math.ceil(shapes.rows * shapes.held_out)
     lengths = shapes.length * (shapes.rows - judging), shapes.length * judging
-    streams = learning_bytes(*lengths, width, dtype.itemsize)
-    spilt = streams > settings.activation_bytes()
+    whole = learning_bytes(*lengths, width, dtype.itemsize)
+    streams, spilt = whole * shapes.share, whole > settings.activation_bytes()
     state = device.trained(params, checkpoint.dtype if rounded else None) * weights
     training = state + (18 if rounded else 10) * shapes.block + device.learning(params, shapes)
     kept = 3 * dtype.itemsize * shapes.length * shapes.batch_rows * width if spilt else streams
-    head = 2 * width * checkpoint.vocabulary * shapes.tokens
+    head = 2 * width * checkpoint.vocabulary * shapes.own
     forward, share = shapes.blocks * shapes.forward + head, 1 - judging / shapes.rows
     flops = (
         forward
         + params.epochs * share * ((3 + params.recompute) * forward + head)
         + 2 * (1 - share or 1) * forward
     )
-    disk = checkpoint.parameters * checkpoint.dtype.itemsize + 2 * state + spilt * streams
+    disk = checkpoint.parameters * checkpoint.dtype.itemsize + 2 * state + spilt * whole
     base = LIBRARIES + 2 * outside(checkpoint)  # glibc keeps those that the rows were embedded with
-    host = base + shapes.stored * shapes.block + min(_beyond(streams, budget), settings.activation_bytes())
+    beyond = min(_beyond(streams, budget), settings.activation_bytes() / shapes.processes)
+    host = base + shapes.stored * shapes.block + beyond
     gpu = (
         device.held(streams, dtype.itemsize * shapes.batch * shapes.length * width, budget)
         + outside(checkpoint, dtype)
         + training
     )
-    return Estimate(name, base + kept + training, disk, flops, gpu_bytes=gpu, host_bytes=host)
+    memory = base + kept + training
+    return Estimate(name, memory, disk, flops, gpu_bytes=gpu, host_bytes=host, processes=shapes.processes)
 
 
 def exporting(checkpoint: Checkpoint, name: str, formats: Sequence[str], sparsity: float) -> Estimate:

@@ -219,12 +219,15 @@ class Layerwise:
         aimed = self.towards_dense > 0
         passes = (2.2 if self.by_site else 1) * (2 if aimed else 1)
         sweeps = self.compensate * (1 + (self.scheme is not None and self.lsq is not None))
-        products = (sweeps + 4 * aimed) * shapes.sweep
+        sweep, factor = shapes.solving(self.by_site)
+        products = (sweeps + 4 * aimed) * sweep
         if self.lsq is not None:
+            whole = sum(rows * columns**2 for rows, columns in shapes.matrices)
             for rows, columns in shapes.matrices:
                 most = lsq.affordable(self.lsq, shapes.tokens, columns)
-                products += 2 * (most.iterations + 2 * most.mask_iterations) * rows * columns**2
-        return passes * shapes.forward + (1 + aimed) * shapes.gram_flops + shapes.factor_flops + products
+                iterations = 2 * (most.iterations + 2 * most.mask_iterations)
+                products += iterations * rows * columns**2 * sweep / whole
+        return passes * shapes.forward + (1 + aimed) * shapes.gram_flops + factor + products
 
     def _ordering(
         self, weights: Mapping[Matrix, torch.Tensor], block: Block, rule: Rule
@@ -377,8 +380,9 @@ class Quantise:
 
     def flops(self, shapes: Shapes) -> float:
         """Statistics per site beside those of the fitted block, and a sweep towards its outputs."""
-        products = 5 * self.compensate * shapes.sweep
-        return 2 * 2.2 * shapes.forward + 2 * shapes.gram_flops + shapes.factor_flops + products
+        sweep, factor = shapes.solving(by_site=True)
+        products = 5 * self.compensate * sweep
+        return 2 * 2.2 * shapes.forward + 2 * shapes.gram_flops + factor + products
 
     def quantise_site(self, block: Block, site: str, moments: Moments) -> None:
         """Quantise the pruned matrices of a site, on their masks.

@@ -1,6 +1,7 @@
 """Sizes that determine the cost of a step, from the model's header alone: nothing is loaded."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,9 @@ from pipeline_lib.stats.lanes import LANES
 class Shapes:
     """Sizes of the largest block and of the calibration samples. Bytes; floats take 4 bytes while
     computing.
+
+    With several processes, bytes and FLOPs are those of the busiest one: samples are dealt lane by
+    lane, and each matrix of a block has an owner, which factorises and solves.
     """
 
     checkpoint: Checkpoint
@@ -23,6 +27,7 @@ class Shapes:
     window: int = 1  # blocks that are pruned together
     dtype: torch.dtype = torch.float32  # of forward passes
     held_out: float = 0.0  # share of the rows that judges
+    processes: int = 1
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
@@ -68,6 +73,16 @@ class Shapes:
         return self.rows * self.length
 
     @property
+    def share(self) -> float:
+        """Of the rows, those of one process."""
+        return math.ceil(LANES / self.processes) / LANES
+
+    @property
+    def own(self) -> int:
+        """Tokens of one process."""
+        return math.ceil(self.tokens * self.share)
+
+    @property
     def block(self) -> int:
         """Prunable weights of a block."""
         return sum(rows * columns for rows, columns in self.matrices)
@@ -97,15 +112,27 @@ class Shapes:
 
     @property
     def forward(self) -> int:
-        """FLOPs of all samples through the block's products."""
-        return 2 * self.tokens * self.block
+        """FLOPs of the process's samples through the block's products."""
+        return 2 * self.own * self.block
 
     @property
-    def sweep(self) -> int:
+    def sweep(self) -> float:
         """FLOPs of a product [R, C] × [C, C] for every matrix, which is also the cost of a column
         sweep.
         """
-        return sum(rows * columns * columns for rows, columns in self.matrices)
+        return self.solving()[0]
+
+    def solving(self, by_site: bool = False) -> tuple[float, float]:
+        """FLOPs of such products, and of the factorisations for them.
+
+        Args:
+            by_site: each site is solved before the next one's statistics are collected; else all
+                sites of a block are solved together.
+        """
+        sites = self.consumers
+        parts = [[site] for site in sites] if by_site else [sites]
+        found = [_busiest(part, self.processes) for part in parts]
+        return sum(sweep for sweep, _ in found), sum(factor for _, factor in found)
 
     @property
     def grams(self) -> int:
@@ -114,11 +141,11 @@ class Shapes:
 
     @property
     def gram_flops(self) -> int:
-        return 2 * self.tokens * sum(d * d for d in self.sites)
+        return 2 * self.own * sum(d * d for d in self.sites)
 
     @property
-    def factor_flops(self) -> int:
-        return 3 * sum(d**3 for d in self.sites)
+    def factor_flops(self) -> float:
+        return self.solving()[1]
 
     def inner(self, rows: int) -> float:
         """Bytes of a batch's activations within the block: every site's inputs, four of the stream's
@@ -139,8 +166,23 @@ class Shapes:
         return self.dtype.itemsize * rows * self.length * (max(tensors * widest, 6 * width) + 3 * width)
 
     def stream(self, dtype: torch.dtype) -> int:
-        """Bytes of the hidden states of all samples."""
-        return dtype.itemsize * self.tokens * self.checkpoint.architecture.width
+        """Bytes of the hidden states of the process's samples."""
+        return dtype.itemsize * self.own * self.checkpoint.architecture.width
+
+
+def _busiest(sites: Sequence[tuple[int, list[tuple[int, int]]]], processes: int) -> tuple[float, float]:
+    """FLOPs of the busiest process. Matrices are dealt by cost, the most expensive first: R·C² each,
+    and 3·C³ for every site of which a process has a matrix.
+    """
+    costs = [
+        (rows * channels**2, site) for site, (channels, matrices) in enumerate(sites) for rows, _ in matrices
+    ]
+    loads, factors = [0.0] * processes, [set[int]() for _ in range(processes)]
+    for cost, site in sorted(costs, reverse=True):
+        owner = loads.index(min(loads))
+        loads[owner] += cost
+        factors[owner].add(site)
+    return max(loads), max(3 * sum(sites[site][0] ** 3 for site in own) for own in factors)
 
 
 def outside(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> float:
