@@ -13,16 +13,19 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
-.PHONY: run test campaign campaign-short architectures sshd check format wheel docs plan sweep screenshots environment clean
+.PHONY: run submit test campaign campaign-short architectures sshd slurm check format wheel docs plan sweep screenshots environment clean
 .PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment llama-environment bench-llama bench-real bench-calibration-text bench-latency bench-busy bench-verify
-.PHONY: bench-sweep bench-block bench-gpu
+.PHONY: bench-sweep bench-block bench-gpu bench-planned
 
 run: environment  ## run all stages that are out of date, print the table and the path of the report
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true  # an archive without .git
 	python -m stages.preload dvc repro
 	@echo; python -m stages.costs; echo; echo "report: report/index.html"
 
-test: environment sshd  ## the whole test suite
+submit: environment  ## variants as jobs (docs/cluster.md): VARIANTS, all without; OPTIONS='--sbatch mem=64G', or OPTIONS=--local for processes of this machine
+	python -m stages.submit $(OPTIONS) $(VARIANTS)
+
+test: environment sshd slurm  ## the whole test suite
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 MINUTES ?= 60
@@ -39,6 +42,10 @@ architectures: environment  ## test every causal-LM model type of the installed 
 sshd:  ## for the tests over SSH; installed only in a container, because elsewhere the Debian package would open port 22
 	@test -x /usr/sbin/sshd || { test ! -d /run/systemd/system && apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server; } \
 		|| echo "no sshd, so the tests over SSH are skipped (Debian: apt-get install openssh-server)"
+
+slurm:  ## for the tests of jobs: installed in a container only, since elsewhere the Debian packages would start services
+	@test -x /usr/sbin/slurmctld || { test ! -d /run/systemd/system && apt-get update -qq && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; } \
+		|| echo "no Slurm, so the tests on it are skipped (Debian: apt-get install slurmctld slurmd slurm-client munge)"
 
 check: environment  ## formatting, lint, types, and the prose of the pages
 	ruff format --check .
@@ -99,6 +106,10 @@ bench-block: environment  ## measure time and memory of one decoder block of rea
 
 bench-gpu: environment  ## complete the table of speeds of SPARSELINE_DEVICE; MODEL: a checkpoint to use in the place of random weights
 	python -m benchmarks.gpu $(if $(MODEL),--model '$(MODEL)')
+
+SHAPE ?= llama-70b
+bench-planned: environment  ## what `make plan` says of a model of 70 billion parameters on 1, 4 and 8 GPUs of 80 GB (no weights are needed)
+	python -m benchmarks.planned $(SHAPE)
 
 STUDIES := induction sparsity reconstruction quantization rivals rivals_rows
 bench-verify: environment  ## compute recorded cells again: CELLS random ones per study, or one: make bench-verify STUDIES=sparsity CELL='llama,unstructured,0.5,predicted,obs,0'

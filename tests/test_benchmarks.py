@@ -4,6 +4,7 @@ committed records against the studies; and the benchmarks of speed, with small s
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import block, gpu, latency
+from benchmarks import block, gpu, latency, planned
 from benchmarks.alone import alone
 from benchmarks.harness import Cell, Record, Study
 from benchmarks.studies import STUDIES, main
@@ -361,3 +362,31 @@ def test_the_search_is_of_the_product_that_is_timed(monkeypatch: pytest.MonkeyPa
     assert latency.semi_structured(weight, 1, searched=True) == 7
     assert latency.semi_structured(weight, 2048, searched=False) == 0
     assert asked == [((32, 64), (64, 8), True)]
+
+
+# A plan of a model that is not here
+
+
+def test_a_plan_needs_a_header_and_no_weights(tmp_path: Path) -> None:
+    """The files have the size of a model, and next to nothing on disk. More GPUs hold no more each and take
+    less time; what a GPU cannot hold is marked. Oracle: the parameters, counted by hand.
+    """
+    shape = block.Shape(512, 1024, 8, 4, blocks=3, vocabulary=8192)
+    planned.save(shape, tmp_path / "model")
+    files = list((tmp_path / "model").glob("*.safetensors"))
+    each = 2 * 512 * 512 + 2 * 256 * 512 + 3 * 1024 * 512 + 2 * 512
+    parameters = 3 * each + 2 * 8192 * 512 + 512
+    assert 0 <= sum(path.stat().st_size for path in files) - 2 * parameters < 10_000
+    assert sum(512 * path.stat().st_blocks for path in files) < 100_000
+    found = list(planned.plans(shape))
+    assert [one.base.processes for one in found] == [1, 4, 8]
+    assert {one.base.checkpoint.parameters for one in found} == {parameters}
+    for one, four, eight in zip(*(one.steps for one in found), strict=True):
+        assert one[0].stage == four[0].stage == eight[0].stage
+        assert one[0].gpu_bytes >= four[0].gpu_bytes >= eight[0].gpu_bytes
+        assert one[0].flops >= four[0].flops >= eight[0].flops
+    text = planned.table(found)
+    assert {"calibrate", "prune fast", "evaluate"} <= set(
+        re.findall(r"^\| (\w+(?: \w+)?) \|", text, re.MULTILINE)
+    )
+    assert "**" not in text

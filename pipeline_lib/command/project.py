@@ -130,6 +130,9 @@ def call(directory: Path, *command: str, quiet: bool = False) -> int:
         }
         try:
             code = process.wait()
+        except BaseException:  # of a handler that is not ours: the command must not go on without us
+            process.terminate()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -39,12 +39,18 @@ def threads() -> int | None:
 
 
 def processes() -> int:
-    """SPARSELINE_PROCESSES: how many processes run a stage together.
+    """SPARSELINE_PROCESSES: how many processes share the work of one stage on this machine.
 
     Raises:
-        SparselineError: it is no positive whole number.
+        SparselineError: it is no positive whole number, or far more than there are processors.
     """
-    return _whole("SPARSELINE_PROCESSES", 1) or 1
+    found, most = _whole("SPARSELINE_PROCESSES", 1), 4 * (os.cpu_count() or 1)
+    if found is not None and found > most:
+        raise SparselineError(
+            f"SPARSELINE_PROCESSES={found} is more than this machine can use; give at most {most}, four for"
+            " each processor."
+        )
+    return 1 if found is None else found
 
 
 def activation_bytes() -> int:

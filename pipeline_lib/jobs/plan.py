@@ -62,9 +62,11 @@ class Machine:
 
 
 @dataclass
-class _Planned:
+class Planned:
     """Stages, how often each runs, and what could not be counted."""
 
+    base: "_Base"
+    memory: float | None  # bytes of a process's GPU, if there is one
     steps: list[tuple[Estimate, int]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
@@ -76,19 +78,9 @@ def foreseen(machine: Machine) -> Iterator[str]:
     Raises:
         SparselineError: a parameter cannot be used, or the GPU's memory is unknown.
     """
-    processes = machine.processes or settings.processes()
-    name = machine.device or settings.device_name()
-    if name == "auto":
-        name = str(runtime.compute())
-    memory = None if name == "cpu" else machine.gpu_memory or _memory_of(name)
-    names.check()
-    source = params.load(ModelParams, "model")
-    checkpoint = open_checkpoint(fetch(source), None, source.remote_code, source.dequantize)
-    texts = {name: params.load(TextParams, f"texts.{name}") for name in params.section("texts")}
-    budget = math.inf if memory is None else device.streams_budget(memory)
-    base = _Base(checkpoint, getattr(torch, source.compute_dtype), budget, processes)
-    found = _planned(base, texts, read_all())
-    speed = machine.speed or _measured(source)
+    found = counted(machine)
+    checkpoint, memory, processes = found.base.checkpoint, found.memory, found.base.processes
+    speed = machine.speed or _measured()
     yield (
         f"{checkpoint.path}: {checkpoint.parameters:,} parameters, {checkpoint.architecture.depth} blocks;"
         f" {processes} process{'es' * (processes > 1)} with {speed / 1e9:.0f} GFLOP/s"
@@ -130,10 +122,30 @@ def foreseen(machine: Machine) -> Iterator[str]:
     )
 
 
-def _measured(source: ModelParams) -> float:
+def counted(machine: Machine) -> Planned:
+    """What every stage takes.
+
+    Raises:
+        SparselineError: a parameter cannot be used, or nothing is known of the GPU.
+    """
+    name = machine.device or settings.device_name()
+    if name == "auto":
+        name = str(runtime.compute())
+    memory = None if name == "cpu" else machine.gpu_memory or _memory_of(name)
+    names.check()
+    source = params.load(ModelParams, "model")
+    checkpoint = open_checkpoint(fetch(source), None, source.remote_code, source.dequantize)
+    texts = {name: params.load(TextParams, f"texts.{name}") for name in params.section("texts")}
+    budget = math.inf if memory is None else device.streams_budget(memory)
+    processes = machine.processes or settings.processes()
+    base = _Base(checkpoint, getattr(torch, source.compute_dtype), budget, processes)
+    return _planned(Planned(base, memory), texts, read_all())
+
+
+def _measured() -> float:
     """FLOP/s here."""
     here = runtime.compute()
-    with rounded(here, source.products):
+    with rounded(here, params.load(ModelParams, "model").products):
         return measure_speed(here)
 
 
@@ -173,7 +185,8 @@ class _Base:
         return Shapes(self.checkpoint, *sizes, self.dtype, text.held_out, self.processes)
 
 
-def _planned(base: _Base, texts: dict[str, TextParams], variants: dict[str, Variant]) -> _Planned:
+def _planned(found: Planned, texts: dict[str, TextParams], variants: dict[str, Variant]) -> Planned:
+    base = found.base
     checkpoint, dtype, budget, processes = base.checkpoint, base.dtype, base.budget, base.processes
     (text,) = (text for text in texts.values() if text.use == "calibrate")
     calibrate = params.load(CalibrateParams, "calibrate")
@@ -188,7 +201,7 @@ def _planned(base: _Base, texts: dict[str, TextParams], variants: dict[str, Vari
         asked or params.load(SensitivityParams, "sensitivity"),
         budget,
     )
-    found = _Planned([(step, 1) for name, step in estimate.estimate(work).items() if used.get(name, True)])
+    found.steps += [(step, 1) for name, step in estimate.estimate(work).items() if used.get(name, True)]
     for name, one in texts.items():
         if one.generated is not None:
             found.steps.append(
@@ -219,7 +232,7 @@ def _planned(base: _Base, texts: dict[str, TextParams], variants: dict[str, Vari
         (estimate.evaluating(checkpoint, evaluate, measured, compared, processes), count)
         for compared, count in runs.items()
     ]
-    _add_tasks(found, base, variants)
+    _add_tasks(found, variants)
     for name, variant in variants.items():
         if variant.export:
             step = estimate.exporting(
@@ -229,9 +242,9 @@ def _planned(base: _Base, texts: dict[str, TextParams], variants: dict[str, Vari
     return found
 
 
-def _add_tasks(found: _Planned, base: _Base, variants: dict[str, Variant]) -> None:
+def _add_tasks(found: Planned, variants: dict[str, Variant]) -> None:
     """A line per preset, which runs on the source model and on every variant that asks for it."""
-    part, checkpoint = keys.tasks(DENSE, variants), base.checkpoint
+    part, checkpoint = keys.tasks(DENSE, variants), found.base.checkpoint
     if part is None:
         return
     for name, preset in part.presets.items():
@@ -245,7 +258,7 @@ def _add_tasks(found: _Planned, base: _Base, variants: dict[str, Variant]) -> No
         except Unread as error:
             found.unknown.append(f"tasks {name} are not counted. {error}")
             continue
-        needs = estimate.answering(checkpoint, f"tasks {name}", part.tasks, lengths, base.processes)
+        needs = estimate.answering(checkpoint, f"tasks {name}", part.tasks, lengths, found.base.processes)
         found.steps.append((needs, runs))
 
 

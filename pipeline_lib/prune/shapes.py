@@ -178,7 +178,7 @@ def _busiest(sites: Sequence[tuple[int, list[tuple[int, int]]]], processes: int)
         (rows * channels**2, site) for site, (channels, matrices) in enumerate(sites) for rows, _ in matrices
     ]
     loads, factors = [0.0] * processes, [set[int]() for _ in range(processes)]
-    for cost, site in sorted(costs, reverse=True):
+    for cost, site in sorted(costs, key=lambda one: -one[0]):  # as ``ranks.deal``
         owner = loads.index(min(loads))
         loads[owner] += cost
         factors[owner].add(site)
