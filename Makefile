@@ -15,7 +15,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
 .PHONY: run submit test campaign campaign-short architectures sshd slurm check format wheel docs plan sweep screenshots environment clean
 .PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment llama-environment bench-llama bench-real bench-calibration-text bench-latency bench-busy bench-verify
-.PHONY: bench-sweep bench-block bench-gpu bench-planned
+.PHONY: bench-sweep bench-block bench-gpu bench-planned bench-processes
 
 run: environment  ## run all stages that are out of date, print the table and the path of the report
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true  # an archive without .git
@@ -103,6 +103,9 @@ bench-sweep: environment  ## compare the OBS sweep of a ROWS x COLUMNS matrix wi
 BLOCKS ?= llama-7b,sparsegpt,8192
 bench-block: environment  ## measure time and memory of one decoder block of real size; BLOCKS: rows (shape,method,tokens) to measure again
 	python -m benchmarks.block $(BLOCKS)
+
+bench-processes: environment  ## compare stages on two processes and on one, at width 1,024 (needs an idle machine); STAGES: those to measure again
+	python -m benchmarks.processes $(STAGES)
 
 bench-gpu: environment  ## complete the table of speeds of SPARSELINE_DEVICE; MODEL: a checkpoint to use in the place of random weights
 	python -m benchmarks.gpu $(if $(MODEL),--model '$(MODEL)')

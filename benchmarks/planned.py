@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.block import SHAPES, Shape
-from benchmarks.rivals import ROOT
+from benchmarks.harness import ROOT
 from pipeline_lib.command import layout
 from pipeline_lib.core import environment
 from pipeline_lib.jobs.plan import Machine, Planned, counted

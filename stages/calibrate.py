@@ -2,7 +2,7 @@
 
 import click
 
-from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core import artifacts, launch, params, runtime
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.jobs import keys
 from pipeline_lib.models.settings import ModelParams
@@ -20,7 +20,8 @@ def main() -> None:
             return
         from pipeline_lib.jobs.calibrate import calibrate
 
-        tell(f"calibrate: {calibrate(workspace, params.load(ModelParams, 'model'), settings)}")
+        source = params.load(ModelParams, "model")
+        tell(f"calibrate: {launch.run(calibrate, workspace, source, settings)}")
 
 
 if __name__ == "__main__":

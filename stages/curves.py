@@ -2,7 +2,7 @@
 
 import click
 
-from pipeline_lib.core import params, runtime
+from pipeline_lib.core import launch, params, runtime
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.recipe.variants import read
@@ -22,7 +22,7 @@ def main(variant: str) -> None:
         from pipeline_lib.jobs.curves import curves
 
         source, calibrate = params.load(ModelParams, "model"), params.load(CalibrateParams, "calibrate")
-        tell(f"curves {variant}: {curves(workspace, source, variant, part, calibrate)}")
+        tell(f"curves {variant}: {launch.run(curves, workspace, source, variant, part, calibrate)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ The result is kept if it is better on the held-out split. Resumes after a kill.
 
 import click
 
-from pipeline_lib.core import params, runtime
+from pipeline_lib.core import launch, params, runtime
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.recipe.variants import read
@@ -24,7 +24,8 @@ def main(variant: str) -> None:
             return
         from pipeline_lib.jobs.distil import distil
 
-        tell(f"distil {variant}: {distil(workspace, params.load(ModelParams, 'model'), variant, part)}")
+        source = params.load(ModelParams, "model")
+        tell(f"distil {variant}: {launch.run(distil, workspace, source, variant, part)}")
 
 
 if __name__ == "__main__":

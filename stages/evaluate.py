@@ -5,7 +5,7 @@
 
 import click
 
-from pipeline_lib.core import params, runtime
+from pipeline_lib.core import launch, params, runtime
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.evaluation.settings import EvaluatePart
 from pipeline_lib.models.settings import ModelParams
@@ -19,7 +19,8 @@ def main(variant: str) -> None:
         part = EvaluatePart.read()
         from pipeline_lib.jobs.evaluate import evaluate
 
-        tell(f"evaluate {variant}: {evaluate(workspace, params.load(ModelParams, 'model'), variant, part)}")
+        source = params.load(ModelParams, "model")
+        tell(f"evaluate {variant}: {launch.run(evaluate, workspace, source, variant, part)}")
 
 
 if __name__ == "__main__":

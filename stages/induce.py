@@ -5,7 +5,7 @@ They are kept only where they are better on the held-out split. Resumes after a 
 
 import click
 
-from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core import artifacts, launch, params, runtime
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.recipe.variants import read
@@ -26,7 +26,7 @@ def main(variant: str) -> None:
         from pipeline_lib.jobs.induce import induce
 
         source, calibrate = params.load(ModelParams, "model"), params.load(CalibrateParams, "calibrate")
-        tell(f"induce {variant}: {induce(workspace, source, variant, part, calibrate)}")
+        tell(f"induce {variant}: {launch.run(induce, workspace, source, variant, part, calibrate)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Resumes after a kill.
 
 import click
 
-from pipeline_lib.core import params, runtime
+from pipeline_lib.core import launch, params, runtime
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.recipe.variants import read
@@ -21,9 +21,8 @@ def main(variant: str) -> None:
         click.echo(f"prune {variant}: {in_words(recipe)}")
         from pipeline_lib.jobs.prune import prune_variant
 
-        tell(
-            f"prune {variant}: {prune_variant(workspace, params.load(ModelParams, 'model'), variant, recipe)}"
-        )
+        source = params.load(ModelParams, "model")
+        tell(f"prune {variant}: {launch.run(prune_variant, workspace, source, variant, recipe)}")
 
 
 if __name__ == "__main__":

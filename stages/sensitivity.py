@@ -5,7 +5,7 @@ The trace of its Hessian (hutchinson) or of its Fisher information (fisher).
 
 import click
 
-from pipeline_lib.core import artifacts, params, runtime
+from pipeline_lib.core import artifacts, launch, params, runtime
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.jobs import keys
 from pipeline_lib.models.settings import ModelParams
@@ -26,7 +26,8 @@ def main() -> None:
             return
         from pipeline_lib.jobs.sensitivity import sensitivity
 
-        tell(f"sensitivity: {sensitivity(workspace, params.load(ModelParams, 'model'), settings)}")
+        source = params.load(ModelParams, "model")
+        tell(f"sensitivity: {launch.run(sensitivity, workspace, source, settings)}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import click
 
-from pipeline_lib.core import params, runtime
+from pipeline_lib.core import launch, params, runtime
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.jobs import keys
 from pipeline_lib.models.settings import ModelParams
@@ -21,10 +21,9 @@ def main(variant: str) -> None:
             return
         from pipeline_lib.jobs.tasks import tasks
 
-        tell(
-            f"tasks {variant}:"
-            f" {tasks(workspace, params.load(ModelParams, 'model'), variant, part.tasks, part.presets)}"
-        )
+        source = params.load(ModelParams, "model")
+        found = launch.run(tasks, workspace, source, variant, part.tasks, part.presets)
+        tell(f"tasks {variant}: {found}")
 
 
 if __name__ == "__main__":

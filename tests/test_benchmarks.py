@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import block, gpu, latency, planned
+from benchmarks import block, gpu, latency, planned, processes
 from benchmarks.alone import alone
 from benchmarks.harness import Cell, Record, Study
 from benchmarks.studies import STUDIES, main
@@ -390,3 +390,46 @@ def test_a_plan_needs_a_header_and_no_weights(tmp_path: Path) -> None:
         re.findall(r"^\| (\w+(?: \w+)?) \|", text, re.MULTILINE)
     )
     assert "**" not in text
+
+
+# Several processes
+
+
+def test_what_processes_bring_is_recorded_row_by_row(tmp_path: Path) -> None:
+    """A place that needs 12 s, 6 s with two processes; it stops after four rows, and the next run goes on."""
+    ran: list[tuple[str, int, int]] = []
+
+    class Fake(processes.Place):
+        def __init__(self, path: Path) -> None:
+            self.directory = path
+
+        def measured(self, stage: str, count: int, threads: int) -> tuple[float, dict[str, str]]:
+            if len(ran) == 4:
+                raise KeyboardInterrupt
+            ran.append((stage, count, threads))
+            return 12 / count, {"bytes": f"of {threads} threads"}
+
+    file = tmp_path / "processes.json"
+    with pytest.raises(KeyboardInterrupt):
+        processes.update(file, (), Fake)
+    done, ran[:] = list(ran), []
+    with pytest.raises(KeyboardInterrupt):
+        processes.update(file, (), Fake)
+    every = [(stage, *one) for stage in processes.STAGES for one in processes.counts()]
+    assert done + ran == every[:8]
+    records = json.loads(file.read_text(encoding="utf-8"))
+    assert {r["speedup"] for r in records if r["processes"] == 2} == {2.0}
+    assert {r["speedup"] for r in records if r["processes"] == 1} == {1.0}
+    assert "| best | 1 | 1 | cpu | 12.0 | 1.00 |" in processes.table(records)
+
+
+def test_other_bytes_end_the_benchmark(tmp_path: Path) -> None:
+    class Fake(processes.Place):
+        def __init__(self, path: Path) -> None:
+            self.directory = path
+
+        def measured(self, stage: str, count: int, threads: int) -> tuple[float, dict[str, str]]:
+            return 1.0, {"bytes": f"of {count} processes"}
+
+    with pytest.raises(click.ClickException, match="calibrate: 2 processes wrote other bytes than one"):
+        processes.update(tmp_path / "processes.json", (), Fake)

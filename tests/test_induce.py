@@ -14,6 +14,7 @@ from tiny import curved_gram, random_factors, token_rows
 from pipeline_lib.core.counts import target
 from pipeline_lib.fit.spectral import SpectralParams
 from pipeline_lib.induce.induce import Outcome, _Block, _Layer, induce_block
+from pipeline_lib.induce.removed import Removed, sloped
 from pipeline_lib.induce.scale import ScaleParams, normalise, shifts, starting_factors
 from pipeline_lib.masks.scores import Curvature, saliency
 from pipeline_lib.masks.select import bounds, select
@@ -212,9 +213,8 @@ def test_refreshed_scores_are_those_of_the_folded_block(
         if with_importance
         else {}
     )
-    found_scores = _Block(table, layers).log_scores(
-        {name: factor.log() for name, factor in factors.items()}, log_u
-    )
+    block, theta = _Block(table, layers), {name: factor.log() for name, factor in factors.items()}
+    found_scores = [block.log_scores(number, theta, log_u) for number in range(len(layers))]
     folded, new = fold(tensors, table, factors), refreshed(table, statistics, factors)
     for matrix, log_score in zip(table.matrices, found_scores, strict=True):
         gram = new[matrix.site].gram
@@ -278,7 +278,7 @@ def test_removed_is_the_soft_masks_error(score: Score, group: str, pattern: str,
     scores = layer.log_scores(scales, log_u)
     oracle = soft_error(layer, scores, 0.5)
     expected = torch.autograd.grad(oracle, (*scales, log_u))
-    found = layer.removed(scales, log_u, 0.5, None)
+    found = removed(layer, scales, log_u, None)
     assert float(found.detach()) == pytest.approx(float(oracle.detach()), rel=1e-5)
     for a, b in zip(torch.autograd.grad(found, (*scales, log_u)), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -286,6 +286,15 @@ def test_removed_is_the_soft_masks_error(score: Score, group: str, pattern: str,
         mask, threshold = layer.choose(scores.detach()[part])
         assert ((scores[part] >= threshold) == mask).all()
         assert (mask == layer.mask(scores.detach())[part]).all()
+
+
+def removed(
+    layer: _Layer, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor, signs: torch.Tensor | None
+) -> torch.Tensor:
+    """Differentiable, at temperature 0.5."""
+    shifts = layer.shifts(scales, log_u)
+    error: torch.Tensor = Removed.apply(*shifts, sloped(layer, *shifts, 0.5, signs))  # type: ignore[no-untyped-call]
+    return error
 
 
 @pytest.mark.parametrize("group", ["row", "matrix"])
@@ -299,13 +308,13 @@ def test_probes_estimate_the_error_without_bias(group: str) -> None:
     results = [
         (f, *torch.autograd.grad(f, (*scales, log_u)))
         for s in (None, signs)
-        for f in (layer.removed(scales, log_u, 0.5, s),)
+        for f in (removed(layer, scales, log_u, s),)
     ]
     for exact, estimated in zip(*results, strict=True):
         torch.testing.assert_close(estimated, exact, rtol=1e-4, atol=1e-6)
     layer.gram = layer.gram.diagonal().diag()
-    assert layer.removed(scales, log_u, 0.5, signs[:1]).item() == pytest.approx(
-        layer.removed(scales, log_u, 0.5, None).item(), rel=1e-5
+    assert removed(layer, scales, log_u, signs[:1]).item() == pytest.approx(
+        removed(layer, scales, log_u, None).item(), rel=1e-5
     )
 
 
@@ -313,10 +322,10 @@ def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of("wanda", "row", "unstructured", rows=8)
     scales, log_u = moved(layer, 8)
     signs = torch.ones(2, 8)
-    whole = [layer.removed(scales, log_u, 0.5, s) for s in (None, signs)]
+    whole = [removed(layer, scales, log_u, s) for s in (None, signs)]
     monkeypatch.setattr(layer, "parts", lambda step: (slice(i, i + 3) for i in (0, 3, 6)))
     for before, s in zip(whole, (None, signs), strict=True):
-        after = layer.removed(scales, log_u, 0.5, s)
+        after = removed(layer, scales, log_u, s)
         for a, b in zip(
             torch.autograd.grad(after, (*scales, log_u)),
             torch.autograd.grad(before, (*scales, log_u)),

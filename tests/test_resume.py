@@ -620,7 +620,7 @@ runpy.run_module("stages.prune", run_name="__main__", alter_sys=True)
     process = start(workspace, "python", "-c", code, "sparseline")
     said, _ = process.communicate()
     assert process.returncode == status
-    kept = ": what is finished is kept" if module == "torch" else ""
+    kept = ": finished work is kept" if module == "torch" else ""
     assert said.splitlines()[-1] == f"error: SIGINT came; run the same command again{kept}."
     assert "Traceback" not in said
 

@@ -190,7 +190,7 @@ def _here(
             raise SparselineError(
                 "Of the jobs "
                 + ", ".join(f"{name} failed ({log})" for name, log in failed.items())
-                + "; run the same command again once that is mended: what is finished is kept."
+                + "; run the same command again once that is mended: finished work is kept."
             )
         yield f"{', '.join(waiting)}: done"
 

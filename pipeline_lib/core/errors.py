@@ -7,3 +7,7 @@ class SparselineError(Exception):
     Stages print it and exit with code 2. Any other exception of a stage is a bug and keeps its
     traceback.
     """
+
+
+class LostError(Exception):
+    """Another process of the same stage is gone. Stages print it and exit with code 4."""

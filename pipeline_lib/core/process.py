@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from pipeline_lib.core.preloaded import CLIENT, SIGNALS
 LOOK = 0.5  # seconds between two looks at the parent
 AGAIN = 0.02  # seconds until a signal's exception that was dropped is raised once more
 GRACE = 1.0  # seconds for a clean end once `dvc` is gone
+PATIENCE = 5.0  # the same for one of a stage's processes after a signal: it may wait in torch for another
 _orphaned = threading.Event()
 _came: list["Stopped"] = []  # the signal that came, if one did
 
@@ -36,6 +37,11 @@ class Stopped(KeyboardInterrupt):
         self.code = 128 + number
 
 
+def stopped(number: int) -> Stopped:
+    """What a signal raises."""
+    return Stopped(number, "The `dvc` that started this stage has ended" if _orphaned.is_set() else None)
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
     """In the body SIGTERM, SIGHUP and SIGINT raise ``Stopped``, once; the next one kills. Signals that
@@ -49,9 +55,7 @@ def stoppable() -> Iterator[None]:
 
     def stop(number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        _came.append(
-            Stopped(number, "The `dvc` that started this stage has ended" if _orphaned.is_set() else None)
-        )
+        _came.append(stopped(number))
         raise _came[0]
 
     def again(_number: int, _frame: FrameType | None) -> None:
@@ -113,10 +117,30 @@ def following_dvc() -> Iterator[None]:
     if chain is None:
         yield
         return
+    with _following(lambda: _unbroken(chain)):
+        yield
+
+
+@contextmanager
+def following(parent: int) -> Iterator[None]:
+    """While open, this process ends as soon as its parent is gone, or did not wait for its clean end."""
+    came: list[float] = []
+
+    def goes_on() -> bool:
+        if _came and not came:
+            came.append(time.monotonic())
+        return os.getppid() == parent and not (came and time.monotonic() - came[0] > PATIENCE)
+
+    with _following(goes_on):
+        yield
+
+
+@contextmanager
+def _following(goes_on: Callable[[], bool]) -> Iterator[None]:
     over = threading.Event()
 
     def look() -> None:
-        while _unbroken(chain):
+        while goes_on():
             if over.wait(LOOK):
                 return
         _orphaned.set()
@@ -127,7 +151,7 @@ def following_dvc() -> Iterator[None]:
         time.sleep(GRACE)  # a call into torch may take longer, and all outputs appear in one step
         os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=look, name="following dvc", daemon=True).start()
+    threading.Thread(target=look, name="following", daemon=True).start()
     try:
         yield
     finally:

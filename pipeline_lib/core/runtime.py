@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline_lib.core import bugs, code, environment, process, settings
+from pipeline_lib.core import bugs, code, environment, process, ranks, settings
 from pipeline_lib.core.artifacts import write_json
-from pipeline_lib.core.errors import SparselineError
+from pipeline_lib.core.errors import LostError, SparselineError
 from pipeline_lib.core.files import sha256
 from pipeline_lib.core.progress import duration
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     import torch
 
 COSTS = Path("build/costs")
+LOST = 4  # exit code where another process of the same stage is gone
 _used: "set[torch.device]" = set()  # by this process, which is one stage
+_peaks: list[int] = []  # bytes on the GPUs of its workers
 
 
 def compute() -> "torch.device":
@@ -47,6 +49,9 @@ def compute() -> "torch.device":
     name = settings.device_name()
     if name == "auto":
         name = f"cuda:{gpus.take()[0]}"
+    if name == "cuda" and ranks.count() > 1:  # each process has its own
+        name = f"cuda:{ranks.local()}"
+        torch.cuda.set_device(ranks.local())
     try:
         _used.add(device := torch.empty(0, device=name).device)
         return device
@@ -57,47 +62,59 @@ def compute() -> "torch.device":
         ) from error
 
 
+class Fault(Exception):
+    """What one of a stage's processes ended by: its sentence, and the exit code."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 @contextmanager
 def told() -> Iterator[None]:
-    """Report an exception of the body in one sentence.
-
-    Exit codes: 2 for a SparselineError, the system's refusal of a file and too little memory; 128 +
-    its number for a signal; 3 for anything else, which is a bug.
-    """
-    status = 2
+    """Report an exception of the body in one sentence (``explained``)."""
     try:
         with process.stoppable():
             yield
         return
-    except SparselineError as error:
-        message = str(error)
-    except KeyboardInterrupt as error:
-        stopped = error if isinstance(error, process.Stopped) else process.Stopped(signal.SIGINT)
-        message, status = str(stopped), stopped.code
     except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):  # click's matter
         raise
-    except OSError as error:
-        if error.errno is None:  # a library's own
-            message, status = bugs.tell(error), bugs.CODE
-        else:
-            message = _refused(error)
-    except Exception as error:
-        if _is_gpu_memory(error):
-            message = (
-                f"Out of GPU memory; {environment.command('plan')} says what each stage takes there,"
-                " SPARSELINE_GPU_ACTIVATION_BYTES=0 keeps no hidden states there, and docs/cluster.md says"
-                " what else makes it less."
-            )
-        elif _is_memory(error):
-            message = (
-                f"Out of memory; {environment.command('plan')} says what each stage takes, and"
-                " docs/cluster.md what makes that less."
-            )
-        else:
-            message, status = bugs.tell(error), bugs.CODE
+    except (Exception, KeyboardInterrupt) as error:
+        message, status = explained(error)
     with suppress(OSError):  # nobody may read on
         print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def explained(error: BaseException) -> tuple[str, int]:
+    """What ended a stage, in one sentence, and its exit code.
+
+    2 for a SparselineError, the system's refusal of a file and too little memory; 128 + its number
+    for a signal; 4 where another process of the stage is gone; 3 for anything else, which is a bug.
+    """
+    if isinstance(error, SparselineError):
+        return str(error), 2
+    if isinstance(error, Fault):
+        return str(error), error.status
+    if isinstance(error, LostError):
+        return str(error), LOST
+    if isinstance(error, KeyboardInterrupt):
+        stopped = error if isinstance(error, process.Stopped) else process.Stopped(signal.SIGINT)
+        return str(stopped), stopped.code
+    if isinstance(error, OSError) and error.errno is not None:  # else a library's own
+        return _refused(error), 2
+    if isinstance(error, Exception) and _is_gpu_memory(error):
+        return (
+            f"Out of GPU memory; {environment.command('plan')} says what each stage takes there,"
+            " SPARSELINE_GPU_ACTIVATION_BYTES=0 keeps no hidden states there, and docs/cluster.md says"
+            " what else makes it less."
+        ), 2
+    if isinstance(error, Exception) and _is_memory(error):
+        return (
+            f"Out of memory; {environment.command('plan')} says what each stage takes, and"
+            " docs/cluster.md what makes that less."
+        ), 2
+    return bugs.tell(error), bugs.CODE
 
 
 def _refused(error: OSError) -> str:
@@ -126,13 +143,18 @@ def _is_gpu_memory(error: Exception) -> bool:
     )
 
 
-def _peak_gpu() -> int | None:
-    """The most bytes of tensors that were on the stage's GPU at once; None where it used none.
+def used(peaks: list[int]) -> None:
+    """Note what workers took of their GPUs."""
+    _peaks.extend(peaks)
+
+
+def peak_gpu() -> int | None:
+    """The most bytes of tensors that were on one of the stage's GPUs at once; None where it used none.
     torch is not imported for it.
     """
     gpus = [device for device in _used if device.type == "cuda"]
     if not gpus:
-        return None
+        return max(_peaks, default=None)
     import torch
 
     return max(map(torch.cuda.max_memory_allocated, gpus))
@@ -157,22 +179,24 @@ def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str]
 
     def tell(text: str) -> None:
         with suppress(OSError):  # the terminal may be gone, the results are there
+            if ranks.outer():  # the first process tells
+                return
             click.echo(f"{text}; {duration(time.monotonic() - started)}")
 
     with told(), process.following_dvc():
         environment.check()
         yield tell
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        if output is not None and output.exists():
-            peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        usages = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        if output is not None and output.exists() and not ranks.outer():
+            peak = max(one.ru_maxrss for one in usages) * (1 if sys.platform == "darwin" else 1024)
             figures = {
                 "wall_s": round(time.monotonic() - started, 2),
-                "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
+                "cpu_s": round(sum(one.ru_utime + one.ru_stime for one in usages), 2),
             }
             made = {"path": str(output), "sha256": sha256(output)}
             write_json(
                 COSTS / f"{name}.json",
-                figures | {"peak_rss_bytes": peak, "peak_gpu_bytes": _peak_gpu(), "output": made},
+                figures | {"peak_rss_bytes": peak, "peak_gpu_bytes": peak_gpu(), "output": made},
             )
 
 

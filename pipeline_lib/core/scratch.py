@@ -27,6 +27,7 @@ from typing import IO, Any
 
 import click
 
+from pipeline_lib.core import ranks
 from pipeline_lib.core.artifacts import ABANDONED, newest, remove, temporary_name
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import duration
@@ -58,9 +59,18 @@ def hold(name: str, key: str, what: str) -> Iterator[Scratch]:
         key: 32 hexadecimal digits, see ``runtime.resume_key``.
         what: the beginning of messages, "prune wanda".
 
+    Of a stage's processes the first holds the key. The others get the same place, each with a
+    directory of its own.
+
     Raises:
         SparselineError: no directory can be written.
     """
+    if not ranks.first():
+        kept = ranks.broadcast(Path(), 0)
+        kept.mkdir(parents=True, exist_ok=True)  # on another machine
+        with _own(kept) as own:
+            yield Scratch(kept, own)
+        return
     place = _root(what) / name
     place.mkdir(exist_ok=True)
     _sweep(place)
@@ -74,10 +84,9 @@ def hold(name: str, key: str, what: str) -> Iterator[Scratch]:
         for left in kept.rglob(".*.partial"):  # of dead processes, since the lock is ours
             remove(left)
         try:
-            with tempfile.TemporaryDirectory(
-                prefix=".own.", suffix=".partial", dir=kept, ignore_cleanup_errors=True
-            ) as own:
-                yield Scratch(kept, Path(own))
+            ranks.broadcast(kept.absolute(), 0)
+            with _own(kept) as own:
+                yield Scratch(kept, own)
         finally:
             with suppress(OSError):  # where no block was finished
                 kept.rmdir()
@@ -86,6 +95,14 @@ def hold(name: str, key: str, what: str) -> Iterator[Scratch]:
     finally:
         _lock(place, key).unlink(missing_ok=True)
         lock.close()
+
+
+@contextmanager
+def _own(kept: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(
+        prefix=".own.", suffix=".partial", dir=kept, ignore_cleanup_errors=True
+    ) as own:
+        yield Path(own)
 
 
 def _lock(place: Path, key: str) -> Path:

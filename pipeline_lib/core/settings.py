@@ -6,6 +6,7 @@ import re
 from pipeline_lib.core.errors import SparselineError
 
 BYTES = 4_000_000_000
+TIMEOUT = 60
 GPU_SHARE = 0.25  # of a GPU's free memory that hidden states take
 
 
@@ -51,6 +52,17 @@ def processes() -> int:
             " each processor."
         )
     return 1 if found is None else found
+
+
+def timeout() -> int:
+    """SPARSELINE_TIMEOUT: seconds without a sign of life after which another process of the stage
+    counts as lost.
+
+    Raises:
+        SparselineError: it is no positive whole number.
+    """
+    found = _whole("SPARSELINE_TIMEOUT", 1)
+    return TIMEOUT if found is None else found
 
 
 def activation_bytes() -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline_lib.core import settings
+from pipeline_lib.core import ranks, settings
 from pipeline_lib.core.progress import Watched
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.places import room
@@ -76,11 +76,11 @@ class Divergence:
     def summary(self) -> dict[str, float]:
         """``kl`` and ``reverse_kl``: means over the tokens; ``kl_99``, ``reverse_kl_99``: the smallest
         value that 99% of the tokens do not exceed; ``agreement``: the share of tokens with the same
-        most likely token.
+        most likely token. Of all rows, also those that other processes compared.
         """
         found: dict[str, float] = {}
-        for name, pieces in self._found.items():
-            if pieces:
+        for name, own in self._found.items():
+            if pieces := ranks.joined(own):
                 values = torch.cat(pieces).double().cpu()
                 found[name] = float(values.mean())
                 if name != "agreement":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import PreTrainedModel
 
+from pipeline_lib.core import ranks
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import Watched
 
@@ -25,7 +26,8 @@ def perplexity(
     sample by sample. So the batch size changes only the model's own rounding, and only the logits
     of one sample are in memory.
 
-    ``watched`` counts the batches; ``see`` gets the logits [T - 1, V] of each sample.
+    ``watched`` counts the batches; ``see`` gets the logits [T - 1, V] of each sample. If several
+    processes run the stage, each takes consecutive batches (``own_rows``), and all get the result.
 
     Raises:
         SparselineError: there is nothing to predict, or the loss is not finite.
@@ -36,15 +38,18 @@ def perplexity(
             f"Perplexity needs at least one sample of two tokens, not {count} samples of {length}; give"
             " more text."
         )
-    total = torch.zeros((), dtype=torch.float64)
+    sums: list[torch.Tensor] = []
     with torch.inference_mode():
-        for start in watched(range(0, count, batch_rows)):
+        for start in watched(_own_starts(count, batch_rows)):
             batch = rows[start : start + batch_rows].to(model.device)
             for row, predicted in zip(batch, row_logits(model, batch), strict=True):
                 losses = torch.nn.functional.cross_entropy(predicted[:-1].float(), row[1:], reduction="none")
-                total += losses.double().sum().cpu()
+                sums.append(losses.double().sum().cpu())
                 if see is not None:
                     see(predicted[:-1])
+    total = torch.zeros((), dtype=torch.float64)
+    for one in ranks.joined(sums):
+        total += one
     mean = float(total) / (count * (length - 1))
     if not math.isfinite(mean) or mean > 700:  # exp(709) is the last double
         raise SparselineError(
@@ -52,6 +57,19 @@ def perplexity(
             f" overflows in {model.dtype}; prune less, or evaluate in float32."
         )
     return math.exp(mean)
+
+
+def _own_starts(count: int, batch_rows: int) -> range:
+    """The first row of each batch of this process."""
+    starts = range(0, count, batch_rows)
+    own = ranks.part(len(starts))
+    return starts[own.start : own.stop]
+
+
+def own_rows(rows: torch.Tensor, batch_rows: int) -> torch.Tensor:
+    """The rows of ``rows`` [N, T] that this process evaluates."""
+    starts = _own_starts(len(rows), batch_rows)
+    return rows[starts.start : starts.stop]
 
 
 def row_logits(model: PreTrainedModel, batch: torch.Tensor) -> Iterator[torch.Tensor]:

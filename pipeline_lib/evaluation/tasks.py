@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline_lib.core import ranks
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import Progress
 from pipeline_lib.evaluation.metrics import METRICS, ordered
@@ -87,11 +88,14 @@ def run_tasks(
         """Counts what lm-eval cuts, and refuses answers that mean nothing. Its own bar is among
         what is held back.
 
-        Where the family's rows begin with the start token, every request does.
+        Where the family's rows begin with the start token, every request does. Where several
+        processes run the stage, likelihoods are dealt by lm-eval's batches, so that every batch is the
+        one that a single process makes.
         """
 
         def __init__(self) -> None:
             self.cut: set[int] = set()  # id() of requests
+            self.calls = 0  # of the model, for the requests at hand
             self.asked: Sequence[Any] = ()  # requests that are being answered, if lm-eval may cut them
             own = copy.deepcopy(tokenizer)  # HFLM gives it a padding token
             super().__init__(
@@ -120,8 +124,9 @@ def run_tasks(
                     )
                 if len(context) + len(continuation) > self.max_length + 1:
                     self.cut.add(id(request))
+            self.calls = 0
             with Progress(what, len(requests), "requests", stream=stream) as self.progress:
-                found = super()._loglikelihood_tokens(requests, **options)
+                found = _merged(ranks.gathered(super()._loglikelihood_tokens(requests, **options)))
             if not all(math.isfinite(likelihood) for likelihood, _ in found):
                 raise SparselineError(
                     f"The model's log-likelihoods of {what} are NaN or infinite: so are its weights, or"
@@ -149,8 +154,12 @@ def run_tasks(
             return generated
 
         def _model_call(self, inps: torch.Tensor, **options: Any) -> torch.Tensor:
-            logits: torch.Tensor = super()._model_call(inps, **options)
             self.progress.advance(len(inps))
+            self.calls += 1
+            if self.calls % ranks.count() != ranks.rank():  # another process's: see ``_merged``
+                size = model.config.get_text_config().vocab_size
+                return torch.full((1, 1, 1), torch.nan, device=inps.device).expand(*inps.shape, size)
+            logits: torch.Tensor = super()._model_call(inps, **options)
             return logits
 
     stream = sys.stderr
@@ -197,6 +206,13 @@ def run_tasks(
             "truncated": len({request.doc_id for request in tasks[name].instances if id(request) in lm.cut}),
         }
     return Measured(flat, heard, {name: _scores(items) for name, items in results["samples"].items()})
+
+
+def _merged(parts: Sequence[Sequence[tuple[float, bool]]]) -> list[tuple[float, bool]]:
+    """Each request's likelihood from the process that computed it: the others have NaN there."""
+    return [
+        next((one for one in found if not math.isnan(one[0])), found[0]) for found in zip(*parts, strict=True)
+    ]
 
 
 def _scores(items: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

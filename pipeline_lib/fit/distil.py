@@ -13,7 +13,7 @@ stream, ``V`` tokens of the vocabulary.
 """
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch.optim.adam import adam
 
+from pipeline_lib.core import ranks
 from pipeline_lib.core.random import generator
 from pipeline_lib.core.threads import Map, side_by_side, small
-from pipeline_lib.fit.fit import Pairs, minibatches
+from pipeline_lib.fit.fit import Pairs, added, minibatches
 from pipeline_lib.fit.scales import Scales
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.fit.zeros import Zeros
@@ -178,6 +179,7 @@ class Lesson:
     fitting: Pairs
     held_out: Pairs  # those that judge; none: the fitting rows do
     room: Room | None
+    length: int  # tokens of a row
 
     @property
     def gate(self) -> Pairs:
@@ -207,20 +209,19 @@ def lesson(
     """
     fit = deal(len(rows["fit"]), params.batch_rows)
     held_out = deal(len(rows["held_out"]), params.batch_rows, len(fit.sizes))
-    before = model.embed(
-        torch.cat([rows["fit"], rows["held_out"]]), fit.sizes + held_out.sizes, "before", room
-    )
+    every, own = torch.cat([rows["fit"], rows["held_out"]]), fit.own + held_out.own
+    before = model.embed(every, fit.sizes + held_out.sizes, "before", room, own)
     after = before.copy("after")
     cut = len(fit.sizes)
     for index in watched(range(model.checkpoint.architecture.depth)):
         block = model.block(index)
         with _mixed(model, params):
-            model.advance(block, index, after, range(cut))
-        model.advance(block, index, after, range(cut, cut + len(held_out.sizes)))
+            model.advance(block, index, after, fit.own)
+        model.advance(block, index, after, held_out.own)
     seen, judging = (
         Pairs(before.hidden[part], after.hidden[part]) for part in (slice(cut), slice(cut, None))
     )
-    return Lesson(model, seen, judging, room)
+    return Lesson(model, seen, judging, room, every.shape[1])
 
 
 def stream_bytes(fitting: int, held_out: int, width: int, itemsize: int) -> int:
@@ -247,7 +248,8 @@ def train(
             for lanes in minibatches(len(fitting), _batch_rows(fitting, params), random):
                 if number >= done:
                     rate = params.rate * rate_share(number, steps, params.warmup)
-                    yield passes.step([fitting.rows(numbers) for numbers in lanes], rate, number)
+                    own = [fitting.rows(numbers) for numbers in lanes if fitting.has(numbers[0])]
+                    yield passes.step(own, sum(map(len, lanes)) * given.length, rate, number)
                 number += 1
 
 
@@ -269,16 +271,16 @@ def judge(given: Lesson, tensors: Callable[[int], Tensors]) -> float:
     """
     model, rows = given.model, given.gate
     walk = Stream(len(rows.inputs), model.device, given.room or model.room, "judged")
-    for number, hidden in enumerate(rows.inputs):
-        walk.hidden[number] = hidden
+    for number in rows.own:
+        walk.hidden[number] = rows.inputs[number]
     for index in range(model.checkpoint.architecture.depth):
         model.passed(model.block(index, tensors(index)), index, walk)
     sums: list[torch.Tensor] = []
     with model.head() as logits:
-        for number in range(len(rows.inputs)):
+        for number in rows.own:
             found, _ = _divergence(logits, walk.hidden[number], rows.targets[number], None)
             sums += found
-    return float(total(sums)) / (len(rows) * rows.inputs[0].shape[1])
+    return float(total(sums)) / (len(rows) * given.length)
 
 
 @dataclass(frozen=True)
@@ -291,9 +293,12 @@ class _Passes:
     logits: Logits
     each_lane: Map[Any, Any]
 
-    def step(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], rate: float, done: int) -> float:
-        """For each lane its inputs and targets [B, T, D]: the mean KL before the step."""
-        tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden, _ in pairs)
+    def step(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], tokens: int, rate: float, done: int
+    ) -> float:
+        """For each lane of this process its inputs and targets [B, T, D]: the mean KL before the step, over
+        so many tokens of all processes.
+        """
         states: list[list[Any]] = []
         hidden = [one for one, _ in pairs]
         for index in range(len(self.blocks)):
@@ -309,7 +314,7 @@ class _Passes:
                 sums += found
                 gradients.append(gradient)
         del hidden
-        mean = math.fsum(torch.stack(sums).tolist()) / tokens
+        mean = math.fsum(torch.stack(ranks.joined(sums)).tolist()) / tokens
         if math.isfinite(mean):
             for index in reversed(range(len(self.blocks))):
                 own = self._down(index, states.pop(), gradients)
@@ -347,18 +352,15 @@ class _Passes:
                     out = self._call(index, x)
                 return torch.autograd.grad(out, [x, *leaves], gradient.to(out.dtype), allow_unused=True)
 
-        summed: list[torch.Tensor | None] = [None] * len(leaves)
-        with _mixed(self.model, self.params):
-            for number, (below, *own) in enumerate(
-                self.each_lane(lane, list(zip(states, gradients, strict=True)))
-            ):
+        def lanes() -> Iterator[list[torch.Tensor | None]]:
+            given = list(zip(states, gradients, strict=True))
+            for number, (below, *own) in enumerate(self.each_lane(lane, given)):
                 gradients[number] = below
-                for place, gradient in enumerate(own):
-                    before = summed[place]
-                    if gradient is not None:
-                        summed[place] = gradient if before is None else before.add_(gradient)
+                yield own
                 del below, own
-        return summed
+
+        with _mixed(self.model, self.params):
+            return added(lanes())
 
 
 def _divergence(

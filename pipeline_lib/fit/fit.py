@@ -8,7 +8,7 @@ docs/method.md). Zeros stay zero.
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise, zip_longest
@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
+from pipeline_lib.core import ranks
 from pipeline_lib.core.random import generator
 from pipeline_lib.core.threads import Map, side_by_side, small
 from pipeline_lib.fit.settings import BlockParams, FitParams
 from pipeline_lib.fit.spectral import Norm, regulariser
 from pipeline_lib.models.architecture import Matrix, laid
 from pipeline_lib.models.places import Batches
-from pipeline_lib.stats.lanes import LANES, parts, total
+from pipeline_lib.stats.lanes import LANES, fold_for, parts, total
 
 # hidden states, the block's tensors -> output
 Run = Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
@@ -52,6 +53,15 @@ class Pairs:
 
     def __len__(self) -> int:
         return self.borders[-1]
+
+    @property
+    def own(self) -> Sequence[int]:
+        """The numbers of the batches that this process has."""
+        return self.inputs.own if isinstance(self.inputs, Batches) else range(len(self.inputs))
+
+    def has(self, row: int) -> bool:
+        """Whether this process has a row."""
+        return bisect_right(self.borders, row) - 1 in self.own
 
     @property
     def widest(self) -> int:
@@ -240,14 +250,16 @@ def _wrong(
     def batch(number: int) -> list[torch.Tensor]:
         return squares(run(rows.inputs[number], tensors) - rows.targets[number])
 
-    return float(total([one for found in each(batch, range(len(rows.inputs))) for one in found]))
+    return float(total([one for found in each(batch, rows.own) for one in found]))
 
 
 def spread(targets: Sequence[torch.Tensor]) -> float:
     """Σ‖Y − E Y‖² of batches [B, T, D]; E is over tokens."""
-    sums = [row.sum(0, dtype=torch.float64) for target in targets for row in target.float()]
-    mean = (total(sums) / sum(target.shape[0] * target.shape[1] for target in targets)).float()
-    return max(float(total([one for target in targets for one in squares(target - mean)])), 1e-30)
+    own = Pairs(targets, targets).own
+    sums = [row.sum(0, dtype=torch.float64) for number in own for row in targets[number].float()]
+    tokens = sum(ranks.joined([targets[number].shape[0] * targets[number].shape[1] for number in own]))
+    mean = (total(sums) / tokens).float()
+    return max(float(total([one for number in own for one in squares(targets[number] - mean)])), 1e-30)
 
 
 def squares(values: torch.Tensor) -> list[torch.Tensor]:
@@ -316,11 +328,10 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
             random = {lane: generator(params.seed, f"{block.where}:{epoch}:{lane}") for lane in range(LANES)}
             for lanes in minibatches(len(fitting), batch_rows, random):
                 count = sum(map(len, lanes))
-                for found in each_lane(gradients, [(numbers, count) for numbers in lanes]):
-                    for leaf, gradient in zip(leaves, found, strict=True):
-                        if gradient is not None:
-                            leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
-                    del found, gradient  # before the next
+                own = [(numbers, count) for numbers in lanes if fitting.has(numbers[0])]
+                for leaf, gradient in zip(leaves, added(each_lane(gradients, own)), strict=True):
+                    leaf.grad = gradient
+                del gradient
                 if norms:
                     values = free.apply(tensors)
                     current = [matrix.view(values[matrix.parameter]).float() for matrix in matrices]
@@ -347,6 +358,22 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
     facts |= {"fit_after": block_error(run, best, seen), "held_out_after": best_error, "epochs": best_epoch}
     # + 0.0: no zero is negative
     return Fitted({name: tensor.detach() + 0.0 for name, tensor in best.items()}, best_masks, facts)
+
+
+class Gradients(list[torch.Tensor | None]):
+    """Of some leaves; added one by one."""
+
+    def __iadd__(self, other: "Gradients") -> "Gradients":  # type: ignore[override,misc]
+        for place, gradient in enumerate(other):
+            mine = self[place]
+            if gradient is not None:
+                self[place] = gradient if mine is None else mine.add_(gradient)
+        return self
+
+
+def added(lanes: Iterable[Iterable[torch.Tensor | None]]) -> Gradients:
+    """The lanes' gradients, those of other processes too, added up in order."""
+    return fold_for({"": ranks.everyone()}, ({"": Gradients(found)} for found in lanes))[""]
 
 
 def rate_share(done: int, steps: int) -> float:

@@ -34,7 +34,8 @@ class Gate:
         compensate: bool,
     ) -> None:
         self.model, self.selection, self.compensate = model, selection, compensate
-        self.stream = model.embed(rows, deal(len(rows), batch_rows).sizes, "gate")
+        dealt = deal(len(rows), batch_rows)
+        self.stream = model.embed(rows, dealt.sizes, "gate", own=dealt.own)
 
     def enter(self, index: int, dense: DenseBlock, kept: Mapping[Matrix, int]) -> Judge:
         """Pass the activations through block ``index`` (blocks come in order), and return its judge.

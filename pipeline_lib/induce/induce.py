@@ -9,13 +9,14 @@ matrix, ``d`` channels of a site.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from pipeline_lib.core import ranks
 from pipeline_lib.core.random import generator
 from pipeline_lib.fit.spectral import Norm, penalty
-from pipeline_lib.induce.removed import Removed
+from pipeline_lib.induce.removed import Removed, sloped
 from pipeline_lib.induce.scale import normalise
 from pipeline_lib.masks.scores import Curvature, saliency
 from pipeline_lib.masks.select import bounds, select, select_n_of_m
@@ -27,6 +28,8 @@ from pipeline_lib.recipe.settings import InduceParams
 from pipeline_lib.solve.factor import factorise, lost
 from pipeline_lib.stats.dense import DenseBlock
 from pipeline_lib.stats.moments import SiteStatistics, refresh
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -91,18 +94,6 @@ class _Layer:
     def log_scores(self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor) -> torch.Tensor:
         """log of the refreshed score [R, C] times u²."""
         return self.scores(slice(None), *self.shifts(scales, log_u))
-
-    def removed(
-        self,
-        scales: tuple[torch.Tensor, torch.Tensor],
-        log_u: torch.Tensor,
-        temperature: float,
-        signs: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """``error`` of the mask that the refreshed score gives, with a gradient; estimated where
-        there are signs [k, R].
-        """
-        return Removed.apply(*self.shifts(scales, log_u), self, temperature, signs)  # type: ignore[no-untyped-call]
 
     @property
     def _by_row(self) -> bool:
@@ -184,12 +175,10 @@ class _Block:
         return self.matrix_scales[number](theta)
 
     def log_scores(
-        self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]
-    ) -> list[torch.Tensor]:
-        return [
-            layer.log_scores(self.scales(number, theta), log_u.get(layer.matrix.site, torch.zeros(())))
-            for number, layer in enumerate(self.layers)
-        ]
+        self, number: int, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        layer = self.layers[number]
+        return layer.log_scores(self.scales(number, theta), log_u.get(layer.matrix.site, torch.zeros(())))
 
     def removed(
         self,
@@ -199,29 +188,36 @@ class _Block:
         probes: int,
         random: torch.Generator,
     ) -> list[torch.Tensor]:
-        """Every layer's differentiable error; exact with 0 probes."""
-        errors = []
+        """Every layer's differentiable error, of the mask that the refreshed score gives; exact with
+        0 probes, else estimated.
+        """
+        shifts, signs = [], []
         for number, layer in enumerate(self.layers):
             # on the CPU, as on any other device
             drawn = torch.randint(2, (probes, len(layer.weight)), generator=random)
-            signs = 2.0 * drawn.to(layer.weight.device) - 1 if probes else None
+            signs.append(2.0 * drawn.to(layer.weight.device) - 1 if probes else None)
             u = log_u.get(layer.matrix.site, torch.zeros(()))
-            errors.append(layer.removed(self.scales(number, theta), u, temperature, signs))
-        return errors
+            shifts.append(layer.shifts(self.scales(number, theta), u))
+        found = self.each(
+            lambda number: sloped(self.layers[number], *shifts[number], temperature, signs[number])
+        )
+        return [Removed.apply(*both, value) for both, value in zip(shifts, found, strict=True)]  # type: ignore[no-untyped-call]
 
-    def masks(
-        self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]
-    ) -> list[torch.Tensor]:
-        scores = self.log_scores(theta, log_u)
-        return [layer.mask(score) for layer, score in zip(self.layers, scores, strict=True)]
+    def each(self, compute: Callable[[int], T]) -> list[T]:
+        """What every layer gives, by its number; dealt to the stage's processes by rows · columns²."""
+        costs = {n: layer.weight.numel() * layer.weight.shape[1] for n, layer in enumerate(self.layers)}
+        return list(ranks.each(costs, compute).values())
+
+    def mask(
+        self, number: int, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        return self.layers[number].mask(self.log_scores(number, theta, log_u))
 
     def held_out(self, theta: Mapping[str, torch.Tensor], log_u: Mapping[str, torch.Tensor]) -> float:
-        masks = self.masks(theta, log_u)
-        return float(
-            torch.stack(
-                [layer.error(mask, held_out=True) for layer, mask in zip(self.layers, masks, strict=True)]
-            ).mean()
+        errors = self.each(
+            lambda number: self.layers[number].error(self.mask(number, theta, log_u), held_out=True)
         )
+        return float(torch.stack(errors).mean())
 
 
 def induce_block(
@@ -253,12 +249,12 @@ def induce_block(
     statistics = {
         site.name: refresh(given[site.name], None, start.shifts.get(site.name)) for site in layout.sites
     }
-    curvatures = {
-        name: factorise(
-            site.second_moment_matrix, selection.damping, selection.damping_of, f"{where} {name}"
-        ).whole()
-        for name, site in statistics.items()
-    }
+
+    def curvature(name: str) -> Curvature:
+        gram = statistics[name].second_moment_matrix
+        return factorise(gram, selection.damping, selection.damping_of, f"{where} {name}").whole()
+
+    curvatures = ranks.each({name: len(site.mean) ** 3 for name, site in statistics.items()}, curvature)
     layers = [
         _Layer(
             m,
@@ -332,9 +328,10 @@ def induce_block(
             )
         choice = min(judged, key=lambda name: (judged[name], list(judged).index(name)))
         best_theta, best_u = candidates[choice]
-        before, after = block.masks(nothing, nothing), block.masks(best_theta, best_u)
-        swapped = torch.stack([(a != b).sum() for a, b in zip(before, after, strict=True)]).sum()
-        changed = int(swapped) / sum(m.numel() for m in before)
+        swapped = block.each(
+            lambda n: (block.mask(n, nothing, nothing) != block.mask(n, best_theta, best_u)).sum()
+        )
+        changed = int(torch.stack(swapped).sum()) / sum(layer.weight.numel() for layer in layers)
         transform = _transform(best_theta, best_u, start).to(torch.device("cpu"))
     return Outcome(transform, choice, judged, held_out, curve, changed)
 

@@ -4,7 +4,7 @@ loss.
 
 from typing import Any
 
-from pipeline_lib.core import artifacts
+from pipeline_lib.core import artifacts, ranks
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.measure.curves import measure
@@ -48,6 +48,8 @@ def curves(
         measured = measure(block, own, moments, part.selection, part.compensate, part.curves)
         for label, facts in measured.items():
             found[f"{where}.{label}"] = sensitivities.get(f"{where}.{label}", {}) | facts
+    if not ranks.writes():
+        return ""
     workspace.save(workspace.curves(variant), found)
     points = len(next(iter(found.values()))["curve"]["density"])
     with_or_without = "with" if weighted else "without"

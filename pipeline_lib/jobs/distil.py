@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from pipeline_lib.core import artifacts, runtime, scratch, seals
+from pipeline_lib.core import artifacts, ranks, runtime, scratch, seals
 from pipeline_lib.core.kept import Kept
 from pipeline_lib.core.progress import Progress, track
 from pipeline_lib.core.workspace import Workspace
@@ -25,6 +25,7 @@ from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.recipe.variants import DistilPart
 from pipeline_lib.solve.grid import Scheme, scheme
 from pipeline_lib.stats.inputs import calibration_file, calibration_rows, open_model
+from pipeline_lib.stats.lanes import share
 
 SECONDS = 300.0  # between two states on the disk, or twenty times what writing one takes
 STATES = "states"
@@ -45,8 +46,8 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, part: Distil
     described = f"{part.model_dump_json()} {source.model_dump_json()}"
     inputs = [workspace.model, directory / seals.FILE, calibration_file(workspace)]
     wanted = stream_bytes(
-        rows["fit"].numel(),
-        rows["held_out"].numel(),
+        share(rows["fit"].numel()),
+        share(rows["held_out"].numel()),
         model.checkpoint.architecture.width,
         model.dtype.itemsize,
     )
@@ -59,6 +60,8 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, part: Distil
         curve = _trained(given, blocks, params, _States(held.kept, what))
         after = judge(given, lambda index: blocks[index].stored()) if math.isfinite(curve[-1]) else math.nan
         kept = after < before
+        if not ranks.writes():
+            return ""
         with workspace.directory(workspace.distilled(variant)) as made:
             if kept:
                 writer = ShardWriter(pruned, made / "checkpoint")
@@ -134,21 +137,24 @@ class _States:
     """
 
     def __init__(self, directory: Path, what: str) -> None:
-        self.what = what
-        self.kept = Kept(directory, what, (STATES,), "step")
+        self.what, self.directory = what, directory
+        self.kept = Kept(directory, what, (STATES,), "step") if ranks.first() else None
         self._next = time.monotonic() + SECONDS
 
     def latest(self, blocks: Sequence[Trained]) -> list[float]:
         """Bring the blocks to the latest state; the curve until then, empty where there is none."""
-        done = self.kept.latest()
-        for left in self.kept.directory.glob(f"{STATES}/*"):  # of a state that was not finished
+        done = ranks.broadcast(self.kept.latest() if self.kept else None, 0)
+        for left in (
+            self.directory.glob(f"{STATES}/*") if self.kept else ()
+        ):  # of a state that was not finished
             if done is None or left.name != str(done):
                 artifacts.remove(left)
         if done is None:
             return []
         curve: list[float] = []
         for index, block in enumerate(blocks):
-            state, facts = artifacts.read_tensors(self._file(done, index))
+            found = artifacts.read_tensors(self._file(done, index)) if self.kept else ({}, {})
+            state, facts = ranks.broadcast(found, 0)
             block.restore(state)
             curve = facts["curve"]
         return curve
@@ -156,7 +162,7 @@ class _States:
     def keep(self, blocks: Sequence[Trained], curve: Sequence[float]) -> None:
         """If it is time to."""
         started = time.monotonic()
-        if started < self._next:
+        if self.kept is None or started < self._next:
             return
         done, before = len(curve), self.kept.latest()
         files = [self._file(done, index) for index in range(len(blocks))]
@@ -170,7 +176,7 @@ class _States:
         self._next = now + max(SECONDS, 20 * (now - started))
 
     def _file(self, done: int, index: int) -> Path:
-        return artifacts.block_file(self.kept.directory / STATES / str(done), index)
+        return artifacts.block_file(self.directory / STATES / str(done), index)
 
 
 def _zeros(workspace: Workspace, blocks: Sequence[Trained], architecture: Architecture) -> int:

@@ -6,12 +6,12 @@ from functools import partial
 
 import torch
 
-from pipeline_lib.core import runtime
+from pipeline_lib.core import ranks, runtime
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import DENSE, Workspace
 from pipeline_lib.evaluation.completions import complete
 from pipeline_lib.evaluation.divergence import Dense, Divergence
-from pipeline_lib.evaluation.perplexity import perplexity
+from pipeline_lib.evaluation.perplexity import own_rows, perplexity
 from pipeline_lib.evaluation.settings import EvaluatePart
 from pipeline_lib.evaluation.subject import open_subject
 from pipeline_lib.models.settings import ModelParams
@@ -32,13 +32,16 @@ def evaluate(workspace: Workspace, source: ModelParams, name: str, part: Evaluat
         compared = None
         if dense is not None:
             passed = partial(track, what=f"evaluate {name}, {text}, dense model", units="blocks")
-            compared = Divergence(dense.logits(rows, params.batch_rows, passed), params.reverse_kl)
+            own = own_rows(rows, params.batch_rows)
+            compared = Divergence(dense.logits(own, params.batch_rows, passed), params.reverse_kl)
         watched = partial(track, what=f"evaluate {name}, {text}", units="batches")
         perplexities[text] = perplexity(
             model, rows, params.batch_rows, watched, None if compared is None else compared.add
         )
         if compared is not None:
             divergences[text] = compared.summary()
+    if not ranks.writes():
+        return ""
     watched = partial(track, what=f"evaluate {name}, completions", units="tokens")
     completions = complete(model, tokenizer, texts[params.completions.text], params.completions, watched)
     workspace.save(workspace.evaluation(name), {"perplexity": perplexities, "divergence": divergences})

@@ -3,7 +3,7 @@
 import click
 import torch
 
-from pipeline_lib.core import artifacts, runtime, scratch
+from pipeline_lib.core import artifacts, ranks, runtime, scratch
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.kept import Kept
 from pipeline_lib.core.progress import track
@@ -44,8 +44,8 @@ def induce(
     described = " ".join(one.model_dump_json() for one in (part, source, calibrate))
     inputs = [workspace.model, workspace.allocation(variant), workspace.start, calibration_file(workspace)]
     with scratch.hold("induce", runtime.resume_key("induce", described, inputs), what) as held:
-        kept = Kept(held.kept, what)
-        if done := sum(map(kept.finished, range(entry.depth))):
+        kept = Kept(held.kept, what) if ranks.first() else None
+        if done := sum(map(kept.finished, range(entry.depth))) if kept else 0:
             click.echo(f"{what}: resuming after {done} of {entry.depth} blocks")
         outcomes = {}
         statistics = stored_or_walked(
@@ -67,11 +67,14 @@ def induce(
             judge = gate.enter(index, dense, counts)
             if not counts:
                 continue
-            outcome = finished(kept, index)
+            outcome = ranks.broadcast(finished(kept, index) if kept else None, 0)
             if outcome is None:
                 outcome = induce_block(dense, counts, starts[index], part.selection, part.induce, judge)
-                keep(kept, index, outcome)
+                if kept:
+                    keep(kept, index, outcome)
             outcomes[index] = outcome
+        if not ranks.writes():
+            return ""
         curve = [{"block": index, **point} for index, outcome in outcomes.items() for point in outcome.curve]
         facts = {
             "settings": part.induce.model_dump(mode="json"),

@@ -3,8 +3,9 @@
 from typing import Any
 
 import click
+import torch
 
-from pipeline_lib.core import runtime, scratch
+from pipeline_lib.core import ranks, runtime, scratch
 from pipeline_lib.core.counts import check
 from pipeline_lib.core.kept import Kept
 from pipeline_lib.core.progress import track
@@ -19,6 +20,7 @@ from pipeline_lib.recipe.settings import FITS, Recipe
 from pipeline_lib.solve.settings import QuantizationParams
 from pipeline_lib.solve.size import packed_bits
 from pipeline_lib.stats.inputs import calibration_facts, calibration_file, calibration_rows, open_model
+from pipeline_lib.stats.lanes import share
 
 
 def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recipe: Recipe) -> str:
@@ -47,7 +49,7 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
         rows = Rows(found["fit"], found["held_out"], recipe.batch_rows)
         inputs.append(calibration_file(workspace))
         tokens = found["fit"].numel() + found["held_out"].numel()
-        wanted = stream_bytes(steps, tokens, entry.width, model.dtype.itemsize)
+        wanted = stream_bytes(steps, share(tokens), entry.width, model.dtype.itemsize)
         if steps.judged and not len(found["held_out"]):
             click.echo(
                 f"{what}: there is no held-out split (held_out: 0), so the training samples decide which"
@@ -55,19 +57,30 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
             )
     described = f"{recipe.model_dump_json()} {source.model_dump_json()}"
     with scratch.hold("prune", runtime.resume_key("prune", described, inputs), what) as held:
-        progress = Progress(Kept(held.kept, what, PARTS), model.checkpoint, recipe.quantization)
-        if done := progress.done():
+        progress = (
+            Progress(Kept(held.kept, what, PARTS), model.checkpoint, recipe.quantization)
+            if ranks.first()
+            else None
+        )
+        if done := progress.done() if progress else 0:
             click.echo(f"{what}: resuming after {done} of {entry.depth} blocks")
+
+        def finished(index: int) -> dict[str, torch.Tensor] | None:
+            return ranks.broadcast(progress.finished(index) if progress else None, 0)
+
         blocks = prune(
             Source(model, transforms, kept),
             rows,
             steps,
-            progress.finished,
+            finished,
             room(model.device, held.own, wanted),
         )
         for index, block in track(blocks, what, "blocks", entry.depth, done):
-            progress.keep(index, block)
+            if progress:
+                progress.keep(index, block)
             del block  # before the next
+        if not ranks.writes() or progress is None:
+            return ""
         by_block = progress.publish(workspace, workspace.pruned(variant))
 
     matrices = {

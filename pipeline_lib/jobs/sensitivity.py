@@ -1,13 +1,15 @@
 """Sensitivity of the loss to the weights of the dense model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from pipeline_lib.core import artifacts, runtime
+from pipeline_lib.core import artifacts, ranks, runtime
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
@@ -58,11 +60,13 @@ def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityPa
         )
         full = False
     wanted = params.output_moments != "none"
-    with workspace.directory(workspace.sensitivity / "moments") as directory:
+    with _moments(workspace) as directory:
         moments = OutputMoments(directory, full) if wanted else None
         found = _estimate(subject, params, moments)
         if moments is not None:
             moments.finish(entry.depth)
+        if not ranks.writes():
+            return ""
     summary = found.summary()
     described = {
         name: value | {key: listed[name][key] for key in ("block", "kind")} for name, value in summary.items()
@@ -87,6 +91,22 @@ def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityPa
         f" agree to τ = {found.agreement:.2f} ({reached}), median standard error"
         f" {facts['relative_error']:.0%}"
     )
+
+
+@contextmanager
+def _moments(workspace: Workspace) -> Iterator[Path]:
+    """Where moments are collected: what the first process has there becomes the artifact."""
+    path = workspace.sensitivity / "moments"
+    if ranks.first():
+        with workspace.directory(path) as directory:
+            yield directory
+        return
+    own = artifacts.temporary_name(path)
+    own.mkdir(parents=True)
+    try:
+        yield own
+    finally:
+        artifacts.remove(own)
 
 
 def _estimate(subject: Subject, params: SensitivityParams, moments: OutputMoments | None) -> Estimate:

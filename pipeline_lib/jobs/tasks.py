@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from pipeline_lib.core import ranks
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.evaluation.metrics import metric, ordered
 from pipeline_lib.evaluation.settings import Preset, TasksParams
@@ -28,6 +29,8 @@ def tasks(
         told += [
             f"{task} {_main(facts)} on {_items(facts, asked.limit)}" for task, facts in found.tasks.items()
         ]
+    if not ranks.writes():
+        return ""
     workspace.save(workspace.tasks(name), measured)
     return ", ".join(told)
 

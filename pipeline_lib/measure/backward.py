@@ -60,6 +60,8 @@ class Walk(Protocol[S]):
 
 def walk(model: BlockModel, batches: Sequence[torch.Tensor], method: Walk[S]) -> None:
     """Pass batches of samples [B, T] forward and backward through all blocks."""
+    if not batches:  # with few probes, other processes have all of them
+        return
     depth = model.checkpoint.architecture.depth
     stream = model.embed(torch.cat(list(batches)), [len(batch) for batch in batches])
     kept = [[method.enter(hidden)] for hidden in stream.hidden]

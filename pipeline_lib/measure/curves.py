@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline_lib.core import ranks
 from pipeline_lib.core.counts import target
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.masks.rule import Rule
@@ -78,6 +79,9 @@ def measure(
         SparselineError: an error is NaN or infinite.
     """
     tensors, statistics, where = block.tensors, block.statistics, block.where
+    owners = ranks.deal(
+        {matrix: math.prod(_shape(matrix, tensors)) * _shape(matrix, tensors)[1] for matrix in included}
+    )
     found: dict[str, dict[str, Any]] = {}
     # label -> size and counts; errors at none and at these [n, 2 or 3]
     waiting: dict[str, tuple[list[int], torch.Tensor]] = {}
@@ -88,8 +92,11 @@ def measure(
             continue
         gram, share = statistics[site.name].second_moment_matrix, statistics[site.name].share
         scales[site.name] = statistics[site.name].second_moment.sqrt()
+        own = [matrix for matrix in consumers if owners[matrix] == ranks.rank()]
+        if not own:
+            continue
         factorisation = factorise(gram, selection.damping, selection.damping_of, f"{where} {site.name}")
-        for matrix in consumers:
+        for matrix in own:
             weight = matrix.view(tensors[matrix.parameter]).float()
             moment = moments.get(matrix.label)
             moment = None if moment is None else moment.to(gram.device)
@@ -107,6 +114,8 @@ def measure(
         del factorisation
     if found:
         _read(waiting, found, where)
+    found = {label: facts for part in ranks.gathered(found) for label, facts in part.items()}
+    if found:
         views = [(matrix.view(tensors[matrix.parameter]), scales[matrix.site]) for matrix in included]
         metric = torch.empty(sum(view.numel() for view, _ in views), device=views[0][1].device)
         for part, (view, scale) in zip(metric.split([view.numel() for view, _ in views]), views, strict=True):
@@ -114,6 +123,10 @@ def measure(
         outliers, middle = _outliers_and_median(metric, params.outlier_factor)
         found = {label: facts | {"outliers": outliers, "median": middle} for label, facts in found.items()}
     return found
+
+
+def _shape(matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Size:
+    return matrix.view(tensors[matrix.parameter]).shape
 
 
 def _read(

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pipeline_lib.core import ranks
 from pipeline_lib.core.artifacts import block_file, read_tensors, write_tensors
 from pipeline_lib.core.random import generator
 from pipeline_lib.measure.backward import Logits, Subject, walk
@@ -23,7 +24,7 @@ from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.conversion import place
 from pipeline_lib.models.products import Parameters, Product, Watched
 from pipeline_lib.models.stream import HEAD_TOKENS
-from pipeline_lib.stats.lanes import LANES, Sums, fold
+from pipeline_lib.stats.lanes import LANES, fold_for, own_lanes
 from pipeline_lib.stats.moments import add_square, mirror_
 
 BATCH_ROWS = (4, 2, 1)  # of a lane's probes in one call: a short row alone leaves much of a processor idle
@@ -34,16 +35,18 @@ class OutputMoments:
     """E[g gᵀ], shape [R, R], of every included matrix, or its diagonal [R], as a mean over predicted
     tokens: one file per block, one block in memory.
 
-    Probe p belongs to lane p mod 4. Until all probes are done, there is a file per block and lane,
-    so that a lane's sum continues where it ended. The number of probes per pass does not change a
-    bit of the sums over given gradients.
+    Probe p belongs to lane p mod 4, and each process has some lanes. Until all probes are done,
+    there is a file per block and lane, so that a lane's sum continues where it ended. The number of
+    probes per pass does not change a bit of the sums over given gradients.
     """
 
     def __init__(self, directory: Path, full: bool) -> None:
+        """``directory``: of this process's own."""
         self.directory = directory
         self.full = full
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens = 0
+        self._labels: dict[int, set[str]] = {}  # of each block's sums
 
     def open(self, index: int, lane: int) -> None:
         """Begin with a block and a lane."""
@@ -68,21 +71,24 @@ class OutputMoments:
 
     def close(self, index: int, lane: int, tokens: int) -> None:
         """Store the sums of the open block and lane, over so many more predicted tokens."""
+        self._labels.setdefault(index, set()).update(self._sums)
         write_tensors(self._file(index, lane), self._sums, {"tokens": self._tokens + tokens})
         self._sums = {}
 
     def finish(self, depth: int) -> None:
-        """Add the lanes' sums to each block's mean, and store it in one file."""
+        """Add the lanes' sums to each block's mean, and store it in one file; the first process
+        writes.
+        """
         for index in range(depth):
-            files = [file for lane in range(LANES) if (file := self._file(index, lane)).exists()]
-            tokens = sum(read_tensors(file)[1]["tokens"] for file in files)
-            means = {
-                label: sums.div_(tokens)
-                for label, sums in fold(Sums(read_tensors(file)[0]) for file in files).items()
-            }
-            if self.full:
-                means = {label: mirror_(mean) for label, mean in means.items()}
-            write_tensors(block_file(self.directory, index), means, {"full": self.full, "tokens": tokens})
+            files = [file for lane in own_lanes() if (file := self._file(index, lane)).exists()]
+            tokens = sum(ranks.joined([read_tensors(file)[1]["tokens"] for file in files]))
+            labels = sorted(set(ranks.joined(sorted(self._labels.get(index, ())))))
+            sums = fold_for({label: [0] for label in labels}, (read_tensors(file)[0] for file in files))
+            if ranks.first():
+                means = {label: mean.div_(tokens) for label, mean in sums.items()}
+                if self.full:
+                    means = {label: mirror_(mean) for label, mean in means.items()}
+                write_tensors(block_file(self.directory, index), means, {"full": self.full, "tokens": tokens})
             for file in files:
                 file.unlink()
 
@@ -152,7 +158,13 @@ class _Gradient:
             for layout in subject.model.checkpoint.architecture.layouts
             for site in layout.sites
         )
-        self.probes = batches(probes, 1 if routed else at_once(params.rows_per_probe, subject.rows.shape[1]))
+        self.probes = [
+            together
+            for together in batches(
+                probes, 1 if routed else at_once(params.rows_per_probe, subject.rows.shape[1])
+            )
+            if together[0] % LANES in own_lanes()
+        ]
         self.batches = [
             torch.cat([subject.batch(probe, params.rows_per_probe) for probe in own]) for own in self.probes
         ]
@@ -245,16 +257,16 @@ class _Gradient:
         return below
 
     def samples(self) -> dict[int, dict[str, float]]:
-        """By probe, the reduced squares by logical matrix."""
-        found: dict[int, dict[str, float]] = {probe: {} for own in self.probes for probe in own}
+        """By probe of this process, the reduced squares by logical matrix."""
+        found: dict[int, dict[str, float]] = {probe: {} for together in self.probes for probe in together}
         checkpoint = self.subject.model.checkpoint
-        for own, blocks in zip(self.probes, self.squares, strict=True):
+        for together, blocks in zip(self.probes, self.squares, strict=True):
             for index, squares in blocks:
                 for (name, matrix), values in zip(
                     self.subject.matrices[index].items(), squares.tolist(), strict=True
                 ):
                     weights = math.prod(checkpoint.matrix_shape(index, matrix))
-                    for probe, value in zip(own, values, strict=True):
+                    for probe, value in zip(together, values, strict=True):
                         found[probe][name] = value / (self.predicted * weights)
         return found
 
@@ -292,5 +304,5 @@ def samples(
     """
     gradient = _Gradient(subject, params, probes, moments)
     walk(subject.model, gradient.batches, gradient)
-    found = gradient.samples()
+    found = {probe: one for part in ranks.gathered(gradient.samples()) for probe, one in part.items()}
     return [found[probe] for probe in probes]

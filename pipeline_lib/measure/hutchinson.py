@@ -14,9 +14,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
+from pipeline_lib.core import ranks
 from pipeline_lib.core.random import generator
 from pipeline_lib.measure.backward import Logits, Subject, walk
 from pipeline_lib.measure.settings import SensitivityParams
+from pipeline_lib.stats.lanes import LANES, own_lanes
 
 Tensors = Sequence[torch.Tensor]
 State = tuple[torch.Tensor, torch.Tensor]  # a value and its tangent, both [B, T, D]
@@ -156,6 +158,9 @@ def samples(subject: Subject, params: SensitivityParams, probes: Sequence[int]) 
     One Hessian-vector product serves all matrices: z is drawn for all at once, and the cross terms
     vanish in expectation.
     """
-    product = _Product(subject, params, probes)
+    mine = [probe for probe in probes if probe % LANES in own_lanes()]
+    product = _Product(subject, params, mine)
     walk(subject.model, product.batches, product)
-    return product.samples()
+    pairs = ranks.joined(list(zip(mine, product.samples(), strict=True)))
+    found = dict(pairs)
+    return [found[probe] for probe in probes]

@@ -204,11 +204,15 @@ class Batches(Sequence[torch.Tensor]):
     on the device.
 
     A slice shares the places. A reader that takes the batches in order gets the next one
-    prefetched.
+    prefetched. If several processes run the stage, each has its own batches, and knows only the
+    sizes of the others.
     """
 
-    def __init__(self, count: int, device: torch.device, room: Room, name: str) -> None:
-        self._device, self._room, self._name = device, room, name
+    def __init__(
+        self, count: int, device: torch.device, room: Room, name: str, sizes: Sequence[int] | None = None
+    ) -> None:
+        """``sizes``: rows of each, where not all are given here."""
+        self._device, self._room, self._name, self._sizes = device, room, name, sizes
         self._link: _Link | None = None
         self._cells: list[_Cell | None] = [None] * count
         self._numbers: Sequence[int] = range(count)
@@ -222,7 +226,7 @@ class Batches(Sequence[torch.Tensor]):
     def __getitem__(self, place: slice) -> "Batches": ...
     def __getitem__(self, place: int | slice) -> "torch.Tensor | Batches":
         if isinstance(place, slice):
-            part = Batches(0, self._device, self._room, self._name)
+            part = Batches(0, self._device, self._room, self._name, self._sizes)
             part._link, part._cells, part._numbers = self._link, self._cells, self._numbers[place]
             return part
         found = self._cell(place).read()
@@ -239,7 +243,14 @@ class Batches(Sequence[torch.Tensor]):
 
     def sizes(self) -> list[int]:
         """Number of samples in each batch."""
+        if self._sizes is not None:
+            return [self._sizes[number] for number in self._numbers]
         return [self._cell(place).rows() for place in range(len(self))]
+
+    @property
+    def own(self) -> list[int]:
+        """The places of the batches that this process has."""
+        return [place for place, number in enumerate(self._numbers) if self._cells[number] is not None]
 
     def row(self, place: int, number: int) -> torch.Tensor:
         """One sample [1, T, D] of a batch; no other is read."""

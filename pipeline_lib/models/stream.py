@@ -7,9 +7,10 @@ stream, ``V`` tokens of the vocabulary.
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,15 +59,23 @@ class Stream:
     The room determines their places.
     """
 
-    def __init__(self, batches: int, device: torch.device, room: Room, name: str = "") -> None:
+    def __init__(
+        self,
+        batches: int,
+        device: torch.device,
+        room: Room,
+        name: str = "",
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        """``sizes``: see ``Batches``."""
         self.device, self.room = device, room
-        self.hidden = Batches(batches, device, room, name)
+        self.hidden = Batches(batches, device, room, name, sizes)
 
     def copy(self, name: str = "") -> "Stream":
         """A second stream with the same hidden states."""
-        other = Stream(len(self.hidden), self.device, self.room, name)
-        for number, hidden in enumerate(self.hidden):
-            other.hidden[number] = hidden
+        other = Stream(len(self.hidden), self.device, self.room, name, self.hidden.sizes())
+        for number in self.hidden.own:
+            other.hidden[number] = self.hidden[number]
         return other
 
 
@@ -101,12 +110,18 @@ class BlockModel:
         self._made_of: dict[int, dict[str, tuple[Piece, ...]]] = {}  # a block's parameters
 
     def embed(
-        self, rows: torch.Tensor, batch_rows: int | list[int], name: str = "", room: Room | None = None
+        self,
+        rows: torch.Tensor,
+        batch_rows: int | list[int],
+        name: str = "",
+        room: Room | None = None,
+        own: Collection[int] | None = None,
     ) -> Stream:
         """The stream before the first block, for samples [N, T]; it also records each block's other
         arguments.
 
-        Batches have ``batch_rows`` samples, or the sizes in the list.
+        Batches have ``batch_rows`` samples, or the sizes in the list. Those of the numbers ``own`` are
+        embedded; None: all.
         """
         if rows.shape[1] != self._length:
             self._length, self._arguments = rows.shape[1], {}
@@ -114,9 +129,11 @@ class BlockModel:
             if 1 not in self._arguments:
                 self._note(rows[:1])
             batches = rows.split(batch_rows)
-            stream = Stream(len(batches), self.device, room or self.room, name)
+            sizes = [len(batch) for batch in batches]
+            stream = Stream(len(batches), self.device, room or self.room, name, sizes)
             for number, batch in enumerate(batches):
-                stream.hidden[number] = self._note(batch)
+                if own is None or number in own:
+                    stream.hidden[number] = self._note(batch)
             return stream
 
     @contextmanager
@@ -312,8 +329,9 @@ class BlockModel:
         if numbers is not None:
             bounds = through(numbers)
         else:
-            count = len(stream.hidden)
-            parts = [range(count * part // PARTS, count * (part + 1) // PARTS) for part in range(PARTS)]
+            own = stream.hidden.own
+            cuts = [len(own) * part // PARTS for part in range(PARTS + 1)]
+            parts = [own[first:last] for first, last in pairwise(cuts)]
             with side_by_side(self.is_small(block)) as each:
                 bounds = [bound for part in each(through, parts) for bound in part]
         return torch.stack(bounds) if bounds else torch.zeros(0, device=self.device)

@@ -2,6 +2,7 @@
 factorised or compensated.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from pipeline_lib.masks.rule import Rule
 from pipeline_lib.masks.scores import Curvature
 from pipeline_lib.masks.settings import SelectionParams
+from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.prune.window import NO_SCORES, Block, Window, collect_diagonals
 from pipeline_lib.recipe.needs import Moments
@@ -31,27 +33,39 @@ class Choose:
         model = window.model
         found: dict[str, torch.Tensor] = {}
         with block.settling():
+            dealt = block.deal(())
             for site in block.sites:
-                if site not in found and self.moments != "none":
+                if site not in dealt.ahead:
+                    dealt.share()
                     sites = block.ahead(site, self.by_site)
-                    hidden, lanes = window.rows.pruned.hidden, window.rows.seen
-                    found = collect_diagonals(
-                        model, (index, model.block(index, block.tensors)), hidden, lanes, sites
-                    )
-                self.prune_site(block, site, found.get(site))
+                    dealt = block.deal(sites)
+                    if self.moments != "none":
+                        hidden, lanes = window.rows.pruned.hidden, window.rows.seen
+                        found = collect_diagonals(
+                            model, (index, model.block(index, block.tensors)), hidden, lanes, sites
+                        )
+                self.prune_site(block, site, found.get(site), dealt.take(site))
+            dealt.share()
 
-    def prune_site(self, block: Block, site: str, second_moment: torch.Tensor | None) -> None:
+    def prune_site(
+        self,
+        block: Block,
+        site: str,
+        second_moment: torch.Tensor | None,
+        own: Sequence[Matrix] | None = None,
+    ) -> None:
         """Choose the masks of the matrices of a site, and put weights and masks into the block, whose
         checks run when it settles.
 
         Args:
             second_moment: the diagonal [C] of the second moment of the site's inputs, or None if
                 the score reads none.
+            own: the matrices to prune; None: all.
         """
         rule = Rule.of(self.selection)
         if second_moment is not None:
             block.checks.append((finite(second_moment), NOT_FINITE.format(f"{block.where} {site}")))
-        for matrix in block.consumers(site):
+        for matrix in block.consumers(site) if own is None else own:
             weight = matrix.view(block.tensors[matrix.parameter])
             known = (
                 torch.full((weight.shape[1],), torch.nan, device=weight.device)

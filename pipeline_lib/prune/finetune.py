@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pipeline_lib.core import ranks
 from pipeline_lib.core.threads import SMALL
 from pipeline_lib.fit.fit import Masks, Remask, Sparse, fit
 from pipeline_lib.fit.scales import Scales
@@ -82,14 +83,15 @@ class Finetune:
             return None
 
         def remask(tensors: Mapping[str, torch.Tensor]) -> Masks:
-            masks = {}
-            for matrix, (index, own) in places.items():
+            weights = {matrix: matrix.view(tensors[matrix.parameter]) for matrix in places}
+
+            def chosen(matrix: Matrix) -> torch.Tensor:
+                index, own = places[matrix]
                 block = window.blocks[index]
-                scores = block.rules[own].scores(
-                    matrix.view(tensors[matrix.parameter]), block.curvatures[own]
-                )
-                masks[matrix] = block.rules[own].mask(scores, block.kept[own])
-            return masks
+                scores = block.rules[own].scores(weights[matrix], block.curvatures[own])
+                return block.rules[own].mask(scores, block.kept[own])
+
+            return ranks.each({matrix: weight.numel() for matrix, weight in weights.items()}, chosen)
 
         return remask
 

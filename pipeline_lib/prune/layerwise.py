@@ -16,7 +16,7 @@ from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.folding import site_factor
 from pipeline_lib.prune.shapes import Shapes
-from pipeline_lib.prune.window import NO_SCORES, Block, Window, collect
+from pipeline_lib.prune.window import NO_SCORES, Block, Dealt, Window, collect
 from pipeline_lib.solve import lsq
 from pipeline_lib.solve.factor import ROWS, Factorisation, energy, factorise, layer_error, lost
 from pipeline_lib.solve.grid import Grid, Scheme
@@ -55,45 +55,59 @@ class Layerwise:
         found: dict[str, Moments] = {}
         before = None  # the block as it was, where its statistics do not fit into memory at once
         with block.settling():
-            left = block.sites
+            dealt, left = block.deal(()), block.sites
             while left:
-                if left[0] not in found:
+                if left[0] not in dealt.ahead:
+                    dealt.share()
                     module = before or model.block(index, block.tensors)
                     sites = block.ahead(left[0], self.by_site, settings.gram_bytes())
-                    found = collect(model, (index, module), hidden, streams.seen, sites, beside)
+                    dealt = block.deal(sites)
+                    found = {}  # before the next
+                    found = collect(model, (index, module), hidden, streams.seen, dealt.sites(), beside)
                     before = module if not self.by_site and len(sites) < len(block.sites) else None
                     del module
-                ready = list(itertools.takewhile(found.__contains__, left))
-                self._prune_sites(block, ready, found)
+                ready = list(itertools.takewhile(dealt.ahead.__contains__, left))
+                self._prune_sites(dealt, ready, found)
                 left = left[len(ready) :]
+            dealt.share()
 
     def prune_block(self, block: Block, moments: dict[str, Moments]) -> None:
         """Prune all matrices of a block with moments that were collected before; overwrites them
         (``prune_site``).
         """
         with block.settling():
-            self._prune_sites(block, block.sites, moments)
+            dealt = block.deal(block.sites)
+            self._prune_sites(dealt, block.sites, moments)
+            dealt.share()
 
-    def _prune_sites(self, block: Block, sites: Sequence[str], moments: dict[str, Moments]) -> None:
+    def _prune_sites(self, dealt: Dealt, sites: Sequence[str], moments: dict[str, Moments]) -> None:
         """``prune_site`` for each; side by side in a small block. What is noted keeps their order."""
+        block = dealt.block
         weights = sum(tensor.numel() for tensor in block.tensors.values())
-        device = next(iter(moments.values())).gram.device
+        device = next(iter(block.tensors.values())).device
+        own = {site: dealt.take(site) for site in sites}
 
         def pruned(site: str) -> tuple[Block, SparselineError | None]:
-            own = block.apart()
+            part = block.apart()
             try:
-                self.prune_site(own, site, moments)
+                self.prune_site(part, site, moments, own[site])
             except SparselineError as error:
-                return own, error
-            return own, None
+                return part, error
+            return part, None
 
         with side_by_side(len(sites) > 1 and small(device, weights)) as each_site:
-            for own, error in each_site(pruned, sites):
-                block.join(own)
+            for part, error in each_site(pruned, sites):
+                block.join(part)
                 if error is not None:
                     raise error
 
-    def prune_site(self, block: Block, site: str, moments: dict[str, Moments]) -> None:
+    def prune_site(
+        self,
+        block: Block,
+        site: str,
+        moments: dict[str, Moments],
+        own: Sequence[Matrix] | None = None,
+    ) -> None:
         """Choose the masks of the matrices of a site, compensate as requested, and put both into the
         block, whose checks run when it settles.
 
@@ -105,10 +119,15 @@ class Layerwise:
             moments: those of the site's inputs in the pruned stream, folded; with ``cross`` for a
                 target in the dense stream. The function takes ownership of them and overwrites
                 them, to save memory.
+            own: the matrices to prune; None: all.
 
         Raises:
             ValueError: ``cross`` is needed but missing.
         """
+        own = block.consumers(site) if own is None else own
+        if not own:
+            moments.pop(site, None)
+            return
         matrices = block.consumers(site)
         weights = {m: m.view(block.tensors[m.parameter]) for m in matrices}
         routed = moments[site].tokens if block.layout.site(site).pool is not None else None
@@ -119,7 +138,8 @@ class Layerwise:
         factorisation = factorise(
             centred.gram, self.selection.damping, self.selection.damping_of, where, factor, order
         )
-        targets: dict[Matrix, torch.Tensor] = dict(weights)
+        targets: dict[Matrix, torch.Tensor] = {matrix: weights[matrix] for matrix in own}
+        weights = dict(targets)
         # an expert gets other tokens in the dense stream
         aimed = self.towards_dense if block.layout.site(site).pool is None else 0.0
         if aimed:
@@ -132,7 +152,7 @@ class Layerwise:
         del centred
         if self.compensate and not self.lsq:
             errors.forget()
-        for matrix in matrices:
+        for matrix in own:
             weight, target = weights.pop(matrix), targets.pop(matrix)
             grid = None if self.scheme is None else Grid(target.shape, self.scheme, target.device)
             task = _Task(matrix, target, factorisation, block.kept[matrix], rule, grid)
@@ -353,19 +373,24 @@ class Quantise:
             fitted = model.block(index, block.tensors)
             found: dict[str, Moments] = {}
             with block.settling():
+                dealt = block.deal(())
                 for site in block.sites:
-                    if site not in found:
+                    if site not in dealt.ahead:
+                        dealt.share()
                         beside = (fitted, stream.hidden) if self.compensate else None
-                        sites = block.ahead(site, True, settings.gram_bytes())
+                        dealt = block.deal(block.ahead(site, True, settings.gram_bytes()))
+                        dealt.copy()  # ``fitted`` has the old ones
                         found = collect(
                             model,
                             (index, model.block(index, block.tensors)),
                             stream.hidden,
                             streams.seen,
-                            sites,
+                            dealt.sites(),
                             beside,
                         )
-                    self.quantise_site(block, site, found.pop(site))
+                    if own := dealt.take(site):
+                        self.quantise_site(block, site, found.pop(site), own)
+                dealt.share()
             if index != max(window.blocks):
                 model.advance(model.block(index, block.tensors), index, stream)
 
@@ -384,13 +409,16 @@ class Quantise:
         products = 5 * self.compensate * sweep
         return 2 * 2.2 * shapes.forward + 2 * shapes.gram_flops + factor + products
 
-    def quantise_site(self, block: Block, site: str, moments: Moments) -> None:
+    def quantise_site(
+        self, block: Block, site: str, moments: Moments, own: Sequence[Matrix] | None = None
+    ) -> None:
         """Quantise the pruned matrices of a site, on their masks.
 
         Args:
             moments: those of the site's inputs after the sites that are already quantised; with
                 ``cross``, the block before quantisation takes the place of the dense one, and its
                 outputs are the target.
+            own: the matrices to quantise; None: all.
         """
         centred, shift, factor = _centred(block, site, moments)
         gram = centred.gram
@@ -398,7 +426,7 @@ class Quantise:
             gram, self.selection.damping, self.selection.damping_of, f"{block.where} {site}", factor
         )
         away = None if centred.cross is None else centred.cross.sub_(gram)
-        for matrix in block.consumers(site):
+        for matrix in block.consumers(site) if own is None else own:
             weight = matrix.view(block.tensors[matrix.parameter]).clone()
             mask = matrix.view(block.masks[matrix.parameter]).to(weight.device)
             target = weight if away is None else aim(weight, away, factorisation, 1.0)

@@ -78,13 +78,14 @@ def prune(
 
 
 def stream_bytes(plan: Plan, tokens: int, width: int, itemsize: int) -> int:
-    """Bytes of all streams."""
+    """Bytes of all streams of so many tokens."""
     return (1 + plan.needs.dense_stream + (plan.window > 1)) * itemsize * tokens * width
 
 
 def _streams(model: BlockModel, rows: Rows, plan: Plan, room: Room | None) -> Streams:
     fit, held_out = rows.dealt()
-    pruned = model.embed(torch.cat([rows.fit, rows.held_out]), fit.sizes + held_out.sizes, "pruned", room)
+    every, own = torch.cat([rows.fit, rows.held_out]), fit.own + held_out.own
+    pruned = model.embed(every, fit.sizes + held_out.sizes, "pruned", room, own)
     dense = pruned.copy("dense") if plan.needs.dense_stream else None
     seen = (
         fit.lanes
@@ -161,5 +162,6 @@ def _advance(
         if index + 1 < model.checkpoint.architecture.depth:
             model.advance(block, index, stream)
         else:  # nobody reads what comes after the last block: that it is finite shows on one batch
-            with torch.no_grad():
-                model.check_finite(index, model.call(block, index, stream.hidden[0]))
+            for number in stream.hidden.own[:1]:
+                with torch.no_grad():
+                    model.check_finite(index, model.call(block, index, stream.hidden[number]))

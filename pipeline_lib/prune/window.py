@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline_lib.core import ranks
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.threads import side_by_side
 from pipeline_lib.fit.fit import Pairs
@@ -22,7 +23,7 @@ from pipeline_lib.models.architecture import Layout, Matrix, Site
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.solve.grid import Grid
-from pipeline_lib.stats.lanes import Sums, fold
+from pipeline_lib.stats.lanes import Sums, fold_for, own_lanes
 from pipeline_lib.stats.moments import DiagonalSums, Moments, MomentSums, drawn_together
 
 # their mask keeps another number of weights
@@ -113,6 +114,42 @@ class Block:
             matrix.view(whole).copy_(mask)
             self.masks[name] = whole
 
+    def made(self, matrix: Matrix) -> "Made":
+        """What became of a matrix, for other processes."""
+        return Made(
+            matrix.view(self.tensors[matrix.parameter]),
+            matrix.view(self.masks[matrix.parameter]),
+            None if matrix.bias is None else matrix.bias_view(self.tensors[matrix.bias]),
+            self.facts["matrices"][matrix.label],
+            self.curvatures.get(matrix),
+            self.rules.get(matrix),
+            self.grids.get(matrix),
+        )
+
+    def put(self, matrix: Matrix, made: "Made") -> None:
+        """What another process made of a matrix."""
+        self.take(matrix, made.mask, made.weight.dtype)
+        matrix.view(self.tensors[matrix.parameter]).copy_(made.weight)
+        if matrix.bias is not None and made.bias is not None:
+            self.tensors[matrix.bias] = self.tensors[matrix.bias].clone()
+            matrix.bias_view(self.tensors[matrix.bias]).copy_(made.bias)
+        self.facts["matrices"][matrix.label] = made.facts
+        if made.curvature is not None:
+            self.curvatures[matrix] = made.curvature
+        if made.rule is not None:
+            self.rules[matrix] = made.rule
+        if made.grid is not None:
+            self.grids[matrix] = made.grid
+
+    def deal(self, sites: Sequence[str]) -> "Dealt":
+        """Which of the stage's processes prunes which matrices of these sites: by rows · columns²."""
+        costs = {
+            matrix: matrix.view(self.tensors[matrix.parameter]).numel() * len(self.layout.site(site).index)
+            for site in sites
+            for matrix in self.consumers(site)
+        }
+        return Dealt(self, tuple(sites), ranks.deal(costs))
+
     @contextmanager
     def settling(self) -> Iterator[None]:
         """While open, results about the matrices stay on the device, and checks are postponed, so that
@@ -147,6 +184,60 @@ class Block:
                 raise SparselineError(message)
         for (facts, key), value in zip(places, read[len(checks) :], strict=True):
             facts[key] = value
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Matrices of a block whose statistics are collected together, and the process that prunes each."""
+
+    block: Block
+    ahead: Sequence[str]  # their sites
+    owners: Mapping[Matrix, int]
+    _done: list[str] = field(default_factory=list)
+
+    def take(self, site: str) -> list[Matrix]:
+        """The matrices of a site that this process prunes now."""
+        self._done.append(site)
+        return [matrix for matrix in self.block.consumers(site) if self.owners[matrix] == ranks.rank()]
+
+    def sites(self) -> dict[str, list[int]]:
+        """The processes that need each site's statistics."""
+        found: dict[str, set[int]] = {}
+        for matrix, owner in self.owners.items():
+            found.setdefault(matrix.site, set()).add(owner)
+        return {site: sorted(found[site]) for site in self.block.sites if site in found}
+
+    def copy(self) -> None:
+        """The parameters become copies, which may be changed."""
+        tensors = self.block.tensors
+        tensors |= {name: tensors[name].clone() for name in {matrix.parameter for matrix in self.owners}}
+
+    def share(self) -> None:
+        """Every process gets what the owners made of the matrices of the sites that were taken."""
+        block = self.block
+        for matrix, owner in self.owners.items() if ranks.count() > 1 else ():
+            if matrix.site in self._done:
+                made = ranks.broadcast(block.made(matrix) if owner == ranks.rank() else None, owner)
+                if owner != ranks.rank() and made is not None:
+                    block.put(matrix, made)
+        maps: tuple[dict[Matrix, Any], ...] = (block.curvatures, block.rules, block.grids)
+        for matrix in [matrix for site in self._done for matrix in block.consumers(site)]:
+            for known in maps:  # in one order, whoever pruned what
+                if matrix in known:
+                    known[matrix] = known.pop(matrix)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What pruning made of one matrix."""
+
+    weight: torch.Tensor  # [R, C]
+    mask: torch.Tensor  # [R, C] bool
+    bias: torch.Tensor | None  # [R]
+    facts: dict[str, Any]
+    curvature: Curvature | None
+    rule: Rule | None
+    grid: Grid | None
 
 
 @dataclass(frozen=True)
@@ -202,7 +293,7 @@ def collect(
     block: tuple[int, nn.Module],
     hidden: Sequence[torch.Tensor],
     lanes: Sequence[Sequence[int]],
-    sites: Sequence[str],
+    owners: Sequence[str] | Mapping[str, Sequence[int]],
     beside: tuple[nn.Module, Sequence[torch.Tensor]] | None = None,
 ) -> dict[str, Moments]:
     """Moments of the sites' inputs for batches of a stream before a block. Only the necessary part of
@@ -215,12 +306,13 @@ def collect(
         block: its number, and the block.
         hidden: [B, T, D] each.
         lanes: for each lane, the numbers of its batches.
-        sites: names of the sites.
+        owners: names of the sites, and the processes that get them; names alone: all processes.
         beside: the dense block and the dense stream's batches before it: then the cross moments
             with its inputs are collected, too.
     """
 
     known = {site.name: site.pool for site in _sites(model, block[0])}
+    sites = list(owners)
     pools, tapped_sites = _pooled(known, sites)
 
     def summed(lane: Sequence[int]) -> Sums[MomentSums]:
@@ -256,10 +348,28 @@ def collect(
 
     # the other stream's tokens may be routed to other experts
     apart = [name for name in sites if known[name] is None]
+    to = _receivers(owners, known)
     with side_by_side(model.is_small(block[1])) as each_lane:
-        whole = fold(each_lane(summed, lanes))
-    drawn = drawn_together(whole, {name: known[name] for name in sites})
-    return {name: drawn.pop(name).finish(beside is not None) for name in sites}
+        found = fold_for(to, each_lane(summed, [lanes[lane] for lane in own_lanes()]))
+    own_sites = {name: known[name] for name in sites if name in found}
+    drawn = drawn_together(found, own_sites)
+    del found
+    return {name: drawn.pop(name).finish(beside is not None) for name in own_sites}
+
+
+Owners = Sequence[str] | Mapping[str, Sequence[int]]
+
+
+def _receivers(owners: Owners, known: Mapping[str, str | None]) -> dict[str, Sequence[int]]:
+    """The processes that get the sums of each site, and of each pool (``known``: site -> pool)."""
+    to: dict[str, Sequence[int]] = {
+        name: owners[name] if isinstance(owners, Mapping) else ranks.everyone() for name in owners
+    }
+    pools: dict[str, set[int]] = {}
+    for name, own_ranks in to.items():
+        if (pool := known[name]) is not None:
+            pools.setdefault(pool, set()).update(own_ranks)
+    return to | {pool: sorted(found) for pool, found in pools.items()}
 
 
 def _sites(model: BlockModel, index: int) -> tuple[Site, ...]:
@@ -288,9 +398,9 @@ def collect_diagonals(
         sums = Sums({name: DiagonalSums() for name in [*sites, *pools]})
 
         def add(name: str, x: torch.Tensor, weights: torch.Tensor | None) -> None:
-            for own in (name, known[name]):
-                if own is not None and own in sums:
-                    sums[own].add(x, weights)
+            for one in (name, known[name]):
+                if one is not None and one in sums:
+                    sums[one].add(x, weights)
 
         own = model.own_copy(block[1])
         for number in lane:
@@ -298,8 +408,9 @@ def collect_diagonals(
         return sums
 
     with side_by_side(model.is_small(block[1])) as each_lane:
-        whole = fold(each_lane(summed, lanes))
-    drawn = drawn_together(whole, {name: known[name] for name in sites})
+        summed_lanes = each_lane(summed, [lanes[lane] for lane in own_lanes()])
+        found = fold_for(_receivers(sites, known), summed_lanes)
+    drawn = drawn_together(found, {name: known[name] for name in sites})
     return {name: one.finish() for name, one in drawn.items()}
 
 

@@ -2,15 +2,18 @@
 
 Samples are divided into four lanes by their numbers. A sum runs sample by sample within a lane, and
 then over the lanes in order. Neither the batches nor the worker that adds up a lane change a bit. A
-batch has samples of one lane only, because another batch may round differently.
+batch has samples of one lane only, because another batch may round differently. If several
+processes run the stage (``core/ranks.py``), each has whole lanes.
 """
 
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
+
+from pipeline_lib.core import ranks
 
 LANES = 4
 T = TypeVar("T")
@@ -23,6 +26,11 @@ class Dealt:
     sizes: list[int]  # rows of each batch
     lanes: list[list[int]]  # for each lane, its batches' numbers
 
+    @property
+    def own(self) -> list[int]:
+        """The numbers of the batches that this process has."""
+        return [number for lane in own_lanes() for number in self.lanes[lane]]
+
 
 class Sums(dict[str, T]):
     """Named sums, to which terms are added one by one."""
@@ -33,6 +41,16 @@ class Sums(dict[str, T]):
             mine += other.pop(name)
             self[name] = mine
         return self
+
+
+def own_lanes() -> range:
+    """The lanes of this process: consecutive ones."""
+    return ranks.part(LANES)
+
+
+def share(tokens: int) -> int:
+    """About so many of the tokens fall to this process."""
+    return -(-tokens * len(own_lanes()) // LANES)
 
 
 def parts(rows: int) -> list[slice]:
@@ -73,9 +91,60 @@ def fold(lanes: Iterable[T]) -> T:
     return folded
 
 
+def fold_for(owners: Mapping[str, Sequence[int]], lanes: Iterable[Mapping[str, T]]) -> dict[str, T]:
+    """``fold`` of sums by name, over the lanes of all processes: the sums of this one.
+
+    Args:
+        owners: the processes that get each sum; all name them alike.
+        lanes: of this process, in order.
+    """
+    if ranks.count() == 1:
+        return dict(fold(map(Sums, lanes))) if owners else {}
+    held: list[dict[str, Any]] = []
+    for number, lane in enumerate(lanes):
+        if number and ranks.first():  # the first process has the first lanes: they are added up at once
+            held[0] = fold([Sums(held[0]), Sums(lane)])
+        else:
+            held.append(dict(lane))
+        del lane  # before the next
+    counts = ranks.gathered(len(held))
+    found = {}
+    for name, to in owners.items():
+        mine = [lane.pop(name) for lane in held]
+        if (summed := _summed(mine, counts, to)) is not None:
+            found[name] = summed
+    return found
+
+
+def _summed(mine: list[Any], counts: Sequence[int], to: Sequence[int]) -> Any:
+    """What all processes have, as many as ``counts`` says, added up in order by the first of those that
+    get it; None for the others.
+    """
+    me, whole = ranks.rank(), None
+    for source, count in enumerate(counts):
+        for number in range(count):
+            one = mine[number] if source == me else None
+            if source != to[0]:
+                one = ranks.passed(one, source, to[0])
+            if me != to[0]:
+                continue
+            if whole is None:
+                whole = one
+            else:
+                whole += one
+            del one  # before the next
+    if len(to) == ranks.count():
+        return ranks.broadcast(whole, to[0])
+    for other in to[1:]:
+        got = ranks.passed(whole, to[0], other)
+        whole = got if other == me else whole
+    return whole if me in to else None
+
+
 def total(values: Sequence[Any]) -> Any:
     """The sum of one value (a number or a tensor) per sample, in the lanes' order; the values do not
-    change.
+    change. Each process gives those of its own samples.
     """
+    values = ranks.joined(values)
     lanes = [values[part] for part in parts(len(values)) if part.start < part.stop]
     return functools.reduce(operator.add, [functools.reduce(operator.add, lane) for lane in lanes])

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline_lib.core import settings
+from pipeline_lib.core import ranks, settings
 from pipeline_lib.core.artifacts import block_file, read_tensors
 from pipeline_lib.models.architecture import Architecture, Layout, Site
 from pipeline_lib.models.stream import BlockModel, tapped
-from pipeline_lib.stats.lanes import LANES, Sums, deal, fold, parts
+from pipeline_lib.stats import lanes
+from pipeline_lib.stats.lanes import Sums, deal, fold_for, parts
 from pipeline_lib.stats.moments import Accumulator, SiteStatistics, drawn_together
 from pipeline_lib.stats.settings import CalibrateParams
 
@@ -25,14 +26,23 @@ def gram_bytes(architecture: Architecture) -> int:
 
 
 def walk(
-    model: BlockModel, fit: torch.Tensor, held_out: torch.Tensor, params: CalibrateParams, grams: bool
+    model: BlockModel,
+    fit: torch.Tensor,
+    held_out: torch.Tensor,
+    params: CalibrateParams,
+    grams: bool,
+    to: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Mapping[str, SiteStatistics]]]:
     """Pass samples [N, T] through the dense model; yield (block, statistics per site, on the model's
     device) for each finished block.
 
     If the Gram matrices of a block's experts are larger than SPARSELINE_GRAM_BYTES, they are in
     memory by groups (``InTurn``).
+
+    Args:
+        to: the processes that get the statistics; None: all.
     """
+    to = ranks.everyone() if to is None else to
     streams = [
         _Rows(model, name, rows, params, grams)
         for name, rows in {"fit": fit, "held_out": held_out}.items()
@@ -41,7 +51,7 @@ def walk(
     for index, layout in enumerate(model.checkpoint.architecture.layouts):
         block = model.block(index)
         groups = _groups(layout.sites, settings.gram_bytes() if grams else math.inf)
-        collected = partial(_collected, streams, block, index)
+        collected = partial(_collected, streams, block, index, to)
         if len(groups) == 1:
             yield index, collected(groups[0], advance=True)
         else:
@@ -51,21 +61,28 @@ def walk(
 
 
 def _collected(
-    streams: "Sequence[_Rows]", block: nn.Module, index: int, names: Sequence[str], advance: bool = False
+    streams: "Sequence[_Rows]",
+    block: nn.Module,
+    index: int,
+    to: Sequence[int],
+    names: Sequence[str],
+    advance: bool = False,
 ) -> dict[str, SiteStatistics]:
     """The statistics of some sites of a block, from the fitting rows and, if there are any, the
     held-out ones.
     """
     sites = streams[0].model.checkpoint.architecture.layouts[index].sites
     pools = {site.name: site.pool for site in sites if site.name in names}
-    own = [
-        drawn_together(fold(map(partial(stream.collect, block, index, names, advance), range(LANES))), pools)
+    owners = dict.fromkeys([*pools, *sorted({pool for pool in pools.values() if pool is not None})], to)
+    sums = [
+        fold_for(owners, map(partial(stream.collect, block, index, names, advance), lanes.own_lanes()))
         for stream in streams
     ]
-    if advance:
-        streams[0].model.check_finite(
-            index, torch.cat([bounds for stream in streams for bounds in stream.passed])
-        )
+    if advance and (passed := [bounds for stream in streams for bounds in stream.passed]):
+        streams[0].model.check_finite(index, torch.cat(passed))
+    if ranks.rank() not in to:
+        return {}
+    own = [drawn_together(found, pools) for found in sums]
     held = own[1] if len(own) > 1 else {}
     shares = {
         name: None if pool is None else own[0][name].seen / streams[0].rows.numel()
@@ -83,13 +100,23 @@ class InTurn(Mapping[str, SiteStatistics]):
         self, groups: Sequence[Sequence[str]], collect: Callable[[Sequence[str]], dict[str, SiteStatistics]]
     ) -> None:
         self._groups, self._collect = groups, collect
+        self._group: Sequence[str] = ()
         self._here: dict[str, SiteStatistics] = {}
 
     def __getitem__(self, site: str) -> SiteStatistics:
-        if site not in self._here:
-            self._here = {}  # before the next
-            self._here = self._collect(next(group for group in self._groups if site in group))
+        self._fetch(site)
         return self._here[site]
+
+    def follow(self) -> None:
+        """Take part while another process, which gets the statistics, asks for one after another."""
+        for site in self:
+            self._fetch(site)
+
+    def _fetch(self, site: str) -> None:
+        if site not in self._group:
+            self._here = {}  # before the next
+            self._group = next(group for group in self._groups if site in group)
+            self._here = self._collect(self._group)
 
     def __iter__(self) -> Iterator[str]:
         return (site for group in self._groups for site in group)
@@ -124,7 +151,7 @@ class _Rows:
     ) -> None:
         self.model, self.rows, self.params, self.grams = model, rows, params, grams
         self.dealt = deal(len(rows), params.batch_rows)
-        self.stream = model.embed(rows, self.dealt.sizes, name)
+        self.stream = model.embed(rows, self.dealt.sizes, name, own=self.dealt.own)
         self.passed: list[torch.Tensor] = []  # what bounds the last block's outputs, lane by lane
 
     def collect(
@@ -155,7 +182,7 @@ class _Rows:
                 if name in found:
                     found[name].add(x, weights)
 
-        if lane == 0:
+        if lane == lanes.own_lanes().start:
             self.passed = []
         with tapped(block, wanted, take):
             if advance:

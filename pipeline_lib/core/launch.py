@@ -1,0 +1,134 @@
+"""Run a stage's work in several processes, which torch's elastic launcher starts; or as one of those that
+an outer `torchrun` has started.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from pipeline_lib.core import process, ranks, runtime, settings
+from pipeline_lib.core.errors import LostError, SparselineError
+from pipeline_lib.core.preloaded import SIGNALS
+
+T = TypeVar("T")
+
+
+def run(job: Callable[..., T], *arguments: Any) -> T:
+    """What a stage's work gives in the first of the processes that SPARSELINE_PROCESSES asks for, or that
+    an outer `torchrun` started.
+
+    Raises:
+        SparselineError: the settings do not go together.
+        Fault: it failed in one of them.
+        LostError: one of them is gone.
+    """
+    if ranks.outer() is not None:
+        with ranks.together(_told):
+            return job(*arguments)
+    if (count := settings.processes()) == 1:
+        return job(*arguments)
+    if ":" in (device := settings.device_name()):
+        raise SparselineError(
+            f"SPARSELINE_DEVICE={device} is one GPU, and SPARSELINE_PROCESSES={count} processes want one"
+            " each; set the device to cuda, or the processes to 1."
+        )
+    return _launched(count, job, *arguments)
+
+
+def _told(error: LostError) -> NoReturn:
+    os.write(2, f"error: {error}\n".encode())
+    os._exit(runtime.LOST)
+
+
+def _launched(count: int, job: Callable[..., T], *arguments: Any) -> T:
+    """Workers are forks of this process, to which nothing has happened but imports; with a GPU, which
+    survives no fork, new processes.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch").setLevel(logging.CRITICAL)  # it tells what the workers tell, at length
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    with tempfile.TemporaryDirectory(prefix="sparseline-") as place:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=Path(place).name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=place),
+            start_method="fork" if settings.device_name() == "cpu" else "spawn",
+            signals_to_handle=",".join(
+                number.name for number, handler in before.items() if handler != signal.SIG_IGN
+            ),
+        )
+        try:
+            found = elastic_launch(config, _worker)(Path(place), os.getpid(), job, arguments)
+        except SignalException as error:
+            raise process.stopped(error.sigval) from error
+        except ChildFailedError as error:
+            raise _fault(Path(place), [one.exitcode for one in error.failures.values()]) from error
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    runtime.used([peak for _, peak in found.values() if peak is not None])
+    value: T = found[0][0]
+    return value
+
+
+def _worker(
+    place: Path, launcher: int, job: Callable[..., T], arguments: tuple[Any, ...]
+) -> tuple[T, int | None]:
+    """One of the processes: what the job gives, and the GPU memory that it took. What ends it is left in
+    a file: the launcher tells it.
+    """
+
+    def note(error: BaseException) -> int:
+        message, status = runtime.explained(error)
+        fault = {"message": message, "status": status, "lost": isinstance(error, LostError)}
+        if not isinstance(error, process.Stopped):  # the launcher knows
+            (place / f"fault-{os.environ['RANK']}.json").write_text(json.dumps(fault), encoding="utf-8")
+        return status
+
+    def end(error: LostError) -> NoReturn:
+        os._exit(note(error))
+
+    for number in SIGNALS:  # they are the launcher's
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        with process.following(launcher), process.stoppable(), ranks.together(end):
+            return job(*arguments), runtime.peak_gpu()
+    except BaseException as error:
+        sys.exit(note(error))
+
+
+def _fault(place: Path, codes: list[int]) -> BaseException:
+    """What ended the processes: what one of them says of itself, or else what the others say of it."""
+    faults = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(place.glob("fault-*.json"))]
+    for fault in sorted(faults, key=lambda fault: bool(fault["lost"])):
+        if not fault["lost"]:
+            return runtime.Fault(fault["message"], fault["status"])
+    for code in codes:
+        if code < 0:
+            return LostError(
+                f"One of the stage's processes was ended by {signal.Signals(-code).name}, as the system does"
+                " where memory runs out; run the same command again: finished work is kept."
+            )
+    if faults:
+        return LostError(faults[0]["message"])
+    return LostError(
+        f"One of the stage's processes ended with code {codes[0]}; run the same command again: what is"
+        " finished is kept."
+    )

@@ -1,0 +1,307 @@
+"""Several processes that run one stage together: which of them this is, what falls to it, and what they
+send each other. With one process nothing is sent.
+
+All of them run the same code on the same files. Work is dealt in two ways: rows by their lanes
+(``stats/lanes.py``), matrices by their cost (``deal``). What is sent is added up in a fixed order, so that
+the number of processes changes no bit. The first process alone writes (``writes``).
+"""
+
+import io
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline_lib.core import settings
+from pipeline_lib.core.errors import LostError
+
+if TYPE_CHECKING:
+    import torch
+
+FIRST = 2048  # bytes of the first message of what is sent
+SMALL = 1024  # bytes of a tensor that travels with what it is in
+BEAT = 0.5  # seconds between two signs of life
+FOREVER = timedelta(
+    days=30
+)  # a process may compute for hours while others wait; signs of life tell who is gone
+K = TypeVar("K")
+T = TypeVar("T")
+V = TypeVar("V")
+_place = [0, 1]  # this process's number, and how many there are
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return _place[0]
+
+
+def count() -> int:
+    """How many processes run the stage."""
+    return _place[1]
+
+
+def first() -> bool:
+    """Whether this is the process that writes and tells."""
+    return rank() == 0
+
+
+def writes() -> bool:
+    """Whether this process writes the output that comes next. All processes are here when it begins."""
+    gathered(None)
+    return first()
+
+
+def outer() -> int | None:
+    """This process's number among those that an outer `torchrun` started; None where it started
+    none, or one.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return int(os.environ["RANK"])
+    return None
+
+
+def local() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if count() > 1 else 0
+
+
+def everyone() -> list[int]:
+    """All processes, first the one that holds the last lane: a sum over the lanes ends there."""
+    return [count() - 1, *range(count() - 1)]
+
+
+def part(items: int) -> range:
+    """The numbers, of 0 to ``items``, that fall to this process: consecutive ones."""
+    return range(rank() * items // count(), (rank() + 1) * items // count())
+
+
+def deal(costs: Mapping[K, float]) -> dict[K, int]:
+    """Who owns what: the dearest first, each to the process that has least to do."""
+    loads = [0.0] * count()
+    owners = {}
+    for item in sorted(costs, key=lambda item: -costs[item]):  # stable: of equal ones the first
+        owners[item] = loads.index(min(loads))
+        loads[owners[item]] += costs[item]
+    return owners
+
+
+def each(costs: Mapping[K, float], compute: Callable[[K], V]) -> dict[K, V]:
+    """What ``compute`` gives of every item. Each process computes its own (``deal``), all get all."""
+    owners = deal(costs)
+    own = {place: compute(item) for place, item in enumerate(costs) if owners[item] == rank()}
+    found = {place: value for part in gathered(own) for place, value in part.items()}
+    return {item: found[place] for place, item in enumerate(costs)}
+
+
+def joined(values: Sequence[T]) -> list[T]:
+    """The values of all processes, one after another."""
+    return [value for part in gathered(list(values)) for value in part]
+
+
+def gathered(value: T) -> list[T]:
+    """What every process has."""
+    return [broadcast(value, source) for source in range(count())]
+
+
+def broadcast(value: T, source: int) -> T:
+    """What one process has; the others' own is ignored."""
+    if count() == 1:
+        return value
+    return _sent(value, source, [other for other in range(count()) if other != source])
+
+
+def passed(value: T, source: int, to: int) -> T:
+    """From one process to another; for these two alone."""
+    return _sent(value, source, [to]) if rank() in (source, to) else value
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors are left out, and listed."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.tensors: list[torch.Tensor] = []
+
+    def persistent_id(self, value: Any) -> int | None:
+        import torch
+
+        if not isinstance(value, torch.Tensor):
+            return None
+        self.tensors.append(value.detach().contiguous())
+        return len(self.tensors) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, raw: bytes, tensors: "Sequence[torch.Tensor]") -> None:
+        super().__init__(io.BytesIO(raw))
+        self.tensors = tensors
+
+    def persistent_load(self, number: int) -> "torch.Tensor":
+        return self.tensors[number]
+
+
+def _sent(value: Any, source: int, to: Sequence[int]) -> Any:
+    """A value on its way: this process is its source, or among those that get it.
+
+    A first message has a fixed size, and holds all of a small value; small tensors travel in it.
+    """
+    import torch
+
+    own, raw, tensors = rank() == source, b"", list[torch.Tensor]()
+    if own:
+        file = io.BytesIO()
+        pickler = _Pickler(file)
+        pickler.dump(value)
+        tensors = pickler.tensors
+        raw = pickle.dumps((file.getvalue(), list(map(_kind, tensors))))
+        raw = len(raw).to_bytes(8, "big") + raw
+    found = _text(raw[:FIRST].ljust(FIRST, b"\0"), source, to)
+    size = 8 + int.from_bytes(found[:8], "big")
+    if size > FIRST:
+        found += _text(raw[FIRST:] or bytes(size - FIRST), source, to)
+    body, kinds = pickle.loads(found[8:size])
+    if not own:
+        tensors = list(map(_empty, kinds))
+    for tensor, (*_, small) in zip(tensors, kinds, strict=True):
+        if small is None and tensor.numel():
+            _pass(_bytes(tensor), source, to)
+    return value if own else _Unpickler(body, tensors).load()
+
+
+def _text(raw: bytes, source: int, to: Sequence[int]) -> bytes:
+    import torch
+
+    buffer = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    _pass(buffer, source, to)
+    return buffer.numpy().tobytes()
+
+
+def _bytes(tensor: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _kind(tensor: "torch.Tensor") -> tuple[Any, ...]:
+    """Shape, dtype, kind of device, and of a small one on the CPU its bytes."""
+    small = tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= SMALL
+    raw = _bytes(tensor).numpy().tobytes() if small else None
+    return tensor.shape, tensor.dtype, tensor.device.type, raw
+
+
+def _empty(kind: tuple[Any, ...]) -> "torch.Tensor":
+    import torch
+
+    shape, dtype, device, raw = kind
+    tensor = torch.empty(shape, dtype=dtype, device=_device(device))
+    if raw:
+        _bytes(tensor).copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+    return tensor
+
+
+def _device(kind: str) -> str:
+    return kind if kind == "cpu" else f"{kind}:{local()}"
+
+
+def _pass(tensor: "torch.Tensor", source: int, to: Sequence[int]) -> None:
+    import torch.distributed as dist
+
+    with _talking():
+        if len(to) == count() - 1 > 1:
+            dist.broadcast(tensor, source)
+        elif rank() != source:
+            dist.recv(tensor, source)
+        else:
+            for other in to:
+                dist.send(tensor, other)
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    """What torch raises where another process does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostError(_lost("another process")) from error
+
+
+def _lost(who: str) -> str:
+    return (
+        f"Process {rank()} of {count()} lost {who}: killed, out of memory, or cut off from the network;"
+        " run the same command again: finished work is kept."
+    )
+
+
+@contextmanager
+def together(end: Callable[[LostError], Any]) -> Iterator[None]:
+    """While open, this process is one of those that torchrun's variables name (RANK, WORLD_SIZE,
+    MASTER_ADDR, MASTER_PORT). Only the first one's output is shown.
+
+    Args:
+        end: ends this process at once, from any thread: it lost another one, and may wait in torch,
+            which hears nothing.
+
+    Raises:
+        LostError: the others do not come, or one is gone.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    own, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    wait = timedelta(seconds=settings.timeout())
+    _place[:] = own, size
+    over = threading.Event()
+    if settings.threads() is None:  # each has its share of the cores
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, torch.get_num_threads() // neighbours))
+    try:
+        with _talking():
+            store, _, _ = next(rendezvous("env://", timeout=wait))
+            store.set_timeout(wait)
+            store.set(f"here/{own}", "")
+            store.wait([f"here/{other}" for other in range(size)], wait)
+            beating = threading.Thread(target=_beat, args=(store.clone(), over, end), daemon=True)
+            beating.start()
+            backend = "gloo" if settings.device_name() == "cpu" else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=FOREVER)
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere, ExitStack() as silent:
+            for stream in (redirect_stdout, redirect_stderr):
+                if own:
+                    silent.enter_context(stream(nowhere))
+            yield
+        over.set()
+        beating.join()
+        dist.destroy_process_group()
+    finally:
+        over.set()
+        _place[:] = 0, 1
+
+
+def _beat(store: Any, over: threading.Event, end: Callable[[LostError], Any]) -> None:
+    """Show signs of life, and look for those of the others, until there are none for SPARSELINE_TIMEOUT."""
+    me, limit = rank(), settings.timeout()
+    seen = {other: (b"", time.monotonic()) for other in range(count()) if other != me}
+    beats, sign = 0, b""
+    try:
+        while True:
+            ended, beats = over.wait(BEAT), beats + 1
+            store.set(f"beat/{me}", "over" if ended else str(beats))
+            if ended:
+                return
+            for other, (before, since) in list(seen.items()):
+                sign = store.get(key) if store.check([key := f"beat/{other}"]) else b""
+                if sign == b"over":
+                    del seen[other]
+                elif sign != before:
+                    seen[other] = sign, time.monotonic()
+                elif time.monotonic() - since > limit:
+                    end(LostError(_lost(f"process {other}")))
+    except RuntimeError:
+        if not over.is_set():
+            end(LostError(_lost("the others")))
