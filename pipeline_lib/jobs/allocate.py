@@ -55,5 +55,5 @@ def allocate(workspace: Workspace, variant: str, part: AllocatePart) -> str:
     spread = (
         f", densities {min(densities):.1%} to {max(densities):.1%}" if max(densities) > min(densities) else ""
     )
-    hand = f", {len(given)} of {len(units)} matrices by hand" if given else ""
+    hand = f", manual for {len(given)} of {len(units)} matrices" if given else ""
     return f"{sum(kept):,} of {total:,} weights kept ({part.allocation.method}{hand}){spread}"

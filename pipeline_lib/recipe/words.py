@@ -13,7 +13,7 @@ def rows(recipe: Recipe) -> dict[str, str]:
     selection, allocation, quantisation = recipe.selection, recipe.allocation, recipe.quantization
     within = f"block of {selection.block} columns" if selection.group == "block" else selection.group
     alpha = f"α = {allocation.alpha:g}"
-    hand = "".join(f"; by hand {pattern} {sparsity:g}" for pattern, sparsity in selection.by_hand)
+    hand = "".join(f"; manual {pattern} {sparsity:g}" for pattern, sparsity in selection.by_hand)
     allocated = {"uniform": "uniform", "predicted": f"least predicted loss ({allocation.weighting}), {alpha}"}
     quantised = "none"
     if quantisation.bits is not None:
@@ -45,7 +45,7 @@ def in_words(recipe: Recipe) -> str:
     learned = ["learned factors and selection weights"] if recipe.induce is not None else []
     parts = [
         f"sparsity {recipe.selection.overall:g}",
-        f"{told['score']} within {told['compared within']}",
+        f"score {told['score']} within {told['compared within']}",
         f"allocation {told['allocation']}",
     ]
     return ", ".join([*parts, *learned, " + ".join(steps) or "no reconstruction"])
