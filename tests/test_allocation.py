@@ -229,7 +229,7 @@ def test_checkpoints_are_as_sparse_as_asked_by_hand(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(make_workspace(tmp_path / "project", variants={"wanda": wanda}))
     build("prepare", "text calibration")
     told = invoke("allocate", "wanda").output
-    assert "uniform, 3 of 14 matrices by hand, " in told
+    assert "(uniform, manual for 3 of 14 matrices), " in told
     build("prune wanda")
     tensors = {
         name: one

@@ -492,7 +492,7 @@ def test_a_stage_tells_its_error_and_exits_with_2(
     assert (
         told
         == "error: This is an error in Sparseline, not in your input (ZeroDivisionError: division by zero)."
-        f" Attach {file} to a report of it.\n"
+        f" Attach {file} to a bug report.\n"
     )
     assert "_ = 1 / 0" in file.read_text(encoding="utf-8")
     record = tmp_path / "build" / "costs" / "trial.json"
@@ -562,7 +562,7 @@ def test_memory_that_ran_out_is_told(
         and said.count("\n") == 1
         and "`make plan`" in said
     )
-    assert ("SPARSELINE_GPU_ACTIVATION_BYTES" in said) == ("The GPU's memory" in said) == gpu
+    assert ("SPARSELINE_GPU_ACTIVATION_BYTES" in said) == ("Out of GPU memory" in said) == gpu
 
 
 def refusals(tmp_path: Path) -> dict[str, Callable[[], None]]:

@@ -190,7 +190,7 @@ PARAMETERS = [
         "nothing to induce",
         "induce sparseline",
         params(prune__selection__sparsity=0, prune__quantization__bits=4),
-        ("variants.sparseline", "sparsity 0", "nothing to induce", "take its section `induce` out"),
+        ("variants.sparseline", "sparsity 0", "nothing to induce", "remove its section `induce`"),
     ),
     Mistake(
         "groups that GGUF has no blocks for",
@@ -389,7 +389,7 @@ PARAMETERS = [
         "a step twice",
         "prune wanda",
         wanda(reconstruction={"steps": ["obs", "obs"]}),
-        ("variants.wanda.reconstruction.steps", "['obs', 'obs']", "each step once"),
+        ("variants.wanda.reconstruction.steps", "['obs', 'obs']", "each step at most once"),
     ),
     Mistake(
         "steps in another order, induction",
@@ -516,7 +516,7 @@ PARAMETERS = [
         "a set of letters",
         "prepare",
         params(model__exclude=["layers.[01].*"]),
-        ("'layers.[01].*'", "brackets stand for themselves"),
+        ("'layers.[01].*'", "brackets are literal"),
     ),
     Mistake(
         "what is never pruned",
@@ -528,7 +528,7 @@ PARAMETERS = [
         "a bad expression",
         "prepare",
         params(model__exclude=["re:layers.(0"]),
-        ("'re:layers.(0'", "no regular expression", "correct it"),
+        ("'re:layers.(0'", "not a regular expression", "correct it"),
     ),
     Mistake(
         "a word for a list",

@@ -134,7 +134,7 @@ def test_a_broken_model_is_told_in_one_sentence(rows: torch.Tensor, broken: floa
 
 @pytest.mark.parametrize("shape", [(0, 24), (3, 1)])
 def test_perplexity_needs_something_to_predict(shape: tuple[int, int]) -> None:
-    with pytest.raises(SparselineError, match="at least one row"):
+    with pytest.raises(SparselineError, match="at least one sample"):
         perplexity(tiny_llama(), torch.ones(shape, dtype=torch.long), batch_rows=1)
 
 

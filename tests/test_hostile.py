@@ -130,7 +130,7 @@ MODELS: dict[str, tuple[Change, str]] = {
         "outside",
     ),
     "a link to a system's file": (link("vocab.txt", "/etc/passwd"), "/etc/passwd"),
-    "a link to a device": (link("merges.txt", "/dev/zero"), "no regular file"),
+    "a link to a device": (link("merges.txt", "/dev/zero"), "not a regular file"),
     "a circle of links": (link("merges.txt", "merges.txt"), "merges.txt"),
     "a pipe": (lambda model: os.mkfifo(model / "merges.txt"), "named pipe"),
     "ten million blocks": (config(num_hidden_layers=10_000_000), "num_hidden_layers"),
@@ -260,11 +260,11 @@ def test_a_matrix_of_zeros(home: Path, sparsity: float) -> None:
 
 TEXTS: dict[str, tuple[Change, str]] = {
     "a pipe": (lambda folder: os.mkfifo(folder / "more.txt"), "named pipe"),
-    "a link to a device": (link("more.txt", "/dev/zero"), "no regular file"),
+    "a link to a device": (link("more.txt", "/dev/zero"), "not a regular file"),
     "a link to a system's file": (link("more.txt", "/etc/passwd"), "/etc/passwd"),
     "a bomb": (
         lambda folder: (folder / "more.txt.gz").write_bytes(gzip.compress(bytes(2**29), 1)),
-        "no text",
+        "not text",
     ),
 }
 

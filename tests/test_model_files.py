@@ -583,7 +583,7 @@ class _Code:
         (lambda path: os.truncate(path, 0), ("pytorch_model.bin cannot be read",)),
         (
             lambda path: torch.save({"state_dict": {}, "epoch": 1}, path),
-            ("no mapping of names to tensors", "training state"),
+            ("not a mapping of names to tensors", "training state"),
         ),
         (lambda path: torch.save({"x": torch.ones(2, dtype=torch.complex64)}, path), ("complex64",)),
         (lambda path: torch.save({"x": torch.eye(2).to_sparse()}, path), ("sparse",)),

@@ -623,7 +623,7 @@ def test_a_dataset_without_a_commit_is_told(monkeypatch: pytest.MonkeyPatch, rev
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
     with pytest.raises(
-        SparselineError, match=r"no commit and may move .* 40 hexadecimal digits .*Files, History\)\.$"
+        SparselineError, match=r"not a commit and may change .* 40 hexadecimal digits .*Files, History\)\.$"
     ):
         read_texts(params("hub", hub=entry, revision=revision))
     monkeypatch.setattr(
