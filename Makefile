@@ -77,7 +77,7 @@ llama-environment:  ## build llama.cpp from llama-cpp-python's source in an envi
 	.llama/bin/python -m pip install --quiet --disable-pip-version-check --no-binary llama-cpp-python llama-cpp-python==0.3.36
 
 bench-llama: environment  ## read a GGUF file of each kind with llama.cpp, and compare its continuations with transformers' (docs/formats.md)
-	python -m benchmarks.llama_cpp
+	python -m benchmarks.gguf_files
 
 bench-rivals: environment  ## compare presets and baselines with llm-compressor on the test models; then their costs (needs an idle machine)
 	python -m benchmarks.studies run rivals

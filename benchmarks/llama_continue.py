@@ -1,4 +1,4 @@
-"""llama.cpp goes on with prompts, greedily: run by ``benchmarks.llama_cpp`` with the Python of an
+"""llama.cpp goes on with prompts, greedily: run by ``benchmarks.gguf_files`` with the Python of an
 environment of its own.
 
 ``python benchmarks/llama_continue.py FILE COUNT PROMPT...`` prints JSON: for each prompt its tokens

@@ -1,5 +1,5 @@
 """llama.cpp reads the GGUF files that the pipeline writes, and goes on with prompts as transformers
-does: ``python -m benchmarks.llama_cpp [DIRECTORY...]``, after ``make llama-environment``.
+does: ``python -m benchmarks.gguf_files [DIRECTORY...]``, after ``make llama-environment``.
 
 A directory holds a ``model.gguf``. Without any, one file of each kind is made: the embedded model,
 pruned to 50% and quantised by the pipeline in fresh clones, as ``KINDS`` says. F16 is of a copy of
@@ -63,7 +63,7 @@ def made(home: Path) -> Iterator[Path]:
         environment = os.environ | {"PATH": path, "SPARSELINE_SCRATCH": str(clone / "scratch")}
         for command in (
             (sys.executable, "-m", "stages.environment"),
-            ("dvc", "repro", "--quiet", *(f"export@{kind}" for kind in kinds)),
+            (sys.executable, "-m", "stages.preload", "dvc", "repro", *(f"export@{kind}" for kind in kinds)),
         ):
             subprocess.run(command, cwd=clone, env=environment, check=True, stdout=subprocess.DEVNULL)
         yield from (clone / "build" / "export" / kind / "gguf" for kind in kinds)
