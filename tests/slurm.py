@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline_lib.core.preloaded import _ending_with
+
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun")
 MISSING = "no Slurm on this machine (Debian: apt-get install slurmctld slurmd slurm-client munge)"
@@ -88,7 +90,12 @@ class Slurm:
         }.get(name, ["slurmd", "-D", "-N", name])
         with (self.home / f"{name}.out").open("ab") as out:
             self.daemons[name] = subprocess.Popen(
-                command, env=self.environ, stdout=out, stderr=out, start_new_session=True
+                command,
+                env=self.environ,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=_ending_with(os.getpid()),
             )
 
     def kill(self, name: str) -> None:

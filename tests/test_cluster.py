@@ -45,8 +45,9 @@ FITTED: dict[str, Any] = {  # a block takes most of a second
     "selection": {"score": "obs", "group": "block"},
     "reconstruction": {"steps": ["obs", "channel"], "channel": {"epochs": 40, "patience": 40}},
 }
+ONE: dict[str, Any] = {"wanda": FITTED | {"candidate": True}}  # the name of the report's baseline
 PAIR: dict[str, Any] = {
-    "wanda": FITTED,  # the report's baseline
+    "wanda": FITTED,
     "other": FITTED | {"selection": {"score": "obs", "group": "row"}, "candidate": True},
 }
 SIX: dict[str, Any] = PAIR | {
@@ -96,12 +97,13 @@ def pruning(project: Path, name: str, blocks: int = 0) -> int | None:
     return None
 
 
-def caught(project: Path, name: str, blocks: int = 0) -> int:
-    """That process, stopped where it is."""
+def caught(project: Path, name: str, blocks: int = 0, after: int | None = None) -> int:
+    """That process, stopped where it is; not the one that was caught before."""
     deadline = time.monotonic() + LONG
-    while (found := pruning(project, name, blocks)) is None:
+    while (found := pruning(project, name, blocks)) in (None, after):
         assert time.monotonic() < deadline, f"nobody prunes {name}"
         time.sleep(0.02)
+    assert found is not None
     os.kill(found, signal.SIGSTOP)
     return found
 
@@ -126,48 +128,53 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[slurm.S
         yield running
 
 
-def disturbed(project: Path, cluster: slurm.Slurm) -> None:
-    """All variants are submitted. The node of one is lost while it prunes, the controller is killed and
-    started again, and another job is queued again.
+def ancestor(number: int, module: str) -> psutil.Process:
+    return next(one for one in psutil.Process(number).parents() if module in one.cmdline())
+
+
+def disturbed(project: Path, cluster: slurm.Slurm, requeued: str, lost: str) -> None:
+    """All variants are submitted. While they prune, the job of one is queued again, the node of one is lost,
+    and the controller is killed and started again.
     """
     numbers = submitted(project)
 
     def state(name: str) -> dict[str, str]:
         return cluster.job(numbers[name])
 
-    twin = caught(project, "wanda")
-    cluster.kill(state("wanda")["BatchHost"])
+    twin = None if lost == requeued else caught(project, lost)
+    killed = caught(project, requeued, 1)
+    cluster.ask("scontrol", "requeue", numbers[requeued])
+    twin = twin or caught(project, lost, 1, after=killed)
+    alive = ancestor(twin, "submitit.core._submit")
+    restarts = int(state(lost)["Restarts"])
+    cluster.kill(state(lost)["BatchHost"])
     cluster.kill("slurmctld")
     cluster.start("slurmctld")
-    killed = caught(project, "other", 1)
-    cluster.wait(lambda: state("other").get("JobState") == "RUNNING", 60, "the controller is there again")
-    cluster.ask("scontrol", "requeue", numbers["other"])
     waits = re.compile("process [0-9]+ on .* has these blocks; waiting until it ends")
-    cluster.wait(lambda: bool(waits.search(log(project, numbers["wanda"]))), LONG, "the job starts elsewhere")
-    assert psutil.Process(twin).status() == psutil.STATUS_STOPPED and state("wanda")["Restarts"] == "1"
+    cluster.wait(lambda: bool(waits.search(log(project, numbers[lost]))), LONG, "the job starts elsewhere")
+    assert psutil.Process(twin).status() == psutil.STATUS_STOPPED
+    assert int(state(lost)["Restarts"]) == restarts + 1
     os.kill(twin, signal.SIGCONT)
     cluster.wait(
         lambda: all(state(name).get("JobState") == "COMPLETED" for name in numbers), LONG, "all jobs end"
     )
-    assert not psutil.pid_exists(killed) and state("other")["Restarts"] == "1"
-    assert re.search(rf"prune other: resuming after [1-9] of {LAYERS} blocks", log(project, numbers["other"]))
+    cluster.wait(lambda: not alive.is_running(), LONG, "what lives on at the lost node ends, too")
+    assert not psutil.pid_exists(killed) and int(state(requeued)["Restarts"]) >= 1
+    resumes = rf"prune {requeued}: resuming after [1-9] of {LAYERS} blocks"
+    assert re.search(resumes, log(project, numbers[requeued]))
 
 
 def test_jobs_on_two_nodes(tmp_path: Path, cluster: slurm.Slurm) -> None:
-    project = make_project(tmp_path / "project", model={"layers": LAYERS}, variants=PAIR)
-    disturbed(project, cluster)
-    check(project, undisturbed(tmp_path, PAIR))
+    project = make_project(tmp_path / "project", model={"layers": LAYERS}, variants=ONE)
+    disturbed(project, cluster, "wanda", "wanda")
+    check(project, undisturbed(tmp_path, ONE))
 
 
 @pytest.mark.campaign
 def test_six_variants_on_two_nodes(tmp_path: Path, cluster: slurm.Slurm) -> None:
     project = make_project(tmp_path / "project", model={"layers": LAYERS}, variants=SIX)
-    disturbed(project, cluster)
+    disturbed(project, cluster, "other", "wanda")
     check(project, undisturbed(tmp_path, SIX))
-
-
-def ancestor(number: int, module: str) -> psutil.Process:
-    return next(one for one in psutil.Process(number).parents() if module in one.cmdline())
 
 
 def logged(project: Path, pattern: str) -> bool:
@@ -177,25 +184,26 @@ def logged(project: Path, pattern: str) -> bool:
     )
 
 
-def disturbed_here(project: Path) -> None:
-    """As processes, two at once: what submitit watches a job by is killed, and another job runs out of its
-    time. The command says what failed; given again, it ends well.
+def disturbed_here(project: Path, requeued: str, lost: str) -> None:
+    """As processes: a job runs out of its time, and what submitit watches one by is killed. The command
+    says what failed; given again, it ends well.
     """
     command = ("python", "-m", "stages.submit", "--local", "--at-once", "2")
     process = start(project, *command)
-    twin = caught(project, "wanda")
-    ancestor(twin, "submitit.local._local").kill()
-    killed = caught(project, "other", 1)
+    twin = None if lost == requeued else caught(project, lost)
+    killed = caught(project, requeued, 1)
     ancestor(killed, "submitit.core._submit").send_signal(signal.SIGUSR2)
     time.sleep(1)
     os.kill(killed, signal.SIGCONT)  # it sees that its `dvc` is gone
+    twin = twin or caught(project, lost, 1, after=killed)
+    ancestor(twin, "submitit.local._local").kill()
     output, _ = process.communicate(timeout=LONG)
     assert process.returncode == 2 and "shared: done" in output, output
-    assert re.search(r"Of the jobs wanda failed \(\S+\); run the same command again", output), output
-    assert logged(project, rf"prune other: resuming after [1-9] of {LAYERS} blocks")
+    assert re.search(rf"Of the jobs {lost} failed \(\S+\); run the same command again", output), output
+    assert logged(project, rf"prune {requeued}: resuming after [1-9] of {LAYERS} blocks")
     process = start(project, *command)
     deadline = time.monotonic() + LONG
-    while not logged(project, "prune wanda: process [0-9]+ on .* waiting until it ends"):
+    while not logged(project, f"prune {lost}: process [0-9]+ on .* waiting until it ends"):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     os.kill(twin, signal.SIGCONT)
@@ -204,15 +212,15 @@ def disturbed_here(project: Path) -> None:
 
 
 def test_jobs_as_processes(tmp_path: Path) -> None:
-    project = make_project(tmp_path / "project", model={"layers": LAYERS}, variants=PAIR)
-    disturbed_here(project)
-    check(project, undisturbed(tmp_path, PAIR))
+    project = make_project(tmp_path / "project", model={"layers": LAYERS}, variants=ONE)
+    disturbed_here(project, "wanda", "wanda")
+    check(project, undisturbed(tmp_path, ONE))
 
 
 @pytest.mark.campaign
 def test_six_variants_as_processes(tmp_path: Path) -> None:
     project = make_project(tmp_path / "project", model={"layers": LAYERS}, variants=SIX)
-    disturbed_here(project)
+    disturbed_here(project, "other", "wanda")
     check(project, undisturbed(tmp_path, SIX))
 
 

@@ -9,6 +9,7 @@ the cache and the scratch directory, which several processes may use.
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,11 +75,17 @@ class ClusterJob:
             config.setdefault("core", {})["site_cache_dir"] = str(home / ".dvc" / "tmp" / "site")
         if data := _git(home, "ls-files", "*.dvc"):  # what was added by `dvc add`
             project.call(home, *project.DVC, "checkout", "--quiet", "--allow-missing", *data.splitlines())
-        repro = ("python", "-m", "stages.preload", *project.DVC, "repro", *self.targets)
+        # the signal by which submitit is told that the time runs out comes to all processes of a job
+        deaf = ("env", "--ignore-signal=USR2")
+        repro = (*deaf, "python", "-m", "stages.preload", *project.DVC, "repro", *self.targets)
         if code := project.call(home, *repro):
             said = " ".join(("dvc repro", *self.targets))
             raise SparselineError(f"{self.name}: `{said}` ended with {code} in {home}, which is kept.")
         shutil.rmtree(clone, ignore_errors=True)
+        if "SLURM_JOB_ID" in os.environ:
+            # submitit would write a result, which nobody reads, while twins at a lost node may write theirs
+            sys.stdout.flush()
+            os._exit(0)
 
     def checkpoint(self) -> DelayedSubmission:
         return DelayedSubmission(self)
