@@ -23,7 +23,7 @@ from pipeline_lib.models.architecture import Layout, Matrix, Site
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.solve.grid import Grid
-from pipeline_lib.stats.lanes import Sums, fold_for, own_lanes
+from pipeline_lib.stats.lanes import Sums, fold_for
 from pipeline_lib.stats.moments import DiagonalSums, Moments, MomentSums, drawn_together
 
 # their mask keeps another number of weights
@@ -350,7 +350,7 @@ def collect(
     apart = [name for name in sites if known[name] is None]
     to = _receivers(owners, known)
     with side_by_side(model.is_small(block[1])) as each_lane:
-        found = fold_for(to, each_lane(summed, [lanes[lane] for lane in own_lanes()]))
+        found = fold_for(to, each_lane(summed, [lanes[lane] for lane in ranks.part(len(lanes))]))
     own_sites = {name: known[name] for name in sites if name in found}
     drawn = drawn_together(found, own_sites)
     del found
@@ -408,7 +408,7 @@ def collect_diagonals(
         return sums
 
     with side_by_side(model.is_small(block[1])) as each_lane:
-        summed_lanes = each_lane(summed, [lanes[lane] for lane in own_lanes()])
+        summed_lanes = each_lane(summed, [lanes[lane] for lane in ranks.part(len(lanes))])
         found = fold_for(_receivers(sites, known), summed_lanes)
     drawn = drawn_together(found, {name: known[name] for name in sites})
     return {name: one.finish() for name, one in drawn.items()}
