@@ -220,6 +220,7 @@ OPENED = {
     "core/files.py": "",
     "core/preloaded.py": "standard output",
     "core/process.py": "DVC's lock",
+    "core/ranks.py": "/dev/null",
     "core/runtime.py": "this code, and inputs that were checked",
     "core/scratch.py": "locks",
     "export/tensorfile.py": "the file that is written",

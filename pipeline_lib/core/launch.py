@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from pipeline_lib.core import process, ranks, runtime, settings
+from pipeline_lib.core import files, process, ranks, runtime, settings
 from pipeline_lib.core.errors import LostError, SparselineError
 from pipeline_lib.core.preloaded import SIGNALS
 
@@ -116,7 +116,7 @@ def _worker(
 
 def _fault(place: Path, codes: list[int]) -> BaseException:
     """What ended the processes: what one of them says of itself, or else what the others say of it."""
-    faults = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(place.glob("fault-*.json"))]
+    faults = [json.loads(files.text(path)) for path in sorted(place.glob("fault-*.json"))]
     for fault in sorted(faults, key=lambda fault: bool(fault["lost"])):
         if not fault["lost"]:
             return runtime.Fault(fault["message"], fault["status"])
