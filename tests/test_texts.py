@@ -717,7 +717,7 @@ def test_the_familys_usual_place(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_text_of_too_few_tokens_is_told() -> None:
     """A letter again and again, start tokens alone, and rows that are all the same."""
     with pytest.raises(
-        SparselineError, match="has only 2 different tokens in 3 rows, fewer than its `distinct` of 3"
+        SparselineError, match="has only 2 different tokens in 3 samples, fewer than its `distinct` of 3"
     ):
         rows_of([[1] * 20, [1] * 20], params(rows=3, distinct=3), Start("document", 0))
     with pytest.raises(SparselineError, match="has only 1 different tokens"):
