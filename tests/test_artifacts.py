@@ -558,7 +558,7 @@ def test_memory_that_ran_out_is_told(
     said = capsys.readouterr().err
     assert (
         caught.value.code == 2
-        and said.startswith("error: The ")
+        and said.startswith("error: Out of ")
         and said.count("\n") == 1
         and "`make plan`" in said
     )
