@@ -32,6 +32,7 @@ from project import (
 from tiny import make_tokenizer
 
 from pipeline_lib.core import launch, ranks, runtime
+from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.stats import lanes
 
 LSQ = {"mask_iterations": 12}
@@ -275,6 +276,16 @@ def test_a_process_that_shows_no_sign_of_life_is_lost(ready: Path, tmp_path: Pat
     said, _ = both[1].communicate(timeout=60)
     assert both[1].returncode == runtime.LOST, said
     assert len(spoken(said)) == 1
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "auto"])
+def test_one_gpu_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setenv("SPARSELINE_PROCESSES", "2")
+    monkeypatch.setenv("SPARSELINE_DEVICE", device)
+    with pytest.raises(
+        SparselineError, match=f"SPARSELINE_DEVICE={device} is one GPU, and SPARSELINE_PROCESSES=2"
+    ):
+        launch.run(int)
 
 
 def test_a_fault_is_that_of_the_process_which_explains_it(tmp_path: Path) -> None:

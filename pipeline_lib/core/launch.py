@@ -33,7 +33,7 @@ def run(job: Callable[..., T], *arguments: Any) -> T:
             return job(*arguments)
     if (count := settings.processes()) == 1:
         return job(*arguments)
-    if ":" in (device := settings.device_name()):
+    if (device := settings.device_name()) == "auto" or ":" in device:
         raise SparselineError(
             f"SPARSELINE_DEVICE={device} is one GPU, and SPARSELINE_PROCESSES={count} processes want one"
             " each; set the device to cuda, or the processes to 1."
@@ -129,6 +129,6 @@ def _fault(place: Path, codes: list[int]) -> BaseException:
     if faults:
         return LostError(faults[0]["message"])
     return LostError(
-        f"One of the stage's processes ended with code {codes[0]}; run the same command again: what is"
-        " finished is kept."
+        f"One of the stage's processes ended with code {codes[0]}; run the same command again: finished"
+        " work is kept."
     )
