@@ -44,6 +44,7 @@ SelectTypeParameters=CR_CPU
 ReturnToService=2
 SlurmdTimeout={lost}
 KillWait=5
+MinJobAge=86400
 SchedulerParameters=sched_interval=2,bf_interval=2
 MailProg=/bin/true
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=2 RealMemory=8000
