@@ -400,7 +400,7 @@ def test_cards_tell_what_was_measured(ran: Ran) -> None:
             ).hexdigest()
             in card
         )
-        assert "rows 0, induction 0, channel 0" in card
+        assert "samples 0, induction 0, channel 0" in card
 
 
 # What reruns
@@ -610,7 +610,7 @@ def test_edited_weights_concern_everything(project: Path) -> None:
         ("pipeline_lib/prune/run.py", PRUNINGS),
         ("pipeline_lib/allocate/methods.py", of("allocate")),
         ("pipeline_lib/measure/hutchinson.py", {"sensitivity"}),
-        ("pipeline_lib/stats/moments.py", {"calibrate", "scale"} | PRUNING_CODE),
+        ("pipeline_lib/stats/moments.py", {"calibrate", "scale", "sensitivity"} | PRUNING_CODE),
         ("pipeline_lib/texts/rows.py", TEXTS | GENERATED),
         ("pipeline_lib/models/sample.py", GENERATED),
         ("pipeline_lib/evaluation/perplexity.py", EVALUATIONS),
