@@ -163,7 +163,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ragged": ({"rounding": Rounding(4, 20)}, r"the 32 inputs of \S+ are not a multiple of its groups of 20"),
     "Conv1D": (
         {"rounding": Rounding(4, 16), "family": "gpt2"},
-        r"no linear's weight but a transposed one \(Conv1D\)",
+        r"is stored transposed \(Conv1D\)",
     ),
 }
 

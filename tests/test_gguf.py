@@ -460,7 +460,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another architecture": (
         "opt",
         {},
-        r"opt is not among the architectures that are written \(llama, .*qwen3_moe\)",
+        r"opt is not a supported architecture \(llama, .*qwen3_moe\)",
     ),
     "biases": (
         "llama",
@@ -476,7 +476,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a model that transformers cannot make": (
         "phi3",
         {"vocab_size": VOCABULARY, "pad_token_id": None},
-        r"transformers makes no model of what it would read back \(Padding_idx",
+        r"transformers cannot build a model from its metadata \(Padding_idx",
     ),
     "width of experts": (
         "qwen3_moe",

@@ -91,10 +91,8 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
             ignored += [full.removesuffix(WEIGHT)] if linear else []
             continue
         if not linear or not pieces[0].whole:
-            raise refusal(
-                f"{name} is not the weight of a linear"
-                f" layer{' but a transposed one (Conv1D)' if groups.transposed else ''}"
-            )
+            what = "stored transposed (Conv1D)" if groups.transposed else "not the weight of a linear layer"
+            raise refusal(f"{name} is {what}")
         columns = pruned.shapes[name][1]
         found.add((groups.bits, groups.size if groups.size != columns else None, groups.zero_point is None))
         if columns % groups.size:
