@@ -251,7 +251,7 @@ def test_checkpoints_are_as_sparse_as_asked_by_hand(tmp_path: Path, monkeypatch:
             assert count > size / 2
     assert sum(zeros.values()) == sum(tensors[name].numel() for name in zeros) // 2
     assert (
-        "by hand model.layers.0.mlp.up_proj.weight 0; by hand *.v_proj 0.3"
+        "manual model.layers.0.mlp.up_proj.weight 0; manual *.v_proj 0.3"
         in words.rows(read("wanda").recipe)["allocation"]
     )
 

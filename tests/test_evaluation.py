@@ -467,7 +467,7 @@ def test_tasks_that_cannot_be_used(tokenizer: PreTrainedTokenizerFast, tmp_path:
     local_task(tmp_path, [0, 1, 0, 1], metric_list=[{"metric": "brier_score"}])
     with pytest.raises(
         SparselineError,
-        match="nothing that is known here, only: brier_score; supported are: acc, exact_match",
+        match="no supported metric, only: brier_score; supported are: acc, exact_match",
     ):
         run_tasks(repeater(), tokenizer, *local)
     local_task(tmp_path, [0, 1, 0, 1])

@@ -722,7 +722,7 @@ def test_text_of_too_few_tokens_is_told() -> None:
         rows_of([[1] * 20, [1] * 20], params(rows=3, distinct=3), Start("document", 0))
     with pytest.raises(SparselineError, match="has only 1 different tokens"):
         rows_of([[0]] * 20, params(rows=3, distinct=2, chat_template=True), Start("document", 0))
-    with pytest.raises(SparselineError, match="gives 3 rows that are all the same"):
+    with pytest.raises(SparselineError, match="gives 3 samples that are all the same"):
         rows_of([[1, 2, 3, 4]] * 3, params(rows=3, distinct=4), NONE)
     assert len(rows_of([[1, 2, 3, 4], [5, 6, 7, 8]], params(distinct=8), NONE)) == 2
 
@@ -815,7 +815,7 @@ def test_a_single_row_cannot_be_split() -> None:
     with pytest.raises(
         SparselineError,
         match=(
-            "has 1 row, which cannot be split into fitting and held-out rows; raise rows, or set held_out: 0"
+            "has 1 sample, which cannot be split into a training and a held-out split; raise rows, or set held_out: 0"
         ),
     ):
         split(torch.zeros(1, 2), 0.25)
