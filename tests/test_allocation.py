@@ -198,8 +198,8 @@ def test_the_first_pattern_that_matches_counts() -> None:
     with pytest.raises(
         SparselineError,
         match=(
-            r"overall = 0\.5 is not met: the patterns give 6 of 6 matrices a sparsity, 0\.5 together, and no"
-            r" other is left"
+            r"overall = 0\.5 is not met: the patterns give 6 of 6 matrices a sparsity, 0\.5 together, and"
+            r" there is no other matrix"
         ),
     ):
         left(units, by_hand(units, names, [("*", 0.5)], "x"), 0.5, "x")

@@ -815,7 +815,8 @@ def test_a_single_row_cannot_be_split() -> None:
     with pytest.raises(
         SparselineError,
         match=(
-            "has 1 sample, which cannot be split into a training and a held-out split; raise rows, or set held_out: 0"
+            "has 1 sample, which cannot be split into a training and a held-out split; raise rows, or"
+            " set held_out: 0"
         ),
     ):
         split(torch.zeros(1, 2), 0.25)
