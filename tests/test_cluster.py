@@ -167,6 +167,7 @@ def disturbed(project: Path, cluster: slurm.Slurm, requeued: str, lost: str) -> 
     assert re.search(resumes, log(project, numbers[requeued]))
 
 
+@pytest.mark.campaign
 def test_jobs_on_two_nodes(tmp_path: Path, cluster: slurm.Slurm) -> None:
     project = make_project(tmp_path / "project", model={"layers": LAYERS}, variants=ONE)
     disturbed(project, cluster, "wanda", "wanda")
@@ -214,6 +215,7 @@ def disturbed_here(project: Path, requeued: str, lost: str) -> None:
     assert process.returncode == 0 and "report: done" in output, output
 
 
+@pytest.mark.campaign
 def test_jobs_as_processes(tmp_path: Path) -> None:
     project = make_project(tmp_path / "project", model={"layers": LAYERS}, variants=ONE)
     disturbed_here(project, "wanda", "wanda")
@@ -227,6 +229,7 @@ def test_six_variants_as_processes(tmp_path: Path) -> None:
     check(project, undisturbed(tmp_path, SIX))
 
 
+@pytest.mark.campaign
 def test_what_depends_on_a_failed_job_is_cancelled(tmp_path: Path, cluster: slurm.Slurm) -> None:
     """It would be queued for ever. The log of the job has the stage's sentence."""
     project = make_project(tmp_path / "project", variants=PAIR)
