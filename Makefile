@@ -25,11 +25,11 @@ run: environment  ## run all stages that are out of date, print the table and th
 submit: environment  ## variants as jobs (docs/cluster.md): VARIANTS, all without; OPTIONS='--sbatch mem=64G', or OPTIONS=--local for processes of this machine
 	python -m stages.submit $(OPTIONS) $(VARIANTS)
 
-test: environment sshd slurm  ## the whole test suite
+test: environment sshd  ## the whole test suite
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 MINUTES ?= 60
-campaign: environment  ## random kills and hostile inputs for MINUTES, with a printed seed; then tests with more instances than `make test`
+campaign: environment slurm  ## random kills and hostile inputs for MINUTES, with a printed seed; then tests with more instances than `make test`
 	python tests/campaign.py all --minutes $(MINUTES) --record benchmarks/results/campaign.json
 	python -m pytest -m campaign
 
