@@ -45,7 +45,7 @@ from pipeline_lib.recipe.variants import read_all
 CODE = sorted(path for folder in ("pipeline_lib", "stages") for path in (ROOT / folder).rglob("*.py"))
 MODULES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
 # commands outside the graph
-NOT_STAGES = {"convert", "costs", "environment", "plan", "preload", "unpack", "verdict"}
+NOT_STAGES = {"convert", "costs", "environment", "plan", "preload", "submit", "unpack", "verdict"}
 # the stages that depend on params.yaml as a file: every change runs them, in about a second each
 ALWAYS = {"keys", "report"}
 
