@@ -71,7 +71,7 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
 
     def refusal(reason: str) -> SparselineError:
         return SparselineError(
-            f"{variant} cannot be written as compressed-tensors: {reason}; take it out of"
+            f"{variant} cannot be written as compressed-tensors: {reason}; remove it from"
             f" variants.{variant}.export."
         )
 
