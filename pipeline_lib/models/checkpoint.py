@@ -183,8 +183,8 @@ class Checkpoint:
                     tensor = self._unpacked(name) if name in self.packed else file.get_tensor(name)
                     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                         raise SparselineError(
-                            f"{self.path / file_name}: weights of {name} contain NaN or infinity; the checkpoint"
-                            " is damaged."
+                            f"{self.path / file_name}: weights of {name} contain NaN or infinity; the"
+                            " checkpoint is damaged."
                         )
                     yield name, tensor
 
