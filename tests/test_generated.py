@@ -255,7 +255,7 @@ def test_a_generated_text_does_not_depend_on_the_batch(project: Path) -> None:
         ),
         (
             {"generated": HOW | {"new_tokens": 5000}},
-            "5000 new tokens do not fit the model's 4096 positions; lower new_tokens",
+            "5000 new tokens do not fit into the model's 4096 positions; lower new_tokens",
         ),
         ({"generated": HOW | {"prompt_tokens": 11}}, "has no document of 11 tokens; lower prompt_tokens"),
         (
