@@ -80,9 +80,13 @@ def part(items: int) -> range:
     return range(rank() * items // count(), (rank() + 1) * items // count())
 
 
-def deal(costs: Mapping[K, float]) -> dict[K, int]:
-    """Who owns what: the dearest first, each to the process that has least to do."""
-    loads = [0.0] * count()
+def deal(costs: Mapping[K, float], processes: int | None = None) -> dict[K, int]:
+    """The owner of each item: the most expensive first, each to the process with the least work.
+
+    Args:
+        processes: how many there are; None: those that run the stage.
+    """
+    loads = [0.0] * (processes or count())
     owners = {}
     for item in sorted(costs, key=lambda item: -costs[item]):  # stable: of equal ones the first
         owners[item] = loads.index(min(loads))

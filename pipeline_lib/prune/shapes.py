@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from pipeline_lib.core import ranks
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.stats.lanes import LANES
 
@@ -174,14 +175,15 @@ def _busiest(sites: Sequence[tuple[int, list[tuple[int, int]]]], processes: int)
     """FLOPs of the busiest process. Matrices are dealt by cost, the most expensive first: R·C² each,
     and 3·C³ for every site of which a process has a matrix.
     """
-    costs = [
-        (rows * channels**2, site) for site, (channels, matrices) in enumerate(sites) for rows, _ in matrices
-    ]
+    costs = {
+        (site, number): rows * channels**2
+        for site, (channels, matrices) in enumerate(sites)
+        for number, (rows, _) in enumerate(matrices)
+    }
     loads, factors = [0.0] * processes, [set[int]() for _ in range(processes)]
-    for cost, site in sorted(costs, key=lambda one: -one[0]):  # as ``ranks.deal``
-        owner = loads.index(min(loads))
-        loads[owner] += cost
-        factors[owner].add(site)
+    for item, owner in ranks.deal(costs, processes).items():
+        loads[owner] += costs[item]
+        factors[owner].add(item[0])
     return max(loads), max(3 * sum(sites[site][0] ** 3 for site in own) for own in factors)
 
 

@@ -284,6 +284,10 @@ class Window:
         return self.streams
 
 
+# names of sites, and the processes that get them; names alone: all processes
+Owners = Sequence[str] | Mapping[str, Sequence[int]]
+
+
 class _Reached(Exception):
     """All sites that were asked for were reached: what comes after them in the block is not needed."""
 
@@ -293,7 +297,7 @@ def collect(
     block: tuple[int, nn.Module],
     hidden: Sequence[torch.Tensor],
     lanes: Sequence[Sequence[int]],
-    owners: Sequence[str] | Mapping[str, Sequence[int]],
+    owners: Owners,
     beside: tuple[nn.Module, Sequence[torch.Tensor]] | None = None,
 ) -> dict[str, Moments]:
     """Moments of the sites' inputs for batches of a stream before a block. Only the necessary part of
@@ -306,7 +310,7 @@ def collect(
         block: its number, and the block.
         hidden: [B, T, D] each.
         lanes: for each lane, the numbers of its batches.
-        owners: names of the sites, and the processes that get them; names alone: all processes.
+        owners: the sites, and the processes that get their moments.
         beside: the dense block and the dense stream's batches before it: then the cross moments
             with its inputs are collected, too.
     """
@@ -355,9 +359,6 @@ def collect(
     drawn = drawn_together(found, own_sites)
     del found
     return {name: drawn.pop(name).finish(beside is not None) for name in own_sites}
-
-
-Owners = Sequence[str] | Mapping[str, Sequence[int]]
 
 
 def _receivers(owners: Owners, known: Mapping[str, str | None]) -> dict[str, Sequence[int]]:
