@@ -20,6 +20,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from tiny import ALL_FAMILIES, FAMILIES, make_model  # noqa: E402
 
+from pipeline_lib.core.products import rounding  # noqa: E402
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 
 # The files that take longest, first: at the end of the run one of them would keep one process busy alone.
@@ -45,6 +46,15 @@ def _session() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def onednn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whether oneDNN computes products, by an indirect parameter: no, whatever a stage chose that an
+    earlier test ran in this process.
+    """
+    with rounding(getattr(request, "param", False)):
+        yield
 
 
 @pytest.fixture(scope="session")

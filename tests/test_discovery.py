@@ -334,10 +334,11 @@ def test_statistics_of_few_tokens_are_drawn_to_all_experts() -> None:
     assert torch.equal(drawn["alone"].gram, plain.finish().gram)
 
 
+@pytest.mark.parametrize("onednn", [True, False], indirect=True)
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
 def test_statistics_of_experts_in_groups(tiny: Any, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
     """SPARSELINE_GRAM_BYTES decides how many experts' Gram matrices are in memory. Oracle: all at
-    once, to the last bit.
+    once, to the last bit, whichever library computes the products.
     """
     checkpoint = open_checkpoint(tiny(model_type))
     settings = CalibrateParams(batch_rows=2, median_tokens=64)

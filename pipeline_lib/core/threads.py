@@ -22,18 +22,18 @@ def small(device: torch.device, weights: int) -> bool:
 
 
 @contextmanager
-def side_by_side(wanted: bool) -> Iterator[Map[Any, Any]]:
-    """While open, a ``map`` over parts. If requested, torch's threads take one part each, instead of
-    sharing the work on one.
+def side_by_side(wanted: bool, parts: int = PARTS) -> Iterator[Map[Any, Any]]:
+    """While open, a ``map`` over so many parts or more. If requested, torch's threads take one part
+    each, instead of sharing the work on one.
 
     With small products, two threads spend most of their time waking up. The parts' results are in
-    memory together.
+    memory together. The library of products does not depend on the number of threads or parts.
     """
     if not wanted:
         yield map
         return
     threads = torch.get_num_threads()
-    workers = min(PARTS, threads)
+    workers = min(PARTS, threads, parts)
     with rounding(False):  # which holds for all threads: none may change it while another computes
         if workers < 2:
             yield map

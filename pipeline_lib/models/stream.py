@@ -8,7 +8,7 @@ stream, ``V`` tokens of the vocabulary.
 import copy
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call
 
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.core.products import Products, rounded
+from pipeline_lib.core.products import Products, rounded, rounding
 from pipeline_lib.core.threads import PARTS, side_by_side, small
 from pipeline_lib.models.architecture import Site
 from pipeline_lib.models.checkpoint import Checkpoint, skeleton
@@ -104,6 +104,8 @@ class BlockModel:
         self.whole = skeleton(checkpoint.config, dtype, checkpoint.remote_code).eval().requires_grad_(False)
         self.base: nn.Module = self.whole.base_model
         self.templates = list(self.base.get_submodule(checkpoint.architecture.blocks))
+        # of each block, whether threads pass parts of the rows through it side by side
+        self.small = [small(device, sum(map(torch.Tensor.numel, each.parameters()))) for each in self.templates]
         self._own = threading.local()
         self._length = 0  # tokens in a row, which the arguments below depend on
         self._arguments: dict[int, list[Arguments]] = {}  # rows in a batch -> per block
@@ -266,7 +268,7 @@ class BlockModel:
         """
         args, kwargs = self.arguments(index, len(hidden))
         if tensors is None:
-            with rounded(self.device, self.products):
+            with self._products(index):
                 out = block(hidden, *args, **kwargs)
         else:
             own, given = (
@@ -278,9 +280,17 @@ class BlockModel:
                 for name, pieces in self._pieces(index).items()
                 if any(piece.stored in given for piece in pieces)
             }
-            with rounded(self.device, self.products):
+            with self._products(index):
                 out = functional_call(self.own_copy(block), moved, (hidden, *args), kwargs)
         return out[0] if isinstance(out, tuple | list) else out
+
+    @contextmanager
+    def _products(self, index: int) -> Iterator[None]:
+        """While open, products are computed as in every pass through this block: a small one's as
+        ``side_by_side`` computes them, whoever calls it.
+        """
+        with rounded(self.device, self.products), rounding(False) if self.small[index] else nullcontext():
+            yield
 
     def own_copy(self, block: nn.Module) -> nn.Module:
         """The block, or for any but the main thread one of the same tensors: hooks and
@@ -306,10 +316,6 @@ class BlockModel:
         """
         self.check_finite(index, self.passed(block, index, stream, numbers))
 
-    def is_small(self, block: nn.Module) -> bool:
-        """Whether threads pass parts of the rows through the block side by side."""
-        return small(self.device, sum(tensor.numel() for tensor in block.parameters()))
-
     def passed(
         self, block: nn.Module, index: int, stream: Stream, numbers: Iterable[int] | None = None
     ) -> torch.Tensor:
@@ -332,7 +338,7 @@ class BlockModel:
             own = stream.hidden.own
             cuts = [len(own) * part // PARTS for part in range(PARTS + 1)]
             parts = [own[first:last] for first, last in pairwise(cuts)]
-            with side_by_side(self.is_small(block)) as each:
+            with side_by_side(self.small[index]) as each:
                 bounds = [bound for part in each(through, parts) for bound in part]
         return torch.stack(bounds) if bounds else torch.zeros(0, device=self.device)
 

@@ -95,7 +95,7 @@ class Layerwise:
                 return part, error
             return part, None
 
-        with side_by_side(len(sites) > 1 and small(device, weights)) as each_site:
+        with side_by_side(small(device, weights), len(sites)) as each_site:
             for part, error in each_site(pruned, sites):
                 block.join(part)
                 if error is not None:

@@ -353,7 +353,7 @@ def collect(
     # the other stream's tokens may be routed to other experts
     apart = [name for name in sites if known[name] is None]
     to = _receivers(owners, known)
-    with side_by_side(model.is_small(block[1])) as each_lane:
+    with side_by_side(model.small[block[0]]) as each_lane:
         found = fold_for(to, each_lane(summed, [lanes[lane] for lane in ranks.part(len(lanes))]))
     own_sites = {name: known[name] for name in sites if name in found}
     drawn = drawn_together(found, own_sites)
@@ -408,7 +408,7 @@ def collect_diagonals(
             _tap(model, (block[0], own), hidden[number], tapped_sites, add)
         return sums
 
-    with side_by_side(model.is_small(block[1])) as each_lane:
+    with side_by_side(model.small[block[0]]) as each_lane:
         summed_lanes = each_lane(summed, [lanes[lane] for lane in ranks.part(len(lanes))])
         found = fold_for(_receivers(sites, known), summed_lanes)
     drawn = drawn_together(found, {name: known[name] for name in sites})
