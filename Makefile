@@ -9,9 +9,10 @@ export PATH := $(BIN):$(PATH)
 # Otherwise waiting threads spin: beside another busy process everything takes five to ten times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
 # glibc keeps freed blocks of up to 32 MiB (fewer page faults) and returns larger ones. If it kept these, small blocks could
-# fragment their holes in the heap, which costs hundreds of MB in some runs.
+# fragment their holes in the heap, which costs hundreds of MB in some runs. All threads share one heap.
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
+export MALLOC_ARENA_MAX ?= 1
 
 .PHONY: run submit test campaign campaign-short architectures sshd slurm check format wheel docs plan sweep screenshots environment clean
 .PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment llama-environment bench-llama bench-real bench-calibration-text bench-latency bench-busy bench-verify

@@ -421,7 +421,7 @@ def test_stages_run_with_this_python(
     """Whether or not its environment is active, and with what the Makefile sets."""
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+    names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX")
     for name in names:
         monkeypatch.delenv(name, raising=False)
     ask = (

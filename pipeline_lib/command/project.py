@@ -17,11 +17,12 @@ from pipeline_lib.core import environment
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.preloaded import SIGNALS
 
-# As in the Makefile: threads that wait sleep, and glibc keeps freed blocks of up to 32 MiB.
+# As in the Makefile: threads that wait sleep; glibc keeps freed blocks of up to 32 MiB, in one heap.
 DEFAULTS = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
     "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "MALLOC_ARENA_MAX": "1",
 }
 DVC = ("python", "-m", "dvc")
 FAILED = 255  # DVC's exit code where a stage fails
