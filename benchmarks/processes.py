@@ -1,11 +1,11 @@
 """Stages on two processes against one: ``python -m benchmarks.processes [STAGE …]``.
 
 A Llama of two blocks of width 1,024 with random weights; 64 calibration rows of 512 tokens of Python's
-standard library. The stages run as `dvc repro` runs them, from a process that has torch imported, and the
-seconds are those of their cost records. What is compared, with one thread per process: one process, and
-as many as there are cores (CPU) or GPUs (with ``SPARSELINE_DEVICE=cuda``). Beside it, on a CPU, one
-process with as many threads. Allocations are uniform, so that no other stage has to run before.
-``best`` is pruned as in params.yaml otherwise.
+standard library (128 for ``calibrate``, of whose time imports would be a sixth). The stages run as `dvc
+repro` runs them, from a process that has torch imported, and the seconds are those of their cost records.
+What is compared, with one thread per process: one process, and as many as there are cores (CPU) or GPUs
+(with ``SPARSELINE_DEVICE=cuda``). Beside it, on a CPU, one process with as many threads. Allocations are
+uniform, so that no other stage has to run before. ``best`` is pruned as in params.yaml otherwise.
 
 ``speedup`` is over one process with one thread. All processes of one thread must write the same
 bytes, or the benchmark ends. Rows run that ``results/processes.json`` has not got; those of stages that
@@ -31,8 +31,8 @@ from pipeline_lib.core import files, settings
 from pipeline_lib.core.params import merge
 
 ROOT = Path(__file__).parent.parent
-SHAPE = Shape(1024, 2816, 16, 16, blocks=2)
-ROWS, LENGTH = 64, 512
+SHAPE = Shape(1024, 2816, 16, 16, blocks=2, vocabulary=4096)  # room for the tokenizer
+ROWS, LENGTH = {"calibrate": 128, "sparsegpt": 64, "best": 64}, 512
 STAGES = {"calibrate": "calibrate", "sparsegpt": "prune sparsegpt", "best": "prune best"}
 BEFORE = (
     "keys",
@@ -60,10 +60,9 @@ class Place:
             "texts": {"calibration": {"rows": count, "length": length}},
         }
         values = merge(shipped, changes)
-        values["texts"] = {"calibration": values["texts"]["calibration"]}
         values["variants"] = {
             name: merge(values["variants"][name], UNIFORM) for name in ("sparsegpt", "best")
-        }
+        } | {"papers": values["variants"]["papers"]}  # which reads what calibrate collects
         with (directory / "params.yaml").open("w", encoding="utf-8") as file:
             yaml.dump(values, file)
         for step in BEFORE:
@@ -148,25 +147,26 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def update(file: Path, named: Sequence[str], made: Callable[[Path], Place]) -> list[Record]:
+def update(file: Path, named: Sequence[str], made: Callable[[Path, int], Place]) -> list[Record]:
     """Measure what the record has not got; each row is in it as soon as it is measured."""
     records: list[Record] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     with tempfile.TemporaryDirectory() as folder:
-        place = None
         for stage, which in rows(records, named):
-            place = place or made(Path(folder) / "project")
+            place = made(Path(folder) / stage, ROWS[stage])
             for record in measure(place, stage, which, records):
                 records = [r for r in records if [r[key] for key in KEY] != [record[key] for key in KEY]]
                 records = sorted([*records, record], key=lambda r: [*STAGES].index(r["stage"]))
                 file.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-                click.echo(f"{stage}, {record['processes']} processes: {record['wall_s']} s")
+                click.echo(f"{stage}, {record['processes']} × {record['threads']}: {record['wall_s']} s")
     return records
 
 
 @click.command(help=__doc__)
 @click.argument("stages", nargs=-1, type=click.Choice(list(STAGES)))
 def main(stages: tuple[str, ...]) -> None:
-    found = update(RESULTS / "processes.json", stages, lambda path: Place(path, SHAPE, (ROWS, LENGTH)))
+    found = update(
+        RESULTS / "processes.json", stages, lambda path, count: Place(path, SHAPE, (count, LENGTH))
+    )
     click.echo(table(found))
 
 

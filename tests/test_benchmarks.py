@@ -400,7 +400,7 @@ def test_what_processes_bring_is_recorded_row_by_row(tmp_path: Path) -> None:
     ran: list[tuple[str, int, int]] = []
 
     class Fake(processes.Place):
-        def __init__(self, path: Path) -> None:
+        def __init__(self, path: Path, count: int) -> None:
             self.directory = path
 
         def measured(self, stage: str, count: int, threads: int) -> tuple[float, dict[str, str]]:
@@ -425,7 +425,7 @@ def test_what_processes_bring_is_recorded_row_by_row(tmp_path: Path) -> None:
 
 def test_other_bytes_end_the_benchmark(tmp_path: Path) -> None:
     class Fake(processes.Place):
-        def __init__(self, path: Path) -> None:
+        def __init__(self, path: Path, count: int) -> None:
             self.directory = path
 
         def measured(self, stage: str, count: int, threads: int) -> tuple[float, dict[str, str]]:

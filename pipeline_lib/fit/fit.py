@@ -271,16 +271,21 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
     """Train a sparse block (or window of blocks) and fold its factors. The block before the fit is a
     candidate, too, and wins ties on the held-out split.
 
-    Gradients are computed in ``compute_dtype`` (mixed precision); trained parameters and all errors
-    are float32. With ``weights``, five copies of its matrices are in memory (the weights, Adam's
-    two moments, the best so far, and the gradient or, in the forward pass, the masked weights),
-    their masks, and a copy in ``compute_dtype``. Lanes that run side by side each have a gradient
-    and masked weights.
+    Gradients and the gate's forward passes are computed in ``compute_dtype`` (mixed precision); trained
+    parameters are float32. With ``weights``, five copies of its matrices are in memory (the weights,
+    Adam's two moments, the best so far, and the gradient or, in the forward pass, the masked weights),
+    their masks, and a copy in ``compute_dtype``. Lanes that run side by side each have a gradient and
+    masked weights.
 
     Args:
         held_out: the samples that decide; without any, the training split decides.
     """
-    run, tensors, masks, remask = block.run, block.tensors, block.masks, block.remask
+    tensors, masks, remask = block.tensors, block.masks, block.remask
+
+    def run(hidden: torch.Tensor, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=params.compute_dtype == "bfloat16"):
+            return block.run(hidden, values).float()
+
     matrices = list(masks)
     gate = held_out if held_out.inputs else fitting
     seen = Pairs(fitting.inputs[:1], fitting.targets[:1])  # what the curve needs; the gate's rows decide
@@ -315,9 +320,8 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
         numbers, count = lane
         hidden, target = fitting.rows(numbers)
         values = free.apply(tensors)
-        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=params.compute_dtype == "bfloat16"):
-            out = run(hidden, values)
-        loss = (out.float() - target).square().sum() / (count * each)
+        out = run(hidden, values)
+        loss = (out - target).square().sum() / (count * each)
         del values, out  # what the graph does not need of them
         return torch.autograd.grad(loss, leaves, allow_unused=True)
 

@@ -105,7 +105,9 @@ class BlockModel:
         self.base: nn.Module = self.whole.base_model
         self.templates = list(self.base.get_submodule(checkpoint.architecture.blocks))
         # of each block, whether threads pass parts of the rows through it side by side
-        self.small = [small(device, sum(map(torch.Tensor.numel, each.parameters()))) for each in self.templates]
+        self.small = [
+            small(device, sum(map(torch.Tensor.numel, each.parameters()))) for each in self.templates
+        ]
         self._own = threading.local()
         self._length = 0  # tokens in a row, which the arguments below depend on
         self._arguments: dict[int, list[Arguments]] = {}  # rows in a batch -> per block
