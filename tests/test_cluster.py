@@ -312,7 +312,7 @@ def test_a_job_has_what_is_not_committed_and_what_dvc_holds(
         (
             lambda: os.environ.update(PATH=str(Path("bin").absolute())),
             [],
-            "There is no Slurm here (no command `srun`)",
+            "Slurm is not installed here (no command `srun`)",
         ),
     ],
 )

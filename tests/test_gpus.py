@@ -76,7 +76,7 @@ def test_stages_side_by_side_get_a_gpu_each_until_there_is_none(start: Start) ->
     assert sorted(held) == ["(0,) (0,)", "(1,) (1,)", "(2,) (2,)"]
     refused = said(start())
     assert refused.startswith(
-        "SPARSELINE_DEVICE=auto takes a GPU and finds none free: another stage has cuda:0;"
+        "SPARSELINE_DEVICE=auto needs a GPU and finds none free: another stage uses cuda:0;"
     )
     assert "Start fewer stages at once" in refused
     stages[1].kill()
@@ -95,13 +95,13 @@ def test_a_gpu_that_comes_free_is_waited_for(start: Start) -> None:
 def test_gpus_that_other_programs_use_are_left_alone(start: Start) -> None:
     """Of the middle one a tenth may be in use, of the first more is; several are taken at once."""
     assert said(start(2, ("8001", "8000", "[N/A]"))) == "(1, 2) (1, 2)"
-    assert "of cuda:0's memory 50% are in use" in said(start(1, ("40000", "40000", "40000")))
+    assert "50% of cuda:0's memory is in use" in said(start(1, ("40000", "40000", "40000")))
 
 
 def test_more_than_the_machine_has_are_refused_at_once(start: Start) -> None:
     """And those that were free stay so."""
     said_no = said(start(GPUS + 1, patience=60.0))
-    assert said_no.startswith(f"SPARSELINE_DEVICE=auto takes {GPUS + 1} GPUs, and this machine has {GPUS};")
+    assert said_no.startswith(f"SPARSELINE_DEVICE=auto needs {GPUS + 1} GPUs, and this machine has {GPUS};")
     assert said(start(GPUS)) == "(0, 1, 2) (0, 1, 2)"
 
 

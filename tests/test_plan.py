@@ -444,7 +444,7 @@ def test_a_gpu_that_is_too_small_is_told(project: Path) -> None:
     }
     told = set(re.findall(r"^(\w+(?: \w+)?) does not fit into the GPU's 0.60 GB: ", small, re.MULTILINE))
     assert told == {name for name, some in sizes.items() if some} >= {"calibrate", "prune wanda", "evaluate"}
-    assert "Lower prune.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES, model.compute_dtype: bfloat16" in small
+    assert "Lower prune.batch_rows or SPARSELINE_GPU_ACTIVATION_BYTES, or set model.compute_dtype:" in small
     assert "Lower evaluate.batch_rows" in small
 
 
@@ -484,7 +484,7 @@ def test_processes_are_planned_as_one_of_them_and_together(
     assert "1 process with 0 GFLOP/s" in one and "2 processes with 0 GFLOP/s each" in two
     peak, together = re.findall(r"peak memory ([\d.]+) GB \(a process; all .* ([\d.]+) GB\)", two)[0]
     assert float(together) == pytest.approx(2 * float(peak), abs=0.02)
-    assert "all of them" not in one and "send each other" in two and "send each other" not in one
+    assert "all of them" not in one and "between processes" in two and "between processes" not in one
 
     def longest(output: str) -> dict[str, float]:
         units = {"s": 1, "min": 60, "h": 3600}

@@ -123,7 +123,7 @@ def submit(names: Sequence[str], how: How) -> Iterator[str]:
     executor = _executor(folder, how)
     yield from _here(executor, steps, how.at_once) if how.local else _queued(executor, steps)
     if len(chosen) < len(variants):
-        yield "the report is no job, since it needs all variants"
+        yield "the report was not submitted, because it needs all variants"
 
 
 def _executor(folder: Path, how: How) -> submitit.AutoExecutor:
@@ -136,7 +136,7 @@ def _executor(folder: Path, how: How) -> submitit.AutoExecutor:
         )
     except RuntimeError as error:
         raise SparselineError(
-            "There is no Slurm here (no command `srun`); submit from a machine of the cluster, or give"
+            "Slurm is not installed here (no command `srun`); submit from a machine of the cluster, or use"
             " --local."
         ) from error
     executor.update_parameters(timeout_min=how.minutes, stderr_to_stdout=True)
@@ -197,7 +197,7 @@ def _here(
             raise SparselineError(
                 "Of the jobs "
                 + ", ".join(f"{name} failed ({log})" for name, log in failed.items())
-                + "; run the same command again once that is mended: finished work is kept."
+                + "; correct the cause, then run the same command again: finished work is kept."
             )
         yield f"{', '.join(waiting)}: done"
 

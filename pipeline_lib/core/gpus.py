@@ -37,12 +37,12 @@ def take(count: int = 1) -> tuple[int, ...]:
             lock.close()
         if not busy:
             raise SparselineError(
-                f"SPARSELINE_DEVICE=auto takes {_gpus(count)}, and this machine has {len(found) or 'none'};"
+                f"SPARSELINE_DEVICE=auto needs {_gpus(count)}, and this machine has {len(found) or 'none'};"
                 " use cpu, or a machine that has more."
             )
         if time.monotonic() > deadline:
             raise SparselineError(
-                f"SPARSELINE_DEVICE=auto takes {_gpus(count)} and finds {len(found) or 'none'} free:"
+                f"SPARSELINE_DEVICE=auto needs {_gpus(count)} and finds {len(found) or 'none'} free:"
                 f" {'; '.join(busy)}. Start fewer stages at once, or name a device, such as"
                 " SPARSELINE_DEVICE=cuda:0."
             )
@@ -63,9 +63,9 @@ def _free(count: int) -> tuple[dict[int, socket.socket], list[str]]:
             break
         name = str(torch.cuda.get_device_properties(number).uuid)
         if held.get(name, 0.0) > LITTLE:
-            busy.append(f"of cuda:{number}'s memory {held[name]:.0%} are in use")
+            busy.append(f"{held[name]:.0%} of cuda:{number}'s memory is in use")
         elif (lock := _lock(name)) is None:
-            busy.append(f"another stage has cuda:{number}")
+            busy.append(f"another stage uses cuda:{number}")
         else:
             found[number] = lock
     return found, busy

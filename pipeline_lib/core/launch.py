@@ -35,8 +35,8 @@ def run(job: Callable[..., T], *arguments: Any) -> T:
         return job(*arguments)
     if (device := settings.device_name()) == "auto" or ":" in device:
         raise SparselineError(
-            f"SPARSELINE_DEVICE={device} is one GPU, and SPARSELINE_PROCESSES={count} processes want one"
-            " each; set the device to cuda, or the processes to 1."
+            f"SPARSELINE_DEVICE={device} is one GPU, and SPARSELINE_PROCESSES={count} processes need one"
+            " each; set the device to cuda, or SPARSELINE_PROCESSES to 1."
         )
     return _launched(count, job, *arguments)
 

@@ -105,14 +105,14 @@ def explained(error: BaseException) -> tuple[str, int]:
         return _refused(error), 2
     if isinstance(error, Exception) and _is_gpu_memory(error):
         return (
-            f"Out of GPU memory; {environment.command('plan')} says what each stage takes there,"
-            " SPARSELINE_GPU_ACTIVATION_BYTES=0 keeps no hidden states there, and docs/cluster.md says"
-            " what else makes it less."
+            f"Out of GPU memory; {environment.command('plan')} predicts what each stage needs,"
+            " SPARSELINE_GPU_ACTIVATION_BYTES=0 keeps hidden states off the GPU, and docs/cluster.md lists"
+            " the keys that save more."
         ), 2
     if isinstance(error, Exception) and _is_memory(error):
         return (
-            f"Out of memory; {environment.command('plan')} says what each stage takes, and"
-            " docs/cluster.md what makes that less."
+            f"Out of memory; {environment.command('plan')} predicts what each stage needs, and"
+            " docs/cluster.md lists the keys that save memory."
         ), 2
     return bugs.tell(error), bugs.CODE
 

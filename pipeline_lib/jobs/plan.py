@@ -28,26 +28,30 @@ from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.texts.texts import TextParams
 
 START = 4  # seconds that a stage takes to start, whatever the model
-LESS = {  # by a stage's first word: what makes less of what it holds on a GPU
+LESS = {  # by a stage's first word: how it needs less GPU memory
     "prepare": "Run it with SPARSELINE_DEVICE=cpu, which changes no key",
     "calibrate": (
-        "Lower calibrate.batch_rows, calibrate.median_tokens, SPARSELINE_GPU_ACTIVATION_BYTES,"
+        "Lower calibrate.batch_rows, calibrate.median_tokens or SPARSELINE_GPU_ACTIVATION_BYTES, or set"
         " model.compute_dtype: bfloat16"
     ),
-    "induce": "Lower calibrate.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES, model.compute_dtype: bfloat16",
-    "curves": "Lower calibrate.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES; or raise SPARSELINE_GRAM_BYTES",
-    "sensitivity": "Lower sensitivity.probes_per_pass and rows_per_probe; output_moments: diagonal",
+    "induce": (
+        "Lower calibrate.batch_rows or SPARSELINE_GPU_ACTIVATION_BYTES, or set model.compute_dtype: bfloat16"
+    ),
+    "curves": "Lower calibrate.batch_rows or SPARSELINE_GPU_ACTIVATION_BYTES, or raise SPARSELINE_GRAM_BYTES",
+    "sensitivity": (
+        "Lower sensitivity.probes_per_pass or rows_per_probe, or set sensitivity.output_moments: diagonal"
+    ),
     "prune": (
-        "Lower prune.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES, model.compute_dtype: bfloat16; collect:"
-        " site"
+        "Lower prune.batch_rows or SPARSELINE_GPU_ACTIVATION_BYTES, or set model.compute_dtype: bfloat16 or"
+        " reconstruction.collect: site"
     ),
-    "generate": "Lower the text's generated.batch_rows, model.compute_dtype: bfloat16",
+    "generate": "Lower the text's generated.batch_rows, or set model.compute_dtype: bfloat16",
     "distil": (
-        "Lower distil.batch_rows, SPARSELINE_GPU_ACTIVATION_BYTES; distil.state_dtype: bfloat16, recompute:"
-        " true"
+        "Lower distil.batch_rows or SPARSELINE_GPU_ACTIVATION_BYTES, or set distil.state_dtype: bfloat16 or"
+        " distil.recompute: true"
     ),
-    "evaluate": "Lower evaluate.batch_rows, evaluate.compute_dtype: bfloat16",
-    "tasks": "Lower tasks.batch_rows, tasks.compute_dtype: bfloat16",
+    "evaluate": "Lower evaluate.batch_rows, or set evaluate.compute_dtype: bfloat16",
+    "tasks": "Lower tasks.batch_rows, or set tasks.compute_dtype: bfloat16",
 }
 
 
@@ -114,11 +118,11 @@ def foreseen(machine: Machine) -> Iterator[str]:
         f"\npeak memory {_size(peak)}{'' if memory is None else f', on the GPU {_size(on_gpu)}'}"
         f"{f' (a process; all of them on one machine {_size(whole)})' * (processes > 1)}, disk"
         f" {_size(disk)} (each output also in DVC's cache unless links are set), about"
-        f" {_span(least, most)} in all{', without what the processes send each other' * (processes > 1)}"
+        f" {_span(least, most)} in all{', without communication between processes' * (processes > 1)}"
     )
     yield (
-        "text, allocate, choose and report are left out: text holds the text that it reads and its tokens,"
-        " the others next to nothing"
+        "not predicted: text, which holds the text and its tokens, and allocate, choose and report, which"
+        " need very little"
     )
 
 

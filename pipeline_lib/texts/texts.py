@@ -287,8 +287,8 @@ def _listed(root: Path, glob: str | None) -> list[Path]:
             paths.append(_named(path))
         elif not os.access(path, os.R_OK | os.X_OK):
             raise SparselineError(
-                f"The directory {path} cannot be read; give yourself the right to, or leave it out with the"
-                " text's glob."
+                f"The directory {path} cannot be read; change its permissions, or exclude it by the text's"
+                " glob."
             )
     if not paths:
         some = [str(path.relative_to(root)) for path in _visible(root, root.rglob("*")) if path.is_file()][:2]
