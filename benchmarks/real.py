@@ -123,7 +123,10 @@ INDUCTION = {name: Method(None, changes) for name, changes in BASES.items()} | {
         None,
         merge(
             changes,
-            {"induce": {}, "reconstruction": {"steps": [*changes["reconstruction"]["steps"], "channel"]}},
+            {
+                "induce": {},
+                "reconstruction": {"steps": [*changes["reconstruction"]["steps"], "finetune_channels"]},
+            },
         ),
     )
     for name, changes in BASES.items()
@@ -152,14 +155,14 @@ ABLATION = {  # one lever each, on validation texts at 50%
     **_fast("alpha 0.05", {"allocation": {"alpha": 0.05}}),
     **_fast("densities 0.35 to 0.75", {"allocation": {"density_bounds": [0.35, 0.75]}}),
     **_fast("predicted", {"allocation": {"method": "predicted", "alpha": 0.2}}),
-    **_fast("site by site", {"reconstruction": {"collect": "site"}}),
-    **_fast("half way", {"reconstruction": {"collect": "site", "towards_dense": 0.5}}),
-    **_fast("dense stream", {"reconstruction": {"collect": "site", "towards_dense": 1.0}}),
+    **_fast("site by site", {"reconstruction": {"statistics": "per_site"}}),
+    **_fast("half way", {"reconstruction": {"statistics": "per_site", "dense_target": 0.5}}),
+    **_fast("dense stream", {"reconstruction": {"statistics": "per_site", "dense_target": 1.0}}),
     **_fast(
         "predicted, half way",
         {
             "allocation": {"method": "predicted", "alpha": 0.2},
-            "reconstruction": {"collect": "site", "towards_dense": 0.5},
+            "reconstruction": {"statistics": "per_site", "dense_target": 0.5},
         },
     ),
     **_fast("sweep's mask", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
@@ -170,9 +173,9 @@ ABLATION = {  # one lever each, on validation texts at 50%
     **_fast("random tokens", {}, source=RANDOM),
     "best": MAIN["best"],
     "best, no gradients": Method("best", {"reconstruction": {"steps": ["obs", "lsq"]}}),
-    "best, rate 0.005": Method("best", {"reconstruction": {"block": {"rate": 0.005}}}),
-    "best, 4 epochs": Method("best", {"reconstruction": {"block": {"epochs": 4}}}),
-    "best, windows of 2": Method("best", {"reconstruction": {"block": {"window": 2}}}),
+    "best, rate 0.005": Method("best", {"reconstruction": {"finetune": {"rate": 0.005}}}),
+    "best, 4 epochs": Method("best", {"reconstruction": {"finetune": {"epochs": 4}}}),
+    "best, windows of 2": Method("best", {"reconstruction": {"finetune": {"window": 2}}}),
     "sparsegpt+distil": MAIN["sparsegpt+distil"],
     **_distil("rate 0.0005", {"rate": 0.0005}),
     **_distil("rate 0.002", {"rate": 0.002}),

@@ -59,25 +59,25 @@ REFERENCES = {  # Wanda with others' swaps; SparseGPT under others' cheap alloca
     "owl": Method("sparsegpt", {"allocation": {"method": "owl", "alpha": 0.08}}),
     "dlp": Method("sparsegpt", {"allocation": {"method": "dlp", "alpha": 0.15}}),
 }
-BLOCKWISE = {"collect": "block", "towards_dense": 0.0}
+BLOCKWISE = {"statistics": "per_block", "dense_target": 0.0}
 PARTS = {  # what each part adds: one taken away from a preset, or another in its place
     "best, uniform": Method("best", UNIFORM),
     "best, sweep's mask and weights": Method(
-        "best", {"reconstruction": {"steps": ["obs", "block"], **BLOCKWISE}}
+        "best", {"reconstruction": {"steps": ["obs", "finetune"], **BLOCKWISE}}
     ),
     "best, sweep's mask": Method("best", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
     "best, pruned stream": Method("best", {"reconstruction": BLOCKWISE}),
-    "best, dense stream": Method("best", {"reconstruction": {"towards_dense": 1.0}}),
-    "best, masks not refreshed": Method("best", {"reconstruction": {"block": {"refresh_epochs": 0}}}),
+    "best, dense stream": Method("best", {"reconstruction": {"dense_target": 1.0}}),
+    "best, masks not refreshed": Method("best", {"reconstruction": {"finetune": {"refresh_epochs": 0}}}),
     "best, no gradients": Method("best", {"reconstruction": {"steps": ["obs", "lsq"]}}),
     "best, channel instead of block": Method(
-        "best", {"reconstruction": {"steps": ["obs", "lsq", "channel"]}}
+        "best", {"reconstruction": {"steps": ["obs", "lsq", "finetune_channels"]}}
     ),
     "best, ISC": Method("best", {"selection": {"score": "isc"}}),
-    "best, 2 epochs": Method("best", {"reconstruction": {"block": {"epochs": 2, "refresh_epochs": 1}}}),
-    "best, 4 epochs": Method("best", {"reconstruction": {"block": {"epochs": 4}}}),
-    "best, 16 epochs": Method("best", {"reconstruction": {"block": {"epochs": 16}}}),
-    "best, windows of 2": Method("best", {"reconstruction": {"block": {"window": 2}}}),
+    "best, 2 epochs": Method("best", {"reconstruction": {"finetune": {"epochs": 2, "refresh_epochs": 1}}}),
+    "best, 4 epochs": Method("best", {"reconstruction": {"finetune": {"epochs": 4}}}),
+    "best, 16 epochs": Method("best", {"reconstruction": {"finetune": {"epochs": 16}}}),
+    "best, windows of 2": Method("best", {"reconstruction": {"finetune": {"window": 2}}}),
     "fast, uniform": Method("fast", UNIFORM),
     "fast, search in float32": Method("fast", {"reconstruction": {"lsq": {"mask_dtype": "float32"}}}),
     "fast, sweep's mask": Method("fast", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),

@@ -39,7 +39,9 @@ def induction() -> Iterator[Cell]:
                     without,
                     {
                         "induce": {},
-                        "reconstruction": {"steps": [*changes["reconstruction"]["steps"], "channel"]},
+                        "reconstruction": {
+                            "steps": [*changes["reconstruction"]["steps"], "finetune_channels"]
+                        },
                     },
                 )
                 for testbed in NAMES:
@@ -136,33 +138,33 @@ def select(records: list[Record]) -> None:
 
 
 # Reconstruction: uniform 60%, SparseGPT's mask, then what is left is rebuilt.
-DENSE = {"collect": "site", "towards_dense": 1.0}
+DENSE = {"statistics": "per_site", "dense_target": 1.0}
 METHODS: dict[str, Changes] = {  # three seeds; what is laid over prune.reconstruction
     "sparsegpt": {},
     "asymmetric": {"steps": ["obs"], **DENSE},
     "lsq": {"steps": ["obs", "lsq"], **DENSE},
-    "block": {"steps": ["obs", "block"]},
+    "block": {"steps": ["obs", "finetune"]},
 }
 ONCE: dict[str, Changes] = {  # one seed
-    "obs, site by site": {"steps": ["obs"], "collect": "site"},
+    "obs, site by site": {"steps": ["obs"], "statistics": "per_site"},
     "obs, reordered (ROSE)": {"steps": ["obs"], "reorder": 0.5},
     "obs, reordered always": {"steps": ["obs"], "reorder": 0.0},
     "lsq, pruned stream": {"steps": ["obs", "lsq"]},
     "lsq, pruned stream, ADMM mask": {"steps": ["obs", "lsq"], "lsq": {"mask_iterations": 45}},
-    "lsq, half way": {"steps": ["obs", "lsq"], "collect": "site", "towards_dense": 0.5},
+    "lsq, half way": {"steps": ["obs", "lsq"], "statistics": "per_site", "dense_target": 0.5},
     "lsq, ADMM mask": {"steps": ["obs", "lsq"], **DENSE, "lsq": {"mask_iterations": 45}},
-    "channel": {"steps": ["obs", "channel"]},
-    "lsq, then channel": {"steps": ["obs", "lsq", "channel"], **DENSE},
-    "lsq, then block": {"steps": ["obs", "lsq", "block"], **DENSE},
-    "block, weights only": {"steps": ["obs", "block"], "block": {"parts": ["weights"]}},
+    "channel": {"steps": ["obs", "finetune_channels"]},
+    "lsq, then channel": {"steps": ["obs", "lsq", "finetune_channels"], **DENSE},
+    "lsq, then block": {"steps": ["obs", "lsq", "finetune"], **DENSE},
+    "block, weights only": {"steps": ["obs", "finetune"], "finetune": {"parts": ["weights"]}},
     "block, with factors": {
-        "steps": ["obs", "block"],
-        "block": {"parts": ["weights", "biases", "norms", "factors"]},
+        "steps": ["obs", "finetune"],
+        "finetune": {"parts": ["weights", "biases", "norms", "factors"]},
     },
-    "block, float32": {"steps": ["obs", "block"], "block": {"compute_dtype": "float32"}},
-    "block, windows of 2": {"steps": ["obs", "block"], "block": {"window": 2}},
-    "block, masks refreshed": {"steps": ["obs", "block"], "block": {"refresh_epochs": 2}},
-    "block, 16 epochs": {"steps": ["obs", "block"], "block": {"epochs": 16}},
+    "block, float32": {"steps": ["obs", "finetune"], "finetune": {"compute_dtype": "float32"}},
+    "block, windows of 2": {"steps": ["obs", "finetune"], "finetune": {"window": 2}},
+    "block, masks refreshed": {"steps": ["obs", "finetune"], "finetune": {"refresh_epochs": 2}},
+    "block, 16 epochs": {"steps": ["obs", "finetune"], "finetune": {"epochs": 16}},
 }
 
 

@@ -51,11 +51,11 @@ QUANTISED: dict[str, Any] = {
     "induce": {},
     "quantization": {"bits": 4, "group": 20, "symmetric": False},
     "reconstruction": {
-        "steps": ["obs", "lsq", "block"],
-        "collect": "site",
-        "towards_dense": 1.0,
+        "steps": ["obs", "lsq", "finetune"],
+        "statistics": "per_site",
+        "dense_target": 1.0,
         "lsq": {"iterations": 5},
-        "block": {"window": 2},
+        "finetune": {"window": 2},
     },
     "export": ["dense", "bitmask"],
 }

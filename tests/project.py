@@ -48,7 +48,7 @@ SPARSELINE = {  # every stage has something to do
     "induce": {},
     "selection": {"score": "obs", "group": "block"},
     "allocation": {"method": "predicted", "alpha": 0.15},
-    "reconstruction": {"steps": ["obs", "channel"]},
+    "reconstruction": {"steps": ["obs", "finetune_channels"]},
     "export": ["dense", "bitmask"],
     "distil": {},
     "tasks": ["embedded"],
@@ -60,7 +60,11 @@ SMALL: dict[str, Any] = {
     "sensitivity": {"probes": 2, "rows_per_probe": 2, "probes_per_pass": 2},
     "curves": {"densities": [0.3, 0.6]},
     "induce": {"steps": 4, "check_every": 2},
-    "prune": {"batch_rows": 4, "selection": {"block": 16}, "reconstruction": {"channel": FIT, "block": FIT}},
+    "prune": {
+        "batch_rows": 4,
+        "selection": {"block": 16},
+        "reconstruction": {"finetune_channels": FIT, "finetune": FIT},
+    },
     "distil": {"epochs": 2, "rate": 0.01},
     "evaluate": {
         "batch_rows": 4,

@@ -417,10 +417,10 @@ def test_nested_keys_are_told_in_full() -> None:
         ({}, {"selection": 3}, r"variants\.v\.selection = 3 cannot"),
         (
             {},
-            {"reconstruction": {"towards_dense": 1}},
+            {"reconstruction": {"dense_target": 1}},
             (
-                r"variants\.v\.reconstruction\.towards_dense = 1 with prune\.reconstruction\.collect ="
-                r" 'block' cannot"
+                r"variants\.v\.reconstruction\.dense_target = 1 with prune\.reconstruction\.statistics ="
+                r" 'per_block' cannot"
             ),
         ),
         (
@@ -480,9 +480,9 @@ def test_a_stage_tells_its_error_and_exits_with_2(
     monkeypatch.chdir(tmp_path)
     environment.write()
     with pytest.raises(SystemExit) as caught, stage():
-        raise SparselineError("bad input; mend it.")
+        raise SparselineError("bad input; correct it.")
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: bad input; mend it.\n"
+    assert capsys.readouterr().err == "error: bad input; correct it.\n"
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(SystemExit) as caught, stage("trial", tmp_path / "out.json"):
         _ = 1 / 0

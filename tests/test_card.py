@@ -30,7 +30,7 @@ SIZES = {
 def settings(**changes: Any) -> dict[str, Any]:
     """A recipe as prune writes it into the facts, with ``changes`` laid over it."""
     base = recipe(
-        ("obs", "block"),
+        ("obs", "finetune"),
         selection={
             "sparsity": 0.5,
             "pattern": "unstructured",
@@ -39,7 +39,7 @@ def settings(**changes: Any) -> dict[str, Any]:
             "block": 128,
         },
         allocation={"method": "predicted", "alpha": 0.2, "weighting": "kronecker"},
-        reconstruction={"block": {"seed": 7}, "channel": {"seed": 8}},
+        reconstruction={"finetune": {"seed": 7}, "finetune_channels": {"seed": 8}},
         quantization={"bits": None, "group": 128, "symmetric": True},
     )
     return dict(merge(base.model_dump(mode="json"), changes))
@@ -223,7 +223,7 @@ def test_the_recipe() -> None:
 
 
 def test_provenance_is_complete() -> None:
-    """Hashes, versions, the seeds of what ran (`channel` did not), and the settings to the letter."""
+    """Hashes, versions, the seeds of the steps that ran, and the exact settings."""
     text = card(pruned(transform={"settings": {"seed": 5}}))
     assert cells(text, "| file |")[1:] == [
         ["`config.json`", f"`{'b' * 64}`"],
@@ -233,7 +233,7 @@ def test_provenance_is_complete() -> None:
         f"128 samples of 256 tokens from 17 documents (`calibration`); SHA-256 of the samples: `{'c' * 64}`"
         in text
     )
-    assert "Versions: python 3.11, torch 2.13. Seeds: samples 3, induction 5, block 7." in text
+    assert "Versions: python 3.11, torch 2.13. Seeds: samples 3, induction 5, finetune 7." in text
     found = re.search(r"```json\n(.*?)\n```", text, re.DOTALL)
     assert found and json.loads(found[1]) == settings()
     assert "samples none (taken in order)" in card(pruned(calibration={"seed": None}))

@@ -43,7 +43,10 @@ LONG = 900.0  # seconds that a job may take on a busy machine
 LAYERS = 3
 FITTED: dict[str, Any] = {  # a block takes most of a second
     "selection": {"score": "obs", "group": "block"},
-    "reconstruction": {"steps": ["obs", "channel"], "channel": {"epochs": 40, "patience": 40}},
+    "reconstruction": {
+        "steps": ["obs", "finetune_channels"],
+        "finetune_channels": {"epochs": 40, "patience": 40},
+    },
 }
 ONE: dict[str, Any] = {"wanda": FITTED | {"candidate": True}}  # the name of the report's baseline
 PAIR: dict[str, Any] = {

@@ -100,8 +100,12 @@ RECIPES: dict[str, tuple[tuple[str, ...], dict[str, Any], int]] = {
     "2:4": (("obs",), {"selection": {"pattern": "2:4"}}, 20),
     "rose": (("obs",), {"reconstruction": {"reorder": 0.0}}, 64),
     "fast": (("obs", "lsq"), {"reconstruction": LSQ}, 72),
-    "towards": (("obs", "lsq"), {"reconstruction": {**LSQ, "collect": "site", "towards_dense": 0.5}}, 74),
-    "block": (("obs", "block"), {"reconstruction": {"block": LITTLE}}, 30),
+    "dense target": (
+        ("obs", "lsq"),
+        {"reconstruction": {**LSQ, "statistics": "per_site", "dense_target": 0.5}},
+        74,
+    ),
+    "finetune": (("obs", "finetune"), {"reconstruction": {"finetune": LITTLE}}, 30),
     "quantised": (
         ("obs", "lsq"),
         {"quantization": {"bits": 4, "group": 16}, "reconstruction": {"lsq": FEW}},

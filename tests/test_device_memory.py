@@ -51,7 +51,7 @@ CLOSED: dict[str, dict[str, Any]] = {  # the shipped variants' closed-form parts
     "wanda": {"steps": [], "selection": {"score": "wanda", "group": "row"}},
     "sparsegpt": {"steps": ["obs"], "batch_rows": 4},
     "fast": {"steps": ["obs", "lsq"], "batch_rows": 4, "lsq": LITTLE},
-    "best": {"steps": ["obs", "lsq"], "lsq": LITTLE, "collect": "site", "towards_dense": 0.5},
+    "best": {"steps": ["obs", "lsq"], "lsq": LITTLE, "statistics": "per_site", "dense_target": 0.5},
 }
 
 

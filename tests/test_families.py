@@ -199,9 +199,14 @@ def test_gradients_of_matrix_scales_are_those_of_fold(model_paths: dict[str, Pat
 
 
 LITTLE: dict[str, Any] = {"epochs": 2, "batch_rows": 4, "compute_dtype": "float32"}
-EVERYTHING: dict[str, Any] = {"collect": "site", "towards_dense": 1.0, "channel": LITTLE}
+EVERYTHING: dict[str, Any] = {"statistics": "per_site", "dense_target": 1.0, "finetune_channels": LITTLE}
 EVERYTHING |= {
-    "block": {**LITTLE, "parts": ["weights", "factors", "biases", "norms"], "window": 2, "refresh_epochs": 1}
+    "finetune": {
+        **LITTLE,
+        "parts": ["weights", "factors", "biases", "norms"],
+        "window": 2,
+        "refresh_epochs": 1,
+    }
 }
 
 
@@ -213,7 +218,7 @@ def settings(score: str, pattern: str, steps: tuple[str, ...]) -> Recipe:
         "block": 16,
     }
     return recipe(
-        steps, batch_rows=4, selection=selection, reconstruction=EVERYTHING if "block" in steps else {}
+        steps, batch_rows=4, selection=selection, reconstruction=EVERYTHING if "finetune" in steps else {}
     )
 
 
@@ -238,8 +243,8 @@ def last_hidden(checkpoint: Checkpoint, rows: torch.Tensor) -> torch.Tensor:
         ("wanda", "unstructured", ()),
         ("obs", "unstructured", ("obs",)),
         ("obs", "2:4", ("obs",)),
-        ("obs", "unstructured", ("obs", "lsq", "channel", "block")),
-        ("wanda", "2:4", ("lsq", "block")),
+        ("obs", "unstructured", ("obs", "lsq", "finetune_channels", "finetune")),
+        ("wanda", "2:4", ("lsq", "finetune")),
     ],
 )
 def test_pruning_end_to_end(
@@ -273,7 +278,7 @@ def test_pruning_end_to_end(
         progress.keep(index, block)
         for name, mask in block.masks.items():
             assert torch.equal(block.tensors[name] != 0, mask)
-        for step in {"channel", "block"} & set(steps):
+        for step in {"finetune_channels", "finetune"} & set(steps):
             assert block.facts[step]["held_out_after"] <= block.facts[step]["held_out_before"]
     progress.publish(Workspace(tmp_path), tmp_path / "out")
 

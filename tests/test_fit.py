@@ -13,7 +13,7 @@ import torch
 from tiny import FAMILIES, token_rows
 
 from pipeline_lib.fit.fit import Masks, Pairs, Run, Sparse, _Free, block_error, fit
-from pipeline_lib.fit.settings import BlockParams, FitParams, SpectralParams
+from pipeline_lib.fit.settings import FinetuneParams, FitParams, SpectralParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.stream import BlockModel
@@ -501,9 +501,9 @@ def test_factors_start_at_the_identity() -> None:
 # Kept weights
 
 
-def block_params(**changes: Any) -> BlockParams:
+def block_params(**changes: Any) -> FinetuneParams:
     values = {**params().model_dump(), "parts": ["weights"], "epochs": 12, "window": 1, "refresh_epochs": 0}
-    return BlockParams.model_validate({**values, **changes})
+    return FinetuneParams.model_validate({**values, **changes})
 
 
 def noisy(

@@ -264,7 +264,7 @@ def test_an_empty_gate_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """``held_out: 0`` asks for it. Oracle: the line of a variant that fits, and of induction;
     silence where there is no gate or a real one.
     """
-    fitted = {**WANDA, "induce": {}, "reconstruction": {"steps": ["channel"]}}
+    fitted = {**WANDA, "induce": {}, "reconstruction": {"steps": ["finetune_channels"]}}
     made = make_workspace(tmp_path / "project", variants={"wanda": WANDA, "sparseline": fitted})
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.chdir(made)

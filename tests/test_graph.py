@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
@@ -553,10 +554,10 @@ OTHER: dict[str, Any] = {
     "*.density_bounds": [0.1, 0.9],
     "*.reconstruction.steps": ["obs", "lsq"],
     "variants.fast.reconstruction.steps": ["lsq"],
-    "*.collect": "site",
-    "variants.best.reconstruction.collect": "block",
-    "variants.distilled.reconstruction.collect": "block",
-    "*.towards_dense": 0.25,
+    "*.statistics": "per_site",
+    "variants.best.reconstruction.statistics": "per_block",
+    "variants.distilled.reconstruction.statistics": "per_block",
+    "*.dense_target": 0.25,
     "*.reorder": 0.5,
     "*.parts": ["biases"],
     "variants.*.induce": {"seed": 7},
@@ -632,12 +633,12 @@ FOR = {
     "prune.allocation.alpha": "allocate@[!bd]* prune@[!bd]*",
     "prune.reconstruction.*": "prune@*",
     "prune.reconstruction.steps": "prune@sparsegpt",
-    "prune.reconstruction.collect": "prune@[!bd]*",
-    "prune.reconstruction.towards_dense": REFUSED,  # alone: it wants `collect: site`
+    "prune.reconstruction.statistics": "prune@[!bd]*",
+    "prune.reconstruction.dense_target": REFUSED,  # alone: it needs `statistics: per_site`
     "prune.reconstruction.lsq.mask_iterations": "prune@[!fbd]*",
-    "prune.reconstruction.block.rate": "prune@[!bd]*",
-    "prune.reconstruction.block.bias_rate": "prune@[!bd]*",
-    "prune.reconstruction.block.refresh_epochs": "prune@[!bd]*",
+    "prune.reconstruction.finetune.rate": "prune@[!bd]*",
+    "prune.reconstruction.finetune.bias_rate": "prune@[!bd]*",
+    "prune.reconstruction.finetune.refresh_epochs": "prune@[!bd]*",
     "variants.*.batch_rows": "prune@*",
     "variants.*.export": "export@*",
     "variants.*.tasks": "tasks@* tasks-dense",
@@ -649,7 +650,7 @@ FOR = {
     "variants.*.allocation.*": "allocate@* prune@*",
     "variants.[bd]*.allocation.method": "curves@* allocate@* prune@*",
     "variants.*.reconstruction.*": "prune@*",
-    "variants.[bd]*.reconstruction.collect": REFUSED,  # `towards_dense` wants it
+    "variants.[bd]*.reconstruction.statistics": REFUSED,  # `dense_target` needs it
     "evaluate.*": "evaluate-dense evaluate@*",
     "tasks.*": "tasks-dense tasks@best",
     "tasks.path": "tasks-dense tasks@*",
@@ -835,9 +836,9 @@ def refusal(values: Mapping[str, Any]) -> Result:
 
 
 @pytest.mark.usefixtures("quick")
-def test_parameters_of_version_1_are_told_one_by_one() -> None:
-    """Version 1's own params.yaml, of which every key that a sentence names is taken out in turn.
-    Oracle: the list of them.
+def test_keys_of_version_1_are_named_one_by_one() -> None:
+    """Version 1's own params.yaml. Every key that an error names is removed or renamed in turn, as
+    the error says. Oracle: the list of keys.
     """
     values = read_params(Path(__file__).parent / "data" / "version-1")
     values["variants"]["fast"]["activation_budget_bytes"] = 0  # version 1 took it there too
@@ -854,6 +855,23 @@ def test_parameters_of_version_1_are_told_one_by_one() -> None:
         del look_up(values, ".".join(above))[last]
     assert {row for row in RETIRED if any(fnmatchcase(key, row) for key in told)} == RETIRED.keys()
     assert len(told) == 2 * len(values["variants"]) + 1 + 9
+    renamed = Counter[str]()
+    while found := re.fullmatch(
+        r"error: params\.yaml: (\S+) has (?:the step '(\w+)', which has )?another name now: `(\w+)`.*;"
+        r" rename it\.\n",
+        (result := refusal(values)).output,
+    ):
+        key, step, now = found.groups()
+        *above, last = key.split(".")
+        section = look_up(values, ".".join(above))
+        if step:
+            section["steps"][section["steps"].index(step)] = now
+        else:
+            value = section.pop(last)
+            section[now] = f"per_{value}" if last == "collect" else value
+        renamed[step or last] += 1
+    assert result.exit_code == 2
+    assert renamed == {"collect": 2, "towards_dense": 2, "channel": 2, "block": 3}  # sections, then steps
     assert re.fullmatch(r"error: params\.yaml: variants\.\S+ is missing; add it\.\n", result.output), (
         result.output
     )

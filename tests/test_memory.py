@@ -30,15 +30,16 @@ VARIANTS: dict[str, Any] = {
             "export": ["dense", "bitmask"],
         }
     ),
-    "channel": WANDA | {"reconstruction": {"steps": ["channel"], "channel": {"epochs": 1}}},
-    "block": WANDA | {"reconstruction": {"steps": ["obs", "block"], "block": {"epochs": 1}}},
+    "channels": WANDA
+    | {"reconstruction": {"steps": ["finetune_channels"], "finetune_channels": {"epochs": 1}}},
+    "block": WANDA | {"reconstruction": {"steps": ["obs", "finetune"], "finetune": {"epochs": 1}}},
     "dense": (
         WANDA
         | {
             "reconstruction": {
                 "steps": ["lsq"],
-                "collect": "site",
-                "towards_dense": 1.0,
+                "statistics": "per_site",
+                "dense_target": 1.0,
                 "lsq": {"iterations": 3},
             }
         }

@@ -397,7 +397,7 @@ def test_float64_goes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     variants["fitted"] |= {
         "induce": {},
         "allocation": {"method": "predicted"},
-        "reconstruction": {"steps": ["obs", "lsq", "block"]},
+        "reconstruction": {"steps": ["obs", "lsq", "finetune"]},
     }
     variants["quantised"] |= {"reconstruction": {"steps": ["obs"]}, "quantization": {"bits": 4, "group": 16}}
     workspace = make_workspace(

@@ -400,7 +400,7 @@ def test_cards_tell_what_was_measured(ran: Ran) -> None:
             ).hexdigest()
             in card
         )
-        assert "samples 0, induction 0, channel 0" in card
+        assert "samples 0, induction 0, finetune_channels 0" in card
 
 
 # What reruns
@@ -469,7 +469,7 @@ SPARSELINE = ("sparseline",)
         ("variants.sparseline.allocation.alpha", 0.05, of("allocate", "prune", variants=SPARSELINE)),
         # the other has its own
         ("prune.allocation.alpha", 0.05, of("allocate", "prune", variants=("wanda",))),
-        ("prune.reconstruction.channel.epochs", 1, PRUNINGS),
+        ("prune.reconstruction.finetune_channels.epochs", 1, PRUNINGS),
         (
             "variants.sparseline.allocation",
             {"method": "predicted", "weighting": "trace"},
@@ -482,7 +482,7 @@ SPARSELINE = ("sparseline",)
         # no sweep
         (
             "variants.sparseline.reconstruction.steps",
-            ["channel"],
+            ["finetune_channels"],
             of("curves", "induce", "prune", variants=SPARSELINE),
         ),
         ("prune.reconstruction.steps", [], set()),  # both have their own

@@ -130,15 +130,15 @@ def needs_of(
     return pruning("prune x", found, Shapes(checkpoint, rows, length, made.batch_rows, found.window, dtype))
 
 
-TOWARDS_DENSE: dict[str, Any] = {"collect": "site", "towards_dense": 1.0}
+DENSE_TARGET: dict[str, Any] = {"statistics": "per_site", "dense_target": 1.0}
 WAYS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     ((), {}),
     (("obs",), {}),
-    (("obs", "channel"), {}),
-    (("obs", "lsq"), TOWARDS_DENSE),
+    (("obs", "finetune_channels"), {}),
+    (("obs", "lsq"), DENSE_TARGET),
     (
-        ("obs", "lsq", "channel", "block"),
-        {**TOWARDS_DENSE, "block": {"window": 2}, "lsq": {"mask_iterations": 10}},
+        ("obs", "lsq", "finetune_channels", "finetune"),
+        {**DENSE_TARGET, "finetune": {"window": 2}, "lsq": {"mask_iterations": 10}},
     ),
 )
 
@@ -172,8 +172,11 @@ def test_what_is_fitted_is_what_takes_memory_and_time(wide: Path) -> None:
     def own(*steps: str, **changes: Any) -> Estimate:
         return needs(wide, steps, rows=1, length=8, **changes)
 
-    channel, block = own("obs", "channel"), own("obs", "block")
-    factors, two = own("obs", "block", block={"parts": ["factors"]}), own("obs", "block", block={"window": 2})
+    channel, block = own("obs", "finetune_channels"), own("obs", "finetune")
+    factors, two = (
+        own("obs", "finetune", finetune={"parts": ["factors"]}),
+        own("obs", "finetune", finetune={"window": 2}),
+    )
     # bytes: Q, O; K, V of two of four heads; gate, up, down
     matrices = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 128)
     assert factors.memory_bytes == channel.memory_bytes
@@ -186,10 +189,10 @@ def test_what_is_fitted_is_what_takes_memory_and_time(wide: Path) -> None:
     plain, swept, solved = own(), own("obs"), own("obs", "lsq")
     assert plain.flops < swept.flops < solved.flops
     assert solved.flops < own("obs", "lsq", lsq={"mask_iterations": 10}).flops
-    assert solved.flops < own("obs", "lsq", **TOWARDS_DENSE).flops
-    assert swept.flops < own("obs", collect="site").flops
-    assert channel.flops < block.flops < own("obs", "channel", "block").flops
-    twice = own("obs", "block", block={"epochs": 16})
+    assert solved.flops < own("obs", "lsq", **DENSE_TARGET).flops
+    assert swept.flops < own("obs", statistics="per_site").flops
+    assert channel.flops < block.flops < own("obs", "finetune_channels", "finetune").flops
+    twice = own("obs", "finetune", finetune={"epochs": 16})
     # epochs, passes, FLOPs, tokens, blocks, weights
     assert twice.flops - block.flops == pytest.approx(8 * 4 * 2 * 8 * 2 * matrices / 4)
 
@@ -198,10 +201,10 @@ def test_what_is_fitted_is_what_takes_memory_and_time(wide: Path) -> None:
     ("steps", "changes", "streams"),
     [
         (("obs",), {}, 1),
-        (("obs", "channel"), {}, 2),
-        (("obs",), TOWARDS_DENSE, 2),
-        (("obs", "block"), {"block": {"window": 2}}, 3),
-        (("obs",), {"block": {"window": 2}}, 1),
+        (("obs", "finetune_channels"), {}, 2),
+        (("obs",), DENSE_TARGET, 2),
+        (("obs", "finetune"), {"finetune": {"window": 2}}, 3),
+        (("obs",), {"finetune": {"window": 2}}, 1),
     ],
 )
 def test_streams_over_budget_are_not_counted(
@@ -227,7 +230,7 @@ def test_streams_weigh_what_the_computing_dtype_weighs(wide: Path) -> None:
         assert many.memory_bytes - few.memory_bytes == many.gpu_bytes - few.gpu_bytes == item * 256 * 32 * 128
 
 
-@pytest.mark.parametrize("steps", [(), ("obs", "lsq", "block")])
+@pytest.mark.parametrize("steps", [(), ("obs", "lsq", "finetune")])
 def test_a_pruned_checkpoint_takes_what_the_source_takes_and_a_bit_per_weight(
     tmp_path: Path, steps: tuple[str, ...]
 ) -> None:
@@ -263,7 +266,7 @@ def test_quantising_takes_the_sweeps_it_makes(wide: Path) -> None:
     assert flops(("obs", "lsq"), bits=4) - flops(("obs", "lsq")) == each
     assert flops(("lsq",), bits=4) == flops(("lsq",))
     plain, once, again = (
-        flops(("obs", "block"), **how)
+        flops(("obs", "finetune"), **how)
         for how in ({}, {"bits": 4, "refit": []}, {"bits": 4, "refit": ["scales"]})
     )
     tokens, weights = 8 * 32, 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 128)

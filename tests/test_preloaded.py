@@ -26,7 +26,7 @@ from project import (
 )
 
 # a block takes most of a second
-LONG = {"channel": {"epochs": 40, "patience": 40}, "steps": ["obs", "channel"]}
+LONG = {"finetune_channels": {"epochs": 40, "patience": 40}, "steps": ["obs", "finetune_channels"]}
 PRUNE = ("python", "-m", "stages.prune", "slow")
 
 

@@ -36,7 +36,10 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.stats import lanes
 
 LSQ = {"mask_iterations": 12}
-LONG = {"channel": {"epochs": 25, "patience": 25}, "steps": ["obs", "channel"]}  # a block takes a second
+LONG = {
+    "finetune_channels": {"epochs": 25, "patience": 25},
+    "steps": ["obs", "finetune_channels"],
+}  # a block takes a second
 VARIANTS: dict[str, Any] = {
     "wanda": WANDA,
     "slow": {"reconstruction": LONG},
@@ -45,18 +48,18 @@ VARIANTS: dict[str, Any] = {
     | {
         "induce": None,
         "reconstruction": {
-            "steps": ["obs", "lsq", "block"],
-            "collect": "site",
-            "towards_dense": 0.5,
+            "steps": ["obs", "lsq", "finetune"],
+            "statistics": "per_site",
+            "dense_target": 0.5,
             "lsq": LSQ,
-            "block": {"refresh_epochs": 1},
+            "finetune": {"refresh_epochs": 1},
         },
     },
     "papers": {
         "induce": {},
         "selection": {"score": "isc"},
         "allocation": {"method": "weight"},
-        "reconstruction": {"steps": ["obs", "channel"]},
+        "reconstruction": {"steps": ["obs", "finetune_channels"]},
         "quantization": {"bits": 4, "group": 16},
     },
 }

@@ -65,7 +65,11 @@ def half(model: BlockModel, *whole: int) -> Kept:
 
 
 def params(steps: tuple[str, ...], **reconstruction: Any) -> Recipe:
-    changes = {"channel": LITTLE, **reconstruction, "block": {**LITTLE, **reconstruction.get("block", {})}}
+    changes = {
+        "finetune_channels": LITTLE,
+        **reconstruction,
+        "finetune": {**LITTLE, **reconstruction.get("finetune", {})},
+    }
     return recipe(steps, batch_rows=8, selection={"block": 16}, reconstruction=changes)
 
 
@@ -131,7 +135,7 @@ def test_every_block_once_with_exact_counts(path: Path, window: int, refresh_epo
     model = model_of(path)
     kept = half(model)
     block = {"window": window, "refresh_epochs": refresh_epochs, "parts": ["weights", "norms"]}
-    found = pruned(path, params(("obs", "block"), block=block))
+    found = pruned(path, params(("obs", "finetune"), finetune=block))
     for index, result in found.items():
         assert result.masks.keys() == {
             matrix.parameter for matrix in model.checkpoint.architecture.layouts[0].matrices
@@ -144,19 +148,19 @@ def test_every_block_once_with_exact_counts(path: Path, window: int, refresh_epo
             assert int(mask.sum()) == kept[index, matrix]
             assert torch.equal(left != 0, mask)
             assert not left[~mask].view(torch.int32).any()
-        facts = result.facts["block"]
+        facts = result.facts["finetune"]
         assert facts["held_out_after"] <= facts["held_out_before"]
         assert facts["epochs"] > 0
         # a window is fitted, and told of, as one
-        assert facts == found[index - index % window].facts["block"]
-    assert len({found[first].facts["block"]["held_out_before"] for first in range(0, DEPTH, window)}) == -(
+        assert facts == found[index - index % window].facts["finetune"]
+    assert len({found[first].facts["finetune"]["held_out_before"] for first in range(0, DEPTH, window)}) == -(
         -DEPTH // window
     )
 
 
 def test_one_block_at_a_time_as_written_out(path: Path) -> None:
     """Oracle: collect, prune, fit and advance in a loop, to the last bit."""
-    settings = params(("obs", "channel", "block"))
+    settings = params(("obs", "finetune_channels", "finetune"))
     model = model_of(path)
     table, kept = model.checkpoint.architecture.layouts[0], half(model)
     dealt = deal(48, 8)
@@ -179,7 +183,7 @@ def test_one_block_at_a_time_as_written_out(path: Path) -> None:
         model.advance(block, index, dense)
         model.advance(block, index, wanted)
         stages = Pairs(sparse.hidden, dense.hidden), Pairs(judging.hidden, wanted.hidden)
-        for step in (settings.reconstruction.channel, settings.reconstruction.block):
+        for step in (settings.reconstruction.finetune_channels, settings.reconstruction.finetune):
 
             def through(
                 hidden: torch.Tensor,
@@ -191,7 +195,7 @@ def test_one_block_at_a_time_as_written_out(path: Path) -> None:
 
             found = fit(Sparse(through, tensors, masks, f"layers.{index}"), *stages, step)
             tensors = found.tensors
-        assert found.facts == result.facts["block"]
+        assert found.facts == result.facts["finetune"]
         assert tensors.keys() == result.tensors.keys()
         for name, tensor in tensors.items():
             assert torch.equal(tensor, result.tensors[name]), name
@@ -207,21 +211,27 @@ def test_the_gate_judges_on_the_held_out_rows_whatever_the_batches(path: Path, b
     """19 fitting and 11 held-out rows: several batches of each, or one. Oracle: the held-out rows,
     and no others, through the blocks.
     """
-    model, settings = model_of(path), params(("obs", "block")).model_copy(update={"batch_rows": batch_rows})
+    model, settings = (
+        model_of(path),
+        params(("obs", "finetune")).model_copy(update={"batch_rows": batch_rows}),
+    )
     fit_rows, gate = FITTING[:19], token_rows(11, 12, seed=2)
     found = dict(run(model, settings, fit_rows, gate))
     blocks: dict[int, Mapping[str, torch.Tensor]] = {}
     for index, result in found.items():
         blocks[index] = result.tensors
         error = relative(passed(model, gate, blocks, index + 1), passed(model, gate, {}, index + 1))
-        assert result.facts["block"]["held_out_after"] == pytest.approx(error, rel=1e-4)
+        assert result.facts["finetune"]["held_out_after"] == pytest.approx(error, rel=1e-4)
 
 
 GATED: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
-    (("obs", "block"), {}),
-    (("channel",), {}),
-    (("obs", "lsq", "block"), {"collect": "site", "towards_dense": 0.5, "lsq": {"mask_iterations": 20}}),
-    (("obs", "block"), {"block": {"window": 2}}),
+    (("obs", "finetune"), {}),
+    (("finetune_channels",), {}),
+    (
+        ("obs", "lsq", "finetune"),
+        {"statistics": "per_site", "dense_target": 0.5, "lsq": {"mask_iterations": 20}},
+    ),
+    (("obs", "finetune"), {"finetune": {"window": 2}}),
 )
 
 
@@ -234,8 +244,8 @@ def test_no_statistic_of_the_gate_s_rows_enters_a_candidate(
     there is; without a fit all rows count.
     """
     one_epoch = {"epochs": 1, "patience": 1, "rate": 0.002, "bias_rate": 0.002}
-    block = {**LITTLE, **one_epoch, **changes.get("block", {})}
-    how: dict[str, Any] = {**changes, "channel": {**LITTLE, **one_epoch}, "block": block}
+    block = {**LITTLE, **one_epoch, **changes.get("finetune", {})}
+    how: dict[str, Any] = {**changes, "finetune_channels": {**LITTLE, **one_epoch}, "finetune": block}
     quantization = {"bits": bits, "group": 16, "symmetric": True, "scales": "checkpoint", "refit": []}
     model = model_of(path)
 
@@ -246,7 +256,7 @@ def test_no_statistic_of_the_gate_s_rows_enters_a_candidate(
         return next(run(model, settings, held_out=gate))[1]
 
     one, other = (first(steps, gate) for gate in (HELD_OUT, UNSEEN))
-    fit_steps = [step for step in steps if step in ("channel", "block")]
+    fit_steps = [step for step in steps if step in ("finetune_channels", "finetune")]
     assert all(result.facts[step]["epochs"] == 1 for step in fit_steps for result in (one, other))
     assert all(one.facts[step]["held_out_after"] != other.facts[step]["held_out_after"] for step in fit_steps)
     assert one.facts["matrices"] == other.facts["matrices"]
@@ -259,11 +269,11 @@ def test_no_statistic_of_the_gate_s_rows_enters_a_candidate(
 
 def test_without_held_out_rows_all_rows_are_fitted_and_judge(path: Path) -> None:
     """Oracle: the fitting rows through the blocks; there are no others."""
-    model, settings = model_of(path), params(("obs", "block"))
+    model, settings = model_of(path), params(("obs", "finetune"))
     found = dict(run(model, settings, held_out=FITTING[:0]))
     blocks = {index: result.tensors for index, result in found.items()}
     error = relative(passed(model, FITTING, blocks), passed(model, FITTING, {}))
-    assert found[DEPTH - 1].facts["block"]["held_out_after"] == pytest.approx(error, rel=1e-4)
+    assert found[DEPTH - 1].facts["finetune"]["held_out_after"] == pytest.approx(error, rel=1e-4)
 
 
 @pytest.mark.parametrize("refresh_epochs", [0, 1])
@@ -281,10 +291,10 @@ def test_a_fit_gets_the_masks_that_were_chosen(
     dense[parameter][:, dense[parameter].shape[1] // 4 :] = 0
     monkeypatch.setattr(model.checkpoint.__class__, "block", lambda *_: dict(dense))
     settings = params(
-        ("block",), block={"epochs": 1, "refresh_epochs": refresh_epochs, "parts": ["weights", "norms"]}
+        ("finetune",), finetune={"epochs": 1, "refresh_epochs": refresh_epochs, "parts": ["weights", "norms"]}
     )
     _, result = next(run(model, settings))
-    assert result.facts["block"]["epochs"] == 1
+    assert result.facts["finetune"]["epochs"] == 1
     assert result.tensors[parameter][result.masks[parameter]].all()
     for name, mask in result.masks.items():
         assert not result.tensors[name][~mask].any()
@@ -326,13 +336,13 @@ def test_a_window_is_fitted_to_what_its_last_block_gives(path: Path) -> None:
     with and without the fit.
     """
     model = model_of(path)
-    fitted = pruned(path, params(("obs", "block"), block={"window": 2}))
+    fitted = pruned(path, params(("obs", "finetune"), finetune={"window": 2}))
     plain = dict(run(model, params(("obs",)), held_out=FITTING[:0]))
     blocks: dict[int, Mapping[str, torch.Tensor]] = {}
     for last, window in ((1, (0, 1)), (2, (2,))):
         dense = passed(model, HELD_OUT, {}, last + 1)
         after = {**blocks, **{index: fitted[index].tensors for index in window}}
-        facts = fitted[last].facts["block"]
+        facts = fitted[last].facts["finetune"]
         assert facts["held_out_after"] == pytest.approx(
             relative(passed(model, HELD_OUT, after, last + 1), dense), rel=1e-4
         )
@@ -350,15 +360,15 @@ def test_a_window_is_fitted_to_what_its_last_block_gives(path: Path) -> None:
 
 # Streams on disk
 
-TOWARDS_DENSE: dict[str, Any] = {"collect": "site", "towards_dense": 1.0}
+DENSE_TARGET: dict[str, Any] = {"statistics": "per_site", "dense_target": 1.0}
 
 
 @pytest.mark.parametrize(
     ("steps", "changes", "streams"),
     [
         (("obs",), {}, {"pruned"}),
-        (("obs", "block"), {"block": {"window": 2}}, {"pruned", "dense", "ahead"}),
-        (("obs", "lsq"), TOWARDS_DENSE, {"pruned", "dense"}),
+        (("obs", "finetune"), {"finetune": {"window": 2}}, {"pruned", "dense", "ahead"}),
+        (("obs", "lsq"), DENSE_TARGET, {"pruned", "dense"}),
     ],
 )
 def test_streams_on_disk_change_no_bit(
@@ -387,7 +397,7 @@ def test_streams_in_several_places_change_no_bit(
     """The first batches on the device, then in host memory, then in files. Oracle: the run that has
     all on the device.
     """
-    settings = params(("obs", "lsq", "block"), **TOWARDS_DENSE, block={"window": 2})
+    settings = params(("obs", "lsq", "finetune"), **DENSE_TARGET, finetune={"window": 2})
     where = Room(device, host, tmp_path / "spill")
     assert_same(pruned(path, settings, room=where), pruned(path, settings))
     taken = Counter(where._places.values())
@@ -448,7 +458,11 @@ def forbidden(*_: Any, **__: Any) -> Any:
 
 
 def chosen(score: str, steps: tuple[str, ...] = (), group: str = "row", **reconstruction: Any) -> Recipe:
-    changes = {"channel": LITTLE, **reconstruction, "block": {**LITTLE, **reconstruction.get("block", {})}}
+    changes = {
+        "finetune_channels": LITTLE,
+        **reconstruction,
+        "finetune": {**LITTLE, **reconstruction.get("finetune", {})},
+    }
     return recipe(
         steps, batch_rows=8, selection={"score": score, "group": group, "block": 12}, reconstruction=changes
     )
@@ -525,22 +539,22 @@ def test_sparsegpt_runs_two_passes_a_block_and_one_factorisation_a_site(
 
 @pytest.mark.parametrize("family", ["llama", "opt", "phi3", "gpt2"])
 @pytest.mark.parametrize(
-    ("score", "group", "collect"),
+    ("score", "group", "statistics"),
     [
-        ("magnitude", "matrix", "block"),
-        ("wanda", "row", "block"),
-        ("wanda", "matrix", "site"),
-        ("obd", "block", "block"),
-        ("obd", "row", "site"),
+        ("magnitude", "matrix", "per_block"),
+        ("wanda", "row", "per_block"),
+        ("wanda", "matrix", "per_site"),
+        ("obd", "block", "per_block"),
+        ("obd", "row", "per_site"),
     ],
 )
 def test_masks_are_those_of_the_long_way(
-    model_paths: dict[str, Path], family: str, score: str, group: str, collect: str
+    model_paths: dict[str, Path], family: str, score: str, group: str, statistics: str
 ) -> None:
     """Oracle: ``prune_matrix`` with a factorisation of the whole second moment; fused and
     transposed matrices too, to the last bit.
     """
-    model, settings = model_of(model_paths[family]), chosen(score, group=group, collect=collect)
+    model, settings = model_of(model_paths[family]), chosen(score, group=group, statistics=statistics)
     made, rows = plan(settings, torch.float32), Rows(FITTING, HELD_OUT, 8)
     short, long = (
         dict(prune(source(model), rows, way, lambda _: None)) for way in (made, with_factorisations(made))
@@ -555,8 +569,8 @@ def test_masks_are_those_of_the_long_way(
 @pytest.mark.parametrize(
     ("steps", "how"),
     [
-        (("channel",), {}),
-        (("block",), {"block": {"window": 2, "refresh_epochs": 1, "parts": ["weights", "norms"]}}),
+        (("finetune_channels",), {}),
+        (("finetune",), {"finetune": {"window": 2, "refresh_epochs": 1, "parts": ["weights", "norms"]}}),
     ],
 )
 def test_what_is_chosen_can_be_fitted(
@@ -667,7 +681,7 @@ def test_streams_that_do_not_differ_yet_change_nothing(path: Path) -> None:
     """
     table = open_checkpoint(path).architecture.layouts[0]
     own, towards = (
-        pruned(path, params(("obs",), collect="site", towards_dense=share), 0) for share in (0.0, 1.0)
+        pruned(path, params(("obs",), statistics="per_site", dense_target=share), 0) for share in (0.0, 1.0)
     )
     first = {matrix.parameter for matrix in table.consumers(table.sites[0].name)}
     dense = open_checkpoint(path).block(0)
@@ -688,7 +702,7 @@ def test_aiming_at_the_dense_stream_comes_nearer_to_it(path: Path, steps: tuple[
     dense = passed(model, UNSEEN, {})
     errors = {}
     for share in (0.0, 1.0):
-        blocks = pruned(path, params(steps, collect="site", towards_dense=share))
+        blocks = pruned(path, params(steps, statistics="per_site", dense_target=share))
         for facts in blocks[1].facts["matrices"].values():
             assert ("lsq_iterations" in facts) == ("lsq" in steps)
             assert facts["layer_error"] <= facts.get("selected_error", facts["layer_error"]) * 1.001
@@ -701,7 +715,9 @@ def test_aiming_at_the_dense_stream_comes_nearer_to_it(path: Path, steps: tuple[
 def test_statistics_site_by_site_see_what_was_pruned_before(path: Path) -> None:
     """Oracle: both ways of collecting agree at a block's first site, to the bit, and nowhere after it."""
     table = open_checkpoint(path).architecture.layouts[0]
-    at_once, by_site = (pruned(path, params(("obs",), collect=way), 0) for way in ("block", "site"))
+    at_once, by_site = (
+        pruned(path, params(("obs",), statistics=way), 0) for way in ("per_block", "per_site")
+    )
     first = {matrix.parameter for matrix in table.consumers(table.sites[0].name)}
     for parameter in {matrix.parameter for matrix in table.matrices}:
         assert torch.equal(at_once[1].tensors[parameter], by_site[1].tensors[parameter]) == (
@@ -728,7 +744,7 @@ def test_towards_the_dense_stream_as_written_out(path: Path) -> None:
     """Oracle: each site's inputs in both streams by hooks: the dense block's in the dense one, the
     half-pruned block's in the pruned one.
     """
-    settings = params(("obs",), collect="site", towards_dense=0.7)
+    settings = params(("obs",), statistics="per_site", dense_target=0.7)
     model = model_of(path)
     table, kept = model.checkpoint.architecture.layouts[0], half(model)
     sparse = model.embed(torch.cat([FITTING, HELD_OUT]), 4 * [8, 4] + 4 * [2])
@@ -744,7 +760,7 @@ def test_towards_the_dense_stream_as_written_out(path: Path) -> None:
                 for number in (2 * lane, 2 * lane + 1, 8 + lane):
                     sums.add(*(x[site.name][number].unflatten(0, (-1, 12)) for x in (given, wanted)))
             sums = fold(lanes)
-            step = Layerwise(settings.selection, True, towards_dense=0.7)
+            step = Layerwise(settings.selection, True, dense_target=0.7)
             step.prune_site(expected, site.name, {site.name: sums.finish(beside=True)})
         assert result.facts == expected.facts
         for name, tensor in expected.tensors.items():

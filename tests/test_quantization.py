@@ -401,7 +401,7 @@ def test_compensation_beats_rounding_to_nearest_on_inputs_it_did_not_see(bits: i
 DEPTH = 2
 FITTING, HELD_OUT = token_rows(32, 12, seed=1), token_rows(8, 12, seed=2)
 LITTLE: dict[str, Any] = {"epochs": 2, "batch_rows": 4, "compute_dtype": "float32"}
-AIMED: dict[str, Any] = {"collect": "site", "towards_dense": 1.0, "lsq": {"mask_iterations": 12}}
+AIMED: dict[str, Any] = {"statistics": "per_site", "dense_target": 1.0, "lsq": {"mask_iterations": 12}}
 
 
 def params(
@@ -416,7 +416,11 @@ def params(
         batch_rows=8,
         quantization={"bits": 4, "group": 20, **(quantization or {})},
         selection={"block": 16, "sparsity": sparsity, "pattern": pattern},
-        reconstruction={"channel": LITTLE, **how, "block": {**LITTLE, **how.get("block", {})}},
+        reconstruction={
+            "finetune_channels": LITTLE,
+            **how,
+            "finetune": {**LITTLE, **how.get("finetune", {})},
+        },
     )
 
 
@@ -483,9 +487,9 @@ WAYS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (("obs",), {"reorder": 0.0}),
     (("lsq",), {}),
     (("obs", "lsq"), AIMED),
-    (("obs", "channel"), {}),
-    (("channel",), {"channel": {**LITTLE, "parts": ["factors"]}}),
-    (("obs", "lsq", "block"), {**AIMED, "block": {"window": 2, "refresh_epochs": 1}}),
+    (("obs", "finetune_channels"), {}),
+    (("finetune_channels",), {"finetune_channels": {**LITTLE, "parts": ["factors"]}}),
+    (("obs", "lsq", "finetune"), {**AIMED, "finetune": {"window": 2, "refresh_epochs": 1}}),
 ]
 
 
@@ -501,7 +505,7 @@ def test_every_step_leaves_weights_on_their_grids(
 
 
 @pytest.mark.parametrize(("dtype", "symmetric"), [(torch.bfloat16, True), (torch.float16, False)])
-@pytest.mark.parametrize("steps", [("obs",), ("obs", "block")])
+@pytest.mark.parametrize("steps", [("obs",), ("obs", "finetune")])
 def test_sixteen_bit_checkpoints(
     tmp_path: Path, dtype: torch.dtype, symmetric: bool, steps: tuple[str, ...]
 ) -> None:
@@ -526,7 +530,7 @@ def test_patterns_bits_and_groups(model_paths: dict[str, Path], pattern: str, bi
 
 
 @pytest.mark.parametrize(
-    ("steps", "how"), [((), {}), (("obs",), {}), (("obs", "block"), {}), (("obs", "lsq"), AIMED)]
+    ("steps", "how"), [((), {}), (("obs",), {}), (("obs", "finetune"), {}), (("obs", "lsq"), AIMED)]
 )
 def test_nothing_pruned(model_paths: dict[str, Path], steps: tuple[str, ...], how: dict[str, Any]) -> None:
     """Sparsity 0: RTN, GPTQ, and both with what comes after. Oracle: the codes; masks keep all."""
@@ -579,7 +583,7 @@ def test_without_bits_there_are_no_grids(model_paths: dict[str, Path]) -> None:
     results = []
     for group, symmetric in ((16, True), ("row", False)):
         settings = params(
-            ("obs", "lsq", "block"),
+            ("obs", "lsq", "finetune"),
             quantization={"bits": None, "group": group, "symmetric": symmetric},
             **AIMED,
         )
@@ -645,17 +649,17 @@ def test_what_is_fitted_again_after_quantising(
     """
     how: dict[str, Any] = {
         "quantization": {"bits": 3, "symmetric": False},
-        "block": {"epochs": 4, "rate": 0.01},
+        "finetune": {"epochs": 4, "rate": 0.01},
     }
-    plain_how = params(("obs", "block"), **{**how, "quantization": {**how["quantization"], "refit": []}})
+    plain_how = params(("obs", "finetune"), **{**how, "quantization": {**how["quantization"], "refit": []}})
     model, plain = pruned(model_paths[family], plain_how)
-    settings = params(("obs", "block"), **{**how, "quantization": {**how["quantization"], "refit": refit}})
+    settings = params(("obs", "finetune"), **{**how, "quantization": {**how["quantization"], "refit": refit}})
     _, found = pruned(model_paths[family], settings)
     assert_on_grids(model, found, settings)
     assert "refit" not in plain[0].facts
     assert found[0].facts["refit"]["epochs"] > 0
     assert found[0].facts["refit"]["held_out_after"] < found[0].facts["refit"]["held_out_before"]
-    assert found[0].facts["block"] == plain[0].facts["block"]
+    assert found[0].facts["finetune"] == plain[0].facts["finetune"]
     matrices = model.checkpoint.architecture.layouts[0].matrices
     parameters = {matrix.parameter for matrix in matrices}
     for matrix in matrices:
@@ -681,7 +685,7 @@ def test_a_fitted_block_is_quantised_towards_its_own_outputs(model_paths: dict[s
     which the next fit starts from.
     """
     errors = {}
-    for steps in (("lsq", "block"), ("obs", "lsq", "block")):
+    for steps in (("lsq", "finetune"), ("obs", "lsq", "finetune")):
         settings = params(
             steps,
             0.3,
@@ -691,8 +695,8 @@ def test_a_fitted_block_is_quantised_towards_its_own_outputs(model_paths: dict[s
         _, found = pruned(model_paths["llama"], settings)
         facts = found[0].facts
         assert all(one["quantised_error"] > 0 for one in facts["matrices"].values())
-        errors[steps] = facts["refit"]["held_out_before"] - facts["block"]["held_out_after"]
-    assert 0 < errors["obs", "lsq", "block"] < 0.8 * errors["lsq", "block"]
+        errors[steps] = facts["refit"]["held_out_before"] - facts["finetune"]["held_out_after"]
+    assert 0 < errors["obs", "lsq", "finetune"] < 0.8 * errors["lsq", "finetune"]
 
 
 def test_shifts_go_into_the_biases(model_paths: dict[str, Path]) -> None:
@@ -711,7 +715,7 @@ def test_shifts_go_into_the_biases(model_paths: dict[str, Path]) -> None:
     source = model.checkpoint.block(0)
     for steps, how in (
         (("obs",), {}),
-        (("obs", "channel"), {"channel": {**LITTLE, "parts": ["norms"], "rate": 1e-9}}),
+        (("obs", "finetune_channels"), {"finetune_channels": {**LITTLE, "parts": ["norms"], "rate": 1e-9}}),
     ):
         shifts = [Transform(shifts={site: mean}), Transform()]
         settings = params(steps, 0.0, quantization={"bits": 3, "refit": []}, **how)

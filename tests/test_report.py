@@ -59,7 +59,7 @@ def settings(name: str) -> dict[str, Any]:
             "quantization": {"bits": 4, "group": 64, "symmetric": False},
             "induce": read_params(ROOT)["induce"],
         }
-    return recipe(("obs", "channel") if full else (), **changes).model_dump(mode="json")
+    return recipe(("obs", "finetune_channels") if full else (), **changes).model_dump(mode="json")
 
 
 def induction(block: int) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def facts(name: str, depth: int) -> dict[str, Any]:
         "sparsity": 1 - kept / size,
         "zeros": size - kept + (100 if full else 0),  # its kept weights are quantised
         "matrices": matrices,
-        "blocks": {str(block): {"channel": fits[block]} if full else {} for block in range(depth)},
+        "blocks": {str(block): {"finetune_channels": fits[block]} if full else {} for block in range(depth)},
         "transform": transform,
         "quantization": None,
         "calibration": None,
@@ -728,7 +728,7 @@ def test_recipes_are_in_words(build: Path) -> None:
     recipes = {column.head: column.cells for column in tables(collect(build), "Comparison")[3]}
     assert recipes["variant"] == ("plain", "base", "full")
     assert recipes["allocation"] == ("uniform", "uniform", "by weight, α = 0.15")
-    assert recipes["reconstruction"] == ("none", "none", "obs + channel")
+    assert recipes["reconstruction"] == ("none", "none", "obs + finetune_channels")
     assert recipes["quantisation"] == ("none", "none", "4 bits, groups of 64, zero points")
 
 

@@ -47,7 +47,10 @@ VARIANT: dict[str, Any] = {
     # a block takes about a second; pruning starts from ``ready``'s factors, which nothing learned
     "induce": {"steps": 100},
     "selection": {"score": "obs", "group": "block"},
-    "reconstruction": {"steps": ["obs", "channel"], "channel": {"epochs": EPOCHS, "patience": EPOCHS}},
+    "reconstruction": {
+        "steps": ["obs", "finetune_channels"],
+        "finetune_channels": {"epochs": EPOCHS, "patience": EPOCHS},
+    },
 }
 # Blocks in windows of two, aiming at the dense stream, quantised after the fit; with FILES, streams
 # are files beside the finished blocks.
@@ -55,11 +58,11 @@ WINDOWS: dict[str, Any] = {
     "induce": {},
     "quantization": {"bits": 4, "group": 20, "symmetric": False},
     "reconstruction": {
-        "steps": ["obs", "lsq", "block"],
-        "collect": "site",
-        "towards_dense": 1.0,
+        "steps": ["obs", "lsq", "finetune"],
+        "statistics": "per_site",
+        "dense_target": 1.0,
         "lsq": {"iterations": 5},
-        "block": {"window": 2},
+        "finetune": {"window": 2},
     },
 }
 
@@ -179,7 +182,7 @@ def test_another_run_does_not_resume(workspace: Path) -> None:
     """
     kill_after(workspace, 1)
     kept = tree(scratch(workspace))
-    key = "variants.sparseline.reconstruction.channel.epochs"
+    key = "variants.sparseline.reconstruction.finetune_channels.epochs"
     change_params(workspace, key, 1)
     assert "resuming" not in run(workspace, *COMMAND)
     assert tree(scratch(workspace)) == kept
@@ -281,7 +284,7 @@ for last in (None, 0, 1, 2, None):
     assert told["quantization"].keys() == {"bits", "group", "symmetric", "bits_per_weight", "rounding_error"}
     assert 0 < told["quantization"]["rounding_error"] < 0.1
     for index, steps in told["blocks"].items():
-        assert steps.keys() == {"block", "refit"}
+        assert steps.keys() == {"finetune", "refit"}
         scales, facts = read_tensors(
             block_file(workspace / "build" / "prune-0" / "windows" / "quantization", int(index))
         )

@@ -20,12 +20,12 @@ PATTERNS = {"unstructured": "unstructured", "2of4": "2:4"}
 # What comes after the criterion's own steps: one fit, or two of a window that aim at the dense
 # stream, with masks chosen anew.
 AFTER: dict[str, Any] = {
-    "unstructured": {"steps": ["channel"]},
+    "unstructured": {"steps": ["finetune_channels"]},
     "2of4": {
-        "steps": ["channel", "block"],
-        "collect": "site",
-        "towards_dense": 0.5,
-        "block": {"window": 2, "refresh_epochs": 1, "rate": 0.005},
+        "steps": ["finetune_channels", "finetune"],
+        "statistics": "per_site",
+        "dense_target": 0.5,
+        "finetune": {"window": 2, "refresh_epochs": 1, "rate": 0.005},
     },
 }
 NAMES = [f"{criterion}-{short}" for criterion in CRITERIA for short in PATTERNS]
@@ -42,7 +42,7 @@ def variants() -> dict[str, Any]:
         steps = merge(values["prune"]["reconstruction"], own.get("reconstruction", {}))["steps"]
         steps = [step for step in steps if step not in AFTER[short]["steps"]]
         # where no weight changes there is nothing to aim
-        aims = {} if "obs" in steps else {"towards_dense": 0.0}
+        aims = {} if "obs" in steps else {"dense_target": 0.0}
         changes = {
             "induce": {},
             "selection": {"pattern": PATTERNS[short]},
@@ -108,4 +108,4 @@ def test_something_came_of_it(workspace: Path) -> None:
         for one in facts
     ]
     assert all(kept)
-    assert set().union(*kept) == {"channel", "block"}
+    assert set().union(*kept) == {"finetune_channels", "finetune"}

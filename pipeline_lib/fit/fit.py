@@ -19,7 +19,7 @@ import torch
 from pipeline_lib.core import ranks
 from pipeline_lib.core.random import generator
 from pipeline_lib.core.threads import Map, side_by_side, small
-from pipeline_lib.fit.settings import BlockParams, FitParams
+from pipeline_lib.fit.settings import FinetuneParams, FitParams
 from pipeline_lib.fit.spectral import Norm, regulariser
 from pipeline_lib.models.architecture import Matrix, laid
 from pipeline_lib.models.places import Batches
@@ -312,7 +312,7 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
     batch_rows = min(params.batch_rows, LANES * fitting.widest)
     steps = params.epochs * -(-len(fitting) // batch_rows)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate_share(done, steps))
-    refreshed = params.refresh_epochs if isinstance(params, BlockParams) and remask is not None else 0
+    refreshed = params.refresh_epochs if isinstance(params, FinetuneParams) and remask is not None else 0
     leaves = [leaf for group in groups for leaf in group["params"]]
 
     def gradients(lane: tuple[list[int], int]) -> tuple[torch.Tensor | None, ...]:

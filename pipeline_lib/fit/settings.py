@@ -19,7 +19,7 @@ class SpectralParams(Params):
 
 
 class FitParams(Params):
-    """Sections ``prune.reconstruction.channel`` and ``.block``, except for the latter's own keys."""
+    """Sections ``prune.reconstruction.finetune_channels`` and ``.finetune``, which has more keys."""
 
     epochs: int = Field(ge=1)
     parts: list[Literal["weights", "factors", "biases", "norms"]] = Field(min_length=1)
@@ -33,8 +33,8 @@ class FitParams(Params):
     seed: int
 
 
-class BlockParams(FitParams):
-    """Section ``prune.reconstruction.block``."""
+class FinetuneParams(FitParams):
+    """Section ``prune.reconstruction.finetune``."""
 
     window: int = Field(ge=1)
     refresh_epochs: int = Field(ge=0)

@@ -43,7 +43,7 @@ LESS = {  # by a stage's first word: how it needs less GPU memory
     ),
     "prune": (
         "Lower prune.batch_rows or SPARSELINE_GPU_ACTIVATION_BYTES, or set model.compute_dtype: bfloat16 or"
-        " reconstruction.collect: site"
+        " reconstruction.statistics: per_site"
     ),
     "generate": "Lower the text's generated.batch_rows, or set model.compute_dtype: bfloat16",
     "distil": (

@@ -18,11 +18,11 @@ from pipeline_lib.stats.lanes import LANES
 
 @dataclass(frozen=True)
 class Finetune:
-    """One of the steps ``channel`` and ``block``, or the fit after quantisation."""
+    """One of the steps ``finetune_channels`` and ``finetune``, or the training after quantisation."""
 
-    name: str  # under which the blocks are told the window's errors
+    name: str  # key of its errors in the facts of a block
     params: FitParams
-    remasks: bool  # masks may be chosen anew
+    remasks: bool  # whether masks may change
 
     def run(self, window: Window) -> None:
         """Train in place; the held-out split decides."""

@@ -38,7 +38,7 @@ class Layerwise:
     by_site: bool = False  # statistics are collected again before each site, else once a block
     # what compensation aims at: outputs for its own stream, or (1) those that the dense stream
     # gives
-    towards_dense: float = 0.0
+    dense_target: float = 0.0
     reorder: float | None = None  # ROSE's least relative range; None: columns are swept from left to right
     lsq: LsqParams | None = None  # the best weights on the mask
     scheme: Scheme | None = None  # of the grid that what is left is put on; None: not on one
@@ -50,7 +50,7 @@ class Layerwise:
         ((index, block),) = window.blocks.items()
         model, streams = window.model, window.rows
         hidden, beside = streams.pruned.hidden, None
-        if self.towards_dense and window.dense is not None and streams.dense is not None:
+        if self.dense_target and window.dense is not None and streams.dense is not None:
             beside = (window.dense, streams.dense.hidden)
         found: dict[str, Moments] = {}
         before = None  # the block as it was, where its statistics do not fit into memory at once
@@ -141,10 +141,10 @@ class Layerwise:
         targets: dict[Matrix, torch.Tensor] = {matrix: weights[matrix] for matrix in own}
         weights = dict(targets)
         # an expert gets other tokens in the dense stream
-        aimed = self.towards_dense if block.layout.site(site).pool is None else 0.0
+        aimed = self.dense_target if block.layout.site(site).pool is None else 0.0
         if aimed:
             if centred.cross is None:
-                raise ValueError("towards_dense needs the cross moment with the dense activations")
+                raise ValueError("dense_target needs the cross moment with the dense activations")
             away = centred.cross.sub_(centred.gram)
             targets = {m: aim(w.float(), away, factorisation, aimed) for m, w in weights.items()}
             del away
@@ -175,7 +175,7 @@ class Layerwise:
         statistics per site only the largest) and the cross moments, the same for a lane, and a
         batch. While a site is solved: the remaining Gram matrices, and the memory of ``_solving``.
         """
-        d, aimed = max(shapes.sites), self.towards_dense > 0
+        d, aimed = max(shapes.sites), self.dense_target > 0
         wide = self.dtype is not None
         item = shapes.checkpoint.dtype.itemsize
         dense = (aimed or wide) * shapes.dtype.itemsize
@@ -213,7 +213,7 @@ class Layerwise:
         target, found; 18 once another mask was found (also that mask and the weights on it), and 22
         while ADMM looks for it (linear term, iterate, scores), with its inverse beside them.
         """
-        square, aimed = 4 * channels * channels, self.towards_dense > 0
+        square, aimed = 4 * channels * channels, self.dense_target > 0
         largest = max(rows * columns for rows, columns in matrices)
         part = 4 * max(min(rows, lsq.ROWS) * columns for rows, columns in matrices)
         held = square + aimed * 4 * sum(rows * columns for rows, columns in matrices)  # U, targets
@@ -236,7 +236,7 @@ class Layerwise:
         factorisation, and products per matrix: a sweep for the mask and one for the grid, least
         squares and ADMM with at most all iterations, and their inverses.
         """
-        aimed = self.towards_dense > 0
+        aimed = self.dense_target > 0
         passes = (2.2 if self.by_site else 1) * (2 if aimed else 1)
         sweeps = self.compensate * (1 + (self.scheme is not None and self.lsq is not None))
         sweep, factor = shapes.solving(self.by_site)

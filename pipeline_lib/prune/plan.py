@@ -12,7 +12,7 @@ from pipeline_lib.recipe.needs import Needs, needs
 from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.solve.grid import Scheme, scheme
 
-REFIT = "refit"  # what is fitted once more where a block is quantised after it was fitted
+REFIT = "refit"  # the step that trains a block once more after it was trained and then quantised
 
 
 @dataclass(frozen=True)
@@ -20,18 +20,18 @@ class Plan:
     """The steps of pruning a model."""
 
     needs: Needs
-    select: Step  # block by block: each sees what comes out of the pruned blocks before it
-    mend: tuple[Step, ...]  # window by window, in order: what fits and quantises the weights that are left
-    window: int  # consecutive blocks that are mended together
+    select: Step  # block by block, on the outputs of the pruned blocks before
+    finetune: tuple[Step, ...]  # window by window, in order: train and quantise the remaining weights
+    window: int  # number of consecutive blocks that are trained together
 
     @property
     def judged(self) -> bool:
         """Whether a step has a gate; then the held-out split enters no statistic."""
-        return any(isinstance(step, Finetune) for step in self.mend)
+        return any(isinstance(step, Finetune) for step in self.finetune)
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        return (self.select, *self.mend)
+        return (self.select, *self.finetune)
 
 
 def plan(recipe: Recipe, dtype: torch.dtype) -> Plan:
@@ -43,21 +43,21 @@ def plan(recipe: Recipe, dtype: torch.dtype) -> Plan:
     need, how, selection = needs(recipe), recipe.reconstruction, recipe.selection
     grid = scheme(recipe.quantization, dtype)
     fits = how.fits
-    wide = torch.float32 if fits else None  # what is fitted later is not rounded before
-    by_site = how.collect == "site"
+    wide = torch.float32 if fits else None  # weights that are trained later are not rounded before
+    by_site = how.statistics == "per_site"
     select: Step
     if need.moments == "full":
         refit = how.lsq if "lsq" in how.steps else None
         rounded: Scheme | None = None if fits else grid
         select = Layerwise(
-            selection, "obs" in how.steps, by_site, how.towards_dense, how.reorder, refit, rounded, wide
+            selection, "obs" in how.steps, by_site, how.dense_target, how.reorder, refit, rounded, wide
         )
     else:
         select = Choose(selection, need.moments, by_site, wide)
-    mend: list[Step] = [Finetune(name, params, True) for name, params in fits.items()]
+    trained: list[Step] = [Finetune(name, params, True) for name, params in fits.items()]
     if fits and grid is not None:
-        mend.append(Quantise(selection, grid, "obs" in how.steps))
+        trained.append(Quantise(selection, grid, "obs" in how.steps))
         if recipe.quantization.refit:
             again = list(fits.values())[-1].model_copy(update={"parts": recipe.quantization.refit})
-            mend.append(Finetune(REFIT, again, False))
-    return Plan(need, select, tuple(mend), how.window)
+            trained.append(Finetune(REFIT, again, False))
+    return Plan(need, select, tuple(trained), how.window)

@@ -78,7 +78,7 @@ def prune(
 
 
 def stream_bytes(plan: Plan, tokens: int, width: int, itemsize: int) -> int:
-    """Bytes of all streams of so many tokens."""
+    """Bytes of all streams of ``tokens`` tokens."""
     return (1 + plan.needs.dense_stream + (plan.window > 1)) * itemsize * tokens * width
 
 
@@ -98,8 +98,8 @@ def _streams(model: BlockModel, rows: Rows, plan: Plan, room: Room | None) -> St
 def _pruned(
     source: Source, streams: Streams | None, plan: Plan, window: range, done: bool
 ) -> dict[int, Block]:
-    """The blocks of a window, pruned and mended; none if they are done. The dense stream is passed
-    on, the pruned one is not.
+    """The pruned blocks of a window after all steps; none if they are done. The dense stream is
+    advanced, the pruned one is not.
     """
     model, dense_stream = source.model, None if streams is None else streams.dense
     results: dict[int, Block] = {}
@@ -126,7 +126,7 @@ def _pruned(
             model.advance(model.block(index, results[index].tensors), index, ahead)
     del ahead
     if results:
-        for step in plan.mend:
+        for step in plan.finetune:
             step.run(Window(model, results, streams, None))
     return results
 

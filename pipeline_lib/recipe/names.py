@@ -1,4 +1,4 @@
-"""Names in params.yaml, and keys of version 1."""
+"""Names in params.yaml, and keys of earlier versions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,9 +27,17 @@ PATHS = {  # the same of a variant
     "activation_budget_bytes": RENAMED["prune.activation_budget_bytes"],
 }
 
+# keys of `reconstruction` -> their names now
+RECONSTRUCTION = {
+    "collect": "`statistics`, with the values per_block and per_site",
+    "towards_dense": "`dense_target`",
+    "channel": "`finetune_channels`",
+    "block": "`finetune`",
+}
+
 
 def check() -> None:
-    """Refuse names that DVC, a shell or a file system would misread, and keys of version 1.
+    """Refuse names that DVC, a shell or a file system would misread, and keys of earlier versions.
 
     Raises:
         SparselineError: the first such name or key, or a section of names that is not a mapping.
@@ -53,11 +61,37 @@ def check() -> None:
     for key, instead in RENAMED.items():
         if _there(key):
             raise SparselineError(f"{params.FILE}: {key} is no longer a key: {instead}; remove it.")
+    _check_reconstruction("prune", params.section("prune"))
+    for name, variant in variants.items():
+        _check_reconstruction(f"variants.{name}", variant)
     calibrating = texts_of("calibrate")
     if len(calibrating) != 1:
         raise SparselineError(
             f"{params.FILE}: texts must hold exactly one text with use: calibrate, not {len(calibrating)}."
         )
+
+
+def _check_reconstruction(where: str, section: Any) -> None:
+    """Refuse earlier names of keys and steps.
+
+    Raises:
+        SparselineError: the first such name, with its name now.
+    """
+    found = section.get("reconstruction") if isinstance(section, Mapping) else None
+    if not isinstance(found, Mapping):
+        return
+    for key, now in RECONSTRUCTION.items():
+        if key in found:
+            raise SparselineError(
+                f"{params.FILE}: {where}.reconstruction.{key} has another name now: {now}; rename it."
+            )
+    steps = found.get("steps")
+    for step in steps if isinstance(steps, list) else ():
+        if step in ("channel", "block"):
+            raise SparselineError(
+                f"{params.FILE}: {where}.reconstruction.steps has the step {step!r}, which has another name"
+                f" now: {RECONSTRUCTION[step]}; rename it."
+            )
 
 
 def texts_of(use: str) -> list[str]:

@@ -46,8 +46,8 @@ def needs(recipe: Recipe) -> Needs:
     )
     return Needs(
         moments="full" if full else "none" if score == "magnitude" else "diagonal",
-        cross=how.towards_dense > 0,
-        dense_stream=fitted or how.towards_dense > 0,
+        cross=how.dense_target > 0,
+        dense_stream=fitted or how.dense_target > 0,
         held_out=fitted or recipe.induce is not None,
         sensitivities=recipe.allocation.method in SENSITIVITIES,
         output_moments=recipe.allocation.method == "predicted" and recipe.allocation.weighting == "kronecker",

@@ -6,13 +6,13 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline_lib.allocate.settings import AllocationParams
 from pipeline_lib.core.params import Conflict, Params
-from pipeline_lib.fit.settings import BlockParams, FitParams, SpectralParams
+from pipeline_lib.fit.settings import FinetuneParams, FitParams, SpectralParams
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.solve.settings import LsqParams, QuantizationParams
 
-Step = Literal["obs", "lsq", "channel", "block"]
+Step = Literal["obs", "lsq", "finetune_channels", "finetune"]
 STEPS: tuple[Step, ...] = get_args(Step)
-FITS: tuple[Step, ...] = ("channel", "block")  # the steps that fit a whole block
+FITS: tuple[Step, ...] = ("finetune_channels", "finetune")  # the steps that train a whole block
 Format = Literal["dense", "bitmask", "compressed-tensors", "gguf"]
 
 
@@ -20,12 +20,12 @@ class ReconstructionParams(Params):
     """Section ``prune.reconstruction``: the steps in order, and the parameters of each."""
 
     steps: list[Step]
-    collect: Literal["block", "site"]
-    towards_dense: float = Field(ge=0, le=1)
+    statistics: Literal["per_block", "per_site"]
+    dense_target: float = Field(ge=0, le=1)
     reorder: float | None = Field(ge=0, le=1)
     lsq: LsqParams
-    channel: FitParams
-    block: BlockParams
+    finetune_channels: FitParams
+    finetune: FinetuneParams
 
     @property
     def fits(self) -> dict[str, FitParams]:
@@ -37,7 +37,7 @@ class ReconstructionParams(Params):
     @property
     def window(self) -> int:
         """Number of consecutive blocks that are pruned together."""
-        return self.block.window if "block" in self.steps else 1
+        return self.finetune.window if "finetune" in self.steps else 1
 
     @field_validator("steps")
     @classmethod
@@ -50,19 +50,19 @@ class ReconstructionParams(Params):
         return steps
 
     @model_validator(mode="after")
-    def _aims_site_by_site(self) -> Any:
-        if self.towards_dense and self.collect != "site":
+    def _dense_target_is_reachable(self) -> Any:
+        if self.dense_target and self.statistics != "per_site":
             reason = (
-                "towards_dense needs collect: site; otherwise each matrix corrects errors that earlier"
-                " matrices have already corrected"
+                "dense_target needs statistics: per_site; otherwise each matrix corrects errors that"
+                " earlier matrices have already corrected"
             )
-            raise Conflict(reason, "towards_dense", "collect")
-        if self.towards_dense and not {"obs", "lsq"} & set(self.steps):
+            raise Conflict(reason, "dense_target", "statistics")
+        if self.dense_target and not {"obs", "lsq"} & set(self.steps):
             reason = (
-                "towards_dense needs obs or lsq among the steps; without them no weight changes, so the"
+                "dense_target needs obs or lsq among the steps; without them no weight changes, so the"
                 " target has no effect"
             )
-            raise Conflict(reason, "towards_dense", "steps")
+            raise Conflict(reason, "dense_target", "steps")
         return self
 
 

@@ -5,7 +5,12 @@ from typing import Any
 
 from pipeline_lib.recipe.settings import Recipe
 
-STEPS = {"obs": "OBS sweep", "lsq": "least squares", "channel": "channel fit", "block": "block fit"}
+STEPS = {
+    "obs": "OBS sweep",
+    "lsq": "least squares",
+    "finetune_channels": "fine-tuning of channel factors",
+    "finetune": "block-wise fine-tuning",
+}
 
 
 def rows(recipe: Recipe) -> dict[str, str]:
