@@ -143,8 +143,8 @@ class Lab:
             counts = {matrix: kept[index, matrix] for matrix in dense.layout.matrices}
             factors = starting_factors(dense.layout, dense.tensors, dense.statistics, start)
             given = Transform(factors, shifts(dense.layout, dense.statistics, start))
-            judge = gate.enter(index, dense, counts)
-            learned.append(induce_block(dense, counts, given, selection, asked.induce, judge).transform)
+            error_of = gate.enter(index, dense, counts)
+            learned.append(induce_block(dense, counts, given, selection, asked.induce, error_of).transform)
         return learned
 
     def dense(self) -> Iterator[DenseBlock]:

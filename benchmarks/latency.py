@@ -185,7 +185,7 @@ def block_on_gpu(repetitions: int) -> list[Record]:
 @torch.inference_mode()
 def on_cpu(repetitions: int) -> list[Record]:
     """Dense kernels do not see zeros; CSR does, and pays an index for every weight it keeps."""
-    products.choose()  # the fastest dense float32 product that is exact, as in the pipeline
+    products.enable_onednn()  # the fastest dense float32 product that is exact, as in the pipeline
     records = []
     for name, shape in SHAPES.items():
         weight, draws = torch.randn(shape), torch.rand(shape)

@@ -45,7 +45,7 @@ from pipeline_lib.core.params import merge
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.evaluation.settings import Preset, TasksParams
 from pipeline_lib.evaluation.tasks import run_tasks
-from pipeline_lib.fit.distil import Trained, judge, lesson, train
+from pipeline_lib.fit.distil import Trained, held_out_divergence, train, training_data
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.models.start import Start, start
 from pipeline_lib.models.tokenizer import load_tokenizer
@@ -354,7 +354,7 @@ def distil(asked: Cell, start: Path, out: Path) -> Record:
         if not how.learns
         else {**here.rows, "fit": here.bed.rows(asked.source, how.learns, asked.key["seed"])}
     )
-    if how.learns:  # none that judge
+    if how.learns:  # no held-out rows
         judging = {tuple(row) for row in rows["held_out"].tolist()}
         rows["fit"] = torch.stack([row for row in rows["fit"] if tuple(row.tolist()) not in judging])
 
@@ -363,10 +363,10 @@ def distil(asked: Cell, start: Path, out: Path) -> Record:
         for index, layout in enumerate(model.checkpoint.architecture.layouts):
             tensors, masks = _split(load_file(start / f"{index}.safetensors", device=str(model.device)))
             blocks.append(Trained(tensors, masks, layout, settings))
-        given = lesson(model, rows, settings, None)
-        before = judge(given, lambda index: blocks[index].stored())
+        given = training_data(model, rows, settings, None)
+        before = held_out_divergence(given, lambda index: blocks[index].stored())
         curve = list(train(given, blocks, settings))
-        after = judge(given, lambda index: blocks[index].stored())
+        after = held_out_divergence(given, lambda index: blocks[index].stored())
         facts.update(
             {"held_out_before": before, "held_out_after": after, "kept": after < before, "steps": len(curve)}
         )

@@ -53,7 +53,7 @@ def factorisation(columns: int, selection: SelectionParams) -> Factorisation:
 @click.option("--pattern", default="unstructured", show_default=True, help="Or N:M.")
 def main(rows: int, columns: int, sparsity: float, pattern: str) -> None:
     torch.set_num_threads(1)
-    products.choose()
+    products.enable_onednn()
     shipped = read("sparsegpt").recipe.selection
     shape = shipped.model_copy(update={"pattern": pattern}).shape
     share = 1 - shape.n / shape.m if shape.m else sparsity

@@ -28,7 +28,7 @@ from pipeline_lib.measure.backward import Subject
 from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models import places
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline_lib.models.places import Room
+from pipeline_lib.models.places import Storage
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.models.whole import load_model
@@ -153,7 +153,7 @@ def settings_of(name: str) -> Recipe:
 
 
 def pruned(
-    checkpoint: Checkpoint, name: str, length: int, room: Room, dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint, name: str, length: int, storage: Storage, dtype: torch.dtype = torch.float32
 ) -> int:
     """The peak of a variant's pruning."""
     made, model = plan(settings_of(name), checkpoint.dtype), BlockModel(checkpoint, dtype, CPU)
@@ -164,7 +164,7 @@ def pruned(
     rows = Rows(*tokens(length), settings_of(name).batch_rows) if made.needs.text else None
 
     def run() -> None:
-        for _, block in prune(source, rows, made, lambda _: None, room):
+        for _, block in prune(source, rows, made, lambda _: None, storage):
             del block  # as the job does
 
     return peak(run)
@@ -193,7 +193,7 @@ def test_pruning_holds_what_is_foretold(checkpoint: Checkpoint, name: str, lengt
     streams outweigh them.
     """
     assert foretold(checkpoint, name, length).gpu_bytes == pytest.approx(
-        pruned(checkpoint, name, length, Room()), rel=NEAR
+        pruned(checkpoint, name, length, Storage()), rel=NEAR
     )
 
 
@@ -211,12 +211,12 @@ def test_an_mlp_without_a_gate_holds_what_is_foretold(tmp_path: Path) -> None:
     )
     opt = open_checkpoint(made)
     assert foretold(opt, "sparsegpt", 256).gpu_bytes == pytest.approx(
-        pruned(opt, "sparsegpt", 256, Room()), rel=NEAR
+        pruned(opt, "sparsegpt", 256, Storage()), rel=NEAR
     )
 
 
 def test_pruning_in_bfloat16_holds_what_is_foretold(checkpoint: Checkpoint) -> None:
-    found = pruned(checkpoint, "sparsegpt", 512, Room(), torch.bfloat16)
+    found = pruned(checkpoint, "sparsegpt", 512, Storage(), torch.bfloat16)
     assert foretold(checkpoint, "sparsegpt", 512, dtype=torch.bfloat16).gpu_bytes == pytest.approx(
         found, rel=NEAR
     )
@@ -232,7 +232,7 @@ def test_streams_beyond_their_budget_are_not_held(
         places, "load_file", lambda file: {name: tensor.clone() for name, tensor in load_file(file).items()}
     )
     everything = foretold(checkpoint, "best", 512).gpu_bytes
-    found = pruned(checkpoint, "best", 512, Room(0, 0, tmp_path))
+    found = pruned(checkpoint, "best", 512, Storage(0, 0, tmp_path))
     assert foretold(checkpoint, "best", 512, budget=0).gpu_bytes == pytest.approx(found, rel=NEAR)
     assert found < everything - 3 * 4 * 6 * 512 * WIDTH
 

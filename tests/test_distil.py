@@ -22,7 +22,14 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.export.load import load_model
 from pipeline_lib.export.masks import Masks
 from pipeline_lib.fit import distil as module
-from pipeline_lib.fit.distil import Lesson, Trained, judge, lesson, rate_share, train
+from pipeline_lib.fit.distil import (
+    Trained,
+    TrainingData,
+    held_out_divergence,
+    rate_share,
+    train,
+    training_data,
+)
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.fit.zeros import Zeros
 from pipeline_lib.jobs import distil as job
@@ -74,11 +81,11 @@ def begin(
     how: DistilParams,
     held_out: int = 4,
     grid: Scheme | None = None,
-) -> tuple[Lesson, list[Trained]]:
+) -> tuple[TrainingData, list[Trained]]:
     source, pruned, masks = models
     model = BlockModel(source, torch.float32, CPU)
     rows = {"fit": token_rows(12, LENGTH, seed=1), "held_out": token_rows(held_out, LENGTH, seed=2)}
-    return lesson(model, rows, how, None), job.opened(model, pruned, masks, how, grid)
+    return training_data(model, rows, how, None), job.opened(model, pruned, masks, how, grid)
 
 
 # Zeros
@@ -126,15 +133,15 @@ def test_gradients_are_those_of_the_whole_model(
     models and autograd.
     """
     models = make(tmp_path, family)
-    given, blocks = begin(models, params(batch_rows=12, epochs=1, recompute=recompute))
+    data, blocks = begin(models, params(batch_rows=12, epochs=1, recompute=recompute))
     noted: dict[int, dict[str, torch.Tensor]] = {}
 
     def note(self: Trained, gradients: list[torch.Tensor], rate: float, done: int) -> None:
         noted[blocks.index(self)] = dict(zip(self.leaves, gradients, strict=True))
 
     monkeypatch.setattr(Trained, "step", note)
-    (loss,) = train(given, blocks, given_params := params(batch_rows=12, epochs=1, recompute=recompute))
-    assert given.steps(given_params) == 1
+    (loss,) = train(data, blocks, given_params := params(batch_rows=12, epochs=1, recompute=recompute))
+    assert data.steps(given_params) == 1
     dense, pruned = load_full(models[0].path), load_full(models[1].path)
     rows = token_rows(12, LENGTH, seed=1)
     pruned.requires_grad_(True)
@@ -181,10 +188,10 @@ def test_a_step_is_adam_on_what_is_kept(tmp_path: Path) -> None:
 def test_averages_in_bfloat16_are_close_and_half_as_large(tmp_path: Path) -> None:
     models, found = make(tmp_path, "llama"), {}
     for kind in ("float32", "bfloat16"):
-        given, blocks = begin(models, how := params(state_dtype=kind))
-        for _ in train(given, blocks, how):
+        data, blocks = begin(models, how := params(state_dtype=kind))
+        for _ in train(data, blocks, how):
             pass
-        found[kind] = judge(given, lambda index, blocks=blocks: blocks[index].stored())
+        found[kind] = held_out_divergence(data, lambda index, blocks=blocks: blocks[index].stored())
         sizes = {average.dtype for both in blocks[0].averages.values() for average in both}
         assert sizes == {getattr(torch, kind)}
     assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.02)
@@ -202,11 +209,11 @@ def test_training_brings_the_models_together_and_keeps_zeros(
     rows themselves.
     """
     models = make(tmp_path, family)
-    given, blocks = begin(models, how := params(epochs=6, compute_dtype=compute, warmup=0.1), held_out=0)
-    before = judge(given, models[1].block)
-    curve = list(train(given, blocks, how))
-    after = judge(given, lambda index: blocks[index].stored())
-    assert len(curve) == given.steps(how) == 18
+    data, blocks = begin(models, how := params(epochs=6, compute_dtype=compute, warmup=0.1), held_out=0)
+    before = held_out_divergence(data, models[1].block)
+    curve = list(train(data, blocks, how))
+    after = held_out_divergence(data, lambda index: blocks[index].stored())
+    assert len(curve) == data.steps(how) == 18
     assert after < 0.85 * before
     for index, block in enumerate(blocks):
         prefix, stored, start = models[1].block_prefix(index), block.stored(), models[1].block(index)
@@ -224,17 +231,19 @@ def test_training_brings_the_models_together_and_keeps_zeros(
 def test_a_judgement_is_the_divergence_of_the_whole_models(tmp_path: Path) -> None:
     """Oracle: transformers' two models in float32."""
     models = make(tmp_path, "llama")
-    given, _ = begin(models, params(batch_rows=3), held_out=5)
+    data, _ = begin(models, params(batch_rows=3), held_out=5)
     rows = token_rows(5, LENGTH, seed=2)
     p, q = (load_full(one.path)(input_ids=rows).logits.log_softmax(-1) for one in models[:2])
-    assert judge(given, models[1].block) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
-    assert judge(given, models[0].block) == pytest.approx(0, abs=1e-6)
+    assert held_out_divergence(data, models[1].block) == pytest.approx(
+        float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4
+    )
+    assert held_out_divergence(data, models[0].block) == pytest.approx(0, abs=1e-6)
 
 
 def test_only_what_is_asked_for_moves(tmp_path: Path) -> None:
     models = make(tmp_path, "llama-bias")
-    given, blocks = begin(models, how := params(epochs=1, parts=["norms"]))
-    for _ in train(given, blocks, how):
+    data, blocks = begin(models, how := params(epochs=1, parts=["norms"]))
+    for _ in train(data, blocks, how):
         pass
     stored, start = blocks[1].stored(), models[1].block(1)
     assert {name for name in stored if not torch.equal(stored[name], start[name])} == {
@@ -246,8 +255,8 @@ def test_only_what_is_asked_for_moves(tmp_path: Path) -> None:
 def test_graphs_that_are_kept_change_nothing(tmp_path: Path) -> None:
     models, found = make(tmp_path, "mixtral"), []
     for recompute in (True, False):
-        given, blocks = begin(models, how := params(recompute=recompute))
-        found.append(list(train(given, blocks, how)))
+        data, blocks = begin(models, how := params(recompute=recompute))
+        found.append(list(train(data, blocks, how)))
     assert found[0] == found[1]
 
 
@@ -270,11 +279,11 @@ def test_quantised_weights_stay_on_their_grids(tmp_path: Path, family: str, kind
     models = make(tmp_path, family, rounding)
     grid = scheme(rounding, models[1].dtype)
     how = params(epochs=6, rate=0.02)
-    given, blocks = begin(models, how, held_out=0, grid=grid)
-    before = judge(given, models[1].block)
-    list(train(given, blocks, how))
+    data, blocks = begin(models, how, held_out=0, grid=grid)
+    before = held_out_divergence(data, models[1].block)
+    list(train(data, blocks, how))
     stored = [block.stored() for block in blocks]
-    assert judge(given, lambda index: stored[index]) < 0.95 * before
+    assert held_out_divergence(data, lambda index: stored[index]) < 0.95 * before
     moved, compared = 0, 0
     for index, block in enumerate(blocks):
         start, folder = models[1].block(index), models[1].path.parent / "quantization"
@@ -307,14 +316,14 @@ def test_a_scale_moves_by_the_gradient_of_its_weights(
     """
     models = make(tmp_path, "llama", GRIDS["zero points"])
     how = params(batch_rows=12, epochs=1)
-    given, blocks = begin(models, how, grid=scheme(GRIDS["zero points"], models[1].dtype))
+    data, blocks = begin(models, how, grid=scheme(GRIDS["zero points"], models[1].dtype))
     noted: dict[int, dict[str, torch.Tensor]] = {}
 
     def note(self: Trained, gradients: list[torch.Tensor], rate: float, done: int) -> None:
         noted[blocks.index(self)] = dict(zip(self.leaves, gradients, strict=True))
 
     monkeypatch.setattr(Trained, "step", note)
-    list(train(given, blocks, how))
+    list(train(data, blocks, how))
     dense, pruned = load_full(models[0].path), load_full(models[1].path)
     rows = token_rows(12, LENGTH, seed=1)
     pruned.requires_grad_(True)
@@ -335,8 +344,8 @@ def test_without_weights_the_grids_stay(tmp_path: Path) -> None:
     rounding = GRIDS["symmetric"]
     models = make(tmp_path, "llama-bias", rounding)
     how = params(parts=["norms", "biases"])
-    given, blocks = begin(models, how, grid=scheme(rounding, models[1].dtype))
-    list(train(given, blocks, how))
+    data, blocks = begin(models, how, grid=scheme(rounding, models[1].dtype))
+    list(train(data, blocks, how))
     start, stored = models[1].block(0), blocks[0].stored()
     assert {name for name in stored if not torch.equal(stored[name], start[name])} == {
         name for name, one in start.items() if one.ndim == 1
@@ -574,11 +583,11 @@ def test_the_embedded_model_gains(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model = BlockModel(source, torch.float32, CPU)
     text = (root / "pipeline_lib/fit/fit.py").read_text(encoding="utf-8")
     rows = torch.tensor(tokens(root, text))
-    given = lesson(model, {"fit": rows[:24], "held_out": rows[24:28]}, how, None)
+    data = training_data(model, {"fit": rows[:24], "held_out": rows[24:28]}, how, None)
     blocks = job.opened(model, pruned, Masks(left / "masks", pruned), how)
-    before = judge(given, pruned.block)
-    assert len(list(train(given, blocks, how))) == 12
-    assert judge(given, lambda index: blocks[index].stored()) < 0.8 * before
+    before = held_out_divergence(data, pruned.block)
+    assert len(list(train(data, blocks, how))) == 12
+    assert held_out_divergence(data, lambda index: blocks[index].stored()) < 0.8 * before
 
 
 def tokens(root: Path, text: str) -> list[list[int]]:

@@ -19,7 +19,7 @@ from pipeline_lib.models.folding import MatrixScales, fold
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.prune.plan import plan
-from pipeline_lib.prune.resume import PARTS, Progress
+from pipeline_lib.prune.resume import PARTS, FinishedBlocks
 from pipeline_lib.prune.run import Rows, Source, prune
 from pipeline_lib.recipe.settings import Recipe
 
@@ -271,7 +271,7 @@ def test_pruning_end_to_end(
         for name, factor in random_factors({c.name: c.size for c in table.couplings}, 3, decades=1).items()
     }
     how = settings(score, pattern, steps)
-    progress = Progress(Kept(tmp_path / "scratch", "prune", PARTS), model.checkpoint, how.quantization)
+    progress = FinishedBlocks(Kept(tmp_path / "scratch", "prune", PARTS), model.checkpoint, how.quantization)
     rows = Rows(*token_rows(6, 12).split((4, 2)), how.batch_rows)
     source = Source(model, [Transform(factors)] * depth, kept)
     for index, block in prune(source, rows, plan(how, model.checkpoint.dtype), lambda _: None):

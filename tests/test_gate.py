@@ -13,7 +13,7 @@ from tiny import block_statistics, load_full, load_tensors, power_of_two_factors
 
 from pipeline_lib.core.counts import target
 from pipeline_lib.fit.spectral import SpectralParams
-from pipeline_lib.induce.gate import Gate, Judge
+from pipeline_lib.induce.gate import BlockError, Gate
 from pipeline_lib.induce.induce import Outcome, induce_block
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.architecture import Matrix
@@ -74,7 +74,7 @@ def judges(
     statistics: list[dict[str, SiteStatistics]],
     chosen: SelectionParams,
     compensate: bool,
-) -> list[Judge]:
+) -> list[BlockError]:
     """One per block; the dense stream of ``ROWS`` goes in batches of 4 and 2."""
     model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
     gate = Gate(model, ROWS, 4, chosen, compensate)

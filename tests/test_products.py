@@ -60,14 +60,14 @@ def test_rounding_inside_products_is_noticed(
 
 def test_what_is_chosen_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: float64, at other shapes than those tried; and where oneDNN does round, it is not asked."""
-    chosen = products.choose()
+    chosen = products.enable_onednn()
     assert torch.backends.mkldnn.matmul.fp32_precision == ("bf16" if chosen else "ieee")
     for rows, inner, columns in [(1, 300, 7), (33, 17, 129), (128, 2048, 256)]:
         a, b = torch.randn(rows, inner), torch.randn(inner, columns)
         wanted = a.double() @ b.double()
         assert float((a @ b - wanted).abs().max() / wanted.abs().max()) < products.FLOAT32
     monkeypatch.setattr(products, "exact", lambda: False)
-    assert not products.choose()
+    assert not products.enable_onednn()
     assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
 
 

@@ -20,14 +20,14 @@ from pipeline_lib.fit.fit import Pairs, Sparse, fit
 from pipeline_lib.masks.settings import DampingOf
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline_lib.models.places import Room
+from pipeline_lib.models.places import Storage
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.prune import layerwise
-from pipeline_lib.prune.choose import Choose
 from pipeline_lib.prune.layerwise import Layerwise
 from pipeline_lib.prune.plan import Plan, plan
 from pipeline_lib.prune.run import Rows, Source, prune, stream_bytes
+from pipeline_lib.prune.select import Select
 from pipeline_lib.prune.window import Block, collect
 from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.solve.factor import Factorisation
@@ -85,11 +85,11 @@ def run(
     return prune(source(model), rows, plan(settings, model.checkpoint.dtype), lambda _: None)
 
 
-def pruned(path: Path, settings: Recipe, *whole: int, room: Room | None = None) -> dict[int, Block]:
+def pruned(path: Path, settings: Recipe, *whole: int, storage: Storage | None = None) -> dict[int, Block]:
     model = model_of(path)
     rows = Rows(FITTING, HELD_OUT, settings.batch_rows)
     found = list(
-        prune(source(model, *whole), rows, plan(settings, model.checkpoint.dtype), lambda _: None, room)
+        prune(source(model, *whole), rows, plan(settings, model.checkpoint.dtype), lambda _: None, storage)
     )
     assert [index for index, _ in found] == list(range(DEPTH))
     return dict(found)
@@ -378,7 +378,7 @@ def test_streams_on_disk_change_no_bit(
     and 2 rows of each lane, and take what is foretold.
     """
     settings = params(steps, **changes)
-    assert_same(pruned(path, settings, room=Room(0, 0, tmp_path / "spill")), pruned(path, settings))
+    assert_same(pruned(path, settings, storage=Storage(0, 0, tmp_path / "spill")), pruned(path, settings))
     files = list((tmp_path / "spill").iterdir())
     assert sorted(file.name.rpartition("-")[0] for file in files) == sorted(12 * list(streams))
     tokens = (len(FITTING) + len(HELD_OUT)) * 12
@@ -398,8 +398,8 @@ def test_streams_in_several_places_change_no_bit(
     all on the device.
     """
     settings = params(("obs", "lsq", "finetune"), **DENSE_TARGET, finetune={"window": 2})
-    where = Room(device, host, tmp_path / "spill")
-    assert_same(pruned(path, settings, room=where), pruned(path, settings))
+    where = Storage(device, host, tmp_path / "spill")
+    assert_same(pruned(path, settings, storage=where), pruned(path, settings))
     taken = Counter(where._places.values())
     assert (taken["device"] > 0, taken["host"] > 0, taken["disk"] > 0) == (
         device > 0,
@@ -413,7 +413,7 @@ def test_streams_have_the_dtype_of_the_computation(path: Path, tmp_path: Path) -
     """Oracle: bfloat16's two bytes per channel and token, in the files."""
     model, settings = BlockModel(open_checkpoint(path), torch.bfloat16, CPU), params(())
     made, rows = plan(settings, model.checkpoint.dtype), Rows(FITTING, HELD_OUT, 8)
-    next(prune(source(model), rows, made, lambda _: None, Room(0, 0, tmp_path)))
+    next(prune(source(model), rows, made, lambda _: None, Storage(0, 0, tmp_path)))
     tokens = (len(FITTING) + len(HELD_OUT)) * 12
     held = sum(load_file(file)["hidden"].nbytes for file in tmp_path.iterdir())
     assert stream_bytes(made, tokens, 32, model.dtype.itemsize) == held == 2 * tokens * 32
@@ -470,7 +470,7 @@ def chosen(score: str, steps: tuple[str, ...] = (), group: str = "row", **recons
 
 def with_factorisations(made: Plan) -> Plan:
     """The same masks chosen the long way, through a factorisation of every site."""
-    assert isinstance(made.select, Choose)
+    assert isinstance(made.select, Select)
     return replace(
         made, select=Layerwise(made.select.selection, False, made.select.by_site, dtype=made.select.dtype)
     )

@@ -231,9 +231,9 @@ def test_a_window_that_was_killed_is_done_again(workspace: Path, monkeypatch: py
 import json, os
 from pathlib import Path
 import stages.prune as stage
-from pipeline_lib.jobs.prune import Progress  # once, before the forks
+from pipeline_lib.jobs.prune import FinishedBlocks  # once, before the forks
 from transformers.models.llama import modeling_llama
-keep = Progress.keep
+keep = FinishedBlocks.keep
 
 def run(last):
     def told(self, index, result):
@@ -245,7 +245,7 @@ def run(last):
             print(json.dumps([kept, sorted(files)]), flush=True)
             os.kill(os.getpid(), 9)
 
-    kept, Progress.keep = [], told
+    kept, FinishedBlocks.keep = [], told
     stage.main(["windows"], standalone_mode=False)
     print()
     print(json.dumps([kept, []]), flush=True)

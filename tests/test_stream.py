@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, locate, open_checkpoint
 from pipeline_lib.models.files import INDEX
-from pipeline_lib.models.places import Batches, Room, _Link, room
+from pipeline_lib.models.places import Batches, Storage, _Link, allowed_storage
 from pipeline_lib.models.stream import BlockModel, Stream
 from pipeline_lib.models.whole import load_model
 
@@ -262,7 +262,7 @@ def test_batches_are_a_list_wherever_they_lie(tmp_path: Path, dtype: torch.dtype
     random = torch.Generator().manual_seed(0)
     model = [torch.randn(size, 4, 3, generator=random).to(dtype) for size in (2, 2, 1)]
     model[1] = model[1].transpose(0, 2)
-    batches = Batches(3, CPU, rooms(tmp_path, 24 * dtype.itemsize)[where], "x")
+    batches = Batches(3, CPU, storages(tmp_path, 24 * dtype.itemsize)[where], "x")
     for number, hidden in enumerate(model):
         batches[number] = hidden
     assert len(list(tmp_path.rglob("x-*"))) == {"device": 0, "host": 0, "disk": 3, "mixed": 1}[where]
@@ -286,12 +286,12 @@ def test_batches_are_a_list_wherever_they_lie(tmp_path: Path, dtype: torch.dtype
     assert same(batches[2], model[2])
 
 
-def rooms(directory: Path, size: int) -> dict[str, Room]:
-    """A room for every kind of place; and one for a batch of ``size`` bytes on the device, one in
+def storages(directory: Path, size: int) -> dict[str, Storage]:
+    """A storage for every kind of place; and one for a batch of ``size`` bytes on the device, one in
     host memory, and the rest in files.
     """
-    mixed = Room(size, size + size // 4, directory / "mixed")  # what is left would not hold half a batch
-    return {"device": Room(), "host": Room(0), "disk": Room(0, 0, directory), "mixed": mixed}
+    mixed = Storage(size, size + size // 4, directory / "mixed")  # what is left would not hold half a batch
+    return {"device": Storage(), "host": Storage(0), "disk": Storage(0, 0, directory), "mixed": mixed}
 
 
 def test_what_comes_ahead_of_its_turn_is_what_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ def test_what_comes_ahead_of_its_turn_is_what_lies_there(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         _Link, "fetch", lambda link, cell: fetched.append(cell.buffer[0, 0].item()) or fetch(link, cell)
     )
-    batches = Batches(4, CPU, Room(0), "x")
+    batches = Batches(4, CPU, Storage(0), "x")
     for number, hidden in enumerate(numbered(4)):
         batches[number] = hidden
     assert same(list(batches), numbered(4)) and fetched == [0, 1, 2, 3]
@@ -315,12 +315,12 @@ def test_what_comes_ahead_of_its_turn_is_what_lies_there(monkeypatch: pytest.Mon
 
 def test_a_batch_that_was_not_given_is_a_fault() -> None:
     with pytest.raises(ValueError, match="batch 1 is asked for before it is given"):
-        Batches(2, CPU, Room(), "x")[1]
+        Batches(2, CPU, Storage(), "x")[1]
 
 
 def test_copies_of_streams_are_apart(tmp_path: Path) -> None:
     """Wherever they lie. Oracle: what each was given, after another of them went on."""
-    for place in (Room(), Room(0), Room(0, 0, tmp_path / "new" / "folder")):
+    for place in (Storage(), Storage(0), Storage(0, 0, tmp_path / "new" / "folder")):
         first = Stream(2, CPU, place, "first")
         for number, hidden in enumerate(numbered(2)):
             first.hidden[number] = hidden
@@ -338,7 +338,7 @@ def test_streams_pass_blocks_alike_wherever_they_lie(checkpoint: Checkpoint, tmp
     """Oracle: the same rows on the device, to the bit; a short last batch included."""
     model = BlockModel(checkpoint, torch.float32, CPU)
     streams = [
-        model.embed(token_rows(5, 8), 2, "x", place) for place in rooms(tmp_path, 4 * 2 * 8 * 32).values()
+        model.embed(token_rows(5, 8), 2, "x", place) for place in storages(tmp_path, 4 * 2 * 8 * 32).values()
     ]
     for index in range(checkpoint.architecture.depth):
         for stream in streams:
@@ -352,7 +352,7 @@ def test_a_room_is_given_batch_by_batch() -> None:
     """The first that fit the device, then host memory, then files, or host memory all the same; a
     name's places are given once.
     """
-    mixed = Room(10, 10, Path("files"))
+    mixed = Storage(10, 10, Path("files"))
     assert [mixed.place("a", number, 4) for number in range(6)] == [
         "device",
         "device",
@@ -374,7 +374,7 @@ def test_a_room_is_given_batch_by_batch() -> None:
         "disk",
         "disk",
     ]
-    crowded = Room(4, 4)
+    crowded = Storage(4, 4)
     assert [crowded.place("a", number, 4) for number in range(4)] == ["device", "host", "host", "host"]
 
 
@@ -386,18 +386,18 @@ def test_settings_decide_where_hidden_states_lie(monkeypatch: pytest.MonkeyPatch
         monkeypatch.delenv(name, raising=False)
     gpu = torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: {gpu: (80_000, 100_000)}[device])
-    assert room(CPU, tmp_path, 4_000_000_000) == room(CPU) == Room()
-    assert room(CPU, tmp_path, 4_000_000_001) == Room(0, 0, tmp_path)
-    assert room(CPU, None, 4_000_000_001) == Room()
-    assert room(gpu, tmp_path, 1) == Room(20_000, 4_000_000_000, tmp_path)
+    assert allowed_storage(CPU, tmp_path, 4_000_000_000) == allowed_storage(CPU) == Storage()
+    assert allowed_storage(CPU, tmp_path, 4_000_000_001) == Storage(0, 0, tmp_path)
+    assert allowed_storage(CPU, None, 4_000_000_001) == Storage()
+    assert allowed_storage(gpu, tmp_path, 1) == Storage(20_000, 4_000_000_000, tmp_path)
     monkeypatch.setenv("SPARSELINE_GPU_ACTIVATION_BYTES", "123")
     monkeypatch.setenv("SPARSELINE_ACTIVATION_BYTES", "7")
-    assert room(gpu, None, 1) == Room(123, 7, None)
+    assert allowed_storage(gpu, None, 1) == Storage(123, 7, None)
     monkeypatch.setenv("SPARSELINE_GPU_ACTIVATION_BYTES", "4GB")
     with pytest.raises(
         SparselineError, match="SPARSELINE_GPU_ACTIVATION_BYTES=4GB is not a whole number of bytes"
     ):
-        room(gpu)
+        allowed_storage(gpu)
 
 
 # Damaged and unsupported checkpoints: each is refused with a sentence that says where and what to do.

@@ -30,19 +30,19 @@ def ranks(values: Sequence[float]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Room:
-    """Constraints of every allocation: bounds of each kept count, multiples of its quantum, and the
-    overall count.
+class Limits:
+    """Limits of every allocation. An array has an entry per matrix; the bounds of its kept count are
+    multiples of its quantum.
     """
 
     sizes: np.ndarray
     quanta: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    wanted: int
+    low: np.ndarray  # minimal kept counts
+    high: np.ndarray  # maximal kept counts
+    budget: int  # weights that all matrices keep together
 
 
-def room(units: Sequence[Unit], sparsity: float, bounds: tuple[float, float]) -> Room:
+def limits_of(units: Sequence[Unit], sparsity: float, bounds: tuple[float, float]) -> Limits:
     """Density bounds as kept counts, rounded inwards to whole quanta.
 
     Raises:
@@ -52,14 +52,14 @@ def room(units: Sequence[Unit], sparsity: float, bounds: tuple[float, float]) ->
     quanta = np.array([unit.quantum for unit in units], dtype=np.int64)
     low = np.ceil(np.round(bounds[0] * sizes / quanta, 9)).astype(np.int64) * quanta
     high = np.floor(np.round(bounds[1] * sizes / quanta, 9)).astype(np.int64) * quanta
-    wanted = target(sparsity, int(sizes.sum()))
+    budget = target(sparsity, int(sizes.sum()))
     slack = quanta.max() / 2 if quanta.max() > 1 else 0
-    if (low > high).any() or not low.sum() - slack <= wanted <= high.sum() + slack:
+    if (low > high).any() or not low.sum() - slack <= budget <= high.sum() + slack:
         raise SparselineError(
             f"No allocation with densities between {bounds[0]:g} and {bounds[1]:g} meets sparsity"
-            f" {sparsity:g}; widen allocation.density_bounds, or alpha where `predicted` is bound by it."
+            f" {sparsity:g}; widen allocation.density_bounds, or raise alpha if the method is `predicted`."
         )
-    return Room(sizes, quanta, low, high, wanted)
+    return Limits(sizes, quanta, low, high, budget)
 
 
 def allocate(
@@ -82,9 +82,9 @@ def allocate(
     Raises:
         SparselineError: no densities within the bounds meet the budget.
     """
-    given = room(units, sparsity, bounds)
-    sizes, quanta = given.sizes.astype(float), given.quanta
-    low, high = given.low / sizes, given.high / sizes
+    limits = limits_of(units, sparsity, bounds)
+    sizes, quanta = limits.sizes.astype(float), limits.quanta
+    low, high = limits.low / sizes, limits.high / sizes
 
     def densities(c: float) -> np.ndarray:
         return np.clip(c + alpha * t, low, high)
@@ -92,18 +92,18 @@ def allocate(
     below, above = -1.0 - alpha, 2.0 + alpha
     for _ in range(200):
         middle = (below + above) / 2
-        if (densities(middle) * sizes).sum() < given.wanted:
+        if (densities(middle) * sizes).sum() < limits.budget:
             below = middle
         else:
             above = middle
     steps = densities(above) * sizes / quanta
     whole = np.floor(np.round(steps, 6)).astype(np.int64)
     kept = whole * quanta
-    missing = given.wanted - int(kept.sum())
+    missing = limits.budget - int(kept.sum())
     for i in sorted(range(len(units)), key=lambda i: (whole[i] - steps[i], i)):
         if 2 * missing < quanta[i] or missing <= 0:
             continue
-        if kept[i] + quanta[i] <= given.high[i]:
+        if kept[i] + quanta[i] <= limits.high[i]:
             kept[i] += quanta[i]
             missing -= int(quanta[i])
     return [int(k) for k in kept]

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from pipeline_lib.allocate.budget import Unit, room
+from pipeline_lib.allocate.budget import Unit, limits_of
 
 KNOTS = 256  # counts at which a curve is looked up, evenly spread; between them its hull is straight
 
@@ -79,22 +79,22 @@ def minimise(
     Raises:
         SparselineError: no densities within the bounds meet the budget.
     """
-    given = room(units, sparsity, bounds)
-    # slope, place in a straight part, matrix, quanta: equal matrices go along together
+    limits = limits_of(units, sparsity, bounds)
+    # slope, place in a straight part, matrix, quanta: equal matrices advance together
     segments: list[tuple[float, int, int, int]] = []
     for i, curve in enumerate(curves):
-        quanta = int((given.high[i] - given.low[i]) // given.quanta[i])
+        quanta = int((limits.high[i] - limits.low[i]) // limits.quanta[i])
         steps = np.unique(np.linspace(0, quanta, min(quanta, KNOTS) + 1).round().astype(np.int64))
-        kept = given.low[i] + steps * given.quanta[i]
-        loss = curve.at(kept / given.sizes[i])
+        kept = limits.low[i] + steps * limits.quanta[i]
+        loss = curve.at(kept / limits.sizes[i])
         corners = hull(kept.astype(float), loss)
         for a, b in pairwise(corners):
             slope = float((loss[b] - loss[a]) / (kept[b] - kept[a]))
             segments += [(slope, k - a, i, int(steps[k + 1] - steps[k])) for k in range(a, b)]
-    counts = given.low.copy()
-    missing = given.wanted - int(counts.sum())
+    counts = limits.low.copy()
+    missing = limits.budget - int(counts.sum())
     for *_, i, quanta in sorted(segments):
-        quantum = int(given.quanta[i])
+        quantum = int(limits.quanta[i])
         # to the nearest; of one weight: as many as are missing
         taken = min(quanta, (2 * missing + quantum) // (2 * quantum))
         if taken > 0:

@@ -50,12 +50,17 @@ def exact(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.
     return True
 
 
-def choose() -> bool:
+def enable_onednn() -> bool:
     """Enable oneDNN for float32 products in this process if it is exact; whether it is enabled."""
     with rounding(True):
         good = torch.backends.mkldnn.is_available() and exact()
     _flags.fp32_precision = "bf16" if good else "ieee"
     return good
+
+
+def onednn_is_enabled() -> bool:
+    """Whether oneDNN computes float32 products in this process."""
+    return bool(_flags.fp32_precision == "bf16")
 
 
 def bfloat16_is_faster() -> bool:

@@ -44,7 +44,7 @@ def compute() -> "torch.device":
 
     if threads := settings.threads():
         torch.set_num_threads(threads)
-    products.choose()
+    products.enable_onednn()
     products.exact_on_gpu()
     name = settings.device_name()
     if name == "auto":
@@ -211,7 +211,7 @@ def resume_key(name: str, facts: str, inputs: list[Path]) -> str:
         digest.update(path.read_bytes())
     root = Path() if code.is_project() else Path(__file__).parents[2]
     digest.update(code.digest(name, root).encode())
-    digest.update(
-        f"{torch.__version__} {compute().type} {torch.get_num_threads()} {products.choose()}".encode()
-    )
+    device = compute()  # first: it sets the threads and the library for products
+    library = products.onednn_is_enabled()
+    digest.update(f"{torch.__version__} {device.type} {torch.get_num_threads()} {library}".encode())
     return digest.hexdigest()[:32]

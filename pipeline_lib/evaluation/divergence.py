@@ -13,7 +13,7 @@ import torch
 from pipeline_lib.core import ranks, settings
 from pipeline_lib.core.progress import Watched
 from pipeline_lib.models.checkpoint import Checkpoint
-from pipeline_lib.models.places import room
+from pipeline_lib.models.places import allowed_storage
 from pipeline_lib.models.stream import HEAD_TOKENS, BlockModel
 
 PERCENT = 99
@@ -37,7 +37,7 @@ class Dense:
         size = rows.shape[1] * self.checkpoint.architecture.width * self.dtype.itemsize
         together = max(1, settings.activation_bytes() // (batch_rows * size)) * batch_rows
         for group in rows.split(together):
-            model = BlockModel(self.checkpoint, self.dtype, self.device, room=room(self.device))
+            model = BlockModel(self.checkpoint, self.dtype, self.device, storage=allowed_storage(self.device))
             stream = model.embed(group, batch_rows, "dense")
             for index in watched(range(self.checkpoint.architecture.depth)):
                 model.advance(model.block(index), index, stream)

@@ -29,7 +29,7 @@ from pipeline_lib.fit.scales import Scales
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.fit.zeros import Zeros
 from pipeline_lib.models.architecture import Layout, Matrix
-from pipeline_lib.models.places import Room
+from pipeline_lib.models.places import Storage
 from pipeline_lib.models.stream import HEAD_TOKENS, BlockModel, Stream
 from pipeline_lib.solve.grid import Grid
 from pipeline_lib.stats.lanes import LANES, deal, total
@@ -170,15 +170,15 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingData:
     """Training data: hidden states before the first block, and as targets the dense model's after the
     last one.
     """
 
     model: BlockModel
     fitting: Pairs
-    held_out: Pairs  # those that judge; none: the fitting rows do
-    room: Room | None
+    held_out: Pairs  # for the gate; empty: the gate uses the fitting rows
+    storage: Storage | None
     length: int  # tokens of a row
 
     @property
@@ -189,19 +189,19 @@ class Lesson:
         return params.epochs * -(-len(self.fitting) // _batch_rows(self.fitting, params))
 
 
-def lesson(
+def training_data(
     model: BlockModel,
     rows: Mapping[str, torch.Tensor],
     params: DistilParams,
-    room: Room | None,
+    storage: Storage | None,
     watched: Callable[[range], Iterable[int]] = iter,
-) -> Lesson:
+) -> TrainingData:
     """Run the dense model, one block in memory at a time: the training split in ``compute_dtype``, the
     held-out split in the model's own.
 
     Args:
         rows: ``fit`` and ``held_out`` samples [N, T].
-        room: where hidden states are kept: those of all samples twice, and of the held-out split
+        storage: where hidden states are kept: those of all samples twice, and of the held-out split
             once more.
 
     Raises:
@@ -210,7 +210,7 @@ def lesson(
     fit = deal(len(rows["fit"]), params.batch_rows)
     held_out = deal(len(rows["held_out"]), params.batch_rows, len(fit.sizes))
     every, own = torch.cat([rows["fit"], rows["held_out"]]), fit.own + held_out.own
-    before = model.embed(every, fit.sizes + held_out.sizes, "before", room, own)
+    before = model.embed(every, fit.sizes + held_out.sizes, "before", storage, own)
     after = before.copy("after")
     cut = len(fit.sizes)
     for index in watched(range(model.checkpoint.architecture.depth)):
@@ -221,7 +221,7 @@ def lesson(
     seen, judging = (
         Pairs(before.hidden[part], after.hidden[part]) for part in (slice(cut), slice(cut, None))
     )
-    return Lesson(model, seen, judging, room, every.shape[1])
+    return TrainingData(model, seen, judging, storage, every.shape[1])
 
 
 def stream_bytes(fitting: int, held_out: int, width: int, itemsize: int) -> int:
@@ -230,7 +230,7 @@ def stream_bytes(fitting: int, held_out: int, width: int, itemsize: int) -> int:
 
 
 def train(
-    given: Lesson, blocks: Sequence[Trained], params: DistilParams, done: int = 0
+    data: TrainingData, blocks: Sequence[Trained], params: DistilParams, done: int = 0
 ) -> Generator[float, None, None]:
     """Train the blocks in place; yields each step's mean KL in nats per token, which is not finite if
     training diverges.
@@ -238,18 +238,18 @@ def train(
     Args:
         done: number of steps that the blocks already had.
     """
-    fitting, steps = given.fitting, given.steps(params)
+    fitting, steps = data.fitting, data.steps(params)
     weights = sum(leaf.numel() for block in blocks for leaf in block.leaves.values())
     number = 0
-    with given.model.head() as logits, side_by_side(small(given.model.device, weights)) as each_lane:
-        passes = _Passes(given.model, blocks, params, logits, each_lane)
+    with data.model.head() as logits, side_by_side(small(data.model.device, weights)) as each_lane:
+        passes = _Passes(data.model, blocks, params, logits, each_lane)
         for epoch in range(1, params.epochs + 1):
             random = {lane: generator(params.seed, f"distil:{epoch}:{lane}") for lane in range(LANES)}
             for lanes in minibatches(len(fitting), _batch_rows(fitting, params), random):
                 if number >= done:
                     rate = params.rate * rate_share(number, steps, params.warmup)
                     own = [fitting.rows(numbers) for numbers in lanes if fitting.has(numbers[0])]
-                    yield passes.step(own, sum(map(len, lanes)) * given.length, rate, number)
+                    yield passes.step(own, sum(map(len, lanes)) * data.length, rate, number)
                 number += 1
 
 
@@ -263,14 +263,14 @@ def rate_share(done: int, steps: int, warmup: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (done - rising) / (steps - rising))
 
 
-def judge(given: Lesson, tensors: Callable[[int], Tensors]) -> float:
+def held_out_divergence(data: TrainingData, tensors: Callable[[int], Tensors]) -> float:
     """Mean KL in nats per token on the held-out split; NaN or infinite if the model's outputs are.
 
     Args:
         tensors: a block's number -> its parameters.
     """
-    model, rows = given.model, given.gate
-    walk = Stream(len(rows.inputs), model.device, given.room or model.room, "judged")
+    model, rows = data.model, data.gate
+    walk = Stream(len(rows.inputs), model.device, data.storage or model.storage, "judged")
     for number in rows.own:
         walk.hidden[number] = rows.inputs[number]
     for index in range(model.checkpoint.architecture.depth):
@@ -280,7 +280,7 @@ def judge(given: Lesson, tensors: Callable[[int], Tensors]) -> float:
         for number in rows.own:
             found, _ = _divergence(logits, walk.hidden[number], rows.targets[number], None)
             sums += found
-    return float(total(sums)) / (len(rows) * given.length)
+    return float(total(sums)) / (len(rows) * data.length)
 
 
 @dataclass(frozen=True)
@@ -353,8 +353,8 @@ class _Passes:
                 return torch.autograd.grad(out, [x, *leaves], gradient.to(out.dtype), allow_unused=True)
 
         def lanes() -> Iterator[list[torch.Tensor | None]]:
-            given = list(zip(states, gradients, strict=True))
-            for number, (below, *own) in enumerate(self.each_lane(lane, given)):
+            pairs = list(zip(states, gradients, strict=True))
+            for number, (below, *own) in enumerate(self.each_lane(lane, pairs)):
                 gradients[number] = below
                 yield own
                 del below, own

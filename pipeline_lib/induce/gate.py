@@ -19,7 +19,7 @@ from pipeline_lib.stats.dense import DenseBlock
 from pipeline_lib.stats.lanes import deal
 from pipeline_lib.stats.moments import refresh
 
-Judge = Callable[[Transform], float]
+BlockError = Callable[[Transform], float]
 
 
 class Gate:
@@ -37,20 +37,22 @@ class Gate:
         dealt = deal(len(rows), batch_rows)
         self.stream = model.embed(rows, dealt.sizes, "gate", own=dealt.own)
 
-    def enter(self, index: int, dense: DenseBlock, kept: Mapping[Matrix, int]) -> Judge:
-        """Pass the activations through block ``index`` (blocks come in order), and return its judge.
+    def enter(self, index: int, dense: DenseBlock, kept: Mapping[Matrix, int]) -> BlockError:
+        """Pass the activations through block ``index`` (blocks come in order), and return the function that
+        measures a transform's error.
 
-        A judge folds a transform in, updates the statistics for it (without a forward pass), prunes
-        with the variant's selection, and returns E‖Y_dense − Y_sparse‖² / E‖Y_dense − E Y_dense‖².
+        The function folds a transform in, updates the statistics for it (without a forward pass),
+        prunes with the variant's selection, and returns E‖Y_dense − Y_sparse‖² / E‖Y_dense − E
+        Y_dense‖².
         """
         model, layout = self.model, dense.layout
         block = model.block(index, dense.tensors)
         inputs = self.stream.copy("gate inputs").hidden
         model.advance(block, index, self.stream)
-        # the stream goes on before a judge does
+        # the stream advances before the function is called
         rows = Pairs(inputs, self.stream.copy("gate outputs").hidden)
 
-        def judge(transform: Transform) -> float:
+        def error(transform: Transform) -> float:
             transform = transform.to(model.device)
             folded = fold(dense.tensors, layout, transform.factors)
             factors = {name: site_factor(layout, name, transform.factors) for name in dense.statistics}
@@ -59,4 +61,4 @@ class Gate:
             Layerwise(self.selection, self.compensate).prune_block(pruned, moved)
             return block_error(functools.partial(model.call, block, index), pruned.tensors, rows)
 
-        return judge
+        return error

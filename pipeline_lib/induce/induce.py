@@ -38,7 +38,7 @@ class Outcome:
 
     transform: Transform  # on the CPU, as it is stored
     choice: str  # none, start, learned
-    judged: dict[str, float]  # candidate -> what the gate made of it
+    judged: dict[str, float]  # candidate -> its error in the gate
     held_out: dict[str, float]  # candidate -> layer error on the held-out rows
     curve: list[dict[str, float]]  # step, loss, held_out
     mask_changed: float  # share of mask entries that differ from no induction
@@ -226,7 +226,7 @@ def induce_block(
     start: Transform,
     selection: SelectionParams,
     params: InduceParams,
-    judge: Callable[[Transform], float] | None = None,
+    error_of: Callable[[Transform], float] | None = None,
 ) -> Outcome:
     """Learn one block's factors and selection weights; keep them only if they are better on the
     held-out split.
@@ -238,14 +238,14 @@ def induce_block(
     Args:
         dense: the block; its name and the seed key the random signs.
         kept: number of weights that each included matrix keeps; its mask is learned at that count.
-        judge: the error of a candidate, of which the lowest wins (``gate.Gate``); without it, the
+        error_of: the error of a candidate, of which the lowest wins (``gate.Gate``); without it, the
             held-out layer error.
     """
     layout, where, given = dense.layout, dense.where, dense.statistics
     device = given[layout.sites[0].name].mean.device
     start = start.to(device)
-    if judge:
-        start = Transform(start.factors, _worthy(start.shifts, judge), {})
+    if error_of:
+        start = Transform(start.factors, _worthy(start.shifts, error_of), {})
     statistics = {
         site.name: refresh(given[site.name], None, start.shifts.get(site.name)) for site in layout.sites
     }
@@ -272,7 +272,7 @@ def induce_block(
     nothing: dict[str, torch.Tensor] = {}
     plain = Transform({}, start.shifts, {})
     held_out = {"none": block.held_out(nothing, nothing), "start": block.held_out(started, nothing)}
-    judged = {"none": judge(plain), "start": judge(start)} if judge else dict(held_out)
+    judged = {"none": error_of(plain), "start": error_of(start)} if error_of else dict(held_out)
     # Learning sets out from the better of the two: what serves Magnitude can misguide scores that
     # already know the inputs.
     ahead = judged["start"] < judged["none"]
@@ -324,7 +324,7 @@ def induce_block(
     with torch.no_grad():
         if held_out["learned"] < held_out[origin]:  # else it is where it set out from
             judged["learned"] = (
-                judge(_transform(*candidates["learned"], start)) if judge else held_out["learned"]
+                error_of(_transform(*candidates["learned"], start)) if error_of else held_out["learned"]
             )
         choice = min(judged, key=lambda name: (judged[name], list(judged).index(name)))
         best_theta, best_u = candidates[choice]
@@ -337,15 +337,15 @@ def induce_block(
 
 
 def _worthy(
-    shifts: Mapping[str, torch.Tensor], judge: Callable[[Transform], float]
+    shifts: Mapping[str, torch.Tensor], error_of: Callable[[Transform], float]
 ) -> dict[str, torch.Tensor]:
     """The sites' shifts that lower the judged error, tried one after the other: the mean a
     nonlinearity wants is not always the inputs' own.
     """
     kept: dict[str, torch.Tensor] = {}
-    error = judge(Transform()) if shifts else 0.0
+    error = error_of(Transform()) if shifts else 0.0
     for site, shift in shifts.items():
-        tried = judge(Transform({}, kept | {site: shift}, {}))
+        tried = error_of(Transform({}, kept | {site: shift}, {}))
         if tried < error:
             kept, error = kept | {site: shift}, tried
     return kept

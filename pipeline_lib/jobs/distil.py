@@ -15,11 +15,18 @@ from pipeline_lib.core.progress import Progress, track
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.export.masks import Masks
 from pipeline_lib.fit import grids
-from pipeline_lib.fit.distil import Lesson, Trained, judge, lesson, stream_bytes, train
+from pipeline_lib.fit.distil import (
+    Trained,
+    TrainingData,
+    held_out_divergence,
+    stream_bytes,
+    train,
+    training_data,
+)
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.models.architecture import Architecture
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
-from pipeline_lib.models.places import room
+from pipeline_lib.models.places import allowed_storage
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.recipe.variants import DistilPart
@@ -53,12 +60,16 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, part: Distil
     )
     with scratch.hold("distil", runtime.resume_key("distil", described, inputs), what) as held:
         watched = partial(track, what=f"{what}, dense model", units="blocks")
-        given = lesson(model, rows, params, room(model.device, held.own, wanted), watched)
+        data = training_data(model, rows, params, allowed_storage(model.device, held.own, wanted), watched)
         grid = scheme(part.quantization, pruned.dtype) if part.quantization else None
         blocks = opened(model, pruned, Masks(directory / "masks", pruned), params, grid)
-        before = judge(given, pruned.block)
-        curve = _trained(given, blocks, params, _States(held.kept, what))
-        after = judge(given, lambda index: blocks[index].stored()) if math.isfinite(curve[-1]) else math.nan
+        before = held_out_divergence(data, pruned.block)
+        curve = _trained(data, blocks, params, _States(held.kept, what))
+        after = (
+            held_out_divergence(data, lambda index: blocks[index].stored())
+            if math.isfinite(curve[-1])
+            else math.nan
+        )
         kept = after < before
         if not ranks.writes():
             return ""
@@ -108,17 +119,17 @@ def opened(
 
 
 def _trained(
-    given: Lesson, blocks: Sequence[Trained], params: DistilParams, states: "_States"
+    data: TrainingData, blocks: Sequence[Trained], params: DistilParams, states: "_States"
 ) -> list[float]:
     """Train the blocks in place, from the latest state on; each step's mean KL, up to the first
     that is no number.
     """
-    curve, steps = states.latest(blocks), given.steps(params)
+    curve, steps = states.latest(blocks), data.steps(params)
     if curve:
         click.echo(f"{states.what}: resuming after {len(curve)} of {steps} steps")
     with (
         Progress(states.what, steps, "steps", len(curve)) as progress,
-        closing(train(given, blocks, params, len(curve))) as values,
+        closing(train(data, blocks, params, len(curve))) as values,
     ):
         for value in values:
             curve.append(value)

@@ -64,12 +64,12 @@ def induce(
             names = {matrix: entry.matrix_name(index, matrix) for matrix in entry.layouts[index].matrices}
             counts = {matrix: allocated[name] for matrix, name in names.items() if name in allocated}
             dense = DenseBlock(entry.layouts[index], f"{entry.blocks}.{index}", tensors, sites)
-            judge = gate.enter(index, dense, counts)
+            error_of = gate.enter(index, dense, counts)
             if not counts:
                 continue
             outcome = ranks.broadcast(finished(kept, index) if kept else None, 0)
             if outcome is None:
-                outcome = induce_block(dense, counts, starts[index], part.selection, part.induce, judge)
+                outcome = induce_block(dense, counts, starts[index], part.selection, part.induce, error_of)
                 if kept:
                     keep(kept, index, outcome)
             outcomes[index] = outcome

@@ -10,11 +10,11 @@ from pipeline_lib.core.counts import check
 from pipeline_lib.core.kept import Kept
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
-from pipeline_lib.models.places import room
+from pipeline_lib.models.places import allowed_storage
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.transform import Transform, read_transforms
 from pipeline_lib.prune.plan import REFIT, plan
-from pipeline_lib.prune.resume import PARTS, Progress
+from pipeline_lib.prune.resume import PARTS, FinishedBlocks
 from pipeline_lib.prune.run import Rows, Source, prune, stream_bytes
 from pipeline_lib.recipe.settings import FITS, Recipe
 from pipeline_lib.solve.settings import QuantizationParams
@@ -58,7 +58,7 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
     described = f"{recipe.model_dump_json()} {source.model_dump_json()}"
     with scratch.hold("prune", runtime.resume_key("prune", described, inputs), what) as held:
         progress = (
-            Progress(Kept(held.kept, what, PARTS), model.checkpoint, recipe.quantization)
+            FinishedBlocks(Kept(held.kept, what, PARTS), model.checkpoint, recipe.quantization)
             if ranks.first()
             else None
         )
@@ -73,7 +73,7 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
             rows,
             steps,
             finished,
-            room(model.device, held.own, wanted),
+            allowed_storage(model.device, held.own, wanted),
         )
         for index, block in track(blocks, what, "blocks", entry.depth, done):
             if progress:

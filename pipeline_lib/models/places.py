@@ -19,7 +19,7 @@ Place = Literal["device", "host", "disk"]
 
 
 @dataclass
-class Room:
+class Storage:
     """Bytes for hidden states on the device and in host memory, for all streams together.
 
     Batches are placed one by one: the first on the device, the next in host memory, the others in
@@ -46,8 +46,8 @@ class Room:
         return found
 
 
-def room(device: torch.device, directory: Path | None = None, wanted: float = 0) -> Room:
-    """The room that the settings allow for hidden states of ``wanted`` bytes.
+def allowed_storage(device: torch.device, directory: Path | None = None, wanted: float = 0) -> Storage:
+    """The storage that the settings allow for hidden states of ``wanted`` bytes.
 
     On a CPU they are all in memory or, above SPARSELINE_ACTIVATION_BYTES, all in files. On a GPU
     they stay there up to SPARSELINE_GPU_ACTIVATION_BYTES, then in host memory up to
@@ -58,11 +58,11 @@ def room(device: torch.device, directory: Path | None = None, wanted: float = 0)
     """
     host = settings.activation_bytes()
     if device.type != "cuda":
-        return Room(0, 0, directory) if directory is not None and wanted > host else Room()
+        return Storage(0, 0, directory) if directory is not None and wanted > host else Storage()
     budget = settings.gpu_activation_bytes()
     if budget is None:
         budget = int(settings.GPU_SHARE * torch.cuda.mem_get_info(device)[0])
-    return Room(budget, host, directory)
+    return Storage(budget, host, directory)
 
 
 class _Cell(Protocol):
@@ -200,7 +200,7 @@ _Ahead = tuple[_InHost, torch.Tensor, torch.cuda.Event | None]
 
 
 class Batches(Sequence[torch.Tensor]):
-    """Hidden states [B, T, D] batch by batch, each in its place in the room; a batch that is read is
+    """Hidden states [B, T, D] batch by batch, each in its place in the storage; a batch that is read is
     on the device.
 
     A slice shares the places. A reader that takes the batches in order gets the next one
@@ -209,10 +209,15 @@ class Batches(Sequence[torch.Tensor]):
     """
 
     def __init__(
-        self, count: int, device: torch.device, room: Room, name: str, sizes: Sequence[int] | None = None
+        self,
+        count: int,
+        device: torch.device,
+        storage: Storage,
+        name: str,
+        sizes: Sequence[int] | None = None,
     ) -> None:
         """``sizes``: rows of each, where not all are given here."""
-        self._device, self._room, self._name, self._sizes = device, room, name, sizes
+        self._device, self._storage, self._name, self._sizes = device, storage, name, sizes
         self._link: _Link | None = None
         self._cells: list[_Cell | None] = [None] * count
         self._numbers: Sequence[int] = range(count)
@@ -226,7 +231,7 @@ class Batches(Sequence[torch.Tensor]):
     def __getitem__(self, place: slice) -> "Batches": ...
     def __getitem__(self, place: int | slice) -> "torch.Tensor | Batches":
         if isinstance(place, slice):
-            part = Batches(0, self._device, self._room, self._name, self._sizes)
+            part = Batches(0, self._device, self._storage, self._name, self._sizes)
             part._link, part._cells, part._numbers = self._link, self._cells, self._numbers[place]
             return part
         found = self._cell(place).read()
@@ -263,12 +268,12 @@ class Batches(Sequence[torch.Tensor]):
         return found
 
     def _placed(self, number: int, size: int) -> _Cell:
-        where = self._room.place(self._name, number, size)
+        where = self._storage.place(self._name, number, size)
         if where == "device":
             return _OnDevice()
         if where == "host":
             self._link = self._link or _Link(self._device)
             return _InHost(self._link)
-        directory = self._room.directory or Path()
+        directory = self._storage.directory or Path()
         directory.mkdir(parents=True, exist_ok=True)
         return _OnDisk(directory / f"{self._name}-{number:05d}.safetensors", self._device)

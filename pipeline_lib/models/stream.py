@@ -23,7 +23,7 @@ from pipeline_lib.core.threads import PARTS, side_by_side, small
 from pipeline_lib.models.architecture import Site
 from pipeline_lib.models.checkpoint import Checkpoint, skeleton
 from pipeline_lib.models.conversion import Piece, assembled, disassembled
-from pipeline_lib.models.places import Batches, Room
+from pipeline_lib.models.places import Batches, Storage
 from pipeline_lib.models.products import Parameters, Product, Watched
 
 HEAD_TOKENS = 256  # whose logits are in memory at a time: enough for a product to run at full speed
@@ -56,24 +56,24 @@ class _Recorder(nn.Module):
 
 class Stream:
     """Hidden states [B, T, D] of all batches before some block, in order; each block overwrites them.
-    The room determines their places.
+    The storage determines their places.
     """
 
     def __init__(
         self,
         batches: int,
         device: torch.device,
-        room: Room,
+        storage: Storage,
         name: str = "",
         sizes: Sequence[int] | None = None,
     ) -> None:
         """``sizes``: see ``Batches``."""
-        self.device, self.room = device, room
-        self.hidden = Batches(batches, device, room, name, sizes)
+        self.device, self.storage = device, storage
+        self.hidden = Batches(batches, device, storage, name, sizes)
 
     def copy(self, name: str = "") -> "Stream":
         """A second stream with the same hidden states."""
-        other = Stream(len(self.hidden), self.device, self.room, name, self.hidden.sizes())
+        other = Stream(len(self.hidden), self.device, self.storage, name, self.hidden.sizes())
         for number in self.hidden.own:
             other.hidden[number] = self.hidden[number]
         return other
@@ -84,7 +84,7 @@ class BlockModel:
     head.
 
     ``products`` is the precision of float32 products on a GPU while blocks run, and so of the
-    statistics collected meanwhile. ``room`` is the storage of streams without a room of their own
+    statistics collected meanwhile. ``storage`` is used by streams that have none of their own
     (None: on the device).
     """
 
@@ -94,13 +94,13 @@ class BlockModel:
         dtype: torch.dtype,
         device: torch.device,
         products: Products = "float32",
-        room: Room | None = None,
+        storage: Storage | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
         self.products = products
-        self.room = room or Room()
+        self.storage = storage or Storage()
         self.whole = skeleton(checkpoint.config, dtype, checkpoint.remote_code).eval().requires_grad_(False)
         self.base: nn.Module = self.whole.base_model
         self.templates = list(self.base.get_submodule(checkpoint.architecture.blocks))
@@ -118,7 +118,7 @@ class BlockModel:
         rows: torch.Tensor,
         batch_rows: int | list[int],
         name: str = "",
-        room: Room | None = None,
+        storage: Storage | None = None,
         own: Collection[int] | None = None,
     ) -> Stream:
         """The stream before the first block, for samples [N, T]; it also records each block's other
@@ -134,7 +134,7 @@ class BlockModel:
                 self._note(rows[:1])
             batches = rows.split(batch_rows)
             sizes = [len(batch) for batch in batches]
-            stream = Stream(len(batches), self.device, room or self.room, name, sizes)
+            stream = Stream(len(batches), self.device, storage or self.storage, name, sizes)
             for number, batch in enumerate(batches):
                 if own is None or number in own:
                     stream.hidden[number] = self._note(batch)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline_lib.prune.choose import Choose
 from pipeline_lib.prune.finetune import Finetune
 from pipeline_lib.prune.layerwise import Layerwise, Quantise
+from pipeline_lib.prune.select import Select
 from pipeline_lib.prune.step import Step
 from pipeline_lib.recipe.needs import Needs, needs
 from pipeline_lib.recipe.settings import Recipe
@@ -53,7 +53,7 @@ def plan(recipe: Recipe, dtype: torch.dtype) -> Plan:
             selection, "obs" in how.steps, by_site, how.dense_target, how.reorder, refit, rounded, wide
         )
     else:
-        select = Choose(selection, need.moments, by_site, wide)
+        select = Select(selection, need.moments, by_site, wide)
     trained: list[Step] = [Finetune(name, params, True) for name, params in fits.items()]
     if fits and grid is not None:
         trained.append(Quantise(selection, grid, "obs" in how.steps))

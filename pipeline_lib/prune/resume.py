@@ -31,7 +31,7 @@ def _place(source: Path, target: Path) -> None:
 PARTS = ("checkpoint", "masks", grids.FOLDER, "facts")
 
 
-class Progress:
+class FinishedBlocks:
     """Blocks as files: ``checkpoint/`` (one shard per block), ``masks/``, ``quantization/`` with
     quantisation, and ``facts/``.
     """

@@ -9,7 +9,7 @@ import torch
 
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.folding import fold
-from pipeline_lib.models.places import Room
+from pipeline_lib.models.places import Storage
 from pipeline_lib.models.stream import BlockModel, Stream
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.prune.plan import Plan
@@ -44,7 +44,7 @@ Finished = Callable[[int], Mapping[str, torch.Tensor] | None]  # a finished bloc
 
 
 def prune(
-    source: Source, rows: Rows | None, plan: Plan, finished: Finished, room: Room | None = None
+    source: Source, rows: Rows | None, plan: Plan, finished: Finished, storage: Storage | None = None
 ) -> Iterator[tuple[int, Block]]:
     """Yield every block, in order, of every window that is not yet ``finished``.
 
@@ -61,10 +61,10 @@ def prune(
 
     Args:
         rows: None if the plan needs no text; then no forward pass is run.
-        room: the storage of the streams; None: on the device.
+        storage: the storage of the streams; None: on the device.
     """
     depth = source.model.checkpoint.architecture.depth
-    streams = None if rows is None else _streams(source.model, rows, plan, room)
+    streams = None if rows is None else _streams(source.model, rows, plan, storage)
     for first in range(0, depth, plan.window):
         window = range(first, min(first + plan.window, depth))
         stored = {index: tensors for index in window if (tensors := finished(index)) is not None}
@@ -82,10 +82,10 @@ def stream_bytes(plan: Plan, tokens: int, width: int, itemsize: int) -> int:
     return (1 + plan.needs.dense_stream + (plan.window > 1)) * itemsize * tokens * width
 
 
-def _streams(model: BlockModel, rows: Rows, plan: Plan, room: Room | None) -> Streams:
+def _streams(model: BlockModel, rows: Rows, plan: Plan, storage: Storage | None) -> Streams:
     fit, held_out = rows.dealt()
     every, own = torch.cat([rows.fit, rows.held_out]), fit.own + held_out.own
-    pruned = model.embed(every, fit.sizes + held_out.sizes, "pruned", room, own)
+    pruned = model.embed(every, fit.sizes + held_out.sizes, "pruned", storage, own)
     dense = pruned.copy("dense") if plan.needs.dense_stream else None
     seen = (
         fit.lanes

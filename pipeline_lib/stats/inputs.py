@@ -8,7 +8,7 @@ import torch
 from pipeline_lib.core import files, runtime
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.workspace import Workspace
-from pipeline_lib.models.places import room
+from pipeline_lib.models.places import allowed_storage
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.source import open_source
 from pipeline_lib.models.stream import BlockModel
@@ -22,7 +22,7 @@ def open_model(workspace: Workspace, params: ModelParams) -> BlockModel:
         getattr(torch, params.compute_dtype),
         device,
         params.products,
-        room(device),
+        allowed_storage(device),
     )
 
 

@@ -18,7 +18,7 @@ from pipeline_lib.solve.factor import NOT_FINITE, damping_unit, finite
 
 
 @dataclass(frozen=True)
-class Choose:
+class Select:
     """Magnitude, Wanda and OBD."""
 
     selection: SelectionParams
