@@ -1,4 +1,4 @@
-"""Check all parameters, and write what each stage reads of them and of the code: the stages' keys."""
+"""Check all parameters, and write the stages' keys: the parameters and the code that each stage reads."""
 
 import click
 

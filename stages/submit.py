@@ -1,5 +1,6 @@
-"""Submit variants, or all of them, as jobs to Slurm: one for what they share, then one a variant, each in a
-clone of its own (not a stage: `dvc repro` takes the results from the cache).
+"""Submit variants, or all of them, as jobs to Slurm: one job for the stages that all share, then
+one per variant, each in its own clone. This is not a stage: `dvc repro` takes the results from the
+cache.
 """
 
 import click

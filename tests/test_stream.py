@@ -295,8 +295,8 @@ def storages(directory: Path, size: int) -> dict[str, Storage]:
 
 
 def test_what_comes_ahead_of_its_turn_is_what_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In host memory, the next batch is on its way as one is read; what is written meanwhile is
-    read, and each is copied once. Oracle: copies counted.
+    """In host memory, the next batch is copied while one is read. A batch that is written meanwhile
+    is read correctly, and each is copied once. Oracle: counts of copies.
     """
     fetched = []
     fetch = _Link.fetch
@@ -314,12 +314,12 @@ def test_what_comes_ahead_of_its_turn_is_what_lies_there(monkeypatch: pytest.Mon
 
 
 def test_a_batch_that_was_not_given_is_a_fault() -> None:
-    with pytest.raises(ValueError, match="batch 1 is asked for before it is given"):
+    with pytest.raises(ValueError, match="batch 1 is read before it is written"):
         Batches(2, CPU, Storage(), "x")[1]
 
 
 def test_copies_of_streams_are_apart(tmp_path: Path) -> None:
-    """Wherever they lie. Oracle: what each was given, after another of them went on."""
+    """For every place. Oracle: the batches as written, after a copy of the stream has advanced."""
     for place in (Storage(), Storage(0), Storage(0, 0, tmp_path / "new" / "folder")):
         first = Stream(2, CPU, place, "first")
         for number, hidden in enumerate(numbered(2)):

@@ -1,9 +1,9 @@
 """Variants as jobs, through submitit: on Slurm, or as processes of this machine.
 
-One job computes what all variants share, then one job a variant, then one the report. Each start of
-a job has a clone of its own, with the project's cache: DVC's run cache joins the results. A job that
-is queued again, while its earlier processes live on at a node that was lost, shares with them only
-the cache and the scratch directory, which several processes may use.
+One job runs the stages that all variants share, then one job runs per variant, then one for the
+report. Each start of a job has its own clone with the project's cache, and DVC's run cache collects
+the results. Earlier processes of a requeued job may still run on a lost node. They share only the
+cache and the scratch directory with the new ones, and both are safe for several processes.
 """
 
 import os
@@ -31,7 +31,7 @@ SHARED = ("scale", "sensitivity", "evaluate-dense", "tasks-dense")  # and what t
 LAST = "export"  # of a variant's stages
 PLACE = Path(".dvc/tmp/jobs")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-LIMIT = 100  # a job that runs out of its time is queued again so often at most
+LIMIT = 100  # how often a job is requeued at most when it reaches its time limit
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class How:
     """Where jobs run."""
 
     local: bool  # as processes of this machine
-    at_once: int  # variants that compute at the same time, if ``local``
-    minutes: int  # that a job may take until it is queued again
+    at_once: int  # variants that run at the same time, if ``local``
+    minutes: int  # time limit of a job, after which it is requeued
     sbatch: Mapping[str, str]  # options of sbatch
 
 
 @dataclass(frozen=True)
 class ClusterJob:
-    """`dvc repro` of some targets, in a clone of its own. submitit asks for a ``checkpoint`` where
-    the time runs out, and queues it again.
+    """`dvc repro` of some targets in a new clone. If the time limit is reached, submitit calls
+    ``checkpoint`` and requeues the job.
     """
 
     name: str
@@ -75,7 +75,7 @@ class ClusterJob:
             config.setdefault("core", {})["site_cache_dir"] = str(home / ".dvc" / "tmp" / "site")
         if data := _git(home, "ls-files", "*.dvc"):  # what was added by `dvc add`
             project.call(home, *project.DVC, "checkout", "--quiet", "--allow-missing", *data.splitlines())
-        # the signal by which submitit is told that the time runs out comes to all processes of a job
+        # submitit's signal for the time limit reaches all processes of a job
         deaf = ("env", "--ignore-signal=USR2")
         repro = (*deaf, "python", "-m", "stages.preload", *project.DVC, "repro", *self.targets)
         if code := project.call(home, *repro):
@@ -83,7 +83,7 @@ class ClusterJob:
             raise SparselineError(f"{self.name}: `{said}` ended with {code} in {home}, which is kept.")
         shutil.rmtree(clone, ignore_errors=True)
         if "SLURM_JOB_ID" in os.environ:
-            # submitit would write a result, which nobody reads, while twins at a lost node may write theirs
+            # nobody reads the result that submitit would write, and processes on a lost node may write it too
             sys.stdout.flush()
             os._exit(0)
 
@@ -92,7 +92,8 @@ class ClusterJob:
 
 
 def submit(names: Sequence[str], how: How) -> Iterator[str]:
-    """Submit these variants, or all where none is named; a sentence per job. Local jobs are waited for.
+    """Submit these variants, or all if none is named; yields a sentence per job. Local jobs are run
+    to their end.
 
     Raises:
         SparselineError: there is no such variant, the project cannot be cloned, there is no Slurm, or a
@@ -141,7 +142,7 @@ def _executor(folder: Path, how: How) -> submitit.AutoExecutor:
         ) from error
     executor.update_parameters(timeout_min=how.minutes, stderr_to_stdout=True)
     if not how.local:
-        # else a job waits for ever where one that it depends on has failed
+        # otherwise a job waits forever if one that it depends on has failed
         options: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes", **how.sbatch}
         # srun, which runs the job, asks for one core otherwise
         cores = 'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"'
@@ -174,11 +175,11 @@ def _queued(executor: submitit.AutoExecutor, steps: Sequence[Sequence[ClusterJob
 def _here(
     executor: submitit.AutoExecutor, steps: Sequence[Sequence[ClusterJob]], at_once: int
 ) -> Iterator[str]:
-    """Each step once the one before it has ended well."""
+    """Run each step after all jobs of the step before it have succeeded."""
     started: list[submitit.Job[Any]] = []
 
     def run(job: ClusterJob) -> str | None:
-        """Where the log of a job is that failed."""
+        """The path of the job's log if it failed."""
         submitted = executor.submit(job)
         started.append(submitted)
         return str(submitted.paths.stdout) if submitted.exception() else None
@@ -203,8 +204,9 @@ def _here(
 
 
 def _source() -> tuple[Path, str]:
-    """What the jobs clone, changes that are not committed included; the submission's folder, and the
-    project's directory in the repository. Folders of earlier submissions go after two weeks.
+    """Make the repository that the jobs clone, with uncommitted changes; returns the submission's
+    folder, and the project's directory in the repository. Folders of earlier submissions are
+    deleted after two weeks.
 
     Raises:
         SparselineError: the project is not in git, or a path of the parameters would be missing.
@@ -216,7 +218,7 @@ def _source() -> tuple[Path, str]:
             " and `git commit`."
         )
     within = _git(here, "rev-parse", "--show-prefix")
-    # a commit of what is changed, which nothing refers to; empty where nothing is
+    # a commit of the changes, to which nothing refers; empty without changes
     identity = ("-c", "user.name=sparseline", "-c", "user.email=sparseline@localhost")
     commit = _git(here, *identity, "stash", "create") or _git(here, "rev-parse", "HEAD")
     listed = _git(here, "ls-tree", "-rz", "--name-only", "--full-tree", commit).split("\0")
@@ -245,7 +247,7 @@ def _source() -> tuple[Path, str]:
 
 
 def _paths() -> Iterator[tuple[str, str]]:
-    """What DVC watches of what params.yaml names."""
+    """Keys of params.yaml whose paths DVC watches, and the paths."""
     yield "model.path", str(params.section("model")["path"])
     for name, text in params.section("texts").items():
         yield f"texts.{name}.path", str(text["path"])
@@ -253,7 +255,7 @@ def _paths() -> Iterator[tuple[str, str]]:
 
 
 def _git(directory: Path, *arguments: str) -> str:
-    """What git says.
+    """The output of a git command.
 
     Raises:
         SparselineError: it refuses.

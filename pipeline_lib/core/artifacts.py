@@ -78,7 +78,7 @@ def temporary_name(path: Path) -> Path:
 
 @cache
 def _here() -> str:
-    """Where this process's number tells it from all others: this boot of this host, and its container."""
+    """A hash of the host, its boot and the container. Within them, the number of this process is unique."""
     parts = [platform.node()]
     with suppress(OSError):  # Linux
         parts += [
@@ -95,8 +95,8 @@ def final_name(name: str) -> str:
 
 
 def _abandoned(temporary: Path) -> bool:
-    """Whether the process that wrote it is gone: by its number if it was a process here, else by
-    the file's age.
+    """Whether the process that wrote the file is gone. If it ran here, its number shows this;
+    otherwise the file's age does.
     """
     found = re.search(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.partial$", temporary.name)
     if found and found[1] == _here():

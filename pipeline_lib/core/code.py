@@ -44,8 +44,8 @@ def is_project(root: Path = Path()) -> bool:
 
 
 def _home(package: str, root: Path) -> Path:
-    """The directory that holds a package of ours: the root; of the library, where a project has
-    none, the place where it is installed.
+    """The directory that contains one of our packages: the project, or where the library is
+    installed if the project has no copy of it.
     """
     return Path(__file__).parents[2] if package == "pipeline_lib" and is_project(root) else root
 

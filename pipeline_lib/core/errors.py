@@ -10,4 +10,4 @@ class SparselineError(Exception):
 
 
 class LostError(Exception):
-    """Another process of the same stage is gone. Stages print it and exit with code 4."""
+    """Raised if another process of the same stage is gone. Stages print it and exit with code 4."""

@@ -1,8 +1,9 @@
-"""Free GPUs, for SPARSELINE_DEVICE=auto: so that stages which run side by side on a machine each get one.
+"""Find free GPUs for SPARSELINE_DEVICE=auto, so that stages that run at the same time use different
+ones.
 
-A GPU is free where no other stage has taken it and other programs hold little of its memory. Taken
-is one whose name another process has as the address of a socket: the system frees that as soon as
-the process is gone, however it ended.
+A GPU is free if no other stage uses it and other programs use little of its memory. A stage marks
+its GPU by a socket whose address is the GPU's name. The system removes the socket when the process
+ends, in any way.
 """
 
 import functools
@@ -15,17 +16,18 @@ from contextlib import suppress
 from pipeline_lib.core.errors import SparselineError
 
 LITTLE = 0.1  # share of the memory that a desktop or a driver may hold
-PATIENCE = 10.0  # seconds for which GPUs that are not free are looked at again: a stage has just ended
+PATIENCE = 10.0  # seconds to wait for a free GPU: another stage may be ending
 LOOK = 0.5
 _taken: list[socket.socket] = []  # until this process ends
 
 
 @functools.cache
 def take(count: int = 1) -> tuple[int, ...]:
-    """The numbers of the first free GPUs, which are this process's from now on; always the same ones.
+    """The numbers of the first free GPUs. This process keeps them; later calls return the same
+    ones.
 
     Raises:
-        SparselineError: so many are not free.
+        SparselineError: fewer GPUs are free.
     """
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -54,7 +56,9 @@ def _gpus(count: int) -> str:
 
 
 def _free(count: int) -> tuple[dict[int, socket.socket], list[str]]:
-    """Up to so many GPUs that are free, by their numbers; and why others are not."""
+    """The numbers of up to ``count`` free GPUs, with their locks, and the reasons why the others
+    are not free.
+    """
     import torch
 
     held, found, busy = _held(), dict[int, socket.socket](), list[str]()
@@ -72,7 +76,9 @@ def _free(count: int) -> tuple[dict[int, socket.socket], list[str]]:
 
 
 def _lock(name: str) -> socket.socket | None:
-    """None where another process has it. The address is no file: it begins with a zero byte."""
+    """Lock a GPU; None if another process has the lock. The socket's address is no file, because it
+    begins with a zero byte.
+    """
     lock = socket.socket(socket.AF_UNIX)
     try:
         lock.bind(f"\0sparseline-gpu-{name}")
@@ -83,8 +89,8 @@ def _lock(name: str) -> socket.socket | None:
 
 
 def _held() -> dict[str, float]:
-    """The share of every GPU's memory that is in use, by its name; nothing where the driver's tool is
-    not there. torch would take memory of each GPU that it asks.
+    """GPU -> share of its memory that is in use; empty if `nvidia-smi` is not installed. torch is
+    not asked, because it would use memory of each GPU.
     """
     held: dict[str, float] = {}
     tool = shutil.which("nvidia-smi")

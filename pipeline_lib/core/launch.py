@@ -1,6 +1,4 @@
-"""Run a stage's work in several processes, which torch's elastic launcher starts; or as one of those that
-an outer `torchrun` has started.
-"""
+"""Run a stage's job in several processes, started by torch's elastic launcher or by an outer `torchrun`."""
 
 import json
 import logging
@@ -20,8 +18,8 @@ T = TypeVar("T")
 
 
 def run(job: Callable[..., T], *arguments: Any) -> T:
-    """What a stage's work gives in the first of the processes that SPARSELINE_PROCESSES asks for, or that
-    an outer `torchrun` started.
+    """Run the job in SPARSELINE_PROCESSES processes, or in those that an outer `torchrun` started;
+    returns the first process's result.
 
     Raises:
         SparselineError: the settings do not go together.
@@ -47,8 +45,8 @@ def _told(error: LostError) -> NoReturn:
 
 
 def _launched(count: int, job: Callable[..., T], *arguments: Any) -> T:
-    """Workers are forks of this process, to which nothing has happened but imports; with a GPU, which
-    survives no fork, new processes.
+    """Workers are forks of this process, which has only imported modules. With a GPU they are new
+    processes, because CUDA does not survive a fork.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -90,8 +88,8 @@ def _launched(count: int, job: Callable[..., T], *arguments: Any) -> T:
 def _worker(
     place: Path, launcher: int, job: Callable[..., T], arguments: tuple[Any, ...]
 ) -> tuple[T, int | None]:
-    """One of the processes: what the job gives, and the GPU memory that it took. What ends it is left in
-    a file: the launcher tells it.
+    """Run the job in a worker; returns its result and its peak GPU memory. If it fails, its error
+    is written to a file, which the launcher reads.
     """
 
     def note(error: BaseException) -> int:
@@ -115,7 +113,9 @@ def _worker(
 
 
 def _fault(place: Path, codes: list[int]) -> BaseException:
-    """What ended the processes: what one of them says of itself, or else what the others say of it."""
+    """The error that the launcher reports: that of the worker that failed, or else that of a worker
+    that lost another one.
+    """
     faults = [json.loads(files.text(path)) for path in sorted(place.glob("fault-*.json"))]
     for fault in sorted(faults, key=lambda fault: bool(fault["lost"])):
         if not fault["lost"]:

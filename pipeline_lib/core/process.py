@@ -93,7 +93,7 @@ def stoppable() -> Iterator[None]:
 
 
 def _is_usual(handler: Any) -> bool:
-    """Whether it is Python's own, or that of the `stages` package before a stage's body."""
+    """Whether the handler is Python's own, or that of the `stages` package before a stage's body."""
     return (
         handler in (signal.SIG_DFL, signal.default_int_handler)
         or getattr(handler, "__module__", None) == "stages"
@@ -101,8 +101,8 @@ def _is_usual(handler: Any) -> bool:
 
 
 def heed() -> None:
-    """Raise a signal again that a library swallowed: results computed since may be wrong, so no file
-    of them may appear.
+    """Raise the exception of a signal again if a library swallowed it. Later results may be wrong,
+    so no file of them may be written.
     """
     if _came:
         raise _came[0]
@@ -123,7 +123,9 @@ def following_dvc() -> Iterator[None]:
 
 @contextmanager
 def following(parent: int) -> Iterator[None]:
-    """While open, this process ends as soon as its parent is gone, or did not wait for its clean end."""
+    """While open, this process ends when its parent is gone, or if it does not end cleanly in time
+    after a signal.
+    """
     came: list[float] = []
 
     def goes_on() -> bool:
@@ -159,12 +161,12 @@ def _following(goes_on: Callable[[], bool]) -> Iterator[None]:
 
 
 def _chain() -> list[int] | None:
-    """Process numbers from our parent (a fork's: its client) up to the `dvc` that started us; empty
-    where that is gone already, None where there was none.
+    """Process numbers from the parent (of a fork: its client) up to the `dvc` that started this
+    process. Empty if that `dvc` is gone; None if there was none.
 
-    DVC_STAGE alone does not tell: a shell may have it from elsewhere. The `dvc` that runs a stage
-    is named in DVC's own lock file, and it is our parent, or above the shells that it called us by
-    (some shells stay beside their last command, and some are scripts).
+    DVC_STAGE alone is not enough, because a shell may have inherited it. DVC's lock file names the
+    `dvc` that runs a stage. It is the parent of this process, or of the shells through which it
+    started this process.
     """
     client = os.environ.get(CLIENT, "")
     # else it is nobody's: a fork's is a number
@@ -189,9 +191,7 @@ def _chain() -> list[int] | None:
 
 
 def _runners() -> set[int]:
-    """Numbers of the processes that run stages of this project, by DVC's lock file; not all of them
-    need be alive.
-    """
+    """Numbers of the processes that run stages of this project, from DVC's lock file. Some may have ended."""
     here = Path.cwd()
     root = next((directory for directory in (here, *here.parents) if (directory / ".dvc").is_dir()), here)
     for _ in range(5):
@@ -206,8 +206,8 @@ def _runners() -> set[int]:
 
 
 def _unbroken(chain: list[int]) -> bool:
-    """Whether each of them still is the parent of the one before it: a process whose parent ends
-    gets another.
+    """Whether each process is still the parent of the one before it. A process whose parent ends
+    gets another parent.
     """
     if not chain or not (_runs(chain[0]) if CLIENT in os.environ else os.getppid() == chain[0]):
         return False
@@ -218,7 +218,7 @@ def _unbroken(chain: list[int]) -> bool:
 
 
 def _adopted(parent: int) -> bool:
-    """Whether it is a parent that takes orphans: init, or another that is not of our session."""
+    """Whether this parent adopts orphans: init, or a process of another session."""
     try:
         return parent == 1 or os.getsid(parent) != os.getsid(0)
     except OSError:

@@ -1,9 +1,9 @@
-"""Several processes that run one stage together: which of them this is, what falls to it, and what they
-send each other. With one process nothing is sent.
+"""The processes that run one stage together: the number of this one, its share of the work, and the
+communication with the others. A single process sends nothing.
 
-All of them run the same code on the same files. Work is dealt in two ways: rows by their lanes
-(``stats/lanes.py``), matrices by their cost (``deal``). What is sent is added up in a fixed order, so that
-the number of processes changes no bit. The first process alone writes (``writes``).
+All processes run the same code on the same files. Rows are assigned to them by lanes
+(``stats/lanes.py``), matrices by their cost (``deal``). Sums of several processes have a fixed
+order, so the number of processes changes no bit. Only the first process writes (``writes``).
 """
 
 import io
@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 FIRST = 2048  # bytes of the first message of what is sent
 SMALL = 1024  # bytes of a tensor that travels with what it is in
 BEAT = 0.5  # seconds between two signs of life
-FOREVER = timedelta(
-    days=30
-)  # a process may compute for hours while others wait; signs of life tell who is gone
+# a process may compute for hours while others wait; missing signs of life show that one is gone
+FOREVER = timedelta(days=30)
 K = TypeVar("K")
 T = TypeVar("T")
 V = TypeVar("V")
@@ -46,19 +45,19 @@ def count() -> int:
 
 
 def first() -> bool:
-    """Whether this is the process that writes and tells."""
+    """Whether this is the first process, which writes and prints."""
     return rank() == 0
 
 
 def writes() -> bool:
-    """Whether this process writes the output that comes next. All processes are here when it begins."""
+    """Whether this process writes the next output. It is a barrier for all processes."""
     gathered(None)
     return first()
 
 
 def outer() -> int | None:
-    """This process's number among those that an outer `torchrun` started; None where it started
-    none, or one.
+    """This process's number among those that an outer `torchrun` started; None if it started none,
+    or only one.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return int(os.environ["RANK"])
@@ -71,12 +70,12 @@ def local() -> int:
 
 
 def everyone() -> list[int]:
-    """All processes, first the one that holds the last lane: a sum over the lanes ends there."""
+    """All processes, beginning with the one that holds the last lane, where a sum over the lanes ends."""
     return [count() - 1, *range(count() - 1)]
 
 
 def part(items: int) -> range:
-    """The numbers, of 0 to ``items``, that fall to this process: consecutive ones."""
+    """The consecutive numbers of 0 … ``items`` - 1 that this process computes."""
     return range(rank() * items // count(), (rank() + 1) * items // count())
 
 
@@ -95,7 +94,9 @@ def deal(costs: Mapping[K, float], processes: int | None = None) -> dict[K, int]
 
 
 def each(costs: Mapping[K, float], compute: Callable[[K], V]) -> dict[K, V]:
-    """What ``compute`` gives of every item. Each process computes its own (``deal``), all get all."""
+    """``compute`` of every item. Each process computes the items that it owns (``deal``), and all
+    get all results.
+    """
     owners = deal(costs)
     own = {place: compute(item) for place, item in enumerate(costs) if owners[item] == rank()}
     found = {place: value for part in gathered(own) for place, value in part.items()}
@@ -108,24 +109,24 @@ def joined(values: Sequence[T]) -> list[T]:
 
 
 def gathered(value: T) -> list[T]:
-    """What every process has."""
+    """The values of all processes."""
     return [broadcast(value, source) for source in range(count())]
 
 
 def broadcast(value: T, source: int) -> T:
-    """What one process has; the others' own is ignored."""
+    """The value of the process ``source``; the values of the others are ignored."""
     if count() == 1:
         return value
     return _sent(value, source, [other for other in range(count()) if other != source])
 
 
 def passed(value: T, source: int, to: int) -> T:
-    """From one process to another; for these two alone."""
+    """Send a value from one process to another; only these two take part."""
     return _sent(value, source, [to]) if rank() in (source, to) else value
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors are left out, and listed."""
+    """Leaves tensors out of the pickled bytes, and lists them."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
@@ -150,7 +151,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _sent(value: Any, source: int, to: Sequence[int]) -> Any:
-    """A value on its way: this process is its source, or among those that get it.
+    """Send a value; this process is the source or a receiver.
 
     A first message has a fixed size, and holds all of a small value; small tensors travel in it.
     """
@@ -227,7 +228,7 @@ def _pass(tensor: "torch.Tensor", source: int, to: Sequence[int]) -> None:
 
 @contextmanager
 def _talking() -> Iterator[None]:
-    """What torch raises where another process does not answer."""
+    """Convert torch's error about a process that does not answer."""
     try:
         yield
     except RuntimeError as error:
@@ -243,15 +244,15 @@ def _lost(who: str) -> str:
 
 @contextmanager
 def together(end: Callable[[LostError], Any]) -> Iterator[None]:
-    """While open, this process is one of those that torchrun's variables name (RANK, WORLD_SIZE,
-    MASTER_ADDR, MASTER_PORT). Only the first one's output is shown.
+    """While open, this process takes part in the group that torchrun's variables describe (RANK,
+    WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Only the first process's output is shown.
 
     Args:
-        end: ends this process at once, from any thread: it lost another one, and may wait in torch,
-            which hears nothing.
+        end: ends this process at once, from any thread, because another process is lost. This
+            process may be waiting in torch, which would wait forever.
 
     Raises:
-        LostError: the others do not come, or one is gone.
+        LostError: the others do not start, or one is gone.
     """
     import torch
     import torch.distributed as dist
@@ -288,7 +289,7 @@ def together(end: Callable[[LostError], Any]) -> Iterator[None]:
 
 
 def _beat(store: Any, over: threading.Event, end: Callable[[LostError], Any]) -> None:
-    """Show signs of life, and look for those of the others, until there are none for SPARSELINE_TIMEOUT."""
+    """Send signs of life, and check those of the others, until one sends none for SPARSELINE_TIMEOUT."""
     me, limit = rank(), settings.timeout()
     seen = {other: (b"", time.monotonic()) for other in range(count()) if other != me}
     beats, sign = 0, b""

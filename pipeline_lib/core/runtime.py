@@ -63,7 +63,7 @@ def compute() -> "torch.device":
 
 
 class Fault(Exception):
-    """What one of a stage's processes ended by: its sentence, and the exit code."""
+    """The error of one of a stage's processes, with its exit code."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -87,7 +87,7 @@ def told() -> Iterator[None]:
 
 
 def explained(error: BaseException) -> tuple[str, int]:
-    """What ended a stage, in one sentence, and its exit code.
+    """The sentence that explains the end of a stage, and its exit code.
 
     2 for a SparselineError, the system's refusal of a file and too little memory; 128 + its number
     for a signal; 4 where another process of the stage is gone; 3 for anything else, which is a bug.
@@ -144,14 +144,12 @@ def _is_gpu_memory(error: Exception) -> bool:
 
 
 def used(peaks: list[int]) -> None:
-    """Note what workers took of their GPUs."""
+    """Record the peak GPU memory of the workers."""
     _peaks.extend(peaks)
 
 
 def peak_gpu() -> int | None:
-    """The most bytes of tensors that were on one of the stage's GPUs at once; None where it used none.
-    torch is not imported for it.
-    """
+    """Peak bytes of tensors on one of the stage's GPUs; None if it used none. It does not import torch."""
     gpus = [device for device in _used if device.type == "cuda"]
     if not gpus:
         return max(_peaks, default=None)

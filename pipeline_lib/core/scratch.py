@@ -110,7 +110,7 @@ def _lock(place: Path, key: str) -> Path:
 
 
 def _waiting(place: Path, key: str) -> Path:
-    """Whoever waits has a shared lock on it."""
+    """A waiting process holds a shared lock on this file."""
     return place / f"{key}.waiting"
 
 
@@ -146,8 +146,8 @@ def _sign(lock: IO[str]) -> None:
 
 
 def _try(path: Path) -> IO[str] | None:
-    """The locked file, or None where another process has it. It must still be the one of this name:
-    the owner before removed its own.
+    """The locked file, or None if another process has the lock. The path must still name this file,
+    because its previous owner may have removed it.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         remove(path)
@@ -261,7 +261,7 @@ def _cache() -> Path:
 
 
 def _project() -> Path:
-    """DVC_ROOT: an experiment runs in a copy, which goes when it ends."""
+    """Below DVC_ROOT, because the copy in which an experiment runs is deleted when it ends."""
     own = Path(os.environ.get("DVC_ROOT") or ".").absolute() / ".dvc"
     if not own.is_dir():
         raise NotADirectoryError(errno.ENOENT, "no .dvc here")
@@ -269,7 +269,9 @@ def _project() -> Path:
 
 
 def _temporary() -> Path:
-    """Anybody may have made a directory of this name: it must be this user's, and closed to others."""
+    """A private directory in the system's temporary directory. Another user may have created one of
+    this name, so owner and permissions are checked.
+    """
     path = Path(tempfile.gettempdir()) / f"sparseline-{os.getuid()}"
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
@@ -280,7 +282,7 @@ def _temporary() -> Path:
 
 
 def _unusable(root: Path) -> str | None:
-    """Why nothing can be kept here, or None: tried, since rights alone do not tell."""
+    """Why this directory cannot be used, or None. It is tried, because permissions alone do not show it."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root) as file:

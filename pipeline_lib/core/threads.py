@@ -1,4 +1,4 @@
-"""Torch's threads either share every product, or each take a part of the work."""
+"""Use torch's threads together on every product, or each for a part of the work."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +17,14 @@ Map = Callable[[Callable[[S], T], Iterable[S]], Iterable[T]]
 
 
 def small(device: torch.device, weights: int) -> bool:
-    """Whether the parts of work on so many weights are better done side by side on this device."""
+    """Whether parts of work on ``weights`` weights run faster side by side on this device."""
     return device.type == "cpu" and weights <= SMALL
 
 
 @contextmanager
 def side_by_side(wanted: bool, parts: int = PARTS) -> Iterator[Map[Any, Any]]:
-    """While open, a ``map`` over so many parts or more. If requested, torch's threads take one part
-    each, instead of sharing the work on one.
+    """While open, a ``map`` over at least ``parts`` parts. If ``wanted``, each of torch's threads
+    computes one part, instead of all sharing one.
 
     With small products, two threads spend most of their time waking up. The parts' results are in
     memory together. The library of products does not depend on the number of threads or parts.

@@ -93,7 +93,7 @@ class Trained:
 
     @property
     def _moved(self) -> dict[str, torch.Tensor]:
-        """All parameters, and the scales beside them."""
+        """All parameters, and the scales of quantised ones."""
         return {
             **self.rest,
             **self.leaves,
@@ -171,8 +171,8 @@ class Trained:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Training data: hidden states before the first block, and as targets the dense model's after the
-    last one.
+    """Training data: hidden states before the first block as inputs, and the dense model's after
+    the last block as targets.
     """
 
     model: BlockModel
@@ -225,7 +225,7 @@ def training_data(
 
 
 def stream_bytes(fitting: int, held_out: int, width: int, itemsize: int) -> int:
-    """Bytes of all hidden states for so many training and held-out tokens."""
+    """Bytes of all hidden states, for these numbers of training and held-out tokens."""
     return (2 * (fitting + held_out) + (held_out or fitting)) * width * itemsize
 
 
@@ -285,7 +285,7 @@ def held_out_divergence(data: TrainingData, tensors: Callable[[int], Tensors]) -
 
 @dataclass(frozen=True)
 class _Passes:
-    """How a step runs. A batch of a lane is called that lane."""
+    """How a step runs. Here, a lane is a batch of its samples."""
 
     model: BlockModel
     blocks: Sequence[Trained]
@@ -296,8 +296,8 @@ class _Passes:
     def step(
         self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], tokens: int, rate: float, done: int
     ) -> float:
-        """For each lane of this process its inputs and targets [B, T, D]: the mean KL before the step, over
-        so many tokens of all processes.
+        """One optimiser step on the inputs and targets [B, T, D] of each lane of this process;
+        returns the mean KL before it. ``tokens`` counts those of all processes.
         """
         states: list[list[Any]] = []
         hidden = [one for one, _ in pairs]
@@ -339,8 +339,8 @@ class _Passes:
     def _down(
         self, index: int, states: Sequence[tuple[torch.Tensor, Any]], gradients: list[torch.Tensor]
     ) -> list[torch.Tensor | None]:
-        """The gradients of a block's leaves, the lanes added up in order; those at its outputs give
-        way to those at its inputs.
+        """The gradients of a block's leaves, summed over the lanes in order. The gradients at its
+        outputs are replaced by those at its inputs.
         """
         leaves = list(self.blocks[index].leaves.values())
 

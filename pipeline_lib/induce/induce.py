@@ -97,7 +97,7 @@ class _Layer:
 
     @property
     def _by_row(self) -> bool:
-        """Whether every row is chosen by itself, and alike."""
+        """Whether the mask of every row is chosen separately, and in the same way."""
         share, spare = divmod(self.kept, len(self.weight))
         return bool(self.settings.shape.m) or (
             self.settings.group == "row" and spare == 0 < share < self.weight.shape[1]
@@ -339,8 +339,8 @@ def induce_block(
 def _worthy(
     shifts: Mapping[str, torch.Tensor], error_of: Callable[[Transform], float]
 ) -> dict[str, torch.Tensor]:
-    """The sites' shifts that lower the judged error, tried one after the other: the mean a
-    nonlinearity wants is not always the inputs' own.
+    """The sites' shifts that lower the error in the gate, tried one after the other. The mean of a
+    site's inputs is not always the best shift.
     """
     kept: dict[str, torch.Tensor] = {}
     error = error_of(Transform()) if shifts else 0.0

@@ -345,7 +345,7 @@ class _Block:
         return found
 
     def unchanged(self, changes: Changes) -> bool:
-        """Whether every product gets what it got, and the block gives what it gave."""
+        """Whether every product has the same inputs as before, and the block the same outputs."""
         run = self._again(changes)
         same = run.parts == self.run.parts and torch.equal(run.output, self.run.output)
         return same and all(
@@ -617,7 +617,7 @@ class _Assembly:
         ]
 
     def _reached(self, number: int) -> set[int]:
-        """All of them, through others."""
+        """All of them, including indirect ones."""
         reached: set[int] = set()
         ahead = [number]
         while ahead:

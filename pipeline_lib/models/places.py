@@ -20,7 +20,8 @@ Place = Literal["device", "host", "disk"]
 
 @dataclass
 class Storage:
-    """Bytes for hidden states on the device and in host memory, for all streams together.
+    """How many bytes of hidden states may be on the device and in host memory, for all streams
+    together.
 
     Batches are placed one by one: the first on the device, the next in host memory, the others in
     files in ``directory``. Without a directory, host memory takes them all. A batch keeps its
@@ -66,19 +67,19 @@ def allowed_storage(device: torch.device, directory: Path | None = None, wanted:
 
 
 class _Cell(Protocol):
-    """What holds one batch [B, T, D]."""
+    """Holds one batch [B, T, D]."""
 
     def read(self) -> torch.Tensor:
         """The batch, on the device."""
 
     def write(self, hidden: torch.Tensor) -> None:
-        """Another in its place."""
+        """Replace the batch."""
 
     def row(self, number: int) -> torch.Tensor:
-        """One row [1, T, D], on the device; no other is read."""
+        """One row [1, T, D], on the device. No other row is read."""
 
     def rows(self) -> int:
-        """How many it has."""
+        """Number of rows."""
 
 
 class _OnDevice:
@@ -99,7 +100,9 @@ class _OnDevice:
 
 
 class _InHost:
-    """In memory that is pinned where the device is a GPU: only from there copies run beside computation."""
+    """In host memory. With a GPU it is pinned, because only copies from pinned memory run beside
+    computation.
+    """
 
     def __init__(self, link: "_Link") -> None:
         self.link = link
@@ -141,12 +144,12 @@ class _OnDisk:
 
 
 class _Link:
-    """Copies between a device and host memory. On a GPU they run on a stream of their own, beside
-    what is computed; one batch comes ahead of its turn.
+    """Copies between a device and host memory. On a GPU they run on a separate stream, beside
+    computation, and the next batch is fetched in advance.
 
-    The side stream runs copies in the order in which they are asked for, so that a batch is never
-    read before it is written. What is computed waits for the copy that it needs (an event), and the
-    side stream waits for what is computed before it copies that.
+    The side stream runs copies in the order of the requests, so a batch is never read before it is
+    written. Computation waits for the copy that it needs (by an event), and the side stream waits
+    for a result before it copies it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -155,7 +158,7 @@ class _Link:
         self._ahead: _Ahead | None = None
 
     def take(self, cell: _InHost) -> torch.Tensor:
-        """A cell's batch on the device, where it may be already."""
+        """A cell's batch on the device; it may have been fetched in advance."""
         found = self._ahead if self._ahead is not None and self._ahead[0] is cell else self.fetch(cell)
         self._ahead = None
         _, hidden, copied = found
@@ -177,7 +180,7 @@ class _Link:
         return self._ahead
 
     def put(self, cell: _InHost, hidden: torch.Tensor) -> None:
-        """Begin to copy a batch to a cell's place in host memory."""
+        """Begin to copy a batch into a cell in host memory."""
         if self._ahead is not None and self._ahead[0] is cell:
             self._ahead = None  # out of date
         if self.side is None:
@@ -189,7 +192,7 @@ class _Link:
         hidden.record_stream(self.side)
 
     def part(self, rows: torch.Tensor) -> torch.Tensor:
-        """Some rows of a place in host memory, on the device."""
+        """Some rows of a batch in host memory, on the device."""
         if self.side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.side)
         return rows.to(self.device, non_blocking=True, copy=True)
@@ -200,8 +203,8 @@ _Ahead = tuple[_InHost, torch.Tensor, torch.cuda.Event | None]
 
 
 class Batches(Sequence[torch.Tensor]):
-    """Hidden states [B, T, D] batch by batch, each in its place in the storage; a batch that is read is
-    on the device.
+    """Hidden states [B, T, D], batch by batch, each in its place in the storage. Reading a batch
+    moves it to the device.
 
     A slice shares the places. A reader that takes the batches in order gets the next one
     prefetched. If several processes run the stage, each has its own batches, and knows only the
@@ -216,7 +219,7 @@ class Batches(Sequence[torch.Tensor]):
         name: str,
         sizes: Sequence[int] | None = None,
     ) -> None:
-        """``sizes``: rows of each, where not all are given here."""
+        """``sizes``: rows of each batch, if this process does not get all of them."""
         self._device, self._storage, self._name, self._sizes = device, storage, name, sizes
         self._link: _Link | None = None
         self._cells: list[_Cell | None] = [None] * count
@@ -254,7 +257,7 @@ class Batches(Sequence[torch.Tensor]):
 
     @property
     def own(self) -> list[int]:
-        """The places of the batches that this process has."""
+        """The positions of the batches that this process has."""
         return [place for place, number in enumerate(self._numbers) if self._cells[number] is not None]
 
     def row(self, place: int, number: int) -> torch.Tensor:
@@ -264,7 +267,7 @@ class Batches(Sequence[torch.Tensor]):
     def _cell(self, place: int) -> _Cell:
         found = self._cells[self._numbers[place]]
         if found is None:
-            raise ValueError(f"batch {place} is asked for before it is given")
+            raise ValueError(f"batch {place} is read before it is written")
         return found
 
     def _placed(self, number: int, size: int) -> _Cell:

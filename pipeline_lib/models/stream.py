@@ -31,7 +31,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional (after the hidd
 
 
 class _Recorder(nn.Module):
-    """Stands where a block stood: notes what it is called with and hands on what it is told to, as
+    """Takes a block's place: records its arguments, and returns the given hidden states, with as
     many parts as the block returns.
     """
 
@@ -191,7 +191,7 @@ class BlockModel:
 
     @contextmanager
     def _standing_in(self, note: Callable[[torch.Tensor, Arguments], torch.Tensor]) -> Iterator[None]:
-        """While open, recorders stand where the blocks stood."""
+        """While open, recorders replace the blocks."""
         path, _, last = self.checkpoint.architecture.blocks.rpartition(".")
         holder = self.base.get_submodule(path)
         returns = self.checkpoint.architecture.returns

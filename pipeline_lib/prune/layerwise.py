@@ -323,8 +323,8 @@ class _Task:
 
 
 class _Errors:
-    """Layer errors E‖(W − Ŵ) X‖² / E‖W X‖² of the matrices that share a site. Takes G over, and
-    puts the damping on it: what it holds is H.
+    """Layer errors E‖(W − Ŵ) X‖² / E‖W X‖² of the matrices that share a site. It takes ownership of
+    G and adds the damping, so that it holds H.
     """
 
     def __init__(
@@ -337,7 +337,7 @@ class _Errors:
         self.hessian = gram
 
     def forget(self) -> None:
-        """H goes: from here on errors must be given."""
+        """Free H. From here on, errors must be given."""
         del self.hessian
 
     def of(self, task: _Task, swept: torch.Tensor | None = None) -> torch.Tensor:
@@ -404,7 +404,9 @@ class Quantise:
         return 8 * shapes.block * shapes.window + grams + max(grams, solver) + shapes.inner(shapes.batch_rows)
 
     def flops(self, shapes: Shapes) -> float:
-        """Statistics per site beside those of the fitted block, and a sweep towards its outputs."""
+        """Statistics per site beside those of the fitted block, and a sweep towards the fitted
+        block's outputs.
+        """
         sweep, factor = shapes.solving(by_site=True)
         products = 5 * self.compensate * sweep
         return 2 * 2.2 * shapes.forward + 2 * shapes.gram_flops + factor + products
@@ -443,8 +445,8 @@ class Quantise:
 def _centred(
     block: Block, site: str, moments: Moments
 ) -> tuple[Moments, torch.Tensor | None, torch.Tensor | None]:
-    """A site's moments without what the biases take over, that shift in folded coordinates, and the
-    factor that is folded in; each [C] or None.
+    """A site's moments without the part that biases absorb, that shift in folded coordinates, and
+    the factor that is folded in; each [C] or None.
     """
     shift = block.transform.shifts.get(site)
     factor = site_factor(block.layout, site, block.transform.factors)

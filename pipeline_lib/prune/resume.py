@@ -19,8 +19,8 @@ from pipeline_lib.solve.settings import QuantizationParams
 
 
 def _place(source: Path, target: Path) -> None:
-    """A hard link where there can be one: nothing is copied, and until the scratch is dropped a
-    kill loses nothing.
+    """Place a file as a hard link, or as a copy if links are impossible. A link copies nothing, and
+    a kill loses nothing until the scratch directory is deleted.
     """
     try:
         os.link(source, target)

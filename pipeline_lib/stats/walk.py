@@ -108,7 +108,7 @@ class InTurn(Mapping[str, SiteStatistics]):
         return self._here[site]
 
     def follow(self) -> None:
-        """Take part while another process, which gets the statistics, asks for one after another."""
+        """Take part while another process, which needs the statistics, requests them one after another."""
         for site in self:
             self._fetch(site)
 
