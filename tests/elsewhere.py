@@ -1,5 +1,5 @@
-"""A device that is made of this machine's memory: nothing that lies elsewhere gets into its
-operations, and what is read from it is counted.
+"""A simulated device in this machine's memory. Its operations refuse tensors of other devices, and
+reads from it are counted.
 
 Its tensors call themselves ``meta``, which torch knows without a GPU; what they hold lies behind
 them. As with a GPU, an operation on tensors of both places fails, but for single numbers, indices

@@ -1,5 +1,5 @@
-"""Hostile and damaged inputs: a table of named cases of each kind, then random ones. A stage takes
-them, or refuses them in one line.
+"""Hostile and damaged inputs: first a table of named cases of each kind, then random ones. A stage
+either accepts an input, or refuses it in one line.
 """
 
 import bz2

@@ -173,8 +173,8 @@ def signalled(
 
 
 def _wait_for_group(number: int, seconds: float = 15) -> None:
-    """Until the system has forgotten a killed group: DVC takes a process that has ended, but is
-    still listed, for one that runs.
+    """Wait until the system has removed a killed group. DVC counts a process that has ended, but is
+    still listed, as running.
     """
     deadline = time.monotonic() + seconds
     with suppress(ProcessLookupError):

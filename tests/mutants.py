@@ -132,8 +132,8 @@ def mutate(tree: Path, mutant: Mutant) -> Path | None:
 
 
 def dies(tree: Path, mutant: Mutant, seconds: int) -> bool | None:
-    """Whether a test fails, or runs for ever; None where the statement is not there. Third-party
-    modules are loaded already: this forks.
+    """Whether a test fails, or runs forever; None if the file does not contain the statement.
+    Third-party modules are already loaded, because this process forks.
     """
     with tempfile.TemporaryDirectory() as temporary:
         own = Path(temporary) / "tree"

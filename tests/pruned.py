@@ -68,7 +68,7 @@ def nearest(weight: torch.Tensor, how: Rounding) -> tuple[torch.Tensor, dict[str
 
 
 def card(form: str, sizes: Mapping[str, Any]) -> str:
-    """Stands for the model card: tells the format, and what its files take."""
+    """A stand-in for the model card: prints the format, and the sizes of its files."""
     return f"{form} {sizes['formats'][form]['file_bytes']}\n"
 
 

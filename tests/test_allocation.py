@@ -129,8 +129,8 @@ def test_every_method_meets_the_budget_within_bounds(
 def test_every_method_takes_whole_quanta(
     method: str, parts: list[tuple[int, int]], sparsity: float, alpha: float, seed: int
 ) -> None:
-    """N:M, mixed: whole quanta (size/M) between none and all, and the sum within half of the
-    largest of them.
+    """Mixed N:M: kept counts are multiples of the quantum (size/M), and their sum is within half of
+    the largest quantum.
     """
     units = units_of([quantum * m for quantum, m in parts], [quantum for quantum, _ in parts])
     alpha = 1.0 if method == "predicted" else alpha  # it bounds densities, and N:M has few of them
@@ -206,7 +206,9 @@ def test_the_first_pattern_that_matches_counts() -> None:
 
 
 def test_sparsities_by_hand_of_a_pattern() -> None:
-    """2:4 takes quarters: 3 of 4 are kept of one matrix, so that the others go below 2 of 4 together."""
+    """With 2:4, densities are multiples of a quarter. One matrix keeps 3 of 4, so the others
+    together keep less than 2 of 4.
+    """
     units = units_of([400] * 4, [100] * 4)
     names = [[unit.name] for unit in units]
     kept = by_hand(units, names, [("m0", 0.25)], "x")
@@ -504,8 +506,8 @@ def test_predicted_by_both_weightings() -> None:
 
 
 def test_tempered_predictions() -> None:
-    """Oracle: by hand, five quarters to give. a costs 64, 20, 12, 4 less for each, b 63, 45, 27, 9;
-    of square roots 4, 2, 2, 2 and 3, 3, 3, 3.
+    """Oracle: by hand, with five quarters to distribute. Each further quarter lowers the loss of a
+    by 64, 20, 12, 4 and of b by 63, 45, 27, 9; the square roots fall by 4, 2, 2, 2 and 3, 3, 3, 3.
     """
     units = [Unit("a", 0, 400, 100), Unit("b", 0, 400, 100)]
     density = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -555,8 +557,8 @@ def test_kronecker_without_moments_is_told() -> None:
 
 @pytest.mark.parametrize("point", [1, 2, 3])
 def test_an_error_just_below_zero_counts_as_zero(point: int) -> None:
-    """Three equal matrices, rounding made one value of one of them negative. Oracle: the same with
-    0 in its place.
+    """Three equal matrices; rounding made one value of one of them negative. Oracle: the same
+    curves with 0 in its place.
     """
     units = [Unit(name, 0, 1000, 1) for name in "abc"]
     curve = {

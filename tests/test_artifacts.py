@@ -82,8 +82,8 @@ def test_directories_are_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
-    """What a killed process left, file or directory, goes with the next write; what a living one
-    writes stays, and one's on another host until it is two weeks old.
+    """The next write deletes what a killed process left. It keeps the files of a running process,
+    and those of another host until they are two weeks old.
     """
     code = """
 import os, sys
@@ -835,8 +835,8 @@ with hold("prune", "0" * 32, "prune it") as scratch:
 def test_scratch_is_dropped_when_all_went_well_and_kept_otherwise(
     nowhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is a process's own goes in both cases, and what a dead one left goes when the next has
-    the lock.
+    """A process's own directory is always deleted. That of a dead process is deleted when the next
+    one gets the lock.
     """
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(nowhere / "s"))
     with pytest.raises(ZeroDivisionError), hold("prune", KEY, "prune it") as scratch:
@@ -861,8 +861,8 @@ def test_scratch_is_dropped_when_all_went_well_and_kept_otherwise(
 
 
 def test_abandoned_scratch_is_removed(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After two weeks without a new file, unless somebody holds it; whatever else lies there is
-    none of ours.
+    """A directory is deleted after two weeks without a new file, unless a process holds its lock.
+    Other files in the folder are not touched.
     """
     monkeypatch.setenv("SPARSELINE_SCRATCH", str(nowhere / "s"))
     place = nowhere / "s" / "prune"

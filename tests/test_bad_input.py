@@ -139,9 +139,7 @@ def told(result: Result) -> str:
 
 
 def check(workspace: Path, stage: str, words: tuple[str, ...]) -> None:
-    """The stage tells its mistake with all the words and leaves every output, and the lack of any,
-    as it was.
-    """
+    """The stage's error has all the words, and all outputs stay as they were."""
     before = outputs(workspace)
     message = told(invoke(*stage.split()))
     missing = [word for word in words if word not in message]
@@ -1100,8 +1098,8 @@ def test_bad_parameters(shared: Path, mistake: Mistake) -> None:
 
 @pytest.mark.parametrize("mistake", MODELS, ids=ids(MODELS))
 def test_bad_models(workspace: Path, monkeypatch: pytest.MonkeyPatch, mistake: Mistake) -> None:
-    """Oracle: the damaged file, tensor or block, and the mend. Where another stage is to find it,
-    `prepare` tries no coupling, and sees nothing.
+    """Oracle: the error names the damaged file, tensor or block, and the remedy. If another stage
+    finds the damage, `prepare` tries no coupling and does not see it.
     """
     if mistake.stage != "prepare":
         monkeypatch.setattr("pipeline_lib.jobs.prepare.verified", untried)
@@ -1117,7 +1115,7 @@ def untried(model: BlockModel) -> Iterator[tuple[Layout, tuple[str, ...]]]:
 
 @pytest.mark.parametrize("mistake", DATA, ids=ids(DATA))
 def test_bad_data(workspace: Path, mistake: Mistake) -> None:
-    """Oracle: the file or key, and the mend."""
+    """Oracle: the error names the file or key, and the remedy."""
     mistake.change(workspace)
     build(*mistake.before)
     check(workspace, mistake.stage, mistake.words)
@@ -1239,8 +1237,8 @@ def test_a_variant_that_changes_nothing_can_be_induced(workspace: Path, empty: A
 
 
 def test_a_renamed_text_takes_the_place_of_the_old(workspace: Path) -> None:
-    """DVC leaves the outputs of stages that are gone. Oracle: one text is for calibration, so there
-    is no mistake to tell.
+    """DVC keeps the outputs of deleted stages. Oracle: only one text is for calibration, so there
+    is no error.
     """
     values = read_params(workspace)
     values["texts"]["other"] = values["texts"].pop("calibration")

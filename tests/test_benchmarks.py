@@ -396,7 +396,9 @@ def test_a_plan_needs_a_header_and_no_weights(tmp_path: Path) -> None:
 
 
 def test_what_processes_bring_is_recorded_row_by_row(tmp_path: Path) -> None:
-    """A place that needs 12 s, 6 s with two processes; it stops after four rows, and the next run goes on."""
+    """A benchmark that needs 12 s, or 6 s with two processes. It stops after four rows, and the
+    next run continues.
+    """
     ran: list[tuple[str, int, int]] = []
 
     class Fake(processes.Place):

@@ -151,7 +151,7 @@ def test_quantised_tensors_come_back_bit_for_bit(
 
 
 def test_a_negative_zero_among_codes() -> None:
-    """Rounding gives it, and with codes for all there would be one zero only: so there is a mask."""
+    """Rounding gives −0.0. Codes for all weights have only one zero, so the tensor has a mask."""
     tensor, groups = groups_of(
         torch.randn(8, 512, generator=torch.Generator().manual_seed(0)).bfloat16(), Rounding(4, 128)
     )

@@ -102,7 +102,9 @@ def test_bounds_are_kept(
 def test_n_of_m_within_half_a_quantum(
     parts: list[tuple[int, int]], sparsity: float, alpha: float, seed: int
 ) -> None:
-    """N:M: whole quanta (size/M), and the sum within half of the largest of them."""
+    """N:M: kept counts are multiples of the quantum (size/M), and their sum is within half of the
+    largest quantum.
+    """
     sizes, quanta = [quantum * m for quantum, m in parts], [quantum for quantum, _ in parts]
     kept = allocate(units_of(sizes, quanta), sparsity, uniform_ranks(len(sizes), seed), alpha, (0.0, 1.0))
     assert abs(sum(kept) - target(sparsity, sum(sizes))) <= max(quanta) / 2

@@ -297,7 +297,7 @@ def no_scm(directory: Path) -> bool:
 def test_dvc_knows_whether_there_is_git(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Also when git comes later, and where a repository around the project ignores it."""
+    """Also if git is initialised later, and if a repository around the project ignores it."""
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     outer, directory = tmp_path / "outer", tmp_path / "outer/team"
     status, said = sparseline(capfd, "init", str(directory), "--no-git")

@@ -1,5 +1,5 @@
-"""Where the work is done, and what waits for it. Oracles: the same on the CPU, to the bit; what a
-device refuses; reads and operations, counted.
+"""The device of the work, and the transfers that wait for it. Oracles: the same results on the CPU,
+bit for bit; operations that the device refuses; counts of reads and operations.
 """
 
 from collections import Counter
@@ -230,7 +230,7 @@ def test_experts_on_a_device(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("full", [True, False])
 def test_curves_on_a_device(path: Path, full: bool) -> None:
-    """Oracles: those of the CPU; two waits beside those for the factorisations."""
+    """Oracles: the results of the CPU; two waits more than the factorisations need."""
     how = CurvesParams(densities=[0.3, 0.6], outlier_factor=3.0)
     (_, dense), *_ = walked(path, torch.device("cpu"))
     included = dense.layout.matrices
@@ -344,9 +344,7 @@ def test_stages_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_operations_per_row_of_statistics(sums: Any, weighed: bool, most: int) -> None:
-    """Counted on the device: of each row of a batch, a bound that more of them would break; and
-    none waits.
-    """
+    """Operations are counted on the device, with a bound per row of a batch. None of them waits."""
     with Elsewhere() as device:
         x, weights = torch.randn(6, 8).to(DEVICE), torch.rand(6).to(DEVICE) if weighed else None
         found = sums()

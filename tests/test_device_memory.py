@@ -99,8 +99,8 @@ def peak(run: Callable[[], None]) -> int:
 
 
 def test_live_tensors_are_counted() -> None:
-    """By hand: two tensors at once at most, a view none, one that was there before none, one that
-    is gone no more.
+    """By hand: at most two tensors exist at the same time. A view, an earlier tensor and a deleted
+    one do not count.
     """
     before = torch.ones(1000)
 
@@ -225,8 +225,8 @@ def test_pruning_in_bfloat16_holds_what_is_foretold(checkpoint: Checkpoint) -> N
 def test_streams_beyond_their_budget_are_not_held(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but a few batches lie in files here, as they lie in host memory beside a GPU; what is
-    read counts.
+    """Here all but a few batches are in files, as with a GPU they are in host memory. Batches that
+    are read count.
     """
     monkeypatch.setattr(
         places, "load_file", lambda file: {name: tensor.clone() for name, tensor in load_file(file).items()}

@@ -306,8 +306,8 @@ def test_a_projection_as_wide_as_there_are_experts_is_no_router() -> None:
 
 
 def test_statistics_of_few_tokens_are_drawn_to_all_experts() -> None:
-    """Oracles: the formula by hand; the pool itself where an expert has no tokens; to the bit its
-    own where it has all.
+    """Oracles: the formula by hand; the pool's moment if an expert has no tokens; its own, bit for
+    bit, if it has all tokens.
     """
     random = torch.Generator().manual_seed(0)
     own, others = torch.randn(5, 8, generator=random), torch.randn(40, 8, generator=random)

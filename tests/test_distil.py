@@ -440,8 +440,8 @@ def test_a_kept_result_takes_the_place_of_the_pruned_checkpoint(workspace: Path)
 
 
 def test_the_gate_refuses_a_result_that_is_worse(workspace: Path) -> None:
-    """Far too high a rate. The pruned checkpoint is measured; oracle: a variant that is pruned
-    alike and not trained.
+    """The learning rate is far too high, so the pruned checkpoint is measured. Oracle: the same
+    variant without training.
     """
     change_params(workspace, "variants.trained.distil.rate", 5.0)
     result = invoke("distil", "trained")
@@ -465,8 +465,8 @@ def test_training_that_diverges_ends_early_and_is_not_kept(workspace: Path) -> N
 def test_a_killed_run_goes_on_and_writes_the_same_bytes(
     ready: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch, damage: bool
 ) -> None:
-    """Stopped after three of six steps; once with the state damaged since, which is told. Oracle:
-    an undisturbed run.
+    """The training is stopped after three of six steps. Once, the state is damaged afterwards,
+    which the log says. Oracle: an undisturbed run.
     """
     undisturbed = Path(shutil.copytree(ready, workspace.parent / "undisturbed" / "project"))
     with monkeypatch.context() as patch:

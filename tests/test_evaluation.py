@@ -187,8 +187,8 @@ def test_divergence_is_that_of_both_models_in_memory(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_model_does_not_diverge_from_itself(tmp_path: Path, family: str, dtype: str) -> None:
-    """The blocks' way gives the logits of the whole model, but for rounding of float32. No reverse
-    where none is asked for.
+    """Block by block, the logits are those of the whole model, within rounding of float32. There is
+    no reverse divergence if none is requested.
     """
     path = make_model(tmp_path, family, dtype=getattr(torch, dtype))
     rows = token_rows(3, 12)
@@ -453,7 +453,7 @@ def test_an_unknown_task_names_the_local_ones(
     everything = lm_eval.tasks.TaskManager
 
     def quick(include_path: Any, include_defaults: bool) -> Any:
-        """Without lm-eval's own thousands, which take ten seconds."""
+        """Without lm-eval's own tasks: there are thousands, and their index takes ten seconds."""
         return everything(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", quick)
@@ -521,8 +521,8 @@ def test_data_outside_the_folder_are_told(tokenizer: PreTrainedTokenizerFast, tm
 def test_gemmas_requests_begin_with_the_start_token(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model_type: str, begun: bool
 ) -> None:
-    """As its rows do, though this tokenizer adds none by itself. Oracle: the token ids that the
-    model is given.
+    """Requests begin with the start token, as the samples do, although this tokenizer does not add
+    one. Oracle: the token ids that the model gets.
     """
     model, seen = repeater(), []
     model.config.model_type = model_type
@@ -569,7 +569,7 @@ def test_what_does_not_fit_the_window_is_counted_item_by_item(
 
 @pytest.mark.usefixtures("at_root")
 def test_answers_that_mean_nothing_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """An accuracy can be computed of all of them: of NaN the first is the largest."""
+    """Accuracies can be computed from such values: the first NaN counts as the largest."""
     local = params(path=tmp_path, names=["letters"])
     local_task(tmp_path, [0, 1, 0, 1])
     broken = tiny_llama()

@@ -224,7 +224,7 @@ def test_other_patterns_are_not_judged(tmp_path: Path) -> None:
 
 
 def test_a_broken_two_of_four_is_told(tmp_path: Path) -> None:
-    """Three of four, a weight where the mask says none, or columns that fours do not divide."""
+    """Three of four kept, a weight outside the mask, or a number of columns that 4 does not divide."""
     mask = torch.tensor([[1, 1, 0, 0, 0, 1, 0, 1]], dtype=torch.bool)
     verdict("w", mask.float(), mask, transposed=False)
     verdict("w", mask.float().T, mask.T, transposed=True)

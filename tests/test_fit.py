@@ -52,7 +52,7 @@ def setting(
 
 
 def masks_of(tensors: Mapping[str, torch.Tensor], matrices: Sequence[Matrix]) -> Masks:
-    """Where the matrices are not zero: no weight that is kept is."""
+    """Masks of the matrices' nonzero weights: no kept weight is zero."""
     return {matrix: matrix.view(tensors[matrix.parameter]) != 0 for matrix in matrices}
 
 
@@ -96,8 +96,8 @@ def damaged(
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2", "phi3", "bloom"])
 def test_a_known_scaling_is_undone(checkpoint: Checkpoint) -> None:
-    """Oracle: the undamaged block. On rows it was not fitted on, most of the damage goes; no zero
-    stops being one.
+    """Oracle: the undamaged block. On other rows than the training rows, most of the damage is
+    repaired. Zeros stay zero.
     """
     run, tensors, inputs = setting(checkpoint)
     matrices = checkpoint.architecture.layouts[0].matrices
@@ -142,8 +142,8 @@ def test_nothing_to_improve_returns_the_input(checkpoint: Checkpoint, with_held_
 
 
 def test_held_out_rows_decide(checkpoint: Checkpoint) -> None:
-    """Fitting rows that want something else improve, the held-out rows get worse: the input comes
-    back, after ``patience`` epochs.
+    """The training rows have another target, so fitting improves them and worsens the held-out
+    rows. After ``patience`` epochs, the input is returned.
     """
     run, tensors, inputs = setting(checkpoint)
     targets = targets_of(run, tensors, inputs)

@@ -75,7 +75,7 @@ def judges(
     chosen: SelectionParams,
     compensate: bool,
 ) -> list[BlockError]:
-    """One per block; the dense stream of ``ROWS`` goes in batches of 4 and 2."""
+    """The error functions of all blocks. The dense stream of ``ROWS`` is in batches of 4 and 2."""
     model = BlockModel(checkpoint, torch.float32, torch.device("cpu"))
     gate = Gate(model, ROWS, 4, chosen, compensate)
     blocks = [
@@ -137,8 +137,8 @@ def test_a_judge_gives_the_block_error(
 def test_judges_do_not_see_factors_that_change_no_mask(
     checkpoint: Checkpoint, score: str, compensate: bool
 ) -> None:
-    """Oracle: the unfolded block's error. Within rows these scores rank alike whatever is folded;
-    Magnitude, which does not, is seen.
+    """Oracle: the unfolded block's error. Within rows, folding does not change how these scores
+    rank; with Magnitude it does.
     """
     statistics = block_statistics(checkpoint)
     sizes = {coupling.name: coupling.size for coupling in checkpoint.architecture.layouts[0].couplings}
@@ -192,9 +192,7 @@ def test_never_judged_worse_than_nothing(checkpoint: Checkpoint, score: str, gro
 def test_the_judge_decides_and_ties_go_to_less(
     llama: Checkpoint, errors: dict[str, float], choice: str
 ) -> None:
-    """Oracle: errors made up beforehand, told apart by what a transform holds, whatever the layers'
-    errors say.
-    """
+    """Oracle: given errors, one per kind of transform, independent of the layers' errors."""
     start = Transform(moderate(llama, 6))
 
     def judge(transform: Transform) -> float:
@@ -261,8 +259,8 @@ def test_kept_shifts_lower_the_real_error(checkpoint: Checkpoint) -> None:
 
 
 def test_an_empty_gate_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``held_out: 0`` asks for it. Oracle: the line of a variant that fits, and of induction;
-    silence where there is no gate or a real one.
+    """With ``held_out: 0``. Oracle: the line in the log of a variant with a fit, and of induction;
+    no line without a gate, or with a held-out split.
     """
     fitted = {**WANDA, "induce": {}, "reconstruction": {"steps": ["finetune_channels"]}}
     made = make_workspace(tmp_path / "project", variants={"wanda": WANDA, "sparseline": fitted})

@@ -149,8 +149,8 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_digest_changes_with_the_closure_and_with_nothing_else(copied: Path, stage: str) -> None:
-    """A line more in a file that the stage may load, and in one that it may not. The digest does
-    not know where the files are.
+    """A line is added to a file that the stage may load, and to one that it may not. The digest
+    does not depend on the files' directory.
     """
     inside = code.closure(stage, copied)
     outside = [path for path in sorted(copied.rglob("*.py")) if path.relative_to(copied) not in inside]
@@ -296,8 +296,8 @@ def test_no_module_is_dead() -> None:
 
 
 def test_only_code_and_templates() -> None:
-    """The closure knows of Python and Jinja files; whatever else the code read from beside itself
-    would be no dep.
+    """The closure contains Python and Jinja files. Other files that the code reads from its own
+    directory would not be deps.
     """
     files = [
         path for folder in ("pipeline_lib", "stages") for path in (ROOT / folder).rglob("*") if path.is_file()
@@ -378,9 +378,7 @@ def test_openmp_waits_passively() -> None:
 
 @pytest.mark.parametrize("path", [path for path in CODE if path.stat().st_size], ids=name)
 def test_imports_are_static_and_absolute(path: Path) -> None:
-    """Nothing is imported but by an absolute import statement that names what it takes. Oracle: the
-    syntax tree.
-    """
+    """All imports are absolute statements that name what they import. Oracle: the syntax tree."""
     # runs a stage's module, and imports installed ones
     starts = path == ROOT / "pipeline_lib" / "core" / "preloaded.py"
     own: set[str] = set()  # names under which whole modules of ours are known

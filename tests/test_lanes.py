@@ -197,9 +197,9 @@ WAYS = {"accumulator": accumulated, "moments": summed(MomentSums), "diagonal": s
 def test_moments_of_lanes_in_other_batches_and_places(
     way: str, rows: int, batch_rows: int, order: tuple[int, ...], seed: int
 ) -> None:
-    """Lanes collected each by itself, as if by four processes, in any order and in other batches;
-    fewer rows than lanes among them. Oracles: one process that holds every lane in one batch, to
-    the bit; and float64.
+    """Lanes are collected separately, as if by four processes, in any order and in other batches,
+    also with fewer rows than lanes. Oracles: one process that collects all lanes in one batch, bit
+    for bit; and float64.
     """
     x = activations(rows, seed=seed)
     whole = fold(WAYS[way]([x[part]] if part.start < part.stop else [], part, rows) for part in parts(rows))
@@ -217,7 +217,7 @@ def test_moments_of_lanes_in_other_batches_and_places(
 
 
 def test_the_median_sample_is_that_of_all_rows() -> None:
-    """Oracle: every stride-th token of all rows, though each lane starts where the stride does not."""
+    """Oracle: every stride-th token of all rows, although lanes may start between two such tokens."""
     x = torch.arange(63.0).view(9, 7, 1)
     sums = fold(accumulated([x[part]], part, 9) for part in parts(9))
     assert torch.equal(torch.cat(sums.sample)[:, 0], torch.arange(63.0)[:: sums.stride])
@@ -405,8 +405,8 @@ def test_gradients_of_lanes_by_themselves(checkpoint: Checkpoint, processes: int
 @pytest.mark.parametrize("family", ["llama"])
 @pytest.mark.parametrize("batch_rows", [1, 3])
 def test_a_fit_does_not_see_how_its_rows_are_stored(checkpoint: Checkpoint, batch_rows: int) -> None:
-    """Oracle: the fit of the same rows in batches of four, to the bit: steps are made of rows,
-    wherever these lie.
+    """Oracle: the fit of the same rows in batches of four, bit for bit: a step consists of rows,
+    regardless of their batches.
     """
     run, tensors, inputs = setting(checkpoint)
     matrices = checkpoint.architecture.layouts[0].matrices
@@ -423,7 +423,7 @@ def test_a_fit_does_not_see_how_its_rows_are_stored(checkpoint: Checkpoint, batc
 
 @pytest.mark.parametrize("family", ["llama"])
 def test_a_fit_of_fewer_rows_than_lanes(checkpoint: Checkpoint) -> None:
-    """Lanes without rows take no part. Oracle: the error of the undamaged block, towards which it goes."""
+    """Lanes without rows take no part. Oracle: the error of the undamaged block, which the fit approaches."""
     run, tensors, inputs = setting(checkpoint)
     matrices = checkpoint.architecture.layouts[0].matrices
     rows = Pairs([inputs[0][:3]], targets_of(run, tensors, [inputs[0][:3]]))

@@ -84,8 +84,8 @@ def test_solve_is_least_squares(name: str, dead: tuple[int, ...]) -> None:
 
 
 def test_solve_stops_at_its_tolerance() -> None:
-    """Oracle: what the gradient promises by each weight alone, against E at the start; and one
-    iteration less would not do. E is told.
+    """Oracle: the reduction that the gradient promises for each weight alone, relative to E at the
+    start. One iteration less is not enough. E is reported.
     """
     _, hessian = activations(24, seed=5)
     target, mask = normal(9, 24, seed=6), masks(9, 24, seed=7)["uneven"]
@@ -325,8 +325,8 @@ def test_a_search_in_bfloat16_finds_as_good_masks() -> None:
 
 
 def test_independence_of_inputs() -> None:
-    """1 without correlation; of two inputs with correlation ρ it is 1 − ρ². Always-zero inputs take
-    no part.
+    """It is 1 without correlation, and 1 − ρ² for two inputs with correlation ρ. Inputs that are
+    always zero do not count.
     """
     gram = torch.eye(6)
     assert factorise(gram, 1e-9, "mean", "x").independence == pytest.approx(1)

@@ -30,13 +30,13 @@ ROWS, COLUMNS = st.integers(1, 9), st.integers(1, 20)
 
 
 def scores_of(rows: int, columns: int, seed: int, levels: int) -> torch.Tensor:
-    """Random scores; few ``levels`` make many ties (1: all alike)."""
+    """Random scores. With few ``levels`` there are many ties (with 1, all are equal)."""
     random = torch.Generator().manual_seed(seed)
     return torch.randint(0, levels, (rows, columns), generator=random).float()
 
 
 def fair(kept: int, total: int, size: int) -> tuple[int, int]:
-    """The shares that rounding may give a part: floor and ceiling of the proportional one."""
+    """The counts that a part may get by rounding: floor and ceiling of its proportional share."""
     return kept * size // total, -(-kept * size // total)
 
 
@@ -170,7 +170,7 @@ def test_gpus_break_ties_without_asking_for_them() -> None:
 
 @pytest.mark.parametrize("best", [_best, lambda scores, n: _best_of_few(scores.T, n).T])
 def test_nan_is_never_kept(best: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
-    """So that the count of a mask tells."""
+    """So the number of True in a mask reveals NaN."""
     scores = torch.tensor([[1.0, torch.nan, 3.0, 2.0], [torch.nan] * 4, [4.0, 3.0, 2.0, 1.0]])
     mask = best(scores, 2)
     assert not mask[scores.isnan()].any()

@@ -556,7 +556,7 @@ def test_wrong_names_are_told(
     everything = lm_eval.tasks.TaskManager
 
     def quick(include_path: Any, include_defaults: bool) -> Any:
-        """Without lm-eval's own thousands, which take ten seconds."""
+        """Without lm-eval's own tasks: there are thousands, and their index takes ten seconds."""
         return everything(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", quick)

@@ -170,8 +170,8 @@ def test_one_of_the_two_is_killed(workspace: Path, who: str) -> None:
 
 
 def test_the_server_is_killed(tmp_path: Path) -> None:
-    """Its command must not go on by itself: the next run would meet it. Oracle: the command's
-    process, which would sleep for minutes.
+    """The command must not continue alone, because it would disturb the next run. Oracle: the
+    process of the command, which would sleep for minutes.
     """
     command = ["python", "-m", "stages.preload", "sh", "-c", "echo $$; exec sleep 300"]
     server = subprocess.Popen(

@@ -155,7 +155,7 @@ def test_more_processes_do(ready: Path, tmp_path: Path, count: int) -> None:
 
 
 def test_experts_in_groups_and_streams_in_files(tmp_path: Path) -> None:
-    """Small budgets: statistics of experts are collected group by group, hidden states lie in files."""
+    """With small budgets: statistics of experts are collected in groups, and hidden states are in files."""
     small = {"SPARSELINE_GRAM_BYTES": "60000", "SPARSELINE_ACTIVATION_BYTES": "0"}
     alone = prepared(tmp_path / "alone", "mixture")
     together = copied(alone, tmp_path / "together")

@@ -104,7 +104,7 @@ def test_attention_is_left_to_mkl(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_stage_starts_with_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was set before: also of convolutions, which torch rounds to TF32 unless it is told not to."""
+    """Regardless of earlier settings, and also for convolutions, for which torch's default is TF32."""
     monkeypatch.delenv("SPARSELINE_DEVICE", raising=False)
     flags = (GPU, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
     for one in flags:
@@ -126,7 +126,7 @@ def test_every_stage_starts_with_exact_products(monkeypatch: pytest.MonkeyPatch)
 def test_what_may_round_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, device: str, how: products.Products, inside: str, casts: int
 ) -> None:
-    """On a GPU, and while it is open; afterwards all is as before, also where the body fails."""
+    """Only on a GPU, and only while it is open. The earlier setting is restored, also if the body fails."""
     opened = []
     products.exact_on_gpu()
 

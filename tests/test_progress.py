@@ -38,7 +38,7 @@ def log(seconds: list[float], total: int, done: int = 0) -> list[str]:
 
 
 def test_a_log_has_plain_lines() -> None:
-    """Two of 19 blocks in 10 s leave 17 · 5 = 85 s; the next line is due when 10 s more have gone by."""
+    """Two of 19 blocks in 10 s leave 17 · 5 = 85 s. The next line appears after another 10 s."""
     lines = log([5.0] * 19, total=19)
     assert lines[0] == "prune wanda: 2 of 19 blocks, 1 min 25 s left"
     assert lines[1] == "prune wanda: 4 of 19 blocks, 1 min 15 s left"

@@ -374,8 +374,8 @@ DENSE_TARGET: dict[str, Any] = {"statistics": "per_site", "dense_target": 1.0}
 def test_streams_on_disk_change_no_bit(
     path: Path, tmp_path: Path, steps: tuple[str, ...], changes: dict[str, Any], streams: set[str]
 ) -> None:
-    """Oracle: the run that holds them in memory. All of them are files, one for each batch: 8, 4
-    and 2 rows of each lane, and take what is foretold.
+    """Oracle: the run with hidden states in memory. Here all are files, one per batch (8, 4 and 2
+    rows of each lane), and take the predicted bytes.
     """
     settings = params(steps, **changes)
     assert_same(pruned(path, settings, storage=Storage(0, 0, tmp_path / "spill")), pruned(path, settings))
@@ -526,8 +526,8 @@ def test_wanda_and_obd_factorise_nothing(path: Path, score: str, monkeypatch: py
 def test_sparsegpt_runs_two_passes_a_block_and_one_factorisation_a_site(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: batches and sites, counted. To collect and to pass on; after the last block one batch
-    shows that all is finite.
+    """Oracle: counts of batches and sites. There are passes for statistics and to advance; after
+    the last block, one batch checks that all values are finite.
     """
     counts = Counts(monkeypatch)
     pruned(path, params(("obs",)))
@@ -576,7 +576,9 @@ def test_masks_are_those_of_the_long_way(
 def test_what_is_chosen_can_be_fitted(
     path: Path, score: str, steps: tuple[str, ...], how: dict[str, Any]
 ) -> None:
-    """Masks chosen anew among it. Oracle: the run whose masks were chosen the long way, to the last bit."""
+    """Including masks that are chosen again. Oracle: the run whose masks were chosen with
+    factorisations, bit for bit.
+    """
     model, settings = model_of(path), chosen(score, steps, **how)
     made, rows = plan(settings, torch.float32), Rows(FITTING, HELD_OUT, 8)
     short, long = (

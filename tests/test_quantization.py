@@ -346,8 +346,8 @@ def test_a_mask_that_is_there_before(scheme: Scheme, group: Group) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_another_order_of_the_columns(scheme: Scheme) -> None:
-    """Groups stay those of the matrix's own columns, and a scale is taken when the first of them is
-    reached. Oracle: ``literal`` in that order.
+    """Groups are those of the stored columns. A scale is computed when the sweep reaches the first
+    column of its group. Oracle: ``literal`` in that order.
     """
     weight, gram, hessian = problem(4, 24, seed=7)
     factorisation = factorise(
@@ -509,8 +509,8 @@ def test_every_step_leaves_weights_on_their_grids(
 def test_sixteen_bit_checkpoints(
     tmp_path: Path, dtype: torch.dtype, symmetric: bool, steps: tuple[str, ...]
 ) -> None:
-    """Scales that the checkpoint's dtype can hold, also after they were fitted, and weights that
-    give their codes back.
+    """The checkpoint's dtype represents the scales exactly, also after a fit, and each weight gives
+    its code back.
     """
     settings = params(steps, quantization={"bits": 8, "symmetric": symmetric})
     model, found = pruned(make_model(tmp_path, "llama", DEPTH, dtype=dtype, tokenizer=False), settings)

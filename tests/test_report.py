@@ -862,7 +862,7 @@ def test_the_page_is_self_contained(rendered: str) -> None:
 
 
 def test_completions_are_escaped(rendered: str) -> None:
-    """The parser gives back the very text, with its first line break, and no element comes of it."""
+    """The parser returns exactly this text, with its first line break, and creates no element from it."""
     page = Page(rendered)
     assert f"\n\nof {EVIL}" in page.pre  # the parser of a browser drops the first of the two
     assert [text[1:] for text in page.pre if "same then" in text] == [
@@ -992,7 +992,7 @@ def test_shares_of_every_matrix(build: Path) -> None:
 
 
 def test_a_deep_model(tmp_path: Path) -> None:
-    """No numbers in the map's cells, few ticks, a bar that tells the colours."""
+    """The map has no numbers in its cells, few ticks, and a colour bar."""
     html = render(collect(make(tmp_path / "build", depth=40)))
     assert "<summary>All 40 blocks of full</summary>" in html
     shown = re.findall(r"<text[^>]*>([^<]*)</text>", drawn(html)["sparsity-full"])

@@ -1,5 +1,5 @@
-"""A killed prune or induction goes on where it was, two at once do not disturb each other, and a
-stage ends with its `dvc`.
+"""A killed prune or induction resumes, two at once do not disturb each other, and a stage ends with
+its `dvc`. Oracle: the bytes of an undisturbed run.
 
 Oracle: the bytes of a run that nobody killed or disturbed.
 """
@@ -177,8 +177,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(workspace: Path, undistur
 
 
 def test_another_run_does_not_resume(workspace: Path) -> None:
-    """Oracle: the log, and the interrupted run's blocks, which stay for whoever goes on with it.
-    Other parameters, then other code.
+    """Oracle: the log, and the blocks of the interrupted run, which stay for a run that can resume
+    it. First with other parameters, then with other code.
     """
     kill_after(workspace, 1)
     kept = tree(scratch(workspace))
@@ -560,7 +560,7 @@ def test_a_signal_in_a_library_call(
 
 
 class _Removed:
-    """Its removal takes time, in which a signal comes."""
+    """Removing a directory takes time, and a signal arrives meanwhile."""
 
     def __init__(self, number: signal.Signals) -> None:
         self.number = number
@@ -574,8 +574,8 @@ class _Removed:
 def test_a_signal_while_an_object_is_removed(
     capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
-    """Python drops what is raised there. Oracles: the body ends all the same, at once, and nothing
-    but the line is told.
+    """Python drops an exception that is raised there. Oracles: the body ends anyway, at once, and
+    only the one line is printed.
     """
     began = time.monotonic()
     with pytest.raises(SystemExit) as ended, runtime.told():

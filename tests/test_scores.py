@@ -107,7 +107,7 @@ def test_wanda_ranks_as_its_paper() -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_every_score_is_the_square_times_a_factor_per_input(score: Score) -> None:
-    """What induction takes for granted of any score: oracle, the score of weights of 1."""
+    """Induction assumes this of every score. Oracle: the score of weights of 1."""
     weight, (_, gram) = weights(4, 12, seed=4), curved_gram(12, seed=4)
     curvature = factorise(gram, 0.01, "mean", "here").whole()
     factor = saliency(score, torch.ones(1, 12), curvature)
@@ -330,8 +330,8 @@ def test_dead_inputs_cost_nothing_and_change_nothing(score: Score, of: DampingOf
 @pytest.mark.parametrize("of", DAMPINGS)
 @pytest.mark.parametrize("folded", [False, True])
 def test_the_scale_of_the_activations_changes_nothing(scale: float, of: DampingOf, folded: bool) -> None:
-    """All inputs times one number, a tenth of them always zero. Oracle: every step on the inputs as
-    they were: sweep, curvature, masks without it, ADMM.
+    """All inputs are multiplied by one number, and a tenth of them are always zero. Oracle: the
+    results for the original inputs: sweep, curvature, masks without the sweep, ADMM.
     """
     x, _ = curved_gram(20, seed=40)
     x[:, [3, 17]] = 0
@@ -585,8 +585,8 @@ def test_ordered_sweep_with_a_mask_chosen_beforehand(group: Group) -> None:
 
 @pytest.mark.parametrize("group", get_args(Group))
 def test_left_to_right_as_an_order_changes_no_bit(group: Group) -> None:
-    """Oracle: the sweep without an order. With dead inputs; and importance moves along where the
-    columns are turned around.
+    """Oracle: the sweep without an order. Also with inputs that are always zero; the selection
+    weights are reordered with the columns.
     """
     weight, (x, _) = weights(6, 16, seed=19), curved_gram(16, seed=19)
     x[:, [3, 9]] = 0

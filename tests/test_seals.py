@@ -94,8 +94,8 @@ DAMAGES: list[Damage] = [flip, Path.unlink, truncate, null, pipe, endless, folde
 
 
 def tried(files: Iterable[str]) -> list[tuple[str, Damage]]:
-    """The first two on every file; all of them on the first of each kind, and in the first
-    directory that has a seal of its own.
+    """The first two kinds of damage on every file; all kinds on the first file of each kind, and in
+    the first directory that has its own seal.
     """
     first = {file.rpartition(".")[2]: file for file in reversed(list(files))}
     sealed = next((file for file in files if file.startswith("prune/")), "")

@@ -164,8 +164,8 @@ def test_gradients_are_those_of_the_whole_model(model_paths: dict[str, Path], fa
 
 @pytest.mark.parametrize("estimator", [hutchinson, fisher])
 def test_sharing_a_pass_changes_nothing(llama: Checkpoint, estimator: Any) -> None:
-    """Oracle: each probe by itself; matrices that are left out take no part (fisher) or change no
-    other's expectation.
+    """Oracle: each probe alone. Excluded matrices take no part (fisher), or do not change the
+    expectation of others.
     """
     whole = subject(llama, token_rows(5, 9))
     alone = [estimator.samples(whole, params(), [probe])[0] for probe in range(3)]
@@ -191,8 +191,8 @@ def test_how_many_probes_share_a_batch() -> None:
 
 
 def test_probes_of_a_lane_share_a_batch(llama: Checkpoint, tmp_path: Path) -> None:
-    """Oracle: each probe by itself, within rounding of the activations; passes of 16 probes and of
-    32 to the bit, moments included.
+    """Oracle: each probe alone, within rounding of the activations; passes of 16 and of 32 probes
+    agree bit for bit, moments included.
     """
     whole, settings = subject(llama, token_rows(40, 9)), params(rows_per_probe=1)
     once = OutputMoments(tmp_path / "once", True)
@@ -213,7 +213,7 @@ def test_probes_of_a_lane_share_a_batch(llama: Checkpoint, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("model_type", ["mixtral"])
 def test_probes_of_a_mixture_go_alone(model_type: str, tmp_path: Path) -> None:
-    """An expert's tokens do not say whose they are. Oracle: each probe by itself, to the bit."""
+    """An expert's tokens do not tell which probe they belong to. Oracle: each probe alone, bit for bit."""
     whole, settings = (
         subject(open_checkpoint(make_checkpoint(tmp_path, model_type)), token_rows(9, 9)),
         params(rows_per_probe=1),
@@ -454,7 +454,7 @@ def test_kendall() -> None:
 
 
 def noisy(noise: float, asked: list[list[int]] | None = None) -> Any:
-    """Samples of ten matrices of values 0 … 9 with so much noise."""
+    """Samples of ten matrices with the values 0 … 9 and noise of this size."""
 
     def sample(probes: Sequence[int]) -> list[dict[str, float]]:
         if asked is not None:

@@ -49,8 +49,8 @@ def test_gradient_equals_autograd_through_the_decomposition(order: Order, oracle
 
 
 def test_power_iteration_follows_a_slowly_changing_matrix() -> None:
-    """One iteration a call is enough when the matrix moves little between calls: it starts where it
-    last stopped.
+    """One iteration per call is enough if the matrix changes little between calls, because the
+    iteration continues from its last vector.
     """
     weight, step = matrix(8, 8, seed=3), 0.01 * matrix(8, 8, seed=4)
     norm = Norm(weight, params("spectral", iterations=1))

@@ -605,7 +605,9 @@ def test_hub_mistakes_are_told(hub: Path, change: dict[str, str]) -> None:
 def test_what_the_hub_does_not_have_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], problem: str
 ) -> None:
-    """``datasets`` takes a directory or an address for an id or a file; DVC watches none of them."""
+    """``datasets`` would accept a directory or an address as an id or file, but DVC would watch
+    none of them.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a" / "texts").mkdir(parents=True)
     entry = {"id": "some/set", "split": "test", "field": "text", "revision": COMMIT}
@@ -615,7 +617,7 @@ def test_what_the_hub_does_not_have_is_told(
 
 @pytest.mark.parametrize("revision", [None, "main", "0" * 7, "refs/convert/parquet"])
 def test_a_dataset_without_a_commit_is_told(monkeypatch: pytest.MonkeyPatch, revision: str | None) -> None:
-    """With the newest one where the hub is reached."""
+    """The message names the newest commit if the hub answers."""
     entry = {"id": "some/set", "split": "test", "field": "text"}
 
     def offline(*_: Any, **__: Any) -> Any:

@@ -150,7 +150,7 @@ def test_obs_chooses_alike(pair: Pair, score: str, of: str, damping: float, patt
 @pytest.mark.parametrize("group", ["row", "matrix"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_magnitude_does_not(pair: Pair, group: str, pattern: str) -> None:
-    """What makes the others' agreement tell something."""
+    """Without this difference, the agreement in the other tests would show nothing."""
     assert differing(pair, selection("magnitude", group, pattern), compensate=False).double().mean() > 0.05
 
 

@@ -52,8 +52,8 @@ def test_without_thresholds_nothing_is_judged() -> None:
 
 
 def test_accuracy_falls_in_units_of_its_error() -> None:
-    """0.60 to 0.50 with errors of 0.03 and 0.04: 0.1 / 0.05, two of them. A rise is none; a task of
-    one model alone is left out.
+    """A drop from 0.60 to 0.50 with errors of 0.03 and 0.04 is 0.1 / 0.05, two standard errors. A
+    rise is no drop. A task that only one model has is ignored.
     """
     own, dense = models(
         {"a": accuracy(0.5, 0.03), "mine": accuracy(0.0, 0.01)},
