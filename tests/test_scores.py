@@ -18,7 +18,7 @@ from pipeline_lib.masks.settings import DampingOf, Group, Pattern, Score
 from pipeline_lib.solve.factor import AVERAGED, Factorisation, energy, factorise, layer_error
 from pipeline_lib.solve.lsq import Search, admm, solve
 from pipeline_lib.solve.order import column_losses, rose_order
-from pipeline_lib.solve.sweep import aim, sweep
+from pipeline_lib.solve.sweep import sweep, target_weight
 
 SCORES: tuple[Score, ...] = get_args(Score)
 DAMPINGS: tuple[DampingOf, ...] = get_args(DampingOf)
@@ -763,9 +763,9 @@ def test_aim_is_w_for_equal_streams_and_for_share_zero(order: list[int] | None) 
     factorisation = (
         factorise(gram, 0.01, "mean", "x") if order is None else ordered(gram, torch.tensor(order))
     )
-    assert torch.equal(aim(weight, torch.zeros_like(gram), factorisation, 1.0), weight)
-    assert torch.equal(aim(weight, cross - gram, factorisation, 0.0), weight)
-    assert not torch.equal(aim(weight, cross - gram, factorisation, 0.5), weight)
+    assert torch.equal(target_weight(weight, torch.zeros_like(gram), factorisation, 1.0), weight)
+    assert torch.equal(target_weight(weight, cross - gram, factorisation, 0.0), weight)
+    assert not torch.equal(target_weight(weight, cross - gram, factorisation, 0.5), weight)
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
@@ -780,7 +780,7 @@ def test_aim_by_an_explicit_inverse(share: float, reorder: bool) -> None:
     factorisation = ordered(gram, order) if reorder else factorise(gram, 0.01, "mean", "x")
     expected = weight + share * weight @ (cross - gram) @ torch.linalg.inv(damped(gram, 0.01, "mean"))
     torch.testing.assert_close(
-        aim(weight, cross - gram, factorisation, share), expected, rtol=1e-8, atol=1e-10
+        target_weight(weight, cross - gram, factorisation, share), expected, rtol=1e-8, atol=1e-10
     )
 
 
@@ -798,7 +798,7 @@ def test_aim_meets_the_outputs_of_the_dense_stream(share: float, dead: tuple[int
     mask = select_n_of_m(weights(6, 12, seed=27), 2, 4)
     mask[0] = True
     factorisation = factorise(gram, 1e-9, "diagonal", "x")
-    target = aim(weight, cross - gram, factorisation, share)
+    target = target_weight(weight, cross - gram, factorisation, share)
     start = torch.zeros_like(weight)
     target[:, dead] = 0
     found, *_ = solve(target, mask, hessian_of(factorisation, gram), start, lsq(200, 1e-12))
@@ -816,7 +816,7 @@ def test_the_error_of_the_target_is_that_of_the_outputs() -> None:
     """
     dense, pruned, gram, cross = streams(10, seed=28)
     weight, factorisation = weights(4, 10, seed=28).double(), factorise(gram, 0.1, "mean", "x")
-    target, hessian = aim(weight, cross - gram, factorisation, 1.0), hessian_of(factorisation, gram)
+    target, hessian = target_weight(weight, cross - gram, factorisation, 1.0), hessian_of(factorisation, gram)
     ridge = hessian.diagonal() - gram.diagonal()
 
     def outputs(new: torch.Tensor) -> float:
@@ -844,7 +844,7 @@ def test_the_sweep_from_the_target_comes_nearer_to_the_dense_outputs(score: Scor
     factorisation = factorise(gram, 0.01, "mean", "x")
     errors = []
     for share in (0.0, 1.0):
-        start = aim(weight, cross - gram, factorisation, share)
+        start = target_weight(weight, cross - gram, factorisation, share)
         found, _, _ = sweep(start, factorisation, kept=192, rule=rule(score, PLAIN, "block", 8))
         errors.append(float((pruned @ found.T - dense @ weight.T).square().sum()))
     assert errors[1] < 0.9 * errors[0]

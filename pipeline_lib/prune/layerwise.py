@@ -23,7 +23,7 @@ from pipeline_lib.solve.grid import Grid, Scheme
 from pipeline_lib.solve.matrix import prune_matrix, quantise_matrix
 from pipeline_lib.solve.order import column_losses, rose_order
 from pipeline_lib.solve.settings import LsqParams
-from pipeline_lib.solve.sweep import aim
+from pipeline_lib.solve.sweep import target_weight
 from pipeline_lib.stats.moments import Moments
 
 
@@ -35,14 +35,13 @@ class Layerwise:
 
     selection: SelectionParams
     compensate: bool  # the OBS sweep
-    by_site: bool = False  # statistics are collected again before each site, else once a block
-    # what compensation aims at: outputs for its own stream, or (1) those that the dense stream
-    # gives
+    by_site: bool = False  # statistics are collected before each site, else once per block
+    # target of compensation: outputs for the pruned activations (0) or for the dense activations (1)
     dense_target: float = 0.0
     reorder: float | None = None  # ROSE's least relative range; None: columns are swept from left to right
     lsq: LsqParams | None = None  # the best weights on the mask
-    scheme: Scheme | None = None  # of the grid that what is left is put on; None: not on one
-    # of the matrices that are put in the places of the old ones; None: theirs
+    scheme: Scheme | None = None  # grid of the remaining weights; None: not quantised
+    # of the new matrices; None: that of the old ones
     dtype: torch.dtype | None = None
 
     def run(self, window: Window) -> None:
@@ -140,14 +139,16 @@ class Layerwise:
         )
         targets: dict[Matrix, torch.Tensor] = {matrix: weights[matrix] for matrix in own}
         weights = dict(targets)
-        # an expert gets other tokens in the dense stream
-        aimed = self.dense_target if block.layout.site(site).pool is None else 0.0
-        if aimed:
+        # an expert may get other tokens in the dense stream
+        share = self.dense_target if block.layout.site(site).pool is None else 0.0
+        if share:
             if centred.cross is None:
                 raise ValueError("dense_target needs the cross moment with the dense activations")
-            away = centred.cross.sub_(centred.gram)
-            targets = {m: aim(w.float(), away, factorisation, aimed) for m, w in weights.items()}
-            del away
+            difference = centred.cross.sub_(centred.gram)
+            targets = {
+                m: target_weight(w.float(), difference, factorisation, share) for m, w in weights.items()
+            }
+            del difference
         errors = _Errors(targets, centred, factorisation)
         del centred
         if self.compensate and not self.lsq:
@@ -175,13 +176,13 @@ class Layerwise:
         statistics per site only the largest) and the cross moments, the same for a lane, and a
         batch. While a site is solved: the remaining Gram matrices, and the memory of ``_solving``.
         """
-        d, aimed = max(shapes.sites), self.dense_target > 0
+        d, targeted = max(shapes.sites), self.dense_target > 0
         wide = self.dtype is not None
         item = shapes.checkpoint.dtype.itemsize
-        dense = (aimed or wide) * shapes.dtype.itemsize
-        grams = (4 * d * d if self.by_site else shapes.grams) * (1 + aimed)
+        dense = (targeted or wide) * shapes.dtype.itemsize
+        grams = (4 * d * d if self.by_site else shapes.grams) * (1 + targeted)
         # a site's inputs in the dense stream
-        beside = aimed * shapes.dtype.itemsize * shapes.batch * shapes.length * d
+        beside = targeted * shapes.dtype.itemsize * shapes.batch * shapes.length * d
         collecting = (
             (item + dense + shapes.copied) * shapes.block
             + 2 * grams
@@ -206,22 +207,22 @@ class Layerwise:
 
     def _solving(self, channels: int, matrices: list[tuple[int, int]]) -> float:
         """Bytes for one site, its Gram matrix included: the factorisation (whose inverse needs as
-        much again), the targets to aim at, and what the steps hold of the largest matrix, of which
+        much again), the targets, and what the steps hold of the largest matrix, of which
         least squares take ``lsq.ROWS`` rows at a time.
 
         Of a weight: 5 in the sweep (itself, its mask). Then 13 in least squares: swept, mask,
         target, found; 18 once another mask was found (also that mask and the weights on it), and 22
         while ADMM looks for it (linear term, iterate, scores), with its inverse beside them.
         """
-        square, aimed = 4 * channels * channels, self.dense_target > 0
+        square, targeted = 4 * channels * channels, self.dense_target > 0
         largest = max(rows * columns for rows, columns in matrices)
         part = 4 * max(min(rows, lsq.ROWS) * columns for rows, columns in matrices)
-        held = square + aimed * 4 * sum(rows * columns for rows, columns in matrices)  # U, targets
-        aiming = square + held + 8 * largest  # and what the cross moment differs by
+        held = square + targeted * 4 * sum(rows * columns for rows, columns in matrices)  # U, targets
+        targeting = square + held + 8 * largest  # and the difference of the moments
         if self.lsq is None:
             return max(
                 3 * square,
-                aimed * (square + aiming),
+                targeted * (square + targeting),
                 held + 5 * largest + 8 * largest * (self.selection.group != "block"),
             )
         steps = 13 * largest + 6 * part
@@ -229,25 +230,25 @@ class Layerwise:
             # small ones by eigenvectors, in float64
             inverse = 7 * square if channels <= lsq.SPECTRAL else square
             steps = max(18 * largest + 6 * part, 22 * largest + 3 * part + inverse)
-        return square + max(2 * square, aimed * aiming, held + steps)
+        return square + max(2 * square, targeted * targeting, held + steps)
 
     def flops(self, shapes: Shapes) -> float:
         """Passes that collect statistics (per site, a pass stops at its site), the statistics, the
         factorisation, and products per matrix: a sweep for the mask and one for the grid, least
         squares and ADMM with at most all iterations, and their inverses.
         """
-        aimed = self.dense_target > 0
-        passes = (2.2 if self.by_site else 1) * (2 if aimed else 1)
+        targeted = self.dense_target > 0
+        passes = (2.2 if self.by_site else 1) * (2 if targeted else 1)
         sweeps = self.compensate * (1 + (self.scheme is not None and self.lsq is not None))
         sweep, factor = shapes.solving(self.by_site)
-        products = (sweeps + 4 * aimed) * sweep
+        products = (sweeps + 4 * targeted) * sweep
         if self.lsq is not None:
             whole = sum(rows * columns**2 for rows, columns in shapes.matrices)
             for rows, columns in shapes.matrices:
                 most = lsq.affordable(self.lsq, shapes.tokens, columns)
                 iterations = 2 * (most.iterations + 2 * most.mask_iterations)
                 products += iterations * rows * columns**2 * sweep / whole
-        return passes * shapes.forward + (1 + aimed) * shapes.gram_flops + factor + products
+        return passes * shapes.forward + (1 + targeted) * shapes.gram_flops + factor + products
 
     def _ordering(
         self, weights: Mapping[Matrix, torch.Tensor], block: Block, rule: Rule
@@ -427,11 +428,11 @@ class Quantise:
         factorisation = factorise(
             gram, self.selection.damping, self.selection.damping_of, f"{block.where} {site}", factor
         )
-        away = None if centred.cross is None else centred.cross.sub_(gram)
+        difference = None if centred.cross is None else centred.cross.sub_(gram)
         for matrix in block.consumers(site) if own is None else own:
             weight = matrix.view(block.tensors[matrix.parameter]).clone()
             mask = matrix.view(block.masks[matrix.parameter]).to(weight.device)
-            target = weight if away is None else aim(weight, away, factorisation, 1.0)
+            target = weight if difference is None else target_weight(weight, difference, factorisation, 1.0)
             grid = block.grids[matrix] = Grid(weight.shape, self.scheme, weight.device)
             block.tensors[matrix.parameter] = block.tensors[matrix.parameter].clone()
             new = quantise_matrix(target, mask, factorisation, grid, self.selection.block, self.compensate)

@@ -23,8 +23,8 @@ class Select:
 
     selection: SelectionParams
     moments: Moments  # what the score reads: ``none``, or the ``diagonal`` of the second moment
-    by_site: bool = False  # statistics are collected again before each site, else once a block
-    # of the matrices that are put in the places of the old ones; None: theirs
+    by_site: bool = False  # statistics are collected before each site, else once per block
+    # of the new matrices; None: that of the old ones
     dtype: torch.dtype | None = None
 
     def run(self, window: Window) -> None:

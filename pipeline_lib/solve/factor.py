@@ -202,6 +202,6 @@ def energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 def layer_error(original: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """E‖(W − Ŵ) X‖² / E‖W X‖² [] from the second moment G [C, C]; W is ``original``, or the target W₀
-    of ``aim``. It stays on the device.
+    of ``target_weight``. It stays on the device.
     """
     return lost(original, pruned, gram) / lost(original, None, gram).clamp_min(1e-30)

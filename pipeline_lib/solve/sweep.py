@@ -2,7 +2,7 @@
 the way.
 
 Kept weights can be quantised in the same sweep (GPTQ, 2210.17323), so that one compensation
-corrects both errors (2301.00774, Section 3.5). ``aim`` replaces the weights from which the sweep
+corrects both errors (2301.00774, Section 3.5). ``target_weight`` replaces the weights from which the sweep
 starts by a target that accounts for the dense model's activations.
 """
 
@@ -19,7 +19,9 @@ from pipeline_lib.solve.grid import Grid
 from pipeline_lib.solve.order import restored, runs
 
 
-def aim(weight: torch.Tensor, away: torch.Tensor, factorisation: Factorisation, share: float) -> torch.Tensor:
+def target_weight(
+    weight: torch.Tensor, difference: torch.Tensor, factorisation: Factorisation, share: float
+) -> torch.Tensor:
     """The target in the place of W, so that Ŵ X approximates the dense model's outputs: W₀ = W +
     share·W (C − G) H⁻¹.
 
@@ -32,14 +34,14 @@ def aim(weight: torch.Tensor, away: torch.Tensor, factorisation: Factorisation, 
 
     Args:
         weight: W [R, C].
-        away: C − G = E[(X_d − X) Xᵀ], shape [C, C], with the G that was factorised.
+        difference: C − G = E[(X_d − X) Xᵀ], shape [C, C], with the G that was factorised.
         share: 0 … 1.
 
     Returns:
         W₀ [R, C]; W itself, to the last bit, if both activations are equal or ``share`` is 0.
     """
     order, upper = factorisation.order, factorisation.upper
-    shift = weight @ away
+    shift = weight @ difference
     shift = shift @ upper.T @ upper if order is None else restored(shift[:, order] @ upper.T @ upper, order)
     return shift.mul_(share).add_(weight)
 
@@ -59,7 +61,7 @@ def sweep(
     regardless of the factorisation's order.
 
     Args:
-        weight: [R, C]: W in any dtype, or the target of ``aim``.
+        weight: [R, C]: W in any dtype, or the target of ``target_weight``.
         kept: number of kept weights.
         grid: filled on the way: the kept weights of a column are rounded to it, and later columns
             compensate for this, too.
