@@ -205,7 +205,7 @@ def test_the_recipe() -> None:
         "score": "obs",
         "compared within": "block of 128 columns",
         "allocation": "least predicted loss (kronecker), α = 0.2",
-        "reconstruction": "obs + block",
+        "reconstruction": "obs + finetune",
         "quantisation": "none",
         "factors": "none",
         "trained afterwards": "none: one-shot",

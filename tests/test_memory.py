@@ -19,7 +19,7 @@ MIB = 2**20
 WIDTH, INNER = 384, 1024
 BLOCK = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)  # bytes of a block's matrices in float32
 SHALLOW, DEEP = 4, 12
-STAGES = ("calibrate", "prune sparsegpt", "prune channel", "prune block", "prune dense", "export sparsegpt")
+STAGES = ("calibrate", "prune sparsegpt", "prune channels", "prune block", "prune dense", "export sparsegpt")
 ESTIMATORS = ("fisher", "hutchinson")
 VARIANTS: dict[str, Any] = {
     "sparsegpt": (
