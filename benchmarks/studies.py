@@ -315,9 +315,11 @@ def table(study: Study) -> None:
 
 @main.command()
 @asked
-@click.option("--cell", "names", multiple=True, help="The fields of its key, with commas between them.")
-@click.option("--count", default=3, show_default=True, help="So many random cells where none is named.")
-@click.option("--seed", type=int, help="Of their choice.")
+@click.option(
+    "--cell", "names", multiple=True, help="A cell to verify: the fields of its key, separated by commas."
+)
+@click.option("--count", default=3, show_default=True, help="Number of random cells if none is named.")
+@click.option("--seed", type=int, help="Seed of the random choice.")
 def verify(study: Study, names: tuple[str, ...], count: int, seed: int | None) -> None:
     """Compute recorded cells anew and compare: perplexities must agree within 1%."""
     study.verify(names, count, seed)

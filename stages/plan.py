@@ -12,22 +12,22 @@ from pipeline_lib.core import runtime
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
-    help="That the stages will compute on; else SPARSELINE_DEVICE.",
+    help="Device of the stages. Default: SPARSELINE_DEVICE.",
 )
 @click.option(
     "--gpu-memory",
     type=click.FloatRange(min=0, min_open=True),
-    help="Bytes of the GPU of a process, for instance 24e9; else what is here.",
+    help="Bytes of the GPU of a process, such as 24e9. Default: the GPU of this machine.",
 )
 @click.option(
     "--processes",
     type=click.IntRange(1),
-    help="That run a stage together; else SPARSELINE_PROCESSES, or one.",
+    help="Number of processes that run a stage. Default: SPARSELINE_PROCESSES, or one.",
 )
 @click.option(
     "--speed",
     type=click.FloatRange(min=0, min_open=True),
-    help="Of a process's matrix products in FLOP/s, for instance 50e12; else it is measured here.",
+    help="FLOP/s of matrix products of a process, such as 50e12. Default: measured on this machine.",
 )
 def main(device: str | None, gpu_memory: float | None, processes: int | None, speed: float | None) -> None:
     with runtime.stage():

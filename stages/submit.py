@@ -17,14 +17,14 @@ from pipeline_lib.core.errors import SparselineError
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Variants at a time, with --local.",
+    help="Number of variants that run at the same time, with --local.",
 )
 @click.option(
     "--minutes",
     type=click.IntRange(1),
     default=1440,
     show_default=True,
-    help="A job's time; then it is requeued.",
+    help="Time limit of a job, after which it is requeued.",
 )
 @click.option("--sbatch", multiple=True, metavar="KEY=VALUE", help="An option of sbatch, such as mem=64G.")
 def main(variants: tuple[str, ...], local: bool, at_once: int, minutes: int, sbatch: tuple[str, ...]) -> None:

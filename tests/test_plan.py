@@ -485,9 +485,9 @@ def test_processes_are_planned_as_one_of_them_and_together(
     monkeypatch.setenv("SPARSELINE_PROCESSES", "2")
     assert said() == two and said("--processes", "1") == one
     assert "1 process with 0 GFLOP/s" in one and "2 processes with 0 GFLOP/s each" in two
-    peak, together = re.findall(r"peak memory ([\d.]+) GB \(a process; all .* ([\d.]+) GB\)", two)[0]
+    peak, together = re.findall(r"peak memory ([\d.]+) GB \(per process; ([\d.]+) GB for all", two)[0]
     assert float(together) == pytest.approx(2 * float(peak), abs=0.02)
-    assert "all of them" not in one and "between processes" in two and "between processes" not in one
+    assert "for all processes" not in one and "between processes" in two and "between processes" not in one
 
     def longest(output: str) -> dict[str, float]:
         units = {"s": 1, "min": 60, "h": 3600}

@@ -57,7 +57,7 @@ LESS = {  # by a stage's first word: how it needs less GPU memory
 
 @dataclass(frozen=True)
 class Machine:
-    """What the stages will run on; None: as the settings say, or what is measured here."""
+    """The machine of the stages; None: from the settings, or measured here."""
 
     device: str | None = None
     gpu_memory: float | None = None  # bytes
@@ -67,7 +67,7 @@ class Machine:
 
 @dataclass
 class Planned:
-    """Stages, how often each runs, and what could not be counted."""
+    """Stages, the number of runs of each, and what could not be predicted."""
 
     base: "_Base"
     memory: float | None  # bytes of a process's GPU, if there is one
@@ -116,7 +116,7 @@ def foreseen(machine: Machine) -> Iterator[str]:
         yield from _too_large([step for step, _ in found.steps], memory)
     yield (
         f"\npeak memory {_size(peak)}{'' if memory is None else f', on the GPU {_size(on_gpu)}'}"
-        f"{f' (a process; all of them on one machine {_size(whole)})' * (processes > 1)}, disk"
+        f"{f' (per process; {_size(whole)} for all processes of one machine)' * (processes > 1)}, disk"
         f" {_size(disk)} (each output also in DVC's cache unless links are set), about"
         f" {_span(least, most)} in all{', without communication between processes' * (processes > 1)}"
     )
@@ -127,7 +127,7 @@ def foreseen(machine: Machine) -> Iterator[str]:
 
 
 def counted(machine: Machine) -> Planned:
-    """What every stage takes.
+    """The needs of every stage.
 
     Raises:
         SparselineError: a parameter cannot be used, or nothing is known of the GPU.
