@@ -16,7 +16,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     root = Path(config.config_file_path).parent
     packages = sorted(path.parent.name for path in (root / LIBRARY).glob("*/__init__.py"))
     pages = {
-        "index.md": in_docs(read(root / "README.md")),
+        "index.md": "---\nhide: [navigation]\n---\n\n" + in_docs(read(root / "README.md")),
         "changelog.md": in_docs(read(root / "CHANGELOG.md")),
     }
     pages |= {f"reference/{name}.md": f"# {LIBRARY}.{name}\n\n::: {LIBRARY}.{name}\n" for name in packages}
@@ -29,7 +29,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def in_docs(text: str) -> str:
     """A page of the repository's root, with links as from docs/."""
-    return re.sub(r"\]\((?:docs/)?CHANGELOG\.md\)", "](changelog.md)", re.sub(r"\]\(docs/", "](", text))
+    text = re.sub(r"""(\]\(|srcset="|src=")docs/""", r"\1", text)
+    return text.replace("](CHANGELOG.md)", "](changelog.md)")
 
 
 def read(path: Path) -> str:

@@ -11,5 +11,5 @@ shot() {
         --screenshot="$PWD/docs/report-$1.png" "file://$PWD/report/index.html" >/dev/null 2>&1
     ls -l "docs/report-$1.png"
 }
-shot desktop 1280,900
+shot desktop 1280,650
 shot phone 390,844
