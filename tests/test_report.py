@@ -575,11 +575,28 @@ def test_figures_of_tasks_with_and_without_an_error(build: Path) -> None:
 
 
 def test_the_plain_table_is_aligned(build: Path) -> None:
-    lines = table.plain(table.comparison(collect(build))).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[0].split("  ")[0] == "variant"
-    assert lines[4].startswith("full ")
-    assert "25.0%" in lines[4]
+    """Numbers end where their heads end, and the name of a group is above its columns."""
+    results = collect(build)
+    columns = [*table.comparison(results), *costs.by_variant(results, costs.collect(build / "costs"))]
+    above, heads, *lines = table.plain(columns).splitlines()
+    assert len({len(line) for line in (heads, *lines)}) == 1
+    assert heads.split("  ")[0] == "variant"
+    assert lines[3].startswith("full ")
+    end = heads.index("gap closed", heads.index("gap closed") + 1) + len("gap closed")
+    assert lines[3][:end].endswith(" 25.0%")
+    start = heads.index("ppl", heads.index("ppl") + 1)
+    assert above[start - 2 : end].strip() == "test"
+    assert above.endswith("  peak") and heads.endswith("    GB")
+
+
+def test_the_plain_table_of_the_readme_has_eighty_columns() -> None:
+    """Oracle: counted by hand."""
+    cells = (*("50.00%",) * 2, *("15.02", "-190.9%") * 2, "238", "0.81")
+    groups = ["", "", *["perplexity, validation"] * 2, *["perplexity, test"] * 2, "cost", "cost"]
+    heads = ["pruned", "zeros", *["ppl", "gap closed"] * 2, "seconds", "peak GB"]
+    named = [Column(*column[:2], (column[2],)) for column in zip(groups, heads, cells, strict=True)]
+    lines = table.plain([table.words("variant", ["distilled"]), *named]).splitlines()
+    assert [len(line) for line in lines] == [9 + 8 + 8 + 7 + 12 + 7 + 12 + 9 + 6] * 3
 
 
 def test_pruned_and_zero_are_told_apart(build: Path) -> None:

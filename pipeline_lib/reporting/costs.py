@@ -49,11 +49,11 @@ def by_variant(results: Results, costs: Costs) -> list[Column]:
         for stages in known
     ]
     seconds = table.ranked(
-        "cost", "seconds", wall, lambda value: f"{value:.1f}" if value < 100 else f"{value:,.0f}", min
+        table.COST, "seconds", wall, lambda value: f"{value:.1f}" if value < 100 else f"{value:,.0f}", min
     )
-    columns = [seconds, table.ranked("cost", "peak GB", peak, _gigabytes, min)]
+    columns = [seconds, table.ranked(table.COST, "peak GB", peak, _gigabytes, min)]
     return columns + (
-        [table.ranked("cost", "peak GPU GB", gpu, _gigabytes, min)]
+        [table.ranked(table.COST, "peak GPU GB", gpu, _gigabytes, min)]
         if any(used is not None for used in gpu)
         else []
     )

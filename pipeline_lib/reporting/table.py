@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,6 +19,7 @@ from pipeline_lib.recipe.needs import needs
 from pipeline_lib.recipe.settings import Recipe
 
 ABSENT = "–"
+COST = "cost"  # group of columns
 PERPLEXITY = "perplexity, "  # group of columns, before the name of the text
 Facts = Mapping[str, Any]  # a JSON file as docs/artifacts.md describes it
 
@@ -399,14 +401,31 @@ def ranked(
 
 
 def plain(columns: Sequence[Column]) -> str:
-    """Aligned columns for a terminal."""
-    aligned = []
-    for column in columns:
-        text = column.group.removeprefix(PERPLEXITY) if column.group.startswith(PERPLEXITY) else ""
-        cells = [f"{text} {column.head}".strip(), *column.cells]
-        width = max(map(len, cells))
-        aligned.append([cell.rjust(width) if column.numeric else cell.ljust(width) for cell in cells])
-    return "\n".join("  ".join(row).rstrip() for row in zip(*aligned, strict=True))
+    """Aligned columns for a terminal. Two lines of heads, so that 80 columns suffice: the name of a
+    group is above its columns, and a head outside of groups is broken before its last word.
+    """
+    blocks = []
+    for group, found in groupby(columns, lambda column: "" if column.group == COST else column.group):
+        name, members = group.removeprefix(PERPLEXITY), list(found)
+        for some in [members] if group else [[column] for column in members]:
+            above, heads = (name, [column.head for column in some]) if group else _broken(some[0].head)
+            rows = zip(*map(_aligned, heads, some), strict=True)
+            cells = ["  ".join(row) for row in rows]
+            width = max(len(above), len(cells[0]))
+            over = above.center(width) if group else above.rjust(width)
+            blocks.append([over, *(cell.rjust(width) for cell in cells)])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*blocks, strict=True))
+
+
+def _broken(head: str) -> tuple[str, list[str]]:
+    above, _, last = head.rpartition(" ")
+    return above, [last]
+
+
+def _aligned(head: str, column: Column) -> list[str]:
+    cells = [head, *column.cells]
+    width = max(map(len, cells))
+    return [cell.rjust(width) if column.numeric else cell.ljust(width) for cell in cells]
 
 
 def summary(results: Results) -> dict[str, Any]:
