@@ -224,6 +224,10 @@ BAD = {
         "--calibration wikitext2 is no file or directory here"
     ),
     "prune embedded --out file": "Directory 'file' is a file.",
+    "prune embedded --out model": "model is not empty (it has config.json) and is not a project",
+    "prune model --out model": "--out model is inside MODEL model, whose files would then include",
+    "prune model --out model/new": "--out model/new is inside MODEL model",
+    "prune embedded --calibration empty --out empty/new": "is inside --calibration empty",
     "init file/below": "file/below/.dvc: Not a directory",
     "init": "Missing argument 'DIRECTORY'.",
     "run": ". is not a project, because it has no dvc.yaml or no stages/; `sparseline init .` creates one.",

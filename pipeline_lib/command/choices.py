@@ -55,6 +55,24 @@ def chosen(shipped: Mapping[str, bytes], choices: Choices) -> dict[str, bytes]:
     return kept | {PARAMS: text.getvalue().encode()}
 
 
+def outside(directory: Path, choices: Choices) -> None:
+    """Check that a project is not inside its own inputs, which would then change while it runs.
+
+    Raises:
+        SparselineError: it is.
+    """
+    for option, given in {"MODEL": choices.model, "--calibration": choices.calibration}.items():
+        if (
+            given is not None
+            and Path(given).is_dir()
+            and directory.resolve().is_relative_to(Path(given).resolve())
+        ):
+            raise SparselineError(
+                f"--out {directory} is inside {option} {given}, whose files would then include the results;"
+                " choose a directory outside of it."
+            )
+
+
 class _Representer(RoundTripRepresenter):
     """As params.yaml is written: null is a word."""
 

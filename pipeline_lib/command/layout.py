@@ -59,6 +59,22 @@ def lay_out(directory: Path, wanted: Mapping[str, bytes]) -> None:
     write(directory, found)
 
 
+def unused(directory: Path, wanted: Mapping[str, bytes]) -> None:
+    """Check that a directory is missing or empty, or has a project, perhaps one not yet complete.
+
+    Raises:
+        SparselineError: it has other files.
+        OSError: it cannot be read.
+    """
+    own = {".git"} | {Path(name).parts[0] for name in wanted}
+    if not directory.is_dir() or (directory / GRAPH).exists():
+        return
+    if others := sorted(path.name for path in directory.iterdir() if path.name not in own):
+        raise SparselineError(
+            f"{directory} is not empty (it has {others[0]}) and is not a project; give a new directory."
+        )
+
+
 def write(directory: Path, found: Mapping[str, bytes]) -> None:
     """Write files, dvc.yaml last: a directory with dvc.yaml has all of them."""
     for name in sorted(found, key=lambda name: (name == GRAPH, name)):

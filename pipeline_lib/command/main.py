@@ -103,7 +103,11 @@ def init(directory: Path, git: bool | None, update: bool) -> None:
 )
 def prune(directory: Path, **options: Any) -> None:
     """Prune MODEL: a directory, a name on the hub, or `embedded`, a tiny example model."""
-    layout.lay_out(directory, choices.chosen(layout.shipped(), choices.Choices(**options)))
+    given = choices.Choices(**options)
+    choices.outside(directory, given)
+    wanted = choices.chosen(layout.shipped(), given)
+    layout.unused(directory, wanted)
+    layout.lay_out(directory, wanted)
     _run(directory)
     click.echo(f"model: {directory / 'build/export' / options['preset'] / 'dense'}")
 
