@@ -261,7 +261,13 @@ def together(end: Callable[[LostError], Any]) -> Iterator[None]:
     own, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     wait = timedelta(seconds=settings.timeout())
     _place[:] = own, size
-    over = threading.Event()
+    over, answered, one = threading.Event(), [time.monotonic()], threading.Lock()
+
+    def lost(error: LostError) -> None:
+        with one:  # of several threads the first tells it
+            if not over.is_set():
+                end(error)
+
     if settings.threads() is None:  # each has its share of the cores
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, torch.get_num_threads() // neighbours))
@@ -271,8 +277,9 @@ def together(end: Callable[[LostError], Any]) -> Iterator[None]:
             store.set_timeout(wait)
             store.set(f"here/{own}", "")
             store.wait([f"here/{other}" for other in range(size)], wait)
-            beating = threading.Thread(target=_beat, args=(store.clone(), over, end), daemon=True)
+            beating = threading.Thread(target=_beat, args=(store.clone(), answered, over, lost), daemon=True)
             beating.start()
+            threading.Thread(target=_watch, args=(answered, over, lost), daemon=True).start()
             backend = "gloo" if settings.device_name() == "cpu" else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=FOREVER)
         with Path(os.devnull).open("w", encoding="utf-8") as nowhere, ExitStack() as silent:
@@ -281,15 +288,20 @@ def together(end: Callable[[LostError], Any]) -> Iterator[None]:
                     silent.enter_context(stream(nowhere))
             yield
         over.set()
-        beating.join()
+        beating.join(settings.timeout())  # the network may be cut just now
         dist.destroy_process_group()
     finally:
-        over.set()
+        with one:
+            over.set()
         _place[:] = 0, 1
 
 
-def _beat(store: Any, over: threading.Event, end: Callable[[LostError], Any]) -> None:
-    """Send signs of life, and check those of the others, until one sends none for SPARSELINE_TIMEOUT."""
+def _beat(store: Any, answered: list[float], over: threading.Event, end: Callable[[LostError], Any]) -> None:
+    """Send signs of life, and check those of the others, until one sends none for SPARSELINE_TIMEOUT.
+
+    Args:
+        answered: when the store answered last.
+    """
     me, limit = rank(), settings.timeout()
     seen = {other: (b"", time.monotonic()) for other in range(count()) if other != me}
     beats, sign = 0, b""
@@ -307,6 +319,13 @@ def _beat(store: Any, over: threading.Event, end: Callable[[LostError], Any]) ->
                     seen[other] = sign, time.monotonic()
                 elif time.monotonic() - since > limit:
                     end(LostError(_lost(f"process {other}")))
+            answered[0] = time.monotonic()
     except RuntimeError:
-        if not over.is_set():
+        end(LostError(_lost("the others")))
+
+
+def _watch(answered: list[float], over: threading.Event, end: Callable[[LostError], Any]) -> None:
+    """The same where the store's host is cut off: torch waits for its answer without a limit."""
+    while not over.wait(BEAT):
+        if time.monotonic() - answered[0] > settings.timeout():
             end(LostError(_lost("the others")))
