@@ -38,6 +38,7 @@ from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.run import Rows, Source, prune
 from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.recipe.settings import Recipe
+from pipeline_lib.stats.lanes import LANES
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import walk
 
@@ -279,6 +280,20 @@ def test_probing_holds_what_is_foretold(
     shapes = Shapes(checkpoint, ROWS, length, 16, held_out=HELD_OUT)
     work = Work(shapes, HELD_OUT, torch.float32, CalibrateParams(batch_rows=16, median_tokens=MEDIAN), params)
     assert estimate(work)["sensitivity"].gpu_bytes == pytest.approx(peak(run), rel=NEAR)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_probing_holds_the_inputs_of_its_own_probes(tmp_path: Path, processes: int) -> None:
+    """Of 32 blocks, which are most of it. The first of several processes has the probes of its lanes."""
+    checkpoint = open_checkpoint(make_model(tmp_path / "deep", "llama", 32))
+    changes = {"probes": 16, "probes_per_pass": 16, "output_moments": "none"}
+    params = SensitivityParams.model_validate(SHIPPED["sensitivity"] | changes)
+    rows = torch.arange(32 * 64).view(32, 64) % checkpoint.vocabulary
+    subject = Subject(BlockModel(checkpoint, torch.float32, CPU), rows, {block: {} for block in range(32)})
+    own = [probe for probe in range(16) if probe % LANES < LANES // processes]
+    shapes = Shapes(checkpoint, 32, 64, 16, processes=processes)
+    expected = device.probing(shapes, params, 0)
+    assert expected == pytest.approx(peak(lambda: fisher.samples(subject, params, own)), rel=NEAR)
 
 
 @pytest.mark.parametrize("batch_rows", [1, 16])

@@ -3,6 +3,7 @@ arithmetic of a linear's FLOPs.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +73,24 @@ def test_memory_of_block_wise_stages_does_not_grow_with_depth(tmp_path: Path) ->
         assert many.flops == pytest.approx(4 * few.flops)
 
 
+@pytest.mark.parametrize(("processes", "probes"), [(1, 6), (2, 4), (4, 2)])  # 0 1 2 3, 4 5: four lanes
 @pytest.mark.parametrize(("estimator", "copies"), [("fisher", 1), ("hutchinson", 2)])
-def test_sensitivity_keeps_the_blocks_inputs_and_no_more(tmp_path: Path, estimator: str, copies: int) -> None:
-    """Six more blocks: their inputs [2 probes, 1 row, 32 tokens, 32 channels] in float32, with
-    second derivatives their tangents too.
+def test_sensitivity_keeps_the_blocks_inputs_and_no_more(
+    tmp_path: Path, estimator: str, copies: int, processes: int, probes: int
+) -> None:
+    """Six more blocks: their inputs [probes, 1 row, 32 tokens, 32 channels] in float32, with second
+    derivatives their tangents too. Of six probes, a process has those of its lanes.
     """
     paths = [make_model(tmp_path / str(n), "llama", n) for n in (2, 8)]
-    shallow, deep = (estimate(work(path, estimator=estimator))["sensitivity"] for path in paths)
-    assert deep.memory_bytes - shallow.memory_bytes == 6 * copies * 4 * 2 * 32 * 32
+
+    def needs(path: Path, processes: int) -> Estimate:
+        asked = work(path, estimator=estimator, probes=6, probes_per_pass=6)
+        return estimate(replace(asked, shapes=replace(asked.shapes, processes=processes)))["sensitivity"]
+
+    shallow, deep = (needs(path, processes) for path in paths)
+    assert deep.memory_bytes - shallow.memory_bytes == 6 * copies * 4 * probes * 32 * 32
     assert deep.flops < 4 * shallow.flops
+    assert deep.flops == pytest.approx(needs(paths[1], 1).flops * probes / 6)
 
 
 def test_probing_may_stop_after_its_first_pass(tmp_path: Path) -> None:

@@ -98,8 +98,16 @@ def inducing(shapes: Shapes, again: float, budget: float) -> float:
     return streams + max(again, (item + 4 + shapes.copied) * shapes.block + shapes.activations(shapes.batch))
 
 
+def probes(params: SensitivityParams, processes: int) -> int:
+    """Probes of a pass that fall to one of several processes: to the one that has most. Each has whole
+    lanes.
+    """
+    lanes = -(-LANES // processes)
+    return min(params.probes_per_pass, lanes * -(-params.probes_per_pass // LANES))
+
+
 def probing(shapes: Shapes, params: SensitivityParams, moments: float) -> float:
-    """Every block's inputs for a pass of probes, in float32; with second derivatives also their
+    """Every block's inputs for the process's probes of a pass, in float32; with second derivatives also their
     tangents. In addition a block and the graph of the probes of one call in it, then the rest of it
     with the block's output moments; or a block and the head with some copies of logits.
 
@@ -108,7 +116,7 @@ def probing(shapes: Shapes, params: SensitivityParams, moments: float) -> float:
     """
     checkpoint, entry = shapes.checkpoint, shapes.checkpoint.architecture
     tokens = params.rows_per_probe * shapes.length
-    boundaries = 4 * params.probes_per_pass * tokens * entry.width * (entry.depth + 1)
+    boundaries = 4 * probes(params, shapes.processes) * tokens * entry.width * (entry.depth + 1)
     logits = 4 * shapes.length * checkpoint.vocabulary
 
     lane = -(-params.probes_per_pass // LANES)

@@ -27,6 +27,7 @@ from pipeline_lib.prune.plan import Plan
 from pipeline_lib.prune.run import stream_bytes
 from pipeline_lib.prune.shapes import Shapes, outside
 from pipeline_lib.recipe.settings import InduceParams
+from pipeline_lib.stats.lanes import LANES
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.texts.texts import GeneratedParams, TextParams
 
@@ -201,11 +202,11 @@ def _moments(work: Work) -> float:
 
 
 def _probing(work: Work) -> Estimate:
-    """Needs of `sensitivity`: every block's inputs for a pass of probes, one block (weights, probe
-    vector, gradients, products: 20 bytes a parameter; 8 without second derivatives), the graph of
-    one probe in it and the logits of one row (without second derivatives, of one batch and of a few
-    tokens), and one block's full moments twice (as they were left and as they grow). On disk, each
-    lane has its moments.
+    """Needs of `sensitivity`: every block's inputs for the process's probes of a pass, one block
+    (weights, probe vector, gradients, products: 20 bytes a parameter; 8 without second
+    derivatives), the graph of one probe in it and the logits of one row (without second
+    derivatives, of one batch and of a few tokens), and one block's full moments twice (as they
+    were left and as they grow). On disk, each lane has its moments.
 
     Copies per token of every site's inputs, of every head's attention row and of the logits are
     fitted to a measurement. Time is that of all probes; unless an agreement of 1 is asked for,
@@ -215,10 +216,12 @@ def _probing(work: Work) -> Estimate:
     checkpoint, entry = shapes.checkpoint, shapes.checkpoint.architecture
     second = params.estimator == "hutchinson"
     tokens = params.rows_per_probe * shapes.length
+    probes = device.probes(params, shapes.processes)
     # values, or with their tangents
-    boundaries = (1 + second) * 4 * params.probes_per_pass * tokens * entry.width * (entry.depth + 1)
+    boundaries = (1 + second) * 4 * probes * tokens * entry.width * (entry.depth + 1)
     inputs, attention, logits = (24, 6, 10) if second else (8, 1, 5)
-    together = tokens if second else tokens * at_once(params.rows_per_probe, shapes.length)
+    lane = -(-params.probes_per_pass // LANES)
+    together = tokens if second else tokens * min(lane, at_once(params.rows_per_probe, shapes.length))
     graph = 4 * together * (inputs * sum(shapes.sites) + attention * checkpoint.heads * shapes.length)
     top = 4 * (shapes.length if second else min(shapes.length, HEAD_TOKENS)) * logits * checkpoint.vocabulary
     moments = _moments(work)
@@ -228,7 +231,7 @@ def _probing(work: Work) -> Estimate:
         forwards
         * 2
         * params.probes
-        * shapes.share
+        * (probes / params.probes_per_pass)
         * tokens
         * (shapes.block * shapes.blocks + entry.width * checkpoint.vocabulary)
     )
