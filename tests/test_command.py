@@ -233,6 +233,7 @@ BAD = {
     "run": ". is not a project, because it has no dvc.yaml or no stages/; `sparseline init .` creates one.",
     "run -C empty": "empty is not a project",
     "plan -C empty": "empty is not a project",
+    "submit -C empty": "empty is not a project",
     "report -C empty": "empty is not a project",
     "environment -C empty": "empty is not a project",
     "init --update empty": "empty is not a project",
@@ -279,6 +280,28 @@ def test_bad_parameters_are_told_in_one_sentence(
     layout.lay_out(tmp_path, files | {layout.PARAMS: text.replace(old, new).encode()})
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     status, told = sparseline(capfd, "run", "-C", str(tmp_path))
+    assert status == 2 and told.startswith("error: ") and told.count("\n") == 1 and said in told, told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--local", "nobody"], "params.yaml has no variant 'nobody'"),
+        (["--local", "--at-once", "2", "fast"], "this project is in no git repository"),
+    ],
+)
+def test_jobs_are_submitted_from_a_project(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    """Variants and options are the stage's: it tells what is wrong with them."""
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    layout.lay_out(tmp_path, layout.shipped())
+    status, told = sparseline(capfd, "submit", "-C", str(tmp_path), *arguments)
     assert status == 2 and told.startswith("error: ") and told.count("\n") == 1 and said in told, told
 
 

@@ -1,7 +1,7 @@
 """Prune Hugging Face language models in one shot, in a DVC project that uses the installed library.
 
-`prune` does the common case in one line. `init` creates a project for a team; `run`, `plan` and
-`report` work in it.
+`prune` does the common case in one line. `init` creates a project for a team; `run`, `plan`, `submit`
+and `report` work in it.
 """
 
 import shlex
@@ -128,6 +128,18 @@ def plan(directory: Path, arguments: tuple[str, ...]) -> None:
     project.opened(directory)
     project.settle(directory)
     sys.exit(project.call(directory, "python", "-m", "stages.plan", *arguments))
+
+
+@commands.command(context_settings=PASSED)
+@_in
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def submit(directory: Path, arguments: tuple[str, ...]) -> None:
+    """Submit variants as jobs to Slurm, or as processes with --local. ARGUMENTS are variants, and options
+    such as --sbatch mem=64G; all variants where none is named.
+    """
+    project.opened(directory)
+    project.settle(directory)
+    sys.exit(project.call(directory, "python", "-m", "stages.submit", *arguments))
 
 
 @commands.command()
