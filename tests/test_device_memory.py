@@ -253,6 +253,16 @@ def test_calibrating_holds_what_is_foretold(checkpoint: Checkpoint, length: int)
     assert device.calibrating(shapes, params, math.inf) == pytest.approx(peak(run), rel=NEAR)
 
 
+def asked(checkpoint: Checkpoint, rows: torch.Tensor) -> Subject:
+    """All matrices."""
+    entry = checkpoint.architecture
+    matrices = {
+        index: {entry.matrix_name(index, m): m for m in entry.layouts[index].matrices}
+        for index in range(entry.depth)
+    }
+    return Subject(BlockModel(checkpoint, torch.float32, CPU), rows, matrices)
+
+
 @pytest.mark.parametrize("length", [64, 512])
 @pytest.mark.parametrize(
     ("estimator", "moments"),
@@ -263,12 +273,7 @@ def test_probing_holds_what_is_foretold(
 ) -> None:
     changes = {"estimator": estimator, "output_moments": moments, "probes": 8, "probes_per_pass": 8}
     params = SensitivityParams.model_validate(SHIPPED["sensitivity"] | changes)
-    entry = checkpoint.architecture
-    matrices = {
-        index: {entry.matrix_name(index, m): m for m in entry.layouts[index].matrices}
-        for index in range(entry.depth)
-    }
-    subject = Subject(BlockModel(checkpoint, torch.float32, CPU), tokens(length)[0], matrices)
+    subject = asked(checkpoint, tokens(length)[0])
     sums = fisher.OutputMoments(tmp_path, True) if moments == "full" else None
 
     def run() -> None:
@@ -289,7 +294,7 @@ def test_probing_holds_the_inputs_of_its_own_probes(tmp_path: Path, processes: i
     changes = {"probes": 16, "probes_per_pass": 16, "output_moments": "none"}
     params = SensitivityParams.model_validate(SHIPPED["sensitivity"] | changes)
     rows = torch.arange(32 * 64).view(32, 64) % checkpoint.vocabulary
-    subject = Subject(BlockModel(checkpoint, torch.float32, CPU), rows, {block: {} for block in range(32)})
+    subject = asked(checkpoint, rows)
     own = [probe for probe in range(16) if probe % LANES < LANES // processes]
     shapes = Shapes(checkpoint, 32, 64, 16, processes=processes)
     expected = device.probing(shapes, params, 0)
