@@ -5,6 +5,7 @@ follow the installed library.
 and DVC say.
 """
 
+import gzip
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from project import ROOT, environment, read_params, tree
 from ruamel.yaml import YAML
@@ -160,7 +163,8 @@ def test_choices_are_a_variant(
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
     """Its full path; the embedded model stays out of the project."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}", encoding="utf-8")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "model" / name).write_text("{}", encoding="utf-8")
     found = choices.chosen(layout.shipped(), choices.Choices(**OPTIONS | {"model": str(tmp_path / "model")}))
     model = YAML(typ="safe").load(found["params.yaml"].decode())["model"]
     assert (model["path"], model["id"], model["revision"]) == (str(tmp_path / "model"), None, None)
@@ -185,7 +189,10 @@ def test_a_model_of_the_hub() -> None:
 def test_calibration_text_of_files(tmp_path: Path, name: str, field: str | None) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    path.touch()
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": ["some"]}), path)
+    else:
+        path.write_bytes(gzip.compress(b'{"text": "some"}') if path.suffix == ".gz" else b'{"text": "some"}')
     given = tmp_path / Path(name).parts[0]
     texts = written(calibration=str(given))["texts"]
     found = texts["calibration"]
@@ -215,7 +222,7 @@ BAD = {
     "prune embedded --out new --preset slow": "'slow' is not one of 'fast', 'best'.",
     "prune embedded --out new --sparsity 1": "1.0 is not in the range 0<x<1.",
     "prune embedded --out new --sparsity half": "'half' is not a valid float range.",
-    "prune embedded --out new --pattern 4:2": "--pattern: a pattern is unstructured or",
+    "prune embedded --out new --pattern 4:2": "--pattern 4:2 is not N:M with 0 < N < M;",
     "prune embedded --out new --pattern 2:4 --sparsity 0.5": (
         "--pattern 2:4 fixes the sparsity; leave --sparsity out."
     ),
@@ -228,6 +235,12 @@ BAD = {
     "prune model --out model": "--out model is inside MODEL model, whose files would then include",
     "prune model --out model/new": "--out model/new is inside MODEL model",
     "prune embedded --calibration empty --out empty/new": "is inside --calibration empty",
+    "prune embedded --calibration empty --out new": "--calibration empty is empty; give a file or",
+    "prune embedded --calibration file --out new": "--calibration file is empty; give a file or",
+    "prune embedded --calibration noise.jsonl --out new": "noise.jsonl is not UTF-8 text",
+    "prune embedded --calibration noise --out new": "noise is not UTF-8 text",
+    "prune embedded --calibration other.jsonl --out new": "text",
+    "prune bare --out new": "bare holds no tokenizer files (tokenizer.json or vocabulary);",
     "init file/below": "file/below/.dvc: Not a directory",
     "init": "Missing argument 'DIRECTORY'.",
     "run": ". is not a project, because it has no dvc.yaml or no stages/; `sparseline init .` creates one.",
@@ -248,9 +261,13 @@ def test_bad_input_is_told_in_one_sentence(
 ) -> None:
     """Nothing is laid out then. Oracle: exit code, line count, files."""
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "model"):
+    for name in ("empty", "model", "bare"):
         Path(name).mkdir()
-    Path("model/config.json").write_text("{}", encoding="utf-8")
+    for name in ("model/config.json", "model/tokenizer.json", "bare/config.json"):
+        Path(name).write_text("{}", encoding="utf-8")
+    for name in ("noise", "noise.jsonl"):
+        Path(name).write_bytes(bytes(range(128, 256)))
+    Path("other.jsonl").write_text('{"content": "no field of that name"}\n', encoding="utf-8")
     Path("file").touch()
     before = tree(tmp_path)
     status, said = sparseline(capfd, *line.split())

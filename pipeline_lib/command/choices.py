@@ -12,13 +12,15 @@ from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from pipeline_lib.command.layout import MODEL, PARAMS
+from pipeline_lib.core import files
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.masks.settings import Pattern
 from pipeline_lib.models.settings import COMMIT
-from pipeline_lib.texts.records import holds_records
+from pipeline_lib.texts.records import decode, holds_records, read_records, unpack
 
 EMBEDDED = "embedded"  # in the place of a model: the tiny one that comes along
 HUB = "data/hub.json"
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # with calibration text from the hub, as both papers
 EVALUATED = {"validation": "wikitext2-validation", "test": "wikitext2"}
@@ -99,6 +101,10 @@ def _model(choices: Choices) -> dict[str, str | None]:
             raise SparselineError(
                 f"{name} has no config.json; give the directory of a Hugging Face checkpoint."
             )
+        if not any(found for pattern in TOKENIZERS for found in path.glob(pattern)):
+            raise SparselineError(
+                f"{name} holds no tokenizer files (tokenizer.json or vocabulary); copy the model's own there."
+            )
         if choices.revision is not None:
             raise SparselineError(
                 f"--revision {choices.revision} is for a model of the hub, but {name} is a directory; leave"
@@ -146,7 +152,9 @@ def _selection(values: Any, choices: Choices) -> None:
         try:
             pattern = Pattern.parse(choices.pattern)
         except ValueError as error:
-            raise SparselineError(f"--pattern: {error}.") from error
+            raise SparselineError(
+                f"--pattern {choices.pattern} is not N:M with 0 < N < M; 2:4 keeps 2 weights of every 4."
+            ) from error
         # quoted: DVC and others may read a number
         selection["pattern"] = _yaml().load(f'"{choices.pattern}"')
         variant["allocation"] = _yaml().load("{method: uniform}")  # hardware needs the same N everywhere
@@ -159,8 +167,9 @@ def _selection(values: Any, choices: Choices) -> None:
 def _calibration(texts: Any, given: str, hub: Mapping[str, Any]) -> None:
     path = Path(given)
     if path.exists():
-        one = [path] if path.is_file() else [below for below in path.rglob("*") if below.is_file()]
+        one = [path] if path.is_file() else sorted(below for below in path.rglob("*") if below.is_file())
         field = "text" if any(map(holds_records, one)) else None
+        _check_text(given, one, field)
         texts["calibration"] |= {"kind": "files", "path": str(path.resolve()), "name": None, "field": field}
         return
     names = [name for name in hub if name not in EVALUATED.values()]
@@ -170,3 +179,15 @@ def _calibration(texts: Any, given: str, hub: Mapping[str, Any]) -> None:
         )
     for text, name in {"calibration": given, **EVALUATED}.items():
         texts[text] |= {"kind": "hub", "path": HUB, "name": name}
+
+
+def _check_text(given: str, found: list[Path], field: str | None) -> None:
+    """Read the first file, so that text of another kind is refused before anything is written."""
+    first = next((path for path in found if path.name[0] != "." and path.stat().st_size), None)
+    if first is None:
+        raise SparselineError(f"--calibration {given} is empty; give a file or a directory with text.")
+    raw = unpack(first, files.read(first))
+    if holds_records(first):
+        next(read_records(first, raw, field), None)
+    else:
+        decode(first, raw)
