@@ -332,6 +332,8 @@ def test_the_first_screen_names_the_variant_to_take(build: Path) -> None:
     assert overview.headline(results) in told
     assert "Of the candidates `base` and `full`, it has the lowest perplexity on `validation`." in told
     assert "not a candidate" not in told and "Verdict: ACCEPT." in told
+    alone = replace(results, choice={**results.choice, "perplexity": {"full": math.exp(2.125)}})
+    assert "It is the only candidate." in said(render(alone))
     better = {"validation": math.exp(2.1), "test": math.exp(2.0)}
     change_artifact(build / "evaluate" / "plain.json", lambda found: found["perplexity"].update(better))
     assert "Lower, but not a candidate: `plain`." in overview.details(collect(build))

@@ -99,7 +99,12 @@ def details(results: Results) -> str:
         return said[0]
     if taken.name == choice["chosen"]:
         candidates = table.quoted(one.name for one in results.pruned if one.name in choice["perplexity"])
-        said.append(f"Of the candidates {candidates}, it has the lowest perplexity on `{choice['text']}`.")
+        several = len(choice["perplexity"]) > 1
+        said.append(
+            f"Of the candidates {candidates}, it has the lowest perplexity on `{choice['text']}`."
+            if several
+            else "It is the only candidate."
+        )
         text = choice["text"] if choice["text"] in results.text_names else results.main_text
         better = [
             one.name

@@ -188,6 +188,7 @@ def tradeoff(results: Results) -> Figure | None:
 
 
 HOLLOW = " A hollow point has a computed size (≈), because the variant is not exported in that format."
+LONGEST = 30  # characters of a name in the chart; the table has it in full
 LINE = 0.062  # of the height of the axes: the least distance of two names
 
 
@@ -210,7 +211,7 @@ def _names(
         variant, (x, own) = results.variants[one], points[one]
         moved = one > 0 and y - own > LINE / 4
         axes.annotate(
-            variant.name,
+            variant.name if len(variant.name) <= LONGEST else f"{variant.name[: LONGEST - 1]}…",
             (x, own),
             (x + (0.07 if moved else 0.035), y),
             xycoords="axes fraction",
