@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from pipeline_lib.models import attention
 from pipeline_lib.models.checkpoint import read_config
@@ -24,6 +25,7 @@ def load_model(
     """
     find_files(path)  # refuses what is ambiguous
     attention.register()
+    disable_progress_bar()  # stages report their own progress
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path,
         config=read_config(path, remote_code, dequantize),
