@@ -488,6 +488,8 @@ def test_processes_are_planned_as_one_of_them_and_together(
     given stands in the place of this machine's.
     """
 
+    change_params(project, "sensitivity.probes_per_pass", 4)  # of two, one process would have both
+
     def said(*options: str) -> str:
         return invoke("plan", "--speed", "1e6", *options).output
 

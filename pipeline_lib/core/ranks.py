@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -76,7 +77,13 @@ def everyone() -> list[int]:
 
 def part(items: int) -> range:
     """The consecutive numbers of 0 … ``items`` - 1 that this process computes."""
-    return range(rank() * items // count(), (rank() + 1) * items // count())
+    return division(items, count())[rank()]
+
+
+def division(items: int, processes: int) -> list[range]:
+    """The numbers of 0 … ``items`` - 1 that each of some processes computes."""
+    borders = [place * items // processes for place in range(processes + 1)]
+    return [range(first, last) for first, last in pairwise(borders)]
 
 
 def deal(costs: Mapping[K, float], processes: int | None = None) -> dict[K, int]:

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from pipeline_lib.core import settings
+from pipeline_lib.core import ranks, settings
 from pipeline_lib.core.threads import SMALL
 from pipeline_lib.evaluation.settings import EvaluateParams
 from pipeline_lib.fit.settings import DistilParams
@@ -102,8 +102,8 @@ def probes(params: SensitivityParams, processes: int) -> int:
     """Probes of a pass that fall to one of several processes: to the one that has most. Each has whole
     lanes.
     """
-    lanes = -(-LANES // processes)
-    return min(params.probes_per_pass, lanes * -(-params.probes_per_pass // LANES))
+    sizes = [len(range(lane, params.probes_per_pass, LANES)) for lane in range(LANES)]
+    return max(sum(sizes[lane] for lane in own) for own in ranks.division(LANES, processes))
 
 
 def probing(shapes: Shapes, params: SensitivityParams, moments: float) -> float:
