@@ -9,8 +9,8 @@ The *floor* is what SparseGPT cannot do without, as bare library calls: the forw
 library does for a model of one block (one that ends before the last product, and one batch through
 the pruned block), Gram matrices, two Cholesky factorisations and an inverse per site, and per
 matrix [R, C] one product with R·C²/2 multiply-adds. ``rival_s`` is llm-compressor's SparseGPT on
-the same files (``make rivals-environment``). Floor and rival are measured once per run for all
-methods of a shape and number of tokens.
+the same files (``make rivals-environment``). ``planned_bytes`` is the peak that `make plan` predicts.
+Floor and rival are measured once per run for all methods of a shape and number of tokens.
 
 Without names every row runs that ``results/block.json`` has not got for this device
 (SPARSELINE_DEVICE); rows that are named are measured anew.
@@ -39,6 +39,10 @@ from benchmarks.testbed import RANDOM, Bed
 from pipeline_lib.core import runtime
 from pipeline_lib.core.params import merge
 from pipeline_lib.core.random import generator
+from pipeline_lib.models.checkpoint import open_checkpoint
+from pipeline_lib.planning.estimate import LIBRARIES, pruning
+from pipeline_lib.prune.plan import plan
+from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.stats.lanes import deal
 
@@ -237,8 +241,16 @@ def measure(asked: Cell) -> list[Record]:
     how = asked.recipe("wall_s")
     assert how is not None
     shape, tokens = asked.key["shape"], asked.key["tokens"]
-    own = alone(prune, _files(shape, tokens), how)
-    return [{**asked.key, **own, **beside(shape, tokens)}]
+    files = _files(shape, tokens)
+    own = alone(prune, files, how)
+    return [{**asked.key, **own, "planned_bytes": planned(files, how), **beside(shape, tokens)}]
+
+
+def planned(files: Files, how: Recipe) -> int:
+    """The peak memory that `make plan` predicts, without the libraries, which are loaded before."""
+    steps, checkpoint = plan(how, torch.float32), open_checkpoint(files.path)
+    shapes = Shapes(checkpoint, files.rows, files.length, how.batch_rows, steps.window)
+    return round(pruning("", steps, shapes).memory_bytes - LIBRARIES)
 
 
 def cell(shape: str, method: str, tokens: int, device: str) -> Cell:
