@@ -206,7 +206,9 @@ def disturbed_here(project: Path, requeued: str, lost: str) -> None:
     ancestor(twin, "submitit.local._local").kill()
     output, _ = process.communicate(timeout=LONG)
     assert process.returncode == 2 and "shared: done" in output, output
-    assert re.search(rf"Of the jobs {lost} failed \(\S+\); run the same command again", output), output
+    assert re.search(
+        rf"Of the jobs {lost} failed \(\S+\); correct the cause, then run the same command again", output
+    ), output
     assert logged(project, rf"prune {requeued}: resuming after [1-9] of {LAYERS} blocks")
     process = start(project, *command)
     deadline = time.monotonic() + LONG
