@@ -135,7 +135,7 @@ def plan(directory: Path, arguments: tuple[str, ...]) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def submit(directory: Path, arguments: tuple[str, ...]) -> None:
     """Submit variants as jobs to Slurm, or as processes with --local. ARGUMENTS are variants, and options
-    such as --sbatch mem=64G; all variants where none is named.
+    such as --sbatch mem=64G. If no variant is named, all are submitted.
     """
     project.opened(directory)
     project.settle(directory)

@@ -288,8 +288,8 @@ class BlockModel:
 
     @contextmanager
     def _products(self, index: int) -> Iterator[None]:
-        """While open, products are computed as in every pass through this block: a small one's as
-        ``side_by_side`` computes them, whoever calls it.
+        """While open, the library and the rounding of products are those of every pass through this
+        block. A small block uses the library that ``side_by_side`` uses.
         """
         with rounded(self.device, self.products), rounding(False) if self.small[index] else nullcontext():
             yield
