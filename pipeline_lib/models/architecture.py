@@ -1,5 +1,4 @@
-"""Architectures as data: blocks, matrices and sites, and the tensors that absorb a factor.
-``discover.py`` finds them.
+"""The structure of a model as data: blocks, matrices, sites and couplings. ``discover.py`` finds them.
 
 Shape letters: ``R`` outputs (rows), ``C`` inputs (columns) of a logical matrix, ``d`` channels of a
 site.
@@ -15,13 +14,13 @@ import torch
 class Matrix:
     """A logical matrix [R, C] inside a block: the unit of scores, allocation, masks and sensitivities.
 
-    ``rows``, ``transposed`` and ``expert`` define its part of ``parameter`` (fused projections,
-    Conv1D, 3-D experts).
+    ``rows``, ``transposed`` and ``expert`` select it from ``parameter`` (fused projections, Conv1D,
+    3-D experts).
     """
 
     kind: str  # q, k, v, qkv, o, gate, up, down, fc1, fc2: the role, for plots and tables
     parameter: str  # relative to the block
-    site: str  # whose inputs it multiplies
+    site: str  # the site whose activations it multiplies
     bias: str | None = None  # the whole stored bias; ``bias_view`` gives this matrix's part
     rows: tuple[int, int] | None = None
     transposed: bool = False
@@ -36,21 +35,19 @@ class Matrix:
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
     def bias_view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part [R] of the stored bias for the matrix's rows, as a view (of any tensor of the
-        bias's shape).
-        """
+        """The bias [R] of this matrix as a view of the stored bias (or of any tensor of its shape)."""
         if self.expert is not None:
             tensor = tensor[self.expert]
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
     @property
     def whole(self) -> bool:
-        """Whether it is the whole parameter."""
+        """Whether the matrix is the whole parameter."""
         return self.rows is None and self.expert is None
 
     @property
     def label(self) -> str:
-        """Unique name inside the block."""
+        """A name that is unique inside the block."""
         part = "" if self.rows is None else f"[{self.rows[0]}:{self.rows[1]}]"
         return (
             self.parameter.removesuffix(".weight") + part + ("" if self.expert is None else f".{self.expert}")
@@ -60,8 +57,8 @@ class Matrix:
 def laid(
     matrices: Sequence[Matrix], values: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The stored parameters of ``tensors`` with these logical matrices [R, C] inserted; differentiable
-    in the values.
+    """The stored parameters that contain ``matrices``, with ``values`` [R, C] inserted. The rest of
+    each parameter comes from ``tensors``. Differentiable in the values.
     """
     by_parameter: dict[str, list[tuple[Matrix, torch.Tensor]]] = {}
     for matrix, value in zip(matrices, values, strict=True):
@@ -70,8 +67,8 @@ def laid(
 
 
 def _whole(parts: list[tuple[Matrix, torch.Tensor]], stored: torch.Tensor | None) -> torch.Tensor:
-    """One parameter. Its parts are joined, not put in one by one: each would cost a pass over all
-    of it, forwards and backwards.
+    """One stored parameter, concatenated from its parts. Inserting the parts one by one would cost a
+    pass over the whole parameter for each, forwards and backwards.
     """
     if parts[0][0].whole:
         return _turned(*parts[0])
@@ -88,7 +85,7 @@ def _whole(parts: list[tuple[Matrix, torch.Tensor]], stored: torch.Tensor | None
 
 
 def _rows(parts: list[tuple[Matrix, torch.Tensor]], stored: torch.Tensor) -> torch.Tensor:
-    """A matrix as it is stored, of some of its rows."""
+    """The stored matrix with the rows of ``parts`` replaced, in its stored orientation."""
     first = parts[0][0]
     if first.rows is None:
         return _turned(*parts[0])
@@ -107,26 +104,24 @@ def _turned(matrix: Matrix, value: torch.Tensor) -> torch.Tensor:
 
 
 def compact(index: Sequence[int]) -> Sequence[int]:
-    """An index in canonical form: consecutive numbers from 0 as a range, which takes no memory, others
-    as a tuple.
-    """
+    """An index in canonical form: a range if it counts up from 0 (which takes no memory), else a tuple."""
     return range(len(index)) if tuple(index) == tuple(range(len(index))) else tuple(index)
 
 
 @dataclass(frozen=True)
 class Tie:
-    """One tensor that a coupling multiplies: entry ``positions[i]`` along ``axis`` takes
+    """One tensor that a coupling scales: entry ``positions[i]`` along ``axis`` is multiplied by
     ``factor[index[i]] ** power``.
     """
 
     parameter: str
-    axis: int  # of the stored parameter, or of one expert's part of it
+    axis: int  # of the stored parameter, or of one expert's slice of it
     index: Sequence[int]
     power: int
     offset: float = 0.0  # Gemma keeps its norm weight as 1 + w
-    # None: every entry in order; else the entries of a fused parameter, as Q's rows
+    # None: all entries in order; else the affected entries of a fused parameter, such as Q's rows
     positions: tuple[int, ...] | None = None
-    expert: int | None = None  # of a parameter that holds several
+    expert: int | None = None  # set if the parameter holds several experts
 
     def entries(self, tensor: torch.Tensor) -> torch.Tensor:
         """The affected entries of the stored parameter (or of any tensor of its shape), ``axis``
@@ -140,8 +135,8 @@ class Tie:
 
 @dataclass(frozen=True)
 class Coupling:
-    """``size`` free positive factors whose ties cancel: the block's function does not depend on them
-    (2602.21652, Eq. 3).
+    """``size`` positive factors that may be chosen freely: their effects on the ties cancel, so the
+    block computes the same function (2602.21652, Eq. 3).
     """
 
     name: str
@@ -151,18 +146,19 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Site:
-    """A place whose activations X [tokens, d] are the input of one or more matrices.
+    """A place in a block whose activations X [tokens, d] are the input of one or more matrices.
 
-    ``parameter`` is one of the parameters that multiply X, in the names of the block's modules;
+    ``parameter`` is one of the parameters that multiply X, as the block's modules name it.
     ``coupling`` scales X by ``factor[index]`` (X' = D X).
     """
 
     name: str
     parameter: str
-    expert: int | None  # of the parameter, if it holds several
+    expert: int | None  # set if the parameter holds several experts
     coupling: str | None
     index: Sequence[int]
-    pool: str | None = None  # the experts' sites that stand for one another where few tokens are seen
+    # common name of the experts' sites, whose statistics supplement those of experts with few tokens
+    pool: str | None = None
 
 
 @dataclass(frozen=True)
@@ -172,14 +168,12 @@ class Layout:
     matrices: tuple[Matrix, ...]
     sites: tuple[Site, ...]
     couplings: tuple[Coupling, ...]
-    # parameters, as the block's modules name them, that choose experts and weigh them: never pruned
+    # parameters that choose and weigh experts, as the block's modules name them; never pruned
     routers: frozenset[str] = frozenset()
 
     @property
     def offsets(self) -> dict[str, float]:
-        """Parameters that act as offset + w, and the offset (Gemma stores its norm weights so that 1 +
-        w acts).
-        """
+        """Parameter -> offset, for parameters that act as offset + w (Gemma's norms multiply by 1 + w)."""
         return {
             tie.parameter: tie.offset for coupling in self.couplings for tie in coupling.ties if tie.offset
         }
@@ -198,9 +192,10 @@ class Architecture:
     family: str
     blocks: str  # path of the module list inside the base model
     width: int  # channels of the residual stream
-    layouts: tuple[Layout, ...]  # of every block
-    outside: frozenset[str]  # parameters of the base model that a text meets before or behind the blocks
-    returns: int = 0  # parts that a block returns, hidden states first; 0: these alone
+    layouts: tuple[Layout, ...]  # one per block
+    outside: frozenset[str]  # parameters of the base model that process text before or after the blocks
+    # length of the tuple that a block returns (hidden states first); 0: it returns a tensor
+    returns: int = 0
 
     @property
     def depth(self) -> int:

@@ -1,5 +1,7 @@
-"""transformers' attention by torch's fused kernel. MKL computes its small products faster than oneDNN
-(see ``products``). On a CPU its gradients take longer in bfloat16 than in float32.
+"""transformers' attention with torch's fused kernel, adapted to the CPU.
+
+The kernel's small products run faster with MKL than with oneDNN (see ``core.products``). On a CPU,
+its gradients take longer in bfloat16 than in float32.
 """
 
 from typing import Any
@@ -10,7 +12,7 @@ from pipeline_lib.core.products import rounding
 
 
 def register() -> None:
-    """Let transformers use it for every model with ``sdpa`` attention (the default)."""
+    """Make transformers use this attention for every model with ``sdpa`` attention (the default)."""
     from transformers import AttentionInterface  # imported here: seconds that not every stage needs
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

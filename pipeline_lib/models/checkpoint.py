@@ -1,5 +1,5 @@
-"""Checkpoints on disk: read one block at a time from (sharded) safetensors, write a pruned one shard
-by shard.
+"""Checkpoints on disk: read (sharded) safetensors one block at a time, and write a pruned checkpoint
+shard by shard.
 """
 
 import json
@@ -49,14 +49,14 @@ SIZES = (
 )
 MOST_POSITIONS = 2**24
 BUFFER = "a buffer that transformers computes"
-# What older conversions stored beside the parameters, with its number of dimensions: causal masks,
-# their fill value, rotary tables
+# Buffers that older conversions stored beside the parameters, and their numbers of dimensions: causal
+# masks, their fill value, rotary tables
 BUFFERS = {r"(attn|attention)\.bias": 4, r"(attn|attention)\.masked_bias": 0, r"rotary_emb\.inv_freq": 1}
 
 
 def locate(path: Path, hub_id: str | None, revision: str | None) -> Path:
     """The local directory of a model: ``path`` itself, or the snapshot of ``hub_id`` that prepare
-    fetched. It does not use the network.
+    fetched. The network is not used.
 
     Raises:
         SparselineError: the directory or snapshot is missing.
@@ -86,10 +86,10 @@ def locate(path: Path, hub_id: str | None, revision: str | None) -> Path:
 class Checkpoint:
     """A model directory whose tensors are read lazily; only their names are in memory.
 
-    ``files`` and ``shapes`` contain the model's parameters, without the buffers (causal masks,
-    rotary frequencies) that older conversions stored, too. transformers computes these, so they are
-    neither read, counted nor written. ``left_out`` names them, and all other files and tensors of
-    the source that are not in the result.
+    ``files`` and ``shapes`` contain only the model's parameters. Older conversions also stored
+    buffers (causal masks, rotary frequencies). transformers computes these, so they are neither
+    read, counted nor written. ``left_out`` names them, and all other files and tensors of the source
+    that the result does not contain.
     """
 
     path: Path
@@ -97,20 +97,19 @@ class Checkpoint:
     architecture: Architecture
     files: Mapping[str, str]  # tensor name -> file name
     shapes: Mapping[str, tuple[int, ...]]
-    prefixes: tuple[str, ...]  # of each block's tensor names
-    base: str  # what transformers' names of the base model's parameters begin with
+    prefixes: tuple[str, ...]  # prefix of each block's tensor names
+    base: str  # prefix of the base model's parameters in transformers' names
     dtype: torch.dtype
-    # transformers' name of every parameter -> the tensors that make it up; tied parameters share
-    # theirs
+    # transformers' name of each parameter -> its pieces in the files; tied parameters share them
     pieces: Pieces
-    unread: frozenset[str]  # tensors that no text meets: other towers, whose values are kept
-    buffers: frozenset[str]  # tensors that are no parameters, by their names in a block
-    indexed: bool  # the weights have an index
+    unread: frozenset[str]  # tensors that process no text (other towers); they are copied unchanged
+    buffers: frozenset[str]  # stored tensors that are buffers, not parameters; names relative to the block
+    indexed: bool  # whether the weights have an index
     packed: Mapping[str, Packed]  # tensors that are stored in FP8 or MXFP4, with their scales
-    remote_code: bool  # the model's own code runs, if it has any
+    remote_code: bool  # whether to run the model's own code, if it has any
     # config, tokenizer and the like, relative to path: copied verbatim beside new weights
     others: tuple[str, ...]
-    left_out: Mapping[str, str]  # file or tensor -> why it is in no result
+    left_out: Mapping[str, str]  # file or tensor -> why the result does not contain it
 
     def block_prefix(self, block: int) -> str:
         return self.prefixes[block]
@@ -121,7 +120,7 @@ class Checkpoint:
 
     @cached_property
     def _module_names(self) -> dict[str, str]:
-        """Tensor name -> the first of transformers' names that it is part of."""
+        """Tensor name -> transformers' name of the first parameter that contains it."""
         found: dict[str, str] = {}
         for full, pieces in self.pieces.items():
             for piece in pieces:
@@ -135,7 +134,7 @@ class Checkpoint:
 
     @property
     def heads(self) -> int:
-        """Maximal number of attention heads; 1 if the config has none."""
+        """Number of query heads; 1 if the config has none."""
         found = heads_of(self.config.get_text_config())
         return 1 if found is None else found.q
 
@@ -145,15 +144,15 @@ class Checkpoint:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def matrix_shape(self, block: int, matrix: Matrix) -> tuple[int, int]:
-        """[R, C] of a logical matrix, without reading it."""
+        """Shape [R, C] of a logical matrix, without reading it."""
         rows, columns = matrix.view(
             torch.empty(self.shapes[self.block_prefix(block) + matrix.parameter], device="meta")
         ).shape
         return rows, columns
 
     def aliases(self, block: int, matrix: Matrix) -> list[str]:
-        """Every name of a logical matrix for patterns: its own first, then its parameter's in files
-        and in transformers.
+        """All names of a logical matrix that patterns can match: its own first, then the names of its
+        parameter in the files and in transformers.
         """
         own = self.architecture.matrix_name(block, matrix)
         stored = self.block_prefix(block) + matrix.parameter
@@ -189,7 +188,7 @@ class Checkpoint:
                     yield name, tensor
 
     def _unpacked(self, name: str) -> torch.Tensor:
-        """A tensor that is stored as two."""
+        """A tensor that is stored as values and scales, unpacked."""
         pair, stored = self.packed[name], []
         for source, file_name in zip((pair.values, pair.scales), pair.files, strict=True):
             with safe_open(self.path / file_name, framework="pt") as file:
@@ -209,8 +208,8 @@ class Checkpoint:
         )
 
     def uncovered(self) -> dict[str, int]:
-        """Elements of the blocks' parameters of two or more dimensions that are in no logical matrix,
-        by the tensors' names in a block.
+        """Tensor name in a block -> number of elements that no logical matrix contains, over all
+        blocks. Only parameters of two or more dimensions, without routers, count.
         """
         found: dict[str, int] = {}
         for block, layout in enumerate(self.architecture.layouts):
@@ -226,14 +225,14 @@ class Checkpoint:
 
     @property
     def coverage(self) -> float:
-        """The share of all elements of the blocks' parameters of two or more dimensions, without
-        routers, that are in logical matrices.
+        """The share of the blocks' elements that logical matrices contain. Only parameters of two or
+        more dimensions, without routers, count.
         """
         total = sum(sum(self._block_sizes(block).values()) for block in range(self.architecture.depth))
         return 1 - sum(self.uncovered().values()) / total
 
     def _block_sizes(self, block: int) -> dict[str, int]:
-        """Elements of a block's parameters of two or more dimensions, but of routers."""
+        """Tensor name -> size, for a block's parameters of two or more dimensions, without routers."""
         prefix, routers = self.block_prefix(block), self.architecture.layouts[block].routers
         names = {
             piece.stored
@@ -289,7 +288,7 @@ def read_config(path: Path, remote_code: bool = False, dequantize: bool = False)
         )
     if dequantize and isinstance(quantised := getattr(config, "quantization_config", None), dict):
         config.quantization_config = quantised | {"dequantize": True}
-    config._attn_implementation = None  # not what the machine had that wrote it, as flash_attention_2
+    config._attn_implementation = None  # ignore the kernel (flash_attention_2, say) of whoever saved it
     return config
 
 
@@ -300,7 +299,7 @@ def own_code(path: Path) -> tuple[str, str] | None:
         named = value.get("auto_map")
         return (str(value.get("model_type")), str(next(iter(named.values())))) if named else None
     except (OSError, ValueError, AttributeError, RecursionError, StopIteration):
-        return None  # told by transformers
+        return None  # transformers reports the damage
 
 
 def _first_line(error: Exception) -> str:
@@ -333,7 +332,7 @@ def open_checkpoint(
         pairs = packed(parts)
     check_sizes(path, config, [shape for _, shape, _ in parts.values()])
     if (path / GENERATION).exists():
-        generation(path)  # whoever loads the model reads it
+        generation(path)  # refuses a file that would stop the model from loading
     with _describing(path):
         model = skeleton(config, torch.float32, remote_code)
     _check_head(path, config, model)
@@ -397,8 +396,8 @@ def _numbers(prefixes: tuple[str, ...]) -> dict[str, int]:
 
 
 def _meets(entry: Architecture, full: str, base: str) -> bool:
-    """Whether a text meets a parameter: of the head, of a block, or of what stands before and
-    behind the blocks.
+    """Whether a parameter processes text: it belongs to the head, to a block, or to the modules that
+    run before or after the blocks.
     """
     name = full.removeprefix(base)
     return not full.startswith(base) or name in entry.outside or name.startswith(f"{entry.blocks}.")
@@ -427,8 +426,8 @@ def _refuse(path: Path, config: PreTrainedConfig, dequantize: bool) -> None:
 def _placed(
     path: Path, model: "PreTrainedModel", parts: Parts, pieces: Pieces
 ) -> dict[str, tuple[Piece, ...]]:
-    """By every name that transformers has for a parameter, what makes it up: ties looked up, shapes
-    and types checked.
+    """transformers' name of each parameter (and stored buffer) -> its pieces. Ties are resolved;
+    shapes and types are checked.
     """
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     # a tie goes both ways: files may hold either tensor
@@ -462,12 +461,12 @@ def _placed(
 
 
 def _of_another_tower(model: "PreTrainedModel", name: str) -> bool:
-    """Whether transformers passes over a tensor when it loads the language model of a composite one."""
+    """Whether transformers ignores a tensor when it loads only the language model of a composite model."""
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 
 def _prefix(pieces: Pieces, inside: str) -> str:
-    """What the names of a block's tensors begin with."""
+    """The prefix, up to the block's number, that the files' names of a block's tensors share."""
     stored = [piece.stored for full, own in pieces.items() if full.startswith(inside) for piece in own]
     number = inside.rstrip(".").rpartition(".")[2]
     found = stored[0][: stored[0].find(f".{number}.") + len(number) + 2]
@@ -495,8 +494,8 @@ def _discovered(
     pieces: Pieces,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Architecture:
-    """The model's architecture, in the files' names. It depends on the config and on the files'
-    names alone.
+    """The model's architecture, in the files' names. It depends only on the config and on the names
+    and shapes of the tensors, so it is cached by these.
     """
     key = config.to_json_string(), tuple(sorted(shapes.items()))
     if key not in _KNOWN:
@@ -504,7 +503,7 @@ def _discovered(
             found = discover(model)
         except SparselineError as error:
             raise SparselineError(f"{path}: {error}") from error
-        except Exception as error:  # of transformers' own code
+        except Exception as error:  # raised by transformers' own code
             raise SparselineError(
                 f"{path}: {type(model).__name__} cannot process text in transformers"
                 f" ({_first_line(error)}); it cannot be pruned."
@@ -533,14 +532,14 @@ def _discovered(
     return _KNOWN[key]
 
 
-_KNOWN: dict[Any, Architecture] = {}  # of models that this process has opened
+_KNOWN: dict[Any, Architecture] = {}  # architectures of the models that this process has opened
 MOST_KNOWN = 32
 
 
 @contextmanager
 def _describing(path: Path) -> Iterator[None]:
-    """A negative width, no heads: what transformers' own code makes of numbers that make no model
-    is told in a sentence.
+    """While open, turn errors of transformers into a ``SparselineError`` that names config.json.
+    Impossible values, such as a negative width, make transformers fail in many ways.
     """
     try:
         yield
@@ -596,7 +595,7 @@ def _architectures(config: PreTrainedConfig) -> list[str]:
 
 
 def _check_head(path: Path, config: PreTrainedConfig, model: "PreTrainedModel") -> None:
-    """Refuse other heads by name: their weights would be lost, or left without the code that uses them."""
+    """Refuse other heads by class name: their weights would be lost, or kept without the code for them."""
     for name in _architectures(config):
         if not name.lower().endswith(("forcausallm", "lmheadmodel")) and name not in _names_of(model):
             raise SparselineError(
@@ -606,8 +605,8 @@ def _check_head(path: Path, config: PreTrainedConfig, model: "PreTrainedModel") 
 
 
 def _names_of(model: "PreTrainedModel") -> set[str]:
-    """What a config may call the model: its class, its base model, or the composite one that it is
-    the language model of.
+    """Names that a config may give the model: its class, its base model, or the composite model that
+    contains this language model.
     """
     names = {type(model).__name__, type(model.base_model).__name__}
     if model.config.get_text_config() is not model.config or model._keys_to_ignore_on_load_unexpected:
@@ -616,7 +615,7 @@ def _names_of(model: "PreTrainedModel") -> set[str]:
 
 
 def _stored(path: Path, found: Files) -> tuple[Parts, dict[str, str]]:
-    """Every tensor of the files, and the files' metadata that is not written again."""
+    """All tensors of the files, and the metadata that the result will not contain."""
     parts: Parts = {}
     extra: dict[str, str] = {}
     for file_name in found.weights:
@@ -661,7 +660,7 @@ def _missing(path: Path, name: str, model: "PreTrainedModel", parts: Parts) -> s
 
 
 def is_buffer(name: str, shape: tuple[int, ...] | None) -> bool:
-    """Whether transformers computes this tensor itself; without a shape, by its name alone."""
+    """Whether transformers computes this tensor itself. Without a shape, only the name decides."""
     return any(
         re.search(rf"(^|\.){pattern}$", name) is not None and (shape is None or len(shape) == dimensions)
         for pattern, dimensions in BUFFERS.items()
@@ -670,15 +669,15 @@ def is_buffer(name: str, shape: tuple[int, ...] | None) -> bool:
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype, remote_code: bool = False) -> "PreTrainedModel":
     """The model without its weights: parameters on the meta device, buffers real."""
-    # imported here, like the modelling code below: seconds that not every stage needs
+    # imported here, like the modelling code below: it takes seconds, and not every stage needs it
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     attention.register()
     with init_empty_weights(include_buffers=False):
-        # without the word it asks
+        # without this argument, transformers asks the user
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code)
-    for module in model.modules():  # fused kernels for experts show no products
+    for module in model.modules():  # fused kernels for experts hide their products
         own: Any = getattr(module, "config", None)
         if hasattr(own, "_experts_implementation"):
             own._experts_implementation = "eager"
@@ -686,7 +685,7 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype, remote_code: bool = F
 
 
 def copy_files(names: Sequence[str], source: Path, target: Path) -> None:
-    """Copy files by their names relative to ``source``; the targets of links are copied."""
+    """Copy the named files from ``source`` to ``target``; links are replaced by the files they point to."""
     for name in names:
         with replacing(target / name) as temporary:
             shutil.copyfile(source / name, temporary)

@@ -1,8 +1,8 @@
-"""The conversion between a checkpoint's tensors and a model's parameters, as transformers does it when
-it loads a model, and its inverse.
+"""Conversion of a checkpoint's tensors to a model's parameters, as transformers does it when it loads
+a model, and back.
 
-Files of a mixture have a matrix for every expert, the model one parameter for all; names differ,
-too. All other code uses the tensors of the files.
+For a mixture of experts, the files hold one matrix per expert, and the model one parameter for all
+experts. Names differ, too. All other code uses the tensors of the files.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,11 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of the files, or some of its rows, and its position in a parameter. None: all of it."""
+    """A tensor of the files, or some of its rows, and its position in a parameter.
+
+    ``from_expert`` and ``from_rows`` select from the tensor, ``expert`` and ``rows`` from the
+    parameter. None selects everything.
+    """
 
     stored: str
     from_expert: int | None = None
@@ -35,15 +39,15 @@ class Piece:
 
     @property
     def whole(self) -> bool:
-        """Whether the parameter is the tensor."""
+        """Whether the parameter equals the tensor."""
         return all(part is None for part in (self.from_expert, self.from_rows, self.expert, self.rows))
 
     def taken(self, tensor: Tensor) -> Tensor:
-        """The piece, as a view of the tensor."""
+        """This piece of a tensor of the files, as a view."""
         return _part(tensor, self.from_expert, self.from_rows)
 
     def given(self, parameter: Tensor) -> Tensor:
-        """The piece, as a view of the parameter."""
+        """This piece of a parameter, as a view."""
         return _part(parameter, self.expert, self.rows)
 
 
@@ -52,16 +56,16 @@ def _part(tensor: Tensor, expert: int | None, rows: range | None) -> Tensor:
     return tensor if rows is None else tensor[rows.start : rows.stop : rows.step]
 
 
-Pieces = Mapping[str, tuple[Piece, ...]]  # a parameter's name in transformers -> what it is made of
+Pieces = Mapping[str, tuple[Piece, ...]]  # a parameter's name in transformers -> its pieces
 
 
 def assembled(
     pieces: Sequence[Piece], tensors: Mapping[str, Tensor], otherwise: Tensor | None = None
 ) -> Tensor:
-    """A parameter from the tensors of the files; differentiable in them.
+    """A parameter, assembled from the tensors of the files; differentiable in them.
 
     Args:
-        otherwise: the parameter, for missing pieces.
+        otherwise: the whole parameter, from which pieces without a tensor are taken.
     """
 
     def part(piece: Piece) -> Tensor:
@@ -86,7 +90,7 @@ def assembled(
 
 
 def disassembled(pieces: Pieces, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the files from parameters; views of them if a tensor is part of one."""
+    """The tensors of the files, from parameters. Unconverted tensors share the parameters' memory."""
     by_tensor: dict[str, list[tuple[Piece, Tensor]]] = {}
     for name, own in pieces.items():
         for piece in own if name in parameters else ():
@@ -108,10 +112,10 @@ def disassembled(pieces: Pieces, parameters: Mapping[str, Tensor]) -> dict[str, 
 def pieces_of(
     model: "PreTrainedModel", shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[Piece, ...]]:
-    """By every name of a parameter or buffer in transformers, its tensors in the files.
+    """transformers' name of each parameter or buffer -> its pieces in the files.
 
     Args:
-        shapes: of the files' tensors.
+        shapes: shapes of the files' tensors.
 
     Raises:
         SparselineError: transformers converts a tensor in an unsupported way.
@@ -149,8 +153,8 @@ def pieces_of(
 def _converted(
     model: "PreTrainedModel", target: str, converter: Any, sources: Sequence[tuple[str, str, tuple[int, ...]]]
 ) -> dict[str, tuple[Piece, ...]]:
-    """What a conversion makes of its tensors: transformers' own code is given the numbers of rows
-    in their places.
+    """The parameters that a conversion creates, and their pieces. To trace the rows, transformers'
+    own code converts row numbers instead of weights.
     """
     mapping = deepcopy(converter)
     known: list[tuple[str, int | None, int]] = []
@@ -176,7 +180,7 @@ def _converted(
             )
     except SparselineError:
         raise
-    except Exception as error:  # an operation on columns, or one that needs the values
+    except Exception as error:  # the operation works on columns, or needs the values
         operations = ", ".join(type(operation).__name__ for operation in converter.operations)
         raise SparselineError(
             f"transformers makes {target} of {sources[0][0]} by {operations}, which is not supported; report"
@@ -186,14 +190,14 @@ def _converted(
 
 
 def _places(shape: Sequence[int]) -> list[tuple[int | None, int]]:
-    """Expert and row of every row."""
+    """Expert (None if there is only one matrix) and row number of every row of a tensor."""
     if len(shape) == 1:
         return [(None, row) for row in range(shape[0])]
     return [(expert, row) for expert in range(shape[0]) for row in range(shape[1])]
 
 
 def _runs(expert: int | None, sources: Sequence[tuple[str, int | None, int]]) -> Iterator[Piece]:
-    """The rows of a parameter in groups that come from one tensor."""
+    """Pieces of a parameter (or of one expert's slice), from the source of each of its rows."""
     by_tensor: dict[tuple[str, int | None], list[tuple[int, int]]] = {}
     for row, (name, from_expert, from_row) in enumerate(sources):
         by_tensor.setdefault((name, from_expert), []).append((row, from_row))
@@ -203,7 +207,7 @@ def _runs(expert: int | None, sources: Sequence[tuple[str, int | None, int]]) ->
 
 
 def _regular(pairs: Sequence[tuple[int, int]]) -> list[tuple[range, range]]:
-    """Rows in order, or interleaved."""
+    """``pairs`` as up to four interleaved runs: for each, a range of rows and a range of source rows."""
     for step in range(1, 5):
         found = [
             [_range(side) for side in zip(*pairs[first::step], strict=True)]
@@ -225,12 +229,12 @@ def _range(numbers: Sequence[int]) -> range | None:
 
 
 def stored_layout(layout: Layout, pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-    """A layout whose matrices and ties are those of the files.
+    """A layout whose matrices and ties refer to the tensors of the files.
 
     Args:
-        layout: in the names of a block's modules.
-        pieces: of the block's parameters, by the modules' names; the files' names relative to the block.
-        shapes: of the files' tensors.
+        layout: the layout with the names of a block's modules.
+        pieces: the pieces of the block's parameters; all names are relative to the block.
+        shapes: shapes of the files' tensors, by their names relative to the block.
     """
     matrices = [own for matrix in layout.matrices for own in _matrices(matrix, pieces, shapes)]
     couplings = [
@@ -245,7 +249,7 @@ def _of(pieces: Pieces, parameter: str, expert: int | None) -> list[Piece]:
 
 
 def _all_rows(piece: Piece, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a piece is all rows of its tensor, in order."""
+    """Whether a piece consists of all rows of its tensor, in order."""
     return piece.from_rows is None or piece.from_rows == range(shapes[piece.stored][-2])
 
 
@@ -294,8 +298,8 @@ def place(matrix: Matrix, pieces: Pieces) -> tuple[str, int | None, range | None
     (None: all).
 
     Args:
-        matrix: of the files, as in ``stored_layout``.
-        pieces: see there.
+        matrix: a matrix of ``stored_layout``'s result.
+        pieces: as in ``stored_layout``.
     """
     for parameter, own in pieces.items():
         for piece in own:
@@ -311,7 +315,7 @@ def place(matrix: Matrix, pieces: Pieces) -> tuple[str, int | None, range | None
 
 
 def usual_name(model: "PreTrainedModel", full: str) -> str:
-    """The usual name of a parameter in files; for several tensors, the first pattern."""
+    """The usual name of a parameter in files. For a parameter from several tensors, the first pattern."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         PrefixChange,

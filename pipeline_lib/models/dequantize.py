@@ -1,5 +1,5 @@
-"""Checkpoints in FP8 (DeepSeek-V3) or MXFP4 (gpt-oss): tensors and their scales are read as one
-bfloat16 tensor, by transformers' own code.
+"""Checkpoints in FP8 (DeepSeek-V3) or MXFP4 (gpt-oss). transformers' own code converts a tensor and
+its scales to one bfloat16 tensor.
 """
 
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-METHODS = ("fp8", "mxfp4")  # of quantization_config
+METHODS = ("fp8", "mxfp4")  # supported values of quant_method in quantization_config
 FP8_SCALE = "_scale_inv"
 BLOCKS, SCALES = "_blocks", "_scales"
 # tensor name -> file name, shape, safetensors' name of the dtype
@@ -16,12 +16,12 @@ Parts = dict[str, tuple[str, tuple[int, ...], str]]
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor that is stored as two tensors."""
+    """A tensor that is stored as two tensors: values and scales."""
 
     values: str
     scales: str
     files: tuple[str, str]
-    shape: tuple[int, ...]  # of what they stand for
+    shape: tuple[int, ...]  # of the unpacked tensor
 
     def unpack(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The tensor in bfloat16."""
@@ -35,8 +35,8 @@ class Packed:
 
 
 def packed(parts: Parts) -> dict[str, Packed]:
-    """The pairs among a checkpoint's tensors, by the names of the unpacked tensors, which replace the
-    pairs in ``parts``.
+    """Name of an unpacked tensor -> its values and scales among a checkpoint's tensors. In ``parts``,
+    the unpacked tensor replaces the two.
     """
     found: dict[str, Packed] = {}
     for name in list(parts):
@@ -55,5 +55,5 @@ def packed(parts: Parts) -> dict[str, Packed]:
 
 
 def without_quantisation(config: Mapping[str, object]) -> dict[str, object]:
-    """The config.json for the unpacked weights."""
+    """The content of config.json for the unpacked weights."""
     return {name: value for name, value in config.items() if name != "quantization_config"}

@@ -1,10 +1,10 @@
-"""Discover a model's blocks, and the matrices, sites and couplings of each, from the module tree and a
-run without weights (``hollow``).
+"""Discover a model's blocks, and their matrices, sites and couplings, from the module tree and forward
+passes without weights (``hollow``).
 
-A coupling is a source of channels that can be scaled: the rows of a product's weight, or a norm's
-weight. If a scaled source scales the inputs of later products, channel by channel, and changes
-nothing else, it is a coupling. Shape letters: ``R`` outputs, ``C`` inputs of a matrix, ``d``
-channels of a site, ``n`` channels of a source.
+A *source* has channels that can be scaled: the rows of a product's weight, or a norm's weight. It
+makes a coupling if scaling it scales the inputs of later products, channel by channel, and changes
+nothing else. Shape letters: ``R`` outputs, ``C`` inputs of a matrix, ``d`` channels of a site, ``n``
+channels of a source.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Tensor = torch.Tensor
-TOKENS = 32  # of the run: enough that no channel behind a ReLU is zero for all of them
-BASE = 8  # channels are told apart by factors 2 … 2^8, one octal digit at a time
+TOKENS = 32  # per forward pass: enough that no channel after a ReLU is zero for all tokens
+BASE = 8  # factors 2 … 2^8 identify channels, one octal digit of the channel number at a time
 
 
 @dataclass(frozen=True)
 class Found:
-    """The discovered structure of a model. Names in layouts are those of the block's modules, relative
-    to the block.
+    """The discovered structure of a model. Layouts use the names of the block's modules, relative to
+    the block.
     """
 
     blocks: str  # path of the module list inside the base model
     width: int
     layouts: tuple[Layout, ...]
-    outside: frozenset[str]  # parameters of the base model that the run met outside the blocks
-    returns: int  # parts that a block returns, 0 for hidden states alone
+    outside: frozenset[str]  # parameters of the base model that the run used outside the blocks
+    returns: int  # length of the tuple that a block returns; 0: it returns a tensor
 
 
 def discover(model: "PreTrainedModel") -> Found:
@@ -48,7 +48,7 @@ def discover(model: "PreTrainedModel") -> Found:
 
     Raises:
         SparselineError: the model has no blocks that can be pruned one after the other; the message
-            has the reason.
+            gives the reason.
     """
     base = model.base_model
     hollow = Hollow(dict(base.named_parameters()))
@@ -77,12 +77,14 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor | None = None
-    returns: int = 0  # parts; 0 for a tensor
+    returns: int = 0  # length of the returned tuple; 0: a tensor
 
 
 def _blocks(model: "PreTrainedModel", hollow: Hollow) -> tuple[str, list[Call]]:
-    """The path of the list of blocks, and how each is called. The one with the most weights, if
-    every module of it runs once.
+    """The path of the list of blocks, and the call of each block.
+
+    The module lists are tried by decreasing number of weights. The first one whose modules all run
+    exactly once, with hidden states as input, is the list of blocks.
     """
     lists = {
         name: module
@@ -114,7 +116,7 @@ def _blocks(model: "PreTrainedModel", hollow: Hollow) -> tuple[str, list[Call]]:
                 )
             inside = frozenset(part for part in hollow.parts if part.parameter.startswith(f"{name}."))
             moved = _calls(model, hollow, every, 1, Changes(one=inside))
-            for changed in (others, moved):  # of other tokens, and of blocks that give something else
+            for changed in (others, moved):  # other tokens, and other outputs inside the blocks
                 _refuse_other_ways(kind, own, [changed[block][0] for block in lists[name]])
             return name, own
         if any(found) and weights(name) > whole / 2:
@@ -134,7 +136,7 @@ def _calls(
     first: int,
     changes: Changes | None = None,
 ) -> dict[nn.Module, list[Call]]:
-    """How each of the modules is called for tokens that begin with this one."""
+    """The calls of each module in one forward pass over consecutive token ids from ``first`` on."""
     calls: dict[nn.Module, list[Call]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -163,8 +165,8 @@ def _calls(
 
 
 def _refuse_other_ways(kind: str, calls: Sequence[Call], others: Sequence[Call]) -> None:
-    """Blocks are run one by one later: what each gets beside the hidden states of the one before
-    must not depend on the text.
+    """Refuse a model whose blocks cannot run one by one: a block must read the output of the block
+    before it, and its other arguments must not depend on the text.
     """
     for number, (call, other) in enumerate(zip(calls, others, strict=True)):
         if not _same((call.args[1:], call.kwargs), (other.args[1:], other.kwargs)):
@@ -195,7 +197,7 @@ class _Source:
 
     size: int
     part: Part | None = None
-    positions: tuple[int, ...] | None = None  # rows of the part; None: all, in order
+    positions: tuple[int, ...] | None = None  # rows of the part's outputs; None: all, in order
     vectors: tuple[str, ...] = ()
     offset: float = 0.0
 
@@ -211,7 +213,7 @@ class _Source:
 
 
 class _Run:
-    """What a block's products get, and what the block gives."""
+    """The products of one forward pass of a block, with their inputs, and the block's output."""
 
     def __init__(self, seen: Sequence[Product], output: Any) -> None:
         self.seen, self.output = seen, output
@@ -222,7 +224,7 @@ class _Run:
 
 
 class _Block:
-    """One block, run again and again with one source scaled."""
+    """One block, which runs repeatedly with different changes."""
 
     def __init__(self, block: nn.Module, call: Call, heads: Heads | None) -> None:
         self.block, self.call, self.heads = block, call, heads
@@ -244,7 +246,7 @@ class _Block:
 
     @property
     def signature(self) -> Any:
-        """Blocks whose signatures are equal are alike."""
+        """A hashable description of the block. Blocks with equal signatures have equal layouts."""
         shapes = tuple((name, tuple(parameter.shape)) for name, parameter in self.block.named_parameters())
         modules = tuple(type(module).__name__ for module in self.block.modules())
         return (
@@ -255,7 +257,7 @@ class _Block:
 
     @cached_property
     def _site_numbers(self) -> list[int]:
-        """For each product, the first one that has the same inputs."""
+        """For each product, the number of the first product with the same inputs."""
         first: dict[Any, int] = {}
         keys = [
             (
@@ -270,10 +272,10 @@ class _Block:
 
     @cached_property
     def sites(self) -> dict[int, list[Part]]:
-        """Number of the first product -> the parts that share its inputs; a part that takes part in
-        several products counts once.
+        """Number of the first product -> the parts that share its inputs. A part that occurs in several
+        products belongs to the first one's site.
 
-        Rows of one matrix that get different inputs (DBRX's experts) are left out.
+        Matrices whose rows get different inputs (DBRX's experts) are left out.
         """
         found: dict[int, list[Part]] = {}
         taken: set[Part] = set()
@@ -289,7 +291,7 @@ class _Block:
 
     @cached_property
     def on_stream(self) -> set[int]:
-        """The sites that depend on the block's inputs, whatever the products give."""
+        """The sites whose inputs depend on the block's input without a product in between."""
         hidden = self.call.args[0]
         run = self._again(
             Changes(), hidden + torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
@@ -304,8 +306,8 @@ class _Block:
     # Responses
 
     def response(self, source: _Source) -> dict[int, tuple[int, ...]] | None:
-        """Site -> for each of its channels, the source's channel that it is scaled with; None where
-        anything else changes, or nothing.
+        """Site -> for each of its channels, the source's channel that scales it. None if scaling the
+        source changes anything else, or nothing.
         """
         digits = next(count for count in range(1, 12) if BASE**count >= source.size)
         codes: dict[int, Tensor] = {}
@@ -322,8 +324,8 @@ class _Block:
         return maps if all(max(channels) < source.size for channels in maps.values()) else None
 
     def _scaled(self, source: _Source, factor: Tensor) -> dict[int, Tensor] | None:
-        """Site -> exponents of two [d] by which its channels are scaled, for those that change;
-        None where the change is another.
+        """Site -> the powers of two [d] that scale its channels, as exponents, for sites that change.
+        None if the factor has any other effect.
         """
         run = self._again(source.changes(factor, self.outputs.get(source.part, 0) if source.part else 0))
         if run.parts != self.run.parts or not torch.equal(run.output, self.run.output):
@@ -345,7 +347,7 @@ class _Block:
         return found
 
     def unchanged(self, changes: Changes) -> bool:
-        """Whether every product has the same inputs as before, and the block the same outputs."""
+        """Whether the changes leave all inputs of products and the block's output as they are."""
         run = self._again(changes)
         same = run.parts == self.run.parts and torch.equal(run.output, self.run.output)
         return same and all(
@@ -353,8 +355,8 @@ class _Block:
         )
 
     def influenced(self, parts: Sequence[Part]) -> dict[int, bool]:
-        """The sites that change with the parts' outputs for one token; whether other tokens change
-        there, too.
+        """Site -> whether other tokens change too, for the sites that change if the parts' outputs
+        change for one token.
         """
         run = self._again(Changes(one=frozenset(parts)))
         if run.parts != self.run.parts:  # other experts were chosen
@@ -376,23 +378,23 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Experts:
-    """The experts of one layer: for each, what stands in the place of the one that was looked at."""
+    """The experts of one layer. One of them is examined, and represents all others."""
 
     count: int
-    of: Callable[[Part, int], Part]
-    seen: int  # the number of the expert that was looked at
+    of: Callable[[Part, int], Part]  # the examined expert's part, another expert's number -> its part
+    seen: int  # number of the examined expert
 
 
 @dataclass
 class _Scaled:
-    """A source and what is scaled with it: site -> for each channel the source's."""
+    """A source and what it scales: site -> for each of the site's channels, the source's channel."""
 
     source: _Source
     maps: dict[int, tuple[int, ...]]
 
 
 class _Assembly:
-    """Puts together what the runs of a block say."""
+    """Builds a layout from the runs of a block."""
 
     def __init__(self, block: _Block) -> None:
         self.block = block
@@ -415,8 +417,8 @@ class _Assembly:
     # Experts
 
     def _experts(self) -> dict[str, _Experts]:
-        """By the path of what holds them: a parameter of three dimensions, or a module list as long
-        as some product has outputs.
+        """Path -> the experts that it holds. The path leads to a parameter of three dimensions, or to a
+        list of modules of equal shapes, as many as some product (the router) has outputs.
         """
         found: dict[str, _Experts] = {}
         parts, outputs = list(self.block.outputs), set(self.block.outputs.values())
@@ -446,7 +448,7 @@ class _Assembly:
         return all(each == shapes[0] for each in shapes)
 
     def _home(self, part: Part) -> str | None:
-        """Which experts a part belongs to."""
+        """The path (in ``experts``) of the experts that a part belongs to, or None."""
         return next((path for path, _ in _members(part) if path in self.experts), None)
 
     def _looked_at(self, part: Part) -> bool:
@@ -456,8 +458,8 @@ class _Assembly:
         )
 
     def _routers(self) -> set[Part]:
-        """Products with an output for each expert, or with a single one, that no other product's
-        inputs depend on: they choose and weigh, and are never pruned.
+        """The parts that choose and weigh experts, which are never pruned. They have one output per
+        expert, or a single output, and affect no inputs of products outside the experts.
         """
         counts = {experts.count for experts in self.experts.values()} | {1}
         homes = {number: self._home(parts[0]) for number, parts in self.block.sites.items()}
@@ -484,7 +486,9 @@ class _Assembly:
         return None if maps is None else _Scaled(source, maps)
 
     def _norms(self) -> Iterator[_Source]:
-        """Modules that hold vectors of one length and nothing else, as they are and as 1 + w."""
+        """Sources from modules that hold only vectors of one length. A single vector w is also tried as
+        1 + w.
+        """
         for name, module in self.block.block.named_modules():
             own = dict(module.named_parameters(recurse=False))
             if own and not list(module.children()) and all(p.ndim == 1 and len(p) > 1 for p in own.values()):
@@ -495,7 +499,7 @@ class _Assembly:
                         yield _Source(sizes.copy().pop(), vectors=vectors, offset=offset)
 
     def _fused(self, part: Part) -> list[_Scaled]:
-        """Couplings of some of a part's rows, by the first guess of how they are made up that holds."""
+        """Couplings of subsets of a part's rows, from the first possible partition that yields any."""
         for partition in partitions(self.block.outputs[part], self.block.heads):
             tried = [self._scaled(_Source(len(rows), part, rows)) for rows in partition.rows]
             if found := [one for one in tried if one is not None]:
@@ -504,8 +508,8 @@ class _Assembly:
         return []
 
     def _one_each(self, scaled: Sequence[_Scaled]) -> list[_Scaled]:
-        """At most one coupling scales a site: of several, one that may be negative, too, and else
-        the first.
+        """A selection of couplings, with at most one per site. Of several, one that also holds for
+        negative factors is preferred, else the first is taken.
         """
         kept = [
             one
@@ -536,7 +540,7 @@ class _Assembly:
         )
 
     def _queries_and_keys(self) -> Iterator[tuple[_Source, _Source, Any]]:
-        """Rows of Q and of K, and their rotation, for every pair of which no factor shows."""
+        """Rows of Q, rows of K and their rotation, for each pair whose factors cancel in attention."""
         for part, partition in self.partitions.items():
             if set(partition.kinds) >= {"q", "k"}:
                 q, k = (
@@ -577,8 +581,8 @@ class _Assembly:
     # Names
 
     def _names(self) -> dict[int, str]:
-        """Of the sites: what stands before attention and MLP, and inside them; elsewhere, the
-        module that gets the inputs.
+        """Site -> its name: by its role before or inside attention and MLP, else by the module that
+        reads it.
         """
         names: dict[int, str] = {}
         for number, parts in self.sites.items():
@@ -593,13 +597,13 @@ class _Assembly:
         return names
 
     def _prefix(self, home: str) -> str:
-        """Before the names of experts, where a block has several layers of them."""
+        """A prefix for the names of experts, if a block has several layers of experts."""
         layers = list(dict.fromkeys(path.rpartition(".")[0] for path in self.experts))
         layer = home.rpartition(".")[0]
         return "" if layer == layers[0] else f"{layer}."
 
     def _role(self, number: int) -> str:
-        """A site between products, or one that the residual stream leads to."""
+        """The role of a site in attention or MLP; empty if none fits."""
         if number not in self.block.on_stream:
             if self._inside(number):
                 return ""
@@ -611,13 +615,13 @@ class _Assembly:
         )
 
     def _inside(self, number: int) -> list[int]:
-        """The sites between products that a site's products lead to."""
+        """The sites off the residual stream that directly depend on a site's products."""
         return [
             site for site in self.after[number] if site not in self.block.on_stream and site in self.after
         ]
 
     def _reached(self, number: int) -> set[int]:
-        """All of them, including indirect ones."""
+        """The sites off the residual stream that depend on a site's products, directly or indirectly."""
         reached: set[int] = set()
         ahead = [number]
         while ahead:
@@ -627,13 +631,13 @@ class _Assembly:
         return reached
 
     def _mixed(self, site: int) -> bool:
-        """Whether a token's inputs depend on other tokens."""
+        """Whether a token's inputs at this site depend on other tokens."""
         return any(after.get(site, False) for after in self.after.values())
 
     # Layout
 
     def layout(self) -> Layout:
-        """For every expert what was seen of one."""
+        """The block's layout. What was found for the examined expert is repeated for all experts."""
         couplings = self._named()
         of_site = {site: (name, maps[site]) for name, _, maps in couplings for site in maps}
         sites, matrices = [], []
@@ -702,7 +706,7 @@ class _Assembly:
         return {self.names[number] for number in self.block.influenced([part]) if number in self.names}
 
     def _feeding(self, site: str) -> int:
-        """How many matrices' outputs make up a site's inputs."""
+        """Number of matrices that a site's inputs depend on; a fused projection counts as two."""
         number = next(number for number, name in self.names.items() if name == site)
         return sum(
             2 if part in self.partitions else 1
@@ -711,7 +715,7 @@ class _Assembly:
         )
 
     def _named(self) -> list[tuple[str, Coupling, dict[int, tuple[int, ...]]]]:
-        """Couplings in the order of the sites that they scale, Q and K behind V and O."""
+        """Name, coupling and maps, in the order of the sites that they scale; ``q_k`` follows ``v_o``."""
         found: list[tuple[str, Coupling, dict[int, tuple[int, ...]]]] = []
         names: set[str] = set()
 
@@ -783,8 +787,8 @@ class _Assembly:
     # Every expert
 
     def _for_every_expert(self, layout: Layout) -> Layout:
-        """Experts have their own sites and matrices, and couplings where the source is one's; a
-        norm's coupling reaches all.
+        """The layout with the sites and matrices of all experts. A coupling inside the examined expert
+        is repeated for each; one with ties outside (a norm's) gets the ties of all experts.
         """
         sites, matrices, couplings = [], [], []
         for site in layout.sites:
@@ -815,7 +819,7 @@ class _Assembly:
         return replace(layout, matrices=tuple(matrices), sites=tuple(sites), couplings=tuple(couplings))
 
     def _moved(self, thing: Any, home: str | None, number: int | None) -> Any:
-        """A matrix or a tie of another expert."""
+        """The corresponding matrix or tie of expert ``number``."""
         if home is None or number is None:
             return thing
         part = self.experts[home].of(Part(thing.parameter, thing.expert), number)
@@ -849,7 +853,7 @@ class _Assembly:
 
 
 def _members(part: Part) -> Iterator[tuple[str, int]]:
-    """What a part may be one of many in: a parameter of three dimensions, or a list of modules."""
+    """Path and number for every collection that a part is in: a 3-D parameter, or a list of modules."""
     if part.expert is not None:
         yield part.parameter, part.expert
     names = part.parameter.split(".")
@@ -859,7 +863,7 @@ def _members(part: Part) -> Iterator[tuple[str, int]]:
 
 
 def _renamed(path: str, seen: int) -> Callable[[Part, int], Part]:
-    """From a module list's expert ``seen`` to another."""
+    """A function that maps parts of the module list's expert ``seen`` to those of another expert."""
 
     def place(part: Part, number: int) -> Part:
         return replace(part, parameter=f"{path}.{number}." + part.parameter.removeprefix(f"{path}.{seen}."))

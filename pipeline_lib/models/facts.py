@@ -1,14 +1,14 @@
-"""Guesses about what a run without weights cannot show: the layout of Q, K and V in a fused
-projection, and the channels that rotate together.
+"""Guesses about facts that a run without weights does not show by itself: the layout of Q, K and V in
+a fused projection, and the channels that rotate together.
 
-A run confirms every guess before it is used. Add a guess here for a family without a matching one.
+A run confirms each guess before it is used. If no guess fits a family, add one here.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# What modules are called, for plots and tables, where the run does not tell.
+# Usual names of modules: they give a matrix its kind, for plots and tables, if the run does not.
 _KINDS = {
     "q": ("q_proj", "query", "q_lin", "wq"),
     "k": ("k_proj", "key", "k_lin", "wk"),
@@ -24,15 +24,15 @@ KINDS = {name: kind for kind, names in _KINDS.items() for name in names}
 
 
 def kind_of(parameter: str) -> str:
-    """The kind of a matrix by the name of its parameter; for an unknown module its own name."""
+    """The kind of a matrix, from the name of its parameter; for an unknown module, the module's name."""
     module = parameter.removesuffix(".weight").rpartition(".")[2]
     return KINDS.get(module, module.removesuffix("_proj"))
 
 
 @dataclass(frozen=True)
 class Heads:
-    """``q`` query heads on ``kv`` key/value heads; possible numbers of channels per head, and of
-    rotating channels.
+    """Numbers of query heads (``q``) and of key/value heads (``kv``). ``sizes`` are possible numbers of
+    channels per head, ``rotary`` possible numbers of rotating channels.
     """
 
     q: int
@@ -44,8 +44,8 @@ class Heads:
 
 
 def named(config: Any, name: str) -> Any:
-    """The value of a config's key; None also if it differs between blocks, for which transformers
-    raises an error.
+    """The value of a config's key, or None. It is also None if blocks have different values, for which
+    transformers raises an error.
     """
     try:
         return getattr(config, name, None)
@@ -54,7 +54,7 @@ def named(config: Any, name: str) -> Any:
 
 
 def heads_of(config: Any) -> Heads | None:
-    """The heads in a config, or None."""
+    """The heads that a config describes, or None."""
 
     def number(*names: str) -> int | None:
         return next(
@@ -85,14 +85,14 @@ def heads_of(config: Any) -> Heads | None:
 
 @dataclass(frozen=True)
 class Partition:
-    """The rows of a fused projection, by matrix."""
+    """The matrices in a fused projection: the kind and the rows of each."""
 
     kinds: tuple[str, ...]
     rows: tuple[tuple[int, ...], ...]
 
     @property
     def contiguous(self) -> bool:
-        """Whether each matrix is a slice of the parameter."""
+        """Whether the rows of each matrix are consecutive."""
         return all(rows == tuple(range(rows[0], rows[0] + len(rows))) for rows in self.rows)
 
 
@@ -123,7 +123,11 @@ def partitions(size: int, heads: Heads | None) -> Iterator[Partition]:
 
 
 def _by_heads(heads: int, parts: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], ...]:
-    """Rows of each part where the parts of a head follow each other, and so do the heads."""
+    """Rows of each part, if the projection stores head after head, and in each head part after part.
+
+    Args:
+        parts: per part (count, channels); it has count · channels rows in each head.
+    """
     span = sum(count * channels for count, channels in parts)
     starts = [sum(count * channels for count, channels in parts[:number]) for number in range(len(parts))]
     return tuple(
@@ -134,8 +138,8 @@ def _by_heads(heads: int, parts: tuple[tuple[int, int], ...]) -> tuple[tuple[int
 
 @dataclass(frozen=True)
 class Rotation:
-    """Factors that Q and K may share: the factor's index for each row of K and of Q. Channels that
-    rotate together share one.
+    """``size`` factors that Q and K share: for each row of K and of Q, the index of its factor. Channels
+    that rotate together have the same factor.
     """
 
     size: int
@@ -144,7 +148,7 @@ class Rotation:
 
 
 def rotations(rows_q: int, rows_k: int, heads: Heads | None) -> Iterator[Rotation]:
-    """Possible rotations of a pair of matrices, those with more factors first."""
+    """Possible rotations for Q and K with these numbers of rows; those with more factors come first."""
     if (
         heads is None
         or rows_q % heads.q
@@ -160,7 +164,7 @@ def rotations(rows_q: int, rows_k: int, heads: Heads | None) -> Iterator[Rotatio
         if 0 < rotary <= size:
             rest = range(half, half + size - rotary)
             pairings.append([*(i % half for i in range(rotary)), *rest])  # i with i + half
-            pairings.append([*(i // 2 for i in range(rotary)), *rest])  # neighbours
+            pairings.append([*(i // 2 for i in range(rotary)), *rest])  # neighbours rotate together
             # the last channels rotate
             pairings.append([*range(half, half + size - rotary), *(i % half for i in range(rotary))])
     for pairing in pairings:

@@ -1,5 +1,5 @@
-"""The files of a model directory: the weights that transformers loads, files to copy, and files that
-are left out.
+"""Sort the files of a model directory: weights that transformers loads, files to copy, and files to
+leave out.
 """
 
 import json
@@ -15,7 +15,7 @@ INDEX = "model.safetensors.index.json"
 CARD = "readme.md"  # in any case of letters
 TEMPLATES = "additional_chat_templates"  # the only subdirectory that a tokenizer reads
 CONVERT = "python -m stages.convert"
-# Weights and training states that transformers does not load where there is safetensors
+# Weights and training states that transformers does not load if there are safetensors
 OTHER_PROGRAMS = (
     ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx",
     ".onnx_data", ".ot", ".npz", ".npy", ".tflite", ".mlmodel", ".nemo", ".engine", ".llamafile",
@@ -27,7 +27,7 @@ class Files:
     """The content of a model directory; names are relative to it."""
 
     weights: tuple[str, ...]  # in the order in which transformers reads them
-    index: Mapping[str, str] | None  # tensor name -> file name, where the weights have an index
+    index: Mapping[str, str] | None  # tensor name -> file name; None: the weights have no index
     others: tuple[str, ...]  # copied verbatim beside new weights
     left_out: Mapping[str, str]  # name -> why
 
@@ -55,7 +55,7 @@ def reason_left_out(name: str) -> str | None:
 
 
 def find_files(path: Path) -> Files:
-    """Sort a directory's files; the weights are those that transformers' ``from_pretrained`` loads
+    """Sort a directory's files. The weights are the files that transformers' ``from_pretrained`` loads
     (``_get_resolved_checkpoint_files``).
 
     Raises:
@@ -94,8 +94,8 @@ def find_files(path: Path) -> Files:
 
 
 def list_files(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Files to copy, and files that are left out with the reason. A subdirectory that is left out is
-    one entry.
+    """The files to use, and name -> reason for those to leave out. A subdirectory that is left out
+    counts as one entry.
 
     Raises:
         SparselineError: the directory or a file cannot be read, or a file to copy is not a regular
@@ -129,7 +129,7 @@ def list_files(path: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def _names_one_file(index: Path) -> bool:
-    """Whether all that an index names is in model.safetensors."""
+    """Whether an index places all tensors in model.safetensors."""
     try:
         return set(_read_index(index).values()) == {WEIGHTS}
     except SparselineError:
@@ -162,8 +162,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _no_weights(path: Path, stored: list[str]) -> str:
-    """The sentence for a directory without weights that transformers would load, with the remedy
-    that fits what is there.
+    """The error message for a directory without weights that transformers would load. Its remedy
+    depends on the files that are there.
     """
     lacking = f"{path} holds no {WEIGHTS} and no {INDEX}"
     if (path / "bitmask.json").exists():
@@ -193,7 +193,7 @@ def _no_weights(path: Path, stored: list[str]) -> str:
 
 
 def grouped(reasons: Mapping[str, str]) -> list[str]:
-    """One line per reason, with its files (of many, the first three)."""
+    """One line per reason, with at most three of its files."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         by_reason.setdefault(reason, []).append(name)

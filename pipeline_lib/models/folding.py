@@ -1,5 +1,5 @@
-"""Fold per-channel factors into a block's tensors, which does not change its function (2602.21652, Eq.
-3).
+"""Fold per-channel factors into a block's tensors without changing the block's function (2602.21652,
+Eq. 3).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ def fold(
 
     Args:
         tensors: the block's parameters, named relative to the block.
-        factors: for some of the couplings, positive factors [size]; a site's inputs become X' = D X
+        factors: positive factors [size] for some of the couplings. A site's inputs become X' = D X
             with D = diag(factor[index]).
 
-    Each product is taken in the wider of the two dtypes and rounded once to the parameter's own;
-    with powers of two it is exact.
+    Products are computed in the wider of the two dtypes, and rounded once to the parameter's dtype.
+    Powers of two are exact.
     """
     folded = dict(tensors)
-    own: set[str] = set()  # what may be overwritten
+    own: set[str] = set()  # parameters that are already copied, and may be overwritten
     for coupling in layout.couplings:
         if coupling.name not in factors:
             continue
@@ -62,7 +62,7 @@ def numbers(index: Sequence[int], device: torch.device | None = None) -> torch.T
 
 
 def site_factor(layout: Layout, site: str, factors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """D's diagonal [d] for a site's inputs, or None if nothing scales them."""
+    """D's diagonal [d] for a site's inputs, or None if no factor scales them."""
     entry = layout.site(site)
     if entry.coupling is None or entry.coupling not in factors:
         return None
@@ -70,15 +70,16 @@ def site_factor(layout: Layout, site: str, factors: Mapping[str, torch.Tensor]) 
 
 
 class MatrixScales:
-    """The couplings' factors on the rows and columns of one logical matrix [R, C]: indices are built
-    once, and evaluated often.
+    """The scales that couplings give to the rows and columns of one logical matrix [R, C].
+
+    The constructor builds the indices once, for many calls.
     """
 
     def __init__(
         self, layout: Layout, matrix: Matrix, shape: tuple[int, int], device: torch.device | None = None
     ) -> None:
         self.shape, self.device = shape, device
-        # Per tie: coupling, 0 for rows or 1 for columns, which of them, the factor that each takes, power.
+        # per tie: coupling; 0 for rows or 1 for columns; their indices; the index of each one's factor; power
         self.ties: list[tuple[str, int, torch.Tensor, torch.Tensor, int]] = []
         for coupling in layout.couplings:
             for tie in coupling.ties:
@@ -99,8 +100,8 @@ class MatrixScales:
                     )
 
     def __call__(self, log_factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log scales of rows [R] and columns [C], differentiable in the log factors; couplings that
-        are not given count as 0.
+        """Log scales of rows [R] and columns [C], differentiable in the log factors. Missing couplings
+        count as 0.
         """
         like = next(iter(log_factors.values()), torch.zeros((), device=self.device))
         scales = [like.new_zeros(size) for size in self.shape]

@@ -1,8 +1,8 @@
 """Run a model with only the shapes of its parameters in memory: every product returns random outputs
 of the right shape.
 
-So the outputs of products are independent of their inputs, and the run shows what a block computes
-between its products.
+The outputs of products do not depend on their inputs, so the run shows what a block computes between
+its products.
 """
 
 import zlib
@@ -20,20 +20,18 @@ Tensor = torch.Tensor
 
 @dataclass
 class Changes:
-    """Changes since the previous run: factors of the output rows of a product, and of parameters [d]
-    without a product.
-    """
+    """Changes to one run: some outputs of products and some vector parameters are scaled."""
 
-    rows: Mapping[Part, Tensor] = field(default_factory=dict)  # factors [R]
-    # factors [d], offset: w becomes (w + offset) f − offset
+    rows: Mapping[Part, Tensor] = field(default_factory=dict)  # factors [R] of a product's outputs
+    # parameter [d] -> factors f [d] and offset: w becomes (w + offset) f − offset
     vectors: Mapping[str, tuple[Tensor, float]] = field(default_factory=dict)
-    # of whose outputs those of one token in the middle are four times as large
+    # parts whose outputs are four times as large for one token, the middle one
     one: frozenset[Part] = frozenset()
 
 
 class Hollow(Watched):
-    """While active, parameters (on the meta device) act as random numbers. Without ``Changes``, the
-    same call gives the same result.
+    """While active, parameters on the meta device act as random numbers. Without ``Changes``, equal
+    calls give equal results.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -46,13 +44,13 @@ class Hollow(Watched):
         self._times: dict[Part, int] = {}
 
     def begin(self, changes: Changes | None = None, keep: bool = True) -> None:
-        """Begin a new run. For a whole model only the used parts are recorded, because the inputs
-        would grow with depth.
+        """Begin a new run. With ``keep=False``, for a whole model, products are not kept, because their
+        inputs would take memory in proportion to depth.
         """
         self.changes, self.seen, self._times = changes or Changes(), [] if keep else None, {}
 
     def _outputs(self, product: Product) -> Tensor:
-        """Normally distributed numbers, which depend on the part and on how often it was used in this run."""
+        """Normally distributed outputs. They depend only on the part and its number of uses in this run."""
         self.parts.add(product.part)
         if self.seen is not None:
             self.seen.append(product)
@@ -69,7 +67,7 @@ class Hollow(Watched):
 
     def otherwise(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(func, "__name__", "") == "__get__" and getattr(func.__self__, "__name__", "") == "device":
-            return torch.device("cpu")  # of a parameter, too
+            return torch.device("cpu")  # for a parameter on the meta device, too
         hollow = [value for value in _tensors((args, kwargs)) if value.is_meta]
         if not hollow:
             return func(*args, **kwargs)
@@ -92,7 +90,7 @@ class Hollow(Watched):
         return zlib.crc32(ids.contiguous().numpy().tobytes())
 
     def _numbers(self, tensor: Tensor) -> Tensor:
-        """Random numbers in the place of a parameter, or of a view of one; vectors are positive, of
+        """Random numbers that replace a parameter or a view of one. Those of vectors are positive, have
         few bits, and follow the changes.
         """
         found = self.parameters.find(tensor)

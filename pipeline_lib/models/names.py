@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from pipeline_lib.core.errors import SparselineError
 
-EXPRESSION = "re:"  # llm-compressor's mark of a regular expression
-Names = Sequence[str]  # of one matrix; the first is its own
+EXPRESSION = "re:"  # marks a regular expression, as in llm-compressor
+Names = Sequence[str]  # all names of one matrix; the first is its own
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Selection:
     """The matrices to prune, and the number of matches of each pattern."""
 
     included: list[bool]  # in the order of the matrices
-    matched: list[tuple[str, str, int]]  # include or exclude, the pattern, how many
+    matched: list[tuple[str, str, int]]  # include or exclude, the pattern, the number of its matches
 
     def __str__(self) -> str:
         told = f"included {sum(self.included)} of {len(self.included)} matrices"
@@ -32,12 +32,12 @@ class Selection:
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Whether a name matches: a shell pattern with ``*`` and ``?`` (brackets are literal), or ``re:``
-    and a regular expression.
+    """The function that tells whether a name matches. The pattern is a shell pattern with ``*`` and
+    ``?`` (brackets are literal), or ``re:`` and a regular expression.
 
-    A shell pattern matches a whole name, or the name of a module that contains it
-    (``layers.0.mlp``). An expression must match from the name's start, but not to its end, as in
-    llm-compressor.
+    A shell pattern must match the whole name of a matrix, or of a module that contains it
+    (``layers.0.mlp``). A regular expression must match from the start of the name, but need not
+    reach its end, as in llm-compressor.
 
     Raises:
         ValueError: the text after ``re:`` is not a regular expression.
@@ -60,8 +60,8 @@ def select(
 
     Args:
         matrices: every name of each matrix.
-        never: names of parameters that are never pruned, for the error of a pattern that matches
-            only these.
+        never: names of parameters that are never pruned. If a pattern matches only these, the error
+            says so.
 
     Raises:
         SparselineError: a pattern matches no matrix or is not a regular expression, or nothing is
@@ -83,10 +83,10 @@ def select(
 
 
 def hits(key: str, pattern: str, matrices: Sequence[Names], never: Sequence[str] = ()) -> list[bool]:
-    """Whether the pattern, the value of ``key`` in params.yaml, matches each matrix.
+    """Whether the pattern matches, for each matrix. ``key`` is its key in params.yaml, for errors.
 
     Raises:
-        SparselineError: it matches none, or is not a regular expression.
+        SparselineError: the pattern matches no matrix, or is not a regular expression.
     """
     try:
         matches = matcher(pattern)

@@ -1,5 +1,5 @@
-"""Storage of hidden states between two blocks: on the device, in host memory, or in files, always with
-the same bytes.
+"""Storage of hidden states between two blocks: on the device, in host memory, or in files. The place
+does not change their values.
 """
 
 import math
@@ -20,12 +20,11 @@ Place = Literal["device", "host", "disk"]
 
 @dataclass
 class Storage:
-    """How many bytes of hidden states may be on the device and in host memory, for all streams
-    together.
+    """Limits, in bytes, for the hidden states of all streams on the device and in host memory.
 
     Batches are placed one by one: the first on the device, the next in host memory, the others in
-    files in ``directory``. Without a directory, host memory takes them all. A batch keeps its
-    place; another stream of the same name reuses the places of the first one.
+    files in ``directory``. Without a directory, host memory takes the others too. A batch keeps its
+    place. A later stream of the same name reuses the places of the first one.
     """
 
     device: float = math.inf
@@ -50,9 +49,9 @@ class Storage:
 def allowed_storage(device: torch.device, directory: Path | None = None, wanted: float = 0) -> Storage:
     """The storage that the settings allow for hidden states of ``wanted`` bytes.
 
-    On a CPU they are all in memory or, above SPARSELINE_ACTIVATION_BYTES, all in files. On a GPU
-    they stay there up to SPARSELINE_GPU_ACTIVATION_BYTES, then in host memory up to
-    SPARSELINE_ACTIVATION_BYTES, then in files.
+    With a CPU they are all in memory or, above SPARSELINE_ACTIVATION_BYTES, all in files. With a GPU
+    they use its memory up to SPARSELINE_GPU_ACTIVATION_BYTES, then host memory up to
+    SPARSELINE_ACTIVATION_BYTES, then files.
 
     Args:
         directory: directory for files; None: no files, regardless of the settings.
@@ -76,7 +75,7 @@ class _Cell(Protocol):
         """Replace the batch."""
 
     def row(self, number: int) -> torch.Tensor:
-        """One row [1, T, D], on the device. No other row is read."""
+        """One row [1, T, D], on the device. Other rows are not read."""
 
     def rows(self) -> int:
         """Number of rows."""
@@ -100,8 +99,8 @@ class _OnDevice:
 
 
 class _InHost:
-    """In host memory. With a GPU it is pinned, because only copies from pinned memory run beside
-    computation.
+    """A batch in host memory. With a GPU the memory is pinned, because only copies from pinned memory
+    run beside computation.
     """
 
     def __init__(self, link: "_Link") -> None:
@@ -144,12 +143,12 @@ class _OnDisk:
 
 
 class _Link:
-    """Copies between a device and host memory. On a GPU they run on a separate stream, beside
+    """Copies between a device and host memory. On a GPU they run on a separate CUDA stream, beside
     computation, and the next batch is fetched in advance.
 
     The side stream runs copies in the order of the requests, so a batch is never read before it is
-    written. Computation waits for the copy that it needs (by an event), and the side stream waits
-    for a result before it copies it.
+    written. Computation waits (by an event) for the copy that it needs. The side stream waits for a
+    result before copying it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -158,20 +157,20 @@ class _Link:
         self._ahead: _Ahead | None = None
 
     def take(self, cell: _InHost) -> torch.Tensor:
-        """A cell's batch on the device; it may have been fetched in advance."""
+        """A cell's batch on the device. It is copied now, unless it was fetched in advance."""
         found = self._ahead if self._ahead is not None and self._ahead[0] is cell else self.fetch(cell)
         self._ahead = None
         _, hidden, copied = found
         if copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)
-            # the allocator must not give its memory to the side stream meanwhile
+            # the allocator must not reuse this memory on the side stream before computation is done
             hidden.record_stream(current)
         return hidden
 
     def fetch(self, cell: _InHost) -> "_Ahead":
         """Begin to copy a cell's batch to the device."""
-        self._ahead = None  # before the next: at most one is ahead
+        self._ahead = None  # frees the last one first: at most one batch is ahead
         if self.side is None:
             self._ahead = cell, cell.buffer.to(self.device, copy=True), None
         else:
@@ -198,17 +197,16 @@ class _Link:
         return rows.to(self.device, non_blocking=True, copy=True)
 
 
-# whose batch is on the device, and when it will be there
+# the cell, its batch on the device, and the event that ends the copy
 _Ahead = tuple[_InHost, torch.Tensor, torch.cuda.Event | None]
 
 
 class Batches(Sequence[torch.Tensor]):
-    """Hidden states [B, T, D], batch by batch, each in its place in the storage. Reading a batch
-    moves it to the device.
+    """A sequence of batches of hidden states [B, T, D], each in its place in the storage. Reading a
+    batch copies it to the device.
 
-    A slice shares the places. A reader that takes the batches in order gets the next one
-    prefetched. If several processes run the stage, each has its own batches, and knows only the
-    sizes of the others.
+    A slice shares the places. Reading a batch in host memory prefetches the next one. If several
+    processes run the stage, each has its own batches, and knows only the sizes of the others.
     """
 
     def __init__(
@@ -219,7 +217,7 @@ class Batches(Sequence[torch.Tensor]):
         name: str,
         sizes: Sequence[int] | None = None,
     ) -> None:
-        """``sizes``: rows of each batch, if this process does not get all of them."""
+        """``sizes``: number of rows in each batch; required if this process does not hold all batches."""
         self._device, self._storage, self._name, self._sizes = device, storage, name, sizes
         self._link: _Link | None = None
         self._cells: list[_Cell | None] = [None] * count
@@ -257,11 +255,11 @@ class Batches(Sequence[torch.Tensor]):
 
     @property
     def own(self) -> list[int]:
-        """The positions of the batches that this process has."""
+        """The positions of the batches that this process holds."""
         return [place for place, number in enumerate(self._numbers) if self._cells[number] is not None]
 
     def row(self, place: int, number: int) -> torch.Tensor:
-        """One sample [1, T, D] of a batch; no other is read."""
+        """One sample [1, T, D] of a batch. Other samples are not read."""
         return self._cell(place).row(number)
 
     def _cell(self, place: int) -> _Cell:

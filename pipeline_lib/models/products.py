@@ -1,4 +1,4 @@
-"""Observe the products with parameters while a model runs, and their inputs X [tokens, d]."""
+"""Observe the matrix products with parameters while a model runs, and their inputs X [tokens, d]."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,8 +16,8 @@ _ADDED = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}  # the bias 
 
 @dataclass(frozen=True)
 class Part:
-    """The parameter of a product: a module's parameter, one expert of it, or some of its rows. Names
-    are relative to the block.
+    """The weight of a product: a module's parameter, one expert's slice, or some of its rows. Names are
+    relative to the block.
     """
 
     parameter: str
@@ -33,18 +33,18 @@ class Product:
     part: Part
     inputs: Tensor  # X [..., d]
     size: int  # R
-    bias: str | None  # the parameter that is added in the same step
-    batched: int | None = None  # its number among several in one call
+    bias: str | None  # the parameter that the same call adds
+    batched: int | None = None  # its number, if the call computes several products
     turned: bool = False  # the weight comes first: W Xᵀ
 
     def outputs_in(self, result: Tensor) -> Tensor:
-        """The product's outputs [..., R] in the result of the call, or in its gradient."""
+        """The product's outputs [..., R] from the call's result (or its part of the result's gradient)."""
         own = result if self.batched is None else result[self.batched]
         return own.transpose(-1, -2) if self.turned else own
 
 
 class Parameters:
-    """Maps a tensor to the parameter of which it is a view, and to its part of it."""
+    """Lookup of the parameter that a tensor is a view of, and of the tensor's part of it."""
 
     def __init__(self, named: Mapping[str, Tensor]) -> None:
         self._of = {_storage(tensor): [] for tensor in named.values()}  # type: dict[int, list[tuple[str, Tensor]]]
@@ -52,7 +52,7 @@ class Parameters:
             self._of[_storage(tensor)].append((name, tensor))
 
     def find(self, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """The parameter whose memory the tensor shares, and its name."""
+        """Name and tensor of the parameter whose memory the tensor shares, or None."""
         for name, whole in self._of.get(_storage(tensor), ()):
             if (
                 whole.storage_offset()
@@ -63,7 +63,7 @@ class Parameters:
         return None
 
     def part(self, weight: Tensor) -> Part | None:
-        """The part that a weight [R, C] is; None unless it consists of whole rows of a stored matrix."""
+        """The part that equals a weight [R, C]; None unless the weight is whole rows of a stored matrix."""
         found = self.find(weight)
         if found is None or weight.ndim != 2 or found[1].ndim not in (2, 3):
             return None
@@ -90,8 +90,8 @@ def _storage(tensor: Tensor) -> int:
 
 
 class Watched(TorchFunctionMode):
-    """While active, ``see`` gets every product with a parameter before it is computed; its result
-    replaces the product, unless it is None.
+    """While active, call ``see`` with every product with a parameter, before it is computed. If ``see``
+    returns a tensor, this replaces the product's outputs.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Watched(TorchFunctionMode):
     ) -> None:
         """
         Args:
-            after: is told what the call gave that a product is part of, see ``Product.outputs_in``.
+            after: called with each product and the result of its call (see ``Product.outputs_in``).
         """
         super().__init__()
         self.parameters, self.see, self.after = parameters, see, after
@@ -125,11 +125,11 @@ class Watched(TorchFunctionMode):
         return outputs
 
     def otherwise(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Handle any other call."""
+        """Run a call whose result ``see`` does not replace."""
         return func(*args, **kwargs)
 
     def _products(self, inputs: Any, weight: Any, bias: Any) -> list[Product]:
-        """``weight`` is [R, C], or [E, R, C] beside inputs [E, n, C]."""
+        """The products in a call. ``weight`` is [R, C], or [E, R, C] for inputs [E, n, C]."""
         if not isinstance(inputs, Tensor) or not isinstance(weight, Tensor):
             return []
         if self.parameters.find(weight) is None:
@@ -151,7 +151,7 @@ def _as_taken(product: Product, outputs: Tensor) -> Tensor:
 
 
 def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any] | None:
-    """Inputs, the weight as [..., R, C], and the bias of a product."""
+    """Inputs, weight as [..., R, C], and bias of a call that is a product, else None."""
     if func in _OUTPUTS_FIRST:
         values = [
             *args,

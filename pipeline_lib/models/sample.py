@@ -1,7 +1,6 @@
 """Generate text with a model.
 
-Shape letters: ``B`` prompts in a batch, ``T`` tokens of the longest, ``V`` tokens of the
-vocabulary.
+Shape letters: ``B`` prompts in a batch, ``V`` tokens of the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ class Drawing:
     """Parameters of the sampling."""
 
     new_tokens: int  # at most
-    temperature: float  # 0: the most likely token
+    temperature: float  # 0: always the most likely token
     seed: int
 
 
@@ -46,10 +45,10 @@ def continued(
 ) -> list[list[int]]:
     """The tokens that follow each prompt, up to and including the first of ``ends``.
 
-    Tokens are drawn from softmax(logits / temperature) by Gumbel's trick: the largest of logits /
-    temperature + noise. The noise depends only on the seed and the prompt's number, so other
-    batches change nothing but the model's rounding. Other keys of the checkpoint's generation
-    config (repetition penalties, top-k) are not used.
+    Tokens are drawn from softmax(logits / temperature) by Gumbel's trick: take the token with the
+    largest logits / temperature + noise. The noise depends only on the seed and the prompt's number,
+    so the split into batches changes nothing but the model's rounding. The checkpoint's generation
+    config (repetition penalties, top-k) is not used.
     """
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)

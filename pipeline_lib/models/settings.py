@@ -6,7 +6,7 @@ from typing import Literal
 
 from pipeline_lib.core.params import Params
 
-COMMIT = re.compile("[0-9a-f]{40}")  # of the hub, in full: a name may come to mean other files
+COMMIT = re.compile("[0-9a-f]{40}")  # a full commit hash of the hub: branches and tags can move
 
 
 class ModelParams(Params):
@@ -20,5 +20,5 @@ class ModelParams(Params):
     remote_code: bool
     dequantize: bool
     compute_dtype: Literal["float32", "bfloat16", "float16"]
-    # as ``core.products.Products``, whose module imports torch
+    # repeats ``core.products.Products``, because that module imports torch
     products: Literal["float32", "tf32", "bfloat16"]

@@ -1,4 +1,4 @@
-"""The model of the parameters, as recorded by the prepare stage."""
+"""The model that params.yaml names: fetch it, and check it against the record of the prepare stage."""
 
 import glob
 import hashlib
@@ -18,12 +18,12 @@ from pipeline_lib.models.files import CONVERT, INDEX, reason_left_out
 from pipeline_lib.models.settings import COMMIT, ModelParams
 from pipeline_lib.models.written import from_json
 
-HUB = Path("data/hub.json")  # what DVC watches in the place of a directory
-SMALL = 2**26  # bytes; larger files are compared by DVC, not hashed again by every stage
+HUB = Path("data/hub.json")  # DVC watches this file instead of a model directory
+SMALL = 2**26  # bytes; every stage hashes smaller files again, and leaves larger ones to DVC
 
 
 def fetch(params: ModelParams) -> Path:
-    """The local directory of the model. From the hub, it fetches the files to load or copy at one
+    """The local directory of the model. For a hub model, fetch the files to load or copy, at one
     commit. Later stages use ``locate``.
 
     Raises:
@@ -55,7 +55,7 @@ def fetch(params: ModelParams) -> Path:
     wanted = [glob.escape(name) for name in names if reason_left_out(name) is None]
     try:
         return Path(snapshot_download(hub_id, revision=commit, allow_patterns=wanted))
-    except Exception as error:  # of the hub, the network or the disk
+    except Exception as error:  # from the hub, the network or the disk
         raise _unreachable(hub_id, commit, error) from error
 
 
@@ -63,7 +63,7 @@ def fetch_pickled(hub_id: str, revision: str | None) -> Path:
     """The local directory of a hub model without safetensors: its .bin files and the files to copy.
 
     Raises:
-        SparselineError: it cannot be fetched.
+        SparselineError: the model cannot be fetched.
     """
     try:
         names = HfApi().list_repo_files(hub_id, revision=revision)
@@ -78,7 +78,7 @@ def fetch_pickled(hub_id: str, revision: str | None) -> Path:
                 hub_id, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]
             )
         )
-    except Exception as error:  # of the hub, the network or the disk
+    except Exception as error:  # from the hub, the network or the disk
         told = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SparselineError(
             f"{hub_id} is not a directory here, and cannot be fetched from the hub: {told}"
@@ -86,15 +86,15 @@ def fetch_pickled(hub_id: str, revision: str | None) -> Path:
 
 
 def not_fetched(params: ModelParams) -> dict[str, str]:
-    """Files of the hub's repository that are not in the result -> the reason; empty for a directory,
-    or without network.
+    """File of the hub's repository -> the reason why it is not fetched. Empty for a local directory, or
+    if the repository's files cannot be listed.
     """
     names = None if params.id is None else _listed(params.id, params.revision or "")[0]
     return {name: reason for name in names or [] if (reason := reason_left_out(name)) is not None}
 
 
 def _commit(params: ModelParams) -> str:
-    """The full hash that ``revision`` has to be: a name may move between two stages."""
+    """``revision``, which must be the full hash of a commit: a branch or tag may move between two stages."""
     hub_id, revision = params.id or "", params.revision
     if hub_id.startswith(("/", ".", "~")) or Path(hub_id).exists():
         raise SparselineError(
@@ -114,7 +114,7 @@ def _commit(params: ModelParams) -> str:
         raise SparselineError(
             f"model.id = {hub_id!r} is not the name of a model on the hub: {error}"
         ) from error
-    except Exception:  # offline, gated, mistyped: the sentence does without
+    except Exception:  # offline, gated or mistyped: the message cannot name the commit
         now = f"`git ls-remote https://huggingface.co/{hub_id}` shows it"
     raise SparselineError(
         f"model.revision = {revision!r} may later refer to other weights of model.id = {hub_id!r}; give the"
@@ -123,9 +123,7 @@ def _commit(params: ModelParams) -> str:
 
 
 def _listed(hub_id: str, commit: str) -> tuple[list[str] | None, Exception | None]:
-    """The names of a repository's files at a commit, from the cache or from the hub; or why there
-    are none.
-    """
+    """The names of a repository's files at a commit, from the cache or the hub, or None and the error."""
     try:
         return [file.path for file in get_cached_repo_tree(hub_id, revision=commit)], None
     except CachedRepoTreeNotFoundError:
@@ -134,7 +132,7 @@ def _listed(hub_id: str, commit: str) -> tuple[list[str] | None, Exception | Non
         return None, error
     try:
         return sorted(HfApi().list_repo_files(hub_id, revision=commit)), None
-    except Exception as error:  # of the hub or the network
+    except Exception as error:  # from the hub or the network
         return None, error
 
 
@@ -146,7 +144,7 @@ def _unreachable(hub_id: str, commit: str, reason: Exception | None) -> Sparseli
 
 
 def identity(sha256: Mapping[str, str]) -> str:
-    """A model's digest, computed from those of its files."""
+    """A model's digest, computed from the digests of its files."""
     return hashlib.sha256(json.dumps(dict(sha256), sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -156,10 +154,11 @@ def recorded_files(checkpoint: Checkpoint) -> list[str]:
 
 
 def open_source(workspace: Workspace, params: ModelParams) -> Checkpoint:
-    """The checkpoint as prepare recorded it.
+    """Open the checkpoint with the architecture that the prepare stage recorded.
 
     Raises:
-        SparselineError: one of its files has been changed, added or removed since.
+        SparselineError: the record is unusable, or one of the files was changed, added or removed
+            since.
     """
     facts = workspace.load(workspace.model)
     try:

@@ -9,11 +9,11 @@ from pipeline_lib.core.errors import SparselineError
 
 Place = Literal["document", "row", "none"]
 
-# Model types whose evaluations give every row a start token; the others' give one to every
-# document. Gemma's perplexity on WikiText-2 is about 650 without it and 21 with it; lm-eval forces
-# it for this family (EleutherAI/lm-evaluation-harness#1465, huggingface/transformers#29250).
-# GPTQ's, SparseGPT's and Wanda's scripts tokenise the joined text once, so that only its beginning
-# has the token: `document` for a text of one document.
+# Model types whose usual evaluation gives every row a start token. For other types, every document
+# has one. Gemma's perplexity on WikiText-2 is about 650 without the token and 21 with it; lm-eval
+# forces it for this family (EleutherAI/lm-evaluation-harness#1465, huggingface/transformers#29250).
+# The scripts of GPTQ, SparseGPT and Wanda tokenise the joined text once, so only its beginning has the
+# token. This is `document` for a text of one document.
 ROW = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
 
 
@@ -31,8 +31,8 @@ def usual(model_type: str) -> Place:
 
 
 def start(place: Place | None, model_type: str, tokenizer: PreTrainedTokenizerBase) -> Start:
-    """The requested position, or the family's usual one for None; the token is the tokenizer's BOS,
-    else its EOS.
+    """The requested position, or for None the family's usual one. The token is the tokenizer's BOS
+    token, else its EOS token.
 
     Raises:
         SparselineError: a start token is requested, but the tokenizer has none.

@@ -1,4 +1,4 @@
-"""Run a model block by block: the peak memory is one or two blocks plus the activations, independent
+"""Run a model block by block. The peak memory is one or two blocks plus the activations, independent
 of depth.
 
 Shape letters: ``B`` samples in a batch, ``T`` tokens per sample, ``D`` channels of the residual
@@ -26,13 +26,13 @@ from pipeline_lib.models.conversion import Piece, assembled, disassembled
 from pipeline_lib.models.places import Batches, Storage
 from pipeline_lib.models.products import Parameters, Product, Watched
 
-HEAD_TOKENS = 256  # whose logits are in memory at a time: enough for a product to run at full speed
+HEAD_TOKENS = 256  # tokens with logits in memory at a time: enough for a product to run at full speed
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional (after the hidden states) and named
 
 
 class _Recorder(nn.Module):
-    """Takes a block's place: records its arguments, and returns the given hidden states, with as
-    many parts as the block returns.
+    """A stand-in for a block. It passes its inputs and arguments to ``note``, and returns the hidden
+    states that ``note`` returns, in the format of the block's output.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class _Recorder(nn.Module):
     ) -> None:
         super().__init__()
         self.note, self.returns = note, returns
-        self._block = [block]  # in a list it is no submodule
+        self._block = [block]  # in a list, so that it is not a submodule
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         given = self.note(hidden, (args, kwargs))
         return (given, *[None] * (self.returns - 1)) if self.returns else given
 
     def __getattr__(self, name: str) -> Any:
-        """Some models ask their blocks what kind they are."""
+        """An attribute of the block: some models read the kind of their blocks."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -55,8 +55,8 @@ class _Recorder(nn.Module):
 
 
 class Stream:
-    """Hidden states [B, T, D] of all batches before some block, in order; each block overwrites them.
-    The storage determines their places.
+    """Hidden states [B, T, D] of all batches before some block, in order. Each block overwrites them.
+    ``storage`` determines where they are stored.
     """
 
     def __init__(
@@ -80,12 +80,10 @@ class Stream:
 
 
 class BlockModel:
-    """A checkpoint of which only the requested parts are in memory: embeddings, single blocks, or the
-    head.
+    """A checkpoint with only the requested parts in memory: embeddings, single blocks, or the head.
 
-    ``products`` is the precision of float32 products on a GPU while blocks run, and so of the
-    statistics collected meanwhile. ``storage`` is used by streams that have none of their own
-    (None: on the device).
+    ``products`` is the precision of float32 products on a GPU while blocks run. It also applies to the
+    statistics collected meanwhile. ``storage`` is the default for streams (None: on the device).
     """
 
     def __init__(
@@ -104,14 +102,14 @@ class BlockModel:
         self.whole = skeleton(checkpoint.config, dtype, checkpoint.remote_code).eval().requires_grad_(False)
         self.base: nn.Module = self.whole.base_model
         self.templates = list(self.base.get_submodule(checkpoint.architecture.blocks))
-        # of each block, whether threads pass parts of the rows through it side by side
+        # per block: whether threads pass batches through it side by side
         self.small = [
             small(device, sum(map(torch.Tensor.numel, each.parameters()))) for each in self.templates
         ]
         self._own = threading.local()
-        self._length = 0  # tokens in a row, which the arguments below depend on
-        self._arguments: dict[int, list[Arguments]] = {}  # rows in a batch -> per block
-        self._made_of: dict[int, dict[str, tuple[Piece, ...]]] = {}  # a block's parameters
+        self._length = 0  # tokens in a row, on which the arguments below depend
+        self._arguments: dict[int, list[Arguments]] = {}  # rows in a batch -> the arguments of each block
+        self._made_of: dict[int, dict[str, tuple[Piece, ...]]] = {}  # block -> pieces of its parameters
 
     def embed(
         self,
@@ -121,11 +119,11 @@ class BlockModel:
         storage: Storage | None = None,
         own: Collection[int] | None = None,
     ) -> Stream:
-        """The stream before the first block, for samples [N, T]; it also records each block's other
-        arguments.
+        """The stream before the first block, for samples [N, T]. Each block's other arguments are
+        recorded.
 
-        Batches have ``batch_rows`` samples, or the sizes in the list. Those of the numbers ``own`` are
-        embedded; None: all.
+        Batches have ``batch_rows`` samples, or the sizes in the list. Only batches whose numbers are
+        in ``own`` are embedded; None: all.
         """
         if rows.shape[1] != self._length:
             self._length, self._arguments = rows.shape[1], {}
@@ -142,11 +140,11 @@ class BlockModel:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """While open, the function from hidden states [B, T, D] after the last block to logits [B, T,
-        V], differentiable in them.
+        """While open, a function from hidden states [B, T, D] after the last block to logits [B, T, V],
+        differentiable in the hidden states.
 
-        transformers' own code computes it, including last norm, projection and scaling; ``embed``
-        must come first.
+        transformers' own code computes the logits, including last norm, projection and scaling.
+        ``embed`` must be called first.
         """
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
@@ -159,8 +157,8 @@ class BlockModel:
 
     @contextmanager
     def _outside_blocks(self, head: bool) -> Iterator[None]:
-        """While open, what no block holds is in memory: the embeddings, the last norm and, if asked
-        for, the head.
+        """While open, keep the parameters outside the blocks in memory: the embeddings, the last norm
+        and, if ``head``, the head.
         """
         base = "" if self.base is self.whole else f"{self.whole.base_model_prefix}."
         blocks, unread = f"{base}{self.checkpoint.architecture.blocks}.", self.checkpoint.unread
@@ -186,12 +184,12 @@ class BlockModel:
             )
 
     def _computing(self, tensor: torch.Tensor) -> torch.Tensor:
-        """On the device, and in the computing dtype unless it holds whole numbers."""
+        """The tensor on the device; in the computing dtype, unless it contains integers."""
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
     @contextmanager
     def _standing_in(self, note: Callable[[torch.Tensor, Arguments], torch.Tensor]) -> Iterator[None]:
-        """While open, recorders replace the blocks."""
+        """While open, replace the blocks by recorders."""
         path, _, last = self.checkpoint.architecture.blocks.rpartition(".")
         holder = self.base.get_submodule(path)
         returns = self.checkpoint.architecture.returns
@@ -203,8 +201,8 @@ class BlockModel:
 
     @torch.no_grad()
     def _note(self, batch: torch.Tensor) -> torch.Tensor:
-        """The hidden states [B, T, D] before the first block for token rows [B, T]; every block's
-        arguments are noted.
+        """The hidden states [B, T, D] before the first block for samples [B, T]. Every block's arguments
+        are recorded.
         """
         inputs: list[torch.Tensor] = []
         noted: list[Arguments] = []
@@ -225,8 +223,8 @@ class BlockModel:
                 setattr(module, name, buffer.to(self.device))
 
     def block(self, index: int, tensors: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
-        """A block with weights in the computing dtype: the checkpoint's, or the given ones (names
-        relative to the block).
+        """A block in the computing dtype, with the checkpoint's tensors or with ``tensors`` (as in the
+        files; names relative to the block).
         """
         tensors = self.checkpoint.block(index) if tensors is None else tensors
         block = copy.deepcopy(self.templates[index])
@@ -241,7 +239,7 @@ class BlockModel:
         return block.requires_grad_(False)
 
     def stored(self, block: nn.Module, index: int) -> dict[str, torch.Tensor]:
-        """A block's tensors as the files have them, in the computing dtype."""
+        """A block's tensors in the form of the files, in the computing dtype."""
         return disassembled(self._pieces(index), dict(block.named_parameters()))
 
     def _pieces(self, index: int) -> dict[str, tuple[Piece, ...]]:
@@ -250,8 +248,8 @@ class BlockModel:
         return self._made_of[index]
 
     def arguments(self, index: int, rows: int) -> Arguments:
-        """The arguments of block ``index`` besides a batch of so many samples (they depend on
-        positions, not on tokens).
+        """The arguments of block ``index`` besides the hidden states, for a batch of ``rows`` samples.
+        They depend on positions, not on tokens.
         """
         if rows not in self._arguments:
             larger = self._arguments[min(size for size in self._arguments if size > rows)]
@@ -265,8 +263,8 @@ class BlockModel:
         hidden: torch.Tensor,
         tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Output [B, T, D] of a block for hidden states [B, T, D]; differentiable in ``tensors``,
-        which replace the block's own.
+        """The output [B, T, D] of a block for hidden states [B, T, D]. ``tensors`` replace the block's
+        own; the output is differentiable in them.
         """
         args, kwargs = self.arguments(index, len(hidden))
         if tensors is None:
@@ -288,15 +286,15 @@ class BlockModel:
 
     @contextmanager
     def _products(self, index: int) -> Iterator[None]:
-        """While open, the library and the rounding of products are those of every pass through this
-        block. A small block uses the library that ``side_by_side`` uses.
+        """While open, products use the same library and rounding in every pass through this block. A
+        small block uses the library of ``side_by_side``.
         """
         with rounded(self.device, self.products), rounding(False) if self.small[index] else nullcontext():
             yield
 
     def own_copy(self, block: nn.Module) -> nn.Module:
-        """The block, or for any but the main thread one of the same tensors: hooks and
-        ``functional_call`` change a module while it runs.
+        """The block, or in other threads than the main one a copy that shares its tensors. Threads need
+        their own modules, because hooks and ``functional_call`` change a module while it runs.
         """
         if threading.current_thread() is threading.main_thread():
             return block
@@ -310,7 +308,7 @@ class BlockModel:
     def advance(
         self, block: nn.Module, index: int, stream: Stream, numbers: Iterable[int] | None = None
     ) -> None:
-        """Pass the stream through a block: all of it, or the batches of these numbers.
+        """Pass the stream through a block: all batches, or those with these numbers.
 
         Raises:
             SparselineError: the block's output contains NaN or infinity. It is raised after all
@@ -321,8 +319,11 @@ class BlockModel:
     def passed(
         self, block: nn.Module, index: int, stream: Stream, numbers: Iterable[int] | None = None
     ) -> torch.Tensor:
-        """``advance`` without ``check_finite``: the smallest and the largest output of every batch, on
-        the device, NaN if one is.
+        """Like ``advance``, but without ``check_finite``.
+
+        Returns:
+            The smallest and the largest output of each batch, on the device. Both are NaN if the
+            output contains NaN.
         """
 
         @torch.no_grad()
@@ -345,10 +346,10 @@ class BlockModel:
         return torch.stack(bounds) if bounds else torch.zeros(0, device=self.device)
 
     def check_finite(self, index: int, hidden: torch.Tensor) -> None:
-        """Refuse a block's output, or its bounds, with NaN or infinity.
+        """Refuse NaN and infinity in a block's output, or in its bounds.
 
         Raises:
-            SparselineError: it contains NaN or infinity.
+            SparselineError: ``hidden`` contains NaN or infinity.
         """
         if not torch.isfinite(hidden).all():
             name = f"{self.checkpoint.architecture.blocks}.{index}"
@@ -358,10 +359,11 @@ class BlockModel:
 
 
 def _narrow(value: Any, single: Any, rows: int) -> Any:
-    """``value``, noted for a larger batch, cut to ``rows``; ``single`` was noted for one row, and
-    where its sizes differ are rows.
+    """``value``, the arguments recorded for a larger batch, narrowed to ``rows`` samples. ``single`` are
+    the arguments for one sample. Dimensions in which the two differ are those of the samples.
 
-    Sizes alone would not tell: a batch can be as long as its rows, and ALiBi comes as [B · heads, 1, T].
+    The sizes of ``value`` alone do not identify these dimensions: B can equal T, and ALiBi has the
+    shape [B · heads, 1, T].
     """
     if isinstance(value, torch.Tensor):
         for axis, (size, one) in enumerate(zip(value.shape, single.shape, strict=True)):
@@ -375,13 +377,13 @@ def _narrow(value: Any, single: Any, rows: int) -> Any:
 
 Take = Callable[
     [Site, torch.Tensor, torch.Tensor | None], None
-]  # X [..., d]; of an expert's tokens [n, d], and what weighs its outputs [n]
+]  # the site; X [..., d], or [n, d] for an expert's tokens; the router weights [n] of the expert's outputs
 
 
 @contextmanager
 def tapped(block: nn.Module, sites: Iterable[Site], take: Take) -> Iterator[None]:
-    """While open, ``take`` gets the inputs X of each site whenever the block runs, without inputs of
-    tokens that are not routed to the expert.
+    """While open, call ``take`` with the inputs X of each site whenever the block runs. For an expert's
+    site, X contains only the tokens that are routed to this expert.
     """
     wanted = {(site.parameter, site.expert): site for site in sites}
     named = dict(block.named_parameters())
@@ -396,7 +398,7 @@ def tapped(block: nn.Module, sites: Iterable[Site], take: Take) -> Iterator[None
             x = x.reshape(-1, x.shape[-1])
             routes = routed.get(site.parameter.rpartition(".")[0])
             weights = None if routes is None else routes.weights(site.expert or 0, len(x))
-            if weights is None:  # every expert is given every token, those that are not its own as zeros
+            if weights is None:  # every expert gets every token; those routed elsewhere are zeros
                 x = x[x.ne(0).any(1)]
         take(site, x, weights)
 
@@ -404,7 +406,7 @@ def tapped(block: nn.Module, sites: Iterable[Site], take: Take) -> Iterator[None
     for path in {site.parameter.rpartition(".")[0] for site in wanted.values() if site.expert is not None}:
 
         def note(_module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
-            # hidden states, experts' numbers, weights
+            # hidden states, numbers of the chosen experts, their weights
             if len(args) == 3 and all(isinstance(arg, torch.Tensor) for arg in args):
                 routed[path] = Routes(args[1], args[2])
 
@@ -419,16 +421,16 @@ def tapped(block: nn.Module, sites: Iterable[Site], take: Take) -> Iterator[None
 
 @dataclass(frozen=True)
 class Routes:
-    """A router's choice of experts for each token, and their weights: [tokens, chosen] both, as
-    transformers' experts get them.
+    """A router's choice of experts for each token, and the weights of these. Both are [tokens, chosen],
+    as transformers passes them to its experts.
     """
 
     chosen: torch.Tensor
     weight: torch.Tensor
 
     def weights(self, expert: int, count: int) -> torch.Tensor | None:
-        """The router weights of an expert's tokens, in the order of the experts' loop; None if it
-        takes another number of tokens.
+        """The router weights of an expert's tokens, in the order of transformers' loop over experts; None
+        if their number is not ``count``.
         """
         if self.chosen.shape != self.weight.shape:
             return None

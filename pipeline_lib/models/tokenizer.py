@@ -19,8 +19,8 @@ def load_tokenizer(path: Path, vocabulary: int, remote_code: bool = False) -> Pr
     embedding.
 
     Raises:
-        SparselineError: there is none, a package is missing, or plain text gives ids without an
-            embedding.
+        SparselineError: there is no tokenizer, a package is missing, or plain text gives ids without
+            an embedding.
     """
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         for package in SENTENCEPIECE:
@@ -47,7 +47,7 @@ def load_tokenizer(path: Path, vocabulary: int, remote_code: bool = False) -> Pr
         ) from error
     if (
         not probe or not tokenizer("a", add_special_tokens=False)["input_ids"]
-    ):  # transformers makes an empty one where OPT's files are missing
+    ):  # transformers creates an empty tokenizer if OPT's files are missing
         raise SparselineError(
             f"{path} holds no tokenizer files (tokenizer.json or vocabulary); copy the model's own there."
         )
@@ -60,7 +60,7 @@ def load_tokenizer(path: Path, vocabulary: int, remote_code: bool = False) -> Pr
 
 
 def ids_beyond(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> str:
-    """Tokens without an embedding, as a few words; empty if there are none."""
+    """A short description of the tokens without an embedding; empty if there are none."""
     found = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= vocabulary)
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     return f"{found[0][1]!r} = {found[0][0]}{more}" if found else ""
@@ -70,7 +70,7 @@ def check_ids(ids: torch.Tensor, vocabulary: int, tokenizer: PreTrainedTokenizer
     """Refuse token ids without an embedding.
 
     Raises:
-        SparselineError: there is one.
+        SparselineError: an id has no embedding.
     """
     largest = int(ids.max()) if ids.numel() else -1
     if largest >= vocabulary:

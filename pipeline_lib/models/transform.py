@@ -1,5 +1,5 @@
-"""The artifact that scale and induce write and prune reads: factors, shifts and selection weights, but
-no model weights.
+"""The artifact that the stages scale and induce write, and prune reads. It holds factors, shifts and
+selection weights, but no model weights.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ def write_transforms(
 
 
 def read_transforms(path: Path, depth: int) -> tuple[list[Transform], dict[str, Any]]:
-    """One transform per block; blocks that are not in the file get the identity."""
+    """One transform per block, and the facts. Blocks that are not in the file get the identity."""
     tensors, facts = read_tensors(path)
     parts: list[dict[str, dict[str, torch.Tensor]]] = [
         {"factor": {}, "shift": {}, "importance": {}} for _ in range(depth)

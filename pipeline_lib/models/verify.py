@@ -12,17 +12,17 @@ from pipeline_lib.models.architecture import Architecture, Coupling, Layout
 from pipeline_lib.models.folding import fold
 from pipeline_lib.models.stream import BlockModel
 
-TOKENS = 16  # of a row
-# how many times float32's spacing the outputs may differ where a factor is rounded (a norm's weight
-# that is kept as 1 + w)
+TOKENS = 16  # in the sample
+# allowed difference of the outputs, in units of epsilon times the largest output, if folding rounds (a
+# norm's weight that is stored as w and acts as 1 + w)
 LOST = 64
 
 
 @torch.no_grad()
 def verified(model: BlockModel, seed: int = 0) -> Iterator[tuple[Layout, tuple[str, ...]]]:
-    """For each block its layout with the couplings that hold, and the names of those that do not.
+    """For each block, its layout with the couplings that hold, and the names of those that fail.
 
-    A sample of random tokens is passed through the model. Memory: a block twice.
+    A sample of random tokens passes through the model. Memory: two copies of a block.
     """
     random = generator(seed, "couplings")
     stream = model.embed(torch.randint(0, model.checkpoint.vocabulary, (1, TOKENS), generator=random), 1)
@@ -37,7 +37,7 @@ def verified(model: BlockModel, seed: int = 0) -> Iterator[tuple[Layout, tuple[s
 
 
 class _Trial:
-    """One block on its inputs [B, T, D]."""
+    """One block with its inputs [B, T, D] and the output to reproduce."""
 
     def __init__(self, model: BlockModel, index: int, hidden: torch.Tensor, random: torch.Generator) -> None:
         self.model, self.index, self.hidden, self.random = model, index, hidden, random
@@ -51,7 +51,7 @@ class _Trial:
         return self.model.call(self.model.block(self.index, tensors), self.index, self.hidden)
 
     def holds(self, couplings: Sequence[Coupling]) -> bool:
-        """Whether random factors on these leave the outputs as they are."""
+        """Whether random factors for these couplings leave the output unchanged."""
         factors = {
             c.name: torch.exp2(torch.randint(-3, 4, (c.size,), generator=self.random).float())
             for c in couplings
@@ -63,7 +63,7 @@ class _Trial:
 
 
 def without(layout: Layout, names: Sequence[str]) -> Layout:
-    """A layout without some couplings; the same object if it has none of them."""
+    """A layout without the named couplings; the same object if there are no names."""
     if not names:
         return layout
     sites = tuple(
@@ -78,6 +78,6 @@ def without(layout: Layout, names: Sequence[str]) -> Layout:
 
 
 def with_layouts(architecture: Architecture, layouts: Sequence[Layout]) -> Architecture:
-    """The architecture with other layouts; equal ones are one object."""
+    """The architecture with other layouts. Equal layouts become one object."""
     same: dict[Layout, Layout] = {}
     return replace(architecture, layouts=tuple(same.setdefault(layout, layout) for layout in layouts))

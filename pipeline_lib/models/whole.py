@@ -20,10 +20,10 @@ def load_model(
     """The model in one copy, in evaluation mode, without gradients.
 
     Raises:
-        SparselineError: there are two sets of weights, or none; every call of the model raises it
-            for a token id without an embedding.
+        SparselineError: there are two sets of weights, or none. Later, every call of the model raises
+            it for a token id without an embedding.
     """
-    find_files(path)  # refuses what is ambiguous
+    find_files(path)  # refuses ambiguous weights
     attention.register()
     disable_progress_bar()  # stages report their own progress
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -41,5 +41,5 @@ def load_model(
         check_ids(inputs[0], vocabulary)
 
     embedding.register_forward_pre_hook(check)
-    # What transformers unpacks keeps the dtype of its scales.
+    # weights that transformers dequantised have the dtype of their scales
     return model.to(device, getattr(torch, dtype) if dequantize else None).eval().requires_grad_(False)

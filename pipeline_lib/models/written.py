@@ -1,4 +1,4 @@
-"""An architecture as JSON: the result of `prepare` for all other stages."""
+"""An architecture as JSON. The prepare stage writes it for all other stages."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -10,7 +10,7 @@ _PARTS = {"matrices": Matrix, "sites": Site, "couplings": Coupling}
 
 
 def to_json(architecture: Architecture) -> dict[str, Any]:
-    """Equal blocks share one layout."""
+    """The architecture as a JSON object, in which equal blocks share one layout."""
     kinds = list(dict.fromkeys(architecture.layouts))
     return {
         "family": architecture.family,
@@ -31,7 +31,7 @@ def from_json(value: Mapping[str, Any]) -> Architecture:
     """The inverse of ``to_json``.
 
     Raises:
-        KeyError, TypeError, IndexError: the object is not an architecture.
+        KeyError, TypeError, IndexError: ``value`` is not an architecture.
     """
     kinds = []
     for kind in value["kinds"]:
@@ -53,8 +53,8 @@ def from_json(value: Mapping[str, Any]) -> Architecture:
 
 
 def _record(part: Any) -> dict[str, Any]:
-    """Defaults are left out; an index is a list, or how many numbers there are from 0 on (see
-    ``compact``).
+    """A data class as a JSON object, without default values. An index is a list; one that counts up
+    from 0 is stored as its length (see ``compact``).
     """
     found = {}
     for field in fields(part):
@@ -70,7 +70,7 @@ def _record(part: Any) -> dict[str, Any]:
 
 
 def _given(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a record stands for."""
+    """The constructor arguments from a record of ``_record``."""
     index = (
         {"index": range(record["index"]) if isinstance(record["index"], int) else tuple(record["index"])}
         if "index" in record
