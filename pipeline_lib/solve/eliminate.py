@@ -1,10 +1,10 @@
-"""Elimination of columns, the inner loop of the OBS sweep: later columns compensate for the loss of a
+"""Elimination of columns, the inner loop of the OBS sweep: later columns compensate for each lost
 weight.
 
-A column block is copied with its columns as rows, so that each is contiguous. It is eliminated by
-halves: first the left one; then one product passes its errors to the right one. Python loops run
-over the columns of a leaf only. On a GPU a leaf is one launch of a kernel. Shape letters: ``R``
-outputs, ``C`` inputs, ``B`` columns of a block.
+A column block is copied with its columns as rows, so that each column is contiguous. It is eliminated
+recursively by halves: after the left half, one product passes its errors to the right half. Python
+loops run only over the columns of a leaf. On a GPU a leaf is one launch of a kernel. Shape letters:
+``R`` outputs, ``C`` inputs, ``B`` columns of a block.
 """
 
 import functools
@@ -17,14 +17,14 @@ import torch
 from pipeline_lib.masks.select import n_best
 from pipeline_lib.solve.grid import Grid
 
-LEAF, WIDEST = 16, 128  # columns of a leaf, without the kernel and with it
-# columns whose errors are passed on to the far ones together, which goes through memory less often;
-# with a grid all get them at once
+LEAF, WIDEST = 16, 128  # most columns of a leaf, without the kernel and with it
+# columns whose errors are passed on to distant columns in one product, which saves memory traffic;
+# with a grid, all columns get the errors of each column block at once
 AT_ONCE = 512
 
 
 def fused(device: torch.device) -> bool:
-    """Whether a leaf is one launch of the kernel. Triton comes with torch for CUDA."""
+    """Whether the kernel can eliminate leaves on this device. Triton comes with torch for CUDA."""
     if device.type != "cuda":
         return False
     try:
@@ -36,8 +36,8 @@ def fused(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Groups:
-    """Of every M columns, an output keeps the N with the largest w² times their factor. They are
-    chosen when the sweep reaches the first of them.
+    """The choice of N:M: in each group of M columns, every output keeps the N weights with the largest
+    w² · factor. They are chosen when the sweep reaches the first column of the group.
     """
 
     n: int
@@ -46,8 +46,8 @@ class Groups:
 
 
 class Rounding:
-    """A grid in the order of the sweep: the group of every column, and all columns of a group at its
-    first one.
+    """A grid in the order of the sweep. ``groups`` holds the group of each column; ``starts`` maps the
+    first column of each group to all columns of the group.
     """
 
     def __init__(self, grid: Grid, order: torch.Tensor | None) -> None:
@@ -62,7 +62,7 @@ class Rounding:
 
 @dataclass
 class Columns:
-    """Weight and mask [R, C], both in the sweep's order, changed by the sweep."""
+    """Weight and mask [R, C] in the order of the sweep, which changes both in place."""
 
     weight: torch.Tensor
     mask: torch.Tensor  # True where nothing is chosen yet
@@ -70,10 +70,10 @@ class Columns:
     groups: Groups | None = None
     rounding: Rounding | None = None
     lost: torch.Tensor = field(init=False)  # [] float64: Σ (w − ŵ)²/U_mm² so far
-    # errors [B, R] of the blocks since ``since`` …
+    # errors [B, R] of the column blocks from column ``since`` on; only columns before ``near`` have them
     held: list[torch.Tensor] = field(default_factory=list, init=False)
     since: int = field(default=0, init=False)
-    near: int = field(default=0, init=False)  # … which columns from this one on have not got
+    near: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.lost = torch.zeros((), dtype=torch.float64, device=self.weight.device)
@@ -81,10 +81,10 @@ class Columns:
     def eliminate(
         self, start: int, stop: int, choose: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> None:
-        """Eliminate columns ``start`` … ``stop`` in place; all columns to the right are updated.
+        """Eliminate columns ``start`` … ``stop`` in place, and pass their errors on to later columns.
 
         Args:
-            choose: from these columns [R, B], as compensated so far, to their mask.
+            choose: function from these columns [R, B], as compensated so far, to their mask.
         """
         if stop > self.near:
             self._pass_on(start)
@@ -109,7 +109,7 @@ class Columns:
         self.lost += block.errors.square().sum()
 
     def _pass_on(self, start: int) -> None:
-        """The errors of the columns before ``start`` to those that have not got them."""
+        """Pass the held errors of the columns before ``start`` on to the columns that lack them."""
         if self.held and self.near < self.weight.shape[1]:
             self.weight[:, self.near :].addmm_(
                 torch.cat(self.held).T, self.upper[self.since : start, self.near :], alpha=-1
@@ -118,15 +118,15 @@ class Columns:
 
 
 def _turned(matrix: torch.Tensor) -> torch.Tensor:
-    """Transposed and contiguous. The copy in between makes it several times faster where a row is a
-    part of a longer one.
+    """The transposed matrix, contiguous. The copy in between makes this several times faster if rows
+    are slices of longer rows.
     """
     return matrix.contiguous().T.contiguous()
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """On a CPU, to wake another one takes as long as a column."""
+    """While open, use one CPU thread: waking another takes as long as eliminating a column."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -136,15 +136,16 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Block:
-    """Columns ``start`` … ``stop``, as rows."""
+    """Columns ``start`` … ``stop``, stored as rows."""
 
     def __init__(self, whole: Columns, start: int, stop: int) -> None:
         self.whole, self.start = whole, start
         self.columns = _turned(whole.weight[:, start:stop])  # [B, R]
         self.kept = _turned(whole.mask[:, start:stop])
-        self.errors = torch.empty_like(self.columns)  # [B, R] (w − ŵ)/U_mm of the columns that are done
+        self.errors = torch.empty_like(self.columns)  # [B, R] (w − ŵ)/U_mm of eliminated columns
         self.upper = whole.upper[start:stop, start:stop].contiguous()
-        self.fresh = [0] * (stop - start)  # the errors of how many columns each has got
+        # per column: how many columns of the block, from the left, have passed their errors on to it
+        self.fresh = [0] * (stop - start)
         self.fused = fused(self.columns.device) and self.columns.dtype == torch.float32
 
     @functools.cached_property
@@ -154,13 +155,13 @@ class _Block:
 
     @functools.cached_property
     def onward(self) -> torch.Tensor:
-        """What of an error is taken from each column [B, B]: whole rows, since adding zeros to
-        columns that are done is faster than to leave them out.
+        """Factors [B, B] by which the error of a column changes the others: −U_mj to its right, else 0.
+        Adding zeros to finished columns is faster than leaving them out.
         """
         return -self.upper.triu(1)
 
     def eliminate(self, first: int, last: int) -> None:
-        """Columns ``first`` … ``last`` of the block; the errors of those before them have reached them."""
+        """Eliminate columns ``first`` … ``last`` of the block. They have the errors of all columns before."""
         middle = self._middle(first, last)
         if middle is None:
             self._leaf(first, last)
@@ -173,8 +174,8 @@ class _Block:
         self.eliminate(middle, last)
 
     def _middle(self, first: int, last: int) -> int | None:
-        """Where to split: at the start of a grid's group, since that is fitted to columns that have
-        got everything; else at half. None: nowhere.
+        """The column at which to split, or None for a leaf. It is the start of a grid's group if there
+        is one, because groups are fitted to fully compensated columns; else the middle.
         """
         rounding, unit = self.whole.rounding, self.whole.groups.m if self.whole.groups else 1
         half = (first + last) // 2
@@ -188,10 +189,10 @@ class _Block:
 
     def _leaf(self, first: int, last: int) -> None:
         groups, rounding = self.whole.groups, self.whole.rounding
-        self.fresh[first:last] = [last] * (last - first)  # within a leaf all are updated at once
+        self.fresh[first:last] = [last] * (last - first)  # in a leaf, each error goes to all columns at once
         if rounding is not None and (members := rounding.starts.get(self.start + first)) is not None:
             if groups is not None and (self.start + first) % groups.m == 0:
-                self._choose(groups, first)  # what is pruned does not count for the grid
+                self._choose(groups, first)  # pruned weights do not count for the grid
             found, mask = self._compensated(first, members)
             rounding.grid.fit(rounding.groups[self.start + first], found.mul_(mask).T)
         torn = groups is not None and ((self.start + first) % groups.m or (self.start + last) % groups.m)
@@ -202,9 +203,9 @@ class _Block:
             self._loop(first, last)
 
     def _loop(self, first: int, last: int) -> None:
-        """A leaf, column by column. This is also what the kernel is tested against."""
+        """Eliminate a leaf column by column. Tests compare the kernel with this."""
         groups, rounding, place = self.whole.groups, self.whole.rounding, slice(first, last)
-        # share of a column that is its error, without a grid
+        # factor from a column to its error, without a grid: 1/U_mm where pruned, else 0
         leaf, share = self.columns[place], self.inverse[place] * ~self.kept[place]
         parts = zip(
             leaf.unbind(),
@@ -233,7 +234,7 @@ class _Block:
             leaf.addr_(factors, error)
 
     def _choose(self, groups: Groups, first: int) -> None:
-        """The mask of the group of M that starts at column ``first``, all columns before which are done."""
+        """Choose the mask of the group of M from column ``first`` on. All columns before are eliminated."""
         place = slice(first, first + groups.m)
         found = self.columns[place]
         if min(self.fresh[place]) < first:
@@ -261,8 +262,8 @@ class _Block:
         )
 
     def _compensated(self, done: int, members: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns of the whole [n, R] as those before column ``done`` of the block leave them, and
-        their masks [n, R].
+        """Columns ``members`` of the whole matrix [n, R] and their masks [n, R]. The columns have the
+        errors of all columns before column ``done`` of the block.
         """
         whole, inside = (
             self.whole,

@@ -17,10 +17,10 @@ from pipeline_lib.masks.scores import Curvature
 from pipeline_lib.masks.settings import DampingOf
 
 LARGEST_DAMPING = 1.0
-# of a matrix that an error is taken of at a time: they bound the memory, and products run at full
-# speed
+# rows and columns of a matrix whose error is computed at a time: they bound the memory, and suffice
+# for products to run at full speed
 ROWS, COLUMNS = 1024, 512
-AVERAGED = 2048  # columns from which on the rounding of single products does not show in a matrix's energy
+AVERAGED = 2048  # with so many columns, the rounding of single products averages out in an energy
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,23 @@ class Factorisation:
     inverse_diagonal: torch.Tensor  # [H⁻¹]_mm [C]
     upper: torch.Tensor
     dead: torch.Tensor  # [C] inputs that were always zero
-    damping: float  # the one that was needed
-    order: torch.Tensor | None = None  # [C] the columns as the sweep takes them; None: from left to right
+    damping: float  # the damping that was needed
+    order: torch.Tensor | None = None  # [C] columns in the order of the sweep; None: left to right
 
     @functools.cached_property
     def independence(self) -> float:
-        """0 … 1: the mean of 1/(H_mm [H⁻¹]_mm) over inputs that are not always zero, the share of an
-        input's variance that the other inputs do not explain.
+        """The mean share (0 … 1) of an input's variance that the other inputs do not explain. It is
+        1/(H_mm [H⁻¹]_mm), averaged over inputs that are not always zero.
         """
         share = (self.diagonal * self.inverse_diagonal).reciprocal().mul_(~self.dead)
         return float(share.sum() / (~self.dead).sum().clamp_min(1))
 
     def whole(self) -> Curvature:
-        """For scores of the whole matrix at once: columns in their own order."""
+        """The curvature for scores of the whole matrix at once; columns are in their own order."""
         return Curvature(self.second_moment, self.diagonal, self.inverse_diagonal)
 
     def trailing(self) -> Curvature:
-        """For scores inside the sweep: columns in the order of the sweep."""
+        """The curvature for scores inside the sweep; columns are in the order of the sweep."""
         inverse_diagonal = self.upper.diagonal().square()
         if self.order is None:
             return Curvature(self.second_moment, self.diagonal, inverse_diagonal)
@@ -70,31 +70,32 @@ def factorise(
 ) -> Factorisation:
     """Damp and factorise a second moment G [C, C].
 
-    ``mean`` adds ``damping`` times the mean diagonal (SparseGPT). If G is of folded inputs X' = D
+    ``mean`` adds ``damping`` times the mean diagonal (SparseGPT). If G belongs to folded inputs X' = D
     X, the mean is taken in the original coordinates, so that factors change no score. ``diagonal``
-    adds ``damping`` times each own diagonal entry, which is invariant. Inputs that are always zero
-    are excluded from the mean and damped by it in both cases, so the scale of the activations
-    changes no mask. (SparseGPT's code gives them a diagonal of 1.) If the Cholesky factorisation
-    fails, the damping is multiplied by ten, up to 1.
+    adds ``damping`` times the entry itself, which needs no such correction. Always-zero inputs are
+    excluded from the mean, and damped by it in both cases, so the scale of the activations changes no
+    mask. (SparseGPT's code gives them a diagonal of 1.) If the Cholesky factorisation fails, the
+    damping is multiplied by ten, up to 1.
 
     Args:
-        factor: D's diagonal [C], if G is of folded inputs.
-        ordering: from the whole matrix's curvature to the order [C] of the sweep, or None for left
-            to right.
+        factor: D's diagonal [C], if G belongs to folded inputs.
+        ordering: function from the whole matrix's curvature to the order [C] of the sweep, or to None
+            for left to right.
 
     Raises:
         SparselineError: G contains NaN or infinity, or cannot be factorised with the highest
             damping.
     """
     usable = finite(gram.diagonal())
-    second_moment = gram.diagonal().clamp_min(0)  # of shifted inputs it can be negative by rounding
+    second_moment = gram.diagonal().clamp_min(0)  # for shifted inputs, rounding can make it negative
     dead = second_moment == 0
     amount = damping_unit(second_moment, damping_of, factor)
     while damping <= LARGEST_DAMPING:
-        work = gram.clone().mT  # H, its Cholesky factor, H⁻¹ and U in turn: symmetric, and in LAPACK's order
+        # H, its Cholesky factor, H⁻¹ and U in turn; the symmetric G is transposed to LAPACK's column order
+        work = gram.clone().mT
         diagonal = work.diagonal().copy_(second_moment + damping * amount).clone()
         positive = cholesky_in_place(work)
-        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # of what is no factor: it asks the device by itself
+        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # raised if there is no factor
             torch.cholesky_inverse(work, out=work)
         inverse_diagonal = work.diagonal().clone()
         order = None if ordering is None else ordering(Curvature(second_moment, diagonal, inverse_diagonal))
@@ -117,8 +118,8 @@ NOT_FINITE = "The second moment of {} contains NaN or infinity; check the model,
 
 
 def finite(diagonal: torch.Tensor) -> torch.Tensor:
-    """Whether [] a second moment is finite, by its diagonal [C]: no entry of the matrix is larger than
-    the largest on the diagonal.
+    """Whether [] a second moment is finite, judged by its diagonal [C]: the largest entry there bounds
+    all others.
     """
     return torch.isfinite(diagonal).all()
 
@@ -130,14 +131,14 @@ def damping_unit(
     dead = second_moment == 0
     unit = torch.ones_like(second_moment) if factor is None else factor.square()
     alive = dead.logical_not().sum()
-    # what is always zero adds nothing to the sum
+    # always-zero inputs add nothing to the sum
     mean = torch.where(alive > 0, (second_moment / unit).sum() / alive, 1) * unit
     return mean if damping_of == "mean" else torch.where(dead, mean, second_moment)
 
 
 def cholesky_in_place(matrix: torch.Tensor, upper: bool = False) -> torch.Tensor:
-    """Replace a positive definite matrix [C, C] by its Cholesky factor; whether [] it exists. Column
-    by column in memory, without a copy.
+    """Replace a positive definite matrix [C, C] by its Cholesky factor, and return whether [] this
+    exists. A matrix in column order is not copied.
     """
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, info))
@@ -147,8 +148,8 @@ def cholesky_in_place(matrix: torch.Tensor, upper: bool = False) -> torch.Tensor
 def quadratic(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     """The diagonal [R] of W G Wᵀ in float64, for W [R, C] and a symmetric G [C, C].
 
-    It takes half of the operations of W G: with the columns in blocks, products between a block and
-    those before it count twice. Products use G's dtype. Memory: two matrices [R, COLUMNS].
+    It takes half of the operations of W G: products of a column block with the blocks before it are
+    computed once, and count twice. Products use G's dtype. Memory: two matrices [R, COLUMNS].
     """
     weight = weight.to(moment.dtype)
     found = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
@@ -166,8 +167,8 @@ def quadratic(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
 
 
 def lost(original: torch.Tensor, pruned: torch.Tensor | None, moment: torch.Tensor) -> torch.Tensor:
-    """tr((W − Ŵ) G (W − Ŵ)ᵀ) [] in float64, from a symmetric second moment G [C, C]; without Ŵ, that
-    of W itself. It stays on the device.
+    """The error tr((W − Ŵ) G (W − Ŵ)ᵀ) [] in float64, from a symmetric second moment G [C, C]. Without
+    Ŵ, it is tr(W G Wᵀ). It stays on the device.
     """
     total = torch.zeros((), dtype=torch.float64, device=moment.device)
     for first in range(0, len(original), ROWS):
@@ -182,8 +183,8 @@ def energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """E‖W X‖² = tr(W G Wᵀ) [] in float64 from G [C, C], the unit of layer errors. It stays on the
     device.
 
-    On a CPU that is faster with bfloat16, products of large matrices use bfloat16, except for the
-    diagonal of G, which is exact. The rounding errors of so many other terms average out.
+    On a CPU that is faster with bfloat16, products of large matrices use bfloat16. The terms of G's
+    diagonal are exact; the rounding errors of the many other terms average out.
     """
     if (
         gram.dtype != torch.float32

@@ -23,7 +23,7 @@ class Scheme:
     bits: int
     group: int | None  # columns; None: the whole row
     symmetric: bool
-    dtype: torch.dtype  # of the checkpoint: scales are exact in it
+    dtype: torch.dtype  # dtype of the checkpoint, in which scales are exact
     stored: Stored = "checkpoint"  # gguf: scales are exact in GGUF's blocks too
 
     @property
@@ -46,7 +46,7 @@ class Scheme:
         return scale, zero
 
     def exact(self, scale: torch.Tensor) -> torch.Tensor:
-        """Scales as they are stored, never rounded to 0: in a 16-bit dtype of the checkpoint, in
+        """Scales rounded to how they are stored, but never to 0: in a 16-bit dtype of the checkpoint, in
         GGUF's blocks, or unchanged (float32).
         """
         if self.stored == "gguf":
@@ -59,8 +59,8 @@ class Scheme:
     def _in_blocks(self, scale: torch.Tensor) -> torch.Tensor:
         """Scales that GGUF's blocks hold exactly, in float16.
 
-        Q4_1 stores −zero_point·scale in float16 too. Its 11 significant bits must hold the product,
-        so the scale has ``bits`` fewer.
+        Q4_1 stores −zero_point·scale in float16 too. For 11 significant bits to hold this product, the
+        scale has ``bits`` fewer.
         """
         digits = 11 if self.symmetric or self.bits > 4 else 11 - self.bits
         if self.dtype == torch.bfloat16:
@@ -83,7 +83,7 @@ def scheme(params: QuantizationParams, dtype: torch.dtype) -> Scheme | None:
     """
     if params.bits is None:
         return None
-    # 8 significant bits: beyond 128 steps two become one
+    # bfloat16 has 8 significant bits: with more than 128 steps, two can become one
     if params.bits == 8 and not params.symmetric and dtype == torch.bfloat16:
         raise SparselineError(
             "A bfloat16 checkpoint cannot hold asymmetric codes of 8 bits; set quantization.symmetric to"
@@ -104,7 +104,7 @@ class Grid:
         self.zero = torch.zeros_like(self.scale)  # [R, G] whole numbers
         # sum of the squared rounding errors so far
         self.lost = torch.zeros((), dtype=torch.float64, device=device)
-        # sum of the squares of what was rounded
+        # sum of the squared weights before rounding
         self.size = torch.zeros((), dtype=torch.float64, device=device)
 
     def fit(self, group: int, weights: torch.Tensor) -> None:
@@ -139,12 +139,12 @@ class Grid:
         return values.repeat_interleave(self.width, dim=1)[:, : self.shape[1]]
 
     def steps(self, weight: torch.Tensor) -> torch.Tensor:
-        """q − zero_point [R, C] int16 of weights on the grid, also after rounding to a 16-bit dtype."""
+        """q − zero_point [R, C] int16 of weights on the grid, even if rounded to a 16-bit dtype since."""
         return (weight.float() / self.spread(self.scale)).round_().to(torch.int16)
 
     def tensors(self, label: str) -> dict[str, torch.Tensor]:
-        """For storage: ``{label}.scale`` [R, G] float32 and, if asymmetric, ``{label}.zero_point``
-        [R, G] uint8.
+        """The tensors to store: ``{label}.scale`` [R, G] float32 and, if asymmetric,
+        ``{label}.zero_point`` [R, G] uint8.
         """
         found = {f"{label}.scale": self.scale}
         return found if self.scheme.symmetric else found | {f"{label}.zero_point": self.zero.to(torch.uint8)}

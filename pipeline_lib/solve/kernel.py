@@ -1,7 +1,7 @@
-"""Elimination of a leaf as one kernel for GPUs, in Triton. A program per tile of outputs holds their
-columns in registers.
+"""Elimination of a leaf as one GPU kernel in Triton. Each program handles a tile of outputs, and holds
+their columns in registers.
 
-Only ``eliminate.py`` imports this, if a GPU and Triton are available. Tests run it on a CPU by
+Only ``eliminate.py`` imports this, if a GPU and Triton are available. Tests run it on a CPU with
 Triton's interpreter.
 """
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 TILE = 32  # outputs of a program
-# 1.5·2²³: a float32 below 2²² loses its fraction, to the nearest even, when this is added and taken away.
+# 1.5·2²³: adding and subtracting it rounds a float32 below 2²² to the nearest integer, ties to even
 TO_WHOLE = tl.constexpr(12582912.0)
 
 
@@ -66,12 +66,12 @@ def eliminate(
     chosen: tuple[int, int, torch.Tensor] | None,
     grid: tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, int]] | None,
 ) -> None:
-    """The column-by-column elimination of ``_Block`` in eliminate.py for a leaf, in one launch.
+    """Eliminate a leaf column by column in one launch, like ``_Block._loop`` in eliminate.py.
 
     Args:
-        columns: [B, R] float32, contiguous, in place.
-        kept: [B, R] bool, in place if the mask is chosen here.
-        errors: [B, R], written.
+        columns: [B, R] float32, contiguous, changed in place.
+        kept: [B, R] bool, changed in place if the mask is chosen here.
+        errors: [B, R], overwritten.
         upper: U [B, B], rows contiguous.
         chosen: N, M and the factor [B] of w² in the scores; None: ``kept`` is given.
         grid: scales and zero points [R, G], the group of each column [B] int32, and the smallest

@@ -16,30 +16,31 @@ import torch
 from pipeline_lib.solve.factor import cholesky_in_place, lost
 from pipeline_lib.solve.settings import LsqParams
 
-PASSES = 6  # what iterations on a matrix may cost, in forward passes of the calibration tokens through it
-# iterations of ADMM with the same ρ, each an inverse [C, C]; also the least that are allowed (3 in
-# the authors' code)
+PASSES = 6  # cost limit of iterations on a matrix, in forward passes of the calibration tokens through it
+# iterations of ADMM per value of ρ, which needs one inverse [C, C] (3 in the authors' code); also the
+# lowest limit on iterations
 EVERY = 6
-# of ρ from one inverse to the next, if there are enough of them (at most 1.3 in the authors' code)
+# growth of ρ from one value to the next, with enough iterations (at most 1.3 in the authors' code)
 GROWTH = 1.44
-STEEPEST = 2.0  # the same where there are few
-LAST = 1.0  # ρ at the end, in units of H's scaled diagonal: supports hardly move any more
-ROWS = 1024  # solved at a time: bounds the memory, and is enough for a matrix product to run at full speed
-# columns up to which one eigendecomposition and a product per ρ are faster than a Cholesky
-# factorisation and an inverse
+STEEPEST = 2.0  # largest growth of ρ with few iterations
+LAST = 1.0  # the last ρ, in units of H's scaled diagonal: the support hardly changes any more
+# rows solved at a time: they bound the memory, and suffice for a matrix product to run at full speed
+ROWS = 1024
+# most columns for which one eigendecomposition, and a product per ρ, are faster than a Cholesky
+# factorisation and an inverse per ρ
 SPECTRAL = 512
-# a row's E may have fallen to this part of itself, and is still told to four digits by what it lost
+# if E of a row falls at most by this factor, subtracting the decreases gives E to four digits
 TOLD = 32
-STILL = 1e-3  # share of the kept weights: a support of which no more is exchanged stands still
+STILL = 1e-3  # ADMM ends if the mask changes by at most this share of the kept weights
 
 
 def affordable(params: LsqParams, tokens: int | None, columns: int) -> LsqParams:
-    """The parameters with a limited number of iterations of either kind: at most ``PASSES`` forward
-    passes of the tokens behind H, at least ``EVERY``.
+    """The parameters, with each number of iterations limited to the cost of ``PASSES`` forward passes
+    of the tokens behind H. The limit is at least ``EVERY`` iterations.
 
     An iteration on a matrix [R, C] costs as much as a forward pass of C tokens through it. So with
-    few tokens, neither costs much more than H itself, and weights are not fitted more closely than
-    so few tokens justify. Without ``tokens`` there is no limit.
+    few tokens, iterations do not cost much more than H itself, and weights are not fitted more closely
+    than so few tokens justify. Without ``tokens`` there is no limit.
     """
     if tokens is None:
         return params
@@ -60,11 +61,11 @@ def solve(
 
     All rows share the product with H but have their own step lengths. The preconditioner is M =
     diag(H), so the scales of inputs do not matter. With r the residual (W₀ − Ŵ) H on the mask,
-    rᵀM⁻¹r is the decrease of E if inputs were uncorrelated. A row is finished when this is at most
-    ``tolerance`` times its initial E; all rows are when it holds for their sums. No row ends with a
-    larger E. Where H_mm = 0, weights stay as in ``start``.
+    rᵀM⁻¹r would be the decrease of E if inputs were uncorrelated. A row is finished when this is at
+    most ``tolerance`` times its initial E. All rows are finished when their sums fulfil this. No row
+    ends with a larger E. Where H_mm = 0, weights stay as in ``start``.
 
-    Rows are processed in parts of ``ROWS``, whose sums are compared. Besides inputs and output,
+    Rows are processed in parts of ``ROWS``, and the sums are over one part. Besides inputs and output,
     this needs five matrices [ROWS, C].
 
     Args:
@@ -72,8 +73,8 @@ def solve(
         mask: [R, C] bool, True = kept.
         hessian: H [C, C], positive semidefinite.
         start: [R, C]; values outside the mask are ignored.
-        params: at most ``iterations``, each one product [R, C] × [C, C]; one more before them, and
-            one after them if a row has lost nearly all of its E.
+        params: at most ``iterations``, each with one product [R, C] × [C, C]. One more product comes
+            before them, and one after them if a row has lost nearly all of its E.
 
     Returns:
         Ŵ [R, C]; the number of iterations of the slowest row; and E(Ŵ) [] float64.
@@ -97,11 +98,11 @@ def _descend(
     inverse: torch.Tensor,
     params: LsqParams,
 ) -> tuple[int, torch.Tensor]:
-    """Conjugate gradients for some rows, in place; ``on`` is 1 on the mask and 0 elsewhere,
-    ``inverse`` holds 1/H_mm. The steps, and E of each row.
+    """Improve some rows of ``weight`` in place by conjugate gradients, and return the number of steps
+    and E of each row.
 
-    Products with ``on`` are several times faster on the CPU than filling where a mask says so;
-    ``weight`` itself stays +0 off the mask.
+    ``on`` is 1 on the mask and 0 elsewhere; ``inverse`` holds 1/H_mm. On a CPU, multiplying by ``on``
+    is several times faster than filling by a mask. ``weight`` itself stays +0 off the mask.
     """
     found = weight.clone()
     product = target - weight
@@ -120,7 +121,7 @@ def _descend(
         torch.mm(direction, hessian, out=product)
         curvature = torch.linalg.vecdot(direction, product)
         going &= curvature > 0
-        length = torch.where(going, size / curvature, 0)  # rows that are done stand still
+        length = torch.where(going, size / curvature, 0)  # finished rows do not move
         after = after - length * size
         found.addcmul_(direction, length[:, None])
         residual.addcmul_(product.mul_(on), length[:, None], value=-1)
@@ -128,11 +129,11 @@ def _descend(
         smaller = torch.linalg.vecdot(residual, product)
         direction.mul_(torch.where(going, smaller / size, 0)[:, None]).add_(product)
         size = torch.where(going, smaller, 0)
-    # what a row lost by the steps tells its E, unless rounding could hide it
+    # E follows from its decreases, unless it is so small that their rounding matters
     if not (after >= before / TOLD).all():
         torch.sub(target, found, out=product)
         after = torch.linalg.vecdot(torch.mm(product, hessian, out=residual), product)
-    # only by rounding: in exact arithmetic every step lowers E, and E is never negative
+    # this happens only by rounding: in exact arithmetic every step lowers E, and E is never negative
     worse = ~(after.abs() <= before)
     torch.where(worse[:, None], weight, found, out=found)
     weight.copy_(found)
@@ -143,11 +144,10 @@ def _descend(
 class Search:
     """The search for a better mask."""
 
-    # from scores [R, C] to the mask of the best, as many and compared as the variant says
+    # function from scores [R, C] to the mask of the highest, with the variant's number and groups
     choose: Callable[[torch.Tensor], torch.Tensor]
-    # 0 … 1: the mean of 1/(H_mm [H⁻¹]_mm), the share of an input that the others do not tell
-    independence: float
-    error: torch.Tensor | None = None  # E [] of the start, where it is known
+    independence: float  # as in ``Factorisation``
+    error: torch.Tensor | None = None  # E [] of the start, if it is known
 
 
 def admm(
@@ -161,7 +161,7 @@ def admm(
     """Search for a better mask by ADMM (2406.07831, Algorithm 1), refit it by ``solve``, and accept it
     if its E is not larger than ``start``'s.
 
-    Inputs are scaled so that H_mm = 1: the scores are w²·H_mm. If the new mask is rejected, the old
+    Inputs are scaled so that H_mm = 1, so the scores are w²·H_mm. If the new mask is rejected, the old
     one is refitted. Memory: four matrices [R, C], their masks, and one and a half [C, C].
 
     Args:
@@ -169,8 +169,8 @@ def admm(
         mask: the mask to improve [R, C] bool.
         hessian: H [C, C].
         start: the weights to improve [R, C], zero outside the mask.
-        params: at most ``mask_iterations`` of ADMM, each one product [R, C] × [C, C] in
-            ``mask_dtype``; the first ρ is ``mask_penalty`` times the search's ``independence``, in
+        params: at most ``mask_iterations`` of ADMM, each with one product [R, C] × [C, C] in
+            ``mask_dtype``. The first ρ is ``mask_penalty`` times the search's ``independence``, in
             units of H's scaled diagonal. The other keys are for ``solve``.
 
     Returns:
@@ -207,20 +207,21 @@ def _alternate(
     search: Search,
     params: LsqParams,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """ADMM from ``start``: the last sparse iterate, its support, and the iterations.
+    """Run ADMM from ``start``, and return the last sparse iterate, its support, and the number of
+    iterations.
 
-    One matrix holds the sparse iterate on its support, and off it dual/ρ. The dual starts as the
-    gradient of E off the mask, which is what it is where ADMM stands still: a start that is good is
-    not left for nothing, as it is with the dual of 0 of Algorithm 1.
+    One matrix holds the sparse iterate on its support, and dual/ρ off it. The dual starts as the
+    gradient of E off the mask, which is its value at a fixed point of ADMM. So ADMM stays at a start
+    that is already good. With Algorithm 1's initial dual of 0, it would leave it.
 
-    ρ draws the dense iterate to the sparse one. It grows in equal ratios to ``LAST``. As long as it
-    is small the support changes all the time; where inputs are correlated it must start lower,
-    since the others can make up for a weight that goes. (The authors' code starts from 0.1 and lets
-    ρ grow by what the support does.)
+    ρ pulls the dense iterate towards the sparse one. It grows in equal ratios to ``LAST``. While it is
+    small, the support keeps changing. With correlated inputs it must start lower, because other
+    weights can replace a removed one. (In the authors' code, ρ starts at 0.1, and its growth depends
+    on how the support changes.)
     """
     diagonal = hessian.diagonal()
     scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
-    # not rounded: where inputs are correlated, the inverse makes much of what it lacks
+    # not rounded: with correlated inputs, the inverse amplifies errors
     pull = (target @ hessian).div_(scale)
     point = _product(target - start, hessian.to(_search_dtype(hessian, params))).to(pull.dtype).div_(scale)
     inverses = _inverses(hessian, scale)
@@ -232,7 +233,7 @@ def _alternate(
     rho = penalties[0]
     torch.where(mask, start * scale, point.div_(rho), out=point)
     for penalty in penalties:
-        # the dual stays what it is
+        # the dual keeps its value: dual/ρ is rescaled
         point.mul_(torch.where(support, point.new_tensor(1.0), point.new_tensor(rho / penalty)))
         rho = penalty
         if (inverse := inverses(rho)) is None:
@@ -253,9 +254,9 @@ def _alternate(
 
 
 def _penalties(first: float, iterations: int) -> tuple[list[float], int]:
-    """ρ in equal ratios from ``first`` to ``LAST``, and for how many of the iterations each. Where
-    there are too few of them for the whole range, the middle of it is taken, so far as ``STEEPEST``
-    reaches.
+    """The values of ρ, in equal ratios from ``first`` to ``LAST``, and the number of iterations with
+    each. With too few iterations for the whole range, they cover its middle, in ratios of
+    ``STEEPEST``.
     """
     every = -(-iterations // max(1, round(iterations / EVERY)))
     count = min(-(-iterations // every), math.ceil(math.log(LAST / first) / math.log(GROWTH)) + 1)
@@ -271,8 +272,8 @@ def _search_dtype(tensor: torch.Tensor, params: LsqParams) -> torch.dtype:
 
 
 def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """rows [n, C] times a matrix [C, C], of numbers rounded to the matrix's dtype. On a GPU the
-    sums stay float32.
+    """The product of rows [n, C], rounded to the matrix's dtype, and a matrix [C, C]. On a GPU the sums
+    have the dtype of ``rows``.
     """
     if matrix.dtype == rows.dtype:
         return rows @ matrix
@@ -282,8 +283,8 @@ def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _inverses(hessian: torch.Tensor, scale: torch.Tensor) -> Callable[[float], torch.Tensor | None]:
-    """From ρ to (S⁻¹ H S⁻¹ + ρ)⁻¹ [C, C], S⁻¹ H S⁻¹ being H with its diagonal scaled to 1; None if
-    rounding forbids it. Each overwrites the last.
+    """A function from ρ to (S⁻¹ H S⁻¹ + ρ)⁻¹ [C, C], where S⁻¹ H S⁻¹ is H with its diagonal scaled to 1.
+    It returns None if the factorisation fails by rounding. A call may overwrite the previous result.
     """
     if len(scale) <= SPECTRAL:
         values, vectors = torch.linalg.eigh((hessian / scale / scale[:, None]).double())
@@ -292,7 +293,7 @@ def _inverses(hessian: torch.Tensor, scale: torch.Tensor) -> Callable[[float], t
     place = torch.empty_like(hessian)
 
     def inverse(rho: float) -> torch.Tensor | None:
-        # LAPACK's order: nothing is copied
+        # in LAPACK's column order, so that nothing is copied
         found = torch.div(hessian, scale, out=place).div_(scale[:, None]).mT
         found.diagonal().add_(rho)
         return torch.cholesky_inverse(found, out=found) if cholesky_in_place(found) else None

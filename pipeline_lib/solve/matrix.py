@@ -16,14 +16,14 @@ def prune_matrix(
     compensate: bool,
     grid: Grid | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The pruned weight [R, C] in float32, zero outside the mask; the mask [R, C]; and the error of
-    ``sweep``, if it was used.
+    """The pruned weight [R, C] in float32, zero outside the mask; the mask [R, C]; and the error that
+    ``sweep`` returns, or None without compensation.
 
     Args:
         weight: [R, C].
-        factorisation: of the second moment of its inputs.
+        factorisation: factorised second moment of the matrix's inputs.
         kept: number of kept weights.
-        grid: filled with the kept weights, in the same sweep or, without compensation, by rounding
+        grid: grid for the kept weights, filled in the same sweep or, without compensation, by rounding
             to nearest.
     """
     if compensate:
@@ -42,8 +42,8 @@ def quantise_matrix(
     block: int,
     compensate: bool,
 ) -> torch.Tensor:
-    """The weight [R, C] on the grid, zero outside the mask [R, C]; with OBS compensation or by
-    rounding to nearest.
+    """The weight [R, C] on the grid, zero outside the mask [R, C]. It is quantised with OBS
+    compensation, or else by rounding to nearest.
     """
     if compensate:
         return quantise(weight, mask, factorisation, grid, block)

@@ -1,4 +1,4 @@
-"""ROSE's order (2603.05878), in which the OBS sweep processes a site's columns, and its inverse."""
+"""ROSE's order (2603.05878) of a site's columns for the OBS sweep, and its inverse."""
 
 import torch
 
@@ -10,13 +10,13 @@ def column_losses(weight: torch.Tensor, curvature: Curvature, kept: int, rule: R
     """The expected loss of each column [C]: w²/[H⁻¹]_mm, summed over the weights that would be pruned
     if the mask were chosen now.
 
-    ROSE (2603.05878) chooses and adds up |w|·‖X_m‖ in every column block. Here, the variant's own
-    score chooses within its own group, and the sum is OBS's cost of removing a weight. Always-zero
-    inputs cost nothing.
+    ROSE (2603.05878) uses |w|·‖X_m‖ both to choose weights, in every column block, and as their loss.
+    Here, the variant's own score chooses within its own group, and the loss is OBS's cost of removing
+    a weight. Always-zero inputs cost nothing.
 
     Args:
         weight: [R, C].
-        curvature: of the whole matrix.
+        curvature: curvature of the whole matrix.
         kept: number of kept weights.
     """
     weight = weight.masked_fill(curvature.second_moment == 0, 0)
@@ -25,14 +25,14 @@ def column_losses(weight: torch.Tensor, curvature: Curvature, kept: int, rule: R
 
 
 def rose_order(column_loss: torch.Tensor, block: int, m: int, least_range: float) -> torch.Tensor | None:
-    """ROSE's order of a site's columns [C]: the most costly first, while many columns can still
-    compensate.
+    """ROSE's order of a site's columns [C], or None for left to right. The most costly columns come
+    first, while many columns can still compensate.
 
-    Two levels (2603.05878): column blocks by descending loss, and the columns in each block by
-    descending loss; ties from left to right. With N:M, the groups of M are ordered within each
-    block and move as one. None, for left to right, if the relative range (max − min)/max of the
-    block losses is below ``least_range`` (0.5 in the authors' code; 0 always orders). A block's
-    loss is its mean over columns, which ranks like the paper's sum and allows a short last block.
+    The order has two levels (2603.05878): column blocks by descending loss, and the columns in each
+    block by descending loss. Ties are ordered from left to right. With N:M, the groups of M are ordered
+    within each block and move as one. The result is None if the relative range (max − min)/max of the
+    block losses is below ``least_range`` (0.5 in the authors' code; 0 always orders). A block's loss is
+    its mean over columns, which ranks like the paper's sum and allows a short last block.
 
     Args:
         column_loss: [C], of one matrix or summed over those of the site.
@@ -54,7 +54,12 @@ def rose_order(column_loss: torch.Tensor, block: int, m: int, least_range: float
 
 
 def runs(order: torch.Tensor, width: int) -> list[int]:
-    """Groups of ``width`` consecutive columns, in an order that keeps them together."""
+    """Numbers of the groups of ``width`` consecutive columns, in the sequence in which ``order`` takes
+    the groups.
+
+    Raises:
+        ValueError: ``order`` does not keep the columns of each group together.
+    """
     runs: list[int] = (order // width).unique_consecutive().tolist()
     if len(runs) != -(-len(order) // width):
         raise ValueError(f"the order of the columns tears apart {width} that belong together")
@@ -62,7 +67,7 @@ def runs(order: torch.Tensor, width: int) -> list[int]:
 
 
 def restored(permuted: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Columns in ``order``, back in their own order."""
+    """A matrix whose columns are in ``order``, with its columns back in their own order."""
     restored = torch.empty_like(permuted)
     restored[:, order] = permuted
     return restored

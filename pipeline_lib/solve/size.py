@@ -2,13 +2,13 @@
 
 from pipeline_lib.solve.settings import QuantizationParams
 
-# of a weight that is not quantised, and of a scale, as checkpoints of 16-bit dtypes hold them
+# bits of a weight that is not quantised, and of a scale, in checkpoints of 16-bit dtypes
 DENSE_BITS = 16
 
 
 def packed_bits(shape: tuple[int, int], kept: int, how: QuantizationParams) -> int:
-    """Bits of one matrix [R, C]: ``bits`` per kept weight, one bit per weight for the mask unless
-    all are kept, and per group a scale (and ``bits`` of a zero point).
+    """Bits of one matrix [R, C]: ``bits`` per kept weight, one bit per weight for the mask (unless all
+    are kept), and per group a scale (and, if asymmetric, ``bits`` for a zero point).
 
     Without quantisation a kept weight takes 16 bits.
     """

@@ -1,8 +1,8 @@
-"""The OBS column sweep of SparseGPT (2301.00774), with any score of 2310.09499 choosing the mask on
-the way.
+"""The OBS column sweep of SparseGPT (2301.00774). Any score can choose the mask during the sweep, as
+in 2310.09499.
 
-Kept weights can be quantised in the same sweep (GPTQ, 2210.17323), so that one compensation
-corrects both errors (2301.00774, Section 3.5). ``target_weight`` replaces the weights from which the sweep
+Kept weights can be quantised in the same sweep (GPTQ, 2210.17323), so that one compensation corrects
+both errors (2301.00774, Section 3.5). ``target_weight`` replaces the weights from which the sweep
 starts by a target that accounts for the dense model's activations.
 """
 
@@ -22,19 +22,19 @@ from pipeline_lib.solve.order import restored, runs
 def target_weight(
     weight: torch.Tensor, difference: torch.Tensor, factorisation: Factorisation, share: float
 ) -> torch.Tensor:
-    """The target in the place of W, so that Ŵ X approximates the dense model's outputs: W₀ = W +
-    share·W (C − G) H⁻¹.
+    """The target W₀ = W + share·W (C − G) H⁻¹, which replaces W so that Ŵ X approximates the dense
+    model's outputs.
 
     Let X be the inputs of the pruned layer, X_d those in the dense model, C = E[X_d Xᵀ], G = E[X
     Xᵀ] and H = G + Λ. Completing the square gives E‖Ŵ X − W (X + share·(X_d − X))‖² + ‖(Ŵ − W)
     Λ^½‖² = tr((Ŵ − W₀) H (Ŵ − W₀)ᵀ) + const for every Ŵ. So minimising the error of W₀ (``sweep``,
-    ``lsq.solve``; measured by ``layer_error`` with W₀ as the original) minimises that of the
-    outputs, and damping pulls towards W. Share 0 is SparseGPT's own target W X, and 1 the dense
-    model's W X_d.
+    ``lsq.solve``; measured by ``layer_error`` with W₀ as the original) minimises the error of the
+    outputs, and damping pulls towards W. Share 0 gives SparseGPT's own target W X, and share 1 the
+    dense model's W X_d.
 
     Args:
         weight: W [R, C].
-        difference: C − G = E[(X_d − X) Xᵀ], shape [C, C], with the G that was factorised.
+        difference: C − G = E[(X_d − X) Xᵀ], shape [C, C], with G as in ``factorisation``.
         share: 0 … 1.
 
     Returns:
@@ -63,13 +63,13 @@ def sweep(
     Args:
         weight: [R, C]: W in any dtype, or the target of ``target_weight``.
         kept: number of kept weights.
-        grid: filled on the way: the kept weights of a column are rounded to it, and later columns
-            compensate for this, too.
+        grid: filled during the sweep. The kept weights of a column are rounded to it, and later
+            columns compensate for this, too.
 
     Returns:
         The compensated weight [R, C], exactly zero outside the mask; the mask [R, C]; and its error
             tr((W − Ŵ) H (W − Ŵ)ᵀ) [] float64, the sum of the errors of single steps (for W without
-            its columns of always-zero inputs). It is NaN if a score was.
+            its columns of always-zero inputs). It is NaN if a score is NaN.
 
     Raises:
         ValueError: the order does not keep the column blocks together.
@@ -77,7 +77,7 @@ def sweep(
     order = factorisation.order
     weight = weight.to(factorisation.upper.dtype, copy=True).masked_fill_(factorisation.dead, 0)
     curvature = factorisation.trailing()
-    mask = torch.ones_like(weight, dtype=torch.bool)  # what is not chosen yet counts as kept
+    mask = torch.ones_like(weight, dtype=torch.bool)  # weights count as kept until chosen
     m, block, groups = rule.pattern.m, rule.block, None
     if not m and rule.group != "block":
         mask = rule.mask(rule.scores(weight, factorisation.whole()), kept)
@@ -86,7 +86,7 @@ def sweep(
         runs(order, m or 1)
     if m:
         block = -(-block // m) * m  # groups of M lie within one column block
-        factor = rule.scores(weight.new_ones(1, weight.shape[1]), curvature)[0]  # scores are w² times it
+        factor = rule.scores(weight.new_ones(1, weight.shape[1]), curvature)[0]  # a score is w² times this
         groups = Groups(kept * m // weight.numel(), m, factor)
     columns = Columns(
         weight, mask, factorisation.upper, groups, None if grid is None else Rounding(grid, order)
@@ -95,7 +95,7 @@ def sweep(
         place = slice(start, stop)
 
         def choose(part: torch.Tensor, place: slice = place, quota: int = quota) -> torch.Tensor:
-            """From columns as compensated so far."""
+            """The mask of columns [R, B] as compensated so far."""
             return select(
                 rule.at(place).scores(part, curvature.columns(place.start, place.stop)),
                 quota,
@@ -118,9 +118,9 @@ def quantise(
     Compensation that reaches a pruned position is passed on when the sweep reaches its column.
 
     Args:
-        weight: [R, C] float32; values outside the mask are pruned on the way.
+        weight: [R, C] float32; values outside the mask are pruned during the sweep.
         mask: [R, C] bool, True = kept.
-        grid: filled on the way.
+        grid: filled during the sweep.
         block: columns that are updated at once; changes only rounding.
 
     Returns:
@@ -138,8 +138,8 @@ def quantise(
 def _blocks(
     kept: int, shape: torch.Size, block: int, order: torch.Tensor | None
 ) -> list[tuple[int, int, int]]:
-    """The column blocks as the sweep meets them: where each starts and stops, and how many weights
-    it keeps, in proportion to its size.
+    """Start, stop and number of kept weights of each column block, in the order of the sweep. The
+    numbers are proportional to the sizes of the blocks.
     """
     rows, columns = shape
     widths = [min(block, columns - start) for start in range(0, columns, block)]
