@@ -13,7 +13,8 @@ from pipeline_lib.core.products import rounding
 
 def register() -> None:
     """Make transformers use this attention for every model with ``sdpa`` attention (the default)."""
-    from transformers import AttentionInterface  # imported here: seconds that not every stage needs
+    # imported here: it takes seconds, and not every stage needs it
+    from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def forward(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:

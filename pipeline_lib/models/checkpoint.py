@@ -318,9 +318,9 @@ def open_checkpoint(
         dequantize: read weights in FP8 or MXFP4 as bfloat16.
 
     Raises:
-        SparselineError: the config is missing or unsupported; the head is not a language model's;
-            there are no weights or two sets of them; a shard is missing or truncated; a tensor is
-            missing, has another shape, or has no place in the model; or the model cannot be pruned.
+        SparselineError: the config is missing or unsupported, or the head is not a language model's.
+            There are no weights or two sets of them; a shard is missing or truncated. A tensor is
+            missing, has another shape, or has no place in the model. The model cannot be pruned.
     """
     config = read_config(path, remote_code)
     _refuse(path, config, dequantize)

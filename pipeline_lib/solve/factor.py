@@ -20,7 +20,7 @@ LARGEST_DAMPING = 1.0
 # rows and columns of a matrix whose error is computed at a time: they bound the memory, and suffice
 # for products to run at full speed
 ROWS, COLUMNS = 1024, 512
-AVERAGED = 2048  # with so many columns, the rounding of single products averages out in an energy
+AVERAGED = 2048  # from this many columns on, rounding of single products averages out in an energy
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,8 @@ def admm(
             units of H's scaled diagonal. The other keys are for ``solve``.
 
     Returns:
-        The weights [R, C], their mask [R, C], and facts: ADMM's ``iterations``; ``swapped``, the
-            share of changed mask entries (0 if the old mask stays); ``gain``, the relative decrease
+        The weights [R, C], their mask [R, C], and facts. These are ADMM's ``iterations``; ``swapped``,
+            the share of changed mask entries (0 if the old mask stays); ``gain``, the relative decrease
             of E; ``refit_iterations`` of ``solve``; and ``error``, E itself [] float64.
     """
     before = lost(target, start, hessian) if search.error is None else search.error

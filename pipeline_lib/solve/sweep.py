@@ -56,7 +56,7 @@ def sweep(
     """Prune columns in order, and let later columns compensate for each error (2310.09499, Eq. 3).
 
     With group ``block`` (and for N:M) the mask of each column block (group of M) is chosen from the
-    weights as compensated so far and from U_mm²; with ``row`` and ``matrix`` it is chosen
+    weights as compensated so far and from U_mm². With ``row`` and ``matrix`` it is chosen
     beforehand from the whole matrix. Blocks and groups are those of the matrix's own columns,
     regardless of the factorisation's order.
 
@@ -67,9 +67,9 @@ def sweep(
             columns compensate for this, too.
 
     Returns:
-        The compensated weight [R, C], exactly zero outside the mask; the mask [R, C]; and its error
-            tr((W − Ŵ) H (W − Ŵ)ᵀ) [] float64, the sum of the errors of single steps (for W without
-            its columns of always-zero inputs). It is NaN if a score is NaN.
+        The compensated weight [R, C], exactly zero outside the mask; the mask [R, C]; and the weight's
+            error tr((W − Ŵ) H (W − Ŵ)ᵀ) [] float64. The error is the sum of the errors of single
+            steps, for W without its columns of always-zero inputs. It is NaN if a score is NaN.
 
     Raises:
         ValueError: the order does not keep the column blocks together.
