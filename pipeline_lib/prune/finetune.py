@@ -25,9 +25,9 @@ class Finetune:
     remasks: bool  # whether masks may change
 
     def run(self, window: Window) -> None:
-        """Train in place; the held-out split decides."""
+        """Train in place. The held-out split decides whether the result is kept."""
         model, blocks = window.model, window.blocks
-        places = {  # matrices as they are called in the window -> block and matrix
+        places = {  # matrix with its name in the window -> block index and matrix
             replace(m, parameter=f"{index}/{m.parameter}", bias=m.bias and f"{index}/{m.bias}"): (index, m)
             for index, block in blocks.items()
             for m in block.curvatures
@@ -56,7 +56,7 @@ class Finetune:
             given = {**block.tensors, **scales[index].free()}
             tensors |= {f"{index}/{name}": tensor.float() for name, tensor in given.items()}
             names[index] = list(given)
-            block.tensors = {}  # the fit takes them over
+            block.tensors = {}  # the fit takes ownership
         del given
         masks = {
             matrix: own.view(blocks[index].masks[own.parameter]) for matrix, (index, own) in places.items()
@@ -96,15 +96,15 @@ class Finetune:
         return remask
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: 23 per weight if weights are trained (the weights, Adam's moments, gradient, the best
-        so far, masks and bfloat16 copies), 22 for scales, else 16; 10 for each further lane that
-        runs side by side (its gradient, and the masked weights, in float32 and bfloat16); one
-        batch's graph.
+        """Bytes. Each weight takes 23 if weights are trained (weight, Adam's moments, gradient, the
+        best so far, mask and bfloat16 copies), 22 for scales, otherwise 16. Each further lane that
+        runs in parallel takes 10 more (its gradient, and the masked weight in float32 and
+        bfloat16). One batch's graph comes on top.
         """
         each = 23 if "weights" in self.params.parts else 22 if "scales" in self.params.parts else 16
         each += 10 * (LANES - 1) * (shapes.window * shapes.block <= SMALL)
         return shapes.window * each * shapes.block + 3 * shapes.inner(self.params.batch_rows)
 
     def flops(self, shapes: Shapes) -> float:
-        """At most all epochs, gradients at twice a forward pass, and the gate."""
+        """FLOPs of the maximum of epochs, with gradients at twice a forward pass, and of the gate."""
         return 4 * self.params.epochs * shapes.forward

@@ -29,19 +29,19 @@ from pipeline_lib.stats.moments import Moments
 
 @dataclass(frozen=True)
 class Layerwise:
-    """The layer-wise step for each matrix of a block: choose its mask, with or without the OBS sweep;
-    then least squares; then rounding to a grid.
+    """Prune each matrix of a block by itself: choose its mask, with or without the OBS sweep; then
+    solve least squares; then round to a grid.
     """
 
     selection: SelectionParams
     compensate: bool  # the OBS sweep
-    by_site: bool = False  # statistics are collected before each site, else once per block
+    by_site: bool = False  # collect statistics before each site; otherwise once per block
     # target of compensation: outputs for the pruned activations (0) or for the dense activations (1)
     dense_target: float = 0.0
-    reorder: float | None = None  # ROSE's least relative range; None: columns are swept from left to right
-    lsq: LsqParams | None = None  # the best weights on the mask
+    reorder: float | None = None  # ROSE's minimum relative range; None: sweep columns from left to right
+    lsq: LsqParams | None = None  # least squares for the weights on the mask; None: skipped
     scheme: Scheme | None = None  # grid of the remaining weights; None: not quantised
-    # of the new matrices; None: that of the old ones
+    # dtype of the pruned matrices; None: unchanged
     dtype: torch.dtype | None = None
 
     def run(self, window: Window) -> None:
@@ -52,7 +52,7 @@ class Layerwise:
         if self.dense_target and window.dense is not None and streams.dense is not None:
             beside = (window.dense, streams.dense.hidden)
         found: dict[str, Moments] = {}
-        before = None  # the block as it was, where its statistics do not fit into memory at once
+        before = None  # the block before pruning, kept if its statistics do not fit into memory at once
         with block.settling():
             dealt, left = block.deal(()), block.sites
             while left:
@@ -61,7 +61,7 @@ class Layerwise:
                     module = before or model.block(index, block.tensors)
                     sites = block.ahead(left[0], self.by_site, settings.gram_bytes())
                     dealt = block.deal(sites)
-                    found = {}  # before the next
+                    found = {}  # free before the next ones are collected
                     found = collect(model, (index, module), hidden, streams.seen, dealt.sites(), beside)
                     before = module if not self.by_site and len(sites) < len(block.sites) else None
                     del module
@@ -71,8 +71,8 @@ class Layerwise:
             dealt.share()
 
     def prune_block(self, block: Block, moments: dict[str, Moments]) -> None:
-        """Prune all matrices of a block with moments that were collected before; overwrites them
-        (``prune_site``).
+        """Prune all matrices of a block with moments collected earlier, and overwrite these moments
+        (see ``prune_site``).
         """
         with block.settling():
             dealt = block.deal(block.sites)
@@ -80,7 +80,9 @@ class Layerwise:
             dealt.share()
 
     def _prune_sites(self, dealt: Dealt, sites: Sequence[str], moments: dict[str, Moments]) -> None:
-        """``prune_site`` for each; side by side in a small block. What is noted keeps their order."""
+        """Prune several sites, in parallel threads if the block is small. Results keep the order of
+        the sites.
+        """
         block = dealt.block
         weights = sum(tensor.numel() for tensor in block.tensors.values())
         device = next(iter(block.tensors.values())).device
@@ -107,17 +109,17 @@ class Layerwise:
         moments: dict[str, Moments],
         own: Sequence[Matrix] | None = None,
     ) -> None:
-        """Choose the masks of the matrices of a site, compensate as requested, and put both into the
-        block, whose checks run when it settles.
+        """Choose the masks of a site's matrices, compensate as requested, and store masks and
+        weights in the block. The block's checks run when it settles.
 
-        The matrices share one factorisation, which is the only thing that is waited for. Memory:
-        besides the block, two matrices [C, C] and one [R, C] for the sweep alone; a third [C, C]
-        for a target or for a better mask.
+        The matrices share one factorisation, which is the only thing that the code waits for.
+        Memory besides the block: two matrices [C, C] and one [R, C] for the sweep alone; a third
+        [C, C] for a target or for a better mask.
 
         Args:
-            moments: those of the site's inputs in the pruned stream, folded; with ``cross`` for a
-                target in the dense stream. The function takes ownership of them and overwrites
-                them, to save memory.
+            moments: those of the site's inputs in the pruned stream, in folded coordinates; with
+                ``cross`` for a target in the dense stream. The function takes ownership of them and
+                overwrites them, to save memory.
             own: the matrices to prune; None: all.
 
         Raises:
@@ -139,7 +141,7 @@ class Layerwise:
         )
         targets: dict[Matrix, torch.Tensor] = {matrix: weights[matrix] for matrix in own}
         weights = dict(targets)
-        # an expert may get other tokens in the dense stream
+        # an expert may receive other tokens in the dense stream
         share = self.dense_target if block.layout.site(site).pool is None else 0.0
         if share:
             if centred.cross is None:
@@ -168,13 +170,14 @@ class Layerwise:
             if routed is not None:
                 size |= {"tokens": routed, "site": site}
             block.facts["matrices"][matrix.label] = {**size, **task.facts, "damping": factorisation.damping}
-            del weight, target, task  # before the next
+            del weight, target, task  # free before the next matrix
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: the window's blocks (twice if the dense one is needed again), and the larger of two
-        phases. While statistics are collected: the running block, the Gram matrices (with
-        statistics per site only the largest) and the cross moments, the same for a lane, and a
-        batch. While a site is solved: the remaining Gram matrices, and the memory of ``_solving``.
+        """Bytes: the window's blocks (twice if the dense one is needed again), and the larger of
+        two phases. While statistics are collected, memory holds the running block, the Gram
+        matrices (with statistics per site, only the largest), the cross moments, the same for one
+        lane, and a batch. While a site is solved, it holds the remaining Gram matrices and what
+        ``_solving`` counts.
         """
         d, targeted = max(shapes.sites), self.dense_target > 0
         wide = self.dtype is not None
@@ -198,7 +201,7 @@ class Layerwise:
         return kept * (shapes.window - 1) + max(collecting, kept + dense * shapes.block + solving)
 
     def _kept(self, shapes: Shapes) -> int:
-        """Bytes of a weight as pruned."""
+        """Bytes per weight of a pruned block."""
         return (
             shapes.checkpoint.dtype.itemsize
             if self.dtype is None
@@ -206,19 +209,21 @@ class Layerwise:
         )
 
     def _solving(self, channels: int, matrices: list[tuple[int, int]]) -> float:
-        """Bytes for one site, its Gram matrix included: the factorisation (whose inverse needs as
-        much again), the targets, and what the steps hold of the largest matrix, of which
-        least squares take ``lsq.ROWS`` rows at a time.
+        """Bytes to solve one site, its Gram matrix included: the factorisation (its inverse needs
+        as much again), the targets, and the steps' copies of the largest matrix. Least squares
+        takes ``lsq.ROWS`` rows at a time.
 
-        Of a weight: 5 in the sweep (itself, its mask). Then 13 in least squares: swept, mask,
-        target, found; 18 once another mask was found (also that mask and the weights on it), and 22
-        while ADMM looks for it (linear term, iterate, scores), with its inverse beside them.
+        Bytes per weight: 5 in the sweep (weight and mask), and 13 in least squares (swept weight,
+        mask, target, solution). ADMM needs 22 while it searches for another mask (also its linear
+        term, iterate and scores), and its inverse. After the search, 18 remain (also the new mask
+        and the weights on it).
         """
         square, targeted = 4 * channels * channels, self.dense_target > 0
         largest = max(rows * columns for rows, columns in matrices)
         part = 4 * max(min(rows, lsq.ROWS) * columns for rows, columns in matrices)
-        held = square + targeted * 4 * sum(rows * columns for rows, columns in matrices)  # U, targets
-        targeting = square + held + 8 * largest  # and the difference of the moments
+        # the factor U, and the targets
+        held = square + targeted * 4 * sum(rows * columns for rows, columns in matrices)
+        targeting = square + held + 8 * largest  # also the difference of the moments
         if self.lsq is None:
             return max(
                 3 * square,
@@ -227,15 +232,16 @@ class Layerwise:
             )
         steps = 13 * largest + 6 * part
         if self.lsq.mask_iterations:
-            # small ones by eigenvectors, in float64
+            # small matrices are inverted by eigenvectors, in float64
             inverse = 7 * square if channels <= lsq.SPECTRAL else square
             steps = max(18 * largest + 6 * part, 22 * largest + 3 * part + inverse)
         return square + max(2 * square, targeted * targeting, held + steps)
 
     def flops(self, shapes: Shapes) -> float:
-        """Passes that collect statistics (per site, a pass stops at its site), the statistics, the
-        factorisation, and products per matrix: a sweep for the mask and one for the grid, least
-        squares and ADMM with at most all iterations, and their inverses.
+        """FLOPs of the passes that collect statistics, the statistics, the factorisations, and the
+        products of each matrix. With statistics per site, a pass stops at its site. The products
+        are a sweep for the mask and one for the grid, and least squares and ADMM with the maximum
+        of iterations and their inverses.
         """
         targeted = self.dense_target > 0
         passes = (2.2 if self.by_site else 1) * (2 if targeted else 1)
@@ -253,7 +259,9 @@ class Layerwise:
     def _ordering(
         self, weights: Mapping[Matrix, torch.Tensor], block: Block, rule: Rule
     ) -> Callable[[Curvature], torch.Tensor | None]:
-        """ROSE's order of a site's columns, from what all its matrices would lose."""
+        """A function that returns ROSE's column order of a site, from the summed column losses of
+        all its matrices.
+        """
 
         def ordering(curvature: Curvature) -> torch.Tensor | None:
             losses = [column_losses(w.float(), curvature, block.kept[m], rule) for m, w in weights.items()]
@@ -262,8 +270,8 @@ class Layerwise:
         return ordering
 
     def _prune(self, task: "_Task", errors: "_Errors", block: Block) -> None:
-        """What the target becomes, its mask, and facts: the layer errors after the steps, and what
-        these took.
+        """Set the task's new weights, its mask, and its facts: the layer errors after the steps,
+        and the numbers of iterations.
         """
         factorisation, target, rule = task.factorisation, task.target, task.rule
         refit = self.lsq and lsq.affordable(self.lsq, errors.tokens, target.shape[1])
@@ -299,7 +307,7 @@ class Layerwise:
 
 
 class _Task:
-    """One matrix as it is pruned."""
+    """State of one matrix during pruning."""
 
     def __init__(
         self,
@@ -324,8 +332,8 @@ class _Task:
 
 
 class _Errors:
-    """Layer errors E‖(W − Ŵ) X‖² / E‖W X‖² of the matrices that share a site. It takes ownership of
-    G and adds the damping, so that it holds H.
+    """Layer errors E‖(W − Ŵ) X‖² / E‖W X‖² of the matrices that share a site. The object takes
+    ownership of G and adds the damping, so that it holds H.
     """
 
     def __init__(
@@ -338,12 +346,13 @@ class _Errors:
         self.hessian = gram
 
     def forget(self) -> None:
-        """Free H. From here on, errors must be given."""
+        """Free H. From then on, ``of`` needs the swept error."""
         del self.hessian
 
     def of(self, task: _Task, swept: torch.Tensor | None = None) -> torch.Tensor:
-        """[] in float64, on the device. From tr((W − Ŵ) H (W − Ŵ)ᵀ), which the sweep tells (without
-        always-zero inputs) or is taken here, less what the damping adds.
+        """Layer error [] of a task in float64, on the device. ``swept`` is tr((W − Ŵ) H (W − Ŵ)ᵀ)
+        from the sweep, without always-zero inputs; None: it is computed here. The part that the
+        damping adds is subtracted.
         """
         target, new = task.target, task.new
         error = lost(target, new, self.hessian) if swept is None else swept
@@ -362,7 +371,7 @@ class Quantise:
 
     selection: SelectionParams
     scheme: Scheme
-    compensate: bool  # by the OBS sweep; else to nearest
+    compensate: bool  # by the OBS sweep; otherwise round to nearest
 
     def run(self, window: Window) -> None:
         """Quantise in place. With more than one block, the pruned stream before the window is copied
@@ -380,7 +389,7 @@ class Quantise:
                         dealt.share()
                         beside = (fitted, stream.hidden) if self.compensate else None
                         dealt = block.deal(block.ahead(site, True, settings.gram_bytes()))
-                        dealt.copy()  # ``fitted`` has the old ones
+                        dealt.copy()  # ``fitted`` still uses the old ones
                         found = collect(
                             model,
                             (index, model.block(index, block.tensors)),
@@ -396,8 +405,9 @@ class Quantise:
                 model.advance(model.block(index, block.tensors), index, stream)
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: the window's blocks as fitted and as quantised, moments of the largest site, a batch;
-        the same for a lane, or afterwards the factorisation and the largest matrix.
+        """Bytes: the window's blocks before and after quantisation, the moments of the largest
+        site, a batch, and the larger of two: one lane's moments, or the factorisation with the
+        largest matrix.
         """
         d = max(shapes.sites)
         grams = 4 * d * d * (1 + self.compensate)
@@ -405,8 +415,8 @@ class Quantise:
         return 8 * shapes.block * shapes.window + grams + max(grams, solver) + shapes.inner(shapes.batch_rows)
 
     def flops(self, shapes: Shapes) -> float:
-        """Statistics per site beside those of the fitted block, and a sweep towards the fitted
-        block's outputs.
+        """FLOPs of statistics per site of the quantised and the fitted block, and of a sweep
+        towards the fitted block's outputs.
         """
         sweep, factor = shapes.solving(by_site=True)
         products = 5 * self.compensate * sweep
@@ -418,9 +428,8 @@ class Quantise:
         """Quantise the pruned matrices of a site, on their masks.
 
         Args:
-            moments: those of the site's inputs after the sites that are already quantised; with
-                ``cross``, the block before quantisation takes the place of the dense one, and its
-                outputs are the target.
+            moments: those of the site's inputs, after the earlier sites were quantised. ``cross``
+                is with the block before quantisation, whose outputs are then the target.
             own: the matrices to quantise; None: all.
         """
         centred, shift, factor = _centred(block, site, moments)
@@ -446,8 +455,8 @@ class Quantise:
 def _centred(
     block: Block, site: str, moments: Moments
 ) -> tuple[Moments, torch.Tensor | None, torch.Tensor | None]:
-    """A site's moments without the part that biases absorb, that shift in folded coordinates, and
-    the factor that is folded in; each [C] or None.
+    """A site's moments without the shift that biases absorb, this shift in folded coordinates, and
+    the factor that is folded in. Shift and factor are [C] or None.
     """
     shift = block.transform.shifts.get(site)
     factor = site_factor(block.layout, site, block.transform.factors)
@@ -459,8 +468,8 @@ def _centred(
 def _put(
     block: Block, matrix: Matrix, weight: torch.Tensor, new: torch.Tensor, shift: torch.Tensor | None
 ) -> None:
-    """``new`` in the place of ``weight`` [R, C]; the bias makes up for the shift that the inputs
-    are taken without.
+    """Store ``new`` [R, C] in the place of ``weight``, and add to the bias what the shift
+    contributes, because the inputs exclude it.
     """
     matrix.view(block.tensors[matrix.parameter]).copy_(new)
     if shift is not None and matrix.bias is not None:

@@ -1,4 +1,4 @@
-"""From a recipe to the steps of pruning a block; no tensors are touched."""
+"""Translate a recipe into the steps that prune a block; no tensors are touched."""
 
 from dataclasses import dataclass
 
@@ -43,7 +43,7 @@ def plan(recipe: Recipe, dtype: torch.dtype) -> Plan:
     need, how, selection = needs(recipe), recipe.reconstruction, recipe.selection
     grid = scheme(recipe.quantization, dtype)
     fits = how.fits
-    wide = torch.float32 if fits else None  # weights that are trained later are not rounded before
+    wide = torch.float32 if fits else None  # weights that are trained later are not rounded yet
     by_site = how.statistics == "per_site"
     select: Step
     if need.moments == "full":

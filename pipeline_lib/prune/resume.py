@@ -78,16 +78,16 @@ class FinishedBlocks:
             result.facts["matrices"].items(), weights, left, strict=True
         ):
             matrix = by_label[label]
-            # more than were pruned, where quantisation rounds to zero
+            # quantisation may round further weights to zero
             facts["zeros"] = weight.numel() - count
-            # of the mask that is stored
+            # counted in the stored mask
             facts["kept"] = int(matrix.view(result.masks[matrix.parameter]).count_nonzero())
         artifacts.write_json(self._facts(index), result.facts)
         self.kept.finish(index, written)
 
     def publish(self, workspace: Workspace, out: Path) -> dict[int, Any]:
-        """Complete the checkpoint and move it with its masks and grids to ``out``; every block's
-        facts.
+        """Complete the checkpoint, move it with its masks and grids to ``out``, and return every
+        block's facts.
         """
         facts = {
             index: artifacts.read_json(self._facts(index)) for index in range(self.source.architecture.depth)

@@ -22,11 +22,11 @@ class Rows:
     """Calibration samples [N, T] of token ids, and their batch size."""
 
     fit: torch.Tensor
-    held_out: torch.Tensor  # judge fits, and enter no statistic of what is judged
-    batch_rows: int  # rows in one forward pass; no batch holds both kinds, or rows of two lanes
+    held_out: torch.Tensor  # samples that judge fits; no statistic of a judged fit uses them
+    batch_rows: int  # rows per forward pass; a batch never mixes splits or lanes
 
     def dealt(self) -> tuple[Dealt, Dealt]:
-        """Training and held-out samples in batches, the latter after the former."""
+        """Training and held-out samples in batches; the held-out batches come last."""
         fit = deal(len(self.fit), self.batch_rows)
         return fit, deal(len(self.held_out), self.batch_rows, len(fit.sizes))
 
@@ -40,7 +40,8 @@ class Source:
     kept: Mapping[tuple[int, Matrix], int]  # weights that each included matrix keeps, by block
 
 
-Finished = Callable[[int], Mapping[str, torch.Tensor] | None]  # a finished block's stored tensors, or None
+# index -> a finished block's stored tensors, or None
+Finished = Callable[[int], Mapping[str, torch.Tensor] | None]
 
 
 def prune(
@@ -52,8 +53,8 @@ def prune(
     statistics come from the training split. Otherwise the statistics come from all samples.
 
     The streams before the first unfinished block are recomputed from the finished blocks' stored
-    tensors. These are the tensors (rounded to the checkpoint's dtype) through which an
-    uninterrupted run passes its stream, so the bytes are the same.
+    tensors. An uninterrupted run passes its stream through the same tensors (rounded to the
+    checkpoint's dtype), so the bytes are the same.
 
     Memory: the streams (one, or two if a target needs the dense model; one value of the computing
     dtype per token and channel each), and one window of blocks with the needs of its step
@@ -74,7 +75,7 @@ def prune(
             _advance(source.model, streams.pruned, window, stored)
         del stored
         yield from blocks.items()
-        del blocks  # before the next
+        del blocks  # free before the next window
 
 
 def stream_bytes(plan: Plan, tokens: int, width: int, itemsize: int) -> int:
@@ -137,7 +138,7 @@ def _opened(source: Source, index: int) -> Block:
     layout = architecture.layouts[index]
     transform = source.transforms[index].to(model.device)
     wide = torch.float32 if transform.factors else None  # products with factors are not rounded
-    stored = model.checkpoint.block(index)  # maps the file: as long as one tensor lives, all do
+    stored = model.checkpoint.block(index)  # memory-mapped: one live tensor keeps the whole mapping alive
     dtypes = {name: tensor.dtype for name, tensor in stored.items()}
     tensors = {name: stored.pop(name).to(model.device, wide, copy=True) for name in dtypes}
     kept = {
@@ -148,7 +149,7 @@ def _opened(source: Source, index: int) -> Block:
 
 
 def _rounded(block: Block) -> dict[str, torch.Tensor]:
-    """A block's tensors in the dtypes of the checkpoint, which they have from here on."""
+    """Round a block's tensors to the dtypes of the checkpoint, in place, and return them."""
     block.tensors = {name: tensor.to(block.dtypes[name]) for name, tensor in block.tensors.items()}
     return block.tensors
 
@@ -161,7 +162,7 @@ def _advance(
         block = model.block(index, stored[index])
         if index + 1 < model.checkpoint.architecture.depth:
             model.advance(block, index, stream)
-        else:  # nobody reads what comes after the last block: that it is finite shows on one batch
+        else:  # the last outputs are not used, and one batch shows whether they are finite
             for number in stream.hidden.own[:1]:
                 with torch.no_grad():
                     model.check_finite(index, model.call(block, index, stream.hidden[number]))

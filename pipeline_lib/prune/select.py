@@ -23,8 +23,8 @@ class Select:
 
     selection: SelectionParams
     moments: Moments  # what the score reads: ``none``, or the ``diagonal`` of the second moment
-    by_site: bool = False  # statistics are collected before each site, else once per block
-    # of the new matrices; None: that of the old ones
+    by_site: bool = False  # collect statistics before each site; otherwise once per block
+    # dtype of the pruned matrices; None: unchanged
     dtype: torch.dtype | None = None
 
     def run(self, window: Window) -> None:
@@ -54,8 +54,8 @@ class Select:
         second_moment: torch.Tensor | None,
         own: Sequence[Matrix] | None = None,
     ) -> None:
-        """Choose the masks of the matrices of a site, and put weights and masks into the block, whose
-        checks run when it settles.
+        """Choose the masks of a site's matrices, and store weights and masks in the block. The
+        block's checks run when it settles.
 
         Args:
             second_moment: the diagonal [C] of the second moment of the site's inputs, or None if
@@ -73,7 +73,7 @@ class Select:
                 else second_moment
             )
             diagonal = known + self.selection.damping * damping_unit(known, self.selection.damping_of)
-            # what the scores do not read is not known
+            # the inverse stays NaN: these scores do not read it
             curvature = Curvature(known, diagonal, torch.full_like(known, torch.nan))
             mask = rule.mask(rule.scores(weight.float(), curvature), block.kept[matrix])
             block.checks.append(
@@ -92,9 +92,10 @@ class Select:
             }
 
     def memory(self, shapes: Shapes) -> float:
-        """Bytes: the window's blocks (twice if they are fitted later), and the larger of two phases:
-        the running block and a batch, while statistics are collected; the largest matrix in float32
-        with its scores and mask and, if it is compared as a whole, the positions of equal scores.
+        """Bytes: the window's blocks (twice if they are fitted later), and the larger of two
+        phases. While statistics are collected: the running block and a batch. While masks are
+        chosen: the largest matrix in float32 with its scores and mask. If the whole matrix is one
+        group, the positions of equal scores come on top.
         """
         item, wide = shapes.checkpoint.dtype.itemsize, self.dtype is not None
         kept, dense = max(item, 4 * wide), wide * shapes.dtype.itemsize
@@ -107,5 +108,7 @@ class Select:
         )
 
     def flops(self, shapes: Shapes) -> float:
-        """The passes that collect diagonals; with statistics per site, a pass stops at its site."""
+        """FLOPs of the passes that collect diagonals; with statistics per site, a pass stops at its
+        site.
+        """
         return 0 if self.moments == "none" else (2.2 if self.by_site else 1) * shapes.forward

@@ -27,7 +27,7 @@ class Shapes:
     batch_rows: int
     window: int = 1  # blocks that are pruned together
     dtype: torch.dtype = torch.float32  # of forward passes
-    held_out: float = 0.0  # share of the rows that judges
+    held_out: float = 0.0  # share of the rows in the held-out split
     processes: int = 1
 
     @property
@@ -51,7 +51,7 @@ class Shapes:
 
     @property
     def blocks(self) -> float:
-        """Number of largest blocks that would have all prunable weights of the model."""
+        """Prunable weights of the model, in units of the largest block."""
         depth = self.checkpoint.architecture.depth
         return sum(rows * columns for block in range(depth) for rows, columns in self._of(block)) / self.block
 
@@ -75,12 +75,12 @@ class Shapes:
 
     @property
     def share(self) -> float:
-        """Of the rows, those of one process."""
+        """Share of the rows that the busiest process has."""
         return math.ceil(LANES / self.processes) / LANES
 
     @property
     def own(self) -> int:
-        """Tokens of one process."""
+        """Tokens of the busiest process."""
         return math.ceil(self.tokens * self.share)
 
     @property
@@ -94,14 +94,16 @@ class Shapes:
 
     @property
     def stored(self) -> int:
-        """Bytes per weight: as stored, and 4 more to compute with unless that is float32."""
+        """Bytes per weight: as stored, and 4 more for a float32 copy unless the stored weight is
+        float32.
+        """
         item = self.checkpoint.dtype.itemsize
         return item + (item != 4) * 4
 
     @property
     def copied(self) -> int:
-        """Bytes per weight of a block that computes beside the stored one; 0 if both have the same
-        dtype and share it.
+        """Bytes per weight of the block's copy in the computing dtype; 0 if the checkpoint has the
+        same dtype, so that no copy exists.
         """
         return 0 if self.dtype == self.checkpoint.dtype else self.dtype.itemsize
 
@@ -124,7 +126,8 @@ class Shapes:
         return self.solving()[0]
 
     def solving(self, by_site: bool = False) -> tuple[float, float]:
-        """FLOPs of such products, and of the factorisations for them.
+        """FLOPs of the products [R, C] × [C, C] of all matrices, and of the factorisations that
+        they need.
 
         Args:
             by_site: each site is solved before the next one's statistics are collected; else all
@@ -149,18 +152,18 @@ class Shapes:
         return self.solving()[1]
 
     def inner(self, rows: int) -> float:
-        """Bytes of a batch's activations within the block: every site's inputs, four of the stream's
-        width, rows of the attention.
+        """Bytes of a batch's activations within the block: every site's inputs, four tensors of the
+        stream's width, and the rows of the attention matrix.
         """
         heads, width = self.checkpoint.heads, self.checkpoint.architecture.width
         return 4 * rows * self.length * (sum(self.sites) + 4 * width + heads * self.length / 4)
 
     def activations(self, rows: int) -> float:
-        """Bytes of the tensors of a block's forward pass at its peak, without its input. At the widest
-        point these are three tensors of that width (gate, up, and their product; two in an MLP
-        without a gate), or in the attention six of the stream's width (Q, K and V, before and after
-        the rotation), and three of the stream's width in addition (residual, normed, output). Fused
-        attention kernels store no row of the attention.
+        """Bytes of the tensors of a block's forward pass at its peak, without its input. In the MLP
+        these are three tensors of its width (gate, up, and their product), or two without a gate.
+        In the attention they are six of the stream's width (Q, K and V, before and after the
+        rotation). The larger counts, and three more of the stream's width (residual, normed,
+        output). Fused attention kernels store no row of the attention matrix.
         """
         width, widest = self.checkpoint.architecture.width, max(self.sites)
         tensors = 1 + min(2, sum(outputs // widest for outputs, _ in self.matrices if outputs % widest == 0))
@@ -172,8 +175,9 @@ class Shapes:
 
 
 def _busiest(sites: Sequence[tuple[int, list[tuple[int, int]]]], processes: int) -> tuple[float, float]:
-    """FLOPs of the busiest process. Matrices are dealt by cost, the most expensive first: R·C² each,
-    and 3·C³ for every site of which a process has a matrix.
+    """The most FLOPs of one process for products, and for factorisations. Matrices are dealt by
+    their cost R·C², the most expensive first. A process factorises every site of its matrices, at
+    3·C³ each.
     """
     costs = {
         (site, number): rows * channels**2

@@ -7,7 +7,7 @@ from pipeline_lib.prune.window import Window
 
 
 class Step(Protocol):
-    """A frozen dataclass with its parameters."""
+    """A pruning step: a frozen dataclass that holds its parameters."""
 
     def run(self, window: Window) -> None:
         """Change the window's blocks in place."""

@@ -26,14 +26,14 @@ from pipeline_lib.solve.grid import Grid
 from pipeline_lib.stats.lanes import Sums, fold_for
 from pipeline_lib.stats.moments import DiagonalSums, Moments, MomentSums, drawn_together
 
-# their mask keeps another number of weights
+# the message for a mask that keeps a wrong number of weights
 NO_SCORES = "The scores of {} contain NaN or infinity; check the model, or compute in float32."
-NOTES = ("curvatures", "rules", "grids")  # of a block, by matrix
+NOTES = ("curvatures", "rules", "grids")  # the attributes of a block that are keyed by matrix
 
 
 @dataclass
 class Block:
-    """One block while it is pruned. The transform's factors are folded into ``tensors``; its other
+    """One block during pruning. The transform's factors are folded into ``tensors``; its other
     parts go into masks and biases.
     """
 
@@ -42,29 +42,29 @@ class Block:
     transform: Transform
     kept: Mapping[Matrix, int]  # how many weights each included matrix keeps
     tensors: dict[str, torch.Tensor]  # every parameter
-    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # in which the checkpoint stores them
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # dtypes in the checkpoint
     # parameter -> bool, True = kept, in the checkpoint's orientation
     masks: BitMasks = field(default_factory=BitMasks)
-    # Per matrix: kept, size, layer error, damping (within ``settling`` tensors among them); per
-    # step that fitted the block: its errors.
+    # Per matrix: kept, size, layer error, damping (within ``settling``, some are tensors). Per step
+    # that fitted the block: its errors.
     facts: dict[str, Any] = field(default_factory=lambda: {"matrices": {}})
-    # what scores need, for masks chosen anew
+    # statistics from which a later step recomputes scores
     curvatures: dict[Matrix, Curvature] = field(default_factory=dict)
-    rules: dict[Matrix, Rule] = field(default_factory=dict)  # by which masks were chosen
-    grids: dict[Matrix, Grid] = field(default_factory=dict)  # of the matrices that are quantised
-    # what must be true [], and what is said where it is not
+    rules: dict[Matrix, Rule] = field(default_factory=dict)  # the rules that chose the masks
+    grids: dict[Matrix, Grid] = field(default_factory=dict)  # the grids of quantised matrices
+    # conditions [] that must hold, and the error message for each
     checks: list[tuple[torch.Tensor, str]] = field(default_factory=list)
 
-    # of what several threads may copy
+    # guards parameters that several threads may copy
     lock: Lock = field(default_factory=Lock)
 
     def apart(self) -> "Block":
-        """The same block, with its tensors and masks, whose notes are of their own."""
+        """The same block, with the same tensors and masks, but with its own notes, facts and checks."""
         notes: dict[str, Any] = {name: {} for name in NOTES}
         return replace(self, facts={"matrices": {}}, checks=[], **notes)
 
     def join(self, other: "Block") -> None:
-        """Take over what was noted apart."""
+        """Take over the notes, facts and checks of a block from ``apart``."""
         for name in NOTES:
             getattr(self, name).update(getattr(other, name))
         self.facts["matrices"].update(other.facts["matrices"])
@@ -80,7 +80,8 @@ class Block:
         """The sites whose statistics are collected in one pass: this one and later ones.
 
         Args:
-            alone: only this one, and for an expert's site those of the other experts of its layer.
+            alone: collect only this site and, for an expert's site, those of the other experts of
+                its layer.
             budget: bytes for Gram matrices of experts; at least one is collected.
         """
         pool, used = self.layout.site(site).pool, 0.0
@@ -90,7 +91,7 @@ class Block:
             if alone and name != site and (pool is None or entry.pool != pool):
                 continue
             if entry.pool is not None:
-                used += 2 * 4 * len(entry.index) ** 2  # the sum and one lane's
+                used += 2 * 4 * len(entry.index) ** 2  # the total, and one lane's sum
                 if used > budget and names:
                     continue
             names.append(name)
@@ -101,8 +102,8 @@ class Block:
         return [matrix for matrix in self.layout.consumers(site) if matrix in self.kept]
 
     def take(self, matrix: Matrix, mask: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-        """Store a matrix's mask [R, C]. The matrix's parameter becomes a copy, in this dtype, whose
-        weights may be changed.
+        """Store a matrix's mask [R, C]. Replace the matrix's parameter by a copy, in this dtype,
+        whose weights may be changed.
         """
         name = matrix.parameter
         with self.lock:  # another matrix may be in the same parameter
@@ -115,7 +116,7 @@ class Block:
             self.masks[name] = whole
 
     def made(self, matrix: Matrix) -> "Made":
-        """What became of a matrix, for other processes."""
+        """Result of pruning a matrix, for other processes."""
         return Made(
             matrix.view(self.tensors[matrix.parameter]),
             matrix.view(self.masks[matrix.parameter]),
@@ -127,7 +128,7 @@ class Block:
         )
 
     def put(self, matrix: Matrix, made: "Made") -> None:
-        """What another process made of a matrix."""
+        """Store another process's result for a matrix."""
         self.take(matrix, made.mask, made.weight.dtype)
         matrix.view(self.tensors[matrix.parameter]).copy_(made.weight)
         if matrix.bias is not None and made.bias is not None:
@@ -142,7 +143,9 @@ class Block:
             self.grids[matrix] = made.grid
 
     def deal(self, sites: Sequence[str]) -> "Dealt":
-        """Which of the stage's processes prunes which matrices of these sites: by rows · columns²."""
+        """Assign the matrices of these sites to the stage's processes, by their cost rows ·
+        columns².
+        """
         costs = {
             matrix: matrix.view(self.tensors[matrix.parameter]).numel() * len(self.layout.site(site).index)
             for site in sites
@@ -152,11 +155,11 @@ class Block:
 
     @contextmanager
     def settling(self) -> Iterator[None]:
-        """While open, results about the matrices stay on the device, and checks are postponed, so that
-        a step does not wait for a device.
+        """Keep results on the device and postpone checks within this context, so that a step does
+        not wait for the device.
 
-        At the end all are read, in one transfer. If something fails before, the first failure is
-        raised.
+        At the end, one transfer reads all of them. If a step fails earlier, a failed check is
+        raised in its place, because it came first.
 
         Raises:
             SparselineError: one of the ``checks`` fails.
@@ -196,24 +199,24 @@ class Dealt:
     _done: list[str] = field(default_factory=list)
 
     def take(self, site: str) -> list[Matrix]:
-        """The matrices of a site that this process prunes now."""
+        """Mark a site as taken, and return its matrices that this process prunes."""
         self._done.append(site)
         return [matrix for matrix in self.block.consumers(site) if self.owners[matrix] == ranks.rank()]
 
     def sites(self) -> dict[str, list[int]]:
-        """The processes that need each site's statistics."""
+        """For each site, the processes that need its statistics."""
         found: dict[str, set[int]] = {}
         for matrix, owner in self.owners.items():
             found.setdefault(matrix.site, set()).add(owner)
         return {site: sorted(found[site]) for site in self.block.sites if site in found}
 
     def copy(self) -> None:
-        """The parameters become copies, which may be changed."""
+        """Replace the parameters by copies, which may be changed."""
         tensors = self.block.tensors
         tensors |= {name: tensors[name].clone() for name in {matrix.parameter for matrix in self.owners}}
 
     def share(self) -> None:
-        """Every process gets what the owners made of the matrices of the sites that were taken."""
+        """Give every process the owners' results for the sites that were taken."""
         block = self.block
         for matrix, owner in self.owners.items() if ranks.count() > 1 else ():
             if matrix.site in self._done:
@@ -222,14 +225,14 @@ class Dealt:
                     block.put(matrix, made)
         maps: tuple[dict[Matrix, Any], ...] = (block.curvatures, block.rules, block.grids)
         for matrix in [matrix for site in self._done for matrix in block.consumers(site)]:
-            for known in maps:  # in one order, whoever pruned what
+            for known in maps:  # the same order in every process
                 if matrix in known:
                     known[matrix] = known.pop(matrix)
 
 
 @dataclass(frozen=True)
 class Made:
-    """What pruning made of one matrix."""
+    """Result of pruning one matrix."""
 
     weight: torch.Tensor  # [R, C]
     mask: torch.Tensor  # [R, C] bool
@@ -242,18 +245,18 @@ class Made:
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states before a window. Batches before number ``cut`` are the training split, the others
-    the held-out split; each has one lane.
+    """Hidden states before a window. Batches with an index below ``cut`` are the training split,
+    the others the held-out split. Each batch belongs to one lane.
     """
 
     pruned: Stream
-    dense: Stream | None  # what the dense model has in the same places; None where nothing needs it
+    dense: Stream | None  # the dense model's hidden states at the same depth; None if no step needs them
     cut: int
-    seen: Sequence[Sequence[int]]  # for each lane, the numbers of its batches that statistics are taken from
+    seen: Sequence[Sequence[int]]  # per lane, the indices of its batches that enter statistics
 
     def pairs(self) -> tuple[Pairs, Pairs]:
-        """Training and held-out samples: before the window in the pruned stream, after it in the dense
-        one.
+        """Training and held-out pairs: inputs from the pruned stream before the window, targets
+        from the dense stream after it.
         """
         if self.dense is None:
             raise ValueError("fitting needs the dense activations")
@@ -267,10 +270,10 @@ class Window:
 
     model: BlockModel
     blocks: Mapping[int, Block]
-    # The pruned one is before the first block; the dense one, too, while masks are chosen, else
-    # behind the last block. None: no text is read.
+    # The pruned stream is before the first block. The dense stream is there too while masks are
+    # chosen, and later after the last block. None: no text is read.
     streams: Streams | None
-    dense: nn.Module | None = None  # while masks of a single block are chosen: the block as it was
+    dense: nn.Module | None = None  # the block before pruning, while masks of a single block are chosen
 
     @property
     def rows(self) -> Streams:
@@ -284,12 +287,12 @@ class Window:
         return self.streams
 
 
-# names of sites, and the processes that get them; names alone: all processes
+# sites, and the processes that get the statistics of each; names alone: all processes
 Owners = Sequence[str] | Mapping[str, Sequence[int]]
 
 
 class _Reached(Exception):
-    """All sites that were asked for were reached: what comes after them in the block is not needed."""
+    """Raised when all requested sites were reached: the rest of the block is not needed."""
 
 
 def collect(
@@ -303,16 +306,16 @@ def collect(
     """Moments of the sites' inputs for batches of a stream before a block. Only the necessary part of
     the block is run.
 
-    Memory: two matrices [d, d] per site, the sum and one lane's; twice that with ``beside``. Two
-    more for a layer of experts.
+    Memory: two matrices [d, d] per site (the total, and one lane's sum), twice that with
+    ``beside``, and two more for a layer of experts.
 
     Args:
-        block: its number, and the block.
+        block: its index, and its module.
         hidden: [B, T, D] each.
         lanes: for each lane, the numbers of its batches.
         owners: the sites, and the processes that get their moments.
-        beside: the dense block and the dense stream's batches before it: then the cross moments
-            with its inputs are collected, too.
+        beside: the dense block and the dense stream's batches before it. With them, the cross
+            moments with its inputs are collected, too.
     """
 
     known = {site.name: site.pool for site in _sites(model, block[0])}
@@ -350,7 +353,7 @@ def collect(
             _tap(model, (block[0], own), hidden[number], tapped_sites, add)
         return sums
 
-    # the other stream's tokens may be routed to other experts
+    # the router may send the dense stream's tokens to other experts, so experts have no cross moments
     apart = [name for name in sites if known[name] is None]
     to = _receivers(owners, known)
     with side_by_side(model.small[block[0]]) as each_lane:
@@ -378,7 +381,9 @@ def _sites(model: BlockModel, index: int) -> tuple[Site, ...]:
 
 
 def _pooled(known: Mapping[str, str | None], sites: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The pools of some sites (``known``: site -> pool), and these with all sites of their pools."""
+    """The pools of the given sites, and these sites with all others of their pools (``known``: site
+    -> pool).
+    """
     pools = list(dict.fromkeys(pool for name in sites if (pool := known[name]) is not None))
     return pools, [*sites, *(name for name, pool in known.items() if pool in pools and name not in sites)]
 
@@ -421,8 +426,8 @@ Named = Callable[[str, torch.Tensor, torch.Tensor | None], None]
 def _tap(
     model: BlockModel, block: tuple[int, nn.Module], hidden: torch.Tensor, sites: Sequence[str], take: Named
 ) -> None:
-    """Run a block on a batch [B, T, D] until ``take(site, X, weights)`` has got the inputs of every
-    site: X [B, T, d], or of an expert [n, d].
+    """Run a block on a batch [B, T, D] until ``take(site, X, weights)`` was called with the inputs
+    of every site. X is [B, T, d], or [n, d] for an expert.
     """
     names = set(sites)
     wanted = [one for one in _sites(model, block[0]) if one.name in names]
