@@ -34,10 +34,10 @@ from pipeline_lib.models.stream import HEAD_TOKENS, BlockModel, Stream
 from pipeline_lib.solve.grid import Grid
 from pipeline_lib.stats.lanes import LANES, deal, total
 
-EPSILON = 1e-12  # of Adam: gradients of a mean over tokens are small
+EPSILON = 1e-12  # Adam's ε: gradients of a mean over tokens are small
 # hidden states [B, T, D] after the last block -> logits [B, T, V]
 Logits = Callable[[torch.Tensor], torch.Tensor]
-Tensors = Mapping[str, torch.Tensor]  # of one block, by their names in it
+Tensors = Mapping[str, torch.Tensor]  # tensors of one block, by name
 
 
 class Trained:
@@ -102,8 +102,8 @@ class Trained:
 
     @torch.no_grad()
     def _units(self, offsets: Mapping[str, float]) -> dict[str, float]:
-        """The root mean square of what is kept of each leaf, as it acts: its unit of rates. What is
-        all zero does not move.
+        """Root mean square of each leaf's kept entries, offsets included: the unit of its learning
+        rate. A leaf of zeros does not move.
         """
         means = []
         for name, leaf in self.leaves.items():
@@ -113,15 +113,15 @@ class Trained:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor | None], rate: float, done: int) -> None:
-        """One Adam step after ``done`` others, from the gradients of the leaves in order, which are
-        overwritten.
+        """Take one Adam step after ``done`` others. The gradients are those of the leaves, in
+        order, and are overwritten.
         """
         for (name, leaf), gradient in zip(self.leaves.items(), gradients, strict=True):
             if gradient is None or not self.units[name]:
                 continue
-            gradient = gradient.contiguous()  # the fused kernel reads it as it lies
+            gradient = gradient.contiguous()  # the fused kernel does not heed strides
             self.zeros.hold({name: gradient})
-            # the same tensor where it is float32
+            # for float32, the same tensor
             first, second = (average.float() for average in self.averages[name])
             count = torch.full((), float(done), device=leaf.device)
             adam(
@@ -147,7 +147,9 @@ class Trained:
 
     @torch.no_grad()
     def stored(self) -> dict[str, torch.Tensor]:
-        """All tensors in the checkpoint's dtypes; the grids have the scales that they are on."""
+        """All tensors in the checkpoint's dtypes. The grids receive the scales, rounded to these
+        dtypes.
+        """
         found = self.scales.settle(self._moved)
         return {name: tensor.detach().to(self.dtypes[name]) for name, tensor in found.items()}
 
@@ -162,7 +164,7 @@ class Trained:
 
     @torch.no_grad()
     def restore(self, state: Tensors) -> None:
-        """Continue from ``state``; its units are those of the original block."""
+        """Continue from ``state``. The units stay those of the original block."""
         for name, leaf in self.leaves.items():
             leaf.copy_(state[f"{name}:leaf"])
             for place, average in enumerate(self.averages[name]):
@@ -285,7 +287,7 @@ def held_out_divergence(data: TrainingData, tensors: Callable[[int], Tensors]) -
 
 @dataclass(frozen=True)
 class _Passes:
-    """How a step runs. Here, a lane is a batch of its samples."""
+    """Forward and backward passes of one step. Here, a lane is a batch of the step's samples."""
 
     model: BlockModel
     blocks: Sequence[Trained]
@@ -296,8 +298,8 @@ class _Passes:
     def step(
         self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], tokens: int, rate: float, done: int
     ) -> float:
-        """One optimiser step on the inputs and targets [B, T, D] of each lane of this process;
-        returns the mean KL before it. ``tokens`` counts those of all processes.
+        """Take one optimiser step on the inputs and targets [B, T, D] of each lane of this process,
+        and return the mean KL before it. ``tokens`` counts those of all processes.
         """
         states: list[list[Any]] = []
         hidden = [one for one, _ in pairs]
@@ -322,11 +324,11 @@ class _Passes:
         return mean
 
     def _call(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        with _mixed(self.model, self.params):  # a thread has a state of its own
+        with _mixed(self.model, self.params):  # the autocast state is per thread
             return self.model.call(self.model.templates[index], index, x, self.blocks[index].tensors)
 
     def _up(self, index: int, inputs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Inputs and outputs of a block; without ``recompute`` with the graph between them."""
+        """Inputs and outputs of a block; unless ``recompute`` is set, with the graph between them."""
 
         def lane(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             with torch.set_grad_enabled(not self.params.recompute):
@@ -369,12 +371,12 @@ def _divergence(
     """KL(p‖q), summed over the tokens of each row, and ``scale`` times its gradient with respect to
     the hidden states [B, T, D].
 
-    A few tokens at a time, so that the logits of these are in memory. The gradient with respect to
-    the logits is q − p.
+    A few tokens are processed at a time, so that only their logits are in memory. The gradient with
+    respect to the logits is q − p.
 
     Args:
-        target: the dense model's hidden states [B, T, D], of which the same head makes p.
-        scale: None: no gradient is taken, and nothing is in its place.
+        target: the dense model's hidden states [B, T, D], from which the same head computes p.
+        scale: None: no gradient is computed, and an empty tensor takes its place.
     """
     sums, rows = [], []
     for row, wanted in zip(hidden.split(1), target.split(1), strict=True):
@@ -391,14 +393,14 @@ def _divergence(
                     pieces.append(
                         torch.autograd.grad(scores, x, log_q.exp_().sub_(p).mul_(scale).to(scores.dtype))[0]
                     )
-            del scores, log_p, log_q, p  # before the next
+            del scores, log_p, log_q, p  # free before the next tokens
         sums.append(torch.stack(losses).sum())
         rows += [torch.cat(pieces, 1)] if pieces else []
     return sums, torch.cat(rows) if rows else hidden.new_zeros(0)
 
 
 def _batch_rows(rows: Pairs, params: DistilParams) -> int:
-    return min(params.batch_rows, LANES * rows.widest)  # no more rows of a lane in one pass than elsewhere
+    return min(params.batch_rows, LANES * rows.widest)  # a pass has no more rows of a lane than elsewhere
 
 
 def _mixed(model: BlockModel, params: DistilParams) -> AbstractContextManager[Any]:

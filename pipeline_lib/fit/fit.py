@@ -89,7 +89,7 @@ class Pairs:
 
 
 def _row(batches: Sequence[torch.Tensor], place: int, number: int) -> torch.Tensor:
-    """One row [1, T, D] of a batch; no other is read from where it lies."""
+    """One row [1, T, D] of a batch; other rows are not read from storage."""
     return batches.row(place, number) if isinstance(batches, Batches) else batches[place][number : number + 1]
 
 
@@ -98,8 +98,8 @@ class Fitted:
     """A block after its fit."""
 
     tensors: dict[str, torch.Tensor]  # the block's parameters, zeros where they were
-    masks: Masks | None  # where they were refreshed
-    # errors before and after on held-out rows and the first fitting batch, epochs kept
+    masks: Masks | None  # the masks chosen anew; None: unchanged
+    # errors before and after, on held-out rows and on the first fitting batch; number of epochs kept
     facts: dict[str, float]
 
 
@@ -108,20 +108,20 @@ class Sparse:
     """A sparse block, or a window of blocks, before its fit."""
 
     run: Run
-    # float32; matrices whose weights move are taken out, so that they need not be there twice
+    # float32; ``fit`` removes the matrices that it trains, so that memory holds them only once
     tensors: dict[str, torch.Tensor]
     masks: Masks  # of the pruned matrices, which get factors; a kept weight moves even if it is zero
-    where: str  # its name, which keys the order of rows with the seed
-    # chooses masks anew in the first ``refresh_epochs`` epochs, in which pruned weights move too,
-    # unseen
+    where: str  # its name; with the seed, it determines the order of rows
+    # chooses new masks in the first ``refresh_epochs`` epochs, in which pruned weights are trained
+    # too, behind their masks
     remask: Remask | None = None
-    dtype: torch.dtype | None = None  # that ``run`` brings its tensors to, if it is another
-    # of the norms' weights that act as offset + w (``Architecture.offsets``)
+    dtype: torch.dtype | None = None  # the dtype to which ``run`` converts its tensors, if it differs
+    # offsets of the norms' weights that act as offset + w (``Architecture.offsets``)
     offsets: Mapping[str, float] | None = None
 
 
 class _StraightThrough(torch.autograd.Function):
-    """W⊙M whose gradient reaches the pruned weights too."""
+    """W⊙M whose gradient also reaches the pruned weights."""
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -133,8 +133,8 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _Free:
-    """What moves: kept weights; log a, log r per matrix; β per bias; log factors of the norms. As
-    made, it is the identity.
+    """The trained parameters: kept weights; log a and log r per matrix; β per bias; log factors of
+    the norms. Initially they change nothing.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class _Free:
         offsets: Mapping[str, float] | None = None,
     ) -> None:
         self.matrices = list(masks)
-        self.dtype = dtype  # of the masked weights, for what runs; None: their own
+        self.dtype = dtype  # dtype of the masked weights in training passes; None: unchanged
         self.offsets = offsets or {}
         views = [matrix.view(tensors[matrix.parameter]) for matrix in masks]
         self.device = device = views[0].device
@@ -158,7 +158,7 @@ class _Free:
             if "norms" in parts
             else set()
         )
-        # of quantised matrices: factors, too
+        # the scales of quantised matrices are trained by log factors, too
         norms |= {n for n in tensors if n.endswith(".scale")} if "scales" in parts else set()
         self.biases = {name: torch.zeros_like(tensors[name], requires_grad=True) for name in sorted(biases)}
         self.norms = {name: torch.zeros_like(tensors[name], requires_grad=True) for name in sorted(norms)}
@@ -167,15 +167,15 @@ class _Free:
             [view.clone().contiguous().requires_grad_(True) for view in views] if "weights" in parts else []
         )
         self.kept = [mask.to(device) for mask in masks.values()] if "weights" in parts else []
-        self.refreshing = False  # the pruned weights move too, behind their masks
+        self.refreshing = False  # pruned weights are trained too, behind their masks
 
     @property
     def log_factors(self) -> list[torch.Tensor]:
         return [*(self.rows + self.columns if self.factors else ()), *self.norms.values()]
 
     def groups(self, params: FitParams) -> list[dict[str, Any]]:
-        """What Adam moves: log factors and, in units of their matrix's scale, weights at one rate;
-        biases (which have the outputs' scale) at another.
+        """Adam's parameter groups. Log factors and weights have one rate, the weights' in units of
+        their matrix's scale. Biases, which have the outputs' scale, have another rate.
         """
         means = [
             weight.detach().square().sum() / kept.count_nonzero().clamp_min(1)
@@ -197,7 +197,7 @@ class _Free:
         return zip(self.weights, self.kept, strict=True)
 
     def refresh(self, tensors: Mapping[str, torch.Tensor], remask: Remask) -> None:
-        """Choose the masks anew from the weights as they have moved, the pruned ones included."""
+        """Choose new masks from the trained weights, pruned ones included."""
         with torch.no_grad():
             masks = remask(self._laid(tensors, [weight.detach() for weight in self.weights]))
         self.kept = [masks[matrix] for matrix in self.matrices]
@@ -218,7 +218,7 @@ class _Free:
         return {**tensors, **laid(self.matrices, values, tensors)}
 
     def apply(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The block's tensors with all that moved; differentiable."""
+        """The block's tensors with all trained changes; differentiable."""
         values = self.masked() or [matrix.view(tensors[matrix.parameter]) for matrix in self.matrices]
         if self.factors:
             scales = [
@@ -272,10 +272,10 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
     candidate, too, and wins ties on the held-out split.
 
     Gradients and the gate's forward passes are computed in ``compute_dtype`` (mixed precision); trained
-    parameters are float32. With ``weights``, five copies of its matrices are in memory (the weights,
-    Adam's two moments, the best so far, and the gradient or, in the forward pass, the masked weights),
-    their masks, and a copy in ``compute_dtype``. Lanes that run side by side each have a gradient and
-    masked weights.
+    parameters are float32. With ``weights``, memory holds five copies of the block's matrices: the
+    weights, Adam's two moments, the best so far, and the gradient (in the forward pass, the masked
+    weights). Masks and a copy in ``compute_dtype`` come on top. Lanes that run in parallel each
+    have a gradient and masked weights.
 
     Args:
         held_out: the samples that decide; without any, the training split decides.
@@ -288,7 +288,8 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
 
     matrices = list(masks)
     gate = held_out if held_out.inputs else fitting
-    seen = Pairs(fitting.inputs[:1], fitting.targets[:1])  # what the curve needs; the gate's rows decide
+    # enough for the reported error; the gate's rows decide
+    seen = Pairs(fitting.inputs[:1], fitting.targets[:1])
     scale = gate.spread
     facts = {
         "fit_before": block_error(run, tensors, seen),
@@ -307,8 +308,8 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
     optimiser = torch.optim.Adam(groups, eps=1e-12, fused=True)
     penalised = matrices if params.spectral.weight else ()
     norms = [Norm(matrix.view(best[matrix.parameter]), params.spectral) for matrix in penalised]
-    each = fitting.spread / len(fitting)  # of a row
-    # no more rows of a lane in one pass than elsewhere
+    each = fitting.spread / len(fitting)  # variance per row
+    # a pass has no more rows of a lane than elsewhere
     batch_rows = min(params.batch_rows, LANES * fitting.widest)
     steps = params.epochs * -(-len(fitting) // batch_rows)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate_share(done, steps))
@@ -316,13 +317,15 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
     leaves = [leaf for group in groups for leaf in group["params"]]
 
     def gradients(lane: tuple[list[int], int]) -> tuple[torch.Tensor | None, ...]:
-        """What some rows, of so many in this step, add to the leaves' gradients."""
+        """Contribution of a lane's rows to the leaves' gradients. The lane also gives the number of
+        rows in this step.
+        """
         numbers, count = lane
         hidden, target = fitting.rows(numbers)
         values = free.apply(tensors)
         out = run(hidden, values)
         loss = (out - target).square().sum() / (count * each)
-        del values, out  # what the graph does not need of them
+        del values, out  # free what the graph does not need
         return torch.autograd.grad(loss, leaves, allow_unused=True)
 
     weights = sum(map(torch.Tensor.numel, masks.values()))
@@ -360,12 +363,12 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
             if unimproved >= params.patience:
                 break
     facts |= {"fit_after": block_error(run, best, seen), "held_out_after": best_error, "epochs": best_epoch}
-    # + 0.0: no zero is negative
+    # + 0.0 turns −0.0 into 0.0
     return Fitted({name: tensor.detach() + 0.0 for name, tensor in best.items()}, best_masks, facts)
 
 
 class Gradients(list[torch.Tensor | None]):
-    """Of some leaves; added one by one."""
+    """Gradients of the leaves, added one by one."""
 
     def __iadd__(self, other: "Gradients") -> "Gradients":  # type: ignore[override,misc]
         for place, gradient in enumerate(other):
@@ -376,7 +379,7 @@ class Gradients(list[torch.Tensor | None]):
 
 
 def added(lanes: Iterable[Iterable[torch.Tensor | None]]) -> Gradients:
-    """The lanes' gradients, those of other processes too, added up in order."""
+    """Sum of the gradients of all lanes, in order, those of other processes included."""
     return fold_for({"": ranks.everyone()}, ({"": Gradients(found)} for found in lanes))[""]
 
 

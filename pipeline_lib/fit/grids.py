@@ -1,4 +1,4 @@
-"""A block's grids as a file: what lies beside a checkpoint of quantised weights."""
+"""The file with a block's grids, which lies beside a checkpoint of quantised weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ FOLDER = "quantization"  # beside the checkpoint; a file per block
 
 
 def write(path: Path, grids: Mapping[Matrix, Grid]) -> None:
-    """Scales and zero points by label; how they were chosen."""
+    """Write scales and zero points by label, and the quantisation's settings."""
     tensors = {
         name: tensor for matrix, grid in grids.items() for name, tensor in grid.tensors(matrix.label).items()
     }

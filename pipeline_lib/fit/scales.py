@@ -17,7 +17,7 @@ class Scales:
         """
         Args:
             tensors: the block's parameters, quantised.
-            grids: of the matrices whose scales are to be free.
+            grids: those of the matrices whose scales are trained.
         """
         self.grids = grids
         self.steps = {
@@ -39,8 +39,8 @@ class Scales:
 
     @torch.no_grad()
     def settle(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``joined``, with the scales rounded to values that the checkpoint's dtype can store, which
-        go into the grids.
+        """Round the scales to values that the checkpoint's dtype can store, put them into the
+        grids, and return ``joined`` with them.
         """
         exact = {
             f"{matrix.label}.scale": grid.scheme.exact(tensors[f"{matrix.label}.scale"])

@@ -22,8 +22,8 @@ class Norm:
         self.initial = torch.where(initial > 0, initial, torch.ones_like(initial))
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        """Differentiable in ``weight`` [R, C]; the singular vectors count as constants, which is
-        the exact gradient at convergence.
+        """‖weight‖_p, differentiable in ``weight`` [R, C]. The singular vectors count as constants,
+        which gives the exact gradient at convergence.
         """
         if self.params.order == "frobenius":
             return weight.norm()

@@ -39,22 +39,22 @@ class Subject:
 
 
 class Walk(Protocol[S]):
-    """The state of a pass: hidden states forward, and gradients with respect to them backward, with or
-    without tangents; ``number`` is the batch's.
+    """The state of a pass: hidden states forward, then gradients with respect to them backward,
+    with or without tangents. ``number`` is the index of the batch.
     """
 
     def enter(self, hidden: torch.Tensor) -> S:
         """The state before the first block, for its inputs [B, T, D]."""
 
     def up(self, block: nn.Module, index: int, number: int, state: S) -> S:
-        """Forward through a block."""
+        """Pass the state forward through a block."""
 
     def turn(self, logits: Logits, number: int, state: S) -> S:
-        """At the loss: from hidden states to gradients."""
+        """Turn hidden states into gradients at the loss."""
 
     def down(self, block: nn.Module, index: int, number: int, state: S, gradient: S) -> S:
-        """Backward through a block whose inputs were ``state``: from the gradient at its outputs to
-        the one at its inputs.
+        """Pass the gradient backward through a block with the inputs ``state``: from its outputs to
+        its inputs.
         """
 
 

@@ -25,8 +25,8 @@ from pipeline_lib.stats.dense import DenseBlock
 
 
 def counts(size: int, quantum: int, densities: Collection[float]) -> list[int]:
-    """Kept counts to measure between none and all: every multiple of an N:M pattern's quantum, or the
-    nearest to the densities.
+    """Numbers of kept weights to measure between none and all: every multiple of an N:M pattern's
+    quantum, or the nearest to the densities.
     """
     if quantum > 1:
         return list(range(quantum, size, quantum))
@@ -83,7 +83,7 @@ def measure(
         {matrix: math.prod(_shape(matrix, tensors)) * _shape(matrix, tensors)[1] for matrix in included}
     )
     found: dict[str, dict[str, Any]] = {}
-    # label -> size and counts; errors at none and at these [n, 2 or 3]
+    # label -> size and numbers of kept weights; errors [n, 2 or 3] at density 0 and at these numbers
     waiting: dict[str, tuple[list[int], torch.Tensor]] = {}
     scales: dict[str, torch.Tensor] = {}
     for site in block.layout.sites:
@@ -102,12 +102,12 @@ def measure(
             moment = None if moment is None else moment.to(gram.device)
             quantum = selection.shape.quantum(f"{where}.{matrix.label}", (weight.shape[0], weight.shape[1]))
             inner = counts(weight.numel(), quantum, params.densities)
-            taken = [errors(weight, gram, moment)]  # of keeping none
+            taken = [errors(weight, gram, moment)]  # density 0
             for kept in inner:
                 new, *_ = prune_matrix(weight, factorisation, kept, Rule.of(selection), compensate)
                 taken.append(errors(new.sub_(weight), gram, moment))
             points = torch.stack(taken)
-            if share is not None:  # of an expert: over all tokens
+            if share is not None:  # an expert's error, averaged over all tokens
                 points[:, 1] *= share
             waiting[matrix.label] = [weight.numel(), *inner], points
             found[matrix.label] = {"damping": factorisation.damping}
@@ -132,11 +132,11 @@ def _shape(matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Size:
 def _read(
     waiting: Mapping[str, tuple[list[int], torch.Tensor]], found: dict[str, dict[str, Any]], where: str
 ) -> None:
-    """All errors of a block in one transfer from the device; put into ``found`` as curves, from
-    density 0 to 1.
+    """Read all errors of a block from the device in one transfer, and store them in ``found`` as
+    curves from density 0 to 1.
 
     Raises:
-        SparselineError: one is NaN or infinite.
+        SparselineError: an error is NaN or infinite.
     """
     read = iter(torch.cat([points.flatten() for _, points in waiting.values()]).tolist())
     for label, ((size, *inner), points) in waiting.items():
@@ -157,8 +157,8 @@ def _read(
 
 
 def _outliers_and_median(metric: torch.Tensor, factor: float) -> tuple[float, float]:
-    """The share of values [n] that are larger than so many times their mean, and their lower
-    median. Overwrites them.
+    """The share of values [n] that are larger than ``factor`` times their mean, and their lower
+    median. Overwrites the values.
     """
     middle = (len(metric) - 1) // 2
     if metric.device.type != "cpu":
@@ -167,5 +167,5 @@ def _outliers_and_median(metric: torch.Tensor, factor: float) -> tuple[float, fl
         return outliers, median
     values = metric.numpy()
     outliers = float(np.count_nonzero(values > factor * values.mean(dtype=np.float64)) / values.size)
-    values.partition(middle)  # in its place: of a wide block one copy is enough
+    values.partition(middle)  # in place, because a wide block allows only one copy
     return outliers, float(values[middle])

@@ -57,11 +57,11 @@ class Estimate:
 def estimates(
     sample: Callable[[Sequence[int]], Samples], most: int, at_once: int, agreement: float
 ) -> Iterator[Estimate]:
-    """The estimate after each group of probes; in the last one, the halves agree or ``most`` probes
-    are used.
+    """Yield the estimate after each group of probes, until the halves agree or ``most`` probes are
+    used.
 
     Args:
-        sample: from numbers of probes to their samples.
+        sample: numbers of probes -> their samples.
         at_once: probes per group.
         agreement: requested split-half Kendall τ.
     """

@@ -27,13 +27,13 @@ from pipeline_lib.models.stream import HEAD_TOKENS
 from pipeline_lib.stats.lanes import LANES, fold_for, own_lanes
 from pipeline_lib.stats.moments import add_square, mirror_
 
-BATCH_ROWS = (4, 2, 1)  # of a lane's probes in one call: a short row alone leaves much of a processor idle
-BATCH_TOKENS = 2048  # which more than one row may have together: the graph of a call fills the memory
+BATCH_ROWS = (4, 2, 1)  # rows of a lane's probes per call: a single short row leaves a processor partly idle
+BATCH_TOKENS = 2048  # limit for calls with more than one row: the graph of a call fills the memory
 
 
 class OutputMoments:
-    """E[g gᵀ], shape [R, R], of every included matrix, or its diagonal [R], as a mean over predicted
-    tokens: one file per block, one block in memory.
+    """E[g gᵀ] [R, R] of every included matrix, or its diagonal [R], as a mean over predicted
+    tokens. There is one file per block, and one block in memory.
 
     Probe p belongs to lane p mod 4, and each process has some lanes. Until all probes are done,
     there is a file per block and lane, so that a lane's sum continues where it ended. The number of
@@ -41,15 +41,15 @@ class OutputMoments:
     """
 
     def __init__(self, directory: Path, full: bool) -> None:
-        """``directory``: of this process's own."""
+        """``directory`` must belong to this process alone."""
         self.directory = directory
         self.full = full
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens = 0
-        self._labels: dict[int, set[str]] = {}  # of each block's sums
+        self._labels: dict[int, set[str]] = {}  # the labels of each block's sums
 
     def open(self, index: int, lane: int) -> None:
-        """Begin with a block and a lane."""
+        """Open a block and a lane: load their sums, if there are any."""
         path = self._file(index, lane)
         self._sums, facts = read_tensors(path) if path.exists() else ({}, {"tokens": 0})
         self._tokens = facts["tokens"]
@@ -70,14 +70,14 @@ class OutputMoments:
             add_square(sums, g, g)
 
     def close(self, index: int, lane: int, tokens: int) -> None:
-        """Store the sums of the open block and lane, over so many more predicted tokens."""
+        """Store the sums of the open block and lane, which grew by ``tokens`` predicted tokens."""
         self._labels.setdefault(index, set()).update(self._sums)
         write_tensors(self._file(index, lane), self._sums, {"tokens": self._tokens + tokens})
         self._sums = {}
 
     def finish(self, depth: int) -> None:
-        """Add the lanes' sums to each block's mean, and store it in one file; the first process
-        writes.
+        """Turn the lanes' sums into each block's mean, and store it in one file. The first process
+        writes it.
         """
         for index in range(depth):
             files = [file for lane in own_lanes() if (file := self._file(index, lane)).exists()]
@@ -105,8 +105,8 @@ def moment_bytes(shapes: Sequence[tuple[int, int]]) -> int:
 def _recorded(
     block: nn.Module, places: Iterable[tuple[str, int | None, range | None]]
 ) -> Iterator[Mapping[tuple[str, int | None], tuple[Product, torch.Tensor]]]:
-    """While open, products with these parameters, or experts of them, and what they give are noted
-    whenever the block runs.
+    """Record the products with these parameters (or experts of them) and their results, whenever
+    the block runs in this context.
     """
     noted: dict[tuple[str, int | None], tuple[Product, torch.Tensor]] = {}
     wanted, named = {(parameter, expert) for parameter, expert, _ in places}, dict(block.named_parameters())
@@ -123,8 +123,8 @@ def batches(probes: Iterable[int], together: int) -> list[list[int]]:
     """Probes that pass through the blocks together: a limited number of consecutive probes of one
     lane.
 
-    Only the probes' numbers decide. So any multiple of ``together`` · 4 probes, counted from probe
-    0, consists of the same batches, in one pass or in several.
+    The batches depend only on the probes' numbers. So any multiple of ``together`` · 4 probes,
+    counted from probe 0, consists of the same batches, in one pass or in several.
     """
     found: dict[tuple[int, int], list[int]] = {}
     for probe in sorted(probes):
@@ -133,7 +133,7 @@ def batches(probes: Iterable[int], together: int) -> list[list[int]]:
 
 
 def at_once(rows_per_probe: int, length: int) -> int:
-    """Number of probes, with samples of so many tokens, that pass through the blocks together."""
+    """Number of probes that pass through the blocks together, for samples of ``length`` tokens."""
     rows = next(rows for rows in BATCH_ROWS if rows * length <= BATCH_TOKENS or rows == 1)
     return max(1, rows // rows_per_probe)
 
@@ -151,8 +151,8 @@ class _Gradient:
         moments: OutputMoments | None,
     ) -> None:
         self.subject, self.params, self.moments = subject, params, moments
-        # A router sends tokens of all rows of a batch to an expert, and nothing tells which probe
-        # they are of.
+        # An expert receives tokens from all rows of a batch, so its tokens cannot be assigned to
+        # probes.
         routed = any(
             site.pool is not None
             for layout in subject.model.checkpoint.architecture.layouts
@@ -168,8 +168,8 @@ class _Gradient:
         self.batches = [
             torch.cat([subject.batch(probe, params.rows_per_probe) for probe in own]) for own in self.probes
         ]
-        self.predicted = params.rows_per_probe * (subject.rows.shape[1] - 1)  # tokens of a probe
-        # per batch: of a block, [matrices, probes]
+        self.predicted = params.rows_per_probe * (subject.rows.shape[1] - 1)  # predicted tokens per probe
+        # per batch: (block, squares [matrices, probes])
         self.squares: list[list[tuple[int, torch.Tensor]]] = [[] for _ in self.probes]
 
     def enter(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -182,22 +182,22 @@ class _Gradient:
         return output
 
     def turn(self, logits: Logits, number: int, state: torch.Tensor) -> torch.Tensor:
-        """∂ℓ/∂x for labels that the model draws itself, a few tokens at a time, so that the logits
-        of these are in memory.
+        """∂ℓ/∂x for labels drawn from the model, a few tokens at a time, so that only their logits
+        are in memory.
         """
         rows = []
         for probe, own in zip(self.probes[number], state.split(self.params.rows_per_probe), strict=True):
             random = generator(self.params.seed, f"labels:{probe}")
             for row in own.split(1):
                 pieces = [self._at_loss(logits, piece, random) for piece in row[:, :-1].split(HEAD_TOKENS, 1)]
-                # nothing follows the last token
+                # the last token predicts nothing
                 rows.append(torch.cat([*pieces, torch.zeros_like(row[:, -1:])], 1))
         return torch.cat(rows)
 
     @staticmethod
     def _at_loss(logits: Logits, hidden: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-        """∂ℓ/∂x [1, n, D] of n tokens. That of the logits is p − y, p the probabilities and y one
-        at the label.
+        """∂ℓ/∂x [1, n, D] of n tokens. The gradient of the logits is p − y, where p are the
+        probabilities and y is the one-hot label.
         """
         x = hidden.detach().requires_grad_(True)
         scores = logits(x)
@@ -220,7 +220,7 @@ class _Gradient:
         places = {name: place(matrix, pieces) for name, matrix in matrices.items()}
         with _recorded(block, places.values()) as noted:
             output = model.call(block, index, x)
-        # some choose tokens without a gradient
+        # some products only choose tokens, and have no gradient
         results = {id(result): result for _, result in noted.values() if result.requires_grad}
         below, *gradients = torch.autograd.grad(output, [x, *results.values()], gradient)
         of_result = dict(zip(results, gradients, strict=True))
@@ -232,7 +232,7 @@ class _Gradient:
         squares = []
         for name, matrix in matrices.items():
             parameter, expert, rows = places[name]
-            # Of an expert without tokens there is none.
+            # An expert without tokens has no gradient.
             inner, g = x.new_zeros(0, 1), x.new_zeros(0, model.checkpoint.matrix_shape(index, matrix)[0])
             if (part := (parameter, expert)) in outputs:
                 inner, g = noted[part][0].inputs.detach(), outputs[part]
@@ -241,14 +241,13 @@ class _Gradient:
             # tokens come from all rows.
             batch = len(x) if layout.site(matrix.site).pool is None else 1
             inner, g = inner.reshape(batch, -1, inner.shape[-1]), g.reshape(batch, -1, g.shape[-1])
-            # Row by row: between rows the cross terms have mean zero, and leaving them out leaves
-            # their noise out.
+            # Row by row: cross terms between rows have mean zero and would only add noise.
             each = torch.stack([_square(g[row], inner[row]) for row in range(batch)])
             squares.append(each.double().view(len(self.probes[number]), -1).sum(1))
             if self.moments is not None:
                 self.moments.add(matrix, g)
         if squares:
-            # on the device: whoever asks for numbers waits for it
+            # stays on the device: reading the numbers waits for it
             self.squares[number].append((index, torch.stack(squares)))
         if self.moments is not None and number == of_lane[-1]:
             self.moments.close(
@@ -257,7 +256,7 @@ class _Gradient:
         return below
 
     def samples(self) -> dict[int, dict[str, float]]:
-        """By probe of this process, the reduced squares by logical matrix."""
+        """For each probe of this process, the reduced squares by logical matrix."""
         found: dict[int, dict[str, float]] = {probe: {} for together in self.probes for probe in together}
         checkpoint = self.subject.model.checkpoint
         for together, blocks in zip(self.probes, self.squares, strict=True):
@@ -284,8 +283,8 @@ def drawn(probabilities: torch.Tensor, random: torch.Generator) -> torch.Tensor:
 
 
 def _square(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """‖gᵀx‖² of g [T, R] and x [T, C]; of a wide matrix by way of [T, T], since tr(gᵀx xᵀg) = tr(g
-    gᵀ x xᵀ).
+    """‖gᵀx‖² of g [T, R] and x [T, C]. For a wide matrix it is computed from products [T, T], since
+    tr(gᵀx xᵀg) = tr(g gᵀ x xᵀ).
     """
     tokens, wide = len(g), g.shape[1] * x.shape[1] / (g.shape[1] + x.shape[1])
     return torch.sum((g @ g.T) * (x @ x.T)) if tokens < wide else (g.T @ x).square().sum()

@@ -35,8 +35,8 @@ def probe_vector(
 
 
 def push_forward(function: Callable[..., torch.Tensor], inputs: Tensors, tangents: Tensors) -> State:
-    """f(u) and its tangent J u̇, as the derivative of Jᵀ w with respect to w, because some blocks have
-    parts without forward-mode derivatives.
+    """f(u) and its tangent J u̇. The tangent is the derivative of Jᵀ w with respect to w, because
+    some blocks have parts without forward-mode derivatives.
     """
     u = [tensor.detach().requires_grad_(True) for tensor in inputs]
     output = function(*u)
@@ -79,16 +79,16 @@ class _Product:
     def __init__(self, subject: Subject, params: SensitivityParams, probes: Sequence[int]) -> None:
         self.subject, self.params, self.probes = subject, params, probes
         self.batches = [subject.batch(probe, params.rows_per_probe) for probe in probes]
-        # on the device: whoever asks for numbers waits for it
+        # on the device: reading the numbers waits for it
         self.means: list[dict[str, torch.Tensor]] = [{} for _ in probes]
 
     def enter(self, hidden: torch.Tensor) -> State:
-        return hidden, torch.zeros_like(hidden)  # embeddings do not move
+        return hidden, torch.zeros_like(hidden)  # embeddings are not probed
 
     def directions(
         self, tensors: Mapping[str, torch.Tensor], index: int, number: int
     ) -> dict[str, torch.Tensor]:
-        """z for every tensor of the block that holds an included matrix."""
+        """The probe z for each of the block's tensors that holds an included matrix."""
         names = sorted({matrix.parameter for matrix in self.subject.matrices[index].values()})
         path = f"{self.subject.model.checkpoint.architecture.blocks}.{index}"
         distribution, seed = self.params.distribution, self.params.seed
@@ -99,8 +99,8 @@ class _Product:
     def moving(
         self, block: nn.Module, index: int, number: int, state: State
     ) -> tuple[Callable[..., torch.Tensor], Tensors, Tensors, dict[str, torch.Tensor]]:
-        """The block as a function of its inputs and of the parameters that move; all of these,
-        their tangents, and z by name.
+        """The block as a function of its inputs and of the parameters that move. Then these
+        arguments, their tangents, and z by name.
         """
         tensors = self.subject.model.stored(block, index)
         z = self.directions(tensors, index, number)
@@ -119,7 +119,7 @@ class _Product:
         return output, tangent
 
     def turn(self, logits: Logits, number: int, state: State) -> State:
-        """x̄ and its tangent at the loss, row by row, so that the logits of one row are in memory."""
+        """x̄ and its tangent at the loss, row by row, so that only one row's logits are in memory."""
         batch = self.batches[number].to(state[0].device)
         predicted = batch[:, 1:].numel()
         one = torch.ones((), dtype=state[0].dtype, device=state[0].device)
