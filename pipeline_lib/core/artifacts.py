@@ -26,13 +26,14 @@ from pipeline_lib.core.errors import SparselineError
 if TYPE_CHECKING:
     import torch
 
-ABANDONED = 14 * 24 * 3600  # seconds after which what a process left on a shared disk counts as nobody's
+# seconds after which files of an unknown process on a shared disk count as abandoned
+ABANDONED = 14 * 24 * 3600
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of ``path`` to write (file or directory), which replaces it only if the body
-    succeeds.
+    """Yield a temporary sibling of ``path`` to write (file or directory). It replaces ``path`` only
+    if the body succeeds.
 
     Its name is unique to the process. Temporary files of killed processes are removed.
 
@@ -59,7 +60,7 @@ def replacing(path: Path) -> Iterator[Path]:
             with suppress(FileNotFoundError):  # another process was faster
                 path.replace(old)
     except OSError as error:
-        if error.filename is None:  # as of a write to an open file
+        if error.filename is None:  # as after a write to an open file
             error.filename = str(path)
         raise
     finally:
@@ -107,7 +108,7 @@ def _abandoned(temporary: Path) -> bool:
 def newest(path: Path) -> float:
     """Modification time of the newest file of a tree, in seconds since the epoch; 0 if there is none."""
     found = [str(path)]
-    # unlike rglob, it passes over what another process removes meanwhile
+    # unlike rglob, os.walk skips what another process removes meanwhile
     for folder, below, names in os.walk(path):
         found += [os.path.join(folder, name) for name in (*below, *names)]  # noqa: PTH118
     times = [0.0]
@@ -128,7 +129,7 @@ def remove(path: Path) -> None:
 def save_tensors(
     path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None
 ) -> None:
-    """``save_file``, with the system's errors as OSError.
+    """Call ``save_file``, and raise the system's errors as OSError.
 
     Raises:
         OSError: the file cannot be written.

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from pipeline_lib.core.preloaded import SIGNALS
 
 SECONDS = 10.0  # for one item
-BYTES = 2**32  # of memory more than this process has
+BYTES = 2**32  # of memory beyond what this process has
 _NUMBER = 8  # bytes of a length
 
 In = TypeVar("In")
@@ -34,10 +34,11 @@ def each(function: Callable[[In], Any], items: Iterable[In], seconds: float = SE
         seconds: time limit per item.
 
     Raises:
-        BoundError: it took longer, or ended, as it does beyond 4 GB of memory.
+        BoundError: an item took longer, or the process ended, for example because it needed more
+            than 4 GB of memory.
     """
     reading, writing = os.pipe()
-    with warnings.catch_warnings(action="ignore"):  # of threads, which the fork does without
+    with warnings.catch_warnings(action="ignore"):  # about threads, which the fork does not use
         child = os.fork()
     if not child:
         os.close(reading)
@@ -56,7 +57,7 @@ def each(function: Callable[[In], Any], items: Iterable[In], seconds: float = SE
 
 
 def _serve(function: Callable[[In], Any], items: Iterable[In], writing: int) -> NoReturn:
-    """In the fork: whatever comes, it ends here."""
+    """Compute and send the results in the fork. Whatever happens, the fork ends here."""
     with suppress(BaseException):
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)

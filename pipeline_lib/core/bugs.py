@@ -8,12 +8,12 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-CODE = 3  # of a process that ends by such a fault
+CODE = 3  # exit code of a process that ends with an internal error
 
 
 def tell(error: BaseException) -> str:
-    """Write the traceback into a file (in DVC's directory of temporary files, if it exists); the
-    sentence that names it.
+    """Write the traceback into a file (in DVC's directory of temporary files, if it exists), and
+    return the sentence that names it.
     """
     kind = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
     text = "".join(

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 OWN = ("pipeline_lib", "stages")
-# prose may begin like that; it does not parse
+# prose may begin like an import; it does not parse
 IMPORT = re.compile(r"^[ \t]*((?:from|import) (?:[^\n(]|\([^)]*\))*)", re.MULTILINE)
 
 
@@ -51,7 +51,7 @@ def _home(package: str, root: Path) -> Path:
 
 
 def _sources(stage: str, root: Path) -> dict[Path, Path]:
-    """A stage's closure: the files by their names."""
+    """The files of a stage's closure: name -> path."""
     root = root.absolute()
     todo, seen = {root / "stages" / f"{stage}.py", root / "stages" / "__init__.py"}, set[Path]()
     while todo:

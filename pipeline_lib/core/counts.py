@@ -1,4 +1,4 @@
-"""Kept counts as integers: overall, and in proportion to sizes."""
+"""Numbers of kept weights as integers: overall, and in proportion to sizes."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,8 @@ def shares(kept: int, sizes: Sequence[int]) -> list[int]:
 
 
 def check(kept: int, budget: int, quantum: int) -> None:
-    """Check that a count is the budget, or for N:M within half of the largest step.
+    """Check that a number of kept weights equals the budget. With N:M it may differ by half of the
+    largest step.
 
     Raises:
         RuntimeError: it is not.

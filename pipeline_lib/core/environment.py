@@ -61,8 +61,8 @@ def check(path: Path = FILE) -> None:
 
 
 def write(path: Path = FILE) -> bool:
-    """Write the installed versions into the file; whether that changed it. Equal versions give equal
-    bytes.
+    """Write the installed versions into the file, and return whether that changed it. Equal
+    versions give equal bytes.
     """
     text = json.dumps(running(), sort_keys=True) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") == text:

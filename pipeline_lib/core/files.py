@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline_lib.core.errors import SparselineError
 
-LARGE = 2**29  # bytes that a file of settings, an index or a tokenizer has at most
+LARGE = 2**29  # maximum bytes of a file of settings, an index or a tokenizer
 KINDS = {
     stat.S_ISDIR: "a directory",
     stat.S_ISFIFO: "a named pipe",
@@ -25,7 +25,7 @@ KINDS = {
 
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
-    """A file to read.
+    """Open a file to read.
 
     Raises:
         OSError: it cannot be opened.
@@ -126,7 +126,7 @@ def check_inside(directory: Path, path: Path) -> None:
 
 @cache
 def _dvc_cache(here: Path) -> list[Path]:
-    """Where DVC keeps files, if a directory lies in a project of it."""
+    """The directories in which DVC stores files, if ``here`` lies in a DVC project."""
     root = next((directory for directory in (here, *here.parents) if (directory / ".dvc").is_dir()), None)
     if root is None:
         return []

@@ -18,7 +18,7 @@ from pipeline_lib.core.errors import SparselineError
 LITTLE = 0.1  # share of the memory that a desktop or a driver may hold
 PATIENCE = 10.0  # seconds to wait for a free GPU: another stage may be ending
 LOOK = 0.5
-_taken: list[socket.socket] = []  # until this process ends
+_taken: list[socket.socket] = []  # the locks of this process, kept until it ends
 
 
 @functools.cache

@@ -20,9 +20,10 @@ class Kept:
     def __init__(self, directory: Path, what: str, folders: Sequence[str] = (), unit: str = "block") -> None:
         """
         Args:
-            what: how messages begin, "prune wanda".
-            folders: that the stage writes to; what else has such a name is removed.
-            unit: what is numbered, as messages call it.
+            what: the beginning of messages, such as "prune wanda".
+            folders: the folders that the stage writes to. Anything else with such a name is
+                removed.
+            unit: what messages call a numbered item.
         """
         self.directory, self._what, self._unit = directory, what, unit
         self._right: dict[int, dict[str, str]] = {}  # block -> its files' SHA-256

@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 def run(job: Callable[..., T], *arguments: Any) -> T:
-    """Run the job in SPARSELINE_PROCESSES processes, or in those that an outer `torchrun` started;
-    returns the first process's result.
+    """Run the job in SPARSELINE_PROCESSES processes, or in those that an outer `torchrun` started,
+    and return the first process's result.
 
     Raises:
-        SparselineError: the settings do not go together.
-        Fault: it failed in one of them.
-        LostError: one of them is gone.
+        SparselineError: the settings contradict each other.
+        Fault: the job failed in one of the processes.
+        LostError: one of the processes is gone.
     """
     if ranks.outer() is not None:
         with ranks.together(_told):
@@ -45,14 +45,14 @@ def _told(error: LostError) -> NoReturn:
 
 
 def _launched(count: int, job: Callable[..., T], *arguments: Any) -> T:
-    """Workers are forks of this process, which has only imported modules. With a GPU they are new
-    processes, because CUDA does not survive a fork.
+    """Run the job in workers, which are forks of this process: it has only imported modules. With a
+    GPU they are new processes, because CUDA does not survive a fork.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch").setLevel(logging.CRITICAL)  # it tells what the workers tell, at length
+    logging.getLogger("torch").setLevel(logging.CRITICAL)  # it repeats the workers' messages at length
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     before = {number: signal.getsignal(number) for number in SIGNALS}
     with tempfile.TemporaryDirectory(prefix="sparseline-") as place:
@@ -88,21 +88,21 @@ def _launched(count: int, job: Callable[..., T], *arguments: Any) -> T:
 def _worker(
     place: Path, launcher: int, job: Callable[..., T], arguments: tuple[Any, ...]
 ) -> tuple[T, int | None]:
-    """Run the job in a worker; returns its result and its peak GPU memory. If it fails, its error
-    is written to a file, which the launcher reads.
+    """Run the job in a worker, and return its result and its peak GPU memory. If the job fails, the
+    error is written to a file, which the launcher reads.
     """
 
     def note(error: BaseException) -> int:
         message, status = runtime.explained(error)
         fault = {"message": message, "status": status, "lost": isinstance(error, LostError)}
-        if not isinstance(error, process.Stopped):  # the launcher knows
+        if not isinstance(error, process.Stopped):  # the launcher knows the signal
             (place / f"fault-{os.environ['RANK']}.json").write_text(json.dumps(fault), encoding="utf-8")
         return status
 
     def end(error: LostError) -> NoReturn:
         os._exit(note(error))
 
-    for number in SIGNALS:  # they are the launcher's
+    for number in SIGNALS:  # the launcher handles signals
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     try:

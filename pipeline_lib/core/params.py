@@ -40,7 +40,7 @@ class Conflict(ValueError):
 
 
 class Merged(dict[str, Any]):
-    """A section that overrides another one, and knows where each value was written."""
+    """A section merged with the one that it overrides. It knows where each value was written."""
 
     def __init__(
         self, defaults: str, overrides: str, below: Mapping[str, Any], above: Mapping[str, Any]
@@ -52,7 +52,7 @@ class Merged(dict[str, Any]):
         """The overriding section if the value is written there, else the section with the defaults."""
         value: Any = self.above
         for part in location:
-            if not isinstance(value, Mapping):  # inside of what replaces the default as a whole
+            if not isinstance(value, Mapping):  # inside a value that replaces the default as a whole
                 break
             if part not in value:
                 return self.defaults
@@ -94,8 +94,8 @@ def _loaded(text: str) -> Any:
 
 
 def _check_size(value: Any) -> None:
-    """Refuse what a few aliases of aliases make: a text of a line that is a million values, or one
-    that holds itself.
+    """Refuse values that aliases of aliases blow up: one line of text may hold a million values, or
+    itself.
 
     Raises:
         ValueError: there are too many values.
@@ -168,8 +168,8 @@ def parse(model: type[P], value: Any, name: str) -> P:
         return ".".join([start, *map(str, location)])
 
     try:
-        # As JSON, of which the strict mode takes lists as tuples and texts as paths, but no "0.5"
-        # for 0.5 and no true for 1.
+        # As JSON: strict mode then accepts lists as tuples and texts as paths, but not "0.5" as 0.5
+        # or true as 1.
         return model.model_validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -198,8 +198,8 @@ def parse(model: type[P], value: Any, name: str) -> P:
 
 
 def _keys(value: Any, location: Location) -> Location:
-    """The part of a location that is keys and places of lists; pydantic adds which kind of a union
-    it tried.
+    """The part of a location that consists of keys and list indices. Behind it, pydantic adds the
+    member of a union that it tried.
     """
     for count, part in enumerate(location):
         if isinstance(value, Mapping):
@@ -212,7 +212,9 @@ def _keys(value: Any, location: Location) -> Location:
 
 
 def _shown(value: Any) -> str:
-    """A value as an error prints it: whole sections and long lists say nothing that fits into a sentence."""
+    """A value as errors show it. Whole sections and long lists are cut, because they do not fit
+    into a sentence.
+    """
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 

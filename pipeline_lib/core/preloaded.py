@@ -59,8 +59,8 @@ class _Client:
     ignored: list[int]  # signals
 
     def alike(self, environ: dict[str, str]) -> bool:
-        """Whether it has this process's interpreter, and the environment in which the modules were
-        imported, but for what no library reads.
+        """Whether the client has this process's interpreter, and the environment in which the
+        modules were imported. Variables that no library reads may differ.
         """
         return self.interpreter == sys.executable and _fixed(self.environ) == _fixed(environ)
 
@@ -80,7 +80,8 @@ def hand_over() -> None:
     """
     ignored = [int(number) for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
     with socket.socket(socket.AF_UNIX) as server:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it is known whom they are for
+        # until it is known which process should receive them
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         fork = None
         with suppress(OSError):
             client = _Client(
@@ -99,7 +100,7 @@ def hand_over() -> None:
 
 
 def _forward(fork: int, ignored: list[int]) -> None:
-    """Signals to this process are for the fork."""
+    """Forward signals from this process to the fork."""
 
     def forward(number: int, _frame: FrameType | None) -> None:
         with suppress(ProcessLookupError):
@@ -111,8 +112,8 @@ def _forward(fork: int, ignored: list[int]) -> None:
 
 
 def _end(status: int | None) -> NoReturn:
-    """End as another process ended: with this exit status, or by the signal of which it is the
-    negative number.
+    """End as another process ended: with its exit status or, if that is negative, by the signal
+    with that number.
     """
     if status is None:
         print(
@@ -138,14 +139,16 @@ def serve(command: list[str]) -> NoReturn:
     came: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
-        """The command decides what a signal ends. Of SIGINT a terminal tells it itself."""
+        """Forward a signal to the command, which decides what ends. A terminal sends SIGINT to the
+        command itself.
+        """
         if number != signal.SIGINT:
             came.append(number)
             for process in started:
                 process.send_signal(number)
 
     def end(_number: int = 0, _frame: FrameType | None = None) -> None:
-        """Once the command has ended, this process ends, in the midst of its imports too."""
+        """End this process once the command has ended, even in the midst of imports."""
         if started and started[0].poll() is not None:
             shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
             _end(started[0].returncode)
@@ -174,8 +177,8 @@ def serve(command: list[str]) -> NoReturn:
 
 
 def _ending_with(parent: int) -> Callable[[], None]:
-    """For a child, before it runs a command: SIGTERM comes to it when its parent is killed, where
-    the system can do that (Linux).
+    """A function that a child calls before it runs a command. Where the system can (Linux), it then
+    sends the child SIGTERM when the parent is killed.
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
 
@@ -189,7 +192,7 @@ def _ending_with(parent: int) -> Callable[[], None]:
 
 
 def _listener() -> socket.socket | None:
-    """Where clients are awaited; None where nobody should fork, or cannot."""
+    """The socket on which clients are awaited; None if this process should not fork, or cannot."""
     if os.environ.get("SPARSELINE_DEVICE", "cpu") != "cpu":  # CUDA does not survive a fork
         return None
     try:
@@ -209,7 +212,9 @@ def _listener() -> socket.socket | None:
 
 
 def _next(listener: socket.socket, environ: dict[str, str], keepers: set[int]) -> _Client | None:
-    """In a fork, the client that it is for; in this process, None after a moment."""
+    """Wait a moment for a client. Returns the client in a fork that is to run its command, and None
+    in this process.
+    """
     keepers -= {keeper for keeper in keepers if os.waitpid(keeper, os.WNOHANG) != (0, 0)}
     with suppress(TimeoutError, ConnectionError):
         connection, _ = listener.accept()
@@ -217,7 +222,8 @@ def _next(listener: socket.socket, environ: dict[str, str], keepers: set[int]) -
             if keeper := os.fork():
                 keepers.add(keeper)
             else:
-                listener.close()  # else a client would wait here when this process's parent is gone
+                # otherwise clients could still connect here when this process's parent is gone
+                listener.close()
                 client = _keep(connection, environ)
                 if client is None:
                     os._exit(0)
@@ -226,7 +232,9 @@ def _next(listener: socket.socket, environ: dict[str, str], keepers: set[int]) -
 
 
 def _keep(connection: socket.socket, environ: dict[str, str]) -> _Client | None:
-    """In a fork of its own, the client; in this process, which tells the client how that ended, None."""
+    """Fork for a client, and tell it the fork's number and exit status. Returns the client in the
+    fork, and None in this process.
+    """
     connection.settimeout(None)
     head, files, _, _ = socket.recv_fds(connection, _NUMBER.size, 3)
     client = _Client(**json.loads(_exactly(connection, _NUMBER.unpack(head)[0])))
@@ -247,12 +255,12 @@ def _keep(connection: socket.socket, environ: dict[str, str]) -> _Client | None:
 
 
 def _become(client: _Client) -> None:
-    """As the client is before it imports the project's own code."""
+    """Give this process the state that the client has before it imports the project's own code."""
     os.chdir(client.directory)
     os.environ.update(client.environ | {CLIENT: str(client.pid)})
     del os.environ[PLACE]
     sys.orig_argv, sys.argv, sys.path[0] = client.command, client.command[2:], client.directory
-    # the server's may have been files, where these are pipes
+    # the server's streams may be files where the client's are pipes
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         shown = open(descriptor, "w", encoding=getattr(sys, name).encoding, closefd=False)  # noqa: SIM115 - a descriptor, for good
         shown.reconfigure(line_buffering=descriptor == 2 or shown.isatty())
@@ -265,8 +273,8 @@ def _become(client: _Client) -> None:
 
 
 def _run(module: str) -> NoReturn:
-    """The module as `python -m` runs it; the process ends. What Python does as it ends takes a
-    second with torch: only what matters is done.
+    """Run the module as `python -m` does, then end the process. Python's own shutdown takes a
+    second with torch, so only the necessary steps are done.
     """
     status: Any = None
     try:
@@ -293,7 +301,7 @@ def _receive(connection: socket.socket) -> int | None:
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:
-    """So many bytes, or none where the other side is gone."""
+    """Receive ``size`` bytes; none if the other side is gone."""
     data = b""
     while len(data) < size:
         part = connection.recv(size - len(data))

@@ -23,7 +23,7 @@ AGAIN = 0.02  # seconds until a signal's exception that was dropped is raised on
 GRACE = 1.0  # seconds for a clean end once `dvc` is gone
 PATIENCE = 5.0  # the same for one of a stage's processes after a signal: it may wait in torch for another
 _orphaned = threading.Event()
-_came: list["Stopped"] = []  # the signal that came, if one did
+_came: list["Stopped"] = []  # the signal that arrived; at most one
 
 
 class Stopped(KeyboardInterrupt):
@@ -38,14 +38,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def stopped(number: int) -> Stopped:
-    """What a signal raises."""
+    """The exception that a signal raises."""
     return Stopped(number, "The `dvc` that started this stage has ended" if _orphaned.is_set() else None)
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """In the body SIGTERM, SIGHUP and SIGINT raise ``Stopped``, once; the next one kills. Signals that
-    are ignored (nohup) or have a handler stay so.
+    """Let SIGTERM, SIGHUP and SIGINT raise ``Stopped`` in the body, once; the next one kills.
+    Signals that are ignored (nohup) or have another handler are left alone.
 
     The signal may arrive during a library's call. Some libraries convert the exception to their own
     error: after a signal, the body always raises ``Stopped``. Some libraries swallow it: see
@@ -68,13 +68,13 @@ def stoppable() -> Iterator[None]:
             alarms.append(signal.signal(signal.SIGALRM, again))
             signal.setitimer(signal.ITIMER_REAL, AGAIN)
 
-    main = threading.current_thread() is threading.main_thread()  # Python lets no other thread choose
+    main = threading.current_thread() is threading.main_thread()  # Python lets no other thread set handlers
     before = {number: signal.getsignal(number) for number in SIGNALS if main}
     taken = {number: handler for number, handler in before.items() if _is_usual(handler)}
     for number in taken:
         signal.signal(number, stop)
     hook = sys.unraisablehook
-    alarms: list[Any] = []  # handlers that stood in the way
+    alarms: list[Any] = []  # SIGALRM's handler before ``again``
     sys.unraisablehook = dropped
     try:
         yield
@@ -102,7 +102,7 @@ def _is_usual(handler: Any) -> bool:
 
 def heed() -> None:
     """Raise the exception of a signal again if a library swallowed it. Later results may be wrong,
-    so no file of them may be written.
+    so they must not be written.
     """
     if _came:
         raise _came[0]
@@ -110,8 +110,8 @@ def heed() -> None:
 
 @contextmanager
 def following_dvc() -> Iterator[None]:
-    """While open, this process ends as soon as the `dvc` that started it has ended. A process that was
-    started by hand is not affected.
+    """End this process as soon as the `dvc` that started it has ended. A process that was started
+    by hand is not affected.
     """
     chain = _chain()
     if chain is None:
@@ -123,8 +123,8 @@ def following_dvc() -> Iterator[None]:
 
 @contextmanager
 def following(parent: int) -> Iterator[None]:
-    """While open, this process ends when its parent is gone, or if it does not end cleanly in time
-    after a signal.
+    """End this process when its parent is gone, or if it does not end cleanly in time after a
+    signal.
     """
     came: list[float] = []
 
@@ -169,7 +169,7 @@ def _chain() -> list[int] | None:
     started this process.
     """
     client = os.environ.get(CLIENT, "")
-    # else it is nobody's: a fork's is a number
+    # a fork has a number here; anything else is ignored
     chain = [int(client)] if re.fullmatch("[0-9]{1,9}", client) else []
     by_hand = chain or None
     with suppress(psutil.Error):
@@ -186,7 +186,7 @@ def _chain() -> list[int] | None:
             chain.append(shell.ppid())
     if chain[-1] in runners:
         return chain
-    # Orphans have got another parent. One that DVC had started has its `dvc`, dead, still in the lock file.
+    # An orphan has a new parent. If DVC started it, the lock file still names the dead `dvc`.
     return [] if _adopted(chain[-1]) and any(not _runs(pid) for pid in runners) else by_hand
 
 

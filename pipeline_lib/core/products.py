@@ -28,8 +28,8 @@ _gpu_others: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.
 
 @contextmanager
 def rounding(allowed: bool) -> Iterator[None]:
-    """While open, whether oneDNN may round inside float32 products, and so whether it is used for
-    them.
+    """Set for this context whether oneDNN may round inside float32 products, and so whether it is
+    used for them.
     """
     before = _flags.fp32_precision
     _flags.fp32_precision = "bf16" if allowed else "ieee"
@@ -51,7 +51,9 @@ def exact(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.
 
 
 def enable_onednn() -> bool:
-    """Enable oneDNN for float32 products in this process if it is exact; whether it is enabled."""
+    """Enable oneDNN for float32 products in this process if it is exact, and return whether it is
+    enabled.
+    """
     with rounding(True):
         good = torch.backends.mkldnn.is_available() and exact()
     _flags.fp32_precision = "bf16" if good else "ieee"
@@ -80,8 +82,8 @@ def exact_on_gpu() -> None:
 
 @contextmanager
 def rounded(device: torch.device, products: Products) -> Iterator[None]:
-    """While open, float32 products on a GPU may round their inputs to TF32 (10 bits after the point)
-    or, in forward passes, to bfloat16 (7 bits).
+    """Let float32 products on a GPU round their inputs in this context: to TF32 (10 bits after the
+    point) or, in forward passes, to bfloat16 (7 bits).
 
     torch has no bfloat16 setting for float32 products on a GPU, so autocast is used. It also rounds
     the results, but not norms, softmax and in-place additions to an accumulator, whose sums are

@@ -9,12 +9,12 @@ from typing import Self, TextIO, TypeVar
 
 EVERY = 10.0  # seconds between two lines of a log
 T = TypeVar("T")
-# what a loop's numbers go through, for whoever counts them: ``iter`` where nobody does
+# wraps a loop's range, so that a caller can count the items; ``iter`` does nothing
 Watched = Callable[[range], Iterable[int]]
 
 
 class Progress:
-    """Counts finished items of ``total``; a context manager, which also reports the end.
+    """A context manager that counts finished items of ``total``, and also reports the end.
 
     In a terminal it shows tqdm's bar. Elsewhere it prints at most a line every ten seconds, and a
     last one if the work took that long: ``prune wanda: 3 of 32 blocks, 1 min 20 s left``.
@@ -40,14 +40,14 @@ class Progress:
         if self._stream.isatty():
             from tqdm import tqdm  # a stage that has nothing to do starts faster without it
 
-            size = shutil.get_terminal_size()  # tqdm draws nothing where a terminal does not know its own
+            size = shutil.get_terminal_size()  # some terminals report no size, and tqdm then draws nothing
             shape = {"ncols": size.columns, "nrows": size.lines}
             self._bar = tqdm(
                 total=total, initial=done, desc=what, unit=f" {units}", file=self._stream, **shape
             )
 
     def advance(self, count: int = 1) -> None:
-        """``count`` more items are finished."""
+        """Count ``count`` more items as finished."""
         self._done += count
         now = self._clock()
         if self._bar is not None:
@@ -87,7 +87,7 @@ def track(items: Iterable[T], what: str, units: str, total: int | None = None, d
     with Progress(what, total, units, done) as progress:
         for item in items:
             yield item
-            del item  # before the next
+            del item  # free before the next
             progress.advance()
 
 

@@ -24,8 +24,8 @@ from pipeline_lib.core.errors import LostError
 if TYPE_CHECKING:
     import torch
 
-FIRST = 2048  # bytes of the first message of what is sent
-SMALL = 1024  # bytes of a tensor that travels with what it is in
+FIRST = 2048  # bytes of the first message of a transfer
+SMALL = 1024  # maximum bytes of a tensor that is sent inside its value
 BEAT = 0.5  # seconds between two signs of life
 # a process may compute for hours while others wait; missing signs of life show that one is gone
 FOREVER = timedelta(days=30)
@@ -94,7 +94,7 @@ def deal(costs: Mapping[K, float], processes: int | None = None) -> dict[K, int]
     """
     loads = [0.0] * (processes or count())
     owners = {}
-    for item in sorted(costs, key=lambda item: -costs[item]):  # stable: of equal ones the first
+    for item in sorted(costs, key=lambda item: -costs[item]):  # stable: equal costs keep their order
         owners[item] = loads.index(min(loads))
         loads[owners[item]] += costs[item]
     return owners
@@ -160,7 +160,8 @@ class _Unpickler(pickle.Unpickler):
 def _sent(value: Any, source: int, to: Sequence[int]) -> Any:
     """Send a value; this process is the source or a receiver.
 
-    A first message has a fixed size, and holds all of a small value; small tensors travel in it.
+    The first message has a fixed size, and holds all of a small value. Small tensors are sent
+    inside the value.
     """
     import torch
 
@@ -200,7 +201,7 @@ def _bytes(tensor: "torch.Tensor") -> "torch.Tensor":
 
 
 def _kind(tensor: "torch.Tensor") -> tuple[Any, ...]:
-    """Shape, dtype, kind of device, and of a small one on the CPU its bytes."""
+    """Shape, dtype and kind of device of a tensor, and its bytes if it is small and on the CPU."""
     small = tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= SMALL
     raw = _bytes(tensor).numpy().tobytes() if small else None
     return tensor.shape, tensor.dtype, tensor.device.type, raw
@@ -235,7 +236,7 @@ def _pass(tensor: "torch.Tensor", source: int, to: Sequence[int]) -> None:
 
 @contextmanager
 def _talking() -> Iterator[None]:
-    """Convert torch's error about a process that does not answer."""
+    """Convert torch's error about a process that does not answer to a LostError."""
     try:
         yield
     except RuntimeError as error:
@@ -251,7 +252,7 @@ def _lost(who: str) -> str:
 
 @contextmanager
 def together(end: Callable[[LostError], Any]) -> Iterator[None]:
-    """While open, this process takes part in the group that torchrun's variables describe (RANK,
+    """Take part, in this context, in the group that torchrun's variables describe (RANK,
     WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Only the first process's output is shown.
 
     Args:
@@ -271,7 +272,7 @@ def together(end: Callable[[LostError], Any]) -> Iterator[None]:
     over, answered, one = threading.Event(), [time.monotonic()], threading.Lock()
 
     def lost(error: LostError) -> None:
-        with one:  # of several threads the first tells it
+        with one:  # only the first of several threads reports
             if not over.is_set():
                 end(error)
 
@@ -332,7 +333,9 @@ def _beat(store: Any, answered: list[float], over: threading.Event, end: Callabl
 
 
 def _watch(answered: list[float], over: threading.Event, end: Callable[[LostError], Any]) -> None:
-    """The same where the store's host is cut off: torch waits for its answer without a limit."""
+    """End this process if the store's host is cut off: torch would wait for its answer without a
+    limit.
+    """
     while not over.wait(BEAT):
         if time.monotonic() - answered[0] > settings.timeout():
             end(LostError(_lost("the others")))

@@ -32,8 +32,8 @@ _peaks: list[int] = []  # bytes on the GPUs of its workers
 
 
 def compute() -> "torch.device":
-    """Prepare torch by the settings (threads, library of its products, exact products on a GPU); the
-    device.
+    """Prepare torch by the settings (threads, library of its products, exact products on a GPU),
+    and return the device.
 
     Raises:
         SparselineError: the device does not exist, or a setting cannot be used.
@@ -77,11 +77,11 @@ def told() -> Iterator[None]:
         with process.stoppable():
             yield
         return
-    except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):  # click's matter
+    except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):  # click handles them
         raise
     except (Exception, KeyboardInterrupt) as error:
         message, status = explained(error)
-    with suppress(OSError):  # nobody may read on
+    with suppress(OSError):  # the reader may be gone
         print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -89,8 +89,9 @@ def told() -> Iterator[None]:
 def explained(error: BaseException) -> tuple[str, int]:
     """The sentence that explains the end of a stage, and its exit code.
 
-    2 for a SparselineError, the system's refusal of a file and too little memory; 128 + its number
-    for a signal; 4 where another process of the stage is gone; 3 for anything else, which is a bug.
+    The code is 2 for a SparselineError, a file operation that the system refused, and too little
+    memory. It is 128 + its number for a signal, 4 if another process of the stage is gone, and 3
+    for anything else, which is a bug.
     """
     if isinstance(error, SparselineError):
         return str(error), 2
@@ -101,7 +102,7 @@ def explained(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         stopped = error if isinstance(error, process.Stopped) else process.Stopped(signal.SIGINT)
         return str(stopped), stopped.code
-    if isinstance(error, OSError) and error.errno is not None:  # else a library's own
+    if isinstance(error, OSError) and error.errno is not None:  # without a number, it is a library's own
         return _refused(error), 2
     if isinstance(error, Exception) and _is_gpu_memory(error):
         return (
@@ -121,7 +122,8 @@ def _refused(error: OSError) -> str:
     """The sentence about a file operation that the system refused."""
     room = f"make room, {environment.command('plan')} says what a run takes"
     remedy = room if error.errno in (errno.ENOSPC, errno.EDQUOT) else "correct the cause"
-    where = error.filename2 or error.filename or "A file of this run"  # the second: where something was to go
+    # the second one is the target of the operation
+    where = error.filename2 or error.filename or "A file of this run"
     return (
         f"{where}: {os.strerror(error.errno or 0)}; {remedy}, then run the same command again: finished"
         " work is kept."
@@ -129,12 +131,12 @@ def _refused(error: OSError) -> str:
 
 
 def _is_memory(error: Exception) -> bool:
-    """Python's own error, or what torch raises on a CPU."""
+    """Whether it is Python's own error, or the one that torch raises on a CPU."""
     return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _is_gpu_memory(error: Exception) -> bool:
-    """The allocator's error, the driver's, or that of a library for which no memory was left."""
+    """Whether it is the allocator's error, the driver's, or that of a library that got no memory."""
     said = str(error)
     return (
         type(error).__name__ == "OutOfMemoryError"
@@ -160,11 +162,11 @@ def peak_gpu() -> int | None:
 
 @contextmanager
 def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str], None]]:
-    """The body of a stage: it checks the environment, reports errors in one sentence (``told``), and
-    writes the cost record.
+    """Run the body of a stage: check the environment, report errors in one sentence (``told``), and
+    write the cost record.
 
     Yields a function that prints the stage's last line: a summary, to which it adds the duration. A
-    stage that `dvc` started ends with it.
+    stage that `dvc` started ends when that `dvc` ends.
 
     Args:
         name: of the cost record ``build/costs/<name>.json``: wall seconds, CPU seconds, peak

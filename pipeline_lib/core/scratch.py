@@ -47,15 +47,15 @@ class Scratch:
 
 @contextmanager
 def hold(name: str, key: str, what: str) -> Iterator[Scratch]:
-    """The scratch directories of this key, for this process alone. If another process holds the key,
-    it prints a message once and waits.
+    """Hold the scratch directories of this key for this process alone. If another process holds the
+    key, print a message once and wait.
 
     Finished blocks are removed when the body succeeds, unless other processes wait; the next of
     them finds all blocks finished. They are kept if the body fails. Keys that have not been used
     for two weeks are removed.
 
     Args:
-        name: of the stage.
+        name: the stage's name.
         key: 32 hexadecimal digits, see ``runtime.resume_key``.
         what: the beginning of messages, "prune wanda".
 
@@ -67,7 +67,7 @@ def hold(name: str, key: str, what: str) -> Iterator[Scratch]:
     """
     if not ranks.first():
         kept = ranks.broadcast(Path(), 0)
-        kept.mkdir(parents=True, exist_ok=True)  # on another machine
+        kept.mkdir(parents=True, exist_ok=True)  # it may be missing on another machine
         with _own(kept) as own:
             yield Scratch(kept, own)
         return
@@ -88,7 +88,7 @@ def hold(name: str, key: str, what: str) -> Iterator[Scratch]:
             with _own(kept) as own:
                 yield Scratch(kept, own)
         finally:
-            with suppress(OSError):  # where no block was finished
+            with suppress(OSError):  # succeeds only if no block was finished
                 kept.rmdir()
         if not _waited_for(place, key):
             _drop(kept)
@@ -121,7 +121,7 @@ def _acquire(place: Path, key: str, what: str) -> IO[str]:
             if waiting is None:
                 click.echo(f"{what}: {_owner(_lock(place, key))} has these blocks; waiting until it ends")
                 waiting = _waiting(place, key).open("a+")
-                # the owner is just looking whether anybody waits: then it drops them
+                # the owner may be checking for waiting processes just now; then it drops the blocks
                 with suppress(BlockingIOError):
                     fcntl.flock(waiting, fcntl.LOCK_SH | fcntl.LOCK_NB)
             time.sleep(LOOK)
@@ -132,7 +132,7 @@ def _acquire(place: Path, key: str, what: str) -> IO[str]:
 
 
 def _sign(lock: IO[str]) -> None:
-    """For those who wait."""
+    """Note the owner, for processes that wait."""
     command = " ".join(shlex.join(sys.orig_argv).split())[:200]
     owner = {
         "pid": os.getpid(),
@@ -193,7 +193,7 @@ def _waited_for(place: Path, key: str) -> bool:
 
 
 def _drop(kept: Path) -> None:
-    """Away in one step, so that a kill in between leaves no half of it under the key."""
+    """Rename, then remove, so that a kill leaves no partial directory under the key."""
     if kept.exists():
         away = temporary_name(kept)
         kept.rename(away)
@@ -201,7 +201,9 @@ def _drop(kept: Path) -> None:
 
 
 def _sweep(place: Path) -> None:
-    """Remove what nobody has used for two weeks and nobody holds, and what was being removed."""
+    """Remove keys that nobody has used for two weeks and nobody holds, and the remains of
+    interrupted removals.
+    """
     for path in place.iterdir():
         if re.fullmatch(r"\.[0-9a-f]{32}\..*\.partial", path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -221,8 +223,8 @@ def _old(path: Path) -> bool:
 
 
 def _root(what: str) -> Path:
-    """SPARSELINE_SCRATCH, or the user's cache directory; without one that can be written a
-    directory of the project or the system's own.
+    """SPARSELINE_SCRATCH, or the user's cache directory. If the latter cannot be written, it is a
+    directory of the project, or else one of the system's temporary directory.
     """
     if chosen := os.environ.get("SPARSELINE_SCRATCH"):
         if reason := _unusable(Path(chosen)):
@@ -261,7 +263,9 @@ def _cache() -> Path:
 
 
 def _project() -> Path:
-    """Below DVC_ROOT, because the copy in which an experiment runs is deleted when it ends."""
+    """A directory below DVC_ROOT, because the copy in which an experiment runs is deleted when it
+    ends.
+    """
     own = Path(os.environ.get("DVC_ROOT") or ".").absolute() / ".dvc"
     if not own.is_dir():
         raise NotADirectoryError(errno.ENOENT, "no .dvc here")

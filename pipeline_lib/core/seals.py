@@ -1,4 +1,4 @@
-"""Seals: a reader detects by them that an artifact is damaged, or belongs elsewhere.
+"""Seals, by which a reader detects that an artifact is damaged or belongs elsewhere.
 
 A file's seal is in the file: its schema, its path in the project, its model, and its SHA-256. A
 directory has the seal in ``seal.json``, with the SHA-256 of every file.
@@ -36,11 +36,11 @@ class Seal:
     file: str  # its path in the project
     model: str | None  # digest of the model that it was made for; None: of no model
     schema: int = SCHEMA
-    sha256: str = _OPEN  # of the file with this value in it
+    sha256: str = _OPEN  # of the file while it contains this value
 
 
 def close(raw: bytes) -> bytes:
-    """The file with its digest in the place of the open one."""
+    """The file's bytes, with the digest in the place of ``_OPEN``."""
     return raw.replace(_OPEN.encode(), f"sha256:{hashlib.sha256(raw).hexdigest()}".encode(), 1)
 
 

@@ -7,7 +7,7 @@ from pipeline_lib.core.errors import SparselineError
 
 BYTES = 4_000_000_000
 TIMEOUT = 60
-GPU_SHARE = 0.25  # of a GPU's free memory that hidden states take
+GPU_SHARE = 0.25  # share of a GPU's free memory for hidden states
 
 
 def device_name() -> str:

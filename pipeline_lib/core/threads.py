@@ -9,8 +9,8 @@ import torch
 
 from pipeline_lib.core.products import rounding
 
-SMALL = 2**22  # weights of a block, or of a window of blocks: in larger ones there is little to gain
-PARTS = 4  # that work is cut into, however many threads there are
+SMALL = 2**22  # weights of a block, or of a window of blocks; larger ones gain little
+PARTS = 4  # parts of the work, for any number of threads
 S = TypeVar("S")
 T = TypeVar("T")
 Map = Callable[[Callable[[S], T], Iterable[S]], Iterable[T]]
@@ -23,8 +23,8 @@ def small(device: torch.device, weights: int) -> bool:
 
 @contextmanager
 def side_by_side(wanted: bool, parts: int = PARTS) -> Iterator[Map[Any, Any]]:
-    """While open, a ``map`` over at least ``parts`` parts. If ``wanted``, each of torch's threads
-    computes one part, instead of all sharing one.
+    """Yield a ``map`` over at least ``parts`` parts. If ``wanted``, each of torch's threads
+    computes parts of its own, instead of all sharing one.
 
     With small products, two threads spend most of their time waking up. The parts' results are in
     memory together. The library of products does not depend on the number of threads or parts.
@@ -34,11 +34,11 @@ def side_by_side(wanted: bool, parts: int = PARTS) -> Iterator[Map[Any, Any]]:
         return
     threads = torch.get_num_threads()
     workers = min(PARTS, threads, parts)
-    with rounding(False):  # which holds for all threads: none may change it while another computes
+    with rounding(False):  # the setting is global, so no thread may change it while another computes
         if workers < 2:
             yield map
             return
-        torch.set_num_threads(threads // workers)  # a new thread takes it over when it first asks for it
+        torch.set_num_threads(threads // workers)  # a new thread adopts it when it first asks for it
         try:
             with ThreadPoolExecutor(workers, initializer=torch.get_num_threads) as pool:
                 yield pool.map

@@ -12,7 +12,7 @@ from pipeline_lib.core.errors import SparselineError
 if TYPE_CHECKING:
     import torch
 
-DENSE = "dense"  # the source model, where variants are named
+DENSE = "dense"  # the source model, in the place of a variant's name
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Workspace:
 
     @property
     def matrices(self) -> Path:
-        """Its logical matrices."""
+        """The source model's logical matrices."""
         return self.build / "prepare/matrices.json"
 
     def texts(self, use: str) -> Path:
@@ -83,8 +83,8 @@ class Workspace:
         return self.build / "prune" / variant
 
     def distilled(self, variant: str) -> Path:
-        """Directory of the checkpoint after training as a whole; only a seal without training, or if
-        its result was not kept.
+        """Directory of the checkpoint after training of the whole model. It contains only a seal
+        without training, or if the result was not kept.
         """
         return self.build / "distil" / variant
 
@@ -207,8 +207,8 @@ class Workspace:
 
     @contextmanager
     def directory(self, path: Path, known: Mapping[str, str] | None = None) -> Iterator[Path]:
-        """A directory for an artifact's files; with its seal, it replaces the old one if the body
-        succeeds.
+        """Yield a directory for an artifact's files. It gets a seal, and replaces the old one if
+        the body succeeds.
 
         Args:
             known: SHA-256 of files that need not be read again, by their paths in the directory.
@@ -242,7 +242,7 @@ class Workspace:
         Raises:
             SparselineError: as ``opened``.
         """
-        self.load(self.model)  # which says for which model they are
+        self.load(self.model)  # records the model that they belong to
         return [
             matrix
             for matrix in artifacts.read_json(self.opened(self.matrices.parent) / self.matrices.name)
@@ -253,7 +253,9 @@ class Workspace:
         return seals.Seal(self._file(path), next(iter(self._models), None))
 
     def _file(self, path: Path) -> str:
-        """Its path in the project, also of what is being written under a temporary name."""
+        """An artifact's path in the project, with its final name while it is written under a
+        temporary one.
+        """
         parts = path.relative_to(self.root).parts
         return "/".join(artifacts.final_name(part) for part in parts)
 
