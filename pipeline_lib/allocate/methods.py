@@ -18,7 +18,7 @@ KEYS = {
     "predicted": "curve",
     "owl": "outliers",
     "dlp": "median",
-}  # what a method reads of an entry
+}  # the key of an entry that a method reads
 
 
 def counts(units: Sequence[Unit], sparsity: float, params: AllocationParams, measured: Measured) -> list[int]:
@@ -70,7 +70,7 @@ def predicted(name: str, entry: Mapping[str, Any], params: AllocationParams) -> 
             f"allocation.weighting = 'kronecker' needs output moments, but there are none for {name}; set"
             " sensitivity.output_moments, or weighting: trace."
         )
-    with np.errstate(invalid="ignore", over="ignore"):  # what comes of it is refused below
+    with np.errstate(invalid="ignore", over="ignore"):  # the result is refused below
         errors = (
             np.array(curve["kronecker"])
             if params.weighting == "kronecker"
@@ -81,7 +81,7 @@ def predicted(name: str, entry: Mapping[str, Any], params: AllocationParams) -> 
 
 
 def _check_finite(name: str, what: str, values: Any) -> None:
-    """Refuse to rank or weigh what is no number.
+    """Refuse values that cannot be ranked or weighed.
 
     Raises:
         SparselineError: a value is NaN or infinite.
@@ -128,7 +128,7 @@ def _places(units: Sequence[Unit], params: AllocationParams, measured: Measured)
 
 
 def _spread(values: Sequence[float]) -> np.ndarray:
-    """Linearly to [−1, 1], the least to −1; equal ones to 0."""
+    """Map values linearly to [−1, 1], the least to −1; equal values become 0."""
     found = np.asarray(values, dtype=float)
     width = found.max() - found.min()
     return 2 * (found - found.min()) / width - 1 if width > 0 else np.zeros(len(found))

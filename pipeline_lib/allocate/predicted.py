@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline_lib.allocate.budget import Unit, limits_of
 
-KNOTS = 256  # counts at which a curve is looked up, evenly spread; between them its hull is straight
+KNOTS = 256  # evenly spread counts at which a curve is evaluated; its hull is straight between them
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Curve:
         object.__setattr__(self, "loss", np.maximum(self.loss, 0.0))
 
     def at(self, density: np.ndarray) -> np.ndarray:
-        """Linear in the logarithm between two measured points, because errors span orders of
-        magnitude.
+        """The loss at some densities. It is interpolated linearly in the logarithm between two
+        measured points, because errors span orders of magnitude.
 
         Beyond the last point it falls to 0 at density 1, with the cube of the pruned share. (If
         weights are dense around zero, the smallest share s lies below a threshold ∝ s, and its
@@ -95,7 +95,7 @@ def minimise(
     missing = limits.budget - int(counts.sum())
     for *_, i, quanta in sorted(segments):
         quantum = int(limits.quanta[i])
-        # to the nearest; of one weight: as many as are missing
+        # rounded to the nearest; a quantum of one weight gives exactly as many as are missing
         taken = min(quanta, (2 * missing + quantum) // (2 * quantum))
         if taken > 0:
             counts[i] += taken * quantum

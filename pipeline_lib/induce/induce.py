@@ -41,7 +41,7 @@ class Outcome:
     judged: dict[str, float]  # candidate -> its error in the gate
     held_out: dict[str, float]  # candidate -> layer error on the held-out rows
     curve: list[dict[str, float]]  # step, loss, held_out
-    mask_changed: float  # share of mask entries that differ from no induction
+    mask_changed: float  # share of mask entries that induction changes
 
     def facts(self) -> dict[str, Any]:
         names = ("choice", "judged", "held_out", "mask_changed")
@@ -72,11 +72,11 @@ class _Layer:
     def shifts(
         self, scales: tuple[torch.Tensor, torch.Tensor], log_u: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """By what the refreshed score (fast Hessian update, Eqs. 9–11) times u² moves log W²: of
-        rows [R] and columns [C].
+        """The shifts of rows [R] and columns [C] that turn log W² into the log of the refreshed
+        score (fast Hessian update, Eqs. 9–11) times u².
 
-        No forward pass, only D; and since every score is W² times a factor per column, no pass over
-        the matrix either.
+        This needs no forward pass, only D. Since every score is W² times a factor per column, it
+        needs no pass over the matrix either.
         """
         d_squared = (-2 * scales[1]).exp()  # columns of W̃ carry D⁻¹
         refreshed = Curvature(
@@ -104,14 +104,16 @@ class _Layer:
         )
 
     def parts(self, step: int) -> Iterator[slice]:
-        """Rows that can be chosen for at once: ``step`` where rows are independent, else all."""
+        """Slices of rows whose masks are chosen at once: ``step`` rows if rows are independent,
+        otherwise all.
+        """
         rows = len(self.weight)
         step = step if self._by_row else rows
         return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the scores of one part: mask, and each comparison group's threshold, which broadcasts
-        against it.
+        """The mask of one part's scores, and the threshold of each comparison group, which
+        broadcasts against the mask.
         """
         if self._by_row and not self.settings.shape.m:
             return bounds(scores, self.kept // len(self.weight))
@@ -119,7 +121,7 @@ class _Layer:
         return hard, self._threshold(scores, hard)
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
-        """Of the scores of one part, or of the whole matrix."""
+        """The mask of the scores of one part, or of the whole matrix."""
         pattern = self.settings.shape
         if pattern.m:
             return select_n_of_m(scores, self.kept * pattern.m // self.weight.numel(), pattern.m)
@@ -188,12 +190,12 @@ class _Block:
         probes: int,
         random: torch.Generator,
     ) -> list[torch.Tensor]:
-        """Every layer's differentiable error, of the mask that the refreshed score gives; exact with
-        0 probes, else estimated.
+        """Every layer's differentiable error with the mask of the refreshed score. It is exact with
+        0 probes, otherwise estimated.
         """
         shifts, signs = [], []
         for number, layer in enumerate(self.layers):
-            # on the CPU, as on any other device
+            # drawn on the CPU for every device
             drawn = torch.randint(2, (probes, len(layer.weight)), generator=random)
             signs.append(2.0 * drawn.to(layer.weight.device) - 1 if probes else None)
             u = log_u.get(layer.matrix.site, torch.zeros(()))
@@ -204,7 +206,9 @@ class _Block:
         return [Removed.apply(*both, value) for both, value in zip(shifts, found, strict=True)]  # type: ignore[no-untyped-call]
 
     def each(self, compute: Callable[[int], T]) -> list[T]:
-        """What every layer gives, by its number; dealt to the stage's processes by rows · columns²."""
+        """``compute`` of every layer's number. Layers are dealt to the stage's processes by rows ·
+        columns².
+        """
         costs = {n: layer.weight.numel() * layer.weight.shape[1] for n, layer in enumerate(self.layers)}
         return list(ranks.each(costs, compute).values())
 
@@ -238,8 +242,8 @@ def induce_block(
     Args:
         dense: the block; its name and the seed key the random signs.
         kept: number of weights that each included matrix keeps; its mask is learned at that count.
-        error_of: the error of a candidate, of which the lowest wins (``gate.Gate``); without it, the
-            held-out layer error.
+        error_of: the error of a candidate (``gate.Gate``), of which the lowest wins. None: the
+            held-out layer error decides.
     """
     layout, where, given = dense.layout, dense.where, dense.statistics
     device = given[layout.sites[0].name].mean.device
@@ -273,8 +277,8 @@ def induce_block(
     plain = Transform({}, start.shifts, {})
     held_out = {"none": block.held_out(nothing, nothing), "start": block.held_out(started, nothing)}
     judged = {"none": error_of(plain), "start": error_of(start)} if error_of else dict(held_out)
-    # Learning sets out from the better of the two: what serves Magnitude can misguide scores that
-    # already know the inputs.
+    # Learning starts from the better of the two: factors that help Magnitude can mislead scores
+    # that already use the inputs.
     ahead = judged["start"] < judged["none"]
     theta = {
         c.name: started[c.name].clone() if ahead and c.name in started else torch.zeros(c.size, device=device)
@@ -322,7 +326,7 @@ def induce_block(
             if unimproved >= params.patience:
                 break
     with torch.no_grad():
-        if held_out["learned"] < held_out[origin]:  # else it is where it set out from
+        if held_out["learned"] < held_out[origin]:  # otherwise its candidate is its origin
             judged["learned"] = (
                 error_of(_transform(*candidates["learned"], start)) if error_of else held_out["learned"]
             )

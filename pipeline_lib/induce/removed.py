@@ -52,7 +52,7 @@ def sloped(
     temperature: float,
     signs: torch.Tensor | None,
 ) -> Sloped:
-    """``Removed``, and its gradients.
+    """Compute the value of ``Removed``, and its gradients.
 
     The mask's gradient is that of a sigmoid around the threshold of each comparison group. With
     signs z ∈ {±1}, [k, R], Hutchinson's estimate replaces the off-diagonal part of G: the mean of

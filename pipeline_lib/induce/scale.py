@@ -45,8 +45,8 @@ def _floored_log(s: torch.Tensor) -> torch.Tensor:
 
 
 def _balanced(coupling: Coupling, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """log of the factor that gives the two matrices' entries behind each of its channels equal
-    norms; 0 where one side is zero.
+    """log of the factor that gives both matrices' entries equal norms in each channel; 0 where one
+    side is zero.
     """
     squares = torch.zeros(2, coupling.size)
     for tie in coupling.ties:

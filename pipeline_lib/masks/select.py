@@ -1,5 +1,5 @@
-"""From scores to masks with an exact number of kept weights; positions break ties. Masks are bool,
-True = kept.
+"""Turn scores into masks with an exact number of kept weights; positions break ties. Masks are
+bool, True = kept.
 
 NaN is never kept, so a mask of scores with NaN has too few True.
 """
@@ -12,7 +12,7 @@ import torch
 from pipeline_lib.core.counts import shares
 from pipeline_lib.masks.settings import Group
 
-SAMPLED = 4096  # values above which a sample of them makes it faster to find the one at a place
+SAMPLED = 4096  # for more values, a sample speeds up the search for the value at a place
 FEW = 8  # in groups of at most so many scores, comparing every pair is faster than a partition
 
 
@@ -29,8 +29,8 @@ def _thresholds(scores: torch.Tensor, ranks: list[int]) -> list[torch.Tensor]:
 
 
 def _smallest(values: np.ndarray, place: int) -> np.ndarray:
-    """The value [1] at this place of the sorted values [n]. A sample says between which two it
-    lies, most probably: only these are partitioned.
+    """The value [1] at this place of the sorted values [n]. A sample shows two values between which
+    it most probably lies, so that only the values between them are partitioned.
     """
     sample = np.sort(values[:: SAMPLED // 256])
     middle, margin = place * len(sample) // len(values), 2 * int(len(sample) ** 0.5)
@@ -43,8 +43,8 @@ def _smallest(values: np.ndarray, place: int) -> np.ndarray:
 
 
 def _above(scores: torch.Tensor, threshold: torch.Tensor, kept: int) -> torch.Tensor:
-    """The mask of the ``kept`` scores [g, c] of each row that are at its threshold [g, 1] or above;
-    of those at the threshold, the first.
+    """The mask of the ``kept`` scores of each row of [g, c] at or above its threshold [g, 1]. Of
+    scores at the threshold, the first ones are kept.
     """
     if scores.device.type == "cpu":
         mask = scores >= threshold
@@ -70,8 +70,8 @@ def _best(scores: torch.Tensor, kept: int) -> torch.Tensor:
 
 
 def bounds(scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``_best`` for 0 < kept < c in every row of scores [g, c]; and midway between kept and pruned
-    [g, 1], both from one partition.
+    """``_best`` for 0 < kept < c in every row of scores [g, c], and the midpoints between kept and
+    pruned scores [g, 1], both from one partition.
     """
     low, high = _thresholds(scores, [kept, kept + 1])
     return _above(scores, low[:, None], kept), ((low + high) / 2)[:, None]
@@ -85,7 +85,8 @@ def n_best(scores: torch.Tensor, n: int) -> torch.Tensor:
 def _best_of_few(scores: torch.Tensor, n: int) -> torch.Tensor:
     """``n_best`` without sorting: every pair is compared."""
     few, library = _fast(scores)
-    better = library.zeros(few.shape, dtype=library.int8, device=few.device)  # how many go before each
+    # how many scores rank before each
+    better = library.zeros(few.shape, dtype=library.int8, device=few.device)
     for i in range(len(few) - 1):
         ahead = few[i] >= few[i + 1 :]
         better[i + 1 :] += ahead
@@ -94,8 +95,8 @@ def _best_of_few(scores: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def _fast(tensor: torch.Tensor) -> tuple[Any, Any]:
-    """On a CPU, numpy's view of it and numpy, whose calls cost a third of torch's; else itself and
-    torch. Both libraries keep to one standard.
+    """On a CPU, numpy's view of the tensor and numpy, whose calls cost a third of torch's.
+    Otherwise the tensor itself and torch. Both libraries follow one standard.
     """
     return (tensor.detach().numpy(), np) if tensor.device.type == "cpu" else (tensor, torch)
 

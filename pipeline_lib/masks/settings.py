@@ -39,7 +39,7 @@ class Pattern:
         return cls(int(match[1]), int(match[2]))
 
     def quantum(self, name: str, shape: tuple[int, int]) -> int:
-        """The smallest step of a matrix's kept count.
+        """The smallest step of a matrix's number of kept weights.
 
         Raises:
             SparselineError: M does not divide the matrix's inputs.
@@ -81,7 +81,7 @@ def _in_order(value: Any) -> Any:
 class SelectionParams(Params):
     """Section ``prune.selection``, overridden by ``variants.<name>.selection``."""
 
-    # a mapping comes as pairs, whose order counts
+    # a mapping becomes pairs, because its order counts
     sparsity: Annotated[Share | list[tuple[str, Share]], BeforeValidator(_in_order)]
     pattern: Annotated[str, AfterValidator(_valid_pattern)]
     score: Score

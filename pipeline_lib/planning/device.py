@@ -25,25 +25,27 @@ from pipeline_lib.prune.shapes import Shapes, outside
 from pipeline_lib.stats.lanes import LANES
 from pipeline_lib.stats.settings import CalibrateParams
 
-# of a GPU's memory that CUDA and its libraries take for a process, about; not in what torch tells
+# bytes of GPU memory that CUDA and its libraries take per process, roughly; torch does not report them
 CONTEXT = 0.6e9
 
 
 def streams_budget(memory: float) -> float:
-    """Bytes of hidden states that stay on an otherwise empty GPU of so much memory."""
+    """Bytes of hidden states that stay on an otherwise empty GPU with ``memory`` bytes."""
     asked = settings.gpu_activation_bytes()
     return settings.GPU_SHARE * (memory - CONTEXT) if asked is None else asked
 
 
 def held(streams: float, batch: float, budget: float) -> float:
-    """Bytes of streams on the GPU: all; or up to the budget, plus a batch of the others that is read,
-    one that is prefetched, and one that is written.
+    """Bytes of streams on the GPU: all; or up to the budget, plus three batches of the others (one
+    read, one prefetched, one written).
     """
     return streams if streams <= budget else min(streams, budget + 3 * batch)
 
 
 def pruning(plan: Plan, shapes: Shapes, budget: float) -> float:
-    """The streams, and the embeddings while the streams are computed; then the largest of the steps."""
+    """Bytes of the streams, and the larger of two: the embeddings that compute the streams, or the
+    largest step.
+    """
     width = shapes.checkpoint.architecture.width
     streams, batch = 0.0, shapes.dtype.itemsize * shapes.batch * shapes.length * width
     if plan.needs.text:
@@ -55,9 +57,10 @@ def pruning(plan: Plan, shapes: Shapes, budget: float) -> float:
 
 
 def calibrating(shapes: Shapes, params: CalibrateParams, budget: float) -> float:
-    """The stream, a block, and the largest of three phases: Gram matrices of the training split and of
-    a lane, samples for medians, and a batch; the same for the held-out split, in addition; the
-    computation of statistics, with the widest site's once more.
+    """Bytes of the stream, a block, and the largest of three phases. First come the Gram matrices
+    of the training split and of a lane, samples for medians, and a batch. The second adds the same
+    for the held-out split. The third computes the statistics, with those of the widest site once
+    more.
 
     A sum over a sample takes 16 bytes per value: in float64, and its square.
     """
@@ -85,8 +88,8 @@ def calibrating(shapes: Shapes, params: CalibrateParams, budget: float) -> float
 
 
 def inducing(shapes: Shapes, again: float, budget: float) -> float:
-    """The held-out samples before and after a block, the block and its pruned form, and a batch; or
-    the pass that collects the Gram matrices again.
+    """Bytes of the held-out samples before and after a block, and the larger of two: the block with
+    its pruned form and a batch, or the pass that collects the Gram matrices again.
     """
     item = shapes.dtype.itemsize
     rows = shapes.rows * (shapes.held_out or 1)
@@ -99,17 +102,16 @@ def inducing(shapes: Shapes, again: float, budget: float) -> float:
 
 
 def probes(params: SensitivityParams, processes: int) -> int:
-    """Probes of a pass that fall to one of several processes: to the one that has most. Each has whole
-    lanes.
-    """
+    """The most probes of a pass that one of several processes has. Each process has whole lanes."""
     sizes = [len(range(lane, params.probes_per_pass, LANES)) for lane in range(LANES)]
     return max(sum(sizes[lane] for lane in own) for own in ranks.division(LANES, processes))
 
 
 def probing(shapes: Shapes, params: SensitivityParams, moments: float) -> float:
-    """Every block's inputs for the process's probes of a pass, in float32; with second derivatives also their
-    tangents. In addition a block and the graph of the probes of one call in it, then the rest of it
-    with the block's output moments; or a block and the head with some copies of logits.
+    """Bytes of every block's inputs for the process's probes of a pass, in float32; with second
+    derivatives also their tangents. In addition a block, and the largest of three: the graph of one
+    call's probes in it; the rest of that graph with the block's output moments; the head with some
+    copies of logits.
 
     Args:
         moments: bytes of the output moments of one block.
@@ -128,7 +130,7 @@ def probing(shapes: Shapes, params: SensitivityParams, moments: float) -> float:
 
     first, second = 0.0, 0.0
     if params.estimator == "fisher" or params.output_moments != "none":
-        before = moments * (lane > together)  # of a lane's probes that are done
+        before = moments * (lane > together)  # moments of a lane's probes that are done
         few = 4 * min(shapes.length, HEAD_TOKENS) * checkpoint.vocabulary
         first = (
             boundaries
@@ -139,8 +141,7 @@ def probing(shapes: Shapes, params: SensitivityParams, moments: float) -> float:
                 outside(checkpoint) + 4 * few,
             )
         )
-    # its attention has no fused kernel; weights, probe, gradients and products; their mean in
-    # float64
+    # no fused kernel for attention; weights, probe, gradients and products; their mean in float64
     if params.estimator == "hutchinson":
         inner = max(16 * shapes.block + graph(8, 11), 20 * shapes.block + 8 * shapes.largest)
         second = 2 * boundaries + max(inner, 4 * shapes.block + outside(checkpoint) + 7 * logits)
@@ -152,8 +153,8 @@ def trained(params: DistilParams, dtype: torch.dtype | None) -> float:
     averages, and a bit of mask.
 
     Args:
-        dtype: of a quantised checkpoint, of which only the scales are trained: a weight as stored,
-            and its integer.
+        dtype: that of a quantised checkpoint, or None. Only its scales are trained, so that a
+            weight takes its stored bytes and its integer.
     """
     if dtype is not None:
         return dtype.itemsize + 2
@@ -174,11 +175,11 @@ def learning(params: DistilParams, shapes: Shapes) -> float:
 
 
 def evaluating(checkpoint: Checkpoint, params: EvaluateParams, rows: int, length: int, tops: float) -> float:
-    """The whole model, and a batch in a block with the logits of the previous sample; or its hidden
-    states with ``tops`` bytes for logits.
+    """Bytes of the whole model and a batch's hidden states, and the larger of two: the batch's
+    activations in a block with the logits of the previous sample, or ``tops`` bytes for logits.
 
     Args:
-        rows: of a batch, with ``length`` tokens each.
+        rows: samples of a batch, with ``length`` tokens each.
     """
     dtype: torch.dtype = getattr(torch, params.compute_dtype)
     hidden = dtype.itemsize * rows * length * checkpoint.architecture.width

@@ -33,7 +33,7 @@ from pipeline_lib.texts.texts import GeneratedParams, TextParams
 
 # resident size of Python with torch and transformers, measured
 LIBRARIES = 730e6 if torch.version.cuda or torch.version.hip else 450e6
-TASK_LIBRARIES = 150e6  # what lm-eval and datasets come to beside them
+TASK_LIBRARIES = 150e6  # lm-eval and datasets, in addition
 SLOWDOWN = 2.0  # wall time over pure matrix products: softmax, norms, sorting, small shapes
 
 
@@ -42,7 +42,7 @@ class Work:
     """The parameters of the estimate, besides the variants' recipes."""
 
     shapes: Shapes  # of the calibration rows, in batches of ``calibrate.batch_rows``
-    held_out: float  # share of the rows that judges
+    held_out: float  # share of the rows in the held-out split
     compute_dtype: torch.dtype  # of the block-wise stages' forward passes
     calibrate: CalibrateParams
     sensitivity: SensitivityParams
@@ -58,9 +58,9 @@ class Estimate:
     disk_bytes: float
     flops: float
     least: float = 1.0  # share of the FLOPs after which the stage may be done already
-    gpu_bytes: float = 0.0  # on the GPU, where there is one
-    host_bytes: float | None = None  # in the host's memory beside it; None: as on a CPU
-    processes: int = 1  # that take as much each; FLOPs are those of the one that has most to do
+    gpu_bytes: float = 0.0  # on the GPU, if there is one
+    host_bytes: float | None = None  # in host memory, if there is a GPU; None: as on a CPU
+    processes: int = 1  # processes with as many bytes each; FLOPs are those of the busiest one
 
     def seconds(self, flops_per_second: float) -> float:
         return SLOWDOWN * self.flops / flops_per_second
@@ -176,13 +176,13 @@ def _walk(work: Work) -> float:
 
 
 def _stored(work: Work) -> float:
-    """Bytes of the Gram matrices on disk; none beyond their budget."""
+    """Bytes of the Gram matrices on disk; 0 if they exceed their budget."""
     size = 2 * work.shapes.grams * work.shapes.blocks
     return size if size <= settings.gram_bytes() else 0
 
 
 def _walked_again(work: Work) -> tuple[float, float]:
-    """Bytes and FLOPs per block of taking the Gram matrices again, where they are not stored."""
+    """Bytes and FLOPs per block to collect the Gram matrices again; 0 if they are stored."""
     return (0, 0) if _stored(work) else (_walk(work), work.shapes.forward + work.shapes.gram_flops)
 
 
@@ -191,7 +191,7 @@ def _walked_on_gpu(work: Work) -> float:
 
 
 def _moments(work: Work) -> float:
-    """Bytes of full output moments; none beyond their budget."""
+    """Bytes of full output moments; 0 if they exceed their budget."""
     depth = work.shapes.blocks
     size = (
         4 * depth * sum(rows * rows for rows, _ in work.shapes.matrices)
@@ -202,22 +202,22 @@ def _moments(work: Work) -> float:
 
 
 def _probing(work: Work) -> Estimate:
-    """Needs of `sensitivity`: every block's inputs for the process's probes of a pass, one block
-    (weights, probe vector, gradients, products: 20 bytes a parameter; 8 without second
-    derivatives), the graph of one probe in it and the logits of one row (without second
-    derivatives, of one batch and of a few tokens), and one block's full moments twice (as they
-    were left and as they grow). On disk, each lane has its moments.
+    """The needs of `sensitivity`: every block's inputs for the process's probes of a pass, one
+    block, the graph of one probe in it, the logits of one row, and one block's full moments twice
+    (before and after they grow). A block takes 20 bytes per parameter (weights, probe vector,
+    gradients, products). Without second derivatives it takes 8, the graph is that of one batch, and
+    the logits are those of a few tokens. On disk, each lane has its moments.
 
-    Copies per token of every site's inputs, of every head's attention row and of the logits are
-    fitted to a measurement. Time is that of all probes; unless an agreement of 1 is asked for,
-    those of the first pass (two at least) may be enough.
+    The copies per token of every site's inputs, of every head's attention row and of the logits are
+    fitted to a measurement. Time is that of all probes. With an agreement below 1, the probes of
+    the first pass (at least two) may be enough.
     """
     shapes, params = work.shapes, work.sensitivity
     checkpoint, entry = shapes.checkpoint, shapes.checkpoint.architecture
     second = params.estimator == "hutchinson"
     tokens = params.rows_per_probe * shapes.length
     probes = device.probes(params, shapes.processes)
-    # values, or with their tangents
+    # values; with second derivatives also their tangents
     boundaries = (1 + second) * 4 * probes * tokens * entry.width * (entry.depth + 1)
     inputs, attention, logits = (24, 6, 10) if second else (8, 1, 5)
     lane = -(-params.probes_per_pass // LANES)
@@ -244,7 +244,9 @@ def _probing(work: Work) -> Estimate:
 
 
 def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> float:
-    """Bytes of the whole model in ``dtype``; where that is not the file's, its largest tensor twice."""
+    """Bytes of the whole model in ``dtype``. If the file has another dtype, the stored form of its
+    largest tensor comes on top.
+    """
     largest = max(math.prod(shape) for shape in checkpoint.shapes.values())
     return checkpoint.parameters * dtype.itemsize + (
         0 if dtype == checkpoint.dtype else largest * checkpoint.dtype.itemsize
@@ -263,9 +265,9 @@ def evaluating(
 
     Memory: the whole model, a batch's activations, and the logits of one sample: the model's
     output, their log-softmax, and a float32 copy if they have another dtype. Completions need the
-    logits of their last tokens, and keys and values. For the comparison, the dense model's hidden
-    states up to SPARSELINE_ACTIVATION_BYTES; a block of it, then its head; and six times the logits
-    of a piece of a sample.
+    logits of their last tokens, and keys and values. The comparison needs the dense model's hidden
+    states up to SPARSELINE_ACTIVATION_BYTES, a block of it or its head, and six times the logits of
+    a piece of a sample.
     """
     dtype, entry = getattr(torch, params.compute_dtype), checkpoint.architecture
     rows = min(params.batch_rows, max((rows for rows, _ in texts), default=0))
@@ -369,7 +371,7 @@ def answering(
 
 
 def _logits(dtype: torch.dtype) -> int:
-    """Bytes that a logit takes until its token's loss is known."""
+    """Bytes per logit until its token's loss is known."""
     return dtype.itemsize + 4 + (4 if dtype != torch.float32 else 0)
 
 
@@ -388,7 +390,7 @@ def pruning(name: str, plan: Plan, shapes: Shapes, budget: float = math.inf) -> 
     )
     spilt = whole > settings.activation_bytes()
     kept = 3 * dtype.itemsize * shapes.length * shapes.batch_rows * width if spilt else streams
-    passes = plan.needs.text + plan.needs.dense_stream  # what comes out of finished blocks
+    passes = plan.needs.text + plan.needs.dense_stream  # through finished blocks
     flops = passes * shapes.forward + sum(step.flops(shapes) for step in plan.steps)
     memory = LIBRARIES + outside(checkpoint) + kept + max(step.memory(shapes) for step in plan.steps)
     disk = checkpoint.parameters * checkpoint.dtype.itemsize + checkpoint.parameters / 8 + spilt * whole
@@ -411,7 +413,7 @@ def distilling(
     a block are computed from scales and integers for each lane, 8 bytes more.
 
     Args:
-        shapes: with the samples of a step as its batch.
+        shapes: sizes with the samples of a step as the batch.
         budget: bytes of hidden states that stay on a GPU.
         rounded: the pruned model is quantised.
     """
@@ -432,7 +434,8 @@ def distilling(
         + 2 * (1 - share or 1) * forward
     )
     disk = checkpoint.parameters * checkpoint.dtype.itemsize + 2 * state + spilt * whole
-    base = LIBRARIES + 2 * outside(checkpoint)  # glibc keeps those that the rows were embedded with
+    # glibc keeps the memory of the embeddings that embedded the rows
+    base = LIBRARIES + 2 * outside(checkpoint)
     beyond = min(_beyond(streams, budget), settings.activation_bytes() / shapes.processes)
     host = base + shapes.stored * shapes.block + beyond
     gpu = (

@@ -49,7 +49,7 @@ def own_lanes() -> range:
 
 
 def share(tokens: int) -> int:
-    """About so many of the tokens fall to this process."""
+    """Number of the tokens that this process has, approximately."""
     return -(-tokens * len(own_lanes()) // LANES)
 
 
@@ -73,7 +73,8 @@ def deal(rows: int, batch_rows: int, first: int = 0) -> Dealt:
 
 
 def fold(lanes: Iterable[T]) -> T:
-    """0 + 1 + 2 + 3: each is requested when those before it are summed up, and added to them in place.
+    """The sum 0 + 1 + 2 + 3 of the lanes. Each lane is requested after the ones before it are
+    summed, and is added to them in place.
 
     Raises:
         ValueError: there is none.
@@ -84,7 +85,7 @@ def fold(lanes: Iterable[T]) -> T:
             whole = lane
         else:
             whole += lane
-        del lane  # before the next: at most the sum and one lane are in memory
+        del lane  # free before the next: memory holds at most the sum and one lane
     if whole is None:
         raise ValueError("there is no lane to add up")
     folded: T = whole
@@ -92,11 +93,11 @@ def fold(lanes: Iterable[T]) -> T:
 
 
 def fold_for(owners: Mapping[str, Sequence[int]], lanes: Iterable[Mapping[str, T]]) -> dict[str, T]:
-    """``fold`` of sums by name, over the lanes of all processes: the sums of this one.
+    """``fold`` of named sums over the lanes of all processes. Returns the sums that this process gets.
 
     Args:
-        owners: the processes that get each sum; all name them alike.
-        lanes: of this process, in order.
+        owners: the processes that get each sum, with the same names in all processes.
+        lanes: those of this process, in order.
     """
     if ranks.count() == 1:
         return dict(fold(map(Sums, lanes))) if owners else {}
@@ -106,7 +107,7 @@ def fold_for(owners: Mapping[str, Sequence[int]], lanes: Iterable[Mapping[str, T
             held[0] = fold([Sums(held[0]), Sums(lane)])
         else:
             held.append(dict(lane))
-        del lane  # before the next
+        del lane  # free before the next
     counts = ranks.gathered(len(held))
     found = {}
     for name, to in owners.items():
@@ -117,8 +118,8 @@ def fold_for(owners: Mapping[str, Sequence[int]], lanes: Iterable[Mapping[str, T
 
 
 def _summed(mine: list[Any], counts: Sequence[int], to: Sequence[int]) -> Any:
-    """What all processes have, as many as ``counts`` says, added up in order by the first of those that
-    get it; None for the others.
+    """The sum of all processes' values, of which ``counts`` gives the numbers. The first process of
+    ``to`` adds them up in order. None for processes that are not in ``to``.
     """
     me, whole = ranks.rank(), None
     for source, count in enumerate(counts):
@@ -132,7 +133,7 @@ def _summed(mine: list[Any], counts: Sequence[int], to: Sequence[int]) -> Any:
                 whole = one
             else:
                 whole += one
-            del one  # before the next
+            del one  # free before the next
     if len(to) == ranks.count():
         return ranks.broadcast(whole, to[0])
     for other in to[1:]:

@@ -25,7 +25,8 @@ class SiteStatistics:
     maximum: torch.Tensor
     gram: torch.Tensor | None = None
     held_out_gram: torch.Tensor | None = None
-    share: torch.Tensor | None = None  # [] of an expert's: its weights' squares over all tokens; None: 1
+    # [] of an expert: the sum of its squared weights per token of all; None: 1
+    share: torch.Tensor | None = None
 
     @property
     def second_moment_matrix(self) -> torch.Tensor:
@@ -73,7 +74,7 @@ class WeightedSums:
     _seen: float | torch.Tensor | None = None
 
     def __init__(self) -> None:
-        # the sum of weights, [] on the device; of tokens, where none is weighed
+        # the sum of squared weights, [] on the device; without weights, the number of tokens
         self.count: float | torch.Tensor = 0
         self.tokens = 0
 
@@ -83,8 +84,8 @@ class WeightedSums:
         return self._seen if self._seen is not None else self.count
 
     def shrunk(self: S, pool: S) -> S:
-        """Means averaged with the pool's: n tokens have the weight n, the pool the weight ``prior``.
-        The only contributor to a pool does not change.
+        """Average the means with the pool's: n tokens have the weight n, the pool has the weight
+        ``prior``. Sums that are the pool's only contribution do not change.
         """
         if self.tokens == pool.tokens:
             return self
@@ -109,8 +110,8 @@ def prior(channels: int) -> float:
 
 
 def drawn_together(found: Mapping[str, S], pools: Mapping[str, str | None]) -> dict[str, S]:
-    """The sums of each site of ``pools`` (site -> pool or None), averaged with those of its pool,
-    which are among ``found``, too.
+    """The sums of each site of ``pools`` (site -> pool or None), averaged with the sums of its
+    pool. ``found`` contains both.
     """
     drawn = {}
     for site, pool in pools.items():
@@ -120,8 +121,8 @@ def drawn_together(found: Mapping[str, S], pools: Mapping[str, str | None]) -> d
 
 
 class Accumulator(WeightedSums):
-    """Collects a site's statistics sample by sample, in float32 (count and sums in float64).
-    Accumulators can be added to the one of the samples before.
+    """Collects a site's statistics sample by sample, in float32 (count and sums in float64). An
+    accumulator can be added to that of the preceding samples.
     """
 
     MEANS = ("sum", "squares", "gram")
@@ -129,8 +130,8 @@ class Accumulator(WeightedSums):
     def __init__(self, total_tokens: int, median_tokens: int, gram: bool, first: int = 0) -> None:
         """
         Args:
-            total_tokens: of all rows, also of those that others collect.
-            median_tokens: medians are taken over at most so many.
+            total_tokens: tokens of all rows, including those that others collect.
+            median_tokens: maximum number of tokens for medians.
             first: the number of the first token that is collected here.
         """
         super().__init__()
@@ -216,15 +217,15 @@ class Accumulator(WeightedSums):
 
 @dataclass(frozen=True)
 class Moments:
-    """Statistics for pruning: of a site's inputs X in the pruned stream, and of X_dense in the dense
-    one. The user owns and overwrites them.
+    """Statistics for pruning: of a site's inputs X in the pruned stream, and of X_dense in the
+    dense one. Code that receives them owns them and may overwrite them.
     """
 
     gram: torch.Tensor  # G = E[X Xᵀ] [d, d]
     mean: torch.Tensor  # E[X] [d]
     cross: torch.Tensor | None = None  # C = E[X_dense Xᵀ] [d, d]
     dense_mean: torch.Tensor | None = None  # E[X_dense] [d]
-    tokens: int | None = None  # that these come from, before they were drawn to other experts'
+    tokens: int | None = None  # number of tokens, before averaging with other experts
 
     def shifted(self, shift: torch.Tensor) -> "Moments":
         """The moments of X − δ and X_dense − δ (2602.21652, Eqs. 9–11; C' = C − δμᵀ − μ_dense δᵀ +
@@ -247,7 +248,7 @@ class Moments:
 
 class MomentSums(WeightedSums):
     """Collects ``Moments`` sample by sample, in float32; means over samples in float64. They can be
-    added to those of the samples before.
+    added to those of the preceding samples.
     """
 
     MEANS = ("gram", "mean")
@@ -259,8 +260,8 @@ class MomentSums(WeightedSums):
     def add(
         self, inputs: torch.Tensor, dense: torch.Tensor | None = None, weights: torch.Tensor | None = None
     ) -> None:
-        """Add the activations of one sample [T, d] or of several [B, T, d], and always or never those
-        of the dense stream.
+        """Add the activations of one sample [T, d] or of several [B, T, d]; and those of the dense
+        stream, in every call or in none.
 
         For an expert's tokens [n, d], also their router weights [n].
         """
@@ -300,15 +301,15 @@ class MomentSums(WeightedSums):
         can be added afterwards.
         """
         own = mirror_(self.gram.div_(self.count)), (self.mean / self.count).float()
-        beside = beside and self.dense_mean.ndim > 0  # of an expert's inputs there is none
+        beside = beside and self.dense_mean.ndim > 0  # an expert's inputs have no cross moment
         if not beside:
             return Moments(*own, tokens=self.tokens)
         return Moments(*own, self.cross.div_(self.count), (self.dense_mean / self.count).float(), self.tokens)
 
 
 class DiagonalSums(WeightedSums):
-    """The diagonal of a second moment, sample by sample, in float64. It can be added to that of the
-    samples before.
+    """The diagonal of a second moment, collected sample by sample in float64. It can be added to
+    that of the preceding samples.
     """
 
     MEANS = ("squares",)
@@ -361,10 +362,10 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
 
 def add_square(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add leftᵀ right, which is symmetric, to ``total`` [d, d] float32, see ``add_product``: not what is
-    above the panels of its diagonal, nearly half of it. ``mirror_`` fills it in.
+    """Add leftᵀ right, which is symmetric, to ``total`` [d, d] float32, see ``add_product``. Nearly
+    half of it, above the panels of its diagonal, is left out, and ``mirror_`` fills it in.
     """
-    if not total.is_cuda:  # once for all panels
+    if not total.is_cuda:  # convert once for all panels
         left, right = left.float(), right.float()
     panels = _panels(total)
     if len(panels) == 1:
@@ -384,14 +385,14 @@ def mirror_(total: torch.Tensor) -> torch.Tensor:
 
 
 def _panels(total: torch.Tensor) -> list[slice]:
-    """Consecutive rows of [d, d]: as few as keep a processor busy."""
+    """Slices of consecutive rows of [d, d], with as few rows as keep a processor busy."""
     size = 256 if total.device.type == "cpu" else 1024
     return [slice(start, min(start + size, len(total))) for start in range(0, len(total), size)]
 
 
 def _parts(x: torch.Tensor) -> list[slice]:
-    """Consecutive rows of [n, d]: so many that what is made of them is small; all at once where it
-    is memory that is fast.
+    """Slices of consecutive rows of [n, d], so small that their float64 copies stay in a CPU's
+    cache. On other devices one slice has all rows.
     """
     step = max(1, PIECE // x.shape[1]) if x.device.type == "cpu" else len(x)
     return [slice(start, start + step) for start in range(0, len(x), step)]

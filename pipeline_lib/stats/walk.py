@@ -36,8 +36,8 @@ def walk(
     """Pass samples [N, T] through the dense model; yield (block, statistics per site, on the model's
     device) for each finished block.
 
-    If the Gram matrices of a block's experts are larger than SPARSELINE_GRAM_BYTES, they are in
-    memory by groups (``InTurn``).
+    If the Gram matrices of a block's experts are larger than SPARSELINE_GRAM_BYTES, memory holds
+    one group of them at a time (``InTurn``).
 
     Args:
         to: the processes that get the statistics; None: all.
@@ -108,13 +108,15 @@ class InTurn(Mapping[str, SiteStatistics]):
         return self._here[site]
 
     def follow(self) -> None:
-        """Take part while another process, which needs the statistics, requests them one after another."""
+        """Take part in the passes while another process, which needs the statistics, requests them
+        site by site.
+        """
         for site in self:
             self._fetch(site)
 
     def _fetch(self, site: str) -> None:
         if site not in self._group:
-            self._here = {}  # before the next
+            self._here = {}  # free before the next
             self._group = next(group for group in self._groups if site in group)
             self._here = self._collect(self._group)
 
@@ -126,8 +128,8 @@ class InTurn(Mapping[str, SiteStatistics]):
 
 
 def _groups(sites: Sequence[Site], budget: float) -> list[list[str]]:
-    """All sites at once; or those of experts apart, in groups whose Gram matrices (fitting,
-    held-out, and a lane's of each) are within the budget.
+    """One group of all sites. If the experts' Gram matrices (training, held-out, and a lane's of
+    each) exceed the budget, the experts' sites form groups of their own within it.
     """
     experts = {site.name: 16 * len(site.index) ** 2 for site in sites if site.pool is not None}
     if sum(experts.values()) <= budget:
@@ -152,20 +154,20 @@ class _Rows:
         self.model, self.rows, self.params, self.grams = model, rows, params, grams
         self.dealt = deal(len(rows), params.batch_rows)
         self.stream = model.embed(rows, self.dealt.sizes, name, own=self.dealt.own)
-        self.passed: list[torch.Tensor] = []  # what bounds the last block's outputs, lane by lane
+        self.passed: list[torch.Tensor] = []  # bounds of the last block's outputs, lane by lane
 
     def collect(
         self, block: nn.Module, index: int, names: Sequence[str], advance: bool, lane: int
     ) -> Sums[Accumulator]:
-        """Pass a lane through a block; what the inputs of some of its sites, and of their pools,
-        add to the statistics.
+        """Pass a lane through a block, and return what the inputs of the given sites, and of their
+        pools, add to the statistics.
         """
         count, length = self.rows.shape
         first = parts(count)[lane].start * length
         sites = self.model.checkpoint.architecture.layouts[index].sites
         pools = {site.pool for site in sites if site.name in names and site.pool is not None}
         wanted = [site for site in sites if site.name in names or site.pool in pools]
-        # an expert's tokens are not known
+        # the positions of an expert's tokens are not known
         starts = {site.name: first if site.pool is None else 0 for site in wanted if site.name in names}
         found = Sums(
             {
