@@ -81,7 +81,7 @@ def ask(
 
 
 def _before_last_answer(messages: list[Message]) -> list[Message]:
-    """All messages, if none is the assistant's."""
+    """The messages before the assistant's last one; all messages if there is none."""
     last = max(
         (at for at, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages)
     )
@@ -127,7 +127,9 @@ def render(
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, tried: set[tuple[str, bool, str]]
 ) -> str:
-    """One chat; each kind of message that was not ``tried`` yet is tried, since each costs a rendering."""
+    """Render one chat, and test the template with each kind of message that was not ``tried`` yet.
+    Each test costs a rendering.
+    """
     text = _render(tokenizer, messages, where)
     for which, changed in _changes(messages):
         if which not in tried:
@@ -142,7 +144,9 @@ def _rendered(
 
 
 def _changes(messages: list[Message]) -> Iterator[tuple[tuple[str, bool, str], list[Message]]]:
-    """What each message says, changed in one place, with the kind of message that it tries."""
+    """The chat with one part of one message changed, for every such part, and the kind of message
+    that this tests.
+    """
     for index, message in enumerate(messages):
         calls = bool(message.get("tool_calls"))
         changes = (
@@ -159,7 +163,7 @@ def _changes(messages: list[Message]) -> Iterator[tuple[tuple[str, bool, str], l
 def _same(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, where: str) -> bool:
     try:
         return _render(tokenizer, messages, where) == text
-    except SparselineError:  # the template looks at what was changed
+    except SparselineError:  # the template reads what was changed
         return False
 
 

@@ -10,7 +10,7 @@ from pipeline_lib.models.sample import Drawing, continued, ends
 from pipeline_lib.models.start import Start
 from pipeline_lib.texts.texts import GeneratedParams, TextParams
 
-TRIED = 16  # documents for each row, after which it is given up
+TRIED = 16  # documents per row after which generation gives up
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,9 @@ class Author:
     start: Start
 
     def lead(self, params: TextParams) -> list[int]:
-        """The tokens before a document's prompt while it is continued; no part of what is written."""
+        """The tokens before a document's prompt while it is continued. They are not part of the
+        document.
+        """
         silent = params.chat_template or self.start.token is None or self.start.place == "none"
         return [] if silent or self.start.token is None else [self.start.token]
 
@@ -33,14 +35,14 @@ class Author:
         how: GeneratedParams,
         advance: Callable[[int], None],
     ) -> list[list[int]]:
-        """Documents as tokens, each a prompt and what the model goes on with, until there are
-        enough for the text's rows.
+        """Write documents until there are enough for the text's rows. Each is a prompt and the
+        model's continuation, as tokens.
 
-        Prompts are taken in turn, and again from the first one after the last: another number draws
-        other tokens.
+        Prompts are used in turn. After the last one, the first one is used again, and its new
+        number draws other tokens.
 
         Args:
-            advance: is told what each document adds, in the units of ``wanted``.
+            advance: called with what each document adds, in the units of ``wanted``.
 
         Raises:
             SparselineError: the model ends texts before they have as many tokens as needed.
@@ -69,5 +71,7 @@ class Author:
 
 
 def wanted(params: TextParams) -> int:
-    """Tokens of all rows that are cut from joined documents; else rows, each of a document."""
+    """The amount of text to write: tokens if rows are cut from joined documents, otherwise rows
+    (one per document).
+    """
     return (params.rows or 0) * (params.length if params.packing == "concatenate" else 1)

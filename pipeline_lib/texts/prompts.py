@@ -9,16 +9,16 @@ from pipeline_lib.texts.chat import ask
 from pipeline_lib.texts.rows import encode
 from pipeline_lib.texts.texts import GeneratedParams, TextParams, Texts
 
-# of a document per token of a prompt that the tokenizer is given: more than any token has on
-# average
+# characters of a document that the tokenizer is given per token of a prompt: more than tokens have
+# on average
 CHARACTERS = 40
 
 
 def prompts(
     tokenizer: PreTrainedTokenizerBase, texts: Texts, params: TextParams, how: GeneratedParams, most: int
 ) -> list[list[int]]:
-    """Tokens, in the order of the source: the first ``prompt_tokens`` of a document; of a chat
-    everything before its last answer, in the model's template.
+    """Prompts as tokens, in the order of the source: the first ``prompt_tokens`` of a document; of
+    a chat everything before its last answer, in the model's template.
 
     Shorter documents are skipped, and so are chats of more than ``most`` tokens.
 

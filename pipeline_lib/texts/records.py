@@ -36,7 +36,7 @@ def _zstd() -> Any:
     return zstandard.ZstdDecompressor().decompressobj()
 
 
-# each reads one frame: what is behind it is its ``unused_data``
+# each reads one frame, and keeps the bytes behind it as ``unused_data``
 COMPRESSIONS: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS),
     ".bz2": bz2.BZ2Decompressor,
@@ -44,8 +44,8 @@ COMPRESSIONS: dict[str, Callable[[], Any]] = {
     ".zst": _zstd,
 }
 PIECE = 2**16  # compressed bytes that are read at a time
-# text takes a tenth of its bytes or so: a file that grows more than this, beyond 32 MB, is made to
-# fill memory
+# compressed text takes about a tenth of its bytes: a file that grows by more than this factor,
+# beyond 32 MB, is meant to fill memory
 RATIO, SMALL = 100, 2**25
 
 
@@ -91,7 +91,7 @@ def unpack(path: Path, raw: bytes) -> bytes:
 
 
 def _decompressed(decompressor: Callable[[], Any], raw: bytes) -> Iterator[bytes]:
-    """Piece by piece, frame after frame; zeros behind a frame are padding."""
+    """Decompress piece by piece, frame after frame. Zeros behind a frame are padding."""
     place, frame = 0, None
     while place < len(raw):
         if frame is None:
@@ -103,7 +103,7 @@ def _decompressed(decompressor: Callable[[], Any], raw: bytes) -> Iterator[bytes
         try:
             yield frame.decompress(piece)
         except Exception as error:
-            if type(error).__name__ == "ZstdError":  # of a package that may not be there
+            if type(error).__name__ == "ZstdError":  # its package may not be installed
                 raise OSError(str(error)) from error
             raise
         place += len(piece) - len(frame.unused_data)
@@ -212,12 +212,12 @@ def _json(path: Path, raw: bytes, field: str | None) -> Iterator[Placed]:
 
 def _after_space(text: str, begin: int) -> int:
     found = SPACE.match(text, begin)
-    assert found is not None  # the pattern matches nothing, too
+    assert found is not None  # the pattern also matches the empty string
     return found.end()
 
 
 def _parquet(path: Path, raw: bytes, field: str | None) -> Iterator[Placed]:
-    """Only the field's own column is read."""
+    """Records of a Parquet file, of which only the field's own column is read."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 

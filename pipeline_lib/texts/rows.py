@@ -1,4 +1,4 @@
-"""From documents to samples of token ids."""
+"""Turn documents into samples of token ids."""
 
 from collections.abc import Sequence
 

@@ -66,14 +66,14 @@ class TextParams(Params):
     # hub: {id, split, field[, config or files, join, revision]} of any other dataset
     hub: dict[str, str | bool] | None
     revision: str | None  # hub: commit; null takes the entry's
-    generated: GeneratedParams | None  # of kind: generated
+    generated: GeneratedParams | None  # needed for kind: generated
     chat_template: bool
     # where the start token stands; null: where the model family's usual evaluation has it
     start: Place | None
     packing: Literal["concatenate", "document"]
     rows: int | None = Field(ge=1)  # null: all of an evaluation text
     length: int = Field(ge=2)
-    distinct: int = Field(ge=1)  # least number of different tokens in the rows
+    distinct: int = Field(ge=1)  # minimum number of different tokens in the rows
     held_out: float = Field(ge=0, lt=1)
     seed: int | None
 
@@ -321,10 +321,10 @@ def _named(path: Path) -> Path:
 
 
 def _hub(params: TextParams) -> tuple[Iterable[Placed], dict[str, Any]]:
-    """Rows of a hub dataset's split; with ``join`` the rows are one text, as the papers'
-    perplexities take WikiText-2 and PTB.
+    """Rows of a hub dataset's split. With ``join`` they become one text, as in the papers'
+    perplexities on WikiText-2 and PTB.
     """
-    from datasets import load_dataset  # imported here: seconds that local texts need not pay
+    from datasets import load_dataset  # imported here: it takes seconds, and local texts do not need it
     from datasets.exceptions import DatasetsError
 
     if params.hub is not None and params.name is not None:
@@ -375,8 +375,8 @@ def _strings(placed: Iterable[Placed]) -> Iterator[str]:
 
 
 def _checked(entry: Any, where: str) -> dict[str, Any]:
-    """The entry, if it has what reading needs, no key that nothing reads, and nothing that DVC
-    would have to watch on this machine.
+    """Check an entry and return it. It must have the needed keys, no unknown ones, and no path on
+    this machine, which DVC would have to watch.
     """
     needed, possible = HUB_KEYS
     if not isinstance(entry, dict):
@@ -414,7 +414,7 @@ def _checked(entry: Any, where: str) -> dict[str, Any]:
 
 
 def _newest(hub_id: str) -> str:
-    """The hub's word on the newest commit, for a message; nothing where the hub is not reached."""
+    """What the hub says about the newest commit, for a message; a hint if the hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
