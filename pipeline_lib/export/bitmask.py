@@ -29,8 +29,8 @@ def write(
     others: Others,
     indexed: bool,
 ) -> None:
-    """A directory for ``load.load_model`` and ``stages.unpack``, read back and compared bit by bit
-    before it gets its name.
+    """Write a directory for ``load.load_model`` and ``stages.unpack``. It is read back and compared
+    bit by bit before it gets its name.
 
     Args:
         shards: file name of the dense checkpoint -> plan of each tensor.
@@ -58,7 +58,7 @@ def write(
 
 
 def _shard(path: Path, plans: Mapping[str, Plan], pruned: Checkpoint, quantisation: Quantisation) -> bytes:
-    """One file; its header."""
+    """Write one file, and return its header."""
     blobs = {name + part: blob for name, plan in plans.items() for part, blob in plan.parts.items()}
     tensors = {name: dict(plan.facts) | {"sha256": "0" * 64} for name, plan in plans.items()}
     with tensorfile.writing(path, blobs, _metadata(tensors)) as writer:

@@ -24,7 +24,7 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 
 def convert(source: Path, out: Path) -> dict[str, str]:
-    """Write the weights of ``source`` as safetensors into ``out``, beside its other files; lines on
+    """Write the weights of ``source`` as safetensors into ``out``, beside its other files. Returns
     what was left out, and why.
 
     One shard is in memory at a time (mapped, if its format allows). Tensors that share memory
@@ -41,7 +41,7 @@ def convert(source: Path, out: Path) -> dict[str, str]:
             f"{source} is not a directory; give the one that holds config.json and {PICKLED}."
         )
     names, left_out = list_files(source)
-    # it is still the same model's
+    # the model card still describes the same model
     if card := next((name for name in left_out if name.lower() == CARD), None):
         names.append(card)
         del left_out[card]
@@ -112,15 +112,15 @@ def _target(name: str, count: int) -> str:
 
 
 def _tensors(path: Path, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """A file's tensors, sorted by name; of a tied head and embedding that share their memory, the
-    embedding.
+    """A file's tensors, sorted by name. Of a tied head and embedding that share their memory, only
+    the embedding is given.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of odd pickles, to whoever wrote them
+        with warnings.catch_warnings(action="ignore"):  # warnings about odd pickles are for their authors
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except Exception as error:  # of a damaged or hostile file, anything
+    except Exception as error:  # a damaged or hostile file may raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, UnpicklingError):  # torch's words for it advise to run what the file asks for
+        if isinstance(error, UnpicklingError):  # torch's message advises to run the file's code
             reason = "it is damaged, or contains code, which is never run"
         raise SparselineError(
             f"{path} cannot be read as weights alone ({reason}); fetch the checkpoint again, or another one."

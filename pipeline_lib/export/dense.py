@@ -13,7 +13,7 @@ from pipeline_lib.export.shards import write_index
 from pipeline_lib.export.tensorfile import Blob
 from pipeline_lib.models.checkpoint import CONFIG, copy_files
 
-METADATA = {"format": "pt"}  # transformers asks for it
+METADATA = {"format": "pt"}  # transformers requires it
 Others = tuple[Path, Sequence[str]]  # a directory and names of files below it
 
 
@@ -25,7 +25,7 @@ def write(
     indexed: bool,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """A directory for ``from_pretrained``; one tensor is in memory at a time.
+    """Write a directory for ``from_pretrained``; one tensor is in memory at a time.
 
     Args:
         shards: file name -> the descriptions of its tensors.

@@ -18,7 +18,7 @@ from pipeline_lib.export.bits import pack, packed_bytes, stored, unpack
 from pipeline_lib.export.groups import Groups
 from pipeline_lib.export.tensorfile import DTYPES, NAMES, Blob, blob
 
-# behind the tensor's name
+# suffixes of the tensor's name
 VERBATIM, MASK, VALUES, CODES, SCALE, ZERO_POINT = "", ".mask", ".values", ".codes", ".scale", ".zero_point"
 PARTS = (VERBATIM, CODES, MASK, SCALE, VALUES, ZERO_POINT)  # in the order of their checksum
 
@@ -47,7 +47,8 @@ def plan(tensor: torch.Tensor, groups: Groups | None = None) -> Plan:
         around = {SCALE: blob(groups.scale)}
         if groups.zero_point is not None:
             around[ZERO_POINT] = Blob(torch.uint8, (packed_bytes(groups.zero_point.numel(), groups.bits),))
-        if not bool((kept & (tensor == 0)).any()):  # without a mask there is only one zero
+        # without a mask, codes represent only one of 0.0 and -0.0
+        if not bool((kept & (tensor == 0)).any()):
             ways.append(Plan(around | {CODES: Blob(torch.uint8, (packed_bytes(total, groups.bits),))}, facts))
         ways.append(
             Plan(around | mask | {CODES: Blob(torch.uint8, (packed_bytes(count, groups.bits),))}, facts)
@@ -56,7 +57,7 @@ def plan(tensor: torch.Tensor, groups: Groups | None = None) -> Plan:
 
 
 def encode(tensor: torch.Tensor, chosen: Plan, groups: Groups | None = None) -> dict[str, torch.Tensor]:
-    """The planned parts."""
+    """The planned parts of a tensor."""
     if VERBATIM in chosen.parts:
         return {VERBATIM: tensor}
     kept = stored(tensor)
@@ -76,7 +77,7 @@ class Facts(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     sha256: str  # of the parts, in the order of ``PARTS``
-    dtype: str | None = None  # nothing more is said of a tensor that lies there as it is
+    dtype: str | None = None  # None: the tensor is stored as it is, without further facts
     shape: list[NonNegativeInt] = []
     bits: int | None = Field(default=None, ge=2, le=8)
     group: int | None = Field(default=None, ge=1)
@@ -178,7 +179,8 @@ def decode(parts: Mapping[str, torch.Tensor], facts: Facts) -> torch.Tensor:
     tensor = groups.weights(codes.reshape(shape))
     if MASK in parts:
         kept = kept.reshape(shape)
-        tensor[groups.at_zero(codes.reshape(shape)) & kept] = -0.0  # 0.0 is not stored
+        # kept zeros are -0.0, because 0.0 is not stored
+        tensor[groups.at_zero(codes.reshape(shape)) & kept] = -0.0
         tensor[~kept] = 0.0
     return tensor
 

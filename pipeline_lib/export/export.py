@@ -22,9 +22,9 @@ from pipeline_lib.fit import grids
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.recipe.settings import Format
 
-# over all tensors, beside the survey's
+# passes over all tensors, besides the survey's
 PASSES = {"dense": 1, "bitmask": 2, "compressed-tensors": 1, "gguf": 2}
-Card = Callable[[str, Mapping[str, Any]], str]  # format, what build/sizes will hold -> README.md
+Card = Callable[[str, Mapping[str, Any]], str]  # format, content of build/sizes -> README.md
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Variant:
 
     name: str
     pattern: str  # of its selection
-    directory: Path  # its masks, if it is quantised its scales, and its checkpoint
-    trained: Path | None = None  # the checkpoint in the place of that one; its scales beside it
+    directory: Path  # its masks, its checkpoint, and its scales if it is quantised
+    trained: Path | None = None  # the trained checkpoint, which replaces that one; its scales lie beside it
 
 
 def export(
     source: Checkpoint, variant: Variant, out: Path, formats: Sequence[Format], card: Card
 ) -> dict[str, Any]:
-    """The content of build/sizes for the variant.
+    """Write the variant in each format. Returns the content of build/sizes for it.
 
     Args:
         source: the original model; exported files have the same partition into files.
@@ -100,7 +100,9 @@ def export(
 
 @dataclass(frozen=True)
 class _Writer:
-    """A pruned checkpoint in each format; what its matrices and its weight files take."""
+    """Writes a pruned checkpoint in each format, and returns the bytes of its matrices and of its
+    weight files.
+    """
 
     pruned: Checkpoint
     quantisation: Quantisation
@@ -123,7 +125,7 @@ class _Writer:
         }
 
     def write_dense(self, folder: Path | None) -> Bytes:
-        """Nothing is written without a folder."""
+        """Write the dense format; without a folder, only return its size."""
         if folder is not None:
             dense.write(
                 folder,

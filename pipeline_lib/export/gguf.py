@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 FILE = "model.gguf"
 # architectures whose head transformers ties to the embeddings whatever the file holds
 TIED = ("bloom", "falcon")
-# Of a mixture the file has a tensor for all experts of a block, by the parameter of transformers;
-# gate and up are halves of one.
+# The file has one tensor for all experts of a block, named by the parameter of transformers; gate
+# and up are the halves of one parameter.
 EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps")
 WIDE = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # routers, in float32 as llama.cpp has them
 FLAT = "ffn_gate_inp_shexp.weight"  # one row, which is a vector in the file
@@ -41,8 +41,8 @@ FLAT = "ffn_gate_inp_shexp.weight"  # one row, which is a vector in the file
 FILE_TYPES: dict[Kind, int] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 HALVES: dict[torch.dtype, Kind] = {torch.bfloat16: "BF16"}  # else F16
 FLOATS = ("epsilon", "freq_base")  # keys of metadata that are float32
-SLACK = 2.0**-22  # of norms that are stored as w + 1
-# Keys of a config that no logit depends on; transformers reads other values back
+SLACK = 2.0**-22  # tolerance for norms that are stored as w + 1
+# endings of config keys on which no logit depends; transformers may read other values back
 NEUTRAL: tuple[str, ...] = (
     "_token_id",
     "dropout",
@@ -69,8 +69,8 @@ def _unmoved(_config: "PreTrainedConfig", _name: str, _rows: int) -> torch.Tenso
 
 
 def _rotated(config: "PreTrainedConfig", name: str, rows: int) -> torch.Tensor | None:
-    """llama.cpp rotates neighbours, transformers the halves of a head: the rows of Q and K in
-    llama.cpp's order.
+    """The rows of Q and K in llama.cpp's order. llama.cpp rotates neighbouring rows, transformers
+    the halves of a head.
     """
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     count = next((heads[part] for part in name.split(".") if part in heads), None)
@@ -78,7 +78,9 @@ def _rotated(config: "PreTrainedConfig", name: str, rows: int) -> torch.Tensor |
 
 
 def _unmixed(config: "PreTrainedConfig", name: str, rows: int) -> torch.Tensor | None:
-    """BLOOM has Q, K and V head by head; llama.cpp one after the other."""
+    """The rows of Q, K and V in llama.cpp's order, one matrix after the other. BLOOM stores them
+    head by head.
+    """
     return (
         torch.arange(rows).reshape(config.num_attention_heads, 3, -1).transpose(0, 1).flatten()
         if ".attn_qkv." in name
@@ -91,11 +93,12 @@ class Family:
     """How llama.cpp stores the models of an architecture."""
 
     name: str  # general.architecture
-    order: Callable[["PreTrainedConfig", str, int], torch.Tensor | None] = _unmoved  # of a tensor's rows
+    # order of a tensor's rows
+    order: Callable[["PreTrainedConfig", str, int], torch.Tensor | None] = _unmoved
     shifted: bool = False  # norms are stored as w + 1
     transposed: tuple[str, ...] = ()  # matrices that transformers stores [C, R]
-    reads: str | None = None  # transformers' name of it, if that is another
-    model_type: str | None = None  # of what transformers makes of it, if that is another again
+    reads: str | None = None  # transformers' name of the architecture, if it differs
+    model_type: str | None = None  # of the config that transformers reads, if it differs from that name
     # metadata for llama.cpp alone, by attributes of the config
     also: Mapping[str, str] = field(default_factory=dict)
     inferred: tuple[str, ...] = ()  # attributes that transformers infers from the tensors
@@ -146,8 +149,8 @@ class Scheme:
     """The content of a variant's file."""
 
     family: Family
-    metadata: Mapping[str, Any]  # of the architecture, without its name in front
-    read: "PreTrainedConfig"  # what transformers makes of it
+    metadata: Mapping[str, Any]  # of the architecture, without its name as a prefix
+    read: "PreTrainedConfig"  # the config that transformers reads from it
     vocabulary: Vocabulary
     tensors: tuple[Tensor, ...]
 
@@ -199,7 +202,7 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
         raise refusal(f"GGUF's metadata does not carry {lost}")
     try:
         names = _names(pruned, _reading(family, read)[0])
-    except Exception as error:  # transformers checks little, and raises whatever it meets
+    except Exception as error:  # transformers checks little, so this may be any error
         raise refusal(
             f"transformers cannot build a model from its metadata ({' '.join(str(error).split())})"
         ) from error
@@ -230,7 +233,7 @@ def scheme(pruned: Checkpoint, quantisation: Quantisation, variant: str) -> Sche
 
 
 def _common(kinds: Sequence[Kind | None]) -> Kind | None:
-    """The kind that holds what each of these holds. Q8_0 holds what is in Q4_1."""
+    """The kind that holds everything that these kinds hold, or None. Q8_0 holds what is in Q4_1."""
     found = set(kinds)
     if len(found) < 2:
         return next(iter(found), None)
@@ -239,7 +242,7 @@ def _common(kinds: Sequence[Kind | None]) -> Kind | None:
 
 def _described(family: Family, config: "PreTrainedConfig") -> tuple[dict[str, Any], "PreTrainedConfig"]:
     """The metadata of an architecture by transformers' table, and the config that transformers
-    makes of them.
+    reads from them.
     """
     from transformers import AutoConfig
     from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
@@ -259,7 +262,7 @@ def _described(family: Family, config: "PreTrainedConfig") -> tuple[dict[str, An
         if value is not None:
             metadata[key] = value = float(np.float32(value)) if key.endswith(FLOATS) else value
             values[attribute] = value
-    # What llama.cpp asks for besides; transformers passes over it.
+    # Further keys that llama.cpp needs; transformers ignores them.
     metadata.setdefault(
         "context_length",
         getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", 2048),
@@ -299,8 +302,8 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def _reading(family: Family, read: "PreTrainedConfig") -> tuple[dict[str, str], Any]:
-    """Names in the file -> transformers' names, and what turns the file's tensors into
-    transformers': both are transformers' own.
+    """transformers' map from names in the file to its own names, and its processor for the file's
+    tensors.
     """
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
@@ -332,8 +335,8 @@ def _names(pruned: Checkpoint, file_names: Mapping[str, str]) -> dict[str, tuple
 
 
 def _experts(pruned: Checkpoint, pieces: Sequence[Piece], part: str) -> tuple[str, ...]:
-    """The tensor of each expert that makes up ``gate`` or ``up``, the halves of one parameter, or
-    ``down``; empty where the checkpoint has no tensors of their own for these.
+    """The tensors, one per expert, of ``gate`` or ``up`` (the halves of one parameter) or ``down``.
+    Empty if the checkpoint has no separate tensors for these.
     """
     found = []
     for piece in pieces:
@@ -347,8 +350,8 @@ def _experts(pruned: Checkpoint, pieces: Sequence[Piece], part: str) -> tuple[st
 
 
 def write(out: Path, pruned: Checkpoint, quantisation: Quantisation, chosen: Scheme, title: str) -> None:
-    """A directory with one file, read back and compared before it gets its name; one tensor is in
-    memory at a time.
+    """Write a directory with one file, which is read back and compared before it gets its name. One
+    tensor is in memory at a time.
 
     Args:
         chosen: the result of ``scheme``.
@@ -368,7 +371,7 @@ def _write(path: Path, pruned: Checkpoint, quantisation: Quantisation, chosen: S
 
     writer = GGUFWriter(path, chosen.family.name)
     writer.add_type("model")
-    writer.add_name(f"Sparseline {title}")  # not a family's name: transformers looks for these in it
+    writer.add_name(f"Sparseline {title}")  # transformers looks for a family's name in it
     writer.add_file_type(FILE_TYPES[chosen.main])
     writer.add_quantization_version(2)
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
@@ -402,7 +405,7 @@ def _bytes(
     family: Family,
     config: "PreTrainedConfig",
 ) -> torch.Tensor:
-    """A tensor of the checkpoint, with its name there, as the file holds it (uint8)."""
+    """The bytes (uint8) of a tensor in the file, from its name and value in the checkpoint."""
     stored, tensor = part
     if groups is not None and blocks.BYTES[one.kind][0] > 1:
         found = blocks.pack(groups.codes(tensor), groups, one.kind)
@@ -424,8 +427,8 @@ def _bytes(
 
 
 def _check(path: Path, pruned: Checkpoint, chosen: Scheme) -> None:
-    """transformers reads back what the checkpoint holds: config, and every tensor in its dtype, or
-    in the file's 16-bit dtype.
+    """Check that transformers reads back what the checkpoint holds: the config, and every tensor in
+    its dtype or in the file's 16-bit dtype.
 
     Norms that are stored as w + 1 agree within ``SLACK``.
     """

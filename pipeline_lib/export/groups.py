@@ -35,8 +35,8 @@ class Groups:
         return tensor.mT if self.transposed else tensor
 
     def spans(self, columns: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Group by group: its inputs, its scales [R, 1] in float32 (in which codes are computed), its
-        zero points [R, 1].
+        """For each group: its inputs, its scales [R, 1] in float32 (in which codes are computed),
+        and its zero points [R, 1].
         """
         scale = self.scale.float()
         middle = torch.full(scale.shape, 2 ** (self.bits - 1)) if self.zero_point is None else self.zero_point
@@ -60,8 +60,8 @@ class Groups:
         return codes
 
     def weights(self, codes: torch.Tensor) -> torch.Tensor:
-        """The product in float32, rounded once to the parameter's dtype; codes equal to the zero point
-        give 0.0.
+        """The weights of these codes: products in float32, rounded once to the parameter's dtype.
+        Codes equal to the zero point give 0.0.
         """
         weight = torch.empty(codes.shape, dtype=self.scale.dtype)
         target, source = self.logical(weight), self.logical(codes)
@@ -133,8 +133,8 @@ class Quantisation:
 
 
 def _joined(matrices: Sequence[Matrix], tensors: Mapping[str, torch.Tensor], part: str) -> torch.Tensor:
-    """Of all rows of a parameter [R, groups], or of all its experts [E, R, groups]; the matrices
-    are in order.
+    """Scales or zero points of all rows of a parameter [R, groups], or of all its experts [E, R,
+    groups]. The matrices are in order.
     """
     by_expert = groupby(matrices, key=lambda matrix: matrix.expert)
     found = [

@@ -41,7 +41,7 @@ def load_model(path: Path) -> "PreTrainedModel":
     Raises:
         SparselineError: as ``tensors``, or the config requires other tensors.
     """
-    # the model takes these over, it does not copy them
+    # the model uses these tensors without a copy
     config, found = read_config(path), dict(tensors(path))
     check_sizes(path, config, [tuple(tensor.shape) for tensor in found.values()])
     dtype = Counter(tensor.dtype for tensor in found.values()).most_common(1)[0][0]
@@ -50,7 +50,7 @@ def load_model(path: Path) -> "PreTrainedModel":
         model, report = family.from_pretrained(
             None, config=config, state_dict=found, dtype=dtype, output_loading_info=True
         )
-    except Exception as error:  # transformers checks little, and raises whatever it meets
+    except Exception as error:  # transformers checks little, so this may be any error
         raise SparselineError(
             f"{path}: its config.json describes no model that its tensors fit ({error})."
         ) from error
@@ -86,7 +86,9 @@ class _File:
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Reader, dict[str, Facts]]]:
-        """The file behind its header, and what it says of each tensor."""
+        """A reader of the file, after a check of its header, and the header's facts about each
+        tensor.
+        """
         try:
             with opened(self._path) as file:
                 reader = Reader(file, self._path, self._entry.bytes, self._entry.header_sha256)
@@ -111,7 +113,7 @@ class _File:
         return found
 
     def blobs(self) -> dict[str, Blob]:
-        """What the dense file holds."""
+        """Descriptions of the dense file's tensors."""
         with self._open() as (reader, tensors):
             return {
                 name: reader.blobs[name] if facts.verbatim else facts.blob for name, facts in tensors.items()

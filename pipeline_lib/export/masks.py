@@ -16,7 +16,7 @@ class Masks:
     def __init__(self, directory: Path, checkpoint: Checkpoint) -> None:
         self._directory = directory
         self._place = checkpoint.place
-        # by its number: mask by stored parameter, bool, True = kept
+        # block -> stored parameter -> mask (bool, True = kept)
         self.block = lru_cache(maxsize=1)(self._read)
 
     def of(self, name: str) -> torch.Tensor | None:

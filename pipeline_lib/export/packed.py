@@ -17,7 +17,7 @@ from pipeline_lib.export.shards import one_by_one
 from pipeline_lib.export.tensorfile import Blob
 from pipeline_lib.models.checkpoint import Checkpoint, skeleton
 
-BITS = (4, 8)  # what its readers have kernels for
+BITS = (4, 8)  # bit widths for which readers of the format have kernels
 WEIGHT = ".weight"
 
 
@@ -36,7 +36,7 @@ def parts(name: str, shape: tuple[int, ...], groups: Groups) -> dict[str, Blob]:
 
 
 def pack(name: str, weight: torch.Tensor, groups: Groups) -> dict[str, torch.Tensor]:
-    """Their contents, packed by the compressed-tensors library, whose codes are signed."""
+    """The tensors of ``parts``, packed by the compressed-tensors library, whose codes are signed."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # an optional package
 
     module, middle = name.removesuffix(WEIGHT), 2 ** (groups.bits - 1)
@@ -154,8 +154,8 @@ def write(
     chosen: Scheme,
     indexed: bool,
 ) -> None:
-    """A directory for ``from_pretrained`` with compressed-tensors installed; the other files are the
-    pruned checkpoint's.
+    """Write a directory for ``from_pretrained`` with compressed-tensors installed. The other files
+    are the pruned checkpoint's.
 
     Args:
         shards: as in ``dense.write``.

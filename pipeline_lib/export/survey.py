@@ -22,7 +22,7 @@ class Entry:
     dense: Blob
     bitmask: Plan
     weights: Weights
-    pruned: bool  # prune had it in hand
+    pruned: bool  # prune stored a mask of it
     semi_structured: Verdict | None  # of pruned matrices of a 2:4 variant
 
 

@@ -104,7 +104,7 @@ class Writer:
         self.missing.remove(name)
 
     def amend(self, metadata: Mapping[str, str]) -> bytes:
-        """Replace the metadata by others of the same length; the header."""
+        """Replace the metadata by others of the same length, and return the header."""
         final = header(self._blobs, metadata)
         if len(final) != self._data:
             raise RuntimeError("metadata of another length")
@@ -115,7 +115,7 @@ class Writer:
 
 @contextmanager
 def writing(path: Path, blobs: Mapping[str, Blob], metadata: Mapping[str, str]) -> Iterator[Writer]:
-    """A file that gets its name when it is complete."""
+    """Open a file to write, which gets its name when it is complete."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         writer = Writer(file, blobs, metadata)
         yield writer
@@ -194,7 +194,7 @@ class Reader:
         self._file.seek(self._data + self._offsets[name])
         if self._file.readinto(data.data) != one.bytes:
             raise SparselineError(f"{self._path} ended while it was read; copy it again.")
-        if not one.bytes:  # which no view of bytes gives
+        if not one.bytes:  # a view of no bytes does not have this shape
             return torch.empty(one.shape, dtype=one.dtype)
         return torch.from_numpy(data).view(one.dtype).reshape(one.shape)
 

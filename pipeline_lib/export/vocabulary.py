@@ -46,7 +46,7 @@ class Vocabulary:
         if self.spaced is not None:
             writer.add_add_space_prefix(self.spaced)
         special = SpecialVocab(self.directory, load_merges=self.scores is None, n_vocab=len(self.tokens))
-        special.special_token_ids |= self.special  # the package would believe config.json
+        special.special_token_ids |= self.special  # otherwise the package would use those of config.json
         special.add_special_token["bos"] = self.begins
         special.add_to_gguf(writer, quiet=True)
 
