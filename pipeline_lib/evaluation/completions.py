@@ -63,8 +63,8 @@ class _Following:
         self.keep = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
     def __call__(self, sequence: torch.Tensor) -> torch.Tensor:
-        """[B, 1]. Models without the usual cache, and those whose cache fails, read the whole
-        sequence again.
+        """The tokens [B, 1]. Models without the usual cache, and those whose cache fails, read the
+        whole sequence again.
         """
         if self.cached:
             try:
@@ -73,7 +73,7 @@ class _Following:
                 self.cache = output.past_key_values
                 return output.logits[:, -1:].argmax(-1)
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-                # of transformers: not every model's is whole
+                # transformers' caches do not work for every model
                 self.cached = False
         return self.model(input_ids=sequence, use_cache=False, **self.keep).logits[:, -1:].argmax(-1)
 

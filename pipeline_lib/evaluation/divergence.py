@@ -21,7 +21,7 @@ PERCENT = 99
 
 @dataclass(frozen=True)
 class Dense:
-    """The model with which others are compared, in files."""
+    """The checkpoint of the dense model, with which others are compared."""
 
     checkpoint: Checkpoint
     dtype: torch.dtype
@@ -74,9 +74,10 @@ class Divergence:
         self._found["agreement"].append(p.argmax(-1) == q.argmax(-1))
 
     def summary(self) -> dict[str, float]:
-        """``kl`` and ``reverse_kl``: means over the tokens; ``kl_99``, ``reverse_kl_99``: the smallest
-        value that 99% of the tokens do not exceed; ``agreement``: the share of tokens with the same
-        most likely token. Of all rows, also those that other processes compared.
+        """Figures of all rows, also of those that other processes compared. ``kl`` and
+        ``reverse_kl`` are means over the tokens; ``kl_99`` and ``reverse_kl_99`` are the smallest
+        values that 99% of the tokens do not exceed; ``agreement`` is the share of tokens with the
+        same most likely token.
         """
         found: dict[str, float] = {}
         for name, own in self._found.items():
@@ -91,7 +92,7 @@ class Divergence:
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) [t] of log-probabilities [t, V]; where rounding leaves less than zero, zero. Tokens
-    that neither model can give count nothing.
+    """KL(p ‖ q) [t] of log-probabilities [t, V]. Values that rounding makes negative become 0.
+    Tokens that have probability 0 in both models contribute nothing.
     """
     return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).nansum(-1).clamp(min=0)

@@ -13,7 +13,7 @@ class Metric:
     share: bool  # in [0, 1], where more is better; else a positive number, where less is better
 
 
-METRICS = {  # the first of a task's is its main one
+METRICS = {  # the first one that a task has is its main metric
     "acc": Metric("accuracy", True),
     "exact_match": Metric("exact match", True),
     "acc_norm": Metric("accuracy normalised by length", True),

@@ -80,10 +80,10 @@ def row_logits(model: PreTrainedModel, batch: torch.Tensor) -> Iterator[torch.Te
     of each sample (head, scaling, capping), with a decoder that returns the sample's hidden states.
     """
     decoder = model.get_decoder()
-    if not isinstance(decoder, PreTrainedModel):  # some call their head so
+    if not isinstance(decoder, PreTrainedModel):  # some models call their head a decoder
         decoder = model.base_model
     states = None if decoder is model else decoder(input_ids=batch, use_cache=False)
-    # no module of its own stands before the head
+    # the model has no separate module before the head
     if states is None or getattr(states, "last_hidden_state", None) is None:
         for row in batch.split(1):
             yield model(input_ids=row, use_cache=False).logits[0]

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task, TaskConfig
     from lm_eval.tasks import TaskManager
 
-CUT = ("Combined length of context", "Left truncation applied")  # warnings of what is counted item by item
+# warnings about truncation, which is counted item by item
+CUT = ("Combined length of context", "Left truncation applied")
 FILE_FORMATS = {"csv", "json", "parquet", "text"}  # dataset_path of tasks that read files
 
 
@@ -45,7 +46,7 @@ class Measured:
 
     tasks: dict[str, dict[str, Any]]
     warnings: Mapping[str, int]  # message -> how often
-    # task -> metric of single items (acc, acc_norm) -> each item's, in order
+    # task -> metric of single items (acc, acc_norm) -> the items' values, in order
     scores: Mapping[str, Mapping[str, list[float]]]
 
 
@@ -85,17 +86,17 @@ def run_tasks(
     from lm_eval.models.utils import normalize_gen_kwargs
 
     class Watched(HFLM):  # type: ignore[misc]
-        """Counts what lm-eval cuts, and refuses answers that mean nothing. Its own bar is among
-        what is held back.
+        """lm-eval's model, which counts the requests that lm-eval cuts, and refuses answers that
+        are not finite. Its own progress bar is suppressed (``_listening``).
 
-        Where the family's rows begin with the start token, every request does. Where several
-        processes run the stage, likelihoods are dealt by lm-eval's batches, so that every batch is the
-        one that a single process makes.
+        If the family's rows begin with the start token, so does every request. If several processes
+        run the stage, each computes some of lm-eval's batches. So every batch is the one that a
+        single process makes.
         """
 
         def __init__(self) -> None:
             self.cut: set[int] = set()  # id() of requests
-            self.calls = 0  # of the model, for the requests at hand
+            self.calls = 0  # calls of the model for the current requests
             self.asked: Sequence[Any] = ()  # requests that are being answered, if lm-eval may cut them
             own = copy.deepcopy(tokenizer)  # HFLM gives it a padding token
             super().__init__(
@@ -156,7 +157,7 @@ def run_tasks(
         def _model_call(self, inps: torch.Tensor, **options: Any) -> torch.Tensor:
             self.progress.advance(len(inps))
             self.calls += 1
-            if self.calls % ranks.count() != ranks.rank():  # another process's: see ``_merged``
+            if self.calls % ranks.count() != ranks.rank():  # another process computes it, see ``_merged``
                 size = model.config.get_text_config().vocab_size
                 return torch.full((1, 1, 1), torch.nan, device=inps.device).expand(*inps.shape, size)
             logits: torch.Tensor = super()._model_call(inps, **options)
@@ -165,7 +166,7 @@ def run_tasks(
     stream = sys.stderr
     begins = usual(model.config.model_type) == "row"
     _check_includes(params.path)
-    with _listening():  # all it has to say is that it did not load the model itself
+    with _listening():  # its only message is that it did not load the model itself
         lm = Watched()
     with _listening() as heard:
         manager = _manager(params.path, preset.names)
@@ -209,15 +210,17 @@ def run_tasks(
 
 
 def _merged(parts: Sequence[Sequence[tuple[float, bool]]]) -> list[tuple[float, bool]]:
-    """Each request's likelihood from the process that computed it: the others have NaN there."""
+    """Each request's likelihood from the process that computed it. The other processes have NaN in
+    its place.
+    """
     return [
         next((one for one in found if not math.isnan(one[0])), found[0]) for found in zip(*parts, strict=True)
     ]
 
 
 def _scores(items: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Each item once, by its number; where a task filters answers in several ways, as the first of
-    them does.
+    """Each metric's values of all items, in order. If a task filters answers in several ways, only
+    the first filter counts.
     """
     ordered = sorted(
         (item for item in items if item["filter"] == items[0]["filter"]), key=lambda item: item["doc_id"]
@@ -230,8 +233,8 @@ def _scores(items: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 def _figures(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """The metrics that are read of lm-eval's results of a task: ``{"acc,none": …,
-    "acc_stderr,none": …}``, by metric and, if it is not "none", filter.
+    """The supported metrics in lm-eval's results of a task (``{"acc,none": …, "acc_stderr,none":
+    …}``), by metric and, if it is not "none", filter.
     """
     figures: dict[str, dict[str, float | None]] = {}
     for key, value in found.items():
@@ -249,7 +252,7 @@ def _chats(tokenizer: PreTrainedTokenizerBase, preset: Preset) -> bool:
     """Whether prompts are chats.
 
     Raises:
-        SparselineError: they are to be, and the model has no template.
+        SparselineError: the preset asks for chats, and the model has no template.
     """
     if preset.chat_template and not tokenizer.chat_template:
         raise SparselineError(
@@ -270,7 +273,7 @@ def request_lengths(tokenizer: PreTrainedTokenizerBase, path: Path, preset: Pres
     """
     if not preset.names:
         return []
-    with _listening():  # the run itself tells the warnings
+    with _listening():  # the run itself reports the warnings
         manager = _manager(path, preset.names)
         with _datasets(private=all(_reads_files(manager, name) for name in preset.names), offline=True):
             lengths: list[int] = []
@@ -287,7 +290,7 @@ def request_lengths(tokenizer: PreTrainedTokenizerBase, path: Path, preset: Pres
                     "".join(part for part in request.args if isinstance(part, str))
                     for request in task.instances
                 ]
-                # what ``verbose`` would say is that a text is too long: the run counts those
+                # with ``verbose`` it would warn of long texts, which the run counts
                 lengths += [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
     return sorted(lengths, reverse=True)
 
@@ -306,7 +309,9 @@ def chance(task: "Task") -> float | None:
 
 
 def _manager(path: Path, names: Sequence[str]) -> "TaskManager":
-    """The local tasks, and lm-eval's own only where a name asks for them: their index takes seconds."""
+    """lm-eval's index of the local tasks. Its own tasks are included only if a name needs them,
+    because their index takes seconds.
+    """
     from lm_eval.tasks import TaskManager
 
     local = TaskManager(include_path=str(path), include_defaults=False)
@@ -327,7 +332,7 @@ def _reads_files(manager: "TaskManager", name: str) -> bool:
 
 
 def _check_includes(folder: Path) -> None:
-    """Definitions in the folder include none from outside, which DVC would not watch."""
+    """Check that definitions in the folder include no files from outside, which DVC would not watch."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     for path in sorted(folder.glob("**/*.yaml")):
@@ -340,7 +345,7 @@ def _check_includes(folder: Path) -> None:
 
 
 def _check_data(folder: Path, name: str, config: "TaskConfig") -> None:
-    """A local task's data are in the folder, or in a dataset of the hub.
+    """Check that a local task's data are in the folder, or in a dataset of the hub.
 
     Raises:
         SparselineError: a file, directory or address elsewhere, which DVC would not watch.
@@ -369,7 +374,9 @@ def _check_data(folder: Path, name: str, config: "TaskConfig") -> None:
 
 
 def _check_watched(folder: Path, path: Path, what: str) -> None:
-    """A link to a file is watched, a link to a directory is not."""
+    """Check that DVC watches a path: it is in the folder, and is not a link to a directory. A link
+    to a file is watched.
+    """
     place = path.parent.resolve() / path.name
     if not place.is_relative_to(folder.resolve()) or (place.is_dir() and place.is_symlink()):
         raise SparselineError(
@@ -406,7 +413,7 @@ def _load(manager: "TaskManager", preset: Preset, folder: Path) -> dict[str, "Ta
 
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """lm-eval resamples for some standard errors here, and not in a pool of processes."""
+    """Let lm-eval resample for some standard errors in this process, not in a pool of processes."""
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
@@ -420,8 +427,8 @@ def _one_process() -> Iterator[None]:
 
 @contextmanager
 def _datasets(private: bool, offline: bool = False) -> Iterator[None]:
-    """``private``: a cache of our own that lasts as long as the run (so it cannot be stale), and no
-    network. ``offline``: no network.
+    """Set the options of ``datasets``. ``private``: a cache of our own that lasts as long as the
+    run (so it cannot be stale), and no network. ``offline``: no network.
     """
     import datasets
 
@@ -455,8 +462,8 @@ class _Heard(logging.Handler):
 
 @contextmanager
 def _listening() -> Iterator[Mapping[str, int]]:
-    """Progress bars and lm-eval's lines are held back, since ours say the same. Warnings are
-    counted instead of printed once per item; errors are exceptions.
+    """Suppress progress bars and lm-eval's output, because ours says the same. Warnings are counted
+    instead of printed once per item; errors are exceptions.
     """
     handler = _Heard()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]

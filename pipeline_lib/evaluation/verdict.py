@@ -85,8 +85,8 @@ def _findings(params: VerdictParams, own: Measured, dense: Measured) -> Iterator
 
 
 def _errors(drop: float, *figures: Mapping[str, float | None]) -> float:
-    """A difference of two means in units of its standard error, as if the two were independent: of
-    the same items it is smaller.
+    """A difference of two means in units of its standard error, as if the two were independent. If
+    both are of the same items, the true error is smaller.
     """
     error = math.hypot(*(figure["stderr"] or 0.0 for figure in figures))
     return drop / error if error else math.inf if drop > 0 else 0.0

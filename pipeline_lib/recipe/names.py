@@ -21,7 +21,7 @@ RENAMED = {  # keys of version 1 -> what takes their place
     "prune.activation_budget_bytes": "set SPARSELINE_ACTIVATION_BYTES in the environment",
     "calibrate.gram_budget_bytes": "set SPARSELINE_GRAM_BYTES in the environment",
 }
-PATHS = {  # the same of a variant
+PATHS = {  # the same for a variant's keys
     "factors": "`induce: {}` in the variant requests learned factors",
     "sensitivity": "the variant's allocation determines what it reads",
     "activation_budget_bytes": RENAMED["prune.activation_budget_bytes"],

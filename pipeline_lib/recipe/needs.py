@@ -18,7 +18,7 @@ class Needs:
     moments: Moments  # second moments of the sites' inputs, for scores and compensation
     cross: bool  # cross moments with the dense model's activations
     dense_stream: bool  # the dense model's activations
-    held_out: bool  # rows that judge fits
+    held_out: bool  # the held-out split, which judges fits
     sensitivities: bool
     output_moments: bool  # second moments of output gradients
     curves: bool
@@ -37,7 +37,7 @@ def needs(recipe: Recipe) -> Needs:
     how, score = recipe.reconstruction, recipe.selection.score
     fitted = bool(how.fits)
     rounded = recipe.quantization.bits is not None
-    # With a learned transform inputs are shifted, which takes more than a diagonal.
+    # A learned transform shifts inputs, which needs more than a diagonal.
     full = (
         score in ("obs", "isc")
         or bool({"obs", "lsq"} & set(how.steps))

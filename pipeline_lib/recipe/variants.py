@@ -16,7 +16,7 @@ from pipeline_lib.recipe.needs import Needs, needs
 from pipeline_lib.recipe.settings import Format, InduceParams, PruneParams, Recipe
 from pipeline_lib.solve.settings import QuantizationParams
 
-OWN = ("induce", "curves", "distil")  # sections of a variant that are laid over sections of their own
+OWN = ("induce", "curves", "distil")  # sections of a variant that override sections outside of ``prune``
 
 
 class CurvesPart(Params):
@@ -94,7 +94,7 @@ class Variant:
 
     @property
     def distil(self) -> DistilPart | None:
-        """None where nothing is trained."""
+        """None if nothing is trained."""
         grid = self.recipe.quantization
         return (
             None
@@ -104,8 +104,8 @@ class Variant:
 
     @property
     def _any_sparsity(self) -> SelectionParams:
-        """The selection for a stage that does not read the sparsity: with the same one always. N:M
-        has only one.
+        """The selection for a stage that does not read the sparsity, with a fixed value in its
+        place. N:M has only one value.
         """
         pattern = self.recipe.selection.shape
         return self.recipe.selection.model_copy(

@@ -35,7 +35,7 @@ def rows(recipe: Recipe) -> dict[str, str]:
 
 
 def training(facts: Mapping[str, Any]) -> str:
-    """The training of the whole pruned model, from ``build/training``; empty without any."""
+    """The training of the whole pruned model in words, from ``build/training``."""
     if not facts:
         return "none: one-shot"
     return f"{facts['steps']} steps of distillation{'' if facts['kept'] else ', not kept'}"

@@ -420,7 +420,7 @@ def _split(text: str, dense: str) -> tuple[str, str]:
 
 # Provenance
 
-# of a text: its samples, and the files or the hub's dataset that they come from
+# keys of a text's hashes: its samples, and their source (files or a dataset of the hub)
 HASHES = ("rows_sha256", "sha256", "dataset", "fingerprint")
 
 

@@ -54,7 +54,7 @@ STYLE = {
         "axes.axisbelow": True,
         "figure.constrained_layout.use": True,
     },
-    # is part of matplotlib, so that the layout is the same everywhere
+    # this font is part of matplotlib, so that the layout is the same everywhere
     **{"svg.fonttype": "none", "svg.hashsalt": "sparseline", "font.family": "DejaVu Sans"},
 }
 
@@ -108,7 +108,7 @@ def _panels(canvas: Canvas, count: int, across: int, **shared: Any) -> list[Axes
     axes = list(canvas.subplots(-(-count // across), across, squeeze=False, **shared).flat)
     for empty in axes[count:]:
         empty.set_visible(False)
-    for lowest in axes[max(0, count - across) : count]:  # of each column, with the tick labels
+    for lowest in axes[max(0, count - across) : count]:  # the lowest one of each column has the tick labels
         lowest.tick_params(labelbottom=True)
     return axes[:count]
 
@@ -189,14 +189,14 @@ def tradeoff(results: Results) -> Figure | None:
 
 HOLLOW = " A hollow point has a computed size (≈), because the variant is not exported in that format."
 LONGEST = 30  # characters of a name in the chart; the table has it in full
-LINE = 0.062  # of the height of the axes: the least distance of two names
+LINE = 0.062  # minimum distance of two names, as a share of the axes' height
 
 
 def _names(
     axes: Axes, results: Results, across: Sequence[float], up: Sequence[float], bold: str | None
 ) -> None:
-    """Each point's name to its right. Names of points with nearly the same size keep a distance, and
-    a thin line leads to the points of those that were moved.
+    """Write each point's name to its right. Names of points with nearly the same size keep a
+    distance, and a thin line leads to each point whose name was moved.
     """
     to_axes = axes.transData + axes.transAxes.inverted()
     points = [tuple(to_axes.transform((x, y))) for x, y in zip(across, up, strict=True)]
@@ -240,7 +240,7 @@ def perplexity(results: Results) -> Figure | None:
             reach, dashed = max(*added, 0.0) or 1.0, added[names.index(base.name)] if base else 0.0
             if dashed:
                 axes.axvline(dashed, **DASHED)
-            # clear of the dashed line
+            # the texts keep clear of the dashed line
             for row, (variant, value) in enumerate(zip(results.pruned, added, strict=True)):
                 cell = wording.perplexity(variant.perplexity[text])
                 axes.text(max(value, dashed, 0.0) + 0.03 * reach, row, cell, va="center", fontsize=8)
@@ -274,7 +274,7 @@ def heatmaps(results: Results) -> list[Figure]:
 def _heatmap(name: str, shares: Mapping[tuple[int, str], float], limits: tuple[float, float]) -> Figure:
     kinds, blocks = table.in_order({kind for _, kind in shares}), sorted({block for block, _ in shares})
     values = np.array([[shares.get((block, kind), math.nan) for kind in kinds] for block in blocks])
-    # numbers in the cells, else a bar that tells the colours
+    # numbers in the cells, otherwise a colour bar
     written = len(blocks) <= 16 and len(kinds) <= 10
     height = 0.24 if written else max(0.05, min(0.14, 7 / len(blocks)))
     with _canvas(0.75 + height * len(blocks) + (0 if written else 0.5)) as canvas:
@@ -334,7 +334,7 @@ def sensitivity(measured: Variant, quantity: str) -> Figure:
         points.setdefault(one["kind"], []).append(estimate)
     sizes = [size for of_kind in points.values() for _, size, _, _ in of_kind if size > 0]
     low, high = (min(sizes) / 2, max(sizes) * 2.5) if sizes else (1e-3, 1.0)
-    across = 4 if len(points) in (4, 7, 8) or len(points) > 9 else 3  # where that saves a row or fills it
+    across = 4 if len(points) in (4, 7, 8) or len(points) > 9 else 3  # 4 if that saves a row or fills it
     with _canvas(0.4 + 1.3 * -(-len(points) // across)) as canvas:
         panels = _panels(canvas, len(points), across, sharex=True, sharey=True)
         for number, (axes, kind) in enumerate(zip(panels, table.in_order(points), strict=True)):
@@ -378,7 +378,8 @@ def layer_error(results: Results) -> Figure | None:
     with _canvas(2.5) as canvas:
         axes = canvas.subplots()
         for variant, errors in lines:
-            dashed = "-" if results.pruned.index(variant) < len(HUES) else "--"  # where hues come round again
+            # after the last hue, the first one returns
+            dashed = "-" if results.pruned.index(variant) < len(HUES) else "--"
             style: dict[str, Any] = {
                 "linewidth": 1.4,
                 "linestyle": dashed,

@@ -62,7 +62,7 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _prose(text: str) -> Markup:
-    """`code` marks as elements, everything else escaped."""
+    """Turn `code` marks into elements, and escape everything else."""
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 

@@ -47,7 +47,7 @@ class Variant:
     facts: Facts  # build/facts; empty for the dense model
     sizes: Facts  # build/sizes; empty for a variant without files to weigh
     recipe: Recipe | None = None  # None for the dense model
-    training: Facts = field(default_factory=dict)  # build/training; empty for what is one-shot
+    training: Facts = field(default_factory=dict)  # empty for a one-shot variant
 
     @property
     def sparsity(self) -> float:
@@ -74,7 +74,7 @@ class Results:
     variants: tuple[Variant, ...]
     choice: Facts  # build/choice.json
     estimate: Facts  # build/sensitivity/estimate.json; empty if no variant uses it
-    # of every file in build/texts its facts, with ``name``, ``use`` and ``rows_sha256``
+    # facts about every file in build/texts, with ``name``, ``use`` and ``rows_sha256``
     sources: tuple[Facts, ...]
     params: str  # text of params.yaml
 
@@ -123,8 +123,8 @@ class Column:
 
 
 def stages(variant: Variant) -> list[str]:
-    """The stages that a variant needs beyond those that all need (prepare, text), in the graph's
-    order, as their records of cost are called.
+    """The stages that a variant needs besides those that all need (prepare, text), in the graph's
+    order and by the names of their cost records.
     """
     if variant.recipe is None:
         return []
@@ -186,7 +186,7 @@ def collect(root: Path = Path()) -> Results:
     path, workspace = root / params.FILE, Workspace(root)
     settings = params.load(ReportParams, "report", path)
     model = workspace.load(workspace.model)
-    several = len(workspace.load(workspace.tasks(DENSE))) > 1  # which is measured on every preset
+    several = len(workspace.load(workspace.tasks(DENSE))) > 1  # the dense model is measured on every preset
     variants = tuple(
         _variant(workspace, name, several) for name in (DENSE, *(params.section("variants", path) or ()))
     )
@@ -303,7 +303,7 @@ def figures(results: Results) -> dict[str, list[str]]:
 
 
 def headed(task: str, name: str) -> str:
-    """A task, with the filter of its answers where the figure has one."""
+    """The name of a task, with the filter of its answers if the figure has one."""
     return " ".join([task, *name.split(", ")[1:]])
 
 
@@ -314,7 +314,7 @@ def divergence(results: Results) -> list[Column]:
         found = [variant.divergence[text] for variant in results.pruned]
         for key, head in wording.DIVERGENCE.items():
             if all(key in one for one in found):
-                # the dense model's place, which ``ranked`` leaves out
+                # a place for the dense model, which ``ranked`` skips
                 values = [None, *(one[key] for one in found)]
                 column = (
                     ranked(text, head, values, wording.kl, min)
@@ -502,7 +502,7 @@ def in_order(kinds: Iterable[str]) -> list[str]:
 
 
 def by_place(facts: Facts) -> dict[tuple[int, str], float]:
-    """(block, kind) -> share pruned of the matrices there: one, or one per expert."""
+    """(block, kind) -> share pruned of its matrices (one, or one per expert)."""
     places: dict[tuple[int, str], list[Facts]] = {}
     for matrix in facts["matrices"].values():
         places.setdefault((int(matrix["block"]), matrix["kind"]), []).append(matrix)
