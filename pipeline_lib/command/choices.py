@@ -18,11 +18,11 @@ from pipeline_lib.masks.settings import Pattern
 from pipeline_lib.models.settings import COMMIT
 from pipeline_lib.texts.records import decode, holds_records, read_records, unpack
 
-EMBEDDED = "embedded"  # in the place of a model: the tiny one that comes along
+EMBEDDED = "embedded"  # a model's name: the tiny one that comes with Sparseline
 HUB = "data/hub.json"
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# with calibration text from the hub, as both papers
+# evaluation texts beside calibration text from the hub, as in both papers
 EVALUATED = {"validation": "wikitext2-validation", "test": "wikitext2"}
 
 
@@ -76,7 +76,7 @@ def outside(directory: Path, choices: Choices) -> None:
 
 
 class _Representer(RoundTripRepresenter):
-    """As params.yaml is written: null is a word."""
+    """Writes null as a word, as in params.yaml."""
 
 
 _Representer.add_representer(
@@ -85,7 +85,7 @@ _Representer.add_representer(
 
 
 def _yaml() -> YAML:
-    """Reads a file and writes it again as it was, line for line."""
+    """A reader that writes a file again as it was, line for line."""
     yaml = YAML()
     yaml.preserve_quotes, yaml.width, yaml.Representer = True, 10_000, _Representer
     return yaml

@@ -28,7 +28,7 @@ from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.recipe.variants import read_all
 
 SHARED = ("scale", "sensitivity", "evaluate-dense", "tasks-dense")  # and what these need: all that is shared
-LAST = "export"  # of a variant's stages
+LAST = "export"  # the last of a variant's stages
 PLACE = Path(".dvc/tmp/jobs")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 LIMIT = 100  # how often a job is requeued at most when it reaches its time limit
@@ -258,7 +258,7 @@ def _git(directory: Path, *arguments: str) -> str:
     """The output of a git command.
 
     Raises:
-        SparselineError: it refuses.
+        SparselineError: the command fails.
     """
     done = subprocess.run(("git", *arguments), cwd=directory, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -12,7 +12,7 @@ MODEL, GRAPH, PARAMS = "data/tiny-llama", "dvc.yaml", "params.yaml"
 # what belongs to the library's version, not to the user
 RENEWED = (GRAPH, "stages/", "data/errors/", ".dvc/plots/")
 JOINED = (".gitignore", ".dvcignore")  # an existing file of this name gets the lines that it lacks
-# of the stage `keys`, in a checkout
+# the line of the stage `keys` in a checkout's graph
 WATCHED = "    deps: [params.yaml, pipeline_lib, stages, env.lock.json]\n"
 INSTEAD = """    deps: [params.yaml, stages, env.lock.json]
     # The library is installed, where DVC does not watch it: this stage hashes its files whenever DVC runs.
@@ -109,7 +109,7 @@ def _sources() -> dict[str, Path]:
 
 
 def _below(source: Path, target: str) -> dict[str, Path]:
-    """A file, or all files below a directory but Python's own, by their paths in a project."""
+    """A file, or all files below a directory except Python's own, by their paths in a project."""
     if source.is_file():
         return {target: source}
     paths = [path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts]

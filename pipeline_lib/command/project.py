@@ -95,7 +95,7 @@ def _git(directory: Path, *arguments: str) -> int | None:
 
 
 def run(directory: Path, *targets: str) -> int:
-    """Run `dvc repro` with a faster start of its stages; the exit code.
+    """Run `dvc repro` with a faster start of its stages, and return the exit code.
 
     The stage `keys` runs once before, so that an error in the parameters is one sentence, without
     DVC's own lines.
@@ -107,9 +107,9 @@ def run(directory: Path, *targets: str) -> int:
 
 
 def call(directory: Path, *command: str, quiet: bool = False) -> int:
-    """Run a command in a project; its exit code, or 128 + the number of a signal.
+    """Run a command in a project, and return its exit code, or 128 + the number of a signal.
 
-    Signals are for the command. A terminal sends SIGINT to it directly; the others are passed on.
+    Signals are forwarded to the command, except SIGINT, which a terminal sends to it directly.
 
     Args:
         quiet: print only its errors.
@@ -131,7 +131,7 @@ def call(directory: Path, *command: str, quiet: bool = False) -> int:
         }
         try:
             code = process.wait()
-        except BaseException:  # of a handler that is not ours: the command must not go on without us
+        except BaseException:  # raised by a handler that is not ours: the command must not go on without us
             process.terminate()
             raise
         finally:
@@ -141,7 +141,9 @@ def call(directory: Path, *command: str, quiet: bool = False) -> int:
 
 
 def _environ(given: Mapping[str, str]) -> dict[str, str]:
-    """This Python first on PATH, since the stages' commands begin with `python`."""
+    """The environment with this Python first on PATH, since the stages' commands begin with
+    `python`.
+    """
     place = Path(sys.executable).parent
     if not (place / "python").exists():
         raise SparselineError(

@@ -29,8 +29,8 @@ class Workspace:
 
     @property
     def keys(self) -> Path:
-        """What each stage reads of params.yaml: ``<stage>.json``, or ``<stage>/<variant>.json``; of
-        the code: ``code/<stage>.json``.
+        """Directory of the stages' keys: the parameters that each stage reads (``<stage>.json``, or
+        ``<stage>/<variant>.json``), and the digest of its code (``code/<stage>.json``).
         """
         return self.build / "keys"
 

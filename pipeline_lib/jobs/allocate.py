@@ -11,7 +11,7 @@ from pipeline_lib.recipe.variants import AllocatePart
 
 
 def allocate(workspace: Workspace, variant: str, part: AllocatePart) -> str:
-    """Write matrix -> kept count, checked against the budget; a summary.
+    """Write matrix -> number of kept weights, checked against the budget. Returns a summary.
 
     Raises:
         SparselineError: an N:M pattern does not divide a matrix, a manual sparsity is impossible,

@@ -12,8 +12,8 @@ from pipeline_lib.stats.walk import InTurn, gram_bytes, walk
 
 
 def calibrate(workspace: Workspace, source: ModelParams, params: CalibrateParams) -> str:
-    """Pass the calibration samples through the dense model, block by block, and collect statistics; a
-    summary.
+    """Pass the calibration samples through the dense model, block by block, and collect statistics.
+    Returns a summary.
     """
     model = open_model(workspace, source)
     rows = calibration_rows(workspace)

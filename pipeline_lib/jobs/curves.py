@@ -19,7 +19,7 @@ from pipeline_lib.stats.walk import stored_or_walked
 def curves(
     workspace: Workspace, source: ModelParams, variant: str, part: CurvesPart, calibrate: CalibrateParams
 ) -> str:
-    """Prune every matrix to a few densities and measure the errors; a summary.
+    """Prune every matrix to a few densities and measure the errors. Returns a summary.
 
     Raises:
         SparselineError: an N:M pattern does not divide a matrix, or an error is NaN or infinite.

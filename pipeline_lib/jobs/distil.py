@@ -34,12 +34,12 @@ from pipeline_lib.solve.grid import Scheme, scheme
 from pipeline_lib.stats.inputs import calibration_file, calibration_rows, open_model
 from pipeline_lib.stats.lanes import share
 
-SECONDS = 300.0  # between two states on the disk, or twenty times what writing one takes
+SECONDS = 300.0  # time between two states on the disk; more if writing one takes more than a twentieth of it
 STATES = "states"
 
 
 def distil(workspace: Workspace, source: ModelParams, variant: str, part: DistilPart) -> str:
-    """Train all blocks together, step by step; resumes after a kill. A summary."""
+    """Train all blocks together, step by step. A killed run resumes. Returns a summary."""
     params = part.distil
     what = f"distil {variant}"
     model = open_model(workspace, source)
@@ -105,13 +105,14 @@ def opened(
     """A pruned checkpoint's blocks, ready to be trained on the model's device.
 
     Args:
-        grid: how its weights are quantised, as files beside it say of each block.
+        grid: the scheme of a quantised checkpoint, whose grids are in files beside it. None: not
+            quantised.
     """
     found, folder = [], pruned.path.parent / grids.FOLDER
     for index, layout in enumerate(model.checkpoint.architecture.layouts):
         prefix = pruned.block_prefix(index)
         own = {name.removeprefix(prefix): mask.to(model.device) for name, mask in masks.block(index).items()}
-        # maps the file otherwise
+        # without a copy they would stay mapped to the file
         tensors = {name: tensor.to(model.device, copy=True) for name, tensor in pruned.block(index).items()}
         of_block = grids.read(artifacts.block_file(folder, index), tensors, layout, grid) if grid else None
         found.append(Trained(tensors, own, layout, params, of_block))
@@ -121,8 +122,8 @@ def opened(
 def _trained(
     data: TrainingData, blocks: Sequence[Trained], params: DistilParams, states: "_States"
 ) -> list[float]:
-    """Train the blocks in place, from the latest state on; each step's mean KL, up to the first
-    that is no number.
+    """Train the blocks in place, from the latest state on. Returns each step's mean KL, up to the
+    first that is not finite.
     """
     curve, steps = states.latest(blocks), data.steps(params)
     if curve:
@@ -143,8 +144,8 @@ def _trained(
 
 
 class _States:
-    """What a killed run goes on from: every block's weights and averages after some step, a file
-    per block.
+    """The states from which a killed run resumes: every block's weights and averages after some
+    step, in a file per block.
     """
 
     def __init__(self, directory: Path, what: str) -> None:
@@ -153,11 +154,13 @@ class _States:
         self._next = time.monotonic() + SECONDS
 
     def latest(self, blocks: Sequence[Trained]) -> list[float]:
-        """Bring the blocks to the latest state; the curve until then, empty where there is none."""
+        """Restore the blocks' latest state, and return the curve until then; empty if there is no
+        state.
+        """
         done = ranks.broadcast(self.kept.latest() if self.kept else None, 0)
         for left in (
             self.directory.glob(f"{STATES}/*") if self.kept else ()
-        ):  # of a state that was not finished
+        ):  # files of a state that was not finished
             if done is None or left.name != str(done):
                 artifacts.remove(left)
         if done is None:
@@ -171,7 +174,7 @@ class _States:
         return curve
 
     def keep(self, blocks: Sequence[Trained], curve: Sequence[float]) -> None:
-        """If it is time to."""
+        """Store a state, if the last one is old enough."""
         started = time.monotonic()
         if self.kept is None or started < self._next:
             return
@@ -191,7 +194,7 @@ class _States:
 
 
 def _zeros(workspace: Workspace, blocks: Sequence[Trained], architecture: Architecture) -> int:
-    """Weights that are zero in the included matrices, as they are stored."""
+    """Number of weights that are zero in the included matrices, as they are stored."""
     included, zeros = {(m["block"], m["label"]) for m in workspace.included()}, 0
     for index, block in enumerate(blocks):
         stored = block.stored()

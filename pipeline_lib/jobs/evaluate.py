@@ -19,7 +19,7 @@ from pipeline_lib.models.source import open_source
 
 
 def evaluate(workspace: Workspace, source: ModelParams, name: str, part: EvaluatePart) -> str:
-    """Measure perplexity and divergence per text, and write completions; a summary."""
+    """Measure perplexity and divergence per text, and write completions. Returns a summary."""
     params = part.evaluate
     dense = None
     if name != DENSE:

@@ -12,7 +12,7 @@ from pipeline_lib.models.source import open_source
 
 
 def export_variant(workspace: Workspace, source: ModelParams, variant: str, params: ExportParams) -> str:
-    """Write each format with a model card; a summary of the sizes."""
+    """Write each format with a model card. Returns a summary of the sizes."""
     facts = workspace.load(workspace.facts(variant))
     pruned = Pruned(
         variant, workspace.load(workspace.model), facts, workspace.load(workspace.training(variant))

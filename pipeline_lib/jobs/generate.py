@@ -15,7 +15,7 @@ def generate(
     workspace: Workspace, source: ModelParams, name: str, params: TextParams, how: GeneratedParams
 ) -> str:
     """Write documents, each a prompt and its continuation, until there are enough for the text's
-    samples; a summary.
+    samples. Returns a summary.
 
     Prompts are used in turn, and again after the last one; the number of the document changes the
     random draw. The start token precedes a document's prompt during generation, but is not written.

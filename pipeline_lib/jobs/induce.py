@@ -23,8 +23,8 @@ from pipeline_lib.stats.walk import InTurn, stored_or_walked
 def induce(
     workspace: Workspace, source: ModelParams, variant: str, part: InducePart, calibrate: CalibrateParams
 ) -> str:
-    """Learn factors block by block, and keep them if they are better on the held-out split; resumes
-    after a kill. A summary.
+    """Learn factors block by block, and keep them if they are better on the held-out split. A
+    killed run resumes. Returns a summary.
     """
     what = f"induce {variant}"
     model = open_model(workspace, source)
@@ -52,7 +52,7 @@ def induce(
             workspace.opened(workspace.statistics), model, rows["fit"], rows["held_out"], calibrate
         )
         for index, sites in track(statistics, what, "blocks", entry.depth):
-            if isinstance(sites, InTurn):  # every step wants all of them
+            if isinstance(sites, InTurn):  # every step needs all of them
                 raise SparselineError(
                     f"{what}: the Gram matrices of the experts of block {index} are larger than"
                     f" SPARSELINE_GRAM_BYTES; raise it, or set variants.{variant}.induce to null."

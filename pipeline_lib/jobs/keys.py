@@ -37,8 +37,8 @@ STAGES = (
 
 
 def write(workspace: Workspace) -> str:
-    """Check all parameters, and write a file per stage, or per stage and variant; null if the stage
-    has nothing to do. A summary.
+    """Check all parameters, and write a file per stage, or per stage and variant. It holds null if
+    the stage has nothing to do. Returns a summary.
 
     Raises:
         SparselineError: a name or a value cannot be used.
@@ -95,8 +95,8 @@ def parts(variants: Mapping[str, Variant]) -> dict[str, BaseModel | None]:
 
 
 def _tidy(workspace: Workspace, variants: Mapping[str, Variant]) -> None:
-    """Remove what entries that are gone from params.yaml have left: stages read whole directories,
-    and DVC leaves it. The cache keeps it.
+    """Remove the outputs of entries that are gone from params.yaml. Stages read whole directories,
+    and DVC leaves these files there. The cache keeps them.
     """
     texts = {
         name: text.get("use") if isinstance(text, Mapping) else None
@@ -156,13 +156,15 @@ def tasks(name: str, variants: Mapping[str, Variant]) -> TasksPart | None:
 
 
 def export(variant: Variant) -> ExportParams | None:
-    """None if no format is requested."""
+    """The parameters of ``export``; None if no format is requested."""
     verdict = params.load(VerdictParams, "verdict")
     return ExportParams(formats=variant.export, verdict=verdict) if variant.export else None
 
 
 def sensitivity(variants: Mapping[str, Variant]) -> SensitivityParams | None:
-    """None if no allocation reads sensitivities; without output moments if none reads them."""
+    """The parameters of ``sensitivity``; None if no allocation reads sensitivities. Without output
+    moments if no allocation reads them.
+    """
     found = params.load(SensitivityParams, "sensitivity")
     if not any(one.needs.output_moments for one in variants.values()):
         found = found.model_copy(update={"output_moments": "none"})
@@ -170,12 +172,14 @@ def sensitivity(variants: Mapping[str, Variant]) -> SensitivityParams | None:
 
 
 def calibrate(variants: Mapping[str, Variant]) -> CalibrateParams | None:
-    """None if neither curves nor induction read statistics of the dense model."""
+    """The parameters of ``calibrate``; None if neither curves nor induction read statistics of the
+    dense model.
+    """
     found = params.load(CalibrateParams, "calibrate")
     return found if any(one.needs.curves or one.needs.factors for one in variants.values()) else None
 
 
 def scale(variants: Mapping[str, Variant]) -> ScaleParams | None:
-    """None if no factors are learned."""
+    """The parameters of ``scale``; None if no factors are learned."""
     found = params.load(ScaleParams, "scale")
     return found if any(one.needs.factors for one in variants.values()) else None

@@ -147,7 +147,7 @@ def counted(machine: Machine) -> Planned:
 
 
 def _measured() -> float:
-    """FLOP/s here."""
+    """Speed of matrix products on this machine [FLOP/s]."""
     here = runtime.compute()
     with rounded(here, params.load(ModelParams, "model").products):
         return measure_speed(here)
@@ -164,7 +164,7 @@ def _memory_of(name: str) -> float:
 
 
 def _too_large(steps: Sequence[Estimate], memory: float) -> Iterator[str]:
-    """A sentence per stage that a GPU of so many bytes is too small for."""
+    """A sentence for each stage that does not fit into a GPU of ``memory`` bytes."""
     for step in steps:
         if step.gpu_bytes + device.CONTEXT > memory:
             yield (
@@ -175,7 +175,7 @@ def _too_large(steps: Sequence[Estimate], memory: float) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Base:
-    """What all stages have in common."""
+    """Parameters that all stages share."""
 
     checkpoint: Checkpoint
     dtype: torch.dtype  # of forward passes
@@ -183,8 +183,8 @@ class _Base:
     processes: int
 
     def shapes(self, text: TextParams, batch_rows: int, window: int = 1) -> Shapes:
-        """Of the calibration rows, in batches."""
-        assert text.rows is not None  # else it would have been refused
+        """Shapes of the calibration rows, in batches."""
+        assert text.rows is not None  # validated
         sizes = (text.rows, text.length, batch_rows, window)
         return Shapes(self.checkpoint, *sizes, self.dtype, text.held_out, self.processes)
 

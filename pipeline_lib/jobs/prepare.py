@@ -24,14 +24,14 @@ from pipeline_lib.models.written import to_json
 
 
 def prepare(workspace: Workspace, source: ModelParams) -> str:
-    """Write facts about the model, its logical matrices, and its size; a summary."""
+    """Write facts about the model, its logical matrices, and its size. Returns a summary."""
     directory = fetch(source)
     checkpoint = open_checkpoint(directory, None, source.remote_code, source.dequantize)
     tokenizer = load_tokenizer(directory, checkpoint.vocabulary, source.remote_code)
     checkpoint = _verified(checkpoint)
     entry = checkpoint.architecture
     matrices, selection = _matrices(checkpoint, source)
-    parameters = {  # that hold an included matrix -> weights
+    parameters = {  # parameters with an included matrix -> number of weights
         name: math.prod(checkpoint.shapes[name])
         for name in dict.fromkeys(m["parameter"] for m in matrices if m["included"])
     }
@@ -86,7 +86,7 @@ def prepare(workspace: Workspace, source: ModelParams) -> str:
 
 
 def _verified(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with those couplings that hold on its own weights."""
+    """The checkpoint with only those couplings that hold on its own weights."""
     model, layouts = BlockModel(checkpoint, torch.float32, runtime.compute()), []
     for index, (layout, failed) in enumerate(
         track(verified(model), "prepare, couplings", "blocks", checkpoint.architecture.depth)

@@ -24,7 +24,7 @@ from pipeline_lib.stats.lanes import share
 
 
 def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recipe: Recipe) -> str:
-    """Prune block by block; resumes after a kill. A summary."""
+    """Prune block by block. A killed run resumes. Returns a summary."""
     what = f"prune {variant}"
     model = open_model(workspace, source)
     entry = model.checkpoint.architecture
@@ -78,7 +78,7 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
         for index, block in track(blocks, what, "blocks", entry.depth, done):
             if progress:
                 progress.keep(index, block)
-            del block  # before the next
+            del block  # free before the next
         if not ranks.writes() or progress is None:
             return ""
         by_block = progress.publish(workspace, workspace.pruned(variant))
@@ -122,7 +122,9 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
 def _quantised(
     how: QuantizationParams, listed: list[dict[str, Any]], matrices: dict[str, dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """What quantisation made of the matrices, or None; the rounding error is their mean, weight by weight."""
+    """Facts about the quantisation of all matrices, or None. The rounding error is the mean over
+    all weights.
+    """
     if how.bits is None:
         return None
     size, bits, error = 0, 0, 0.0

@@ -12,7 +12,9 @@ from pipeline_lib.stats.walk import stored
 
 
 def scale(workspace: Workspace, source: ModelParams, params: ScaleParams) -> str:
-    """Compute the function-preserving factors and shifts from which induction starts; a summary."""
+    """Compute the function-preserving factors and shifts from which induction starts. Returns a
+    summary.
+    """
     runtime.compute()
     checkpoint = open_source(workspace, source)
     entry = checkpoint.architecture

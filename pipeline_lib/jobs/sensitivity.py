@@ -25,8 +25,8 @@ from pipeline_lib.stats.inputs import calibration_rows
 
 
 def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityParams) -> str:
-    """Estimate the trace of every matrix's Hessian (hutchinson) or Fisher information (fisher); a
-    summary.
+    """Estimate the trace of every matrix's Hessian (hutchinson) or Fisher information (fisher).
+    Returns a summary.
 
     Raises:
         SparselineError: a trace is NaN or infinite.
@@ -45,8 +45,8 @@ def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityPa
     }
     # In float32 whatever the checkpoint's dtype: second derivatives are differences of small numbers.
     model = BlockModel(checkpoint, torch.float32, device)
-    # Fitting rows alone: one artifact serves all variants, and in some of them the held-out rows
-    # judge what it leads to.
+    # Only the training split: one artifact serves all variants, and some variants judge its effects
+    # on the held-out split.
     subject = Subject(model, calibration_rows(workspace)["fit"], matrices)
     full = params.output_moments == "full"
     if (
@@ -95,7 +95,9 @@ def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityPa
 
 @contextmanager
 def _moments(workspace: Workspace) -> Iterator[Path]:
-    """Where moments are collected: what the first process has there becomes the artifact."""
+    """The directory in which this process collects moments. That of the first process becomes the
+    artifact.
+    """
     path = workspace.sensitivity / "moments"
     if ranks.first():
         with workspace.directory(path) as directory:
@@ -110,7 +112,7 @@ def _moments(workspace: Workspace) -> Iterator[Path]:
 
 
 def _estimate(subject: Subject, params: SensitivityParams, moments: OutputMoments | None) -> Estimate:
-    """The last of the estimates, which have more and more probes."""
+    """Add probes until the rankings agree or all are used, and return the last estimate."""
 
     def sample(probes: Sequence[int]) -> Samples:
         if params.estimator == "fisher":

@@ -17,7 +17,7 @@ from pipeline_lib.models.settings import ModelParams
 def tasks(
     workspace: Workspace, source: ModelParams, name: str, params: TasksParams, presets: Mapping[str, Preset]
 ) -> str:
-    """Measure each preset of lm-eval's tasks; a summary of the main results."""
+    """Measure each preset of lm-eval's tasks. Returns a summary of the main results."""
     model, tokenizer = open_subject(workspace, source, name, params.compute_dtype)
     measured: dict[str, Any] = {}
     told = []
@@ -42,7 +42,7 @@ def _main(task: Mapping[str, Any]) -> str:
 
 
 def _items(task: Mapping[str, Any], limit: int | None) -> str:
-    """How many items the accuracy is of, and what is missing of them."""
+    """The number of items behind a result, and how many are missing or truncated."""
     fewer = (
         f" ({limit} were requested, the task has {task['of']})"
         if limit is not None and task["of"] < limit

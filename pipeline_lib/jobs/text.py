@@ -24,13 +24,13 @@ BEGINS = {
 
 
 def text(workspace: Workspace, source: ModelParams, name: str, params: TextParams) -> str:
-    """Write samples of token ids, and facts about their text; a summary.
+    """Write samples of token ids, and facts about their text. Returns a summary.
 
     Raises:
         SparselineError: samples are longer than the model's positions, or the text cannot be used.
     """
     if workspace.model.exists():  # by hand, a text may be made first
-        workspace.load(workspace.model)  # the rows are of its tokenizer
+        workspace.load(workspace.model)  # the rows depend on its tokenizer
     directory = locate(source.path, source.id, source.revision)
     config = read_config(directory, source.remote_code)
     window = getattr(config, "max_position_embeddings", None)
@@ -68,7 +68,7 @@ def text(workspace: Workspace, source: ModelParams, name: str, params: TextParam
 def _read(
     tokenizer: PreTrainedTokenizerBase, name: str, params: TextParams
 ) -> tuple[list[list[int]], dict[str, Any]]:
-    """Documents as tokens, and where they are from."""
+    """Documents as tokens, and their provenance."""
     texts = read_texts(params)
     written = render(tokenizer, texts.chats, texts.places) if params.chat_template else texts.documents
     watched = partial(track, what=f"text {name}, tokens", units="thousands of documents")

@@ -14,7 +14,7 @@ def verdict(workspace: Workspace, variant: str, params: VerdictParams) -> Verdic
 
 def _measured(workspace: Workspace, name: str) -> Measured:
     found = workspace.load(workspace.evaluation(name))
-    several = len(workspace.load(workspace.tasks(DENSE))) > 1  # which is measured on every preset
+    several = len(workspace.load(workspace.tasks(DENSE))) > 1  # the dense model is measured on every preset
     return Measured(
         found["perplexity"], found["divergence"], by_task(workspace.load(workspace.tasks(name)), several)
     )
