@@ -1,4 +1,4 @@
-"""Work in a process of its own: what it cost, and an end to what takes too long."""
+"""Run work in a process of its own, measure its cost, and stop it after a limit."""
 
 import multiprocessing
 import os
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 Record = dict[str, Any]
-# asking whether there is a GPU would otherwise keep forks from using it
+# otherwise a check for GPUs would keep forks from using them
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-# which has imported torch and has used neither threads nor a GPU
+# the server has imported torch, and has used neither threads nor a GPU
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["benchmarks.lab", "transformers.models.llama.modeling_llama"])
 
@@ -25,21 +25,23 @@ def resident(name: str) -> int:
 
 
 def warm(device: torch.device) -> None:
-    """Load what the device's libraries load when they are first asked: that is no cost of what comes next."""
+    """Let the device's libraries load what they load at first use, so that later measurements
+    exclude it.
+    """
     square = torch.eye(64, device=device)
     torch.cholesky_inverse(torch.linalg.cholesky_ex(square @ square).L)
     wait(device)
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was told."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def cost(work: Callable[[], object], device: torch.device) -> Record:
-    """Wall and CPU seconds of work in this process, and its peaks of memory above what was there
-    before; on a CPU there is no GPU memory.
+    """Run work in this process. Returns wall and CPU seconds, and the peaks of memory above the
+    level before; on a CPU there is no GPU memory.
     """
     warm(device)
     gpu = device.type == "cuda"
@@ -59,7 +61,7 @@ def cost(work: Callable[[], object], device: torch.device) -> Record:
 
 
 def alone(work: Callable[..., Record], *given: Any, limit: float | None = None) -> Record:
-    """What ``work(*given)`` returns, from a new process.
+    """The result of ``work(*given)``, from a new process.
 
     Args:
         work: a function of a module.
@@ -90,7 +92,7 @@ def alone(work: Callable[..., Record], *given: Any, limit: float | None = None) 
 
 
 def _tell(writes: Connection, work: Callable[..., Record], given: tuple[Any, ...]) -> None:
-    """The work's record, or in a sentence why there is none."""
+    """Send the work's record, or a sentence that says why there is none."""
     try:
         writes.send(work(*given))
     except BaseException as error:

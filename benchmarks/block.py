@@ -12,8 +12,8 @@ matrix [R, C] one product with R·C²/2 multiply-adds. ``rival_s`` is llm-compre
 the same files (``make rivals-environment``). ``planned_bytes`` is the peak that `make plan` predicts.
 Floor and rival are measured once per run for all methods of a shape and number of tokens.
 
-Without names every row runs that ``results/block.json`` has not got for this device
-(SPARSELINE_DEVICE); rows that are named are measured anew.
+Without names, every row runs that ``results/block.json`` lacks for this device (SPARSELINE_DEVICE).
+Named rows are measured again.
 """
 
 import functools
@@ -56,7 +56,7 @@ PATTERN = "60%"
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama."""
+    """Sizes of a Llama model."""
 
     width: int
     inner: int
@@ -71,7 +71,7 @@ SHAPES = {"llama-7b": Shape(4096, 11008, 32, 32), "llama-70b": Shape(8192, 28672
 
 @dataclass(frozen=True)
 class Files:
-    """A model on disk, and which random rows of tokens it is pruned with."""
+    """A model on disk, and the random token rows that it is pruned with."""
 
     path: Path
     rows: int
@@ -82,7 +82,7 @@ class Files:
 
 
 def save(shape: Shape, folder: Path) -> None:
-    """A model with random weights of standard deviation 0.02, and larger embeddings."""
+    """Save a model with random weights of standard deviation 0.02, and larger embeddings."""
     torch.manual_seed(0)
     sizes = {"hidden_size": shape.width, "intermediate_size": shape.inner}
     heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
@@ -93,17 +93,17 @@ def save(shape: Shape, folder: Path) -> None:
     embeddings = model.model.embed_tokens.weight.data.normal_()
     embeddings[:, torch.randperm(shape.width, generator=generator(0, "outliers"))[:OUTLIERS]] *= LARGER
     model.save_pretrained(folder)
-    # llm-compressor wants one, though it reads no text
+    # llm-compressor requires a tokenizer, though it reads no text
     for file in (ROOT / "data" / "tiny-llama").glob("tokenizer*"):
         shutil.copy(file, folder)
 
 
 def prune(files: Files, asked: Recipe) -> Record:
-    """The cost of pruning a model as a recipe says, in this process. Its allocation must need no
-    measurement.
+    """The cost of pruning a model by a recipe, in this process. The recipe's allocation must need
+    no measurement.
     """
     here = files.lab()
-    here.bed.stream()  # what it imports is no cost
+    here.bed.stream()  # imports are not part of the cost
     kept, _ = here.allocated(asked)
 
     def work() -> None:
@@ -114,7 +114,7 @@ def prune(files: Files, asked: Recipe) -> Record:
 
 
 class _Enough(Exception):
-    """A forward pass has seen the inputs of the block's last product."""
+    """Raised when a forward pass has reached the inputs of the block's last product."""
 
 
 @torch.inference_mode()
@@ -123,7 +123,7 @@ def floor(files: Files) -> Record:
     of one block, in this process.
     """
     device = runtime.compute()
-    # as the variant sparsegpt has them
+    # the batches of the variant sparsegpt
     batches = torch.cat(list(files.lab().rows.values())).split(deal(files.rows, 4).sizes)
     model = LlamaForCausalLM.from_pretrained(files.path, dtype=torch.float32).to(device).eval()
     layer = model.model.layers[0]
@@ -185,8 +185,8 @@ def floor(files: Files) -> Record:
 
 
 def rival(files: Files, sparsity: float, limit: float | None = None) -> Record | None:
-    """The cost of llm-compressor's SparseGPT on the same model and rows, ``s`` being wall seconds;
-    None where it is not installed.
+    """The cost of llm-compressor's SparseGPT on the same model and rows, with wall seconds as
+    ``s``. None if it is not installed.
 
     Raises:
         TimeoutError: it took longer than ``limit`` seconds, its start included.
@@ -206,13 +206,13 @@ def rival(files: Files, sparsity: float, limit: float | None = None) -> Record |
 
 
 def place(device: torch.device) -> str:
-    """What a record calls a device: ``cpu``, or the GPU's name."""
+    """The name of a device in records: ``cpu``, or the GPU's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 @functools.cache
 def _saved(shape: str) -> tempfile.TemporaryDirectory[str]:
-    """Where a shape's model is; gone when this process ends."""
+    """The directory of a shape's model, which is deleted when this process ends."""
     folder = tempfile.TemporaryDirectory()
     save(SHAPES[shape], Path(folder.name))
     return folder
@@ -225,7 +225,7 @@ def _files(shape: str, tokens: int) -> Files:
 
 @functools.cache
 def beside(shape: str, tokens: int) -> Record:
-    """Floor and rival."""
+    """The costs of floor and rival."""
     files = _files(shape, tokens)
     least, other = alone(floor, files), rival(files, selection(PATTERN)["selection"]["sparsity"])
     if other is None:
@@ -237,7 +237,7 @@ def beside(shape: str, tokens: int) -> Record:
 
 
 def measure(asked: Cell) -> list[Record]:
-    """The record of a row."""
+    """Measure a row, and return its record."""
     how = asked.recipe("wall_s")
     assert how is not None
     shape, tokens = asked.key["shape"], asked.key["tokens"]
@@ -264,10 +264,10 @@ def cell(shape: str, method: str, tokens: int, device: str) -> Cell:
 
 
 def study(named: Sequence[str], device: torch.device, home: Path = RESULTS) -> Study:
-    """Of the rows that are recorded, those that this device should have, and those that are named.
+    """The study of the recorded rows, this device's rows, and the named ones.
 
     Raises:
-        click.ClickException: a name is none of a row.
+        click.ClickException: a name is not that of a row.
     """
     here = place(device)
 
@@ -309,8 +309,8 @@ def _parsed(name: str) -> tuple[str, str, int]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Markdown: seconds, and what wall and CPU seconds are of the floor's and of llm-compressor's
-    (which on a busy machine says more).
+    """Markdown table: seconds, and the ratios of wall and CPU seconds to those of the floor and of
+    llm-compressor. On a busy machine the CPU ratios say more.
     """
     lines = [
         (

@@ -1,8 +1,8 @@
 """What a busy neighbour costs: ``dvc repro`` from nothing, idle and beside a process that keeps one
 core busy: ``python -m benchmarks.busy``.
 
-Both runs are of the checked-out commit, in fresh clones with caches of their own. Wants a machine
-with nothing else to do.
+Both runs are of the checked-out commit, in fresh clones with caches of their own. The machine
+should have nothing else to do.
 """
 
 import os

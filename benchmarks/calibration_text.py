@@ -1,16 +1,15 @@
 """What calibration text is worth: ``python -m benchmarks.calibration_text run|table|verify``, record
 ``results/calibration_text.json``.
 
-On the model and by the protocol of ``benchmarks/real.py``, at 50%, seed 0: SparseGPT and ``fast``,
-each calibrated on 128 rows of 512 tokens of C4, of WikiText-2's train part, of the model's own text
-(``Real.written``: how it goes on where pages of C4 begin), and of random tokens. Of each pruned
-model, and of the dense one: perplexity on three texts, KL(dense ‖ pruned), agreement, and the nine
-tasks.
+Model and protocol are those of ``benchmarks/real.py``, at 50%, seed 0. SparseGPT and ``fast`` are
+each calibrated on 128 rows of 512 tokens: of C4, of WikiText-2's train part, of the model's own
+text (``Real.written``: its continuations of C4 pages), and of random tokens. Each pruned model, and
+the dense one, has perplexity on three texts, KL(dense ‖ pruned), agreement, and the nine tasks.
 
-A cell is in the record (with ``--commit`` in git, too) as soon as it is done, and a run goes on
-where the one before it ended. The model's own text is written once, by the first cell that needs
-it. Pruning runs in a process of its own; evaluation holds one whole model, and tasks a second one
-in bfloat16.
+A cell is recorded (with ``--commit`` also in git) as soon as it is done, and a new run continues
+where the last one ended. The model's own text is written once, by the first cell that needs it.
+Pruning runs in a process of its own. Evaluation holds one whole model, and tasks a second one in
+bfloat16.
 """
 
 import tempfile
@@ -42,7 +41,7 @@ def cells() -> Iterator[Cell]:
 
 
 def measure(asked: Cell) -> list[Record]:
-    """A record per text."""
+    """Measure a cell: a record per text."""
     blocks: Tensors = {}
     if asked.key != DENSE:
         with tempfile.TemporaryDirectory() as folder:
@@ -54,8 +53,8 @@ def measure(asked: Cell) -> list[Record]:
 
 
 def judged(bed: Real, blocks: Tensors, text: str) -> Record:
-    """Perplexity and divergence from the dense model, both models on the same rows; the dense one
-    is read block by block.
+    """Perplexity, and divergence from the dense model on the same rows. The dense model is read
+    block by block.
     """
     dense = Dense(bed.checkpoint, torch.float32, bed.device)
     compared = Divergence(dense.logits(bed.evaluated(text), BATCH_ROWS), reverse=False)
@@ -68,7 +67,7 @@ STUDY = Study("calibration_text", cells, measure, values=("agreement", "ppl"), t
 
 
 def show(records: Sequence[Record]) -> None:
-    """Markdown: a line per model; what has not run yet is said."""
+    """Print a Markdown table with a line per model, and the cells that have not run yet."""
     columns = [f"{text}: {part}" for text in TEXTS for part in ("ppl", "KL", "agreement")]
     click.echo(f"| method, calibrated on | {' | '.join(columns)} | task mean, % |")
     click.echo("|---" * (len(columns) + 2) + "|")

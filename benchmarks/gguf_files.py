@@ -1,13 +1,15 @@
-"""llama.cpp reads the GGUF files that the pipeline writes, and goes on with prompts as transformers
-does: ``python -m benchmarks.gguf_files [DIRECTORY...]``, after ``make llama-environment``.
+"""Check that llama.cpp reads the GGUF files that the pipeline writes, and continues prompts as
+transformers does: ``python -m benchmarks.gguf_files [DIRECTORY...]``, after ``make
+llama-environment``.
 
-A directory holds a ``model.gguf``. Without any, one file of each kind is made: the embedded model,
-pruned to 50% and quantised by the pipeline in fresh clones, as ``KINDS`` says. F16 is of a copy of
-the model in float16.
+A directory holds a ``model.gguf``. Without directories, one file of each kind is made: the pipeline
+prunes the embedded model to 50% in fresh clones, and quantises it as in ``KINDS``. F16 is made from
+a copy of the model in float16.
 
-Compared are the tokens of prompts, and greedy continuations. llama.cpp rounds activations otherwise
-than transformers in float32 (to 8 bits beside quantised weights), so that two continuations part
-where two tokens are about equally likely: the gap between their logits in transformers is printed.
+The tokens of prompts and greedy continuations are compared. llama.cpp rounds activations
+differently from transformers in float32 (to 8 bits beside quantised weights). So two continuations
+part where two tokens are about equally likely; the gap between their logits in transformers is
+printed.
 """
 
 import json
@@ -46,7 +48,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 
 
 def made(home: Path) -> Iterator[Path]:
-    """The directories of one file of each kind, from the pipeline."""
+    """Make one file of each kind by the pipeline, and yield their directories."""
     for dtype, kinds in (("bfloat16", [kind for kind in KINDS if kind != "F16"]), ("float16", ["F16"])):
         clone = home / dtype
         subprocess.run(("git", "clone", "--quiet", str(ROOT), str(clone)), check=True)
@@ -85,8 +87,8 @@ def kinds(file: Path) -> str:
 def compared(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, theirs: Mapping[str, list[int]]
 ) -> tuple[bool, int, float]:
-    """Whether the prompt's tokens are the same; how many tokens of the continuation are, from the
-    first one on; and between the two tokens that then differ, the gap of transformers' logits.
+    """Whether the prompt's tokens agree; how many tokens of the continuation agree, from the first
+    one on; and the gap between transformers' logits of the first two tokens that differ.
     """
     tokens = tokenizer(prompt)["input_ids"]
     if tokens != theirs["tokens"]:
@@ -100,7 +102,7 @@ def compared(
 
 
 def told(directory: Path, prompts: tuple[str, ...], count: int) -> tuple[str, bool]:
-    """A sentence on one file; whether all tokens of the prompts, and half of the others, agree."""
+    """A sentence on one file, and whether all tokens of the prompts and half of the others agree."""
     command = [PYTHON, str(ROOT / "benchmarks" / "llama_continue.py"), str(directory / FILE), str(count)]
     ran = subprocess.run([*command, *prompts], capture_output=True, text=True, check=False)
     if ran.returncode:

@@ -8,9 +8,9 @@ little and with much text, and its floor. 2:4 against dense matrices (``benchmar
 
 Every row runs in a process of its own, from model in memory, and is stopped after ``--limit``
 seconds, its start included. It is in the record, ``results/gpu.json``, as soon as it is done: with
-its seconds, or with a note that says why there are none. What is recorded for this device is not
-run again unless it is named. Pruning keeps as much in every matrix: what an allocation reads has
-rows of its own. ``--small`` runs the same rows with small shapes, anywhere, and records them
+its seconds, or with a note that says why there are none. Rows that are recorded for this device run
+again only if they are named. Pruning is uniform, because the measurements for allocations have rows
+of their own. ``--small`` runs the same rows with small shapes, anywhere, and records them
 elsewhere.
 """
 
@@ -44,7 +44,7 @@ Work = Callable[..., Record]  # ``limit`` -> a cost, or a note
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model, of its text, and of the block, which is pruned with two numbers of tokens."""
+    """Sizes of the model, of its text, and of the block, which is pruned with two numbers of tokens."""
 
     model: Shape
     rows: int
@@ -60,13 +60,13 @@ SMALL = Sizes(TINY, 8, 32, replace(TINY, blocks=1), (32, 256))
 
 
 def calibrate(files: Files) -> Record:
-    """The cost of the dense pass that takes statistics, Gram matrices included."""
+    """The cost of the dense pass that collects statistics, Gram matrices included."""
     here = files.lab()
     return cost(here.statistics, here.bed.device)
 
 
 def scale(files: Files) -> Record:
-    """The cost of starting factors and shifts, from statistics that are there."""
+    """The cost of starting factors and shifts, from given statistics."""
     here = replace(files, rows=min(FEW, files.rows)).lab()
     blocks, how = list(here.dense()), settings("scale")
 
@@ -93,7 +93,7 @@ def other(files: Files, limit: float) -> Record:
 
 
 def two_of_four(part: str) -> Record:
-    """2:4 against dense, and how long it took to find out."""
+    """Compare 2:4 with dense products. Returns the results, and the cost of the comparison."""
     device = runtime.compute()
     if device.type != "cuda":
         return {"note": "skipped: kernels for 2:4 run on CUDA alone"}
@@ -104,7 +104,7 @@ def two_of_four(part: str) -> Record:
 
 
 def works(sizes: Sizes, model: Path, block: Path) -> dict[str, Work]:
-    """Row -> what it measures. The models need not be there yet."""
+    """Row -> its measurement. The models need not exist yet."""
     files, changes = Files(model, sizes.rows, sizes.length), merge(selection(SPARSITY), UNIFORM)
     found: dict[str, Work] = {
         f"prune {method}": partial(alone, prune, files, recipe(changes, method)) for method in MAIN
@@ -123,7 +123,9 @@ def works(sizes: Sizes, model: Path, block: Path) -> dict[str, Work]:
 
 
 def study(rows: Mapping[str, Work], where: Sequence[str], limit: float, record: Path) -> Study:
-    """Of these rows for a model on a device (``where``), and of those that the record has of others."""
+    """The study of these rows for a model on a device (``where``), and of the record's rows for
+    others.
+    """
 
     def cells() -> Iterator[Cell]:
         yield from (Cell({part: known[part] for part in KEY}, {}) for known in found.recorded())
@@ -154,7 +156,9 @@ def study(rows: Mapping[str, Work], where: Sequence[str], limit: float, record: 
 
 
 def table(records: Sequence[Record]) -> str:
-    """Markdown: seconds and memory of every row, then what 2:4 is worth: dense over sparse."""
+    """Markdown tables: seconds and memory of every row, then the speed-up of 2:4 (dense over
+    sparse).
+    """
     lines = ["| row | model | device | seconds | CPU s | peak GB | on the GPU | |", "|---" * 8 + "|"]
     for r in records:
         seconds = [f"{r[key]:.2f}" if r[key] is not None else "" for key in ("wall_s", "cpu_s")]

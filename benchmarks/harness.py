@@ -1,7 +1,7 @@
 """One harness for all studies: cells, the records of their results, and how a run resumes, gathers,
 prints its table and is verified.
 
-A cell is a testbed, a seed and recipe overrides. It is finished when its file is there:
+A cell is a testbed, a seed and recipe overrides. It is finished when its file exists:
 ``results/cells/<study>/`` (not in git), named after the cell and a key over its recipes and input
 files. A study's record, ``results/<study>.json``, gathers the records of all cells.
 """
@@ -38,9 +38,9 @@ PATTERNS = {
     "2:4": (0.5, "2:4"),
     "4:8": (0.5, "4:8"),
 }
-MORE = {"80%": (0.8, "unstructured")}  # beside those that every study goes through
+MORE = {"80%": (0.8, "unstructured")}  # in addition to those of every study
 UNIFORM: Changes = {"allocation": {"method": "uniform"}}
-TOLERANCE = 0.01  # of a perplexity: other threads round otherwise
+TOLERANCE = 0.01  # of a perplexity: other numbers of threads round differently
 Record = dict[str, Any]
 
 
@@ -49,15 +49,15 @@ class Cell:
     """One unit of work of a study."""
 
     key: Mapping[str, Any]  # the first fields of its records, among them ``testbed`` and ``seed``
-    # field for a perplexity -> what is laid over params.yaml; None: the dense model
+    # field of a perplexity -> changes to params.yaml; None: the dense model
     arms: Mapping[str, Changes | None]
-    variant: str | None = None  # of params.yaml, below what the arms lay over it
+    variant: str | None = None  # of params.yaml, to which the arms' changes are applied
     rows: int = 128  # of calibration text
     source: str = MIXTURE
 
     @property
     def name(self) -> str:
-        """By which a command names it."""
+        """The name that commands use."""
         return ",".join(map(str, self.key.values()))
 
     def recipe(self, arm: str) -> Recipe | None:
@@ -79,7 +79,9 @@ def lab(testbed: str) -> Lab:
 def pruned(
     cell: Cell, texts: Sequence[str], facts: Callable[[Lab, Recipe | None, Run | None], Record] | None = None
 ) -> list[Record]:
-    """A record per text: the key, ``dense``, each arm's perplexity, the last arm's wall seconds and facts."""
+    """Prune and measure a cell. A record per text: the key, ``dense``, each arm's perplexity, the
+    last arm's wall seconds and facts.
+    """
     here = lab(cell.key["testbed"]).at(cell.source, cell.rows, cell.key["seed"])
     found: dict[str, dict[str, float]] = {}
     more: Record = {}
@@ -109,19 +111,19 @@ class Study:
     name: str  # of its record
     cells: Callable[[], Iterable[Cell]]
     measure: Callable[[Cell], list[Record]]  # a cell's records, without the commit
-    # fields of the key that make the table's columns; the others, but the seed, make its rows
+    # fields of the key that make the table's columns; the others, except the seed, make its rows
     columns: tuple[str, ...] = ("testbed",)
-    # changes of a record's key: which one closes nothing of the gap to dense
+    # changes to a record's key that give its baseline, which closes nothing of the gap to dense
     base: Callable[[Record], Record] = lambda record: {}
-    base_value: str = "ppl"  # its perplexity
-    # what a cell computed anew must agree in; the last is in the table
+    base_value: str = "ppl"  # field of the baseline's perplexity
+    # values that must agree when a cell is computed again; the last is in the table
     values: tuple[str, ...] = ("dense", "ppl")
-    texts: tuple[str, ...] = TEXTS  # of which there are tables
-    beside: tuple[str, str] | None = None  # field and unit of what stands beside the perplexity
+    texts: tuple[str, ...] = TEXTS  # texts that have tables
+    beside: tuple[str, str] | None = None  # field and unit of a value beside the perplexity
     judged: bool = True  # whether values that differ are an error; costs depend on the machine
-    finish: Callable[[list[Record]], None] = lambda records: None  # what is marked in gathered records
+    finish: Callable[[list[Record]], None] = lambda records: None  # marks gathered records
     more: Callable[[list[Record]], list[str]] = lambda records: []  # other tables
-    # what a cell reads
+    # the files that a cell reads
     files: Callable[[Cell], list[Path]] = lambda cell: inputs(cell.key["testbed"], TEXTS, cell.source)
     home: Path = field(default=RESULTS)
 
@@ -139,7 +141,9 @@ class Study:
         return json.loads(self.record.read_text(encoding="utf-8")) if self.record.exists() else []
 
     def file(self, cell: Cell) -> Path:
-        """Where a cell's records are once it is finished; the code that made them is told by their commit."""
+        """The file of a cell's records, once it is finished. Their commit identifies the code that
+        made them.
+        """
         recipes = [cell.recipe(arm) for arm in cell.arms]
         parts: list[Any] = [
             cell.name,
@@ -184,7 +188,9 @@ class Study:
         return self.gather()
 
     def renew(self, name: str) -> list[Record]:
-        """Compute a cell whatever there is of it, and gather the record, which alone keeps it."""
+        """Compute a cell even if it has results, and gather the record, which alone keeps the new
+        ones.
+        """
         cell = self.every[name]
         self._keep(cell)
         gathered = self.gather()
@@ -200,7 +206,7 @@ class Study:
             save: commit the record in git after each cell.
 
         Returns:
-            Names of the cells that failed; why is told at once.
+            Names of the cells that failed. The reasons are printed at once.
 
         Raises:
             click.ClickException: there is no such cell.
@@ -230,7 +236,7 @@ class Study:
         return failed
 
     def _keep(self, cell: Cell) -> None:
-        """Compute a cell into its file, and tell what came out."""
+        """Compute a cell, write its file, and print the results."""
         started = time.perf_counter()
         found = self.compute(cell)
         write_json(self.file(cell), found)
@@ -238,7 +244,7 @@ class Study:
         click.echo(f"{cell.name}: {shown}; {time.perf_counter() - started:.0f} s")
 
     def gather(self) -> list[Record]:
-        """Write the record, in the cells' order: of a cell without a file it keeps what it had."""
+        """Write the record, in the cells' order. Of a cell without a file, the old records stay."""
         before: dict[str, list[Record]] = {}
         for record in self.recorded():
             before.setdefault(self._name(record), []).append(record)
@@ -282,9 +288,9 @@ class Study:
             raise click.ClickException(f"{wrong} records differ by more than {TOLERANCE:.0%}.")
 
     def table(self, records: list[Record], text: str) -> str:
-        """Markdown: per row and column the geometric mean of the seeds ± the largest distance of a
-        seed from it, and in brackets the mean share of the gap between the base and dense that is
-        closed, seed by seed; ``*`` marks what was selected.
+        """Markdown table. Each entry has the geometric mean over the seeds ± the largest distance
+        of a seed from it. In brackets is the mean share of the gap between base and dense that is
+        closed, computed seed by seed. ``*`` marks what was selected.
         """
         names = list(next(iter(self.every.values())).key)
         known = {tuple(r[name] for name in names): r for r in records if r["text"] == text}
@@ -347,12 +353,12 @@ def gap(base: float, new: float, dense: float) -> float:
 def commands(
     study: Callable[[], Study], show: Callable[[list[Record]], None], told: str | None
 ) -> click.Group:
-    """``run``, ``table`` and ``verify`` of a study whose cells take so long that each is recorded
-    by itself.
+    """The commands ``run``, ``table`` and ``verify`` of a study whose cells take so long that each
+    is recorded by itself.
 
     Args:
         show: prints the tables of the records.
-        told: the help.
+        told: the help text.
     """
 
     @click.group(help=told)
@@ -369,7 +375,7 @@ def commands(
     @click.option("--cell", "names", multiple=True, help="Cells to compute anew, by their names.")
     @click.option("--commit", is_flag=True, help="Commit the record after each cell.")
     def run(only: tuple[str, ...], names: tuple[str, ...], commit: bool) -> None:
-        """Every cell that the record lacks, or those that are named; then the tables."""
+        """Compute every cell that the record lacks, or the named ones, and print the tables."""
         failed = study().complete(dict(one.split("=", 1) for one in only), names, commit)
         show(study().recorded())
         if failed:
@@ -377,7 +383,7 @@ def commands(
 
     @main.command()
     def table() -> None:
-        """The tables of the record."""
+        """Print the tables of the record."""
         show(study().recorded())
 
     @main.command()

@@ -1,5 +1,5 @@
-"""A model pruned as a recipe says, through the library's own functions, in memory; what the recipes
-of one seed share is measured once.
+"""Prune a model by a recipe, through the library's own functions, in memory. What the recipes of
+one seed share is measured once.
 """
 
 import functools
@@ -53,7 +53,7 @@ SECTIONS: dict[str, type[Params]] = {
 
 @functools.cache
 def section(name: str) -> Any:
-    """A section of params.yaml; what it holds is not to be changed."""
+    """A section of params.yaml; its content must not be changed."""
     return params.section(name)
 
 
@@ -64,10 +64,11 @@ def settings(name: str) -> Any:
 
 
 def recipe(changes: Changes, variant: str | None = None) -> Recipe:
-    """Section ``prune`` of params.yaml, with a variant's laid over it, and these changes over both.
+    """The recipe of section ``prune`` of params.yaml, overridden by a variant, and then by these
+    changes.
 
     Raises:
-        ValueError: the variant measures curves in its own way, which is not done here.
+        ValueError: the variant has a section ``curves`` of its own, which is not supported here.
     """
     merged = params.merge(
         section("prune"), params.merge(section(f"variants.{variant}") if variant else {}, changes)
@@ -88,8 +89,8 @@ class Run:
     """A pruned model."""
 
     blocks: dict[int, Block]
-    # of pruning, and of all that its allocation and induction read but the statistics of the dense
-    # model
+    # of pruning, induction included, and of all that its allocation reads; statistics that only
+    # induction reads are not counted
     wall_s: float
 
     @property
@@ -98,7 +99,7 @@ class Run:
 
 
 class Lab:
-    """A model with calibration rows, and what was measured on them."""
+    """A model with calibration rows, and the measurements on them."""
 
     def __init__(self, bed: Bed) -> None:
         self.bed = bed
@@ -106,7 +107,7 @@ class Lab:
         self.shared: dict[Any, tuple[Any, float]] = {}
 
     def at(self, source: str, count: int, seed: int) -> "Lab":
-        """On these calibration rows; what was measured on others is forgotten."""
+        """Use these calibration rows. Measurements on other rows are dropped."""
         if self.text != (source, count, seed):
             self.text, self.rows = (source, count, seed), self.bed.calibration(source, count, seed)
             self.forget()
@@ -131,7 +132,7 @@ class Lab:
         return prune(Source(model, self.transforms(asked, kept), kept), rows, steps, lambda _: None)
 
     def transforms(self, asked: Recipe, kept: Kept) -> list[Transform]:
-        """What stages scale and induce give."""
+        """The results of the stages scale and induce."""
         entry, selection = self.bed.checkpoint.architecture, asked.selection
         if asked.induce is None:
             return [Transform()] * entry.depth
@@ -156,7 +157,7 @@ class Lab:
             )
 
     def allocated(self, asked: Recipe) -> tuple[Kept, float]:
-        """Kept counts, and the wall seconds of all that was measured for them."""
+        """Numbers of kept weights, and the wall seconds of the measurements behind them."""
         entries, seconds = self.measured(asked)
         entry, pattern = self.bed.checkpoint.architecture, asked.selection.shape
         places = list(entry.places())
@@ -169,12 +170,12 @@ class Lab:
         ), seconds
 
     def measured(self, asked: Recipe) -> tuple[Entries, float]:
-        """What the allocation reads, and the seconds that it took."""
+        """The measurements that the allocation reads, and the seconds that they took."""
         if asked.allocation.method in CURVES:
             _, first = self.statistics()
             _, second = self.sensitivities(moments=True)
             selection, compensate = asked.selection, "obs" in asked.reconstruction.steps
-            # curves are over all sparsities
+            # curves cover all sparsities
             key = (selection.model_copy(update={"sparsity": 0.5}).model_dump_json(), compensate)
             curves, third = self.once(key, lambda: self.curves(asked, compensate))
             return curves, first + second + third
@@ -192,7 +193,7 @@ class Lab:
         return self.shared[key]
 
     def statistics(self) -> tuple[list[Mapping[str, SiteStatistics]], float]:
-        """What stage calibrate gives, per block, and the seconds that it took."""
+        """The result of stage calibrate, per block, and the seconds that it took."""
 
         def compute() -> list[Mapping[str, SiteStatistics]]:
             blocks = walk(
@@ -203,8 +204,8 @@ class Lab:
         return self.once("statistics", compute)
 
     def sensitivities(self, moments: bool) -> tuple[tuple[Entries, list[dict[str, torch.Tensor]]], float]:
-        """What stage sensitivity gives: per matrix name its entry; per block the output moments by
-        label, if asked for. And the seconds.
+        """The result of stage sensitivity, and its seconds. The result has an entry per matrix
+        name, and per block the output moments by label, if requested.
         """
         entry, how = self.bed.checkpoint.architecture, settings("sensitivity")
         matrices = {
@@ -240,7 +241,7 @@ class Lab:
         return self.once(("sensitivities", moments), compute)
 
     def curves(self, asked: Recipe, compensate: bool) -> Entries:
-        """What stage curves gives."""
+        """The result of stage curves."""
         (entries, moments), _ = self.sensitivities(moments=True)
         found: Entries = {}
         for index, dense in enumerate(self.dense()):

@@ -7,9 +7,9 @@ for the shape (``2:4, searched``). On a CPU: the same product with a dense matri
 matrix full of zeros, and through torch's CSR; and loading a bitmask checkpoint against loading a
 dense one.
 
-Arms take turns in every repetition, so that a slow moment hits all of them; times are medians,
-ratios are dense over sparse: above 1 is faster. On the CPU one thread runs and its own seconds
-count, so that what else the machine does matters less.
+Arms take turns in every repetition, so that a slow moment affects all of them. Times are medians;
+ratios are dense over sparse, so that above 1 is faster. On the CPU, one thread runs and its CPU
+seconds count, so that other load on the machine matters less.
 """
 
 import platform
@@ -45,8 +45,8 @@ Arms = Mapping[str, Callable[[], Any]]
 
 
 def compared(arms: Arms, repetitions: int, inner: int, what: Record) -> list[Record]:
-    """A record per arm that is not the dense one, and a line for each; ``inner`` calls are timed
-    together, a first round of all warms up.
+    """Time the arms. Returns a record for each one except the dense one, and prints a line for
+    each. ``inner`` calls are timed together; a first round of all arms warms up.
     """
     times = medians(arms, repetitions, inner)
     found = []
@@ -90,27 +90,27 @@ def medians(arms: Arms, repetitions: int, inner: int) -> dict[str, float]:
 
 
 def two_of_four(weight: torch.Tensor) -> torch.Tensor:
-    """The larger two of every four consecutive inputs."""
+    """The weights, of which only the larger two of every four consecutive inputs are kept."""
     fours = weight.reshape(weight.shape[0], -1, 4)
     return fours.scatter(-1, fours.abs().topk(2, dim=-1, largest=False).indices, 0).reshape(weight.shape)
 
 
 def fastest(weight: torch.Tensor, tokens: int) -> int:
-    """The number of the algorithm that cuSPARSELt's search finds fastest for x Wᵀ, W [R, C] being
-    2:4 and x [tokens, C].
+    """The number of the algorithm that cuSPARSELt's search finds fastest for x Wᵀ, with a 2:4
+    matrix W [R, C] and x [tokens, C].
     """
-    # torch pads it so, too
+    # torch pads x in the same way
     x = torch.randn(-(-tokens // 8) * 8, weight.shape[1], device=weight.device, dtype=weight.dtype)
     return torch._cslt_sparse_mm_search(torch._cslt_compress(weight), x.T, transpose_result=True)
 
 
 def semi_structured(weight: torch.Tensor, tokens: int, searched: bool) -> torch.Tensor:
-    """A 2:4 matrix [R, C] in the format for it, for products with so many tokens."""
+    """A 2:4 matrix [R, C] in torch's semi-structured format, for products with ``tokens`` tokens."""
     return torch.sparse.to_sparse_semi_structured(weight, alg_id=fastest(weight, tokens) if searched else 0)
 
 
 def kinds() -> dict[str, bool]:
-    """What stands beside dense matrices, and whether its algorithm is searched for; without
+    """The arms beside dense matrices, and whether each one's algorithm is searched for. Without
     cuSPARSELt there is no search.
     """
     return {"2:4": False} | ({"2:4, searched": True} if torch.backends.cusparselt.is_available() else {})
@@ -134,7 +134,7 @@ def decoder_block(tokens: int = PREFILL, searched: bool | None = None) -> LlamaM
 
 @torch.inference_mode()
 def matrices_on_gpu(repetitions: int) -> list[Record]:
-    """2:4 against dense: single matrices."""
+    """Compare 2:4 with dense single matrices."""
     random = partial(torch.randn, device="cuda", dtype=torch.float16)
     records = []
     for name, shape in SHAPES.items():
@@ -152,7 +152,7 @@ def matrices_on_gpu(repetitions: int) -> list[Record]:
 
 @torch.inference_mode()
 def block_on_gpu(repetitions: int) -> list[Record]:
-    """2:4 against dense: a decoder block with its attention, norms and cache."""
+    """Compare 2:4 with dense matrices in a decoder block with its attention, norms and cache."""
     x = torch.randn(1, PREFILL, WIDTH, device="cuda", dtype=torch.float16)
 
     def blocks(tokens: int) -> dict[str, LlamaModel]:
@@ -184,14 +184,16 @@ def block_on_gpu(repetitions: int) -> list[Record]:
 
 @torch.inference_mode()
 def on_cpu(repetitions: int) -> list[Record]:
-    """Dense kernels do not see zeros; CSR does, and pays an index for every weight it keeps."""
+    """Compare dense kernels, with and without zeros, and CSR. Dense kernels do not skip zeros; CSR
+    does, and reads an index for every weight that it keeps.
+    """
     products.enable_onednn()  # the fastest dense float32 product that is exact, as in the pipeline
     records = []
     for name, shape in SHAPES.items():
         weight, draws = torch.randn(shape), torch.rand(shape)
         for phase, tokens, inner in (("prefill", CPU_PREFILL, 1), ("decode", DECODE, 5)):
             if phase == "prefill" and name != "q, k, v, o":
-                continue  # the larger ones say the same, at thrice the time
+                continue  # the larger ones give the same result in three times the time
             x = torch.randn(tokens, shape[1])
             for dtype in (torch.float32, torch.bfloat16):
                 dense, cast = weight.to(dtype), x.to(dtype)
@@ -210,8 +212,8 @@ def on_cpu(repetitions: int) -> list[Record]:
 
 
 def loading(repetitions: int) -> Record:
-    """A bfloat16 model of 100 M parameters, half of its matrices zeros, from the page cache: bytes
-    and seconds until the model is whole.
+    """Measure the loading of a bfloat16 model of 100 M parameters, half of its matrices zeros, from
+    the page cache: bytes, and seconds until the model is complete.
     """
     with tempfile.TemporaryDirectory() as home:
         dense, masked = Path(home) / "dense", Path(home) / "bitmask"
@@ -244,7 +246,9 @@ def loading(repetitions: int) -> Record:
         }
 
         def read() -> float:
-            """All pages are touched: the official loader maps files and reads nothing before."""
+            """Load the model, and touch all pages: the official loader maps files and reads nothing
+            before.
+            """
             loaded = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
             return sum(
                 float(parameter.detach().view(-1)[::1024].float().sum()) for parameter in loaded.parameters()

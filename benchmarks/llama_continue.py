@@ -1,5 +1,5 @@
-"""llama.cpp goes on with prompts, greedily: run by ``benchmarks.gguf_files`` with the Python of an
-environment of its own.
+"""Continue prompts with llama.cpp, greedily. ``benchmarks.gguf_files`` runs this with the Python of
+an environment of its own.
 
 ``python benchmarks/llama_continue.py FILE COUNT PROMPT...`` prints JSON: for each prompt its tokens
 and the COUNT tokens that follow, each the most likely one. Needs nothing of this project.

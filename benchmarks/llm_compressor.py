@@ -1,5 +1,5 @@
-"""llm-compressor prunes a model from the same token ids: run by ``benchmarks.rivals`` with the
-Python of an environment of its own.
+"""Prune a model with llm-compressor, from the same token ids. ``benchmarks.rivals`` runs this with
+the Python of an environment of its own.
 
 ``python benchmarks/llm_compressor.py MODEL ROWS METHOD SPARSITY PATTERN OUT [BATCH]`` writes the
 pruned linears and prints the cost as JSON: seconds from model in memory to pruned, and peak memory
@@ -73,7 +73,7 @@ def main() -> None:
     }
     save_file({f"{name}.weight": weight.detach().contiguous() for name, weight in linears.items()}, out)
     print(json.dumps(cost | {"threads": torch.get_num_threads()}), flush=True)
-    os._exit(0)  # whatever its loggers and threads still do is not of interest
+    os._exit(0)  # its loggers and threads need not finish
 
 
 if __name__ == "__main__":

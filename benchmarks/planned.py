@@ -1,8 +1,10 @@
-"""What `make plan` says of a model that is not here: ``python -m benchmarks.planned [SHAPE ...]``.
+"""Print what `make plan` predicts for a model that is not here: ``python -m benchmarks.planned
+[SHAPE ...]``.
 
-The model is a configuration and the header of a safetensors file, which has no data: a plan reads no
-weight. It is pruned by variants of params.yaml with both papers' 128 rows of 2,048 tokens, in bfloat16,
-with 8 probes in a pass, on 1, 4 and 8 GPUs of 80 GB, one for each process. Bold: more than there is.
+The model is a configuration and the header of a safetensors file, which has no data: a plan reads
+no weight. It is pruned by variants of params.yaml with both papers' 128 rows of 2,048 tokens, in
+bfloat16, with 8 probes in a pass. There are 1, 4 and 8 GPUs of 80 GB, one for each process. Bold:
+more than a GPU has.
 """
 
 import dataclasses
@@ -33,7 +35,7 @@ PROBES = 8  # of `sensitivity` in one pass: the inputs of 80 blocks are kept for
 
 
 def save(shape: Shape, folder: Path) -> None:
-    """A configuration, a tokenizer, and a file of weights in bfloat16 whose data is a hole."""
+    """Write a configuration, a tokenizer, and files of bfloat16 weights whose data are holes."""
     config = LlamaConfig(
         hidden_size=shape.width,
         intermediate_size=shape.inner,
@@ -73,7 +75,7 @@ def _write(path: Path, tensors: dict[str, Any]) -> None:
 
 
 def lay_out(shape: Shape, home: Path) -> None:
-    """A project that prunes the model."""
+    """Write a project that prunes the model."""
     layout.lay_out(home, layout.shipped())
     save(shape, home / "data" / "model")
     environment.write(home / environment.FILE)
@@ -90,7 +92,7 @@ def lay_out(shape: Shape, home: Path) -> None:
 
 
 def plans(shape: Shape) -> Iterator[Planned]:
-    """One for each number of GPUs."""
+    """The plan for each number of GPUs."""
     with tempfile.TemporaryDirectory() as place:
         lay_out(shape, Path(place) / "project")
         with chdir(Path(place) / "project"):
@@ -99,7 +101,9 @@ def plans(shape: Shape) -> Iterator[Planned]:
 
 
 def table(found: Sequence[Planned]) -> str:
-    """Markdown: GB on a GPU and in the host's memory, of one process, and time over that of one process."""
+    """Markdown table: GB on a GPU and in the host's memory, of one process, and time relative to
+    one process.
+    """
     columns = [f"{count} GPU{'s' * (count > 1)}" for count in GPUS]
     lines = [f"| stage | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for alike in zip(*(one.steps for one in found), strict=True):

@@ -1,15 +1,16 @@
 """Stages on two processes against one: ``python -m benchmarks.processes [STAGE …]``.
 
-A Llama of two blocks of width 1,024 with random weights; 64 calibration rows of 512 tokens of Python's
-standard library (128 for ``calibrate``, of whose time imports would be a sixth). The stages run as `dvc
-repro` runs them, from a process that has torch imported, and the seconds are those of their cost records.
-What is compared, with one thread per process: one process, and as many as there are cores (CPU) or GPUs
-(with ``SPARSELINE_DEVICE=cuda``). Beside it, on a CPU, one process with as many threads. Allocations are
-uniform, so that no other stage has to run before. ``best`` is pruned as in params.yaml otherwise.
+The model is a Llama of two blocks of width 1,024 with random weights. Calibration takes 64 rows of
+512 tokens of Python's standard library (128 for ``calibrate``, where imports would otherwise be a
+sixth of the time). The stages run as `dvc repro` runs them, from a process that has already
+imported torch, and the seconds are those of their cost records. On a CPU, one process is compared
+with two, with one thread each, and with one process of two threads. With
+``SPARSELINE_DEVICE=cuda``, one process is compared with one per GPU. Allocations are uniform, so
+that no other stage has to run before. Otherwise ``best`` is pruned as in params.yaml.
 
-``speedup`` is over one process with one thread. All processes of one thread must write the same
-bytes, or the benchmark ends. Rows run that ``results/processes.json`` has not got; those of stages that
-are named run anew.
+``speedup`` is relative to one process with one thread. All processes of one thread must write the
+same bytes, or the benchmark ends. The rows that ``results/processes.json`` lacks are run; those of
+named stages run again.
 """
 
 import json
@@ -62,14 +63,14 @@ class Place:
         values = merge(shipped, changes)
         values["variants"] = {
             name: merge(values["variants"][name], UNIFORM) for name in ("sparsegpt", "best")
-        } | {"papers": values["variants"]["papers"]}  # which reads what calibrate collects
+        } | {"papers": values["variants"]["papers"]}  # it reads what calibrate collects
         with (directory / "params.yaml").open("w", encoding="utf-8") as file:
             yaml.dump(values, file)
         for step in BEFORE:
             self.run(step, {})
 
     def run(self, step: str, own: Mapping[str, str]) -> None:
-        """A stage, in processes of its own.
+        """Run a stage, in processes of its own.
 
         Raises:
             click.ClickException: it failed.
@@ -85,7 +86,7 @@ class Place:
             raise click.ClickException(f"{step} ended with {done.returncode}: {done.stdout}{done.stderr}")
 
     def measured(self, stage: str, processes: int, threads: int) -> tuple[float, dict[str, str]]:
-        """Wall seconds of a stage, and what it wrote."""
+        """Wall seconds of a stage, and the SHA-256 of each file that it wrote."""
         own = {"SPARSELINE_PROCESSES": str(processes), "SPARSELINE_THREADS": str(threads)}
         self.run(STAGES[stage], own)
         out = "calibrate" if stage == "calibrate" else f"prune/{stage}"
@@ -99,14 +100,14 @@ class Place:
 
 
 def counts() -> list[tuple[int, int]]:
-    """Processes and threads of each, the one to compare with first."""
+    """Numbers of processes, and of threads of each; the baseline comes first."""
     if settings.device_name() != "cpu":
         return [(1, 1), (torch.cuda.device_count(), 1)] if torch.cuda.device_count() > 1 else [(1, 1)]
     return [(1, 1), (2, 1), (1, 2)]
 
 
 def rows(known: Sequence[Record], named: Sequence[str]) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    """Stages, and what is to be run of each."""
+    """Stages, and the numbers of processes and threads to run for each."""
     device = settings.device_name()
     have = {tuple(record[key] for key in KEY) for record in known if record["stage"] not in named}
     for stage in STAGES:
@@ -118,7 +119,7 @@ def rows(known: Sequence[Record], named: Sequence[str]) -> Iterator[tuple[str, l
 def measure(
     place: Place, stage: str, which: Sequence[tuple[int, int]], known: Sequence[Record]
 ) -> Iterator[Record]:
-    """Records of a stage, one as soon as it is there.
+    """Yield the records of a stage, each as soon as it is measured.
 
     Raises:
         click.ClickException: several processes wrote other bytes than one.
@@ -136,7 +137,7 @@ def measure(
 
 
 def table(records: Sequence[Record]) -> str:
-    """Markdown."""
+    """The records as a Markdown table."""
     lines = [
         "| stage | processes | threads of each | device | seconds | speed-up |",
         "|---|---|---|---|---|---|",
@@ -148,7 +149,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def update(file: Path, named: Sequence[str], made: Callable[[Path, int], Place]) -> list[Record]:
-    """Measure what the record has not got; each row is in it as soon as it is measured."""
+    """Measure what the record lacks; each row is recorded as soon as it is measured."""
     records: list[Record] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     with tempfile.TemporaryDirectory() as folder:
         for stage, which in rows(records, named):

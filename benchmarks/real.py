@@ -1,16 +1,17 @@
 """A real language model: ``python -m benchmarks.real run|table|verify``, one record for all tables,
 ``results/real.json``.
 
-SmolLM2-135M-Instruct as ``../shared/testbed/real/convert.py`` writes it (SPARSELINE_REAL says
-where, else ``../real/smol``), by the *real protocol* of ``../shared/testbed/real/README.md``:
-calibrated on 128 rows of 512 tokens of C4's first 900 pages; chosen on its last 100 pages and on
-``mix.valid``, 32 rows of 512 tokens; reported on ``wikitext2.test`` and ``mix.test``, 32 rows of
-1,024 tokens on every device; nine tasks, 300 items each, in bfloat16.
+The model is SmolLM2-135M-Instruct as ``../shared/testbed/real/convert.py`` writes it, in the
+directory SPARSELINE_REAL, by default ``../real/smol``. The *real protocol* of
+``../shared/testbed/real/README.md`` applies. Calibration takes 128 rows of 512 tokens of C4's first
+900 pages. Choices are made on its last 100 pages and on ``mix.valid``, 32 rows of 512 tokens each.
+Results are reported on ``wikitext2.test`` and ``mix.test``, 32 rows of 1,024 tokens each, on every
+device. The nine tasks have 300 items each, in bfloat16.
 
-``run`` computes what the record lacks, cell by cell, and each is in the record (with ``--commit``
-in git, too) as soon as it is done. A cell that is named by ``--cell`` is computed anew; ``verify``
-computes recorded cells anew and compares. Costs run from model in memory to pruned, in a process of
-its own; those of a distilled model include what it starts from.
+``run`` computes what the record lacks, cell by cell. Each cell is recorded (with ``--commit`` also
+in git) as soon as it is done. A cell that is named by ``--cell`` is computed again; ``verify``
+computes recorded cells again and compares. Costs run from model in memory to pruned, in a process
+of its own. Those of a distilled model include those of the pruned model that it starts from.
 """
 
 import functools
@@ -80,7 +81,7 @@ TASKS = Preset(
 )
 BATCH_ROWS = 8  # of evaluations
 TABLES = ("main", "induction", "sparsity", "ablation")
-# The model's own text: how it goes on where pages of C4 begin
+# The model's own text: its continuations of the beginnings of C4 pages
 GENERATED = "generated"
 OWN = {
     "prompts": "files",
@@ -90,22 +91,25 @@ OWN = {
     "batch_rows": 64,
     "seed": 0,
 }
-CUT: Changes = {"packing": "concatenate", "chat_template": False, "distinct": 1}  # documents into rows
+# how documents are cut into rows
+CUT: Changes = {"packing": "concatenate", "chat_template": False, "distinct": 1}
 MASK = "mask:"  # before a parameter's name, in the files of a pruned block
-# stages whose code a pruned model follows from
+# stages whose code determines a pruned model
 CODE = ("calibrate", "sensitivity", "curves", "allocate", "induce", "prune")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A variant of params.yaml (none for llm-compressor's and the dense model), and what is laid over it."""
+    """A variant of params.yaml (none for llm-compressor's and the dense model), and the changes to
+    it.
+    """
 
     variant: str | None
     changes: Changes = field(default_factory=dict)
     distil: Changes | None = None  # laid over section `distil`; None: no distillation
     rows: int = 128
     source: str = C4  # of calibration rows; `name:length` for another length
-    learns: int = 0  # rows of distillation, where they are not those of calibration
+    learns: int = 0  # rows of distillation, if they are not those of calibration
 
 
 MAIN = {
@@ -194,7 +198,7 @@ METHODS = {"main": MAIN, "induction": INDUCTION, "sparsity": SPARSITY, "ablation
 
 
 def texts(table: str) -> Mapping[str, tuple[int, int]]:
-    """Those that a table's perplexities are of: name -> rows, tokens."""
+    """The texts of a table's perplexities: name -> rows, tokens."""
     return CHOSEN if table == "ablation" else REPORTED
 
 
@@ -214,7 +218,7 @@ class Real(Bed):
         return load_model(self.path, "float32", self.device)
 
     def rows(self, source: str, count: int, seed: int | None = None) -> torch.Tensor:
-        """Token rows [count, length], drawn with the seed; the first ones without."""
+        """Token rows [count, length], drawn with the seed; without a seed, the first ones."""
         if source == RANDOM:
             return super().rows(source, count, seed)
         asked = {"rows": count, "length": self.length, "seed": seed}
@@ -223,7 +227,7 @@ class Real(Bed):
         return rows_of(documents, cut, self.begins)
 
     def evaluated(self, text: str) -> torch.Tensor:
-        """The token rows that a text's perplexity is of."""
+        """The token rows of a text's perplexity."""
         count, length = (REPORTED | CHOSEN)[text]
         return Real(length).rows(text, count)
 
@@ -231,7 +235,9 @@ class Real(Bed):
     def perplexity(
         self, blocks: Tensors, text: str, see: Callable[[torch.Tensor], None] | None = None
     ) -> float:
-        """Of the model with these tensors in the place of its own; ``see`` is given each row's logits."""
+        """Perplexity of the model with these tensors in the place of its own. ``see`` receives each
+        row's logits.
+        """
         put(self.whole, self, blocks)
         return perplexity(self.whole, self.evaluated(text), BATCH_ROWS, see=see)
 
@@ -244,8 +250,8 @@ class Real(Bed):
         return start(None, self.checkpoint.config.model_type, self.tokenizer)
 
     def written(self) -> list[list[int]]:
-        """Documents of the model's own, as many as calibration rows take: written once, and kept
-        below ``results/cells`` as long as neither model, prompts nor code change.
+        """Documents that the model wrote, enough for the calibration rows. They are written once,
+        and kept below ``results/cells`` as long as neither model, prompts nor code change.
         """
         rows = Method(None).rows
         how = GeneratedParams.model_validate(OWN)
@@ -265,7 +271,7 @@ class Real(Bed):
 
 
 def put(model: PreTrainedModel, bed: Bed, blocks: Tensors) -> None:
-    """These blocks into a whole model, and its own where there are none."""
+    """Put these blocks into a whole model, and its own where there are none."""
     base = model.base_model.get_submodule(bed.checkpoint.architecture.blocks)
     for index in range(bed.checkpoint.architecture.depth):
         base.get_submodule(str(index)).load_state_dict(
@@ -274,7 +280,7 @@ def put(model: PreTrainedModel, bed: Bed, blocks: Tensors) -> None:
 
 
 def _file(source: str) -> Path:
-    """Where a text is, or what it goes on from."""
+    """The file of a text, or of the pages that it continues."""
     if source in (C4, "c4.valid", GENERATED):
         return DATA / "texts" / f"{C4}.jsonl"
     return (TESTBED if source.startswith("mix") else DATA) / "texts" / f"{source}.txt"
@@ -292,7 +298,7 @@ def _documents(source: str) -> list[str]:
 
 
 def cell(table: str, method: str, pattern: str, seed: int) -> Cell:
-    """N:M, where it is asked for, is N:M in every matrix, as hardware wants it."""
+    """The cell of a table. N:M is N:M in every matrix, as hardware needs it."""
     how = METHODS[table][method]
     key = {"table": table, "model": NAME, "method": method, "pattern": pattern, "seed": seed}
     if method == "dense" or method in LLMCOMPRESSOR:
@@ -305,7 +311,7 @@ def cell(table: str, method: str, pattern: str, seed: int) -> Cell:
 
 
 def cells() -> Iterator[Cell]:
-    """What decides comes first: one seed of every table, then the others."""
+    """All cells. Those that decide come first: one seed of every table, then the others."""
     yield cell("main", "dense", "50%", 0)
     for pattern in ("50%", "2:4", "60%", "70%"):
         yield from (cell("main", method, pattern, 0) for method in MAIN if method != "dense")
@@ -329,14 +335,14 @@ def lab(asked: Cell) -> Lab:
 
 
 def prune(asked: Cell, out: Path) -> Record:
-    """Prune as a cell says; a file per block with its masks. The cost."""
+    """Prune by a cell's recipe, write a file per block with its masks, and return the cost."""
     here, how = lab(asked), asked.recipe("ppl")
     assert how is not None
 
     def work() -> None:
         kept, _ = here.allocated(how)
         if how.induce is None:
-            here.forget()  # stage prune never has what the allocation alone needed
+            here.forget()  # stage prune does not hold the measurements of the allocation either
         for index, block in here.blocks(how, kept):
             masks = {f"{MASK}{parameter}": mask for parameter, mask in block.masks.items()}
             tensors = {parameter: tensor.cpu().contiguous() for parameter, tensor in block.tensors.items()}
@@ -349,7 +355,9 @@ def prune(asked: Cell, out: Path) -> Record:
 
 
 def distil(asked: Cell, start: Path, out: Path) -> Record:
-    """Train the pruned blocks of a directory as a cell says; the cost, and what the gate found."""
+    """Train the pruned blocks of a directory by a cell's method, and return the cost and the facts
+    of the gate.
+    """
     here, how = lab(asked), METHODS[asked.key["table"]][asked.key["method"]]
     settings = params.parse(DistilParams, merge(section("distil"), how.distil or {}), "distil")
     model, facts = here.bed.stream(), {}
@@ -358,7 +366,7 @@ def distil(asked: Cell, start: Path, out: Path) -> Record:
         if not how.learns
         else {**here.rows, "fit": here.bed.rows(asked.source, how.learns, asked.key["seed"])}
     )
-    if how.learns:  # no held-out rows
+    if how.learns:  # without held-out rows
         judging = {tuple(row) for row in rows["held_out"].tolist()}
         rows["fit"] = torch.stack([row for row in rows["fit"] if tuple(row.tolist()) not in judging])
 
@@ -395,8 +403,8 @@ def _split(stored: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
 def pruned(asked: Cell, folder: Path) -> tuple[Path, Record]:
     """The directory of a cell's pruned blocks, and its cost.
 
-    What distilled models start from is kept below ``results/cells`` for them, as long as neither
-    recipe, inputs nor code change.
+    Pruned models from which distilled ones start are kept below ``results/cells``, as long as
+    neither recipe, inputs nor code change.
     """
     name = asked.key["method"]
     if asked.key["table"] != "main" or not any(
@@ -408,13 +416,13 @@ def pruned(asked: Cell, folder: Path) -> tuple[Path, Record]:
     told = kept / "cost.json"
     if not told.exists():
         kept.mkdir(parents=True, exist_ok=True)
-        told.write_text(json.dumps(alone(prune, asked, kept)), encoding="utf-8")  # last of all
+        told.write_text(json.dumps(alone(prune, asked, kept)), encoding="utf-8")  # written last
     found: Record = json.loads(told.read_text(encoding="utf-8"))
     return kept, found
 
 
 def made(asked: Cell, folder: Path) -> tuple[Tensors, Record]:
-    """The blocks that a cell's method leaves, and what they cost."""
+    """The blocks that result from a cell's method, and their cost."""
     key, how = asked.key, METHODS[asked.key["table"]][asked.key["method"]]
     if key["method"] == "dense":
         return {}, {"wall_s": 0.0, "cpu_s": 0.0, "peak_bytes": 0, "peak_gpu_bytes": None}
@@ -454,7 +462,7 @@ def real() -> Real:
 
 
 def measure(asked: Cell) -> list[Record]:
-    """A record per text."""
+    """Measure a cell: a record per text."""
     bed, key = real(), asked.key
     with tempfile.TemporaryDirectory() as folder:
         blocks, told = made(asked, Path(folder))
@@ -497,7 +505,9 @@ def tasks(bed: Real, blocks: Tensors) -> Record:
 
 
 def _error(items: Sequence[Any]) -> float:
-    """The standard error of the mean of means: of each task's items, text of digits or numbers."""
+    """The standard error of the mean of task means, from each task's items (a text of digits, or
+    numbers).
+    """
     variances: list[float] = [stats.variance([float(score) for score in one]) / len(one) for one in items]
     return math.sqrt(sum(variances)) / len(variances)
 
@@ -506,7 +516,7 @@ def _error(items: Sequence[Any]) -> float:
 
 
 def base(record: Record) -> Record:
-    """Which method closes nothing of the gap in a record's table."""
+    """The baseline of a record, which closes nothing of the gap in its table."""
     method = {"induction": record["method"].removesuffix(INDUCED), "sparsity": "uniform"}.get(
         record["table"], "sparsegpt"
     )
@@ -541,8 +551,8 @@ def show(records: list[Record]) -> None:
 
 
 def task_table(records: Sequence[Record]) -> str:
-    """Markdown: the mean of nine tasks ± its standard error; its distance from SparseGPT's ± that
-    of the difference item by item.
+    """Markdown table: the mean of nine tasks ± its standard error, and its distances from dense and
+    from SparseGPT ± the standard error of the differences item by item.
     """
     known = {
         (r["pattern"], r["method"]): r["tasks"]
@@ -557,7 +567,7 @@ def task_table(records: Sequence[Record]) -> str:
 
 
 def task_mean(found: Record) -> str:
-    """In percent ± its standard error."""
+    """The task mean in percent ± its standard error."""
     return f"{100 * found['mean']:.2f} ± {100 * found['stderr']:.2f}"
 
 

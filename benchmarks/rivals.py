@@ -2,10 +2,10 @@
 run rivals|rivals_rows|rivals_cost``.
 
 A cell prunes a testbed with one method in a process of its own. Its cost runs from model in memory
-to pruned (imports excluded; what a method needs of sensitivity, calibration and curves included),
-its memory is the peak above what was there before. Perplexity is taken here, of all methods alike.
-llm-compressor runs in an environment of its own (``make rivals-environment``) on the same token
-ids.
+to pruned. Imports are excluded; the sensitivities, statistics and curves that a method needs are
+included. Its memory is the peak above the level before. Perplexity is measured here, in the same
+way for all methods. llm-compressor runs in an environment of its own (``make rivals-environment``)
+on the same token ids.
 """
 
 import json
@@ -42,8 +42,8 @@ CYCLES = 50  # DSnoT: swaps per row at most, the authors' default
 
 @dataclass(frozen=True)
 class Method:
-    """A variant of params.yaml (none for llm-compressor's), what is laid over it, and on how much
-    of which text.
+    """A variant of params.yaml (none for llm-compressor's), the changes to it, and its calibration
+    text.
     """
 
     variant: str | None
@@ -54,13 +54,13 @@ class Method:
 
 MAIN = {name: Method(name) for name in ("magnitude", "wanda", "sparsegpt", "fast", "best")}
 THEIRS = {name: Method(None) for name in LLMCOMPRESSOR}
-REFERENCES = {  # Wanda with others' swaps; SparseGPT under others' cheap allocations
+REFERENCES = {  # Wanda with others' swaps; SparseGPT with others' cheap allocations
     "dsnot": Method("wanda"),
     "owl": Method("sparsegpt", {"allocation": {"method": "owl", "alpha": 0.08}}),
     "dlp": Method("sparsegpt", {"allocation": {"method": "dlp", "alpha": 0.15}}),
 }
 BLOCKWISE = {"statistics": "per_block", "dense_target": 0.0}
-PARTS = {  # what each part adds: one taken away from a preset, or another in its place
+PARTS = {  # what each part adds: a preset without it, or with another in its place
     "best, uniform": Method("best", UNIFORM),
     "best, sweep's mask and weights": Method(
         "best", {"reconstruction": {"steps": ["obs", "finetune"], **BLOCKWISE}}
@@ -82,7 +82,7 @@ PARTS = {  # what each part adds: one taken away from a preset, or another in it
     "fast, search in float32": Method("fast", {"reconstruction": {"lsq": {"mask_dtype": "float32"}}}),
     "fast, sweep's mask": Method("fast", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
 }
-GROWING = ("sparsegpt", "fast", "best")  # what more text does, or another one
+GROWING = ("sparsegpt", "fast", "best")  # the methods for which the amount or the kind of text changes
 TEXT = {
     f"{name}, {source}": replace(MAIN[name], source=source) for source in (CODE, RANDOM) for name in GROWING
 }
@@ -92,7 +92,7 @@ METHODS = MAIN | THEIRS | REFERENCES | PARTS | TEXT | ROWS
 
 
 def cell(testbed: str, pattern: str, method: str, seed: int) -> Cell:
-    """N:M, where it is asked for, is N:M in every matrix, as hardware wants it."""
+    """The cell of a method. N:M is N:M in every matrix, as hardware needs it."""
     how, key = METHODS[method], {"testbed": testbed, "pattern": pattern, "method": method, "seed": seed}
     if how.variant is None:
         return Cell(key, {}, rows=how.rows, source=how.source)
@@ -157,10 +157,10 @@ def dsnot(here: Lab, kept: Kept) -> Iterator[tuple[int, Mapping[str, torch.Tenso
 
 
 def _swapped(weight: torch.Tensor, mask: torch.Tensor, moments: Moments) -> torch.Tensor:
-    """Per row, ε = E[(W − W⊙M) x] = Σ_pruned w_i μ_i. A swap grows the pruned weight that takes
-    most off ε for its inputs' variance, sign(ε)·w_i μ_i / Var x_i, and prunes the kept one with the
-    least |w|·‖x‖ among those whose loss pushes ε the other way; a row stops when no swap lowers
-    |ε|.
+    """The mask after swaps within rows. Per row, ε = E[(W − W⊙M) x] = Σ_pruned w_i μ_i. A swap
+    grows the pruned weight that lowers ε most relative to its input's variance, by sign(ε)·w_i μ_i
+    / Var x_i. It prunes the kept weight with the least |w|·‖x‖ among those whose loss moves ε the
+    other way. A row stops when no swap lowers |ε|.
     """
     diagonal, mask = moments.gram.diagonal(), mask.clone()
     variance = (diagonal - moments.mean.square()).clamp_min(1e-12)
@@ -182,7 +182,9 @@ def _swapped(weight: torch.Tensor, mask: torch.Tensor, moments: Moments) -> torc
 
 
 def one(asked: Cell, seed: int, out: Path) -> Record:
-    """Prune as the cell says, in this process: its cost; the blocks go to a directory."""
+    """Prune by a cell's recipe in this process, write the blocks to a directory, and return the
+    cost.
+    """
     here = Lab(Testbed(asked.key["testbed"])).at(asked.source, asked.rows, seed)
     how = asked.recipe("ppl")
     assert how is not None
@@ -191,12 +193,12 @@ def one(asked: Cell, seed: int, out: Path) -> Record:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
     cpu, started = time.process_time(), time.perf_counter()
     kept, _ = here.allocated(how)
-    here.forget()  # stage prune never has what the allocation alone needed
+    here.forget()  # stage prune does not hold the measurements of the allocation either
     swapped = asked.key["method"] == "dsnot"
     blocks = (
         dsnot(here, kept) if swapped else ((index, block.tensors) for index, block in here.blocks(how, kept))
     )
-    for index, tensors in blocks:  # each is written as it comes, as stage prune does
+    for index, tensors in blocks:  # each is written at once, as in stage prune
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, out / f"{index}.safetensors"
         )
@@ -209,12 +211,12 @@ def one(asked: Cell, seed: int, out: Path) -> Record:
 
 
 def called(*command: str | Path, limit: float | None = None) -> Record:
-    """What another process tells in the last line of JSON that it prints. It has as many threads as
-    this one, and no GPU where this one uses none.
+    """The last line of JSON that another process prints. The process has as many threads as this
+    one, and no GPU if this one uses none.
 
     Raises:
         TimeoutError: it took longer than ``limit`` seconds, and was stopped.
-        click.ClickException: it told nothing.
+        click.ClickException: it printed none.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     if settings.device_name() == "cpu":
@@ -236,12 +238,12 @@ def called(*command: str | Path, limit: float | None = None) -> Record:
 def compressed(
     bed: Bed, rows: torch.Tensor, how: tuple[str, float, str], folder: Path
 ) -> tuple[Tensors, Record]:
-    """The blocks that llm-compressor leaves, and its cost, from a process of its own.
+    """The blocks that llm-compressor prunes in a process of its own, and the cost.
 
     Args:
-        rows: of calibration, [N, T].
+        rows: calibration rows [N, T].
         how: its method, share pruned, and pattern.
-        folder: for files on the way.
+        folder: for temporary files.
     """
     if not Path(PYTHON).exists():
         raise click.ClickException(
@@ -272,7 +274,7 @@ def compressed(
 
 
 def apart(asked: Cell, seed: int) -> tuple[Tensors, Record]:
-    """The blocks that a cell's method leaves, and its cost, from a process of its own."""
+    """The blocks that a cell's method prunes in a process of its own, and the cost."""
     bed, method = lab(asked.key["testbed"]).bed, asked.key["method"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "pruned"
@@ -293,7 +295,7 @@ def apart(asked: Cell, seed: int) -> tuple[Tensors, Record]:
 
 
 def judged(asked: Cell, texts: tuple[str, ...]) -> list[Record]:
-    """A record per text: perplexity and cost."""
+    """Measure a cell: a record per text, with perplexity and cost."""
     bed = lab(asked.key["testbed"]).bed
     blocks, cost = apart(asked, asked.key["seed"])
     ppl = {text: bed.perplexity(blocks, text) for text in texts}
@@ -304,8 +306,8 @@ def judged(asked: Cell, texts: tuple[str, ...]) -> list[Record]:
 
 
 def costs(records: list[Record]) -> str:
-    """Markdown: costs over those of llm-compressor's SparseGPT on the same testbed, pattern and
-    seed; medians, and the largest.
+    """Markdown table: costs relative to those of llm-compressor's SparseGPT on the same testbed,
+    pattern and seed; medians, and the largest.
     """
     lines = [
         "| over llm-compressor's SparseGPT | wall, median (largest) | CPU | peak memory |",
@@ -331,7 +333,7 @@ def costs(records: list[Record]) -> str:
 
 
 def same_text(record: Record) -> Record:
-    """SparseGPT on the rows that a method was given."""
+    """The baseline of a record: SparseGPT on the same calibration rows."""
     method = record["method"]
     return {
         "method": (
@@ -352,7 +354,7 @@ RIVALS = Study(
 BY_ROWS = Study(
     "rivals_rows",
     cells_by_rows,
-    lambda asked: judged(asked, ("validation", "test")),  # how many rows is chosen on validation text
+    lambda asked: judged(asked, ("validation", "test")),  # the number of rows is chosen on validation text
     base=same_text,
     texts=("validation", "test"),
     beside=("cpu_s", "CPU s"),

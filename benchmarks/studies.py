@@ -1,8 +1,8 @@
 """The studies: ``python -m benchmarks.studies run|table|verify STUDY``.
 
-``run sparsity --only testbed=llama --only seed=0`` computes what is not there yet; ``verify
-sparsity --cell "llama,unstructured,0.5,predicted,obs,0"`` computes one recorded cell anew and
-compares, without ``--cell`` random ones.
+``run sparsity --only testbed=llama --only seed=0`` computes the missing cells. ``verify sparsity
+--cell "llama,unstructured,0.5,predicted,obs,0"`` computes one recorded cell again and compares;
+without ``--cell``, it takes random ones.
 """
 
 import math
@@ -120,7 +120,7 @@ def sparsity() -> Iterator[Cell]:
 
 def select(records: list[Record]) -> None:
     """Mark, per testbed, pattern and sparsity, the combination with the least mean log perplexity
-    on validation text, of those with most seeds.
+    on validation text, among those with most seeds.
     """
     groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Record]]] = {}
     for r in records:
@@ -137,9 +137,9 @@ def select(records: list[Record]) -> None:
             r["selected"] = True
 
 
-# Reconstruction: uniform 60%, SparseGPT's mask, then what is left is rebuilt.
+# Reconstruction: uniform 60%, SparseGPT's mask, then the remaining weights are reconstructed.
 DENSE = {"statistics": "per_site", "dense_target": 1.0}
-METHODS: dict[str, Changes] = {  # three seeds; what is laid over prune.reconstruction
+METHODS: dict[str, Changes] = {  # three seeds; changes to prune.reconstruction
     "sparsegpt": {},
     "asymmetric": {"steps": ["obs"], **DENSE},
     "lsq": {"steps": ["obs", "lsq"], **DENSE},
@@ -199,7 +199,7 @@ GRIDS: dict[tuple[str, int, str], Changes] = {  # method, bits, pruned; `ours` i
     ("ours", 4, "50%"): {},
     ("sparsegpt", 4, "2:4"): SWEEP,
     ("ours", 4, "2:4"): UNIFORM,
-    ("rtn, symmetric", 4, "none"): merge(NEAREST, SYMMETRIC),  # what was chosen against
+    ("rtn, symmetric", 4, "none"): merge(NEAREST, SYMMETRIC),  # alternatives that were not chosen
     ("gptq, symmetric", 4, "none"): merge(SWEEP, SYMMETRIC),
     ("ours, no refit", 4, "50%"): {"quantization": {"refit": []}},
 }
@@ -234,7 +234,7 @@ def size(lab: Lab, asked: Recipe | None, run: Run | None) -> Record:
 
 
 def sparsegpt(record: Record) -> Record:
-    """Against which gaps are measured."""
+    """The baseline of gaps."""
     return {"method": "sparsegpt"}
 
 
@@ -296,7 +296,7 @@ asked = click.argument(
 @click.option("--only", multiple=True, metavar="FIELD=VALUE", help="Only cells with this value of the key.")
 @click.option("--missing", is_flag=True, help="Only cells that the record lacks.")
 def run(study: Study, only: tuple[str, ...], missing: bool) -> None:
-    """Every cell that has no file yet; then the tables."""
+    """Compute every cell that has no file yet, and print the tables."""
     wanted = {name: value for name, _, value in (one.partition("=") for one in only)}
     fields = next(iter(study.every.values())).key
     if unknown := wanted.keys() - fields.keys():
@@ -309,7 +309,7 @@ def run(study: Study, only: tuple[str, ...], missing: bool) -> None:
 @main.command()
 @asked
 def table(study: Study) -> None:
-    """The tables of the record."""
+    """Print the tables of the record."""
     show(study, study.recorded())
 
 

@@ -2,8 +2,8 @@
 benchmarks.sweep ROWS COLUMNS``.
 
 Prints one line of JSON: CPU seconds of the sweep as the variant ``sparsegpt`` runs it, those of one
-product [R, C] × [C, C/2], which has as many multiply-adds as a sweep cannot do without (R·C²/2),
-and the ratio. Each is the best of three.
+product [R, C] × [C, C/2], and the ratio. The product has the multiply-adds that every sweep needs
+(R·C²/2). Each time is the best of three.
 """
 
 import json
@@ -35,8 +35,8 @@ def best(work: Callable[[], object]) -> float:
 
 
 def factorisation(columns: int, selection: SelectionParams) -> Factorisation:
-    """Of a random second moment [C, C] with eigenvalues between 1 and about 15: the identity and a
-    part of rank C/8.
+    """The factorisation of a random second moment [C, C] with eigenvalues between 1 and about 15:
+    the identity and a part of rank C/8.
     """
     rank = -(-columns // 8)
     part = torch.randn(columns, rank, generator=generator(0, "second moment"))

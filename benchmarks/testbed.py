@@ -39,8 +39,8 @@ Tensors = Mapping[int, Mapping[str, torch.Tensor]]
 
 
 class Bed:
-    """A checkpoint, and random rows for it; weights are read when asked for. Device and threads are
-    as the settings say.
+    """A checkpoint, and random rows for it. Weights are read on demand. Device and threads are
+    those of the settings.
     """
 
     def __init__(self, path: Path, length: int) -> None:
@@ -77,7 +77,7 @@ class Bed:
 
     @torch.no_grad()
     def perplexity(self, blocks: Tensors, text: str) -> float:
-        """Of the model with these tensors in the place of its own."""
+        """Perplexity of the model with these tensors in the place of its own."""
         base = self.whole.base_model.get_submodule(self.checkpoint.architecture.blocks)
         for index in range(self.checkpoint.architecture.depth):
             base.get_submodule(str(index)).load_state_dict(
@@ -86,7 +86,7 @@ class Bed:
         return perplexity(self.whole, self.rows(*TEXTS[text]), 16)
 
     def dense(self, text: str) -> float:
-        """The perplexity of the model as it is."""
+        """Perplexity of the dense model."""
         if text not in self.known:
             self.known[text] = self.perplexity({}, text)
         return self.known[text]
@@ -103,7 +103,7 @@ class Testbed(Bed):
         super().__init__(ROOT / name, LENGTH)
 
     def rows(self, source: str, count: int, seed: int | None = None) -> torch.Tensor:
-        """Token rows [count, 256], drawn with the seed; the first ones without."""
+        """Token rows [count, 256], drawn with the seed; without a seed, the first ones."""
         if source == RANDOM:
             return super().rows(source, count, seed)
         asked = {

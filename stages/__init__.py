@@ -6,13 +6,13 @@ import signal
 import sys
 from types import FrameType, TracebackType
 
-# OpenMP's threads sleep while they wait, unless told otherwise: spinning, they take the cores from
-# whatever else runs.
+# OpenMP's threads sleep while they wait, unless told otherwise: spinning threads take cores from
+# other programs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What the imports raise."""
+    """Report an error that the imports raise."""
     from pipeline_lib.core import bugs
 
     print(f"error: {bugs.tell(error)}", file=sys.stderr, flush=True)
@@ -20,15 +20,16 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def _interrupted(number: int, _frame: FrameType | None) -> None:
-    """Ctrl-C before a stage's body, or after it: the imports take seconds. An exception might be
-    swallowed where it is raised.
+    """Handle Ctrl-C before a stage's body (the imports take seconds) or after it. An exception
+    might be swallowed where it is raised.
     """
     os.write(2, b"error: SIGINT came; run the same command again.\n")
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
 
-if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].startswith("stages."):  # else another program's
+# otherwise another program imports this package
+if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].startswith("stages."):
     sys.excepthook = _uncaught
     if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
         signal.signal(signal.SIGINT, _interrupted)
@@ -38,7 +39,9 @@ for _stream in (sys.stdout, sys.stderr):  # a terminal may know few characters
 
 
 def _hand_over() -> None:
-    """To a process that has torch imported already, if `python -m stages.preload` runs one."""
+    """Hand over to a process that has already imported torch, if `python -m stages.preload` runs
+    one.
+    """
     from pipeline_lib.core import preloaded
 
     preloaded.hand_over()

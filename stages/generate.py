@@ -22,7 +22,7 @@ def main(name: str) -> None:
         from pipeline_lib.texts.texts import TextParams
 
         text = params.load(TextParams, f"texts.{name}")
-        assert text.generated is not None  # else it would have been refused
+        assert text.generated is not None  # validated
         tell(
             f"generate {name}:"
             f" {generate(workspace, params.load(ModelParams, 'model'), name, text, text.generated)}"

@@ -1,7 +1,5 @@
 """Learn one variant's factors and selection weights, block by block. They are kept only if they are
 better on the held-out split. Resumes after a kill.
-
-They are kept only where they are better on the held-out split. Resumes after a kill.
 """
 
 import click
