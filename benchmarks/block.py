@@ -1,16 +1,17 @@
-"""Pruning one decoder block of real shape, beside its floor and llm-compressor: ``python -m
-benchmarks.block [SHAPE,METHOD,TOKENS ...]``.
+"""Measure the pruning of one decoder block of real shape, beside its floor and llm-compressor:
+``python -m benchmarks.block [SHAPE,METHOD,TOKENS ...]``.
 
 The block has random weights; its rows are random tokens, whose embeddings have a few outlier
 channels. It is pruned to 60%, uniformly, by variants of params.yaml through the library's own
 functions. Everything is float32, in memory at the start, and in a process of its own.
 
-The *floor* is what SparseGPT cannot do without, as bare library calls: the forward passes that the
-library does for a model of one block (one that ends before the last product, and one batch through
-the pruned block), Gram matrices, two Cholesky factorisations and an inverse per site, and per
-matrix [R, C] one product with R·C²/2 multiply-adds. ``rival_s`` is llm-compressor's SparseGPT on
-the same files (``make rivals-environment``). ``planned_bytes`` is the peak that `make plan` predicts.
-Floor and rival are measured once per run for all methods of a shape and number of tokens.
+The *floor* is the work that SparseGPT cannot avoid, as bare library calls. It has the forward
+passes of the library for a model of one block: one that ends before the last product, and one batch
+through the pruned block. It has Gram matrices, two Cholesky factorisations and an inverse per site,
+and per matrix [R, C] one product with R·C²/2 multiply-adds. ``rival_s`` is llm-compressor's
+SparseGPT on the same files (``make rivals-environment``). ``planned_bytes`` is the peak that `make
+plan` predicts. Floor and rival are measured once per run for all methods of a shape and number of
+tokens.
 
 Without names, every row runs that ``results/block.json`` lacks for this device (SPARSELINE_DEVICE).
 Named rows are measured again.

@@ -67,11 +67,11 @@ def minimise(
     Exact for the hulls f_i. The search starts at the lower bounds. It takes the hulls' segments,
     over all matrices, by increasing slope (loss per weight, the most negative first) until the
     budget is spent, the last one in part. Slopes increase within a matrix, so its segments come in
-    order. Let λ be the slope of the last segment: every weight taken lowers the loss at a slope ≤
-    λ, every other weight would do so at ≥ λ, so each k_i minimises f_i(k) − λk within its bounds.
-    For any other k' with the same sum, Σ f_i(k'_i) ≥ Σ f_i(k_i) + λ·Σ (k'_i − k_i) = Σ f_i(k_i).
-    With equal quanta the same holds for whole quanta, because segments break at them; unequal ones
-    are rounded as in ``allocate``.
+    order. Let λ be the slope of the last segment. Every weight taken lowers the loss at a slope ≤
+    λ, and every other weight would do so at ≥ λ. So each k_i minimises f_i(k) − λk within its
+    bounds. For any other k' with the same sum, Σ f_i(k'_i) ≥ Σ f_i(k_i) + λ·Σ (k'_i − k_i) = Σ
+    f_i(k_i). With equal quanta the same holds for whole quanta, because segments break at them;
+    unequal ones are rounded as in ``allocate``.
 
     Returns:
         Kept counts as in ``allocate``; equal slopes are taken in turns.

@@ -85,7 +85,7 @@ _Representer.add_representer(
 
 
 def _yaml() -> YAML:
-    """A reader that writes a file again as it was, line for line."""
+    """A YAML object that writes a file again as it was, line for line."""
     yaml = YAML()
     yaml.preserve_quotes, yaml.width, yaml.Representer = True, 10_000, _Representer
     return yaml
@@ -139,7 +139,7 @@ def _commit(hub_id: str, revision: str | None) -> str:
 
 
 def _selection(values: Any, choices: Choices) -> None:
-    """One variant, the preset, and what it prunes."""
+    """Set the one variant, the preset, and what it prunes."""
     for name in [name for name in values["variants"] if name != choices.preset]:
         del values["variants"][name]
     variant = values["variants"][choices.preset]

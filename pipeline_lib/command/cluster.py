@@ -92,8 +92,8 @@ class ClusterJob:
 
 
 def submit(names: Sequence[str], how: How) -> Iterator[str]:
-    """Submit these variants, or all if none is named; yields a sentence per job. Local jobs are run
-    to their end.
+    """Submit these variants, or all if none is named, and yield a sentence per job. Local jobs are
+    run to their end.
 
     Raises:
         SparselineError: there is no such variant, the project cannot be cloned, there is no Slurm, or a
@@ -204,7 +204,7 @@ def _here(
 
 
 def _source() -> tuple[Path, str]:
-    """Make the repository that the jobs clone, with uncommitted changes; returns the submission's
+    """Make the repository that the jobs clone, with uncommitted changes. Returns the submission's
     folder, and the project's directory in the repository. Folders of earlier submissions are
     deleted after two weeks.
 

@@ -18,7 +18,7 @@ from pipeline_lib.core.preloaded import SIGNALS
 
 SECONDS = 10.0  # for one item
 BYTES = 2**32  # of memory beyond what this process has
-_NUMBER = 8  # bytes of a length
+_NUMBER = 8  # bytes that hold a length
 
 In = TypeVar("In")
 

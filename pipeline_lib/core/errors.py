@@ -4,8 +4,8 @@
 class SparselineError(Exception):
     """Bad input, described in one sentence: what is wrong, where, and how to correct it.
 
-    Stages print it and exit with code 2. Any other exception of a stage is a bug and keeps its
-    traceback.
+    Stages print it and exit with code 2. Any other exception of a stage is a bug, and its traceback
+    goes to a file (``bugs.tell``).
     """
 
 

@@ -42,7 +42,7 @@ MODULES = (
     "transformers.models.auto",
 )
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # that ask a process to end
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # signals that ask a process to end
 LOOK = 0.1  # seconds between two looks whether the command has ended
 _NUMBER = struct.Struct("!q")
 

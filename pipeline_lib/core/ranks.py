@@ -81,7 +81,7 @@ def part(items: int) -> range:
 
 
 def division(items: int, processes: int) -> list[range]:
-    """The numbers of 0 … ``items`` - 1 that each of some processes computes."""
+    """For each of some processes, the consecutive numbers of 0 … ``items`` - 1 that it computes."""
     borders = [place * items // processes for place in range(processes + 1)]
     return [range(first, last) for first, last in pairwise(borders)]
 

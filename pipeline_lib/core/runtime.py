@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 COSTS = Path("build/costs")
-LOST = 4  # exit code where another process of the same stage is gone
+LOST = 4  # exit code if another process of the same stage is gone
 _used: "set[torch.device]" = set()  # by this process, which is one stage
 _peaks: list[int] = []  # bytes on the GPUs of its workers
 
@@ -169,9 +169,9 @@ def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str]
     stage that `dvc` started ends when that `dvc` ends.
 
     Args:
-        name: of the cost record ``build/costs/<name>.json``: wall seconds, CPU seconds, peak
-            memory, and peak GPU memory (null on a CPU). DVC does not track it, because equal runs
-            must write equal outputs.
+        name: name of the cost record ``build/costs/<name>.json``: wall seconds, CPU seconds, peak
+            memory, and peak GPU memory (null on a CPU). DVC does not track the record, because
+            equal runs must write equal outputs.
         output: one of the stage's outputs. The record has its SHA-256, so that a reader can tell
             whether the output is still this run's.
     """
@@ -201,7 +201,9 @@ def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str]
 
 
 def resume_key(name: str, facts: str, inputs: list[Path]) -> str:
-    """A key over parameters, the inputs' bytes, the code of the stage of this name, and torch's version."""
+    """A key over parameters, the inputs' bytes, the code of the stage of this name, torch's
+    version, and the device with its threads and library of products.
+    """
     import torch
 
     from pipeline_lib.core import products

@@ -54,13 +54,13 @@ def hold(name: str, key: str, what: str) -> Iterator[Scratch]:
     them finds all blocks finished. They are kept if the body fails. Keys that have not been used
     for two weeks are removed.
 
+    Of a stage's processes, the first holds the key. The others get the same place, each with a
+    directory of its own.
+
     Args:
         name: the stage's name.
         key: 32 hexadecimal digits, see ``runtime.resume_key``.
         what: the beginning of messages, "prune wanda".
-
-    Of a stage's processes the first holds the key. The others get the same place, each with a
-    directory of its own.
 
     Raises:
         SparselineError: no directory can be written.

@@ -22,7 +22,7 @@ SCHEMA = 1  # raised when an artifact's meaning changes; docs/artifacts.md descr
 KEY, FILE = "seal", "seal.json"
 METADATA = "sparseline"  # key of a safetensors file's metadata
 _OPEN = "sha256:" + "0" * 64  # stands for the digest while it is computed
-THREADS = 8  # that hash a directory's files: hashing is slower than a disk
+THREADS = 8  # threads that hash a directory's files: hashing is slower than a disk
 
 
 class BrokenSealError(Exception):

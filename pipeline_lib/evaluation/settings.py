@@ -29,7 +29,7 @@ class EvaluateParams(Params):
 
 
 class EvaluatePart(Params):
-    """What ``evaluate`` measures, on every variant and on the source model."""
+    """The parameters of ``evaluate``, for every variant and the source model."""
 
     evaluate: EvaluateParams
     texts: list[str]
@@ -63,7 +63,7 @@ class Preset(Params):
     shots: int = Field(ge=0)
     seed: int  # choice of the examples
     chat_template: bool  # prompts as chats, in the model's own template
-    system: str | None  # said before every prompt; with ``chat_template`` by the role ``system``
+    system: str | None  # text before every prompt; with ``chat_template`` in the role ``system``
 
 
 class ChooseParams(Params):

@@ -73,10 +73,10 @@ def run_tasks(
     ``what`` is the name for progress.
 
     Raises:
-        SparselineError: a task does not exist, has no supported metric, or its data cannot be read
-            or are not below ``params.path``; an item has no answer (its continuation does not fit
-            into the window, or its likelihood is NaN or infinite); there are fewer than two items;
-            a chat has no template.
+        SparselineError: a task does not exist or has no supported metric. Its data cannot be read,
+            or are not below ``params.path``. An item has no answer: its continuation does not fit
+            into the window, or its likelihood is NaN or infinite. There are fewer than two items. A
+            chat has no template.
     """
     if not preset.names:
         return Measured({}, {}, {})

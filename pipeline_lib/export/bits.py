@@ -14,7 +14,7 @@ def words(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def stored(tensor: torch.Tensor) -> torch.Tensor:
-    """Where the bit pattern is not all zeros (bool, the tensor's shape)."""
+    """The mask of values whose bit pattern is not all zeros (bool, the tensor's shape)."""
     return words(tensor) != 0
 
 

@@ -89,7 +89,7 @@ class Facts(BaseModel):
 
     @property
     def blob(self) -> Blob:
-        """The decoded tensor."""
+        """Description of the decoded tensor."""
         return Blob(DTYPES[self.dtype or ""], tuple(self.shape))
 
     def check(self, parts: Mapping[str, Blob]) -> None:

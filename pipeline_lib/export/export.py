@@ -29,7 +29,7 @@ Card = Callable[[str, Mapping[str, Any]], str]  # format, content of build/sizes
 
 @dataclass(frozen=True)
 class _Counted(Checkpoint):
-    """A checkpoint whose readers are counted."""
+    """A checkpoint that counts the tensors that are read from it."""
 
     progress: Progress
 

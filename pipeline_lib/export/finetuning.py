@@ -62,7 +62,7 @@ def fitted(zeros: Zeros | None, model: torch.nn.Module) -> Zeros:
     """Zeros on a model's devices.
 
     Args:
-        zeros: None: the model's own zeros.
+        zeros: the zeros to keep; None: the model's own.
 
     Raises:
         SparselineError: there are none, or they do not match the model's parameters.
@@ -91,7 +91,7 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]  # transformers has no t
     def __init__(self, zeros: Zeros | None = None) -> None:
         """
         Args:
-            zeros: None: those that the model has when training begins.
+            zeros: the zeros to keep; None: those that the model has when training begins.
         """
         self._zeros = zeros
 
@@ -126,7 +126,7 @@ def merge(model: "PeftModel", zeros: Zeros | None = None) -> "PreTrainedModel":
     """The model with its adapters merged into the kept weights; pruned ones stay zero.
 
     Args:
-        zeros: None: the zeros of the model below its adapters.
+        zeros: the zeros to keep; None: those of the model below its adapters.
 
     Raises:
         SparselineError: as ``fitted``.

@@ -39,7 +39,7 @@ WIDE = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # routers, in float
 FLAT = "ffn_gate_inp_shexp.weight"  # one row, which is a vector in the file
 # llama.cpp's numbers
 FILE_TYPES: dict[Kind, int] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
-HALVES: dict[torch.dtype, Kind] = {torch.bfloat16: "BF16"}  # else F16
+HALVES: dict[torch.dtype, Kind] = {torch.bfloat16: "BF16"}  # all others: F16
 FLOATS = ("epsilon", "freq_base")  # keys of metadata that are float32
 SLACK = 2.0**-22  # tolerance for norms that are stored as w + 1
 # endings of config keys on which no logit depends; transformers may read other values back

@@ -71,7 +71,7 @@ class Groups:
         return weight
 
     def at_zero(self, codes: torch.Tensor) -> torch.Tensor:
-        """Where a code equals its zero point."""
+        """The mask of codes that equal their zero point."""
         found = torch.empty(codes.shape, dtype=torch.bool)
         target, source = self.logical(found), self.logical(codes)
         for inputs, _, zero in self.spans(source.shape[-1]):

@@ -1,4 +1,4 @@
-"""Bytes and bits per weight of the formats, and the theoretical limit. From plain numbers to JSON."""
+"""Bytes and bits per weight of the formats, and the theoretical limit, as JSON from plain numbers."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -97,7 +97,7 @@ def _row(batches: Sequence[torch.Tensor], place: int, number: int) -> torch.Tens
 class Fitted:
     """A block after its fit."""
 
-    tensors: dict[str, torch.Tensor]  # the block's parameters, zeros where they were
+    tensors: dict[str, torch.Tensor]  # the block's parameters; zeros stay where they were
     masks: Masks | None  # the masks chosen anew; None: unchanged
     # errors before and after, on held-out rows and on the first fitting batch; number of epochs kept
     facts: dict[str, float]

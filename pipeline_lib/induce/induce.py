@@ -195,7 +195,7 @@ class _Block:
         """
         shifts, signs = [], []
         for number, layer in enumerate(self.layers):
-            # drawn on the CPU for every device
+            # drawn on the CPU, so that every device gets the same signs
             drawn = torch.randint(2, (probes, len(layer.weight)), generator=random)
             signs.append(2.0 * drawn.to(layer.weight.device) - 1 if probes else None)
             u = log_u.get(layer.matrix.site, torch.zeros(()))
@@ -326,7 +326,8 @@ def induce_block(
             if unimproved >= params.patience:
                 break
     with torch.no_grad():
-        if held_out["learned"] < held_out[origin]:  # otherwise its candidate is its origin
+        # otherwise the candidate is its origin, which was judged already
+        if held_out["learned"] < held_out[origin]:
             judged["learned"] = (
                 error_of(_transform(*candidates["learned"], start)) if error_of else held_out["learned"]
             )

@@ -34,7 +34,7 @@ from pipeline_lib.solve.grid import Scheme, scheme
 from pipeline_lib.stats.inputs import calibration_file, calibration_rows, open_model
 from pipeline_lib.stats.lanes import share
 
-SECONDS = 300.0  # time between two states on the disk; more if writing one takes more than a twentieth of it
+SECONDS = 300.0  # minimum time between two states on the disk, see ``_States.keep``
 STATES = "states"
 
 

@@ -1,4 +1,4 @@
-"""Key files: what each stage reads of params.yaml and of the code.
+"""Key files: the parameters and the code that each stage reads.
 
 DVC runs a stage again only if its own file changes.
 """
@@ -61,7 +61,7 @@ def write(workspace: Workspace) -> str:
 
 
 def parts(variants: Mapping[str, Variant]) -> dict[str, BaseModel | None]:
-    """What each stage reads of params.yaml, by ``<stage>`` or ``<stage>/<variant>``.
+    """The parameters that each stage reads, by ``<stage>`` or ``<stage>/<variant>``.
 
     Raises:
         SparselineError: a value cannot be used.
@@ -121,7 +121,7 @@ class ChoosePart(params.Params):
 
 
 def choose(variants: Mapping[str, Variant]) -> ChoosePart:
-    """What ``choose`` reads; the earlier candidate wins ties.
+    """The parameters of ``choose``; the earlier candidate wins ties.
 
     Raises:
         SparselineError: the text is not evaluated.
@@ -132,7 +132,7 @@ def choose(variants: Mapping[str, Variant]) -> ChoosePart:
 
 
 class TasksPart(params.Params):
-    """What `tasks` measures on one model."""
+    """The parameters of `tasks` for one model."""
 
     tasks: TasksParams
     presets: dict[str, Preset]

@@ -11,7 +11,9 @@ from pipeline_lib.masks.settings import Group, Pattern, Score, SelectionParams
 
 @dataclass(frozen=True)
 class Rule:
-    """Shape letters: ``R`` outputs, ``C`` inputs of the matrix."""
+    """Score, comparison group and selection weights. Shape letters: ``R`` outputs, ``C`` inputs of
+    the matrix.
+    """
 
     score: Score
     pattern: Pattern

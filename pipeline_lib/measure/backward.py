@@ -30,7 +30,7 @@ class Subject:
 
     model: BlockModel
     rows: torch.Tensor  # token rows [N, T]
-    # block -> logical name -> matrix; only those that are asked for
+    # block -> logical name -> matrix; only the requested ones
     matrices: Mapping[int, Mapping[str, Matrix]]
 
     def batch(self, probe: int, count: int) -> torch.Tensor:

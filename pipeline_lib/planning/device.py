@@ -162,9 +162,10 @@ def trained(params: DistilParams, dtype: torch.dtype | None) -> float:
 
 
 def learning(params: DistilParams, shapes: Shapes) -> float:
-    """Memory of a distillation step besides weights: the inputs of every block for its samples; the
-    graph of a lane's samples in one block, or of all samples in all blocks without ``recompute``;
-    six copies of a few tokens' logits (both models', their logarithms, probabilities, gradient).
+    """Bytes of a distillation step besides weights. It holds the inputs of every block for its
+    samples, and the graph of a lane's samples in one block (without ``recompute``, of all samples
+    in all blocks). It also holds six copies of a few tokens' logits: both models', their
+    logarithms, probabilities, and gradient.
     """
     depth, lane = shapes.checkpoint.architecture.depth, math.ceil(params.batch_rows / LANES)
     boundaries = 4 * params.batch_rows * shapes.length * shapes.checkpoint.architecture.width * (depth + 1)

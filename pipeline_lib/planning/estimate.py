@@ -202,11 +202,11 @@ def _moments(work: Work) -> float:
 
 
 def _probing(work: Work) -> Estimate:
-    """The needs of `sensitivity`: every block's inputs for the process's probes of a pass, one
-    block, the graph of one probe in it, the logits of one row, and one block's full moments twice
-    (before and after they grow). A block takes 20 bytes per parameter (weights, probe vector,
-    gradients, products). Without second derivatives it takes 8, the graph is that of one batch, and
-    the logits are those of a few tokens. On disk, each lane has its moments.
+    """The needs of `sensitivity`. Memory holds every block's inputs for the process's probes of a
+    pass, one block, the graph of one probe in it, and the logits of one row. It holds one block's
+    full moments twice, before and after they grow. A block takes 20 bytes per parameter (weights,
+    probe vector, gradients, products). Without second derivatives it takes 8, the graph is that of
+    one batch, and the logits are those of a few tokens. On disk, each lane has its moments.
 
     The copies per token of every site's inputs, of every head's attention row and of the logits are
     fitted to a measurement. Time is that of all probes. With an agreement below 1, the probes of

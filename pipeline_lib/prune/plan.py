@@ -20,7 +20,7 @@ class Plan:
     """The steps of pruning a model."""
 
     needs: Needs
-    select: Step  # block by block, on the outputs of the pruned blocks before
+    select: Step  # block by block, on the outputs of the preceding pruned blocks
     finetune: tuple[Step, ...]  # window by window, in order: train and quantise the remaining weights
     window: int  # number of consecutive blocks that are trained together
 

@@ -56,9 +56,9 @@ def prune(
     tensors. An uninterrupted run passes its stream through the same tensors (rounded to the
     checkpoint's dtype), so the bytes are the same.
 
-    Memory: the streams (one, or two if a target needs the dense model; one value of the computing
-    dtype per token and channel each), and one window of blocks with the needs of its step
-    (``fit``). Nothing grows with depth.
+    Memory: the streams, and one window of blocks with the needs of its step (``fit``). There is one
+    stream, or two if a target needs the dense model, with one value of the computing dtype per
+    token and channel each. Nothing grows with depth.
 
     Args:
         rows: None if the plan needs no text; then no forward pass is run.

@@ -19,7 +19,7 @@ from pipeline_lib.solve.factor import NOT_FINITE, damping_unit, finite
 
 @dataclass(frozen=True)
 class Select:
-    """Magnitude, Wanda and OBD."""
+    """The step of Magnitude, Wanda and OBD."""
 
     selection: SelectionParams
     moments: Moments  # what the score reads: ``none``, or the ``diagonal`` of the second moment

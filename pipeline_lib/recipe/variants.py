@@ -20,7 +20,7 @@ OWN = ("induce", "curves", "distil")  # sections of a variant that override sect
 
 
 class CurvesPart(Params):
-    """What ``curves`` reads of a variant; the sparsity is not part of it."""
+    """The parameters of a variant that ``curves`` reads, without the sparsity."""
 
     selection: SelectionParams
     compensate: bool  # by the OBS sweep
@@ -28,7 +28,7 @@ class CurvesPart(Params):
 
 
 class AllocatePart(Params):
-    """What ``allocate`` reads of a variant."""
+    """The parameters of a variant that ``allocate`` reads."""
 
     sparsity: float  # overall
     by_hand: list[tuple[str, float]]  # pattern, sparsity: the first match counts
@@ -37,7 +37,7 @@ class AllocatePart(Params):
 
 
 class InducePart(Params):
-    """What ``induce`` reads of a variant; the budget comes from its allocation."""
+    """The parameters of a variant that ``induce`` reads; the budget comes from its allocation."""
 
     selection: SelectionParams
     compensate: bool
@@ -45,7 +45,7 @@ class InducePart(Params):
 
 
 class DistilPart(Params):
-    """How ``distil`` trains a variant."""
+    """The parameters of a variant that ``distil`` reads."""
 
     distil: DistilParams
     quantization: QuantizationParams | None  # None: its weights are on no grid
@@ -53,7 +53,7 @@ class DistilPart(Params):
 
 @dataclass(frozen=True)
 class Variant:
-    """A recipe, the parameters of its error curves, and what follows the pruning."""
+    """A recipe, the parameters of its error curves, and those of the stages after pruning."""
 
     name: str
     recipe: Recipe
@@ -69,7 +69,7 @@ class Variant:
 
     @property
     def curves(self) -> CurvesPart | None:
-        """None if the allocation reads no curves."""
+        """The parameters of ``curves``; None if the allocation reads no curves."""
         if not self.needs.curves:
             return None
         return CurvesPart(selection=self._any_sparsity, compensate=self._compensates, curves=self.measured)
@@ -84,7 +84,7 @@ class Variant:
 
     @property
     def induce(self) -> InducePart | None:
-        """None if no factors are learned."""
+        """The parameters of ``induce``; None if no factors are learned."""
         induce = self.recipe.induce
         return (
             None
@@ -94,7 +94,7 @@ class Variant:
 
     @property
     def distil(self) -> DistilPart | None:
-        """None if nothing is trained."""
+        """The parameters of ``distil``; None if nothing is trained."""
         grid = self.recipe.quantization
         return (
             None

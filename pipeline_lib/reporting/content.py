@@ -328,7 +328,7 @@ def _reconstruction(results: Results) -> Blocks:
     for name, step, found in fitted:
         kept = [
             one["epochs"] > 0 for one in found.values()
-        ]  # else the block before the fit was at least as good
+        ]  # otherwise the block before the fit was at least as good
         columns, said = [], []
         for side, rows in (("held_out", "held-out split"), ("fit", "training split")):
             pairs = [(one[f"{side}_before"], one[f"{side}_after"]) for one in found.values()]

@@ -23,8 +23,8 @@ class Size:
 
 
 def recommended(results: Results) -> Variant | None:
-    """The variant that the stage ``choose`` selected; without candidates, the one with the lowest
-    perplexity on its text (or on the main text).
+    """The variant that the stage ``choose`` selected. Without candidates, it is the one with the
+    lowest perplexity on the text of ``choose`` (or on the main text).
     """
     named = next((one for one in results.pruned if one.name == results.choice["chosen"]), None)
     wanted, texts = results.choice["text"], results.text_names

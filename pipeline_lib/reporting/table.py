@@ -27,7 +27,7 @@ Facts = Mapping[str, Any]  # a JSON file as docs/artifacts.md describes it
 class ReportParams(Params):
     """Section ``report``."""
 
-    baseline: str  # the variant that gaps are closed against
+    baseline: str  # the variant from which gaps are measured
     title: str
 
 
@@ -158,7 +158,9 @@ def layer_errors(facts: Facts) -> dict[int, float]:
 
 
 def induction(facts: Facts) -> dict[str, Facts]:
-    """Block -> what its gate judged and kept; empty for a variant that learns no factors."""
+    """Block -> the errors that its gate judged, and its choice; empty for a variant that learns no
+    factors.
+    """
     found = (facts["transform"] or {}).get("induction", {})
     return {block: found[block] for block in sorted(found, key=int)}
 
@@ -431,9 +433,9 @@ def _aligned(head: str, column: Column) -> list[str]:
 def summary(results: Results) -> dict[str, Any]:
     """Content of report/summary.json: quality and size, to six digits. DVC shows these as metrics.
 
-    ``gap`` as a share (``gap_closed``), where there is one; ``kl`` in nats per token and
-    ``agreement`` as a share, of a pruned variant; ``bytes`` of the files in the smallest format,
-    where a model was weighed.
+    ``gap`` is a share (``gap_closed``), where there is one. ``kl`` in nats per token and the share
+    ``agreement`` are those of a pruned variant. ``bytes`` are those of the files in the smallest
+    format, if sizes are known.
     """
     found = {}
     for variant in results.variants:

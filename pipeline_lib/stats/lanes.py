@@ -118,8 +118,8 @@ def fold_for(owners: Mapping[str, Sequence[int]], lanes: Iterable[Mapping[str, T
 
 
 def _summed(mine: list[Any], counts: Sequence[int], to: Sequence[int]) -> Any:
-    """The sum of all processes' values, of which ``counts`` gives the numbers. The first process of
-    ``to`` adds them up in order. None for processes that are not in ``to``.
+    """The sum of all processes' values; ``counts`` has each process's number of values. The first
+    process of ``to`` adds them up in order. None for processes that are not in ``to``.
     """
     me, whole = ranks.rank(), None
     for source, count in enumerate(counts):

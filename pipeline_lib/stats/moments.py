@@ -25,7 +25,8 @@ class SiteStatistics:
     maximum: torch.Tensor
     gram: torch.Tensor | None = None
     held_out_gram: torch.Tensor | None = None
-    # [] of an expert: the sum of its squared weights per token of all; None: 1
+    # [] for an expert: the sum of its squared router weights, divided by the number of all tokens;
+    # None: 1
     share: torch.Tensor | None = None
 
     @property

@@ -36,7 +36,8 @@ from pipeline_lib.texts.records import (
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MOST = 200_000  # files and directories of a text
-HUB_KEYS = {"id", "split", "field"}, {"config", "files", "join", "revision"}  # needed, and possible
+# required keys, and optional keys
+HUB_KEYS = {"id", "split", "field"}, {"config", "files", "join", "revision"}
 
 
 class GeneratedParams(Params):
