@@ -335,6 +335,7 @@ def test_independence_of_inputs() -> None:
     assert factorise(gram, 1e-9, "mean", "x").independence == pytest.approx(
         (2 * (1 - 0.36) + 3) / 5, rel=1e-5
     )
+    assert factorise(torch.zeros(6, 6), 0.01, "mean", "x").independence == 1
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from project import recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import curved_gram, make_model, token_rows
 
 from pipeline_lib.core.errors import SparselineError
@@ -609,6 +609,22 @@ def test_a_matrix_without_a_count_stays_dense(path: Path, score: str) -> None:
             assert torch.equal(
                 result.tensors[matrix.parameter], model.checkpoint.block(index)[matrix.parameter]
             )
+
+
+@pytest.mark.parametrize("steps", [("obs",), ("obs", "lsq"), ("obs", "lsq", "finetune")])
+def test_a_site_whose_inputs_are_always_zero_is_pruned(tmp_path: Path, steps: tuple[str, ...]) -> None:
+    """Such as what follows a dead activation: the masks have their counts, and all is finite."""
+    path = make_model(tmp_path / "dead", "llama", 2, seed=3, tokenizer=False)
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"].zero_()
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    model = model_of(path)
+    wanted = half(model)
+    asked = params(steps, lsq={"mask_iterations": 8})
+    for index, block in run(model, asked):
+        kept = {m.parameter: count for (where, m), count in wanted.items() if where == index}
+        assert {name: int(mask.count_nonzero()) for name, mask in block.masks.items()} == kept
+        assert all(bool(tensor.isfinite().all()) for tensor in block.tensors.values())
 
 
 def test_scores_that_are_no_numbers_are_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

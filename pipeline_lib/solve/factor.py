@@ -43,10 +43,11 @@ class Factorisation:
     @functools.cached_property
     def independence(self) -> float:
         """The mean share (0 … 1) of an input's variance that the other inputs do not explain. It is
-        1/(H_mm [H⁻¹]_mm), averaged over inputs that are not always zero.
+        1/(H_mm [H⁻¹]_mm), averaged over inputs that are not always zero; 1 if all are.
         """
         share = (self.diagonal * self.inverse_diagonal).reciprocal().mul_(~self.dead)
-        return float(share.sum() / (~self.dead).sum().clamp_min(1))
+        live = (~self.dead).sum()
+        return float((share.sum() + (live == 0)) / live.clamp_min(1))
 
     def whole(self) -> Curvature:
         """The curvature for scores of the whole matrix at once; columns are in their own order."""
