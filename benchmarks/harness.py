@@ -231,8 +231,9 @@ class Study:
                 click.echo(f"{name}: {error}", err=True)
                 continue
             if save:
-                command = ["git", "commit", "--quiet", "--only", str(self.record)]
-                subprocess.run([*command, "-m", f"Benchmark {self.name}: {name}"], cwd=ROOT, check=True)
+                message = ["-m", f"Benchmark {self.name}: {name}"]
+                for command in (["add"], ["commit", "--quiet", *message, "--only"]):
+                    subprocess.run(["git", *command, "--", str(self.record)], cwd=ROOT, check=True)
         return failed
 
     def _keep(self, cell: Cell) -> None:
