@@ -145,35 +145,26 @@ def _fast(name: str, changes: Changes, **more: Any) -> dict[str, Method]:
     return {f"fast, {name}": Method("fast", changes, **more)}
 
 
-CLOSED_FORM = {
-    "allocation": {"method": "predicted", "alpha": 0.2},
-    "reconstruction": {"statistics": "per_site", "dense_target": 0.5},
-}
-
-
-def _closed(name: str, changes: Changes) -> dict[str, Method]:
-    return {f"closed form, {name}": Method("fast", merge(CLOSED_FORM, changes))}
-
-
 def _distil(name: str, distil: Changes, **more: Any) -> dict[str, Method]:
     return {f"sparsegpt+distil, {name}": Method("sparsegpt", distil=distil, **more)}
 
 
+WEIGHT = {"allocation": {"method": "weight", "alpha": 0.15}}
+BLOCKWISE = {"reconstruction": {"statistics": "per_block", "dense_target": 0.0}}
 ABLATION = {  # one lever each, on validation texts at 50%
     "sparsegpt": MAIN["sparsegpt"],
     "fast": MAIN["fast"],
-    **_closed("predicted", {}),
-    **_closed("Algorithm 1", {"allocation": {"method": "weight", "alpha": 0.15}}),
-    **_closed("uniform", UNIFORM),
+    **_fast("uniform", UNIFORM),
+    **_fast("Algorithm 1", WEIGHT),
+    **_fast("statistics per block", BLOCKWISE),
+    **_fast("as in version 1", merge(WEIGHT, BLOCKWISE)),
+    **_fast("pruned stream", {"reconstruction": {"dense_target": 0.0}}),
+    **_fast("dense stream", {"reconstruction": {"dense_target": 1.0}}),
     **_fast("damping 0.001", {"selection": {"damping": 0.001}}),
     **_fast("damping 0.1", {"selection": {"damping": 0.1}}),
     **_fast("damping of each diagonal entry", {"selection": {"damping_of": "diagonal"}}),
-    **_fast("uniform", UNIFORM),
     **_fast("alpha 0.05", {"allocation": {"alpha": 0.05}}),
     **_fast("densities 0.35 to 0.75", {"allocation": {"density_bounds": [0.35, 0.75]}}),
-    **_fast("predicted", {"allocation": {"method": "predicted", "alpha": 0.2}}),
-    **_fast("site by site", {"reconstruction": {"statistics": "per_site"}}),
-    **_fast("dense stream", {"reconstruction": {"statistics": "per_site", "dense_target": 1.0}}),
     **_fast("sweep's mask", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
     **_fast("256 rows", {}, rows=256),
     **_fast("64 rows of 1,024", {}, rows=64, source=f"{C4}:1024"),

@@ -52,14 +52,19 @@ class Method:
     source: str = MIXTURE
 
 
-MAIN = {name: Method(name) for name in ("magnitude", "wanda", "sparsegpt", "fast", "best")}
+BLOCKWISE = {"statistics": "per_block", "dense_target": 0.0}
+# The `fast` of these records is version 1's preset. Today's is "best, no gradients".
+VERSION_1 = {"allocation": {"method": "weight", "alpha": 0.15}, "reconstruction": BLOCKWISE}
+MAIN = {
+    name: Method(name, VERSION_1 if name == "fast" else {})
+    for name in ("magnitude", "wanda", "sparsegpt", "fast", "best")
+}
 THEIRS = {name: Method(None) for name in LLMCOMPRESSOR}
 REFERENCES = {  # Wanda with others' swaps; SparseGPT with others' cheap allocations
     "dsnot": Method("wanda"),
     "owl": Method("sparsegpt", {"allocation": {"method": "owl", "alpha": 0.08}}),
     "dlp": Method("sparsegpt", {"allocation": {"method": "dlp", "alpha": 0.15}}),
 }
-BLOCKWISE = {"statistics": "per_block", "dense_target": 0.0}
 PARTS = {  # what each part adds: a preset without it, or with another in its place
     "best, uniform": Method("best", UNIFORM),
     "best, sweep's mask and weights": Method(
@@ -78,9 +83,13 @@ PARTS = {  # what each part adds: a preset without it, or with another in its pl
     "best, 4 epochs": Method("best", {"reconstruction": {"finetune": {"epochs": 4}}}),
     "best, 16 epochs": Method("best", {"reconstruction": {"finetune": {"epochs": 16}}}),
     "best, windows of 2": Method("best", {"reconstruction": {"finetune": {"window": 2}}}),
-    "fast, uniform": Method("fast", UNIFORM),
-    "fast, search in float32": Method("fast", {"reconstruction": {"lsq": {"mask_dtype": "float32"}}}),
-    "fast, sweep's mask": Method("fast", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
+    "fast, uniform": Method("fast", merge(VERSION_1, UNIFORM)),
+    "fast, search in float32": Method(
+        "fast", merge(VERSION_1, {"reconstruction": {"lsq": {"mask_dtype": "float32"}}})
+    ),
+    "fast, sweep's mask": Method(
+        "fast", merge(VERSION_1, {"reconstruction": {"lsq": {"mask_iterations": 0}}})
+    ),
 }
 GROWING = ("sparsegpt", "fast", "best")  # the methods for which the amount or the kind of text changes
 TEXT = {

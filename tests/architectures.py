@@ -47,6 +47,7 @@ STEPS = (
     "text test",
     "calibrate",
     "sensitivity",
+    "curves fast",
     "allocate fast",
     "prune fast",
     "evaluate fast",

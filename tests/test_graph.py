@@ -551,10 +551,11 @@ OTHER: dict[str, Any] = {
     "*.temper": 0.5,
     "*.density_bounds": [0.1, 0.9],
     "*.reconstruction.steps": ["obs", "lsq"],
-    "variants.fast.reconstruction.steps": ["lsq"],
+    "variants.fast.reconstruction.steps": ["obs", "lsq", "finetune_channels"],
     "*.statistics": "per_site",
     "variants.best.reconstruction.statistics": "per_block",
     "variants.distilled.reconstruction.statistics": "per_block",
+    "variants.fast.reconstruction.statistics": "per_block",
     "*.dense_target": 0.25,
     "*.reorder": 0.5,
     "*.parts": ["biases"],
@@ -586,8 +587,8 @@ LOADS = (
     " evaluate@* tasks-dense export@*"
 )
 REFUSED = "refused"
-# Which stages a key of params.yaml is for; the pattern with the most letters decides. ``best`` and
-# ``distilled`` alone read curves, ``best`` alone is exported and has tasks, ``papers`` alone is
+# Which stages a key of params.yaml is for; the pattern with the most letters decides. ``best``,
+# ``distilled`` and ``fast`` alone read curves, ``best`` alone is exported and has tasks, ``papers`` alone is
 # induced, ``distilled`` alone is distilled.
 FOR = {
     "model.path": LOADS,
@@ -608,7 +609,7 @@ FOR = {
     "calibrate.*": "calibrate curves@* induce@*",
     "scale.*": "scale",
     "sensitivity.*": "sensitivity",
-    "curves.*": "curves@best curves@distilled",
+    "curves.*": "curves@[bdf]*",
     "induce.*": "induce@papers prune@papers",
     "distil.*": "distil@distilled",
     "prune.batch_rows": "prune@[!sf]*",
@@ -618,20 +619,18 @@ FOR = {
     "prune.quantization.*": "prune@*",
     "prune.quantization.bits": "prune@* distil@distilled",  # which trains a quantised model's scales
     "prune.selection.sparsity": "allocate@* prune@*",
-    "prune.selection.pattern": "curves@best curves@distilled allocate@* induce@papers prune@*",
-    "prune.selection.score": (
-        "curves@best curves@distilled prune@sparsegpt prune@fast prune@best prune@distilled"
-    ),
-    "prune.selection.group": "curves@best curves@distilled induce@papers prune@[!mw]*",
-    "prune.selection.*": "curves@best curves@distilled induce@papers prune@*",
+    "prune.selection.pattern": "curves@[bdf]* allocate@* induce@papers prune@*",
+    "prune.selection.score": ("curves@[bdf]* prune@sparsegpt prune@fast prune@best prune@distilled"),
+    "prune.selection.group": "curves@[bdf]* induce@papers prune@[!mw]*",
+    "prune.selection.*": "curves@[bdf]* induce@papers prune@*",
     "prune.allocation.*": "allocate@* prune@*",
     "prune.allocation.method": "allocate@[mws]* prune@[mws]*",
     # whose output moments only `kronecker` reads
     "prune.allocation.weighting": "sensitivity allocate@* prune@*",
-    "prune.allocation.alpha": "allocate@[!bd]* prune@[!bd]*",
+    "prune.allocation.alpha": "allocate@[!bdf]* prune@[!bdf]*",
     "prune.reconstruction.*": "prune@*",
     "prune.reconstruction.steps": "prune@sparsegpt",
-    "prune.reconstruction.statistics": "prune@[!bd]*",
+    "prune.reconstruction.statistics": "prune@[!bdf]*",
     "prune.reconstruction.dense_target": REFUSED,  # alone: it needs `statistics: per_site`
     "prune.reconstruction.lsq.mask_iterations": "prune@[!fbd]*",
     "prune.reconstruction.finetune.rate": "prune@[!bd]*",
@@ -646,9 +645,9 @@ FOR = {
     "variants.*.selection.*": "prune@*",
     "variants.papers.selection.score": "induce@* prune@*",
     "variants.*.allocation.*": "allocate@* prune@*",
-    "variants.[bd]*.allocation.method": "curves@* allocate@* prune@*",
+    "variants.[bdf]*.allocation.method": "curves@* allocate@* prune@*",
     "variants.*.reconstruction.*": "prune@*",
-    "variants.[bd]*.reconstruction.statistics": REFUSED,  # `dense_target` needs it
+    "variants.[bdf]*.reconstruction.statistics": REFUSED,  # `dense_target` needs it
     "evaluate.*": "evaluate-dense evaluate@*",
     "tasks.*": "tasks-dense tasks@best",
     "tasks.path": "tasks-dense tasks@*",
