@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import statistics as stats
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,6 +120,7 @@ MAIN = {
     "sparsegpt+distil": Method("sparsegpt", distil={}),
     **{name: Method(None) for name in LLMCOMPRESSOR},
 }
+STARTS = {how.variant for how in MAIN.values() if how.distil is not None}  # of distilled models
 SEEDED = ("sparsegpt", "fast", "best")  # three seeds at 50%
 TASKED = ("dense", "sparsegpt", "fast", "best", "distilled")  # at 50% and 2:4
 INDUCED = " + induction"
@@ -394,22 +396,25 @@ def _split(stored: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
 def pruned(asked: Cell, folder: Path) -> tuple[Path, Record]:
     """The directory of a cell's pruned blocks, and its cost.
 
-    Pruned models from which distilled ones start are kept below ``results/cells``, as long as
-    neither recipe, inputs nor code change.
+    Those of the main table are kept below ``results/cells``, as long as neither recipe, inputs nor
+    code change: an evaluation that is killed does not cost a pruning, and distilled models start
+    from them.
     """
-    name = asked.key["method"]
-    if asked.key["table"] != "main" or not any(
-        how.distil is not None and how.variant == name for how in MAIN.values()
-    ):
+    if asked.key["table"] != "main":
         return folder, alone(prune, asked, folder)
-    digest = hashlib.sha256("".join(map(code.digest, CODE)).encode()).hexdigest()[:8]
-    kept = STUDY.file(asked).with_suffix("").with_name(f"{STUDY.file(asked).stem}-{digest}")
+    kept = place_of(asked)
     told = kept / "cost.json"
     if not told.exists():
         kept.mkdir(parents=True, exist_ok=True)
         told.write_text(json.dumps(alone(prune, asked, kept)), encoding="utf-8")  # written last
     found: Record = json.loads(told.read_text(encoding="utf-8"))
     return kept, found
+
+
+def place_of(asked: Cell) -> Path:
+    """Where the pruned blocks of a cell of the main table are kept."""
+    digest = hashlib.sha256("".join(map(code.digest, CODE)).encode()).hexdigest()[:8]
+    return STUDY.file(asked).with_suffix("").with_name(f"{STUDY.file(asked).stem}-{digest}")
 
 
 def made(asked: Cell, folder: Path) -> tuple[Tensors, Record]:
@@ -469,6 +474,8 @@ def measure(asked: Cell) -> list[Record]:
         and key["seed"] == 0
     )
     found = tasks(bed, blocks) if asked_tasks else None
+    if key["method"] not in STARTS:
+        shutil.rmtree(place_of(asked), ignore_errors=True)
     return [
         {**key, "text": text, "ppl": value, "dense": bed.dense(text), "tasks": found, **more}
         for text, value in ppl.items()

@@ -171,6 +171,24 @@ def test_a_distilled_model_starts_from_what_was_kept(
     assert found[0]["ppl"] != base[0]["ppl"]
 
 
+def test_an_evaluation_that_fails_does_not_cost_the_pruning(
+    ran: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the second run, which cannot prune. The blocks are removed when the record has them."""
+    cell = ("--only", "table=main", "--only", "pattern=50%", "--only", "seed=0", "--only", "method=fast")
+
+    def refused(*_: Any) -> Any:
+        raise RuntimeError("out of time")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(real, "tasks", refused)
+        assert ran(*cell, code=1)[1] == []
+    assert list(here.glob("record/cells/real/*/cost.json"))
+    monkeypatch.setattr(real, "prune", None)
+    assert [record["method"] for record in ran(*cell)[1]] == ["fast"] * 2
+    assert not list(here.glob("record/cells/real/*/cost.json"))
+
+
 def test_what_fails_does_not_keep_the_others(
     ran: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
