@@ -121,6 +121,7 @@ class Study:
     texts: tuple[str, ...] = TEXTS  # texts that have tables
     beside: tuple[str, str] | None = None  # field and unit of a value beside the perplexity
     judged: bool = True  # whether values that differ are an error; costs depend on the machine
+    whole: Callable[[Record], bool] = lambda record: True  # whether nothing of a record is missing
     finish: Callable[[list[Record]], None] = lambda records: None  # marks gathered records
     more: Callable[[list[Record]], list[str]] = lambda records: []  # other tables
     # the files that a cell reads
@@ -221,7 +222,7 @@ class Study:
             raise click.ClickException(
                 f"there is no cell {unknown[0]!r}; the first is {next(iter(self.every))}."
             )
-        recorded = {self._name(record) for record in self.recorded()}
+        recorded = {self._name(record) for record in self.recorded() if self.whole(record)}
         failed = []
         for name in names or [name for name in asked if name not in recorded]:
             try:

@@ -12,6 +12,9 @@ device. The nine tasks have 300 items each, in bfloat16.
 in git) as soon as it is done. A cell that is named by ``--cell`` is computed again; ``verify``
 computes recorded cells again and compares. Costs run from model in memory to pruned, in a process
 of its own. Those of a distilled model include those of the pruned model that it starts from.
+
+With ``SPARSELINE_TASKS=later``, cells are recorded without tasks, which take as long as pruning. A
+run without it adds them, and prunes nothing again.
 """
 
 import functools
@@ -80,6 +83,7 @@ NINE = (
 TASKS = Preset(
     names=[f"real_{name}" for name in NINE], limit=300, shots=0, seed=0, chat_template=False, system=None
 )
+LATER = os.environ.get("SPARSELINE_TASKS") == "later"  # tasks take as long as a pruning
 BATCH_ROWS = 8  # of evaluations
 TABLES = ("main", "induction", "sparsity", "ablation")
 # The model's own text: its continuations of the beginnings of C4 pages
@@ -467,19 +471,23 @@ def measure(asked: Cell) -> list[Record]:
     more = taken | {"peak_bytes": int(gpu or told["peak_bytes"]), "device": place(bed.device)}
     more |= {"training": told["training"]} if "training" in told else {}
     ppl = {text: bed.perplexity(blocks, text) for text in texts(key["table"])}
-    asked_tasks = (
-        key["table"] == "main"
-        and key["method"] in TASKED
-        and key["pattern"] in ("50%", "2:4")
-        and key["seed"] == 0
-    )
-    found = tasks(bed, blocks) if asked_tasks else None
-    if key["method"] not in STARTS:
+    found = tasks(bed, blocks) if tasked(key) and not LATER else None
+    if key["method"] not in STARTS and bool(found) == tasked(key):
         shutil.rmtree(place_of(asked), ignore_errors=True)
     return [
         {**key, "text": text, "ppl": value, "dense": bed.dense(text), "tasks": found, **more}
         for text, value in ppl.items()
     ]
+
+
+def tasked(key: Mapping[str, Any]) -> bool:
+    """Whether a cell, or a record of it, has tasks."""
+    return bool(
+        key["table"] == "main"
+        and key["method"] in TASKED
+        and key["pattern"] in ("50%", "2:4")
+        and key["seed"] == 0
+    )
 
 
 def tasks(bed: Real, blocks: Tensors) -> Record:
@@ -533,6 +541,7 @@ STUDY = Study(
     measure,
     columns=("pattern",),
     base=base,
+    whole=lambda record: bool(record["tasks"]) or not tasked(record),
     texts=(*REPORTED, *CHOSEN),
     beside=("cpu_s", "CPU s"),
     files=inputs,
