@@ -32,7 +32,7 @@ BATCH_TOKENS = 2048  # limit for calls with more than one row: the graph of a ca
 
 
 class OutputMoments:
-    """E[g gᵀ] [R, R] of every included matrix, or its diagonal [R], as a mean over predicted
+    """E[g gᵀ], shape [R, R], of every included matrix, or its diagonal [R], as a mean over predicted
     tokens. There is one file per block, and one block in memory.
 
     Probe p belongs to lane p mod 4, and each process has some lanes. Until all probes are done,
