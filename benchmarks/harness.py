@@ -232,8 +232,8 @@ class Study:
                 click.echo(f"{name}: {error}", err=True)
                 continue
             if save:
-                message = ["-m", f"Benchmark {self.name}: {name}"]
-                for command in (["add"], ["commit", "--quiet", *message, "--only"]):
+                commit = ["commit", "--quiet", "--only", "-m", f"Benchmark {self.name}: {name}"]
+                for command in (["add"], commit):  # git may not know the record yet
                     subprocess.run(["git", *command, "--", str(self.record)], cwd=ROOT, check=True)
         return failed
 

@@ -39,7 +39,7 @@ from benchmarks.alone import alone, cost
 from benchmarks.block import place
 from benchmarks.harness import MORE, PATTERNS, ROOT, UNIFORM, Cell, Record, Study, commands, selection
 from benchmarks.lab import Changes, Lab, section
-from benchmarks.rivals import LLMCOMPRESSOR, compressed
+from benchmarks.rivals import BLOCKWISE, LLMCOMPRESSOR, VERSION_1, compressed
 from benchmarks.studies import ALLOCATIONS, BASES
 from benchmarks.testbed import RANDOM, Bed, Tensors
 from benchmarks.testbed import ROOT as TESTBED
@@ -155,15 +155,13 @@ def _distil(name: str, distil: Changes, **more: Any) -> dict[str, Method]:
     return {f"sparsegpt+distil, {name}": Method("sparsegpt", distil=distil, **more)}
 
 
-WEIGHT = {"allocation": {"method": "weight", "alpha": 0.15}}
-BLOCKWISE = {"reconstruction": {"statistics": "per_block", "dense_target": 0.0}}
 ABLATION = {  # one lever each, on validation texts at 50%
     "sparsegpt": MAIN["sparsegpt"],
     "fast": MAIN["fast"],
     **_fast("uniform", UNIFORM),
-    **_fast("Algorithm 1", WEIGHT),
-    **_fast("statistics per block", BLOCKWISE),
-    **_fast("as in version 1", merge(WEIGHT, BLOCKWISE)),
+    **_fast("Algorithm 1", {"allocation": VERSION_1["allocation"]}),
+    **_fast("statistics per block", {"reconstruction": BLOCKWISE}),
+    **_fast("as in version 1", VERSION_1),
     **_fast("pruned stream", {"reconstruction": {"dense_target": 0.0}}),
     **_fast("dense stream", {"reconstruction": {"dense_target": 1.0}}),
     **_fast("damping 0.001", {"selection": {"damping": 0.001}}),

@@ -620,7 +620,7 @@ FOR = {
     "prune.quantization.bits": "prune@* distil@distilled",  # which trains a quantised model's scales
     "prune.selection.sparsity": "allocate@* prune@*",
     "prune.selection.pattern": "curves@[bdf]* allocate@* induce@papers prune@*",
-    "prune.selection.score": ("curves@[bdf]* prune@sparsegpt prune@fast prune@best prune@distilled"),
+    "prune.selection.score": "curves@[bdf]* prune@sparsegpt prune@fast prune@best prune@distilled",
     "prune.selection.group": "curves@[bdf]* induce@papers prune@[!mw]*",
     "prune.selection.*": "curves@[bdf]* induce@papers prune@*",
     "prune.allocation.*": "allocate@* prune@*",

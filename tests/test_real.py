@@ -5,6 +5,7 @@ protocol's numbers, and the library's own functions.
 import dataclasses
 import functools
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 from project import ROOT, text
 from tiny import load_full, make_model
 
-from benchmarks import calibration_text, real
+from benchmarks import calibration_text, harness, real
 from benchmarks.harness import Record
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.models.checkpoint import open_checkpoint
@@ -192,6 +193,30 @@ def test_an_evaluation_that_fails_does_not_cost_the_pruning(
         assert [record["tasks"] for record in ran(*cell)[1]] == [None] * 2
     assert [record["tasks"]["mean"] for record in ran(*cell)[1]] == [0.75] * 2
     assert not list(here.glob("record/cells/real/*/cost.json"))
+
+
+def test_records_are_committed_cell_by_cell(
+    ran: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one, too, which git does not know yet. Oracle: git's log, and what git has of the
+    record. What else has changed is not committed.
+    """
+    monkeypatch.setattr(harness, "ROOT", here)
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=here, check=True, capture_output=True, text=True)
+        return done.stdout
+
+    git("init", "--quiet")
+    for name in ("user.name", "user.email"):
+        git("config", name, "someone")
+    cell = ("--only", "table=main", "--only", "pattern=50%", "--commit", "--only")
+    ran(*cell, "method=dense")
+    ran(*cell, "method=magnitude")
+    said = "Benchmark real: main,SmolLM2-135M-Instruct"
+    assert git("log", "--format=%s").splitlines() == [f"{said},magnitude,50%,0", f"{said},dense,50%,0"]
+    assert git("ls-files").splitlines() == ["record/real.json"]
+    assert json.loads(git("show", "HEAD:record/real.json")) == real.STUDY.recorded()
 
 
 def test_what_fails_does_not_keep_the_others(
