@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,6 +35,7 @@ from pipeline_lib.stats.moments import (
     SiteStatistics,
     add_product,
     add_square,
+    drawn_together,
     mirror_,
     refresh,
 )
@@ -573,3 +575,14 @@ def test_cross_moments_are_of_both_streams_inputs(checkpoint: Checkpoint, one_si
         assert_moments(
             replace(found[site.name], cross=None, dense_mean=None), plain[site.name], rtol=0, atol=0
         )
+
+
+def test_experts_without_tokens_have_statistics_of_their_own() -> None:
+    """Oracle: the writer, which refuses tensors that share memory."""
+    pool = Accumulator(8, 8, gram=True)
+    pool.add(torch.randn(1, 8, 4, generator=torch.Generator().manual_seed(0)))
+    found = {"a": Accumulator(8, 8, gram=True), "b": Accumulator(8, 8, gram=True), "pool": pool}
+    drawn = drawn_together(found, {"a": "pool", "b": "pool"})
+    tensors = {k: v for site, one in drawn.items() for k, v in one.finish().tensors(site).items()}
+    assert safetensors.torch.save(tensors)
+    torch.testing.assert_close(tensors["a.maximum"], pool.maximum)

@@ -207,8 +207,8 @@ class Accumulator(WeightedSums):
             second_moment=(self.squares / self.count).float(),
             mean=(self.sum / self.count).float(),
             median=torch.cat(self.sample).median(0).values,
-            minimum=self.minimum,
-            maximum=self.maximum,
+            minimum=self.minimum.clone(),  # experts without tokens share their pool's extremes
+            maximum=self.maximum.clone(),
             gram=self.second_moment_matrix() if self.want_gram else None,
             held_out_gram=held_out.second_moment_matrix()
             if held_out is not None and held_out.gram is not None
