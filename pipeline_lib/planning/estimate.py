@@ -10,7 +10,7 @@ floats take 4 bytes while computing.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -390,13 +390,14 @@ def pruning(name: str, plan: Plan, shapes: Shapes, budget: float = math.inf) -> 
     )
     spilt = whole > settings.activation_bytes()
     kept = 3 * dtype.itemsize * shapes.length * shapes.batch_rows * width if spilt else streams
+    gpu = device.pruning(plan, shapes, budget)
+    shapes = replace(shapes, room=0 if spilt else settings.activation_bytes() - streams)
     passes = plan.needs.text + plan.needs.dense_stream  # through finished blocks
     flops = passes * shapes.forward + sum(step.flops(shapes) for step in plan.steps)
     memory = LIBRARIES + outside(checkpoint) + kept + max(step.memory(shapes) for step in plan.steps)
     disk = checkpoint.parameters * checkpoint.dtype.itemsize + checkpoint.parameters / 8 + spilt * whole
     beyond = min(_beyond(streams, budget), settings.activation_bytes() / shapes.processes)
     host = LIBRARIES + outside(checkpoint) + shapes.stored * shapes.block + beyond
-    gpu = device.pruning(plan, shapes, budget)
     flops *= shapes.blocks
     return Estimate(name, memory, disk, flops, gpu_bytes=gpu, host_bytes=host, processes=shapes.processes)
 

@@ -12,6 +12,7 @@ from pipeline_lib.models.folding import fold
 from pipeline_lib.models.places import Storage
 from pipeline_lib.models.stream import BlockModel, Stream
 from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.collect import Reference
 from pipeline_lib.prune.plan import Plan
 from pipeline_lib.prune.window import Block, Streams, Window
 from pipeline_lib.stats.lanes import Dealt, deal
@@ -111,18 +112,22 @@ def _pruned(
         ahead = streams.pruned if done or len(window) == 1 else streams.pruned.copy("ahead")
     for index in window:
         block = _opened(source, index)
-        dense = None if dense_stream is None else model.block(index, block.tensors)
+        reference = None
+        if dense_stream is not None:
+            dense = model.block(index, block.tensors)
+            reference = Reference(model, (index, dense), dense_stream, block.sites, advances=True)
+            del dense
         if not done:
             own = (
                 None
                 if streams is None or ahead is None
                 else Streams(ahead, dense_stream, streams.cut, streams.seen)
             )
-            plan.select.run(Window(model, {index: block}, own, dense))
+            plan.select.run(Window(model, {index: block}, own, reference))
             results[index] = block
-        if dense is not None and dense_stream is not None:
-            model.advance(dense, index, dense_stream)
-        del block, dense
+        if reference is not None:
+            reference.advance()
+        del block, reference
         if index != window[-1] and not done and ahead is not None:
             model.advance(model.block(index, results[index].tensors), index, ahead)
     del ahead
