@@ -11,17 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import make_checkpoint
-from project import (
-    WANDA,
-    build,
-    change_params,
-    invoke,
-    load_artifact,
-    make_workspace,
-    read_params,
-    scratch,
-    tree,
-)
+from project import WANDA, build, change_params, invoke, load_artifact, make_workspace, scratch, tree
 from pruned import Rounding, make_pruned
 from tiny import all_tensors, load_full, make_model, token_rows
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -62,7 +52,6 @@ def params(**changes: Any) -> DistilParams:
         "warmup": 0.0,
         "beta1": 0.9,
         "beta2": 0.95,
-        "text": "calibrate",
     }
     values |= {
         "batch_rows": 4,
@@ -550,48 +539,6 @@ def test_without_held_out_rows_the_fitting_rows_decide(workspace: Path) -> None:
     assert result.exit_code == 0 and "the training samples decide what is kept" in result.output, (
         result.output
     )
-
-
-def test_it_trains_on_a_text_of_its_own(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the same samples as the calibration text. The stage reads no other text."""
-    text = read_params(workspace)["texts"]["calibration"] | {"seed": 5, "rows": 12}
-    other = Path(shutil.copytree(workspace, workspace.parent / "other"))
-    change_params(workspace, "texts.calibration", text)
-    build("text calibration", "distil trained")
-    change_params(other, "texts.more", text | {"use": "distil"})
-    change_params(other, "distil.text", "distil")
-    shutil.rmtree(other / "build/texts/calibrate")
-    monkeypatch.chdir(other)
-    build("keys", "text more", "distil trained")
-    facts = [load_artifact(path / "build/training/trained.json") for path in (workspace, other)]
-    assert [one.pop("text") for one in facts] == ["calibration", "more"]
-    assert facts[0].pop("settings") | {"text": "distil"} == facts[1].pop("settings")
-    assert facts[0] == facts[1]
-    trained = [all_tensors(path / "build/distil/trained/checkpoint") for path in (workspace, other)]
-    assert all(torch.equal(trained[0][name], tensor) for name, tensor in trained[1].items())
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"distil.text": "distil"}, "distil.text = 'distil' needs exactly one text with use: distil, not 0"),
-        (
-            {"texts.validation.use": "distil"},
-            "texts.validation has use: distil, but distil.text = 'calibrate'",
-        ),
-        (
-            {"variants.trained.distil.text": "calibrate"},
-            "variants.trained.distil.text: all variants train on the same text",
-        ),
-    ],
-)
-def test_a_text_that_is_missing_or_not_read_is_refused(
-    workspace: Path, changes: dict[str, Any], words: str
-) -> None:
-    for place, value in changes.items():
-        change_params(workspace, place, value)
-    result = invoke("keys")
-    assert result.exit_code == 2 and words in result.output, result.output
 
 
 @pytest.mark.parametrize(

@@ -512,7 +512,6 @@ OTHER: dict[str, Any] = {
     "distil.state_dtype": "bfloat16",
     "distil.warmup": 0.2,
     "distil.beta*": 0.5,
-    "distil.text": "distil",
     "prune.reconstruction.lsq.mask_dtype": "float32",
     "texts.*.use": "neither",
     "texts.*.kind": "files",
@@ -613,7 +612,6 @@ FOR = {
     "curves.*": "curves@[bdf]*",
     "induce.*": "induce@papers prune@papers",
     "distil.*": "distil@distilled",
-    "distil.text": REFUSED,  # no text has this use
     "prune.batch_rows": "prune@[!sf]*",
     "prune.export": "export@[!b]*",
     "prune.tasks": "tasks@[!b]*",

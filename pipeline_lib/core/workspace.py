@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline_lib.core import artifacts, files, seals
 from pipeline_lib.core.errors import SparselineError
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import torch
 
 DENSE = "dense"  # the source model, in the place of a variant's name
-TrainingUse = Literal["calibrate", "distil"]  # uses of texts whose samples are split
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,7 @@ class Workspace:
         return self.build / "prepare/matrices.json"
 
     def texts(self, use: str) -> Path:
-        """Directory of the texts of a use (``calibrate``, ``distil`` or ``evaluate``), each in
-        ``<name>.safetensors``.
-        """
+        """Directory of the texts of a use (``calibrate``, ``evaluate``): ``<name>.safetensors``."""
         return self.build / "texts" / use
 
     def generated(self, text: str) -> Path:

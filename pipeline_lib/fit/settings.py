@@ -5,7 +5,6 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline_lib.core.params import Conflict, Params
-from pipeline_lib.core.workspace import TrainingUse
 
 Order = Literal["spectral", "frobenius", "nuclear"]
 
@@ -46,7 +45,6 @@ class DistilParams(Params):
     model.
     """
 
-    text: TrainingUse
     epochs: int = Field(ge=1)
     parts: list[Literal["weights", "biases", "norms"]] = Field(min_length=1)
     rate: float = Field(gt=0)

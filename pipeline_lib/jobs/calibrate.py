@@ -6,7 +6,7 @@ from pipeline_lib.core import artifacts, ranks, settings
 from pipeline_lib.core.progress import track
 from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.settings import ModelParams
-from pipeline_lib.stats.inputs import open_model, samples
+from pipeline_lib.stats.inputs import calibration_rows, open_model
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import InTurn, gram_bytes, walk
 
@@ -16,7 +16,7 @@ def calibrate(workspace: Workspace, source: ModelParams, params: CalibrateParams
     Returns a summary.
     """
     model = open_model(workspace, source)
-    rows = samples(workspace)
+    rows = calibration_rows(workspace)
     depth = model.checkpoint.architecture.depth
     grams = gram_bytes(model.checkpoint.architecture) <= settings.gram_bytes()
     walked = walk(model, rows["fit"], rows["held_out"], params, grams, to=[0])

@@ -11,7 +11,7 @@ from pipeline_lib.measure.curves import measure
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.recipe.variants import CurvesPart
 from pipeline_lib.stats.dense import DenseBlock
-from pipeline_lib.stats.inputs import open_model, samples
+from pipeline_lib.stats.inputs import calibration_rows, open_model
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import stored_or_walked
 
@@ -31,7 +31,7 @@ def curves(
         part.selection.shape.quantum(name, tuple(matrix["shape"]))
     sensitivities = workspace.load(workspace.sensitivity / "sensitivity.json")
     directory = workspace.opened(workspace.sensitivity / "moments")
-    fit = samples(workspace)["fit"]
+    fit = calibration_rows(workspace)["fit"]
     found: dict[str, dict[str, Any]] = {}
     weighted = False
     statistics = stored_or_walked(workspace.opened(workspace.statistics), model, fit, fit[:0], calibrate)

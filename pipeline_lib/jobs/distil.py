@@ -31,7 +31,7 @@ from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.recipe.variants import DistilPart
 from pipeline_lib.solve.grid import Scheme, scheme
-from pipeline_lib.stats.inputs import open_model, samples, samples_file
+from pipeline_lib.stats.inputs import calibration_file, calibration_rows, open_model
 from pipeline_lib.stats.lanes import share
 
 SECONDS = 300.0  # minimum time between two states on the disk, see ``_States.keep``
@@ -45,13 +45,13 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, part: Distil
     model = open_model(workspace, source)
     directory = workspace.opened(workspace.pruned(variant))
     pruned = open_checkpoint(directory / "checkpoint", model.checkpoint.architecture, source.remote_code)
-    rows = samples(workspace, params.text)
+    rows = calibration_rows(workspace)
     if not len(rows["held_out"]):
         click.echo(
             f"{what}: there is no held-out split (held_out: 0), so the training samples decide what is kept"
         )
     described = f"{part.model_dump_json()} {source.model_dump_json()}"
-    inputs = [workspace.model, directory / seals.FILE, samples_file(workspace, params.text)]
+    inputs = [workspace.model, directory / seals.FILE, calibration_file(workspace)]
     wanted = stream_bytes(
         share(rows["fit"].numel()),
         share(rows["held_out"].numel()),
@@ -83,7 +83,6 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, part: Distil
                 writer.finish()
         facts = {
             "settings": params.model_dump(mode="json"),
-            "text": samples_file(workspace, params.text).stem,
             "rows": len(rows["fit"]),
             "steps": len(curve),
             "held_out_before": before,

@@ -15,7 +15,7 @@ from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.transform import read_transforms, write_transforms
 from pipeline_lib.recipe.variants import InducePart
 from pipeline_lib.stats.dense import DenseBlock
-from pipeline_lib.stats.inputs import open_model, samples, samples_file
+from pipeline_lib.stats.inputs import calibration_file, calibration_rows, open_model
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import InTurn, stored_or_walked
 
@@ -31,7 +31,7 @@ def induce(
     entry, checkpoint = model.checkpoint.architecture, model.checkpoint
     allocated = workspace.load(workspace.allocation(variant))["kept"]
     starts, _ = read_transforms(workspace.opened(workspace.start.parent) / workspace.start.name, entry.depth)
-    rows = samples(workspace)
+    rows = calibration_rows(workspace)
     judging = rows["held_out"]
     if not len(judging):
         click.echo(
@@ -42,7 +42,7 @@ def induce(
     # The statistics follow from the model, the rows and `calibrate`; their own files may be too
     # large to hash.
     described = " ".join(one.model_dump_json() for one in (part, source, calibrate))
-    inputs = [workspace.model, workspace.allocation(variant), workspace.start, samples_file(workspace)]
+    inputs = [workspace.model, workspace.allocation(variant), workspace.start, calibration_file(workspace)]
     with scratch.hold("induce", runtime.resume_key("induce", described, inputs), what) as held:
         kept = Kept(held.kept, what) if ranks.first() else None
         if done := sum(map(kept.finished, range(entry.depth))) if kept else 0:

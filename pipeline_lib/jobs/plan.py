@@ -220,8 +220,7 @@ def _planned(found: Planned, texts: dict[str, TextParams], variants: dict[str, V
         own = base.shapes(text, variant.recipe.batch_rows, steps.window)
         found.steps.append((estimate.pruning(f"prune {name}", steps, own, budget), 1))
         if (learn := variant.trained) is not None:
-            (learned,) = (one for one in texts.values() if one.use == learn.text)
-            own = base.shapes(learned, learn.batch_rows)
+            own = base.shapes(text, learn.batch_rows)
             rounded = variant.recipe.quantization.bits is not None
             found.steps.append((estimate.distilling(f"distil {name}", learn, own, budget, rounded), 1))
     evaluate = params.load(EvaluateParams, "evaluate")

@@ -19,7 +19,7 @@ from pipeline_lib.prune.run import Rows, Source, prune, stream_bytes
 from pipeline_lib.recipe.settings import FITS, Recipe
 from pipeline_lib.solve.settings import QuantizationParams
 from pipeline_lib.solve.size import packed_bits
-from pipeline_lib.stats.inputs import calibration_facts, open_model, samples, samples_file
+from pipeline_lib.stats.inputs import calibration_facts, calibration_file, calibration_rows, open_model
 from pipeline_lib.stats.lanes import share
 
 
@@ -45,9 +45,9 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
     }
     rows, wanted = None, 0
     if steps.needs.text:
-        found = samples(workspace)
+        found = calibration_rows(workspace)
         rows = Rows(found["fit"], found["held_out"], recipe.batch_rows)
-        inputs.append(samples_file(workspace))
+        inputs.append(calibration_file(workspace))
         tokens = found["fit"].numel() + found["held_out"].numel()
         wanted = stream_bytes(steps, share(tokens), entry.width, model.dtype.itemsize)
         if steps.judged and not len(found["held_out"]):

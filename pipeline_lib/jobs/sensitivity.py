@@ -21,7 +21,7 @@ from pipeline_lib.measure.settings import SensitivityParams
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.source import open_source
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.stats.inputs import samples
+from pipeline_lib.stats.inputs import calibration_rows
 
 
 def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityParams) -> str:
@@ -47,7 +47,7 @@ def sensitivity(workspace: Workspace, source: ModelParams, params: SensitivityPa
     model = BlockModel(checkpoint, torch.float32, device)
     # Only the training split: one artifact serves all variants, and some variants judge its effects
     # on the held-out split.
-    subject = Subject(model, samples(workspace)["fit"], matrices)
+    subject = Subject(model, calibration_rows(workspace)["fit"], matrices)
     full = params.output_moments == "full"
     if (
         full

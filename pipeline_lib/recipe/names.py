@@ -69,34 +69,6 @@ def check() -> None:
         raise SparselineError(
             f"{params.FILE}: texts must hold exactly one text with use: calibrate, not {len(calibrating)}."
         )
-    _check_distilled(variants)
-
-
-def _check_distilled(variants: Mapping[str, Any]) -> None:
-    """Refuse a text of distillation that is missing or is not read, and a variant with a text of its
-    own: DVC must know the text.
-
-    Raises:
-        SparselineError: the first such text or key.
-    """
-    for name, variant in variants.items():
-        own = variant.get("distil") if isinstance(variant, Mapping) else None
-        if isinstance(own, Mapping) and "text" in own:
-            raise SparselineError(
-                f"{params.FILE}: variants.{name}.distil.text: all variants train on the same text; remove"
-                " the key, and set distil.text."
-            )
-    training, used = texts_of("distil"), params.section("distil.text")
-    if used == "distil" and len(training) != 1:
-        raise SparselineError(
-            f"{params.FILE}: distil.text = 'distil' needs exactly one text with use: distil, not"
-            f" {len(training)}; add one, or set distil.text: calibrate."
-        )
-    if used == "calibrate" and training:
-        raise SparselineError(
-            f"{params.FILE}: texts.{training[0]} has use: distil, but distil.text = 'calibrate'; set"
-            " distil.text: distil, or remove the text."
-        )
 
 
 def _check_reconstruction(where: str, section: Any) -> None:
@@ -123,9 +95,7 @@ def _check_reconstruction(where: str, section: Any) -> None:
 
 
 def texts_of(use: str) -> list[str]:
-    """The names of the texts with this use (``calibrate``, ``distil``, ``evaluate``), in the order of
-    params.yaml.
-    """
+    """The names of the texts with this use (``calibrate``, ``evaluate``), in the order of params.yaml."""
     texts = _mapping("texts", params.section("texts"))
     return [name for name, text in texts.items() if isinstance(text, Mapping) and text.get("use") == use]
 

@@ -1,4 +1,4 @@
-"""The inputs of stages that read a text: the model, ready to stream, and the samples."""
+"""The inputs of stages with calibration text: the model, ready to stream, and the calibration samples."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 from pipeline_lib.core import files, runtime
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.core.workspace import TrainingUse, Workspace
+from pipeline_lib.core.workspace import Workspace
 from pipeline_lib.models.places import allowed_storage
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.source import open_source
@@ -26,38 +26,40 @@ def open_model(workspace: Workspace, params: ModelParams) -> BlockModel:
     )
 
 
-def samples(workspace: Workspace, use: TrainingUse = "calibrate") -> dict[str, torch.Tensor]:
-    """``fit`` and ``held_out`` samples [N, T] of the one text with this use.
+def calibration_rows(workspace: Workspace) -> dict[str, torch.Tensor]:
+    """``fit`` and ``held_out`` samples [N, T] of the one calibration text.
 
     Raises:
-        SparselineError: there is no such text, or more than one.
+        SparselineError: there is no calibration text, or more than one.
     """
-    return workspace.load_tensors(samples_file(workspace, use))[0]
+    return workspace.load_tensors(calibration_file(workspace))[0]
 
 
 def calibration_facts(workspace: Workspace) -> dict[str, Any]:
-    """Provenance of the calibration samples: the text's name, its facts, and the SHA-256 of the file.
+    """Provenance of the samples: the text's name, its facts, and the SHA-256 of the file.
 
     Raises:
-        SparselineError: as ``samples``.
+        SparselineError: as ``calibration_rows``.
     """
-    path = samples_file(workspace)
+    path = calibration_file(workspace)
     return workspace.load_facts(path) | {"text": path.stem, "file_sha256": files.sha256(path)}
 
 
-def samples_file(workspace: Workspace, use: TrainingUse = "calibrate") -> Path:
+def calibration_file(workspace: Workspace) -> Path:
     """Path of the samples.
 
     Raises:
-        SparselineError: as ``samples``.
+        SparselineError: as ``calibration_rows``.
     """
-    folder = workspace.texts(use)
+    folder = workspace.texts("calibrate")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise SparselineError(f"{folder}/<text>.safetensors is missing; run `dvc repro` to make it.")
+        raise SparselineError(
+            f"{folder}/<calibration text>.safetensors is missing; run `dvc repro` to make it."
+        )
     if len(files) != 1:
         raise SparselineError(
-            f"params.yaml: texts must hold exactly one text with use: {use}, not {len(files)}; change one's"
-            " `use`."
+            f"params.yaml: texts must hold exactly one text with use: calibrate, not {len(files)}; change"
+            " one's `use`."
         )
     return files[0]

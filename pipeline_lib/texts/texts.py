@@ -19,7 +19,6 @@ from pipeline_lib.core import files
 from pipeline_lib.core.errors import SparselineError
 from pipeline_lib.core.files import check_inside
 from pipeline_lib.core.params import Conflict, Params
-from pipeline_lib.core.workspace import TrainingUse
 from pipeline_lib.models.settings import COMMIT
 from pipeline_lib.models.start import Place
 from pipeline_lib.texts.chat import Message, check_messages, is_blank
@@ -58,7 +57,7 @@ class TextParams(Params):
     that depend on it.
     """
 
-    use: TrainingUse | Literal["evaluate"]
+    use: Literal["calibrate", "evaluate"]
     kind: Literal["stdlib", "files", "hub", "generated"]
     path: Path
     # stdlib: list in path; hub: entry of path (data/hub.json), or null with the entry given below
@@ -81,7 +80,7 @@ class TextParams(Params):
 
     @model_validator(mode="after")
     def _counts_calibration_rows(self) -> Self:
-        if self.rows is None and self.use != "evaluate":
+        if self.rows is None and self.use == "calibrate":
             raise Conflict(
                 "only a text with use: evaluate may have rows: null (the whole text); give the number"
                 " of rows",
