@@ -35,12 +35,14 @@ class Reference:
         model: BlockModel,
         block: tuple[int, nn.Module],
         stream: Stream,
+        lanes: Sequence[Sequence[int]],
         sites: Sequence[str],
-        advances: bool,
+        advances: bool = True,
     ) -> None:
         """
         Args:
             block: its index, and its module.
+            lanes: for each lane, the numbers of its batches that enter statistics.
             sites: those whose inputs may be requested. Experts have none: the router may send the
                 tokens of this stream to others.
             advances: the stream advances, in the same pass if the inputs are kept.
@@ -49,8 +51,8 @@ class Reference:
         self._index, self._module = block
         layout = model.checkpoint.architecture.layouts[self._index]
         self._sites = [name for name in sites if layout.site(name).pool is None]
-        rows = stream.hidden.sizes()
-        tokens = model.length * sum(rows[number] for number in stream.hidden.own)
+        own, rows = set(stream.hidden.own), stream.hidden.sizes()
+        tokens = model.length * sum(rows[number] for lane in lanes for number in lane if number in own)
         channels = sum(len(layout.site(name).index) for name in self._sites)
         self._keeps = tokens * channels * model.dtype.itemsize <= stream.storage.room()
         self._kept: dict[int, dict[str, torch.Tensor]] = {}  # batch -> site -> inputs

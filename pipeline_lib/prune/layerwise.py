@@ -202,10 +202,9 @@ class Layerwise:
         """Bytes of each site's inputs in the dense stream that are kept; a fit's held-out samples
         have none.
         """
-        inputs = shapes.inputs
         seen = 1 - shapes.held_out * (self.dtype is not None)
-        kept = self.dense_target > 0 and sum(inputs) <= shapes.room
-        return [kept * seen * one for one in inputs]
+        inputs = [seen * one for one in shapes.inputs]
+        return [(self.dense_target > 0 and sum(inputs) <= shapes.room) * one for one in inputs]
 
     def _kept(self, shapes: Shapes) -> int:
         """Bytes per weight of a pruned block."""
@@ -389,7 +388,7 @@ class Quantise:
         stream = streams.pruned if len(window.blocks) == 1 else streams.pruned.copy("ahead")
         for index, block in window.blocks.items():
             fitted = index, model.block(index, block.tensors)
-            reference = Reference(model, fitted, stream, block.sites, advances=False)
+            reference = Reference(model, fitted, stream, streams.seen, block.sites, advances=False)
             found: dict[str, Moments] = {}
             with block.settling():
                 dealt = block.deal(())
@@ -420,12 +419,12 @@ class Quantise:
         d = max(shapes.sites)
         grams = 4 * d * d * (1 + self.compensate)
         solver = 4 * d * d + 9 * shapes.largest
-        batch = shapes.inner(shapes.batch_rows) + self._inputs(shapes) * (1 - shapes.held_out)
+        batch = shapes.inner(shapes.batch_rows) + self._inputs(shapes)
         return 8 * shapes.block * shapes.window + grams + max(grams, solver) + batch
 
     def _inputs(self, shapes: Shapes) -> float:
         """Bytes of the fitted block's inputs that are kept after the first site."""
-        inputs = shapes.inputs
+        inputs = [(1 - shapes.held_out) * one for one in shapes.inputs]
         return sum(inputs[1:]) if self.compensate and sum(inputs) <= shapes.room else 0
 
     def flops(self, shapes: Shapes) -> float:

@@ -29,6 +29,7 @@ class Shapes:
     dtype: torch.dtype = torch.float32  # of forward passes
     held_out: float = 0.0  # share of the rows in the held-out split
     processes: int = 1
+    training: int = 0  # further rows that only train
     room: float = math.inf  # bytes for values that could be computed again (``Storage.room``)
 
     @property
@@ -92,6 +93,11 @@ class Shapes:
     def own(self) -> int:
         """Tokens of the busiest process."""
         return math.ceil(self.tokens * self.share)
+
+    @property
+    def extended(self) -> float:
+        """Samples in all, in units of those that enter statistics or judge."""
+        return 1 + self.training / self.rows
 
     @property
     def block(self) -> int:
