@@ -532,6 +532,18 @@ def test_a_variant_that_does_not_ask_is_left_alone(workspace: Path) -> None:
     assert sorted(outputs(workspace)) == ["distil/wanda/seal.json", "training/wanda.json"]
 
 
+def test_it_trains_on_the_samples_for_training_too(workspace: Path) -> None:
+    """Oracle: counts. Those of the first split come first."""
+    build("distil trained")
+    before = load_artifact(workspace / "build/training/trained.json")
+    change_params(workspace, "texts.calibration.training", 8)
+    build("text calibration", "distil trained")
+    after = load_artifact(workspace / "build/training/trained.json")
+    assert after["rows"] == before["rows"] + 8
+    assert after["steps"] == 3 * math.ceil(after["rows"] / 4)
+    assert after["held_out_before"] == before["held_out_before"]
+
+
 def test_without_held_out_rows_the_fitting_rows_decide(workspace: Path) -> None:
     change_params(workspace, "texts.calibration.held_out", 0)
     build("text calibration")

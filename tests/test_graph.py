@@ -520,6 +520,7 @@ OTHER: dict[str, Any] = {
     "texts.*.packing": "document",
     "texts.*.seed": 1,
     "texts.*.held_out": 0.5,
+    "texts.*.training": 4,
     "texts.*.hub": {"id": "org/name"},
     "scale.start": "eq5",
     "scale.monotone": "tanh",
@@ -606,6 +607,8 @@ FOR = {
     "texts.calibration.use": REFUSED,  # one text calibrates
     "texts.validation.use": REFUSED,  # `choose` names it
     "texts.test.use": REFUSED,  # `evaluate` names it
+    "texts.validation.training": REFUSED,  # only calibration text trains
+    "texts.test.training": REFUSED,
     "calibrate.*": "calibrate curves@* induce@*",
     "scale.*": "scale",
     "sensitivity.*": "sensitivity",

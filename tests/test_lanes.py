@@ -38,7 +38,7 @@ from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.prune.collect import collect
-from pipeline_lib.stats.lanes import LANES, Sums, deal, fold, parts, total
+from pipeline_lib.stats.lanes import LANES, Sums, deal, fold, parts, together, total
 from pipeline_lib.stats.moments import Accumulator, DiagonalSums, MomentSums
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import walk
@@ -55,6 +55,27 @@ def activations(rows: int, length: int = 7, width: int = 33, seed: int = 0) -> t
 
 
 # Who belongs where
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(rows=st.integers(0, 40), more=st.integers(0, 6), batch_rows=st.integers(1, 12))
+def test_further_rows_follow_in_each_lane(rows: int, more: int, batch_rows: int) -> None:
+    """Oracle: the rows themselves. Lanes are still quarters, batches are never mixed, and the leading
+    batches are those of the rows alone.
+    """
+    own, others = torch.arange(rows), -1 - torch.arange(4 * more)
+    whole, dealt = together(own, others), deal(rows, batch_rows, more=4 * more)
+    batches = whole.split(dealt.sizes) if dealt.sizes else ()
+    for lane, part in enumerate(parts(len(whole))):
+        numbers, leading = dealt.lanes[lane], dealt.leading[lane]
+        held = [row for number in numbers for row in batches[number].tolist()]
+        assert held == whole[part].tolist()
+        assert [row for number in leading for row in batches[number].tolist()] == own[
+            parts(rows)[lane]
+        ].tolist()
+        assert numbers[: len(leading)] == leading
+    assert sorted(whole.tolist()) == sorted([*own.tolist(), *others.tolist()])
+    assert deal(rows, batch_rows).leading == deal(rows, batch_rows).lanes
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -239,6 +239,25 @@ def test_streams_over_budget_are_not_counted(
     assert memory(512, 0) == memory(256, 0)
 
 
+def test_samples_for_training_lengthen_streams_and_fits(wide: Path) -> None:
+    """Oracle: their bytes in two streams; the FLOPs of two passes and of the fit."""
+    made, checkpoint = recipe(("obs", "finetune")), open_checkpoint(wide)
+    found = plan(made, checkpoint.dtype)
+    one = Shapes(checkpoint, 256, 32, made.batch_rows)
+    plain, more = (pruning("prune x", found, replace(one, training=count)) for count in (0, 512))
+    assert more.memory_bytes - plain.memory_bytes == 2 * 4 * 512 * 32 * 128
+    assert more.gpu_bytes - plain.gpu_bytes == 2 * 4 * 512 * 32 * 128
+    passes = 2 + 4 * made.reconstruction.finetune.epochs
+    assert more.flops - plain.flops == pytest.approx(passes * 2 * one.forward * one.blocks)
+    how = DistilParams.model_validate(SHIPPED["distil"])
+    few, many, less = (
+        distilling("distil", how, replace(one, rows=rows, training=count, held_out=share))
+        for rows, count, share in ((256, 0, 0.25), (256, 512, 0.25), (768, 0, 64 / 768))
+    )
+    assert many.memory_bytes - few.memory_bytes == 2 * 4 * 512 * 32 * 128
+    assert many.flops == pytest.approx(less.flops)  # as many samples train and judge
+
+
 def test_streams_weigh_what_the_computing_dtype_weighs(wide: Path) -> None:
     """256 more rows of 32 tokens with 128 channels, in two bytes or in four."""
     for dtype, item in ((torch.bfloat16, 2), (torch.float32, 4)):

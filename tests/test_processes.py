@@ -21,6 +21,7 @@ from project import (
     SPARSELINE,
     WANDA,
     build,
+    change_params,
     holder,
     make_workspace,
     preloaded,
@@ -83,6 +84,7 @@ def prepared(home: Path, kind: str) -> Path:
         report={"baseline": "slow"},
         sensitivity={"probes": 8, "rows_per_probe": 1, "probes_per_pass": 8},
     )
+    change_params(workspace, "texts.calibration.training", 12)
     if kind == "mixture":
         shutil.rmtree(workspace / "data" / "model")
         make_checkpoint(workspace / "data" / "model", "mixtral")

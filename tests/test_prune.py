@@ -835,3 +835,50 @@ def test_kept_inputs_take_one_pass_of_the_dense_block(
     dense = 12 if fits else 60
     # after the last block, one batch of the pruned stream shows whether all is finite
     assert Counter(counts.calls) == {0: 60 + dense, 1: 60 + dense, 2: 48 + 1 + dense}
+
+
+# Samples that only train
+
+TRAINING = token_rows(20, 12, seed=4)
+
+
+def with_training(path: Path, settings: Recipe, more: torch.Tensor | None) -> dict[int, Block]:
+    model, made = model_of(path), plan(settings, torch.float32)
+    rows = Rows(FITTING, HELD_OUT, settings.batch_rows, more)
+    return dict(prune(source(model), rows, made, lambda _: None))
+
+
+def test_without_a_fit_they_are_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the run without them, and as many batches."""
+    settings = params(("obs", "lsq"), **DENSE_TARGET)
+    counts = Counts(monkeypatch)
+    expected = with_training(path, settings, None)
+    before = len(counts.calls)
+    assert_same(with_training(path, settings, TRAINING), expected)
+    assert len(counts.calls) == 2 * before
+
+
+def test_a_fit_trains_on_them_and_no_statistic_contains_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the layer errors of the first block without them; the samples that the fit received."""
+    settings = params(("obs", "finetune"), **DENSE_TARGET)
+    plain = with_training(path, settings, None)[0]
+    given: list[tuple[Pairs, Pairs]] = []
+
+    def seen(sparse: Sparse, fitting: Pairs, held_out: Pairs, how: Any) -> Any:
+        given.append((fitting, held_out))
+        return fit(sparse, fitting, held_out, how)
+
+    monkeypatch.setattr("pipeline_lib.prune.finetune.fit", seen)
+    model, made = model_of(path), plan(settings, torch.float32)
+    rows = Rows(FITTING, HELD_OUT, settings.batch_rows, TRAINING)
+    first = next(prune(source(model), rows, made, lambda _: None))[1]
+    errors = [
+        {label: facts["layer_error"] for label, facts in block.facts["matrices"].items()}
+        for block in (plain, first)
+    ]
+    assert errors[0] == errors[1]
+    (fitting, held_out) = given[0]
+    assert (len(fitting), len(held_out)) == (len(FITTING) + len(TRAINING), len(HELD_OUT))
+    assert first.facts["finetune"] != plain.facts["finetune"]

@@ -51,6 +51,7 @@ def params(kind: str = "files", path: Path = Path("text.txt"), **changes: Any) -
         "length": 4,
         "distinct": 1,
         "held_out": 0.0,
+        "training": 0,
         "seed": None,
     }
     return parse(TextParams, {**values, **changes}, "texts.x")
@@ -799,6 +800,23 @@ def test_split(share: float, held_out: int) -> None:
     assert torch.equal(torch.cat([parts["fit"], parts["held_out"]]), rows)
 
 
+@pytest.mark.parametrize("packing", ["concatenate", "document"])
+@pytest.mark.parametrize("seed", [0, None])
+def test_samples_for_training_are_further_ones(packing: str, seed: int | None) -> None:
+    """Oracle: the samples without them, which stay the same."""
+    documents = [list(range(start, start + 6)) for start in range(0, 120, 6)]
+    few, many = (
+        split(rows_of(documents, params(rows=8, packing=packing, seed=seed, training=more), NONE), 0.25, more)
+        for more in (0, 4)
+    )
+    assert [len(many[name]) for name in ("fit", "held_out", "training")] == [6, 2, 4]
+    assert len(few["training"]) == 0
+    assert torch.equal(few["fit"], many["fit"]) and torch.equal(few["held_out"], many["held_out"])
+    assert len(torch.cat(list(many.values())).unique(dim=0)) == 12
+    with pytest.raises(SparselineError, match=r"but 408 are requested; .* lower rows, training or length"):
+        rows_of(documents, params(rows=8, packing=packing, training=400), NONE)
+
+
 @pytest.mark.parametrize(("count", "share", "held_out"), [(100, 0.29, 29), (100, 0.57, 57), (1000, 0.001, 1)])
 def test_split_does_not_lose_a_row_to_rounding(count: int, share: float, held_out: int) -> None:
     """Oracle: decimal arithmetic. 100 · 0.29 is 28.999… in binary, but 29 rows were asked for."""
@@ -809,7 +827,7 @@ def test_split_does_not_lose_a_row_to_rounding(count: int, share: float, held_ou
 def test_split_leaves_neither_side_empty(count: int, share: float) -> None:
     """A share above 0 holds out at least one row, and at least one fits."""
     parts = split(torch.zeros(count, 2), share)
-    assert min(len(part) for part in parts.values()) >= 1
+    assert min(len(parts["fit"]), len(parts["held_out"])) >= 1
     assert sum(len(part) for part in parts.values()) == count
 
 
@@ -1008,6 +1026,9 @@ def test_a_damaged_tokenizer_is_told(copy_of: Callable[[str], Path]) -> None:
         ({"length": 1}, r"texts\.x\.length = 1"),
         ({"held_out": 1.0}, r"texts\.x\.held_out = 1\.0"),
         ({"held_out": -0.1}, r"texts\.x\.held_out = -0\.1"),
+        ({"training": -4}, r"texts\.x\.training = -4"),
+        ({"training": 6}, r"texts\.x\.training = 6 .*multiple of 4"),
+        ({"use": "evaluate", "training": 4}, "only a text with use: calibrate has samples for training"),
         ({"kind": "web"}, r"texts\.x\.kind = 'web' .*'stdlib', 'files', 'hub' or 'generated'"),
         ({"packing": "greedy"}, r"texts\.x\.packing = 'greedy'"),
         ({"typo": 1}, r"texts\.x\.typo is not a known key"),

@@ -324,11 +324,11 @@ def generating(
     beside = cache + how.batch_rows * (dtype.itemsize + 16) * checkpoint.vocabulary
     host, flops = (
         LIBRARIES + _loaded(checkpoint, dtype),
-        2 * checkpoint.parameters * (text.rows or 0) * text.length,
+        2 * checkpoint.parameters * (text.samples or 0) * text.length,
     )
     gpu = checkpoint.parameters * dtype.itemsize + beside
     return Estimate(
-        name, host + beside, 8 * (text.rows or 0) * text.length, flops, gpu_bytes=gpu, host_bytes=host
+        name, host + beside, 8 * (text.samples or 0) * text.length, flops, gpu_bytes=gpu, host_bytes=host
     )
 
 

@@ -74,4 +74,4 @@ def wanted(params: TextParams) -> int:
     """The amount of text to write: tokens if rows are cut from joined documents, otherwise rows
     (one per document).
     """
-    return (params.rows or 0) * (params.length if params.packing == "concatenate" else 1)
+    return (params.samples or 0) * (params.length if params.packing == "concatenate" else 1)
