@@ -83,7 +83,7 @@ def pruned(
     """Prune and measure a cell. A record per text: the key, ``dense``, each arm's perplexity, the
     last arm's wall seconds and facts.
     """
-    here = lab(cell.key["testbed"]).at(cell.source, cell.rows, cell.key["seed"])
+    here = lab(cell.key["testbed"]).at(cell.source, cell.rows, cell.key["seed"], cell.training)
     found: dict[str, dict[str, float]] = {}
     more: Record = {}
     for arm in cell.arms:

@@ -194,7 +194,7 @@ def one(asked: Cell, seed: int, out: Path) -> Record:
     """Prune by a cell's recipe in this process, write the blocks to a directory, and return the
     cost.
     """
-    here = Lab(Testbed(asked.key["testbed"])).at(asked.source, asked.rows, seed)
+    here = Lab(Testbed(asked.key["testbed"])).at(asked.source, asked.rows, seed, asked.training)
     how = asked.recipe("ppl")
     assert how is not None
     here.bed.stream()
