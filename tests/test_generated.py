@@ -57,7 +57,9 @@ def text(**changes: Any) -> TextParams:
         "rows": 2,
         "length": 8,
     }
-    return parse(TextParams, values | {"distinct": 1, "held_out": 0, "seed": None} | changes, "texts.x")
+    return parse(
+        TextParams, values | {"distinct": 1, "held_out": 0, "training": 0, "seed": None} | changes, "texts.x"
+    )
 
 
 @pytest.mark.parametrize(

@@ -607,8 +607,6 @@ FOR = {
     "texts.calibration.use": REFUSED,  # one text calibrates
     "texts.validation.use": REFUSED,  # `choose` names it
     "texts.test.use": REFUSED,  # `evaluate` names it
-    "texts.validation.training": REFUSED,  # only calibration text trains
-    "texts.test.training": REFUSED,
     "calibrate.*": "calibrate curves@* induce@*",
     "scale.*": "scale",
     "sensitivity.*": "sensitivity",

@@ -26,8 +26,8 @@ from pipeline_lib.core.artifacts import block_file, write_tensors
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
+from pipeline_lib.prune.collect import Reference, collect_diagonals
 from pipeline_lib.prune.collect import collect as collect_moments
-from pipeline_lib.prune.collect import collect_diagonals
 from pipeline_lib.stats.moments import (
     Accumulator,
     Moments,
@@ -560,8 +560,9 @@ def test_cross_moments_are_of_both_streams_inputs(checkpoint: Checkpoint, one_si
     )
     own, beside = inputs_of(model, block, stream), inputs_of(model, dense, dense_stream)
     found, names = {}, [site.name for site in table.sites]
+    reference = Reference(model, (0, dense), dense_stream, LANES, names)
     for sites in [[name] for name in names] if one_site else [names]:
-        found |= collect_moments(model, (0, block), stream.hidden, LANES, sites, (dense, dense_stream.hidden))
+        found |= collect_moments(model, (0, block), stream.hidden, LANES, sites, reference)
     plain = collect_moments(model, (0, block), stream.hidden, LANES, names)
     for site in table.sites:
         cross, mean = found[site.name].cross, found[site.name].dense_mean
