@@ -39,24 +39,46 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def cost(work: Callable[[], object], device: torch.device) -> Record:
-    """Run work in this process. Returns wall and CPU seconds, and the peaks of memory above the
-    level before; on a CPU there is no GPU memory.
+class Meter:
+    """Measures wall and CPU seconds of this process from now on, and the peaks of memory above the
+    level of now; on a CPU there is no GPU memory.
     """
-    warm(device)
-    gpu = device.type == "cuda"
-    if gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    held, before = torch.cuda.memory_allocated(device) if gpu else 0, resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
-    cpu, started = time.process_time(), time.perf_counter()
+
+    def __init__(self, device: torch.device) -> None:
+        warm(device)
+        self.device, gpu = device, device.type == "cuda"
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        self.held, self.before = torch.cuda.memory_allocated(device) if gpu else 0, resident("VmRSS")
+        # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        self.cpu, self.started = time.process_time(), time.perf_counter()
+
+    def read(self) -> Record:
+        """The cost so far."""
+        wait(self.device)
+        gpu = self.device.type == "cuda"
+        return {
+            "wall_s": round(time.perf_counter() - self.started, 3),
+            "cpu_s": round(time.process_time() - self.cpu, 3),
+            "peak_bytes": resident("VmHWM") - self.before,
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated(self.device) - self.held if gpu else None,
+        }
+
+
+def cost(work: Callable[[], object], device: torch.device) -> Record:
+    """Run work in this process, and return its cost (``Meter``)."""
+    meter = Meter(device)
     work()
-    wait(device)
-    return {
-        "wall_s": round(time.perf_counter() - started, 3),
-        "cpu_s": round(time.process_time() - cpu, 3),
-        "peak_bytes": resident("VmHWM") - before,
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) - held if gpu else None,
+    return meter.read()
+
+
+def summed(first: Record, second: Record) -> Record:
+    """The cost of two pieces of work, one after the other."""
+    found = {part: round(first[part] + second[part], 3) for part in ("wall_s", "cpu_s")}
+    return found | {
+        part: max(filter(None, (first[part], second[part])), default=None)
+        for part in ("peak_bytes", "peak_gpu_bytes")
     }
 
 

@@ -54,6 +54,7 @@ class Cell:
     variant: str | None = None  # of params.yaml, to which the arms' changes are applied
     rows: int = 128  # of calibration text
     source: str = MIXTURE
+    training: int = 0  # more rows, which only train
 
     @property
     def name(self) -> str:

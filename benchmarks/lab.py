@@ -32,7 +32,7 @@ from pipeline_lib.measure.settings import CurvesParams, SensitivityParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.prune.plan import plan
-from pipeline_lib.prune.run import Rows, Source, prune
+from pipeline_lib.prune.run import Finished, Rows, Source, prune
 from pipeline_lib.prune.window import Block
 from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.stats.dense import DenseBlock
@@ -103,13 +103,16 @@ class Lab:
 
     def __init__(self, bed: Bed) -> None:
         self.bed = bed
-        self.text: tuple[str, int, int] | None = None
+        self.text: tuple[str, int, int, int] | None = None
         self.shared: dict[Any, tuple[Any, float]] = {}
 
-    def at(self, source: str, count: int, seed: int) -> "Lab":
-        """Use these calibration rows. Measurements on other rows are dropped."""
-        if self.text != (source, count, seed):
-            self.text, self.rows = (source, count, seed), self.bed.calibration(source, count, seed)
+    def at(self, source: str, count: int, seed: int, training: int = 0) -> "Lab":
+        """Use these calibration rows, and so many more for training. Measurements on other rows are
+        dropped.
+        """
+        asked = source, count, seed, training
+        if self.text != asked:
+            self.text, self.rows = asked, self.bed.calibration(*asked)
             self.forget()
         return self
 
@@ -124,12 +127,16 @@ class Lab:
         blocks = dict(self.blocks(asked, kept))
         return Run(blocks, seconds + time.perf_counter() - started)
 
-    def blocks(self, asked: Recipe, kept: Kept) -> Iterator[tuple[int, Block]]:
-        """The pruned blocks, one after the other."""
-        model = self.bed.stream()
+    def blocks(
+        self, asked: Recipe, kept: Kept, finished: Finished = lambda _: None
+    ) -> Iterator[tuple[int, Block]]:
+        """The pruned blocks that are not yet finished, one after the other."""
+        model, own = self.bed.stream(), self.rows
         steps = plan(asked, model.checkpoint.dtype)
-        rows = Rows(self.rows["fit"], self.rows["held_out"], asked.batch_rows) if steps.needs.text else None
-        return prune(Source(model, self.transforms(asked, kept), kept), rows, steps, lambda _: None)
+        rows = None
+        if steps.needs.text:
+            rows = Rows(own["fit"], own["held_out"], asked.batch_rows, own["training"])
+        return prune(Source(model, self.transforms(asked, kept), kept), rows, steps, finished)
 
     def transforms(self, asked: Recipe, kept: Kept) -> list[Transform]:
         """The results of the stages scale and induce."""

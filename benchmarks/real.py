@@ -35,7 +35,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.alone import alone, cost
+from benchmarks.alone import Meter, alone, cost, summed
 from benchmarks.block import place
 from benchmarks.harness import MORE, PATTERNS, ROOT, UNIFORM, Cell, Record, Study, commands, selection
 from benchmarks.lab import Changes, Lab, section
@@ -44,7 +44,7 @@ from benchmarks.studies import ALLOCATIONS, BASES
 from benchmarks.testbed import RANDOM, Bed, Tensors
 from benchmarks.testbed import ROOT as TESTBED
 from pipeline_lib.core import code, params
-from pipeline_lib.core.artifacts import write_json
+from pipeline_lib.core.artifacts import write_json, write_tensors
 from pipeline_lib.core.files import sha256
 from pipeline_lib.core.params import merge
 from pipeline_lib.evaluation.perplexity import perplexity
@@ -97,7 +97,7 @@ OWN = {
     "seed": 0,
 }
 # how documents are cut into rows
-CUT: Changes = {"packing": "concatenate", "chat_template": False, "distinct": 1}
+CUT: Changes = {"packing": "concatenate", "chat_template": False, "distinct": 1, "training": 0}
 MASK = "mask:"  # before a parameter's name, in the files of a pruned block
 # stages whose code determines a pruned model
 CODE = ("calibrate", "sensitivity", "curves", "allocate", "induce", "prune")
@@ -114,7 +114,7 @@ class Method:
     distil: Changes | None = None  # laid over section `distil`; None: no distillation
     rows: int = 128
     source: str = C4  # of calibration rows; `name:length` for another length
-    learns: int = 0  # rows of distillation, if they are not those of calibration
+    training: int = 0  # more rows, which only train blocks and models
 
 
 MAIN = {
@@ -155,6 +155,8 @@ def _distil(name: str, distil: Changes, **more: Any) -> dict[str, Method]:
     return {f"sparsegpt+distil, {name}": Method("sparsegpt", distil=distil, **more)}
 
 
+# a quarter of the passes over four times the rows
+FEWER_EPOCHS: Changes = {"reconstruction": {"finetune": {"epochs": 2, "refresh_epochs": 1}}}
 ABLATION = {  # one lever each, on validation texts at 50%
     "sparsegpt": MAIN["sparsegpt"],
     "fast": MAIN["fast"],
@@ -178,6 +180,7 @@ ABLATION = {  # one lever each, on validation texts at 50%
     "best": MAIN["best"],
     "best, rate 0.005": Method("best", {"reconstruction": {"finetune": {"rate": 0.005}}}),
     "best, 4 epochs": Method("best", {"reconstruction": {"finetune": {"epochs": 4}}}),
+    "best, 384 more rows, 2 epochs": Method("best", FEWER_EPOCHS, training=384),
     "best, windows of 2": Method("best", {"reconstruction": {"finetune": {"window": 2}}}),
     "sparsegpt+distil": MAIN["sparsegpt+distil"],
     **_distil("rate 0.0005", {"rate": 0.0005}),
@@ -187,7 +190,7 @@ ABLATION = {  # one lever each, on validation texts at 50%
     **_distil("batches of 8", {"batch_rows": 8}),
     **_distil("norms only", {"parts": ["norms"]}),
     **_distil("states in bfloat16", {"state_dtype": "bfloat16"}),
-    **_distil("512 rows, 1 epoch", {"epochs": 1}, learns=512),
+    **_distil("480 rows, 1 epoch", {"epochs": 1}, training=384),
 }
 METHODS = {"main": MAIN, "induction": INDUCTION, "sparsity": SPARSITY, "ablation": ABLATION}
 
@@ -302,7 +305,7 @@ def cell(table: str, method: str, pattern: str, seed: int) -> Cell:
         merge(how.changes, selection(pattern)),
         UNIFORM if (PATTERNS | MORE)[pattern][1] != "unstructured" else {},
     )
-    return Cell(key, {"ppl": changes}, how.variant, how.rows, how.source)
+    return Cell(key, {"ppl": changes}, how.variant, how.rows, how.source, how.training)
 
 
 def cells() -> Iterator[Cell]:
@@ -326,27 +329,43 @@ def cells() -> Iterator[Cell]:
 def lab(asked: Cell) -> Lab:
     """The model on a cell's calibration rows."""
     source, _, length = asked.source.partition(":")
-    return Lab(Real(int(length or LENGTH))).at(source, asked.rows, asked.key.get("seed", 0))
+    return Lab(Real(int(length or LENGTH))).at(source, asked.rows, asked.key.get("seed", 0), asked.training)
 
 
 def prune(asked: Cell, out: Path) -> Record:
-    """Prune by a cell's recipe, write a file per block with its masks, and return the cost."""
+    """Prune by a cell's recipe, write a file per block with its masks, and return the cost.
+
+    A run that was killed goes on after its last block. Its cost counts all runs, and so also what
+    was computed twice.
+    """
     here, how = lab(asked), asked.recipe("ppl")
     assert how is not None
+    meter, spent, counts = Meter(here.bed.device), out / "spent.json", out / "kept.json"
+    before = json.loads(spent.read_text(encoding="utf-8")) if spent.exists() else None
 
-    def work() -> None:
+    def tell() -> Record:
+        found = meter.read() if before is None else summed(before, meter.read())
+        write_json(spent, found)
+        return found
+
+    places = list(here.bed.checkpoint.architecture.places())
+    if not counts.exists():
         kept, _ = here.allocated(how)
-        if how.induce is None:
-            here.forget()  # stage prune does not hold the measurements of the allocation either
-        for index, block in here.blocks(how, kept):
-            masks = {f"{MASK}{parameter}": mask for parameter, mask in block.masks.items()}
-            tensors = {parameter: tensor.cpu().contiguous() for parameter, tensor in block.tensors.items()}
-            save_file(
-                tensors | {parameter: mask.cpu().contiguous() for parameter, mask in masks.items()},
-                out / f"{index}.safetensors",
-            )
+        write_json(counts, [kept[place] for place in places])
+        tell()
+    kept = dict(zip(places, json.loads(counts.read_text(encoding="utf-8")), strict=True))
+    if how.induce is None:
+        here.forget()  # stage prune does not hold the measurements of the allocation either
 
-    return cost(work, here.bed.device)
+    def finished(index: int) -> Mapping[str, torch.Tensor] | None:
+        file = out / f"{index}.safetensors"
+        return _split(load_file(file))[0] if file.exists() else None
+
+    for index, block in here.blocks(how, kept, finished):
+        masks = {f"{MASK}{parameter}": mask for parameter, mask in block.masks.items()}
+        write_tensors(out / f"{index}.safetensors", block.tensors | masks)
+        tell()
+    return tell()
 
 
 def distil(asked: Cell, start: Path, out: Path) -> Record:
@@ -356,14 +375,7 @@ def distil(asked: Cell, start: Path, out: Path) -> Record:
     here, how = lab(asked), METHODS[asked.key["table"]][asked.key["method"]]
     settings = params.parse(DistilParams, merge(section("distil"), how.distil or {}), "distil")
     model, facts = here.bed.stream(), {}
-    rows = (
-        here.rows
-        if not how.learns
-        else {**here.rows, "fit": here.bed.rows(asked.source, how.learns, asked.key["seed"])}
-    )
-    if how.learns:  # without held-out rows
-        judging = {tuple(row) for row in rows["held_out"].tolist()}
-        rows["fit"] = torch.stack([row for row in rows["fit"] if tuple(row.tolist()) not in judging])
+    rows = {"fit": torch.cat([here.rows["fit"], here.rows["training"]]), "held_out": here.rows["held_out"]}
 
     def work() -> None:
         blocks = []
@@ -395,15 +407,12 @@ def _split(stored: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
     return {name: tensor for name, tensor in stored.items() if not name.startswith(MASK)}, masks
 
 
-def pruned(asked: Cell, folder: Path) -> tuple[Path, Record]:
+def pruned(asked: Cell) -> tuple[Path, Record]:
     """The directory of a cell's pruned blocks, and its cost.
 
-    Those of the main table are kept below ``results/cells``, as long as neither recipe, inputs nor
-    code change: an evaluation that is killed does not cost a pruning, and distilled models start
-    from them.
+    They are kept below ``results/cells``, as long as neither recipe, inputs nor code change: a run
+    that is killed costs one block, and distilled models start from them.
     """
-    if asked.key["table"] != "main":
-        return folder, alone(prune, asked, folder)
     kept = place_of(asked)
     told = kept / "cost.json"
     if not told.exists():
@@ -414,7 +423,7 @@ def pruned(asked: Cell, folder: Path) -> tuple[Path, Record]:
 
 
 def place_of(asked: Cell) -> Path:
-    """Where the pruned blocks of a cell of the main table are kept."""
+    """Where the pruned blocks of a cell are kept."""
     digest = hashlib.sha256("".join(map(code.digest, CODE)).encode()).hexdigest()[:8]
     return STUDY.file(asked).with_suffix("").with_name(f"{STUDY.file(asked).stem}-{digest}")
 
@@ -435,17 +444,13 @@ def made(asked: Cell, folder: Path) -> tuple[Tensors, Record]:
             "peak_gpu_bytes": told.get("peak_gpu_bytes"),
         }
     if how.distil is None:
-        directory, told = pruned(asked, folder)
+        directory, told = pruned(asked)
     else:
-        begun, before = pruned(cell("main", str(how.variant), key["pattern"], key["seed"]), folder)
+        begun, before = pruned(cell("main", str(how.variant), key["pattern"], key["seed"]))
         directory = folder / "trained"
         directory.mkdir()
         told = alone(distil, asked, begun, directory)
-        told |= {part: told[part] + before[part] for part in ("wall_s", "cpu_s")}
-        told |= {
-            part: max(filter(None, (told[part], before[part])), default=None)
-            for part in ("peak_bytes", "peak_gpu_bytes")
-        }
+        told |= summed(before, told)
     return loaded(directory), told
 
 
@@ -470,7 +475,8 @@ def measure(asked: Cell) -> list[Record]:
     more |= {"training": told["training"]} if "training" in told else {}
     ppl = {text: bed.perplexity(blocks, text) for text in texts(key["table"])}
     found = tasks(bed, blocks) if tasked(key) and not LATER else None
-    if key["method"] not in STARTS and bool(found) == tasked(key):
+    starts = key["table"] == "main" and key["method"] in STARTS
+    if not starts and bool(found) == tasked(key):
         shutil.rmtree(place_of(asked), ignore_errors=True)
     return [
         {**key, "text": text, "ppl": value, "dense": bed.dense(text), "tasks": found, **more}

@@ -30,7 +30,7 @@ from benchmarks.testbed import CODE, MIXTURE, NAMES, RANDOM, Bed, Tensors, Testb
 from pipeline_lib.core import settings
 from pipeline_lib.core.params import merge
 from pipeline_lib.masks.select import select
-from pipeline_lib.prune.window import collect
+from pipeline_lib.prune.collect import collect
 from pipeline_lib.stats.lanes import deal
 from pipeline_lib.stats.moments import Moments
 

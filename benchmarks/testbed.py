@@ -71,9 +71,12 @@ class Bed:
             self.checkpoint.config.vocab_size, (count, self.length), generator=generator(seed or 0, RANDOM)
         )
 
-    def calibration(self, source: str, count: int, seed: int) -> dict[str, torch.Tensor]:
-        """``fit`` and ``held_out`` rows; of a single row none is held out."""
-        return split(self.rows(source, count, seed), HELD_OUT if count > 1 else 0)
+    def calibration(self, source: str, count: int, seed: int, training: int = 0) -> dict[str, torch.Tensor]:
+        """``fit``, ``held_out`` and ``training`` rows, the last ones in addition; of a single row none
+        is held out.
+        """
+        rows = self.rows(source, count + training, seed)
+        return split(rows, HELD_OUT if count > 1 else 0, training)
 
     @torch.no_grad()
     def perplexity(self, blocks: Tensors, text: str) -> float:
@@ -109,6 +112,7 @@ class Testbed(Bed):
         asked = {
             "packing": "concatenate",
             "rows": count,
+            "training": 0,
             "length": LENGTH,
             "seed": seed,
             "chat_template": False,

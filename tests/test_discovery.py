@@ -55,9 +55,9 @@ from pipeline_lib.models.stream import BlockModel, tapped
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.models.verify import verified, with_layouts
 from pipeline_lib.models.written import from_json, to_json
+from pipeline_lib.prune.collect import collect
 from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.run import Rows, Source, prune
-from pipeline_lib.prune.window import collect
 from pipeline_lib.stats.moments import MomentSums, drawn_together, prior
 from pipeline_lib.stats.settings import CalibrateParams
 from pipeline_lib.stats.walk import walk

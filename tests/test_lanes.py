@@ -37,7 +37,7 @@ from pipeline_lib.measure.fisher import OutputMoments
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.stream import BlockModel
-from pipeline_lib.prune.window import collect
+from pipeline_lib.prune.collect import collect
 from pipeline_lib.stats.lanes import LANES, Sums, deal, fold, parts, total
 from pipeline_lib.stats.moments import Accumulator, DiagonalSums, MomentSums
 from pipeline_lib.stats.settings import CalibrateParams

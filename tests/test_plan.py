@@ -220,16 +220,22 @@ def test_what_is_fitted_is_what_takes_memory_and_time(wide: Path) -> None:
 def test_streams_over_budget_are_not_counted(
     wide: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[str, ...], changes: dict[str, Any], streams: int
 ) -> None:
-    """Twice as many rows: as many more bytes as the streams have, and once they are on disk, none."""
+    """Twice as many rows: as many more bytes as the streams and the kept inputs have, and once the
+    streams are on disk, none. Inputs are kept as far as the streams leave room.
+    """
     bytes_of_a_stream = 4 * 256 * 32 * 128  # float32, rows, tokens, channels
 
     def memory(rows: int, budget: int) -> float:
         monkeypatch.setenv("SPARSELINE_ACTIVATION_BYTES", str(budget))
         return needs(wide, steps, rows, **changes).memory_bytes
 
-    assert memory(512, 10**12) - memory(256, 10**12) == streams * bytes_of_a_stream
-    assert memory(256, streams * bytes_of_a_stream) == memory(256, 10**12)
-    assert memory(256, streams * bytes_of_a_stream - 1) < memory(256, 10**12)
+    targeted = "dense_target" in changes.get("reconstruction", changes)
+    inputs = 4 * targeted  # of sites with as many channels as a stream; one is used at once
+    kept = (streams + inputs) * bytes_of_a_stream
+    assert memory(512, 10**12) - memory(256, 10**12) == kept - targeted * bytes_of_a_stream
+    assert memory(256, kept) == memory(256, 10**12)
+    assert memory(256, streams * bytes_of_a_stream - 1) < memory(256, streams * bytes_of_a_stream)
+    assert memory(256, kept - 1) < memory(256, kept)
     assert memory(512, 0) == memory(256, 0)
 
 

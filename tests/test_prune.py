@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import make_checkpoint
 from project import recipe
 from safetensors.torch import load_file, save_file
 from tiny import curved_gram, make_model, token_rows
@@ -24,11 +25,12 @@ from pipeline_lib.models.places import Storage
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
 from pipeline_lib.models.transform import Transform
 from pipeline_lib.prune import layerwise
+from pipeline_lib.prune.collect import collect
 from pipeline_lib.prune.layerwise import Layerwise
 from pipeline_lib.prune.plan import Plan, plan
 from pipeline_lib.prune.run import Rows, Source, prune, stream_bytes
 from pipeline_lib.prune.select import Select
-from pipeline_lib.prune.window import Block, collect
+from pipeline_lib.prune.window import Block
 from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.solve.factor import Factorisation
 from pipeline_lib.stats.lanes import deal, fold
@@ -785,3 +787,51 @@ def test_towards_the_dense_stream_as_written_out(path: Path) -> None:
             assert torch.equal(result.tensors[name], tensor), f"{index} {name}"
         model.advance(block, index, dense)
         model.advance(model.block(index, expected.tensors), index, sparse)
+
+
+QUANTISED = {"quantization": {"bits": 4, "group": 8, "refit": []}}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize(
+    ("steps", "changes"),
+    [
+        (("obs", "lsq"), {"reconstruction": DENSE_TARGET}),
+        (("obs", "finetune"), {"reconstruction": {**DENSE_TARGET, "finetune": LITTLE}, **QUANTISED}),
+    ],
+)
+def test_kept_inputs_change_no_bit(
+    tmp_path: Path, family: str, steps: tuple[str, ...], changes: dict[str, Any]
+) -> None:
+    """Oracle: the run without room for them, which passes the dense block again for each site. Some
+    blocks change their inputs in place, and experts have none.
+    """
+    make = (
+        (lambda: make_checkpoint(tmp_path, family))
+        if family == "mixtral"
+        else (lambda: make_model(tmp_path, family, DEPTH, seed=3, tokenizer=False))
+    )
+    model, settings = model_of(make()), recipe(steps, **changes)
+    rows = Rows(FITTING, HELD_OUT, settings.batch_rows)
+    made = plan(settings, model.checkpoint.dtype)
+    again, kept = (
+        dict(prune(source(model), rows, made, lambda _: None, storage))
+        for storage in (Storage(spare=0), Storage())
+    )
+    assert_same(again, kept)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_kept_inputs_take_one_pass_of_the_dense_block(
+    path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    """Oracle: batches, counted. 12 batches pass the pruned block once for each of 4 sites, and once
+    to advance; the dense block once for all of it or, if one byte is missing, as often.
+    """
+    sites = open_checkpoint(path).architecture.layouts[0].sites
+    size = 4 * (len(FITTING) + len(HELD_OUT)) * 12 * sum(len(site.index) for site in sites)
+    counts = Counts(monkeypatch)
+    pruned(path, params(("obs",), **DENSE_TARGET), storage=Storage(spare=size - (not fits)))
+    dense = 12 if fits else 60
+    # after the last block, one batch of the pruned stream shows whether all is finite
+    assert Counter(counts.calls) == {0: 60 + dense, 1: 60 + dense, 2: 48 + 1 + dense}

@@ -26,8 +26,8 @@ from pipeline_lib.core.artifacts import block_file, write_tensors
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
 from pipeline_lib.models.folding import fold, site_factor
 from pipeline_lib.models.stream import BlockModel, Stream, tapped
-from pipeline_lib.prune.window import collect as collect_moments
-from pipeline_lib.prune.window import collect_diagonals
+from pipeline_lib.prune.collect import collect as collect_moments
+from pipeline_lib.prune.collect import collect_diagonals
 from pipeline_lib.stats.moments import (
     Accumulator,
     Moments,

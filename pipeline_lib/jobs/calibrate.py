@@ -31,7 +31,7 @@ def calibrate(workspace: Workspace, source: ModelParams, params: CalibrateParams
             for name, statistics in sites.items():
                 tensors |= statistics.tensors(name)
             artifacts.write_tensors(artifacts.block_file(directory, index), tensors, {"grams": grams})
-    tokens = sum(part.numel() for part in rows.values())
+    tokens = rows["fit"].numel() + rows["held_out"].numel()
     return (
         f"statistics of {tokens:,} tokens in {depth} blocks, {'with' if grams else 'without'} Gram matrices"
     )

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import click
+import torch
 
 from pipeline_lib.core import artifacts, ranks, runtime, scratch, seals
 from pipeline_lib.core.kept import Kept
@@ -45,7 +46,8 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, part: Distil
     model = open_model(workspace, source)
     directory = workspace.opened(workspace.pruned(variant))
     pruned = open_checkpoint(directory / "checkpoint", model.checkpoint.architecture, source.remote_code)
-    rows = calibration_rows(workspace)
+    found = calibration_rows(workspace)
+    rows = {"fit": torch.cat([found["fit"], found["training"]]), "held_out": found["held_out"]}
     if not len(rows["held_out"]):
         click.echo(
             f"{what}: there is no held-out split (held_out: 0), so the training samples decide what is kept"

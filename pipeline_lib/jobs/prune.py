@@ -46,9 +46,9 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
     rows, wanted = None, 0
     if steps.needs.text:
         found = calibration_rows(workspace)
-        rows = Rows(found["fit"], found["held_out"], recipe.batch_rows)
+        rows = Rows(found["fit"], found["held_out"], recipe.batch_rows, found["training"])
         inputs.append(calibration_file(workspace))
-        tokens = found["fit"].numel() + found["held_out"].numel()
+        tokens = rows.dealt(steps.judged)[0].numel()
         wanted = stream_bytes(steps, share(tokens), entry.width, model.dtype.itemsize)
         if steps.judged and not len(found["held_out"]):
             click.echo(

@@ -46,7 +46,7 @@ def text(workspace: Workspace, source: ModelParams, name: str, params: TextParam
     )
     rows = rows_of(documents, params, begins)
     check_ids(rows, config.get_text_config().vocab_size, tokenizer)
-    tensors = split(rows, params.held_out) if params.use == "calibrate" else {"rows": rows}
+    tensors = split(rows, params.held_out, params.training) if params.use == "calibrate" else {"rows": rows}
     facts = provenance | {
         "tokens": sum(map(len, documents)),
         "rows": len(rows),

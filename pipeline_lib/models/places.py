@@ -30,6 +30,7 @@ class Storage:
     device: float = math.inf
     host: float = math.inf
     directory: Path | None = None
+    spare: float = math.inf  # limit on the device for values that could be computed again
     _places: dict[tuple[str, int], Place] = field(default_factory=dict)
 
     def place(self, name: str, number: int, size: int) -> Place:
@@ -45,6 +46,10 @@ class Storage:
             self._places[name, number] = found
         return found
 
+    def room(self) -> float:
+        """Bytes left on the device for values that could be computed again."""
+        return min(self.device, self.spare)
+
 
 def allowed_storage(device: torch.device, directory: Path | None = None, wanted: float = 0) -> Storage:
     """The storage that the settings allow for hidden states of ``wanted`` bytes.
@@ -58,7 +63,9 @@ def allowed_storage(device: torch.device, directory: Path | None = None, wanted:
     """
     host = settings.activation_bytes()
     if device.type != "cuda":
-        return Storage(0, 0, directory) if directory is not None and wanted > host else Storage()
+        if directory is not None and wanted > host:
+            return Storage(0, 0, directory)
+        return Storage(spare=max(0, host - wanted))
     budget = settings.gpu_activation_bytes()
     if budget is None:
         budget = int(settings.GPU_SHARE * torch.cuda.mem_get_info(device)[0])

@@ -107,7 +107,7 @@ class BlockModel:
             small(device, sum(map(torch.Tensor.numel, each.parameters()))) for each in self.templates
         ]
         self._own = threading.local()
-        self._length = 0  # tokens in a row, on which the arguments below depend
+        self.length = 0  # tokens in a row, on which the arguments below depend
         self._arguments: dict[int, list[Arguments]] = {}  # rows in a batch -> the arguments of each block
         self._made_of: dict[int, dict[str, tuple[Piece, ...]]] = {}  # block -> pieces of its parameters
 
@@ -125,8 +125,8 @@ class BlockModel:
         Batches have ``batch_rows`` samples, or the sizes in the list. Only batches whose numbers are
         in ``own`` are embedded; None: all.
         """
-        if rows.shape[1] != self._length:
-            self._length, self._arguments = rows.shape[1], {}
+        if rows.shape[1] != self.length:
+            self.length, self._arguments = rows.shape[1], {}
         with self._outside_blocks(head=False):
             if 1 not in self._arguments:
                 self._note(rows[:1])

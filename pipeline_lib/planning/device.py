@@ -8,6 +8,7 @@ code, and for gradients by tracking every tensor's storage on a Llama (tests/tes
 """
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -49,7 +50,9 @@ def pruning(plan: Plan, shapes: Shapes, budget: float) -> float:
     width = shapes.checkpoint.architecture.width
     streams, batch = 0.0, shapes.dtype.itemsize * shapes.batch * shapes.length * width
     if plan.needs.text:
-        streams = held(stream_bytes(plan, shapes.own, width, shapes.dtype.itemsize), batch, budget)
+        tokens = math.ceil(shapes.extended * shapes.own)
+        whole = stream_bytes(plan, tokens, width, shapes.dtype.itemsize)
+        streams, shapes = held(whole, batch, budget), replace(shapes, room=max(0.0, budget - whole))
     return streams + max(
         plan.needs.text * outside(shapes.checkpoint, shapes.dtype),
         *(step.memory(shapes) for step in plan.steps),

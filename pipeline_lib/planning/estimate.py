@@ -10,7 +10,7 @@ floats take 4 bytes while computing.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -386,17 +386,18 @@ def pruning(name: str, plan: Plan, shapes: Shapes, budget: float = math.inf) -> 
     width = checkpoint.architecture.width
     streams, whole = (
         stream_bytes(plan, tokens, width, dtype.itemsize) if plan.needs.text else 0
-        for tokens in (shapes.own, shapes.tokens)
+        for tokens in (math.ceil(shapes.extended * rows) for rows in (shapes.own, shapes.tokens))
     )
     spilt = whole > settings.activation_bytes()
     kept = 3 * dtype.itemsize * shapes.length * shapes.batch_rows * width if spilt else streams
+    gpu = device.pruning(plan, shapes, budget)
+    shapes = replace(shapes, room=0 if spilt else settings.activation_bytes() - streams)
     passes = plan.needs.text + plan.needs.dense_stream  # through finished blocks
-    flops = passes * shapes.forward + sum(step.flops(shapes) for step in plan.steps)
+    flops = passes * shapes.extended * shapes.forward + sum(step.flops(shapes) for step in plan.steps)
     memory = LIBRARIES + outside(checkpoint) + kept + max(step.memory(shapes) for step in plan.steps)
     disk = checkpoint.parameters * checkpoint.dtype.itemsize + checkpoint.parameters / 8 + spilt * whole
     beyond = min(_beyond(streams, budget), settings.activation_bytes() / shapes.processes)
     host = LIBRARIES + outside(checkpoint) + shapes.stored * shapes.block + beyond
-    gpu = device.pruning(plan, shapes, budget)
     flops *= shapes.blocks
     return Estimate(name, memory, disk, flops, gpu_bytes=gpu, host_bytes=host, processes=shapes.processes)
 
@@ -419,15 +420,15 @@ def distilling(
     """
     checkpoint, dtype = shapes.checkpoint, shapes.dtype
     width, weights = checkpoint.architecture.width, shapes.blocks * shapes.block
-    judging = math.ceil(shapes.rows * shapes.held_out)
-    lengths = shapes.length * (shapes.rows - judging), shapes.length * judging
+    rows, judging = shapes.rows + shapes.training, math.ceil(shapes.rows * shapes.held_out)
+    lengths = shapes.length * (rows - judging), shapes.length * judging
     whole = learning_bytes(*lengths, width, dtype.itemsize)
     streams, spilt = whole * shapes.share, whole > settings.activation_bytes()
     state = device.trained(params, checkpoint.dtype if rounded else None) * weights
     training = state + (18 if rounded else 10) * shapes.block + device.learning(params, shapes)
     kept = 3 * dtype.itemsize * shapes.length * shapes.batch_rows * width if spilt else streams
-    head = 2 * width * checkpoint.vocabulary * shapes.own
-    forward, share = shapes.blocks * shapes.forward + head, 1 - judging / shapes.rows
+    head = 2 * width * checkpoint.vocabulary * shapes.own * shapes.extended
+    forward, share = shapes.blocks * shapes.forward * shapes.extended + head, 1 - judging / rows
     flops = (
         forward
         + params.epochs * share * ((3 + params.recompute) * forward + head)

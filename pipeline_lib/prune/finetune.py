@@ -107,4 +107,4 @@ class Finetune:
 
     def flops(self, shapes: Shapes) -> float:
         """FLOPs of the maximum of epochs, with gradients at twice a forward pass, and of the gate."""
-        return 4 * self.params.epochs * shapes.forward
+        return 4 * self.params.epochs * shapes.extended * shapes.forward

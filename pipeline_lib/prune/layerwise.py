@@ -15,8 +15,9 @@ from pipeline_lib.masks.scores import Curvature
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.folding import site_factor
+from pipeline_lib.prune.collect import Reference, collect
 from pipeline_lib.prune.shapes import Shapes
-from pipeline_lib.prune.window import NO_SCORES, Block, Dealt, Window, collect
+from pipeline_lib.prune.window import NO_SCORES, Block, Dealt, Window
 from pipeline_lib.solve import lsq
 from pipeline_lib.solve.factor import ROWS, Factorisation, energy, factorise, layer_error, lost
 from pipeline_lib.solve.grid import Grid, Scheme
@@ -48,9 +49,7 @@ class Layerwise:
         """Prune the window's only block in place, with the moments of the streams before it."""
         ((index, block),) = window.blocks.items()
         model, streams = window.model, window.rows
-        hidden, beside = streams.pruned.hidden, None
-        if self.dense_target and window.dense is not None and streams.dense is not None:
-            beside = (window.dense, streams.dense.hidden)
+        hidden, reference = streams.pruned.hidden, window.reference if self.dense_target else None
         found: dict[str, Moments] = {}
         before = None  # the block before pruning, kept if its statistics do not fit into memory at once
         with block.settling():
@@ -62,7 +61,7 @@ class Layerwise:
                     sites = block.ahead(left[0], self.by_site, settings.gram_bytes())
                     dealt = block.deal(sites)
                     found = {}  # free before the next ones are collected
-                    found = collect(model, (index, module), hidden, streams.seen, dealt.sites(), beside)
+                    found = collect(model, (index, module), hidden, streams.seen, dealt.sites(), reference)
                     before = module if not self.by_site and len(sites) < len(block.sites) else None
                     del module
                 ready = list(itertools.takewhile(dealt.ahead.__contains__, left))
@@ -175,30 +174,37 @@ class Layerwise:
     def memory(self, shapes: Shapes) -> float:
         """Bytes: the window's blocks (twice if the dense one is needed again), and the larger of
         two phases. While statistics are collected, memory holds the running block, the Gram
-        matrices (with statistics per site, only the largest), the cross moments, the same for one
-        lane, and a batch. While a site is solved, it holds the remaining Gram matrices and what
+        matrices (with statistics per site, only the site's), the cross moments, the same for one
+        lane, a batch, and inputs in the dense stream: those of a batch, or those that are kept.
+        While a site is solved, it holds the remaining Gram matrices and inputs, and what
         ``_solving`` counts.
         """
-        d, targeted = max(shapes.sites), self.dense_target > 0
-        wide = self.dtype is not None
+        targeted, wide = self.dense_target > 0, self.dtype is not None
         item = shapes.checkpoint.dtype.itemsize
         dense = (targeted or wide) * shapes.dtype.itemsize
-        grams = (4 * d * d if self.by_site else shapes.grams) * (1 + targeted)
-        # a site's inputs in the dense stream
-        beside = targeted * shapes.dtype.itemsize * shapes.batch * shapes.length * d
-        collecting = (
-            (item + dense + shapes.copied) * shapes.block
-            + 2 * grams
-            + shapes.activations(shapes.batch)
-            + beside
-        )
-        solving, left = 0.0, 0 if self.by_site else shapes.grams
-        for channels, matrices in shapes.consumers:
-            own = 4 * channels * channels
-            solving = max(solving, (own if self.by_site else left) - own + self._solving(channels, matrices))
+        running = (item + dense + shapes.copied) * shapes.block + shapes.activations(shapes.batch)
+        batch = shapes.dtype.itemsize * shapes.batch * shapes.length
+        inputs = self._inputs(shapes)
+        collecting, solving, left = 0.0, 0.0, 0 if self.by_site else shapes.grams
+        for place, (channels, matrices) in enumerate(shapes.consumers):
+            own, ahead = 4 * channels * channels, sum(inputs[place + 1 :])
+            grams = (own if self.by_site else shapes.grams) * (1 + targeted)
+            # the first pass fills what the later ones empty
+            aims = ahead + inputs[place] * (place > 0) if any(inputs) else targeted * batch * channels
+            collecting = max(collecting, running + 2 * grams + aims)
+            held = (own if self.by_site else left) - own
+            solving = max(solving, held + ahead + self._solving(channels, matrices))
             left -= own
         kept = self._kept(shapes) * shapes.block
         return kept * (shapes.window - 1) + max(collecting, kept + dense * shapes.block + solving)
+
+    def _inputs(self, shapes: Shapes) -> list[float]:
+        """Bytes of each site's inputs in the dense stream that are kept; a fit's held-out samples
+        have none.
+        """
+        seen = 1 - shapes.held_out * (self.dtype is not None)
+        inputs = [seen * one for one in shapes.inputs]
+        return [(self.dense_target > 0 and sum(inputs) <= shapes.room) * one for one in inputs]
 
     def _kept(self, shapes: Shapes) -> int:
         """Bytes per weight of a pruned block."""
@@ -239,12 +245,13 @@ class Layerwise:
 
     def flops(self, shapes: Shapes) -> float:
         """FLOPs of the passes that collect statistics, the statistics, the factorisations, and the
-        products of each matrix. With statistics per site, a pass stops at its site. The products
+        products of each matrix. With statistics per site, a pass stops at its site. If the inputs
+        in the dense stream are kept, they need no pass but the one that advances it. The products
         are a sweep for the mask and one for the grid, and least squares and ADMM with the maximum
         of iterations and their inverses.
         """
         targeted = self.dense_target > 0
-        passes = (2.2 if self.by_site else 1) * (2 if targeted else 1)
+        passes = (2.2 if self.by_site else 1) * (1 + (targeted and not any(self._inputs(shapes))))
         sweeps = self.compensate * (1 + (self.scheme is not None and self.lsq is not None))
         sweep, factor = shapes.solving(self.by_site)
         products = (sweeps + 4 * targeted) * sweep
@@ -380,23 +387,23 @@ class Quantise:
         model, streams = window.model, window.rows
         stream = streams.pruned if len(window.blocks) == 1 else streams.pruned.copy("ahead")
         for index, block in window.blocks.items():
-            fitted = model.block(index, block.tensors)
+            fitted = index, model.block(index, block.tensors)
+            reference = Reference(model, fitted, stream, streams.seen, block.sites, advances=False)
             found: dict[str, Moments] = {}
             with block.settling():
                 dealt = block.deal(())
                 for site in block.sites:
                     if site not in dealt.ahead:
                         dealt.share()
-                        beside = (fitted, stream.hidden) if self.compensate else None
                         dealt = block.deal(block.ahead(site, True, settings.gram_bytes()))
-                        dealt.copy()  # ``fitted`` still uses the old ones
+                        dealt.copy()  # ``reference`` still uses the old ones
                         found = collect(
                             model,
                             (index, model.block(index, block.tensors)),
                             stream.hidden,
                             streams.seen,
                             dealt.sites(),
-                            beside,
+                            reference if self.compensate else None,
                         )
                     if own := dealt.take(site):
                         self.quantise_site(block, site, found.pop(site), own)
@@ -406,21 +413,28 @@ class Quantise:
 
     def memory(self, shapes: Shapes) -> float:
         """Bytes: the window's blocks before and after quantisation, the moments of the largest
-        site, a batch, and the larger of two: one lane's moments, or the factorisation with the
-        largest matrix.
+        site, a batch, the inputs that are kept, and the larger of two: one lane's moments, or the
+        factorisation with the largest matrix.
         """
         d = max(shapes.sites)
         grams = 4 * d * d * (1 + self.compensate)
         solver = 4 * d * d + 9 * shapes.largest
-        return 8 * shapes.block * shapes.window + grams + max(grams, solver) + shapes.inner(shapes.batch_rows)
+        batch = shapes.inner(shapes.batch_rows) + self._inputs(shapes)
+        return 8 * shapes.block * shapes.window + grams + max(grams, solver) + batch
+
+    def _inputs(self, shapes: Shapes) -> float:
+        """Bytes of the fitted block's inputs that are kept after the first site."""
+        inputs = [(1 - shapes.held_out) * one for one in shapes.inputs]
+        return sum(inputs[1:]) if self.compensate and sum(inputs) <= shapes.room else 0
 
     def flops(self, shapes: Shapes) -> float:
         """FLOPs of statistics per site of the quantised and the fitted block, and of a sweep
-        towards the fitted block's outputs.
+        towards the fitted block's outputs. If the fitted block's inputs are kept, they need one pass.
         """
+        passes = 2.2 + (1 if self._inputs(shapes) else 2.2)
         sweep, factor = shapes.solving(by_site=True)
         products = 5 * self.compensate * sweep
-        return 2 * 2.2 * shapes.forward + 2 * shapes.gram_flops + factor + products
+        return passes * shapes.forward + 2 * shapes.gram_flops + factor + products
 
     def quantise_site(
         self, block: Block, site: str, moments: Moments, own: Sequence[Matrix] | None = None

@@ -12,9 +12,10 @@ from pipeline_lib.models.folding import fold
 from pipeline_lib.models.places import Storage
 from pipeline_lib.models.stream import BlockModel, Stream
 from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.collect import Reference
 from pipeline_lib.prune.plan import Plan
 from pipeline_lib.prune.window import Block, Streams, Window
-from pipeline_lib.stats.lanes import Dealt, deal
+from pipeline_lib.stats.lanes import Dealt, deal, together
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,18 @@ class Rows:
     fit: torch.Tensor
     held_out: torch.Tensor  # samples that judge fits; no statistic of a judged fit uses them
     batch_rows: int  # rows per forward pass; a batch never mixes splits or lanes
+    training: torch.Tensor | None = None  # samples that only train blocks, a multiple of four
 
-    def dealt(self) -> tuple[Dealt, Dealt]:
-        """Training and held-out samples in batches; the held-out batches come last."""
-        fit = deal(len(self.fit), self.batch_rows)
-        return fit, deal(len(self.held_out), self.batch_rows, len(fit.sizes))
+    def dealt(self, trains: bool) -> tuple[torch.Tensor, Dealt, Dealt]:
+        """All samples, and the training and held-out ones in batches; the held-out batches come last.
+
+        Args:
+            trains: a step trains blocks; otherwise the samples for training are left out.
+        """
+        more = self.fit[:0] if self.training is None or not trains else self.training
+        fit = deal(len(self.fit), self.batch_rows, more=len(more))
+        held_out = deal(len(self.held_out), self.batch_rows, len(fit.sizes))
+        return torch.cat([together(self.fit, more), self.held_out]), fit, held_out
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,8 @@ def prune(
     """Yield every block, in order, of every window that is not yet ``finished``.
 
     If a step trains whole blocks, the held-out split decides whether its result is kept, and all
-    statistics come from the training split. Otherwise the statistics come from all samples.
+    statistics come from the training split. Otherwise the statistics come from both splits. Samples
+    that only train enter no statistic.
 
     The streams before the first unfinished block are recomputed from the finished blocks' stored
     tensors. An uninterrupted run passes its stream through the same tensors (rounded to the
@@ -84,12 +93,12 @@ def stream_bytes(plan: Plan, tokens: int, width: int, itemsize: int) -> int:
 
 
 def _streams(model: BlockModel, rows: Rows, plan: Plan, storage: Storage | None) -> Streams:
-    fit, held_out = rows.dealt()
-    every, own = torch.cat([rows.fit, rows.held_out]), fit.own + held_out.own
+    every, fit, held_out = rows.dealt(plan.judged)
+    own = fit.own + held_out.own
     pruned = model.embed(every, fit.sizes + held_out.sizes, "pruned", storage, own)
     dense = pruned.copy("dense") if plan.needs.dense_stream else None
     seen = (
-        fit.lanes
+        fit.leading
         if plan.judged
         else [own + others for own, others in zip(fit.lanes, held_out.lanes, strict=True)]
     )
@@ -111,18 +120,22 @@ def _pruned(
         ahead = streams.pruned if done or len(window) == 1 else streams.pruned.copy("ahead")
     for index in window:
         block = _opened(source, index)
-        dense = None if dense_stream is None else model.block(index, block.tensors)
+        reference = None
+        if streams is not None and dense_stream is not None:
+            dense = model.block(index, block.tensors)
+            reference = Reference(model, (index, dense), dense_stream, streams.seen, block.sites)
+            del dense
         if not done:
             own = (
                 None
                 if streams is None or ahead is None
                 else Streams(ahead, dense_stream, streams.cut, streams.seen)
             )
-            plan.select.run(Window(model, {index: block}, own, dense))
+            plan.select.run(Window(model, {index: block}, own, reference))
             results[index] = block
-        if dense is not None and dense_stream is not None:
-            model.advance(dense, index, dense_stream)
-        del block, dense
+        if reference is not None:
+            reference.advance()
+        del block, reference
         if index != window[-1] and not done and ahead is not None:
             model.advance(model.block(index, results[index].tensors), index, ahead)
     del ahead

@@ -29,6 +29,8 @@ class Shapes:
     dtype: torch.dtype = torch.float32  # of forward passes
     held_out: float = 0.0  # share of the rows in the held-out split
     processes: int = 1
+    training: int = 0  # further rows that only train
+    room: float = math.inf  # bytes for values that could be computed again (``Storage.room``)
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
@@ -48,6 +50,15 @@ class Shapes:
             (len(site.index), [shape(self._largest, matrix) for matrix in layout.consumers(site.name)])
             for site in layout.sites
         ]
+
+    @property
+    def inputs(self) -> list[float]:
+        """Bytes of each site's inputs for all tokens of the process, in the order of pruning; 0 for
+        experts.
+        """
+        sites = self.checkpoint.architecture.layouts[self._largest].sites
+        value = self.dtype.itemsize * self.own
+        return [0 if site.pool is not None else value * len(site.index) for site in sites]
 
     @property
     def blocks(self) -> float:
@@ -82,6 +93,11 @@ class Shapes:
     def own(self) -> int:
         """Tokens of the busiest process."""
         return math.ceil(self.tokens * self.share)
+
+    @property
+    def extended(self) -> float:
+        """Samples in all, in units of those that enter statistics or judge."""
+        return 1 + self.training / self.rows
 
     @property
     def block(self) -> int:

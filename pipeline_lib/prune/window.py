@@ -3,28 +3,25 @@ consecutive blocks.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipeline_lib.core import ranks
 from pipeline_lib.core.errors import SparselineError
-from pipeline_lib.core.threads import side_by_side
 from pipeline_lib.fit.fit import Pairs
 from pipeline_lib.masks.bits import BitMasks
 from pipeline_lib.masks.rule import Rule
 from pipeline_lib.masks.scores import Curvature
-from pipeline_lib.models.architecture import Layout, Matrix, Site
-from pipeline_lib.models.stream import BlockModel, Stream, tapped
+from pipeline_lib.models.architecture import Layout, Matrix
+from pipeline_lib.models.stream import BlockModel, Stream
 from pipeline_lib.models.transform import Transform
+from pipeline_lib.prune.collect import Reference
 from pipeline_lib.solve.grid import Grid
-from pipeline_lib.stats.lanes import Sums, fold_for
-from pipeline_lib.stats.moments import DiagonalSums, Moments, MomentSums, drawn_together
 
 # the message for a mask that keeps a wrong number of weights
 NO_SCORES = "The scores of {} contain NaN or infinity; check the model, or compute in float32."
@@ -273,7 +270,7 @@ class Window:
     # The pruned stream is before the first block. The dense stream is there too while masks are
     # chosen, and later after the last block. None: no text is read.
     streams: Streams | None
-    dense: nn.Module | None = None  # the block before pruning, while masks of a single block are chosen
+    reference: Reference | None = None  # the block before pruning, while masks of a single block are chosen
 
     @property
     def rows(self) -> Streams:
@@ -285,159 +282,3 @@ class Window:
         if self.streams is None:
             raise ValueError("this step needs calibration samples")
         return self.streams
-
-
-# sites, and the processes that get the statistics of each; names alone: all processes
-Owners = Sequence[str] | Mapping[str, Sequence[int]]
-
-
-class _Reached(Exception):
-    """Raised when all requested sites were reached: the rest of the block is not needed."""
-
-
-def collect(
-    model: BlockModel,
-    block: tuple[int, nn.Module],
-    hidden: Sequence[torch.Tensor],
-    lanes: Sequence[Sequence[int]],
-    owners: Owners,
-    beside: tuple[nn.Module, Sequence[torch.Tensor]] | None = None,
-) -> dict[str, Moments]:
-    """Moments of the sites' inputs for batches of a stream before a block. Only the necessary part of
-    the block is run.
-
-    Memory: two matrices [d, d] per site (the total, and one lane's sum), twice that with
-    ``beside``, and two more for a layer of experts.
-
-    Args:
-        block: its index, and its module.
-        hidden: [B, T, D] each.
-        lanes: for each lane, the numbers of its batches.
-        owners: the sites, and the processes that get their moments.
-        beside: the dense block and the dense stream's batches before it. With them, the cross
-            moments with its inputs are collected, too.
-    """
-
-    known = {site.name: site.pool for site in _sites(model, block[0])}
-    sites = list(owners)
-    pools, tapped_sites = _pooled(known, sites)
-
-    def summed(lane: Sequence[int]) -> Sums[MomentSums]:
-        sums = Sums({name: MomentSums() for name in [*sites, *pools]})
-        own = model.own_copy(block[1])
-        own_dense = None if beside is None else model.own_copy(beside[0])
-        for number in lane:
-            dense: dict[str, torch.Tensor] = {}
-
-            def keep(
-                name: str,
-                x: torch.Tensor,
-                _weights: torch.Tensor | None,
-                dense: dict[str, torch.Tensor] = dense,
-            ) -> None:
-                dense[name] = x
-
-            def add(
-                name: str,
-                x: torch.Tensor,
-                weights: torch.Tensor | None,
-                dense: dict[str, torch.Tensor] = dense,
-            ) -> None:
-                if name in sums:
-                    sums[name].add(x, dense.get(name), weights)
-                if (pool := known[name]) is not None:
-                    sums[pool].add(x, None, weights)
-
-            if beside is not None and own_dense is not None and apart:
-                _tap(model, (block[0], own_dense), beside[1][number], apart, keep)
-            _tap(model, (block[0], own), hidden[number], tapped_sites, add)
-        return sums
-
-    # the router may send the dense stream's tokens to other experts, so experts have no cross moments
-    apart = [name for name in sites if known[name] is None]
-    to = _receivers(owners, known)
-    with side_by_side(model.small[block[0]]) as each_lane:
-        found = fold_for(to, each_lane(summed, [lanes[lane] for lane in ranks.part(len(lanes))]))
-    own_sites = {name: known[name] for name in sites if name in found}
-    drawn = drawn_together(found, own_sites)
-    del found
-    return {name: drawn.pop(name).finish(beside is not None) for name in own_sites}
-
-
-def _receivers(owners: Owners, known: Mapping[str, str | None]) -> dict[str, Sequence[int]]:
-    """The processes that get the sums of each site, and of each pool (``known``: site -> pool)."""
-    to: dict[str, Sequence[int]] = {
-        name: owners[name] if isinstance(owners, Mapping) else ranks.everyone() for name in owners
-    }
-    pools: dict[str, set[int]] = {}
-    for name, own_ranks in to.items():
-        if (pool := known[name]) is not None:
-            pools.setdefault(pool, set()).update(own_ranks)
-    return to | {pool: sorted(found) for pool, found in pools.items()}
-
-
-def _sites(model: BlockModel, index: int) -> tuple[Site, ...]:
-    return model.checkpoint.architecture.layouts[index].sites
-
-
-def _pooled(known: Mapping[str, str | None], sites: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The pools of the given sites, and these sites with all others of their pools (``known``: site
-    -> pool).
-    """
-    pools = list(dict.fromkeys(pool for name in sites if (pool := known[name]) is not None))
-    return pools, [*sites, *(name for name, pool in known.items() if pool in pools and name not in sites)]
-
-
-def collect_diagonals(
-    model: BlockModel,
-    block: tuple[int, nn.Module],
-    hidden: Sequence[torch.Tensor],
-    lanes: Sequence[Sequence[int]],
-    sites: Sequence[str],
-) -> dict[str, torch.Tensor]:
-    """The diagonals [d] of the second moments of the sites' inputs, see ``collect``."""
-
-    known = {site.name: site.pool for site in _sites(model, block[0])}
-    pools, tapped_sites = _pooled(known, sites)
-
-    def summed(lane: Sequence[int]) -> Sums[DiagonalSums]:
-        sums = Sums({name: DiagonalSums() for name in [*sites, *pools]})
-
-        def add(name: str, x: torch.Tensor, weights: torch.Tensor | None) -> None:
-            for one in (name, known[name]):
-                if one is not None and one in sums:
-                    sums[one].add(x, weights)
-
-        own = model.own_copy(block[1])
-        for number in lane:
-            _tap(model, (block[0], own), hidden[number], tapped_sites, add)
-        return sums
-
-    with side_by_side(model.small[block[0]]) as each_lane:
-        summed_lanes = each_lane(summed, [lanes[lane] for lane in ranks.part(len(lanes))])
-        found = fold_for(_receivers(sites, known), summed_lanes)
-    drawn = drawn_together(found, {name: known[name] for name in sites})
-    return {name: one.finish() for name, one in drawn.items()}
-
-
-Named = Callable[[str, torch.Tensor, torch.Tensor | None], None]
-
-
-def _tap(
-    model: BlockModel, block: tuple[int, nn.Module], hidden: torch.Tensor, sites: Sequence[str], take: Named
-) -> None:
-    """Run a block on a batch [B, T, D] until ``take(site, X, weights)`` was called with the inputs
-    of every site. X is [B, T, d], or [n, d] for an expert.
-    """
-    names = set(sites)
-    wanted = [one for one in _sites(model, block[0]) if one.name in names]
-    ahead = {site.name for site in wanted}
-
-    def reach(site: Site, x: torch.Tensor, weights: torch.Tensor | None) -> None:
-        take(site.name, x if site.pool is not None else x.reshape(len(hidden), -1, x.shape[-1]), weights)
-        ahead.discard(site.name)
-        if not ahead:
-            raise _Reached
-
-    with torch.no_grad(), suppress(_Reached), tapped(block[1], wanted, reach):
-        model.call(block[1], block[0], hidden)

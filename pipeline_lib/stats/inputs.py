@@ -27,7 +27,7 @@ def open_model(workspace: Workspace, params: ModelParams) -> BlockModel:
 
 
 def calibration_rows(workspace: Workspace) -> dict[str, torch.Tensor]:
-    """``fit`` and ``held_out`` samples [N, T] of the one calibration text.
+    """``fit``, ``held_out`` and ``training`` samples [N, T] of the one calibration text.
 
     Raises:
         SparselineError: there is no calibration text, or more than one.

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
+import torch
+
 from pipeline_lib.core import ranks
 
 LANES = 4
@@ -25,6 +27,7 @@ class Dealt:
 
     sizes: list[int]  # rows of each batch
     lanes: list[list[int]]  # for each lane, its batches' numbers
+    leading: list[list[int]]  # of these, the batches of the first samples, without ``more``
 
     @property
     def own(self) -> list[int]:
@@ -61,15 +64,31 @@ def parts(rows: int) -> list[slice]:
     return [slice(first, last) for first, last in pairwise(borders)]
 
 
-def deal(rows: int, batch_rows: int, first: int = 0) -> Dealt:
-    """Samples in batches of ``batch_rows``, or the rest of a lane; numbers count from ``first``."""
+def deal(rows: int, batch_rows: int, first: int = 0, more: int = 0) -> Dealt:
+    """Samples in batches of ``batch_rows``, or the rest of a lane; numbers count from ``first``.
+
+    Args:
+        more: further samples, a multiple of four, each lane's after its own (``together``). They have
+            batches of their own.
+    """
     sizes: list[int] = []
-    lanes = []
-    for part in parts(rows):
-        own = [min(batch_rows, part.stop - start) for start in range(part.start, part.stop, batch_rows)]
-        lanes.append([first + len(sizes) + number for number in range(len(own))])
-        sizes += own
-    return Dealt(sizes, lanes)
+    lanes, leading = [], []
+    for part, further in zip(parts(rows), parts(more), strict=True):
+        own, others = (
+            [min(batch_rows, one.stop - start) for start in range(one.start, one.stop, batch_rows)]
+            for one in (part, further)
+        )
+        numbers = [first + len(sizes) + number for number in range(len(own) + len(others))]
+        lanes.append(numbers)
+        leading.append(numbers[: len(own)])
+        sizes += own + others
+    return Dealt(sizes, lanes, leading)
+
+
+def together(rows: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    """Samples [N, T] and [M, T] in one tensor [N + M, T], lane by lane."""
+    lanes = zip(parts(len(rows)), parts(len(more)), strict=True)
+    return torch.cat([part for own, others in lanes for part in (rows[own], more[others])])
 
 
 def fold(lanes: Iterable[T]) -> T:

@@ -50,8 +50,8 @@ def rows_of(documents: list[list[int]], params: TextParams, start: Start) -> tor
     ``concatenate`` joins all documents and cuts them into samples; ``document`` takes one sample
     from each document that is long enough, at a random position. With a seed, the samples are drawn
     at random without replacement; without, they are the first ones. If ``params.rows`` is None, all
-    samples are taken in order. With ``start.place`` row, a sample is the start token and T - 1
-    tokens of text.
+    samples are taken in order. Samples for training come last. With ``start.place`` row, a sample is
+    the start token and T - 1 tokens of text.
 
     Raises:
         SparselineError: too little text for the number of samples, or too few different tokens.
@@ -67,13 +67,14 @@ def rows_of(documents: list[list[int]], params: TextParams, start: Start) -> tor
         places = [int(torch.randint(len(d) - length + 1, (1,), generator=random)) for d in fitting]
         cut = [document[place : place + length] for document, place in zip(fitting, places, strict=True)]
         rows = torch.stack(cut) if cut else torch.empty(0, length, dtype=torch.long)
-    wanted = len(rows) if params.rows is None else params.rows
+    wanted = len(rows) if params.samples is None else params.samples
     if len(rows) < max(1, wanted):
+        keys = "rows, training or length" if params.training else "rows or length"
         raise SparselineError(
             f"The text at {params.path} gives {len(rows)} samples of {params.length} tokens, but"
-            f" {params.rows or 'some'} are requested; give more text, or lower rows or length."
+            f" {params.samples or 'some'} are requested; give more text, or lower {keys}."
         )
-    if params.seed is None or params.rows is None:
+    if params.seed is None or params.samples is None:
         rows = rows[:wanted]
     else:
         rows = rows[torch.randperm(len(rows), generator=generator(params.seed, "rows"))[:wanted]]
@@ -97,17 +98,19 @@ def _checked(rows: torch.Tensor, params: TextParams) -> torch.Tensor:
     return rows
 
 
-def split(rows: torch.Tensor, held_out: float) -> dict[str, torch.Tensor]:
-    """``fit`` and ``held_out`` samples. The held-out split has the last ones, rounded down; with a
-    share above 0 it has at least one.
+def split(rows: torch.Tensor, held_out: float, training: int = 0) -> dict[str, torch.Tensor]:
+    """``fit``, ``held_out`` and ``training`` samples. The last ones only train. The held-out split has
+    the last ones of the others, rounded down; with a share above 0 it has at least one.
 
     Raises:
         SparselineError: a share above 0 of a single sample.
     """
+    rows, more = rows[: len(rows) - training], rows[len(rows) - training :]
     if held_out and len(rows) < 2:
         raise SparselineError(
             f"The calibration text has {len(rows)} sample, which cannot be split into a training and a"
             " held-out split; raise rows, or set held_out: 0."
         )
     count = min(max(1, int(round(len(rows) * held_out, 9))), len(rows) - 1) if held_out else 0
-    return {"fit": rows[: len(rows) - count].clone(), "held_out": rows[len(rows) - count :].clone()}
+    cut = len(rows) - count
+    return {"fit": rows[:cut].clone(), "held_out": rows[cut:].clone(), "training": more.clone()}

@@ -76,6 +76,8 @@ class TextParams(Params):
     length: int = Field(ge=2)
     distinct: int = Field(ge=1)  # minimum number of different tokens in the rows
     held_out: float = Field(ge=0, lt=1)
+    # further calibration samples, which only train: four lanes share them equally
+    training: int = Field(ge=0, multiple_of=4)
     seed: int | None
 
     @model_validator(mode="after")
@@ -88,6 +90,19 @@ class TextParams(Params):
                 "rows",
             )
         return self
+
+    @model_validator(mode="after")
+    def _trains_on_calibration_text(self) -> Self:
+        if self.training and self.use != "calibrate":
+            raise Conflict(
+                "only a text with use: calibrate has samples for training; give 0", "use", "training"
+            )
+        return self
+
+    @property
+    def samples(self) -> int | None:
+        """Number of samples that are drawn; None: the whole text."""
+        return None if self.rows is None else self.rows + self.training
 
     @model_validator(mode="after")
     def _says_how_it_is_generated(self) -> Self:
