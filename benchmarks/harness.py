@@ -150,6 +150,7 @@ class Study:
         parts: list[Any] = [
             cell.name,
             cell.rows,
+            cell.training,
             cell.source,
             *(asked and asked.model_dump(mode="json") for asked in recipes),
         ]

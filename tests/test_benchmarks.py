@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,13 @@ def test_a_cell_that_is_named_is_computed_anew(make: Make, computed: list[str]) 
     assert computed == ["a,new,1"]
     # an older file would be gathered in the place of a newer record
     assert not make().file(make().every["a,new,1"]).exists()
+
+
+@pytest.mark.parametrize("change", [{"rows": 4}, {"training": 4}, {"source": "other"}])
+def test_a_cell_on_other_text_has_another_file(make: Make, change: dict[str, Any]) -> None:
+    study = make()
+    cell = study.every["a,new,1"]
+    assert study.file(replace(cell, **change)) != study.file(cell) == study.file(replace(cell))
 
 
 def test_gathering_keeps_what_no_file_has(make: Make, computed: list[str]) -> None:

@@ -806,12 +806,11 @@ def test_kept_inputs_change_no_bit(
     """Oracle: the run without room for them, which passes the dense block again for each site. Some
     blocks change their inputs in place, and experts have none.
     """
-    make = (
-        (lambda: make_checkpoint(tmp_path, family))
-        if family == "mixtral"
-        else (lambda: make_model(tmp_path, family, DEPTH, seed=3, tokenizer=False))
-    )
-    model, settings = model_of(make()), recipe(steps, **changes)
+    if family == "mixtral":
+        make_checkpoint(tmp_path, family)
+    else:
+        make_model(tmp_path, family, DEPTH, seed=3, tokenizer=False)
+    model, settings = model_of(tmp_path), recipe(steps, **changes)
     rows = Rows(FITTING, HELD_OUT, settings.batch_rows)
     made = plan(settings, model.checkpoint.dtype)
     again, kept = (
