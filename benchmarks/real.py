@@ -117,11 +117,13 @@ class Method:
     training: int = 0  # more rows, which only train blocks and models
 
 
+TRAINING = 384  # as in params.yaml
 MAIN = {
     "dense": Method(None),
-    **{name: Method(name) for name in ("magnitude", "wanda", "sparsegpt", "papers", "fast", "best")},
-    "distilled": Method("best", distil={}),
-    "sparsegpt+distil": Method("sparsegpt", distil={}),
+    **{name: Method(name) for name in ("magnitude", "wanda", "sparsegpt", "papers", "fast")},
+    "best": Method("best", training=TRAINING),
+    "distilled": Method("best", distil={}, training=TRAINING),
+    "sparsegpt+distil": Method("sparsegpt", distil={}, training=TRAINING),
     **{name: Method(None) for name in LLMCOMPRESSOR},
 }
 STARTS = {how.variant for how in MAIN.values() if how.distil is not None}  # of distilled models
@@ -151,12 +153,14 @@ def _fast(name: str, changes: Changes, **more: Any) -> dict[str, Method]:
     return {f"fast, {name}": Method("fast", changes, **more)}
 
 
-def _distil(name: str, distil: Changes, **more: Any) -> dict[str, Method]:
-    return {f"sparsegpt+distil, {name}": Method("sparsegpt", distil=distil, **more)}
+def _best(name: str, finetune: Changes, training: int = TRAINING) -> dict[str, Method]:
+    return {f"best, {name}": Method("best", {"reconstruction": {"finetune": finetune}}, training=training)}
 
 
-# a quarter of the passes over four times the rows
-FEWER_EPOCHS: Changes = {"reconstruction": {"finetune": {"epochs": 2, "refresh_epochs": 1}}}
+def _distil(name: str, distil: Changes, training: int = TRAINING) -> dict[str, Method]:
+    return {f"sparsegpt+distil, {name}": Method("sparsegpt", distil=distil, training=training)}
+
+
 ABLATION = {  # one lever each, on validation texts at 50%
     "sparsegpt": MAIN["sparsegpt"],
     "fast": MAIN["fast"],
@@ -178,19 +182,18 @@ ABLATION = {  # one lever each, on validation texts at 50%
     **_fast("WikiText-2", {}, source="wikitext2.train-part"),
     **_fast("random tokens", {}, source=RANDOM),
     "best": MAIN["best"],
-    "best, rate 0.005": Method("best", {"reconstruction": {"finetune": {"rate": 0.005}}}),
-    "best, 4 epochs": Method("best", {"reconstruction": {"finetune": {"epochs": 4}}}),
-    "best, 384 more rows, 2 epochs": Method("best", FEWER_EPOCHS, training=384),
-    "best, windows of 2": Method("best", {"reconstruction": {"finetune": {"window": 2}}}),
+    **_best("no more rows, 8 epochs", {"epochs": 8, "refresh_epochs": 2}, training=0),
+    **_best("rate 0.005", {"rate": 0.005}),
+    **_best("4 epochs", {"epochs": 4}),
+    **_best("windows of 2", {"window": 2}),
     "sparsegpt+distil": MAIN["sparsegpt+distil"],
     **_distil("rate 0.0005", {"rate": 0.0005}),
     **_distil("rate 0.002", {"rate": 0.002}),
-    **_distil("1 epoch", {"epochs": 1}),
-    **_distil("8 epochs", {"epochs": 8}),
+    **_distil("no more rows, 4 epochs", {"epochs": 4}, training=0),
+    **_distil("2 epochs", {"epochs": 2}),
     **_distil("batches of 8", {"batch_rows": 8}),
     **_distil("norms only", {"parts": ["norms"]}),
     **_distil("states in bfloat16", {"state_dtype": "bfloat16"}),
-    **_distil("480 rows, 1 epoch", {"epochs": 1}, training=384),
 }
 METHODS = {"main": MAIN, "induction": INDUCTION, "sparsity": SPARSITY, "ablation": ABLATION}
 
