@@ -18,6 +18,7 @@ from architectures import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import (
+    ROOT,
     SPARSELINE,
     WANDA,
     build,
@@ -154,6 +155,27 @@ def test_more_processes_do(ready: Path, tmp_path: Path, count: int) -> None:
             stage(workspace, step, processes)
         found.append(outputs(workspace))
     assert found[0] == found[1]
+
+
+STARTS = """
+import os, psutil, torch, transformers
+from pipeline_lib.core import launch, ranks
+
+def job():
+    return ranks.gathered(psutil.Process(os.getppid()).num_threads())
+
+for _ in range(20):
+    print(*launch.run(job))
+"""
+
+
+def test_workers_are_forks_of_a_process_with_one_thread() -> None:
+    """A fork has a copy of every lock, but only the thread that forked: a lock that another one held
+    stays locked.
+    """
+    command = start(ROOT, sys.executable, "-c", STARTS, SPARSELINE_PROCESSES="5")
+    said, _ = command.communicate(timeout=120)
+    assert said.splitlines() == ["1 1 1 1 1"] * 20
 
 
 def test_experts_in_groups_and_streams_in_files(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Run a stage's job in several processes, started by torch's elastic launcher or by an outer `torchrun`."""
+"""Run a stage's job in several processes, started here or by an outer `torchrun`."""
 
 import json
 import logging
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -26,8 +27,8 @@ def run(job: Callable[..., T], *arguments: Any) -> T:
         Fault: the job failed in one of the processes.
         LostError: one of the processes is gone.
     """
-    if ranks.outer() is not None:
-        with ranks.together(_told):
+    if (outer := ranks.outer()) is not None:
+        with ranks.together(outer, int(os.environ["WORLD_SIZE"]), None, _told):
             return job(*arguments)
     if (count := settings.processes()) == 1:
         return job(*arguments)
@@ -45,69 +46,70 @@ def _told(error: LostError) -> NoReturn:
 
 
 def _launched(count: int, job: Callable[..., T], *arguments: Any) -> T:
-    """Run the job in workers, which are forks of this process: it has only imported modules. With a
-    GPU they are new processes, because CUDA does not survive a fork.
+    """Run the job in workers, which are forks of this process: it has only imported modules, and has
+    no thread in a library that might hold a lock. With a GPU they are new processes, because CUDA
+    does not survive a fork.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # it repeats the workers' messages at length
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    before = {number: signal.getsignal(number) for number in SIGNALS}
     with tempfile.TemporaryDirectory(prefix="sparseline-") as place:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id=Path(place).name,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=place),
+        workers = start_processes(
+            _worker,
+            (count, Path(place), os.getpid(), job, arguments),
+            count,
+            join=False,
             start_method="fork" if settings.device_name() == "cpu" else "spawn",
-            signals_to_handle=",".join(
-                number.name for number, handler in before.items() if handler != signal.SIG_IGN
-            ),
         )
         try:
-            found = elastic_launch(config, _worker)(Path(place), os.getpid(), job, arguments)
-        except SignalException as error:
-            raise process.stopped(error.sigval) from error
-        except ChildFailedError as error:
-            raise _fault(Path(place), [one.exitcode for one in error.failures.values()]) from error
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    runtime.used([peak for _, peak in found.values() if peak is not None])
+            while not workers.join():
+                pass
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            raise _fault(Path(place), [worker.exitcode for worker in workers.processes]) from error
+        except process.Stopped as error:
+            for worker in workers.processes:
+                os.kill(worker.pid, error.number)
+            raise
+        found = [pickle.loads(_result(Path(place), rank).read_bytes()) for rank in range(count)]
+    runtime.used([peak for _, peak in found if peak is not None])
     value: T = found[0][0]
     return value
 
 
+def _result(place: Path, rank: int) -> Path:
+    return place / f"result-{rank}.pickle"
+
+
 def _worker(
-    place: Path, launcher: int, job: Callable[..., T], arguments: tuple[Any, ...]
-) -> tuple[T, int | None]:
-    """Run the job in a worker, and return its result and its peak GPU memory. If the job fails, the
-    error is written to a file, which the launcher reads.
+    rank: int, count: int, place: Path, launcher: int, job: Callable[..., T], arguments: tuple[Any, ...]
+) -> None:
+    """Run the job in a worker, and write its result and its peak GPU memory to a file, which the
+    launcher reads. If the job fails, the error is written instead.
     """
 
     def note(error: BaseException) -> int:
         message, status = runtime.explained(error)
         fault = {"message": message, "status": status, "lost": isinstance(error, LostError)}
         if not isinstance(error, process.Stopped):  # the launcher knows the signal
-            (place / f"fault-{os.environ['RANK']}.json").write_text(json.dumps(fault), encoding="utf-8")
+            (place / f"fault-{rank}.json").write_text(json.dumps(fault), encoding="utf-8")
         return status
 
     def end(error: LostError) -> NoReturn:
         os._exit(note(error))
 
-    for number in SIGNALS:  # the launcher handles signals
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
+    for number in SIGNALS:  # instead of the launcher's handlers
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     try:
-        with process.following(launcher), process.stoppable(), ranks.together(end):
-            return job(*arguments), runtime.peak_gpu()
+        with (
+            process.following(launcher),
+            process.stoppable(),
+            ranks.together(rank, count, place / "store", end),
+        ):
+            result = job(*arguments), runtime.peak_gpu()
+            _result(place, rank).write_bytes(pickle.dumps(result))
     except BaseException as error:
         sys.exit(note(error))
 

@@ -34,7 +34,7 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int, cause: str | None = None) -> None:
         cause = cause or f"{signal.Signals(number).name} came"
         super().__init__(f"{cause}; run the same command again: finished work is kept.")
-        self.code = 128 + number
+        self.number, self.code = number, 128 + number
 
 
 def stopped(number: int) -> Stopped:

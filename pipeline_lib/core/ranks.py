@@ -251,11 +251,14 @@ def _lost(who: str) -> str:
 
 
 @contextmanager
-def together(end: Callable[[LostError], Any]) -> Iterator[None]:
-    """Take part, in this context, in the group that torchrun's variables describe (RANK,
-    WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Only the first process's output is shown.
+def together(own: int, size: int, meeting: Path | None, end: Callable[[LostError], Any]) -> Iterator[None]:
+    """Take part, in this context, in a group of processes. Only the first process's output is shown.
 
     Args:
+        own: this process's number.
+        size: how many processes there are.
+        meeting: the file in which they find each other; None: the store at torchrun's MASTER_ADDR
+            and MASTER_PORT.
         end: ends this process at once, from any thread, because another process is lost. This
             process may be waiting in torch, which would wait forever.
 
@@ -266,7 +269,6 @@ def together(end: Callable[[LostError], Any]) -> Iterator[None]:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    own, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     wait = timedelta(seconds=settings.timeout())
     _place[:] = own, size
     over, answered, one = threading.Event(), [time.monotonic()], threading.Lock()
@@ -281,15 +283,23 @@ def together(end: Callable[[LostError], Any]) -> Iterator[None]:
         torch.set_num_threads(max(1, torch.get_num_threads() // neighbours))
     try:
         with _talking():
-            store, _, _ = next(rendezvous("env://", timeout=wait))
+            if meeting is None:
+                store, _, _ = next(rendezvous("env://", own, size, timeout=wait))
+            else:
+                store = dist.FileStore(str(meeting), size)  # type: ignore[attr-defined]
             store.set_timeout(wait)
-            store.set(f"here/{own}", "")
-            store.wait([f"here/{other}" for other in range(size)], wait)
+
+            def meet(where: str) -> None:
+                store.set(f"{where}/{own}", "")
+                store.wait([f"{where}/{other}" for other in range(size)], wait)
+
+            meet("here")
             beating = threading.Thread(target=_beat, args=(store.clone(), answered, over, lost), daemon=True)
             beating.start()
             threading.Thread(target=_watch, args=(answered, over, lost), daemon=True).start()
             backend = "gloo" if settings.device_name() == "cpu" else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=FOREVER)
+            meet("connected")  # a process may end before others are connected to it
         with Path(os.devnull).open("w", encoding="utf-8") as nowhere, ExitStack() as silent:
             for stream in (redirect_stdout, redirect_stderr):
                 if own:
