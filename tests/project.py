@@ -89,7 +89,7 @@ def text(seed: int, words: int = 400) -> str:
 
 def texts(shipped: Mapping[str, Any], rows: int = 8, length: int = 32) -> dict[str, Any]:
     """The shipped three texts, read from ``data/texts/<name>.txt``."""
-    small = {"kind": "files", "name": None, "glob": None, "rows": rows, "length": length}
+    small = {"kind": "files", "name": None, "glob": None, "rows": rows, "length": length, "training": 0}
     return {name: {**one, **small, "path": f"data/texts/{name}.txt"} for name, one in shipped.items()}
 
 

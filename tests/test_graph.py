@@ -636,6 +636,7 @@ FOR = {
     "prune.reconstruction.lsq.mask_iterations": "prune@[!fbd]*",
     "prune.reconstruction.finetune.rate": "prune@[!bd]*",
     "prune.reconstruction.finetune.bias_rate": "prune@[!bd]*",
+    "prune.reconstruction.finetune.epochs": "prune@[!bd]*",
     "prune.reconstruction.finetune.refresh_epochs": "prune@[!bd]*",
     "variants.*.batch_rows": "prune@*",
     "variants.*.export": "export@*",

@@ -218,6 +218,7 @@ OPENED = {
     "core/code.py": "this code",
     "core/environment.py": "env.lock.json, when it is written",
     "core/files.py": "",
+    "core/launch.py": "what a worker has written",
     "core/preloaded.py": "standard output",
     "core/process.py": "DVC's lock",
     "core/ranks.py": "/dev/null",

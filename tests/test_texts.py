@@ -119,7 +119,7 @@ def test_the_embedded_text_is_enough() -> None:
     for name, values in section("texts", ROOT / "params.yaml").items():
         asked = parse(TextParams, {**values, "path": ROOT / values["path"]}, f"texts.{name}")
         rows = rows_of(encode(tokenizer, read_texts(asked).documents), asked, start(None, "llama", tokenizer))
-        assert rows.shape == (asked.rows, asked.length)
+        assert rows.shape == (asked.samples, asked.length)
 
 
 @pytest.mark.parametrize("module", ["../secret.py", "/etc/hostname", "site-packages/torch/__init__.py"])
