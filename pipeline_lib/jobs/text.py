@@ -46,7 +46,8 @@ def text(workspace: Workspace, source: ModelParams, name: str, params: TextParam
     )
     rows = rows_of(documents, params, begins)
     check_ids(rows, config.get_text_config().vocab_size, tokenizer)
-    tensors = split(rows, params.held_out, params.training) if params.use == "calibrate" else {"rows": rows}
+    more = len(rows) - (params.rows or len(rows))
+    tensors = split(rows, params.held_out, more) if params.use == "calibrate" else {"rows": rows}
     facts = provenance | {
         "tokens": sum(map(len, documents)),
         "rows": len(rows),
@@ -59,8 +60,9 @@ def text(workspace: Workspace, source: ModelParams, name: str, params: TextParam
     files = f" in {len(facts['sha256'])} file(s)" if params.kind == "files" else ""
     empty = f", {facts['empty']} empty ones skipped" if facts["empty"] else ""
     own = " generated" if params.generated else ""
+    only = f" ({more} only train)" if params.training else ""
     return (
-        f"{len(rows)} samples of {params.length} tokens from {facts['documents']}{own}"
+        f"{len(rows)} samples of {params.length} tokens{only} from {facts['documents']}{own}"
         f" documents{files}{empty} ({facts['tokens']:,} tokens); {BEGINS[begins.place]}"
     )
 

@@ -50,7 +50,8 @@ def rows_of(documents: list[list[int]], params: TextParams, start: Start) -> tor
     ``concatenate`` joins all documents and cuts them into samples; ``document`` takes one sample
     from each document that is long enough, at a random position. With a seed, the samples are drawn
     at random without replacement; without, they are the first ones. If ``params.rows`` is None, all
-    samples are taken in order. Samples for training come last. With ``start.place`` row, a sample is
+    samples are taken in order. Samples for training come last, as many as the text still gives, in
+    multiples of four. With ``start.place`` row, a sample is
     the start token and T - 1 tokens of text.
 
     Raises:
@@ -67,14 +68,14 @@ def rows_of(documents: list[list[int]], params: TextParams, start: Start) -> tor
         places = [int(torch.randint(len(d) - length + 1, (1,), generator=random)) for d in fitting]
         cut = [document[place : place + length] for document, place in zip(fitting, places, strict=True)]
         rows = torch.stack(cut) if cut else torch.empty(0, length, dtype=torch.long)
-    wanted = len(rows) if params.samples is None else params.samples
-    if len(rows) < max(1, wanted):
-        keys = "rows, training or length" if params.training else "rows or length"
+    if len(rows) < (params.rows or 1):
         raise SparselineError(
             f"The text at {params.path} gives {len(rows)} samples of {params.length} tokens, but"
-            f" {params.samples or 'some'} are requested; give more text, or lower {keys}."
+            f" {params.rows or 'some'} are requested; give more text, or lower rows or length."
         )
-    if params.seed is None or params.samples is None:
+    further = len(rows) - (params.rows or 0)
+    wanted = len(rows) if params.rows is None else params.rows + min(params.training, further // 4 * 4)
+    if params.seed is None or params.rows is None:
         rows = rows[:wanted]
     else:
         rows = rows[torch.randperm(len(rows), generator=generator(params.seed, "rows"))[:wanted]]

@@ -76,7 +76,7 @@ class TextParams(Params):
     length: int = Field(ge=2)
     distinct: int = Field(ge=1)  # minimum number of different tokens in the rows
     held_out: float = Field(ge=0, lt=1)
-    # further calibration samples, which only train: four lanes share them equally
+    # at most so many further calibration samples, which only train: four lanes share them equally
     training: int = Field(ge=0, multiple_of=4)
     seed: int | None
 
@@ -101,7 +101,7 @@ class TextParams(Params):
 
     @property
     def samples(self) -> int | None:
-        """Number of samples that are drawn; None: the whole text."""
+        """Maximal number of samples that are drawn; None: the whole text."""
         return None if self.rows is None else self.rows + self.training
 
     @model_validator(mode="after")
