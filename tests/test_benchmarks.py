@@ -19,10 +19,14 @@ import torch
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import block, gpu, latency, planned, processes
+from benchmarks import block, gpu, latency, papers, planned, processes
 from benchmarks.alone import alone
 from benchmarks.harness import Cell, Record, Study
 from benchmarks.studies import STUDIES, main
+from pipeline_lib.core.params import load, section
+from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.recipe.variants import read_all
+from pipeline_lib.texts.texts import TextParams
 
 ROOT = Path(__file__).parent.parent
 Make = Callable[..., Study]
@@ -443,3 +447,42 @@ def test_other_bytes_end_the_benchmark(tmp_path: Path) -> None:
 
     with pytest.raises(click.ClickException, match="calibrate: 2 processes wrote other bytes than one"):
         processes.update(tmp_path / "processes.json", (), Fake)
+
+
+@pytest.mark.parametrize("trial", [True, False])
+def test_the_papers_tables_are_a_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trial: bool
+) -> None:
+    """Oracle: the stages' own reading of params.yaml, and figures written by hand."""
+    monkeypatch.chdir(tmp_path)
+    run = []
+    monkeypatch.setattr(papers.project, "run", lambda directory: run.append(directory) or 0)
+    preset = "embedded" if trial else "induction"
+
+    def settled(directory: Path) -> None:
+        place = Workspace(directory)
+        for name in ("dense", *papers.first(), *papers.second()):
+            place.save(place.evaluation(name), {"perplexity": {"wikitext2": 12.5, "c4": 20.25}})
+            told = {
+                "one": {"metrics": {"acc": {"value": 0.5}}},
+                "two": {"metrics": {"acc_norm": {"value": 0.25}}},
+            }
+            place.save(place.tasks(name), {preset: told, "sensitivity": told})
+
+    monkeypatch.setattr(papers.project, "settle", settled)
+    options = ["--revision", "0" * 40, *(["--trial"] if trial else [])]
+    model = "embedded" if trial else "facebook/opt-125m"
+    done = CliRunner().invoke(
+        papers.main, [model, "--out", "project", *(options[2:] if trial else options)], catch_exceptions=False
+    )
+    assert done.exit_code == 0 and run == [Path("project")]
+    assert "| dense | 12.50 | 20.25 | 37.50 |" in done.output
+    assert done.output.count("| sparsegpt-50 |") == 2
+    monkeypatch.chdir("project")
+    found = read_all()
+    assert sorted(found) == sorted({**papers.first(), **papers.second()})
+    assert found["magnitude-induced-2of4"].recipe.induce and not found["magnitude-2of4"].recipe.induce
+    assert found["mixed-isc-80"].recipe.allocation.method == "weight"
+    for name in section("texts"):
+        text = load(TextParams, f"texts.{name}")
+        assert (text.kind, text.length) == (("stdlib", 256) if trial else ("hub", 2048))

@@ -139,7 +139,7 @@ def test_the_file_keeps_its_comments() -> None:
     assert [line.split()[0] for line in changed] == ["baseline:"]
 
 
-@pytest.mark.parametrize("preset", ["fast", "best"])
+@pytest.mark.parametrize("preset", ["fast", "best", "distilled"])
 @pytest.mark.parametrize("options", [{}, {"sparsity": 0.3}, {"pattern": "2:4"}, {"pattern": "4:16"}])
 def test_choices_are_a_variant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, options: Mapping[str, Any]

@@ -86,7 +86,11 @@ def init(directory: Path, git: bool | None, update: bool) -> None:
 @click.argument("model")
 @click.option("--out", "directory", type=DIRECTORY, required=True, help="Directory of the new project.")
 @click.option(
-    "--preset", type=click.Choice(["fast", "best"]), default="fast", show_default=True, help="How to prune."
+    "--preset",
+    type=click.Choice(["fast", "best", "distilled"]),
+    default="fast",
+    show_default=True,
+    help="How to prune.",
 )
 @click.option(
     "--sparsity",
