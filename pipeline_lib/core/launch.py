@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -68,8 +69,10 @@ def _launched(count: int, job: Callable[..., T], *arguments: Any) -> T:
         except (ProcessExitedException, ProcessRaisedException) as error:
             raise _fault(Path(place), [worker.exitcode for worker in workers.processes]) from error
         except process.Stopped as error:
-            for worker in workers.processes:
+            for worker in filter(BaseProcess.is_alive, workers.processes):
                 os.kill(worker.pid, error.number)
+            for worker in workers.processes:
+                worker.join(2 * process.PATIENCE)
             raise
         found = [pickle.loads(_result(Path(place), rank).read_bytes()) for rank in range(count)]
     runtime.used([peak for _, peak in found if peak is not None])
@@ -123,7 +126,7 @@ def _fault(place: Path, codes: list[int]) -> BaseException:
         if not fault["lost"]:
             return runtime.Fault(fault["message"], fault["status"])
     for code in codes:
-        if code < 0:
+        if code < 0 and code != -signal.SIGTERM:  # that is how the launcher ends the others
             return LostError(
                 f"One of the stage's processes was ended by {signal.Signals(-code).name}, as the system does"
                 " where memory runs out; run the same command again: finished work is kept."
