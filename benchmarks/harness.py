@@ -40,6 +40,8 @@ PATTERNS = {
 }
 MORE = {"80%": (0.8, "unstructured")}  # in addition to those of every study
 UNIFORM: Changes = {"allocation": {"method": "uniform"}}
+# `best` without samples that only train, as the test models' records have it
+EIGHT_EPOCHS: Changes = {"reconstruction": {"finetune": {"epochs": 8, "refresh_epochs": 2}}}
 TOLERANCE = 0.01  # of a perplexity: other numbers of threads round differently
 Record = dict[str, Any]
 

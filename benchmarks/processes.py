@@ -27,7 +27,7 @@ import torch
 from ruamel.yaml import YAML
 
 from benchmarks.block import Shape, save
-from benchmarks.harness import RESULTS, UNIFORM, Record, commit
+from benchmarks.harness import EIGHT_EPOCHS, RESULTS, UNIFORM, Record, commit
 from pipeline_lib.core import files, settings
 from pipeline_lib.core.params import merge
 
@@ -58,12 +58,15 @@ class Place:
         count, length = rows
         changes: dict[str, Any] = {
             "model": {"path": "data/model"},
-            "texts": {"calibration": {"rows": count, "length": length}},
+            "texts": {"calibration": {"rows": count, "length": length, "training": 0}},
         }
         values = merge(shipped, changes)
+        shipped = values["variants"]
         values["variants"] = {
-            name: merge(values["variants"][name], UNIFORM) for name in ("sparsegpt", "best")
-        } | {"papers": values["variants"]["papers"]}  # it reads what calibrate collects
+            "sparsegpt": merge(shipped["sparsegpt"], UNIFORM),
+            "best": merge(merge(shipped["best"], EIGHT_EPOCHS), UNIFORM),
+            "papers": shipped["papers"],  # it reads what calibrate collects
+        }
         with (directory / "params.yaml").open("w", encoding="utf-8") as file:
             yaml.dump(values, file)
         for step in BEFORE:

@@ -37,7 +37,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.alone import Meter, alone, cost, summed
 from benchmarks.block import place
-from benchmarks.harness import MORE, PATTERNS, ROOT, UNIFORM, Cell, Record, Study, commands, selection
+from benchmarks.harness import (
+    EIGHT_EPOCHS,
+    MORE,
+    PATTERNS,
+    ROOT,
+    UNIFORM,
+    Cell,
+    Record,
+    Study,
+    commands,
+    selection,
+)
 from benchmarks.lab import Changes, Lab, section
 from benchmarks.rivals import BLOCKWISE, LLMCOMPRESSOR, VERSION_1, compressed
 from benchmarks.studies import ALLOCATIONS, BASES
@@ -153,8 +164,8 @@ def _fast(name: str, changes: Changes, **more: Any) -> dict[str, Method]:
     return {f"fast, {name}": Method("fast", changes, **more)}
 
 
-def _best(name: str, finetune: Changes, training: int = TRAINING) -> dict[str, Method]:
-    return {f"best, {name}": Method("best", {"reconstruction": {"finetune": finetune}}, training=training)}
+def _best(name: str, finetune: Changes) -> dict[str, Method]:
+    return {f"best, {name}": Method("best", {"reconstruction": {"finetune": finetune}}, training=TRAINING)}
 
 
 def _distil(name: str, distil: Changes, training: int = TRAINING) -> dict[str, Method]:
@@ -182,7 +193,7 @@ ABLATION = {  # one lever each, on validation texts at 50%
     **_fast("WikiText-2", {}, source="wikitext2.train-part"),
     **_fast("random tokens", {}, source=RANDOM),
     "best": MAIN["best"],
-    **_best("no more rows, 8 epochs", {"epochs": 8, "refresh_epochs": 2}, training=0),
+    "best, no more rows, 8 epochs": Method("best", EIGHT_EPOCHS),
     **_best("rate 0.005", {"rate": 0.005}),
     **_best("4 epochs", {"epochs": 4}),
     **_best("windows of 2", {"window": 2}),

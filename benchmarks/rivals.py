@@ -24,7 +24,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.alone import resident
-from benchmarks.harness import PATTERNS, ROOT, TEXTS, UNIFORM, Cell, Record, Study, lab, selection
+from benchmarks.harness import (
+    EIGHT_EPOCHS,
+    PATTERNS,
+    ROOT,
+    TEXTS,
+    UNIFORM,
+    Cell,
+    Record,
+    Study,
+    lab,
+    selection,
+)
 from benchmarks.lab import Changes, Kept, Lab
 from benchmarks.testbed import CODE, MIXTURE, NAMES, RANDOM, Bed, Tensors, Testbed
 from pipeline_lib.core import settings
@@ -56,7 +67,7 @@ BLOCKWISE = {"statistics": "per_block", "dense_target": 0.0}
 # The `fast` of these records is version 1's preset. Today's is "best, no gradients".
 VERSION_1 = {"allocation": {"method": "weight", "alpha": 0.15}, "reconstruction": BLOCKWISE}
 MAIN = {
-    name: Method(name, VERSION_1 if name == "fast" else {})
+    name: Method(name, {"fast": VERSION_1, "best": EIGHT_EPOCHS}.get(name, {}))
     for name in ("magnitude", "wanda", "sparsegpt", "fast", "best")
 }
 THEIRS = {name: Method(None) for name in LLMCOMPRESSOR}
@@ -65,24 +76,26 @@ REFERENCES = {  # Wanda with others' swaps; SparseGPT with others' cheap allocat
     "owl": Method("sparsegpt", {"allocation": {"method": "owl", "alpha": 0.08}}),
     "dlp": Method("sparsegpt", {"allocation": {"method": "dlp", "alpha": 0.15}}),
 }
+
+
+def _best(name: str, changes: Changes) -> dict[str, Method]:
+    return {f"best, {name}": Method("best", merge(EIGHT_EPOCHS, changes))}
+
+
 PARTS = {  # what each part adds: a preset without it, or with another in its place
-    "best, uniform": Method("best", UNIFORM),
-    "best, sweep's mask and weights": Method(
-        "best", {"reconstruction": {"steps": ["obs", "finetune"], **BLOCKWISE}}
-    ),
-    "best, sweep's mask": Method("best", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
-    "best, pruned stream": Method("best", {"reconstruction": BLOCKWISE}),
-    "best, dense stream": Method("best", {"reconstruction": {"dense_target": 1.0}}),
-    "best, masks not refreshed": Method("best", {"reconstruction": {"finetune": {"refresh_epochs": 0}}}),
-    "best, no gradients": Method("best", {"reconstruction": {"steps": ["obs", "lsq"]}}),
-    "best, channel instead of block": Method(
-        "best", {"reconstruction": {"steps": ["obs", "lsq", "finetune_channels"]}}
-    ),
-    "best, ISC": Method("best", {"selection": {"score": "isc"}}),
-    "best, 2 epochs": Method("best", {"reconstruction": {"finetune": {"epochs": 2, "refresh_epochs": 1}}}),
-    "best, 4 epochs": Method("best", {"reconstruction": {"finetune": {"epochs": 4}}}),
-    "best, 16 epochs": Method("best", {"reconstruction": {"finetune": {"epochs": 16}}}),
-    "best, windows of 2": Method("best", {"reconstruction": {"finetune": {"window": 2}}}),
+    **_best("uniform", UNIFORM),
+    **_best("sweep's mask and weights", {"reconstruction": {"steps": ["obs", "finetune"], **BLOCKWISE}}),
+    **_best("sweep's mask", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
+    **_best("pruned stream", {"reconstruction": BLOCKWISE}),
+    **_best("dense stream", {"reconstruction": {"dense_target": 1.0}}),
+    **_best("masks not refreshed", {"reconstruction": {"finetune": {"refresh_epochs": 0}}}),
+    **_best("no gradients", {"reconstruction": {"steps": ["obs", "lsq"]}}),
+    **_best("channel instead of block", {"reconstruction": {"steps": ["obs", "lsq", "finetune_channels"]}}),
+    **_best("ISC", {"selection": {"score": "isc"}}),
+    **_best("2 epochs", {"reconstruction": {"finetune": {"epochs": 2, "refresh_epochs": 1}}}),
+    **_best("4 epochs", {"reconstruction": {"finetune": {"epochs": 4}}}),
+    **_best("16 epochs", {"reconstruction": {"finetune": {"epochs": 16}}}),
+    **_best("windows of 2", {"reconstruction": {"finetune": {"window": 2}}}),
     "fast, uniform": Method("fast", merge(VERSION_1, UNIFORM)),
     "fast, search in float32": Method(
         "fast", merge(VERSION_1, {"reconstruction": {"lsq": {"mask_dtype": "float32"}}})

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from benchmarks.harness import PATTERNS, TEXTS, UNIFORM, Cell, Record, Study, pruned, selection
+from benchmarks.harness import EIGHT_EPOCHS, PATTERNS, TEXTS, UNIFORM, Cell, Record, Study, pruned, selection
 from benchmarks.lab import Changes, Lab, Run
 from benchmarks.rivals import STUDIES as RIVALS
 from benchmarks.testbed import NAMES
@@ -212,8 +212,10 @@ def quantization() -> Iterator[Cell]:
                 key = {"testbed": testbed, "method": method, "bits": bits, "pattern": pattern, "seed": seed}
                 grid = merge({"quantization": {"bits": bits, "group": 128, "symmetric": False}}, changes)
                 share = {"selection": {"sparsity": 0.0}} if pattern == "none" else selection(pattern)
-                arms = {"ppl": None if method == "dense" else merge(grid, share)}
-                yield Cell(key, arms, variant="best" if method.startswith("ours") else None)
+                ours = method.startswith("ours")
+                whole = merge(merge(EIGHT_EPOCHS if ours else {}, grid), share)
+                arms = {"ppl": None if method == "dense" else whole}
+                yield Cell(key, arms, variant="best" if ours else None)
 
 
 def size(lab: Lab, asked: Recipe | None, run: Run | None) -> Record:
