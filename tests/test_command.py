@@ -219,7 +219,7 @@ BAD = {
     ),
     "prune embedded": "Missing option '--out'.",
     "prune --out new": "Missing argument 'MODEL'.",
-    "prune embedded --out new --preset slow": "'slow' is not one of 'fast', 'best'.",
+    "prune embedded --out new --preset slow": "'slow' is not one of 'fast', 'best', 'distilled'.",
     "prune embedded --out new --sparsity 1": "1.0 is not in the range 0<x<1.",
     "prune embedded --out new --sparsity half": "'half' is not a valid float range.",
     "prune embedded --out new --pattern 4:2": "--pattern 4:2 is not N:M with 0 < N < M;",
