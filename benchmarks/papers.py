@@ -25,6 +25,7 @@ from ruamel.yaml import YAML
 
 from benchmarks.harness import selection
 from benchmarks.real import INDUCED, INDUCTION
+from benchmarks.studies import BASES
 from pipeline_lib.command import layout, project
 from pipeline_lib.command.choices import EMBEDDED, Choices, chosen
 from pipeline_lib.core.params import merge
@@ -40,13 +41,13 @@ PAPER = merge(ISC, MIXED)
 
 
 def first() -> dict[str, Any]:
-    """The variants of 2602.21652."""
+    """The variants of 2602.21652, each beside its base."""
     return {
         f"{name.replace(INDUCED, '-induced')}-{pattern.replace(':', 'of').rstrip('%')}": merge(
             merge(selection(pattern), how.changes), {"tasks": ["induction"]}
         )
         for pattern in ("50%", "2:4")
-        for name, how in INDUCTION.items()
+        for name, how in sorted(INDUCTION.items(), key=lambda one: list(BASES).index(one[0].split()[0]))
     }
 
 
@@ -95,7 +96,7 @@ def params(shipped: Mapping[str, Any], trial: bool) -> dict[str, Any]:
 
 def tables(workspace: Workspace, trial: bool) -> str:
     """Both tables in Markdown."""
-    heads = ("WikiText-2", "C4", "tasks")
+    heads = (*(("test", "validation") if trial else ("WikiText-2", "C4")), "tasks")
     names = {
         "2602.21652": ("induction", first()),
         "2310.09499": ("sensitivity", {"sparsegpt-50": {}} | second()),
