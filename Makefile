@@ -88,7 +88,7 @@ bench-real: environment  ## measure a real language model (docs/results.md): cel
 	python -m benchmarks.real run $(foreach one,$(ONLY),--only '$(one)') $(if $(CELL),--cell '$(CELL)')
 
 bench-papers: environment  ## lay out both papers' tables for MODEL, a name on the hub or a directory (docs/results.md)
-	python -m benchmarks.papers '$(MODEL)' --out '$(or $(OUT),papers)'
+	python -m benchmarks.papers $(if $(MODEL),'$(MODEL)') --out '$(or $(OUT),papers)'
 
 bench-calibration-text: environment  ## measure the real language model, calibrated on four texts (docs/results.md): cells without a record; ONLY: 'source=C4 method=fast'; CELL: one to compute again
 	python -m benchmarks.calibration_text run $(foreach one,$(ONLY),--only '$(one)') $(if $(CELL),--cell '$(CELL)')

@@ -28,10 +28,11 @@ from benchmarks.real import INDUCED, INDUCTION
 from benchmarks.studies import BASES
 from pipeline_lib.command import layout, project
 from pipeline_lib.command.choices import EMBEDDED, Choices, chosen
+from pipeline_lib.core import runtime
 from pipeline_lib.core.params import merge
-from pipeline_lib.core.workspace import Workspace
+from pipeline_lib.core.workspace import DENSE, Workspace
+from pipeline_lib.evaluation.metrics import ordered
 
-DENSE = "dense"
 C4_ROWS = 256  # samples of the first validation file, as SparseGPT and Wanda measure C4
 SWEEP = {"reconstruction": {"steps": ["obs"]}}
 ISC = {"selection": {"score": "isc"}}
@@ -43,11 +44,12 @@ PAPER = merge(ISC, MIXED)
 def first() -> dict[str, Any]:
     """The variants of 2602.21652, each beside its base."""
     return {
-        f"{name.replace(INDUCED, '-induced')}-{pattern.replace(':', 'of').rstrip('%')}": merge(
-            merge(selection(pattern), how.changes), {"tasks": ["induction"]}
+        f"{base}{short}-{share}": merge(
+            merge(selection(pattern), INDUCTION[f"{base}{more}"].changes), {"tasks": ["induction"]}
         )
-        for pattern in ("50%", "2:4")
-        for name, how in sorted(INDUCTION.items(), key=lambda one: list(BASES).index(one[0].split()[0]))
+        for pattern, share in (("50%", "50"), ("2:4", "2of4"))
+        for base in BASES
+        for more, short in (("", ""), (INDUCED, "-induced"))
     }
 
 
@@ -113,7 +115,7 @@ def _row(workspace: Workspace, name: str, preset: str) -> str:
     """Perplexities, and the mean accuracy of a preset's tasks in percent."""
     found = workspace.load(workspace.evaluation(name))["perplexity"]
     accuracies = [
-        100 * told["metrics"].get("acc_norm", told["metrics"].get("acc"))["value"]
+        100 * told["metrics"][ordered(told["metrics"])[0]]["value"]
         for told in workspace.load(workspace.tasks(name))[preset].values()
     ]
     cells = [*(found[text] for text in ("wikitext2", "c4")), stats.fmean(accuracies)]
@@ -126,15 +128,15 @@ def _row(workspace: Workspace, name: str, preset: str) -> str:
 @click.option("--revision", help="Commit of a model from the hub. Default: the newest one.")
 @click.option("--trial", is_flag=True, help="The embedded texts and tasks.")
 def main(model: str, directory: Path, revision: str | None, trial: bool) -> None:
-    if not (directory / layout.PARAMS).exists():
+    with runtime.told():
         asked = Choices(model, revision, "best", None, None, None if trial else "c4-train")
         wanted = chosen(layout.shipped(), asked)
         yaml, text = YAML(typ="safe"), io.StringIO()
         yaml.dump(params(yaml.load(wanted[layout.PARAMS].decode()), trial), text)
         layout.lay_out(directory, wanted | {layout.PARAMS: text.getvalue().encode()})
-    project.settle(directory)
-    if code := project.run(directory):
-        raise click.exceptions.Exit(code)
+        project.settle(directory)
+        if code := project.run(directory):
+            raise click.exceptions.Exit(code)
     click.echo(f"\n{tables(Workspace(directory), trial)}")
 
 

@@ -61,11 +61,11 @@ class Place:
             "texts": {"calibration": {"rows": count, "length": length, "training": 0}},
         }
         values = merge(shipped, changes)
-        shipped = values["variants"]
+        variants = values["variants"]
         values["variants"] = {
-            "sparsegpt": merge(shipped["sparsegpt"], UNIFORM),
-            "best": merge(merge(shipped["best"], EIGHT_EPOCHS), UNIFORM),
-            "papers": shipped["papers"],  # it reads what calibrate collects
+            "sparsegpt": merge(variants["sparsegpt"], UNIFORM),
+            "best": merge(merge(variants["best"], EIGHT_EPOCHS), UNIFORM),
+            "papers": variants["papers"],  # it reads what calibrate collects
         }
         with (directory / "params.yaml").open("w", encoding="utf-8") as file:
             yaml.dump(values, file)

@@ -449,11 +449,16 @@ def test_other_bytes_end_the_benchmark(tmp_path: Path) -> None:
         processes.update(tmp_path / "processes.json", (), Fake)
 
 
-@pytest.mark.parametrize("trial", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "trial"),
+    [(["embedded", "--trial"], True), (["facebook/opt-125m", "--revision", "0" * 40], False)],
+)
 def test_the_papers_tables_are_a_project(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trial: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], trial: bool
 ) -> None:
-    """Oracle: the stages' own reading of params.yaml, and figures written by hand."""
+    """Oracle: the stages' own reading of params.yaml, and figures written by hand. The same command
+    goes on; another model is refused.
+    """
     monkeypatch.chdir(tmp_path)
     run = []
     monkeypatch.setattr(papers.project, "run", lambda directory: run.append(directory) or 0)
@@ -470,12 +475,13 @@ def test_the_papers_tables_are_a_project(
             place.save(place.tasks(name), {preset: told, "sensitivity": told})
 
     monkeypatch.setattr(papers.project, "settle", settled)
-    options = ["--revision", "0" * 40, *(["--trial"] if trial else [])]
-    model = "embedded" if trial else "facebook/opt-125m"
-    done = CliRunner().invoke(
-        papers.main, [model, "--out", "project", *(options[2:] if trial else options)], catch_exceptions=False
-    )
-    assert done.exit_code == 0 and run == [Path("project")]
+    for _ in range(2):
+        done = CliRunner().invoke(papers.main, [*arguments, "--out", "project"], catch_exceptions=False)
+        assert done.exit_code == 0
+    other = ["owner/other", "--revision", "1" * 40, "--out", "project"]
+    refused = CliRunner().invoke(papers.main, other, catch_exceptions=False)
+    assert refused.exit_code == 2 and "params.yaml already exists with other contents" in refused.output
+    assert run == [Path("project")] * 2
     assert "| dense | 12.50 | 20.25 | 37.50 |" in done.output
     assert done.output.count("| sparsegpt-50 |") == 2
     monkeypatch.chdir("project")

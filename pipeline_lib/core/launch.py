@@ -67,7 +67,8 @@ def _launched(count: int, job: Callable[..., T], *arguments: Any) -> T:
             while not workers.join():
                 pass
         except (ProcessExitedException, ProcessRaisedException) as error:
-            raise _fault(Path(place), [worker.exitcode for worker in workers.processes]) from error
+            codes = [worker.exitcode for worker in workers.processes]
+            raise _fault(Path(place), [codes.pop(error.error_index), *codes]) from error
         except process.Stopped as error:
             for worker in filter(BaseProcess.is_alive, workers.processes):
                 os.kill(worker.pid, error.number)
@@ -120,6 +121,9 @@ def _worker(
 def _fault(place: Path, codes: list[int]) -> BaseException:
     """The error that the launcher reports: that of the worker that failed, or else that of a worker
     that lost another one.
+
+    Args:
+        codes: exit codes of the workers, first that of the one that ended first.
     """
     faults = [json.loads(files.text(path)) for path in sorted(place.glob("fault-*.json"))]
     for fault in sorted(faults, key=lambda fault: bool(fault["lost"])):

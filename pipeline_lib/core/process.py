@@ -37,7 +37,7 @@ class Stopped(KeyboardInterrupt):
         self.number, self.code = number, 128 + number
 
 
-def stopped(number: int) -> Stopped:
+def _stopped(number: int) -> Stopped:
     """The exception that a signal raises."""
     return Stopped(number, "The `dvc` that started this stage has ended" if _orphaned.is_set() else None)
 
@@ -55,7 +55,7 @@ def stoppable() -> Iterator[None]:
 
     def stop(number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        _came.append(stopped(number))
+        _came.append(_stopped(number))
         raise _came[0]
 
     def again(_number: int, _frame: FrameType | None) -> None:

@@ -51,8 +51,7 @@ def rows_of(documents: list[list[int]], params: TextParams, start: Start) -> tor
     from each document that is long enough, at a random position. With a seed, the samples are drawn
     at random without replacement; without, they are the first ones. If ``params.rows`` is None, all
     samples are taken in order. Samples for training come last, as many as the text still gives, in
-    multiples of four. With ``start.place`` row, a sample is
-    the start token and T - 1 tokens of text.
+    multiples of four. With ``start.place`` row, a sample is the start token and T - 1 tokens of text.
 
     Raises:
         SparselineError: too little text for the number of samples, or too few different tokens.
