@@ -33,6 +33,7 @@ from pipeline_lib.fit.distil import (
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.fit.zeros import Zeros
 from pipeline_lib.jobs import distil as job
+from pipeline_lib.jobs import prune as prune_job
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.tokenizer import load_tokenizer
@@ -543,6 +544,28 @@ def test_it_trains_on_the_samples_for_training_too(workspace: Path) -> None:
     assert after["rows"] == before["rows"] + 8
     assert after["steps"] == 3 * math.ceil(after["rows"] / 4)
     assert after["held_out_before"] == before["held_out_before"]
+
+
+def test_blocks_train_on_the_first_samples_for_training(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``prune.training`` of them. Oracle: the file of the samples."""
+    change_params(workspace, "texts.calibration.training", 8)
+    change_params(workspace, "prune.training", 4)
+    given: list[torch.Tensor] = []
+    real = prune_job.Rows
+
+    def seen(*rows: Any) -> Any:
+        given.append(rows[-1])
+        return real(*rows)
+
+    monkeypatch.setattr(prune_job, "Rows", seen)
+    build("keys", "text calibration", "prune wanda")
+    samples = artifacts.read_tensors(workspace / "build/texts/calibrate/calibration.safetensors")[0][
+        "training"
+    ]
+    assert len(samples) == 8
+    assert torch.equal(given[0], samples[:4])
 
 
 def test_without_held_out_rows_the_fitting_rows_decide(workspace: Path) -> None:
