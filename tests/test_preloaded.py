@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -207,6 +208,14 @@ def test_the_keeper_is_killed(workspace: Path) -> None:
 def test_another_environment_gets_a_process_of_its_own(workspace: Path, changed: dict[str, str]) -> None:
     process = start(workspace, *PRUNE, **(preloaded() | changed))
     assert holder(workspace, process) == process.pid
+    assert process.wait() == 0
+
+
+def test_a_shell_between_them_changes_nothing(workspace: Path) -> None:
+    """An active virtual environment exports PS1. A bash that runs a command, as DVC's does, drops it."""
+    active = {"PS1": "(.venv) "}
+    process = start(workspace, "bash", "-c", f"exec {shlex.join(PRUNE)}", **(preloaded(**active) | active))
+    assert forked(holder(workspace, process), process.pid)
     assert process.wait() == 0
 
 

@@ -66,7 +66,8 @@ class _Client:
 
 
 def _fixed(environ: dict[str, str]) -> dict[str, str]:
-    free = ("PWD", "OLDPWD", "SHLVL", "_")
+    # what the shell sets or drops in which DVC runs a command; an active virtual environment exports PS1
+    free = ("PWD", "OLDPWD", "SHLVL", "_", "PS1", "PS2")
     return {
         name: value
         for name, value in environ.items()
