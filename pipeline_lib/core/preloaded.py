@@ -66,12 +66,14 @@ class _Client:
 
 
 def _fixed(environ: dict[str, str]) -> dict[str, str]:
-    # what the shell sets or drops in which DVC runs a command; an active virtual environment exports PS1
+    # What the shell sets or drops in which DVC runs a command, and DVC's queue. An active virtual
+    # environment exports PS1.
     free = ("PWD", "OLDPWD", "SHLVL", "_", "PS1", "PS2")
+    prefixes = ("DVC_", "SPARSELINE_", "CELERY_LOG_", "_MP_FORK_")
     return {
         name: value
         for name, value in environ.items()
-        if name not in free and not name.startswith(("DVC_", "SPARSELINE_"))
+        if name not in free and not name.startswith(prefixes)
     }
 
 
