@@ -135,7 +135,8 @@ class Lab:
         steps = plan(asked, model.checkpoint.dtype)
         rows = None
         if steps.needs.text:
-            rows = Rows(own["fit"], own["held_out"], asked.batch_rows, own["training"])
+            more = own["training"][: asked.training]
+            rows = Rows(own["fit"], own["held_out"], asked.batch_rows, more)
         return prune(Source(model, self.transforms(asked, kept), kept), rows, steps, finished)
 
     def transforms(self, asked: Recipe, kept: Kept) -> list[Transform]:

@@ -520,7 +520,7 @@ OTHER: dict[str, Any] = {
     "texts.*.packing": "document",
     "texts.*.seed": 1,
     "texts.*.held_out": 0.5,
-    "texts.*.training": 4,
+    "*.training": 4,
     "texts.*.hub": {"id": "org/name"},
     "scale.start": "eq5",
     "scale.monotone": "tanh",
@@ -614,6 +614,7 @@ FOR = {
     "induce.*": "induce@papers prune@papers",
     "distil.*": "distil@distilled",
     "prune.batch_rows": "prune@[!sf]*",
+    "prune.training": "prune@*",
     "prune.export": "export@[!b]*",
     "prune.tasks": "tasks@[!b]*",
     "prune.candidate": "choose",
@@ -874,7 +875,7 @@ def test_keys_of_version_1_are_named_one_by_one() -> None:
     assert re.fullmatch(r"error: params\.yaml: variants\.\S+ is missing; add it\.\n", result.output), (
         result.output
     )
-    values["prune"] |= {"export": [], "tasks": [], "candidate": False}
+    values["prune"] |= {"training": 0, "export": [], "tasks": [], "candidate": False}
     values["prune"]["reconstruction"]["lsq"]["mask_dtype"] = "float32"
     values["evaluate"]["reverse_kl"] = False
     values["verdict"] = {"perplexity_ratio": None, "kl": None, "accuracy_drop": None}

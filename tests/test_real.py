@@ -60,7 +60,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / f"{name}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(said, encoding="utf-8")
-    pages = [json.dumps({"text": text(seed, words=420)}) for seed in range(10, 210)]
+    pages = [json.dumps({"text": text(seed, words=720)}) for seed in range(10, 210)]
     (tmp_path / "real/texts/c4.calib.jsonl").write_text("\n".join(pages), encoding="utf-8")
     monkeypatch.setattr(real, "MODEL", tmp_path / "model")
     monkeypatch.setattr(real, "TESTBED", tmp_path)

@@ -182,11 +182,11 @@ class _Base:
     budget: float  # bytes of hidden states that stay on a GPU
     processes: int
 
-    def shapes(self, text: TextParams, batch_rows: int, window: int = 1, trains: bool = False) -> Shapes:
-        """Shapes of the calibration rows, in batches; with ``trains``, of those for training too."""
+    def shapes(self, text: TextParams, batch_rows: int, window: int = 1, training: int = 0) -> Shapes:
+        """Shapes of the calibration rows, in batches, and of at most so many of those for training."""
         assert text.rows is not None  # validated
         sizes = (text.rows, text.length, batch_rows, window)
-        more = text.training if trains else 0
+        more = min(text.training, training)
         return Shapes(self.checkpoint, *sizes, self.dtype, text.held_out, self.processes, more)
 
 
@@ -218,10 +218,11 @@ def _planned(found: Planned, texts: dict[str, TextParams], variants: dict[str, V
         if variant.induce is not None:
             found.steps.append((estimate.inducing(work, f"induce {name}", variant.induce.induce), 1))
         steps = plan(variant.recipe, checkpoint.dtype)
-        own = base.shapes(text, variant.recipe.batch_rows, steps.window, steps.judged)
+        trains = variant.recipe.training if steps.judged else 0
+        own = base.shapes(text, variant.recipe.batch_rows, steps.window, trains)
         found.steps.append((estimate.pruning(f"prune {name}", steps, own, budget), 1))
         if (learn := variant.trained) is not None:
-            own = base.shapes(text, learn.batch_rows, trains=True)
+            own = base.shapes(text, learn.batch_rows, training=text.training)
             rounded = variant.recipe.quantization.bits is not None
             found.steps.append((estimate.distilling(f"distil {name}", learn, own, budget, rounded), 1))
     evaluate = params.load(EvaluateParams, "evaluate")

@@ -86,6 +86,7 @@ class Pruning(Params):
     """How a model is pruned, from the section ``prune`` and ``variants.<name>``."""
 
     batch_rows: int = Field(ge=1)
+    training: int = Field(ge=0, multiple_of=4)
     quantization: QuantizationParams
     selection: SelectionParams
     allocation: AllocationParams
