@@ -59,6 +59,7 @@ from pipeline_lib.core import code, params
 from pipeline_lib.core.artifacts import write_json, write_tensors
 from pipeline_lib.core.files import sha256
 from pipeline_lib.core.params import merge
+from pipeline_lib.core.products import bfloat16_is_faster
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.evaluation.settings import Preset, TasksParams
 from pipeline_lib.evaluation.tasks import run_tasks
@@ -283,6 +284,12 @@ class Real(Bed):
         return found
 
 
+def _device(bed: Bed) -> str:
+    """The device of a cell's costs. A CPU without bfloat16 takes longer for fits and mask searches."""
+    slow = bed.device.type == "cpu" and not bfloat16_is_faster()
+    return place(bed.device) + " without bfloat16" * slow
+
+
 def put(model: PreTrainedModel, bed: Bed, blocks: Tensors) -> None:
     """Put these blocks into a whole model, and its own where there are none."""
     base = model.base_model.get_submodule(bed.checkpoint.architecture.blocks)
@@ -486,7 +493,7 @@ def measure(asked: Cell) -> list[Record]:
         blocks, told = made(asked, Path(folder))
     gpu = told.pop("peak_gpu_bytes", None)
     taken = {name: round(told[name], 1) for name in ("wall_s", "cpu_s")}
-    more = taken | {"peak_bytes": int(gpu or told["peak_bytes"]), "device": place(bed.device)}
+    more = taken | {"peak_bytes": int(gpu or told["peak_bytes"]), "device": _device(bed)}
     more |= {"training": told["training"]} if "training" in told else {}
     ppl = {text: bed.perplexity(blocks, text) for text in texts(key["table"])}
     found = tasks(bed, blocks) if tasked(key) and not LATER else None

@@ -203,11 +203,12 @@ def test_averages_in_bfloat16_are_close_and_half_as_large(tmp_path: Path) -> Non
 @pytest.mark.parametrize("family", ["llama", "opt-post", "gemma", "phi3", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_training_brings_the_models_together_and_keeps_zeros(
-    tmp_path: Path, family: str, compute: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, compute: Any
 ) -> None:
     """Mixtures of experts and tied embeddings among them. Oracle: the masks; the divergence on the
     rows themselves.
     """
+    monkeypatch.setattr("pipeline_lib.core.products.bfloat16_is_faster", lambda: True)
     models = make(tmp_path, family)
     data, blocks = begin(models, how := params(epochs=6, compute_dtype=compute, warmup=0.1), held_out=0)
     before = held_out_divergence(data, models[1].block)

@@ -71,6 +71,23 @@ def test_what_is_chosen_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
 
 
+@pytest.mark.parametrize(
+    ("kind", "faster", "expected"), [("cpu", True, True), ("cpu", False, False), ("cuda", False, True)]
+)
+def test_bfloat16_is_taken_where_it_is_faster(
+    kind: str, faster: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the dtype of a product. A float32 product stays one everywhere."""
+    monkeypatch.setattr(products, "bfloat16_is_faster", lambda: faster)
+    device = torch.device(kind)
+    assert products.affords(device, "bfloat16") is expected
+    assert not products.affords(device, "float32")
+    if kind == "cpu":
+        with products.mixed(device, "bfloat16"):
+            found = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert (found.dtype == torch.bfloat16) is expected
+
+
 def test_rounding_is_put_back() -> None:
     flags = torch.backends.mkldnn.matmul
     flags.fp32_precision = "ieee"

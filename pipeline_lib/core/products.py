@@ -8,10 +8,13 @@ enabled, tested, and disabled again unless its products are as exact as float32'
 
 On a GPU, products have full float32 precision (``ieee``) unless ``model.products`` says otherwise,
 and then only in ``rounded``.
+
+Fits and searches ask for bfloat16 where it is faster. A CPU without instructions for it needs several
+times as long as for float32, so it computes them in float32.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -70,6 +73,16 @@ def bfloat16_is_faster() -> bool:
     float32's.
     """
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def affords(device: torch.device, asked: str) -> bool:
+    """Whether products are in bfloat16: it is asked for, and this device has instructions for it."""
+    return asked == "bfloat16" and (device.type != "cpu" or bfloat16_is_faster())
+
+
+def mixed(device: torch.device, asked: str) -> AbstractContextManager[Any]:
+    """A context whose products are in bfloat16 if ``affords``. The state is one of this thread."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=affords(device, asked))
 
 
 def exact_on_gpu() -> None:

@@ -202,7 +202,7 @@ def stage(name: str = "", output: Path | None = None) -> Iterator[Callable[[str]
 
 def resume_key(name: str, facts: str, inputs: list[Path]) -> str:
     """A key over parameters, the inputs' bytes, the code of the stage of this name, torch's
-    version, and the device with its threads and library of products.
+    version, and the device with its threads, library of products and use of bfloat16.
     """
     import torch
 
@@ -214,6 +214,6 @@ def resume_key(name: str, facts: str, inputs: list[Path]) -> str:
     root = Path() if code.is_project() else Path(__file__).parents[2]
     digest.update(code.digest(name, root).encode())
     device = compute()  # first: it sets the threads and the library for products
-    library = products.onednn_is_enabled()
+    library = products.onednn_is_enabled(), products.bfloat16_is_faster()
     digest.update(f"{torch.__version__} {device.type} {torch.get_num_threads()} {library}".encode())
     return digest.hexdigest()[:32]

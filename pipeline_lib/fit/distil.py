@@ -14,7 +14,6 @@ stream, ``V`` tokens of the vocabulary.
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from torch.optim.adam import adam
 
 from pipeline_lib.core import ranks
+from pipeline_lib.core.products import mixed
 from pipeline_lib.core.random import generator
 from pipeline_lib.core.threads import Map, side_by_side, small
 from pipeline_lib.fit.fit import Pairs, added, minibatches
@@ -217,7 +217,7 @@ def training_data(
     cut = len(fit.sizes)
     for index in watched(range(model.checkpoint.architecture.depth)):
         block = model.block(index)
-        with _mixed(model, params):
+        with mixed(model.device, params.compute_dtype):
             model.advance(block, index, after, fit.own)
         model.advance(block, index, after, held_out.own)
     seen, judging = (
@@ -310,7 +310,7 @@ class _Passes:
                 states[-1] = [(x, None) for x, _ in states[-1]]
         sums: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
-        with _mixed(self.model, self.params):
+        with mixed(self.model.device, self.params.compute_dtype):
             for x, (_, target) in zip(hidden, pairs, strict=True):
                 found, gradient = _divergence(self.logits, x, target, 1 / tokens)
                 sums += found
@@ -324,7 +324,7 @@ class _Passes:
         return mean
 
     def _call(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        with _mixed(self.model, self.params):  # the autocast state is per thread
+        with mixed(self.model.device, self.params.compute_dtype):  # the autocast state is per thread
             return self.model.call(self.model.templates[index], index, x, self.blocks[index].tensors)
 
     def _up(self, index: int, inputs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -335,7 +335,9 @@ class _Passes:
                 x = hidden.detach().requires_grad_(not self.params.recompute)
                 return x, self._call(index, x)
 
-        with _mixed(self.model, self.params):  # around all lanes, so that weights are rounded once
+        with mixed(
+            self.model.device, self.params.compute_dtype
+        ):  # around all lanes, so that weights are rounded once
             return list(self.each_lane(lane, inputs))
 
     def _down(
@@ -361,7 +363,7 @@ class _Passes:
                 yield own
                 del below, own
 
-        with _mixed(self.model, self.params):
+        with mixed(self.model.device, self.params.compute_dtype):
             return added(lanes())
 
 
@@ -401,7 +403,3 @@ def _divergence(
 
 def _batch_rows(rows: Pairs, params: DistilParams) -> int:
     return min(params.batch_rows, LANES * rows.widest)  # a pass has no more rows of a lane than elsewhere
-
-
-def _mixed(model: BlockModel, params: DistilParams) -> AbstractContextManager[Any]:
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=params.compute_dtype == "bfloat16")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from pipeline_lib.core import ranks
+from pipeline_lib.core.products import mixed
 from pipeline_lib.core.random import generator
 from pipeline_lib.core.threads import Map, side_by_side, small
 from pipeline_lib.fit.settings import FinetuneParams, FitParams
@@ -283,7 +284,7 @@ def fit(block: Sparse, fitting: Pairs, held_out: Pairs, params: FitParams) -> Fi
     tensors, masks, remask = block.tensors, block.masks, block.remask
 
     def run(hidden: torch.Tensor, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=params.compute_dtype == "bfloat16"):
+        with mixed(hidden.device, params.compute_dtype):
             return block.run(hidden, values).float()
 
     matrices = list(masks)

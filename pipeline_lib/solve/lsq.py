@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pipeline_lib.core.products import affords
 from pipeline_lib.solve.factor import cholesky_in_place, lost
 from pipeline_lib.solve.settings import LsqParams
 
@@ -266,9 +267,8 @@ def _penalties(first: float, iterations: int) -> tuple[list[float], int]:
 
 
 def _search_dtype(tensor: torch.Tensor, params: LsqParams) -> torch.dtype:
-    return (
-        torch.bfloat16 if params.mask_dtype == "bfloat16" and tensor.dtype == torch.float32 else tensor.dtype
-    )
+    wide = tensor.dtype == torch.float32
+    return torch.bfloat16 if wide and affords(tensor.device, params.mask_dtype) else tensor.dtype
 
 
 def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
