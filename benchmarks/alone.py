@@ -77,7 +77,7 @@ def summed(first: Record, second: Record) -> Record:
     """The cost of two pieces of work, one after the other."""
     found = {part: round(first[part] + second[part], 3) for part in ("wall_s", "cpu_s")}
     return found | {
-        part: max(filter(None, (first[part], second[part])), default=None)
+        part: max((one[part] for one in (first, second) if one[part] is not None), default=None)
         for part in ("peak_bytes", "peak_gpu_bytes")
     }
 

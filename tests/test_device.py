@@ -115,10 +115,12 @@ RECIPES: dict[str, tuple[tuple[str, ...], dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_pruning_on_a_device(path: Path, name: str) -> None:
+def test_pruning_on_a_device(path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Oracles: the same on the CPU, to rounding; what the device refuses; and how often a block
     waits for it.
     """
+    # so that both search masks in bfloat16
+    monkeypatch.setattr("pipeline_lib.core.products.bfloat16_is_faster", lambda: True)
     steps, changes, most = RECIPES[name]
     settings = recipe(steps, batch_rows=4, **merge({"selection": {"block": 16}}, changes))
     expected = dict(pruned(model_of(path), settings))

@@ -71,9 +71,7 @@ def _fixed(environ: dict[str, str]) -> dict[str, str]:
     free = ("PWD", "OLDPWD", "SHLVL", "_", "PS1", "PS2")
     prefixes = ("DVC_", "SPARSELINE_", "CELERY_LOG_", "_MP_FORK_")
     return {
-        name: value
-        for name, value in environ.items()
-        if name not in free and not name.startswith(prefixes)
+        name: value for name, value in environ.items() if name not in free and not name.startswith(prefixes)
     }
 
 
