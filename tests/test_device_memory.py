@@ -93,7 +93,7 @@ class Live(TorchDispatchMode):
 
 def _computed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The operator's result. A CPU without bfloat16 instructions computes products in float32, which
-    takes a tenth of the time there; what that holds meanwhile is not counted.
+    is faster there. What that holds meanwhile is not counted.
     """
     if func in PRODUCTS and args[0].dtype == torch.bfloat16 and not bfloat16_is_faster():
         return func(*(each.float() for each in args), **kwargs).to(args[0].dtype)

@@ -9,8 +9,8 @@ enabled, tested, and disabled again unless its products are as exact as float32'
 On a GPU, products have full float32 precision (``ieee``) unless ``model.products`` says otherwise,
 and then only in ``rounded``.
 
-Fits and searches ask for bfloat16 where it is faster. A CPU without instructions for it needs several
-times as long as for float32, so it computes them in float32.
+Fits, mask searches and distillation ask for bfloat16 because it is faster. On a CPU without
+instructions for it, it is slower, so they compute in float32 there.
 """
 
 from collections.abc import Callable, Iterator
