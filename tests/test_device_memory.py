@@ -37,10 +37,10 @@ from pipeline_lib.planning import device
 from pipeline_lib.planning.estimate import Estimate, Work, estimate, evaluating, pruning
 from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.run import Rows, Source, prune
-from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.stats.lanes import LANES
 from pipeline_lib.stats.settings import CalibrateParams
+from pipeline_lib.stats.shapes import Shapes
 from pipeline_lib.stats.walk import walk
 
 CPU = torch.device("cpu")
@@ -296,6 +296,31 @@ def test_probing_holds_what_is_foretold(
     shapes = Shapes(checkpoint, ROWS, length, 16, held_out=HELD_OUT)
     work = Work(shapes, HELD_OUT, torch.float32, CalibrateParams(batch_rows=16, median_tokens=MEDIAN), params)
     assert estimate(work)["sensitivity"].gpu_bytes == pytest.approx(peak(run), rel=NEAR)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("length", [64, 512])
+def test_a_graph_keeps_what_is_foretold(checkpoint: Checkpoint, length: int, bfloat16: bool) -> None:
+    """Oracle: what autograd saves for the backward pass, weights in float32 aside."""
+    model = BlockModel(checkpoint, torch.float32, CPU)
+    model.embed(tokens(length)[0][:2], [2])
+    weights = {name: tensor.float().requires_grad_() for name, tensor in checkpoint.block(0).items()}
+    hidden = torch.randn(2, length, WIDTH, requires_grad=True)
+    given = {tensor.untyped_storage()._cdata for tensor in (hidden, *weights.values())}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in given:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+    ):
+        _ = model.call(model.templates[0], 0, hidden, weights)
+    assert Shapes(checkpoint, 2, length, 2).graph(2, bfloat16) == pytest.approx(sum(saved.values()), rel=NEAR)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

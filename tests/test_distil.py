@@ -35,11 +35,13 @@ from pipeline_lib.fit.zeros import Zeros
 from pipeline_lib.jobs import distil as job
 from pipeline_lib.jobs import prune as prune_job
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline_lib.models.places import Storage
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.recipe.variants import read as read_variant
 from pipeline_lib.recipe.variants import read_all
 from pipeline_lib.solve.grid import Scheme
+from pipeline_lib.stats.shapes import Shapes
 
 CPU = torch.device("cpu")
 LENGTH = 12
@@ -58,7 +60,6 @@ def params(**changes: Any) -> DistilParams:
         "batch_rows": 4,
         "compute_dtype": "float32",
         "state_dtype": "float32",
-        "recompute": True,
         "seed": 0,
     }
     return DistilParams(**{**values, **changes})
@@ -82,11 +83,12 @@ def begin(
     how: DistilParams,
     held_out: int = 4,
     grid: Scheme | None = None,
+    room: float = 0,  # for graphs
 ) -> tuple[TrainingData, list[Trained]]:
     source, pruned, masks = models
     model = BlockModel(source, torch.float32, CPU)
     rows = {"fit": token_rows(12, LENGTH, seed=1), "held_out": token_rows(held_out, LENGTH, seed=2)}
-    return training_data(model, rows, how, None), job.opened(model, pruned, masks, how, grid)
+    return training_data(model, rows, how, Storage(spare=room)), job.opened(model, pruned, masks, how, grid)
 
 
 # Zeros
@@ -126,22 +128,22 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma", "phi3", "gpt2"])
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("room", [0, math.inf])
 def test_gradients_are_those_of_the_whole_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, recompute: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, room: float
 ) -> None:
     """Biases, tied embeddings, fused and transposed weights among them. Oracle: transformers' two
     models and autograd.
     """
     models = make(tmp_path, family)
-    data, blocks = begin(models, params(batch_rows=12, epochs=1, recompute=recompute))
+    data, blocks = begin(models, params(batch_rows=12, epochs=1), room=room)
     noted: dict[int, dict[str, torch.Tensor]] = {}
 
     def note(self: Trained, gradients: list[torch.Tensor], rate: float, done: int) -> None:
         noted[blocks.index(self)] = dict(zip(self.leaves, gradients, strict=True))
 
     monkeypatch.setattr(Trained, "step", note)
-    (loss,) = train(data, blocks, given_params := params(batch_rows=12, epochs=1, recompute=recompute))
+    (loss,) = train(data, blocks, given_params := params(batch_rows=12, epochs=1))
     assert data.steps(given_params) == 1
     dense, pruned = load_full(models[0].path), load_full(models[1].path)
     rows = token_rows(12, LENGTH, seed=1)
@@ -254,12 +256,32 @@ def test_only_what_is_asked_for_moves(tmp_path: Path) -> None:
     }
 
 
-def test_graphs_that_are_kept_change_nothing(tmp_path: Path) -> None:
-    models, found = make(tmp_path, "mixtral"), []
-    for recompute in (True, False):
-        data, blocks = begin(models, how := params(recompute=recompute))
-        found.append(list(train(data, blocks, how)))
-    assert found[0] == found[1]
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_graphs_that_are_kept_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """None, the last, or the last two blocks keep their graphs. Oracles: the losses, and how often these
+    blocks run.
+    """
+    models, found = make(tmp_path, family), {}
+    depth = models[0].architecture.depth
+    call, calls = BlockModel.call, list[int]()
+
+    def counted(self: BlockModel, block: Any, index: int, *rest: Any) -> torch.Tensor:
+        calls.append(index)
+        return call(self, block, index, *rest)
+
+    monkeypatch.setattr(BlockModel, "call", counted)
+    how = params(batch_rows=12, epochs=1)
+    each = Shapes(models[0], 12, LENGTH, 12).graph(12, False)
+    for kept in range(3):
+        data, blocks = begin(models, how, room=kept * each)
+        calls.clear()
+        found[kept] = list(train(data, blocks, how)), [calls.count(index) for index in (depth - 2, depth - 1)]
+    losses, ran = zip(*found.values(), strict=True)
+    once = ran[2][0]
+    assert ran == ([2 * once, 2 * once], [2 * once, once], [once, once])
+    assert losses[0] == losses[1] == losses[2]
 
 
 # Quantised variants

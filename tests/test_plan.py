@@ -40,9 +40,9 @@ from pipeline_lib.planning.estimate import (
     pruning,
 )
 from pipeline_lib.prune.plan import plan
-from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.recipe.settings import Format, InduceParams, Recipe
 from pipeline_lib.stats.settings import CalibrateParams
+from pipeline_lib.stats.shapes import Shapes
 
 SHIPPED = read_params(ROOT)
 CALIBRATE = CalibrateParams(batch_rows=4, median_tokens=64)
@@ -416,10 +416,11 @@ def test_what_distil_takes_was_planned(tmp_path: Path, monkeypatch: pytest.Monke
     assert 0.8 * took < foreseen < 1.3 * took, (took, foreseen)
 
 
-def test_training_weighs_what_moves(tmp_path: Path) -> None:
+def test_training_weighs_what_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six more blocks: in float32 with two averages and a bit of mask for each weight, and the
-    inputs of the blocks. Oracle: by hand.
+    inputs of the blocks. With room for them, their graphs, too. Oracle: by hand.
     """
+    monkeypatch.setenv("SPARSELINE_ACTIVATION_BYTES", "0")
     how = DistilParams.model_validate(SHIPPED["distil"])
     shallow, deep = (work(make_model(tmp_path / str(layers), "llama", layers)).shapes for layers in (2, 8))
     for kind, each in (("float32", 12 + 1 / 8), ("bfloat16", 8 + 1 / 8)):
@@ -434,9 +435,15 @@ def test_training_weighs_what_moves(tmp_path: Path) -> None:
     assert many.memory_bytes - few.memory_bytes == pytest.approx(
         6 * (stored * shallow.block + 4 * how.batch_rows * 32 * 32)
     )
-    all_graphs = distilling("distil", how.model_copy(update={"recompute": False}), deep)
-    once = distilling("distil", how, deep)
-    assert all_graphs.memory_bytes > once.memory_bytes and all_graphs.flops < once.flops
+    how = how.model_copy(update={"compute_dtype": "float32"})
+    graph = deep.graph(how.batch_rows, False)
+    again = distilling("distil", how, deep)
+    monkeypatch.delenv("SPARSELINE_ACTIVATION_BYTES")
+    few, many = (distilling("distil", how, one) for one in (shallow, deep))
+    assert many.memory_bytes - few.memory_bytes == pytest.approx(
+        6 * ((12 + 1 / 8) * shallow.block + 4 * how.batch_rows * 32 * 32 + graph)
+    )
+    assert many.flops < again.flops
 
 
 # The command

@@ -6,7 +6,9 @@ distillation, 1503.02531, at temperature 1). The dense model runs once, block by
 hidden states before the last norm are kept. The trained parameters of the pruned model are in
 memory in float32, with Adam's states. A step passes forward and then backward through the blocks,
 like ``measure/backward.py``. Each block takes its Adam step as soon as its gradient is complete, so
-only one block's gradients are in memory.
+only one block's gradients are in memory. The last blocks keep their graphs from the forward to the
+backward pass, as many as the limits on hidden states allow. The others compute theirs again
+(gradient checkpointing, 1604.06174).
 
 Shape letters: ``B`` samples in a batch, ``T`` tokens per sample, ``D`` channels of the residual
 stream, ``V`` tokens of the vocabulary.
@@ -21,7 +23,7 @@ import torch
 from torch.optim.adam import adam
 
 from pipeline_lib.core import ranks
-from pipeline_lib.core.products import mixed
+from pipeline_lib.core.products import affords, mixed
 from pipeline_lib.core.random import generator
 from pipeline_lib.core.threads import Map, side_by_side, small
 from pipeline_lib.fit.fit import Pairs, added, minibatches
@@ -33,6 +35,7 @@ from pipeline_lib.models.places import Storage
 from pipeline_lib.models.stream import HEAD_TOKENS, BlockModel, Stream
 from pipeline_lib.solve.grid import Grid
 from pipeline_lib.stats.lanes import LANES, deal, total
+from pipeline_lib.stats.shapes import Shapes
 
 EPSILON = 1e-12  # Adam's ε: gradients of a mean over tokens are small
 # hidden states [B, T, D] after the last block -> logits [B, T, V]
@@ -190,6 +193,11 @@ class TrainingData:
     def steps(self, params: DistilParams) -> int:
         return params.epochs * -(-len(self.fitting) // _batch_rows(self.fitting, params))
 
+    def kept_graphs(self, params: DistilParams) -> int:
+        room = (self.storage or self.model.storage).room()
+        shapes = Shapes(self.model.checkpoint, len(self.fitting), self.length, params.batch_rows, room=room)
+        return kept_graphs(shapes, affords(self.model.device, params.compute_dtype))
+
 
 def training_data(
     model: BlockModel,
@@ -226,6 +234,18 @@ def training_data(
     return TrainingData(model, seen, judging, storage, every.shape[1])
 
 
+def kept_graphs(shapes: Shapes, bfloat16: bool) -> int:
+    """Number of blocks whose graphs stay in memory from the forward to the backward pass: as many as
+    fit in ``shapes.room``.
+
+    Args:
+        shapes: sizes with the samples of a step as the batch.
+        bfloat16: products are in bfloat16.
+    """
+    each, depth = shapes.graph(shapes.batch_rows, bfloat16), shapes.checkpoint.architecture.depth
+    return int(min(shapes.room, depth * each) // each)
+
+
 def stream_bytes(fitting: int, held_out: int, width: int, itemsize: int) -> int:
     """Bytes of all hidden states, for these numbers of training and held-out tokens."""
     return (2 * (fitting + held_out) + (held_out or fitting)) * width * itemsize
@@ -244,7 +264,8 @@ def train(
     weights = sum(leaf.numel() for block in blocks for leaf in block.leaves.values())
     number = 0
     with data.model.head() as logits, side_by_side(small(data.model.device, weights)) as each_lane:
-        passes = _Passes(data.model, blocks, params, logits, each_lane)
+        first = len(blocks) - data.kept_graphs(params)
+        passes = _Passes(data.model, blocks, params, logits, each_lane, first)
         for epoch in range(1, params.epochs + 1):
             random = {lane: generator(params.seed, f"distil:{epoch}:{lane}") for lane in range(LANES)}
             for lanes in minibatches(len(fitting), _batch_rows(fitting, params), random):
@@ -294,6 +315,7 @@ class _Passes:
     params: DistilParams
     logits: Logits
     each_lane: Map[Any, Any]
+    first: int  # this block and all after it keep their graphs
 
     def step(
         self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], tokens: int, rate: float, done: int
@@ -306,7 +328,7 @@ class _Passes:
         for index in range(len(self.blocks)):
             states.append(self._up(index, hidden))
             hidden = [out.detach() for _, out in states[-1]]
-            if self.params.recompute:
+            if index < self.first:
                 states[-1] = [(x, None) for x, _ in states[-1]]
         sums: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
@@ -328,11 +350,12 @@ class _Passes:
             return self.model.call(self.model.templates[index], index, x, self.blocks[index].tensors)
 
     def _up(self, index: int, inputs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Inputs and outputs of a block; unless ``recompute`` is set, with the graph between them."""
+        """Inputs and outputs of a block; from block ``first`` on, with the graph between them."""
+        kept = index >= self.first
 
         def lane(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with torch.set_grad_enabled(not self.params.recompute):
-                x = hidden.detach().requires_grad_(not self.params.recompute)
+            with torch.set_grad_enabled(kept):
+                x = hidden.detach().requires_grad_(kept)
                 return x, self._call(index, x)
 
         with mixed(

@@ -54,7 +54,6 @@ class DistilParams(Params):
     batch_rows: int = Field(ge=1)
     compute_dtype: Literal["float32", "bfloat16"]
     state_dtype: Literal["float32", "bfloat16"]
-    recompute: bool
     seed: int
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ import torch
 from pipeline_lib.core import ranks, settings
 from pipeline_lib.core.threads import SMALL
 from pipeline_lib.evaluation.settings import EvaluateParams
+from pipeline_lib.fit.distil import kept_graphs
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.measure.fisher import at_once
 from pipeline_lib.measure.settings import SensitivityParams
@@ -22,9 +23,9 @@ from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.stream import HEAD_TOKENS
 from pipeline_lib.prune.plan import Plan
 from pipeline_lib.prune.run import stream_bytes
-from pipeline_lib.prune.shapes import Shapes, outside
 from pipeline_lib.stats.lanes import LANES
 from pipeline_lib.stats.settings import CalibrateParams
+from pipeline_lib.stats.shapes import Shapes, outside
 
 # bytes of GPU memory that CUDA and its libraries take per process, roughly; torch does not report them
 CONTEXT = 0.6e9
@@ -164,17 +165,21 @@ def trained(params: DistilParams, dtype: torch.dtype | None) -> float:
     return 4 + 2 * getattr(torch, params.state_dtype).itemsize + 1 / 8
 
 
-def learning(params: DistilParams, shapes: Shapes) -> float:
+def learning(params: DistilParams, shapes: Shapes, bfloat16: bool) -> float:
     """Bytes of a distillation step besides weights. It holds the inputs of every block for its
-    samples, and the graph of a lane's samples in one block (without ``recompute``, of all samples
-    in all blocks). It also holds six copies of a few tokens' logits: both models', their
-    logarithms, probabilities, and gradient.
+    samples, and the larger of two: the graphs of the last blocks, as many as fit in ``shapes.room``,
+    or the graph of a lane's samples in one block. It also holds six copies of a few tokens' logits:
+    both models', their logarithms, probabilities, and gradient.
+
+    Args:
+        bfloat16: products are in bfloat16.
     """
     depth, lane = shapes.checkpoint.architecture.depth, math.ceil(params.batch_rows / LANES)
     boundaries = 4 * params.batch_rows * shapes.length * shapes.checkpoint.architecture.width * (depth + 1)
     # small models pass their lanes side by side
     at_once = params.batch_rows if shapes.blocks * shapes.block <= SMALL else lane
-    graph = 3 * (shapes.inner(at_once) if params.recompute else depth * shapes.inner(params.batch_rows))
+    kept = kept_graphs(shapes, bfloat16) * shapes.graph(params.batch_rows, bfloat16)
+    graph = max(kept, shapes.graph(at_once, bfloat16))
     return boundaries + graph + 6 * 4 * min(shapes.length, HEAD_TOKENS) * shapes.checkpoint.vocabulary
 
 

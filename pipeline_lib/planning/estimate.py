@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from pipeline_lib.core import settings
+from pipeline_lib.core.products import affords
 from pipeline_lib.evaluation.settings import EvaluateParams, TasksParams
+from pipeline_lib.fit.distil import kept_graphs
 from pipeline_lib.fit.distil import stream_bytes as learning_bytes
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.measure.fisher import at_once
@@ -25,10 +27,10 @@ from pipeline_lib.models.stream import HEAD_TOKENS
 from pipeline_lib.planning import device
 from pipeline_lib.prune.plan import Plan
 from pipeline_lib.prune.run import stream_bytes
-from pipeline_lib.prune.shapes import Shapes, outside
 from pipeline_lib.recipe.settings import InduceParams
 from pipeline_lib.stats.lanes import LANES
 from pipeline_lib.stats.settings import CalibrateParams
+from pipeline_lib.stats.shapes import Shapes, outside
 from pipeline_lib.texts.texts import GeneratedParams, TextParams
 
 # resident size of Python with torch and transformers, measured
@@ -411,7 +413,8 @@ def distilling(
     Memory of the pruned model, for each of its W weights: 4 bytes, two averages, a bit of mask. In
     addition the inputs of every block for a step's samples; one block's gradient, a lane's, and a
     rounded copy, 10 bytes per weight; graphs and logits (``device.learning``). Quantised weights of
-    a block are computed from scales and integers for each lane, 8 bytes more.
+    a block are computed from scales and integers for each lane, 8 bytes more. Blocks whose graphs
+    are not kept pass forward twice.
 
     Args:
         shapes: sizes with the samples of a step as the batch.
@@ -424,16 +427,16 @@ def distilling(
     lengths = shapes.length * (rows - judging), shapes.length * judging
     whole = learning_bytes(*lengths, width, dtype.itemsize)
     streams, spilt = whole * shapes.share, whole > settings.activation_bytes()
+    limit = settings.activation_bytes() if math.isinf(budget) else budget
+    shapes = replace(shapes, room=max(0, limit - streams))
+    bfloat16 = affords(torch.device("cpu" if math.isinf(budget) else "cuda"), params.compute_dtype)
     state = device.trained(params, checkpoint.dtype if rounded else None) * weights
-    training = state + (18 if rounded else 10) * shapes.block + device.learning(params, shapes)
+    training = state + (18 if rounded else 10) * shapes.block + device.learning(params, shapes, bfloat16)
     kept = 3 * dtype.itemsize * shapes.length * shapes.batch_rows * width if spilt else streams
     head = 2 * width * checkpoint.vocabulary * shapes.own * shapes.extended
+    again = 1 - kept_graphs(shapes, bfloat16) / checkpoint.architecture.depth
     forward, share = shapes.blocks * shapes.forward * shapes.extended + head, 1 - judging / rows
-    flops = (
-        forward
-        + params.epochs * share * ((3 + params.recompute) * forward + head)
-        + 2 * (1 - share or 1) * forward
-    )
+    flops = forward + params.epochs * share * ((3 + again) * forward + head) + 2 * (1 - share or 1) * forward
     disk = checkpoint.parameters * checkpoint.dtype.itemsize + 2 * state + spilt * whole
     # glibc keeps the memory of the embeddings that embedded the rows
     base = LIBRARIES + 2 * outside(checkpoint)

@@ -174,6 +174,21 @@ class Shapes:
         heads, width = self.checkpoint.heads, self.checkpoint.architecture.width
         return 4 * rows * self.length * (sum(self.sites) + 4 * width + heads * self.length / 4)
 
+    def graph(self, rows: int, bfloat16: bool) -> int:
+        """Bytes that a block's graph keeps of a batch for the backward pass: every site's inputs, five
+        tensors of the stream's width, and for the activation function of the MLP one tensor of its
+        width, or three with a gate. Fused attention kernels keep no attention matrix.
+
+        Args:
+            bfloat16: products are in bfloat16. Norms keep float32; the block's weights are kept in
+                bfloat16.
+        """
+        widest = max(self.sites)
+        gated = sum(outputs // widest for outputs, _ in self.matrices if outputs % widest == 0) > 1
+        values = sum(self.sites) + (3 if gated else 1) * widest + 5 * self.checkpoint.architecture.width
+        whole = 4 * rows * self.length * values
+        return 2 * whole // 3 + 2 * self.block if bfloat16 else whole
+
     def activations(self, rows: int) -> float:
         """Bytes of the tensors of a block's forward pass at its peak, without its input. In the MLP
         these are three tensors of its width (gate, up, and their product), or two without a gate.
