@@ -15,7 +15,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 export MALLOC_ARENA_MAX ?= 1
 
 .PHONY: run submit test campaign campaign-short architectures sshd slurm check format wheel docs plan sweep screenshots environment clean
-.PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment llama-environment bench-llama bench-real bench-papers bench-calibration-text bench-latency bench-busy bench-verify
+.PHONY: bench-induction bench-sparsity bench-reconstruction bench-quantization bench-rivals rivals-environment llama-environment bench-llama bench-real bench-papers bench-sources bench-calibration-text bench-latency bench-busy bench-verify
 .PHONY: bench-sweep bench-block bench-gpu bench-planned bench-processes
 
 run: environment  ## run all stages that are out of date, print the table and the path of the report
@@ -89,6 +89,9 @@ bench-real: environment  ## measure a real language model (docs/results.md): cel
 
 bench-papers: environment  ## lay out both papers' tables for MODEL, a name on the hub or a directory (docs/results.md)
 	python -m benchmarks.papers $(if $(MODEL),'$(MODEL)') --out '$(or $(OUT),papers)'
+
+bench-sources: environment  ## show which blocks of the real language model lose most when pruned (docs/results.md); ONLY: 'method=fast'; CELL: one to compute again
+	python -m benchmarks.sources run $(foreach one,$(ONLY),--only '$(one)') $(if $(CELL),--cell '$(CELL)')
 
 bench-calibration-text: environment  ## measure the real language model, calibrated on four texts (docs/results.md): cells without a record; ONLY: 'source=C4 method=fast'; CELL: one to compute again
 	python -m benchmarks.calibration_text run $(foreach one,$(ONLY),--only '$(one)') $(if $(CELL),--cell '$(CELL)')

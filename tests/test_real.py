@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from project import ROOT, text
 from tiny import load_full, make_model
 
-from benchmarks import calibration_text, harness, real
+from benchmarks import calibration_text, harness, real, sources
 from benchmarks.harness import Record
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.models.checkpoint import open_checkpoint
@@ -344,3 +344,42 @@ def test_calibration_texts_are_four(here: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(real, "Author", None)  # nothing is written any more
     again = real.lab(cells["generated", "sparsegpt"]).rows
     assert all(torch.equal(again[part], rows["generated"][part]) for part in again)
+
+
+# Where pruned models lose
+
+
+def test_where_a_model_loses(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells of the dense model and of SparseGPT. Oracles: transformers' hidden states, and models
+    put together by hand.
+    """
+    monkeypatch.setattr(sources, "STUDY", dataclasses.replace(sources.STUDY, home=here / "record"))
+    found: dict[str, Any] = {}
+    made = sources.made
+
+    def noted(asked: harness.Cell, folder: Path) -> Any:
+        return found.setdefault(asked.key["method"], made(asked, folder))
+
+    monkeypatch.setattr(sources, "made", noted)
+    for method in ("dense", "sparsegpt"):
+        done = CliRunner().invoke(sources.main, ["run", "--only", f"method={method}"], catch_exceptions=False)
+    assert done.exit_code == 0 and "all pruned: sparsegpt" in done.output
+    records = {one["method"]: one for one in sources.STUDY.recorded()}
+    rows, blocks = real.real().evaluated(sources.TEXT)[: sources.ROWS], found["sparsegpt"][0]
+    dense, pruned = load_full(here / "model"), load_full(here / "model")
+    real.put(pruned, real.real(), blocks)
+    before, wanted, *_ = dense(rows, output_hidden_states=True).hidden_states
+    error = (pruned(rows, output_hidden_states=True).hidden_states[1] - wanted).square().sum(-1)
+    size = wanted.square().sum(-1)
+    entry = records["sparsegpt"]["blocks"][0]
+    assert entry["first"] == pytest.approx(float(error[:, 0].sum() / size[:, 0].sum()), rel=1e-3)
+    assert entry["others"] == pytest.approx(float(error[:, 1:].sum() / size[:, 1:].sum()), rel=1e-3)
+    assert records["sparsegpt"]["ppl"] == pytest.approx(perplexity(pruned, rows, 8), rel=1e-5)
+    real.put(pruned, real.real(), {1: blocks[1]})
+    assert entry["restored"] == pytest.approx(perplexity(pruned, rows, 8), rel=1e-5)
+    assert records["sparsegpt"]["dense"] == pytest.approx(perplexity(dense, rows, 8), rel=1e-5)
+    squares = dense.model.layers[0].input_layernorm(before).double().square()
+    site = next(iter(records["dense"]["blocks"][0].values()))
+    diagonal = squares.mean((0, 1))
+    assert site["share"] == pytest.approx(float(squares[:, 0].sum() / squares.sum()), rel=1e-4)
+    assert site["spread"] == pytest.approx(float(diagonal.mean() / diagonal.median()), rel=1e-4)
