@@ -43,9 +43,9 @@ from pipeline_lib.core.random import generator
 from pipeline_lib.models.checkpoint import open_checkpoint
 from pipeline_lib.planning.estimate import LIBRARIES, pruning
 from pipeline_lib.prune.plan import plan
+from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.stats.lanes import deal
-from pipeline_lib.stats.shapes import Shapes
 
 LENGTH = 2048  # tokens in a row
 OUTLIERS, LARGER = 8, 20.0  # channels of the embeddings, and how much larger these are

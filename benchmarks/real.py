@@ -63,9 +63,8 @@ from pipeline_lib.core.products import bfloat16_is_faster
 from pipeline_lib.evaluation.perplexity import perplexity
 from pipeline_lib.evaluation.settings import Preset, TasksParams
 from pipeline_lib.evaluation.tasks import run_tasks
-from pipeline_lib.fit.distil import Trained, held_out_divergence, stream_bytes, train, training_data
+from pipeline_lib.fit.distil import Trained, held_out_divergence, storage_of, train, training_data
 from pipeline_lib.fit.settings import DistilParams
-from pipeline_lib.models.places import allowed_storage
 from pipeline_lib.models.start import Start, start
 from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.models.whole import load_model
@@ -405,13 +404,7 @@ def distil(asked: Cell, start: Path, out: Path) -> Record:
         for index, layout in enumerate(model.checkpoint.architecture.layouts):
             tensors, masks = _split(load_file(start / f"{index}.safetensors", device=str(model.device)))
             blocks.append(Trained(tensors, masks, layout, settings))
-        wanted = stream_bytes(
-            rows["fit"].numel(),
-            rows["held_out"].numel(),
-            model.checkpoint.architecture.width,
-            model.dtype.itemsize,
-        )
-        given = training_data(model, rows, settings, allowed_storage(model.device, None, wanted))
+        given = training_data(model, rows, settings, storage_of(model, rows))
         before = held_out_divergence(given, lambda index: blocks[index].stored())
         curve = list(train(given, blocks, settings))
         after = held_out_divergence(given, lambda index: blocks[index].stored())

@@ -18,25 +18,23 @@ of its matrices:
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
-from torch import nn
 
 from benchmarks.harness import Cell, Record, Study, commands
 from benchmarks.real import BATCH_ROWS, Real, cell, inputs, made, put, real
 from benchmarks.testbed import Tensors
 from pipeline_lib.evaluation.perplexity import perplexity
+from pipeline_lib.models.architecture import Site
+from pipeline_lib.models.stream import tapped
 
 METHODS = ("dense", "sparsegpt", "fast", "best", "distilled")
 TEXT, ROWS = "c4.valid", 16
 PATTERN, SEED = "50%", 0
-Seen = Callable[[int, torch.Tensor], None]  # a block's number, its outputs [B, T, D]
 
 
 def cells() -> Iterator[Cell]:
@@ -69,73 +67,55 @@ def judged(bed: Real, blocks: Tensors, rows: torch.Tensor) -> float:
 
 def errors(bed: Real, blocks: Tensors, rows: torch.Tensor) -> list[Record]:
     """Errors of all outputs, block by block."""
-    kept: dict[int, list[torch.Tensor]] = {}
-    sums = torch.zeros(bed.checkpoint.architecture.depth, 2, 2, dtype=torch.float64)
-
-    def keep(index: int, out: torch.Tensor) -> None:
-        kept.setdefault(index, []).append(out.cpu())
-
-    def compare(index: int, out: torch.Tensor) -> None:
-        wanted = kept[index].pop(0).double()
-        parts = ((out.cpu().double() - wanted).square().sum(-1), wanted.square().sum(-1))
-        for number, part in enumerate(parts):
-            sums[index, number] += torch.stack([part[:, 0].sum(), part[:, 1:].sum()])
-
-    run(bed, {}, rows, keep)
-    run(bed, blocks, rows, compare)
-    return [{"first": first, "others": others} for first, others in (sums[:, 0] / sums[:, 1]).tolist()]
-
-
-def run(bed: Real, blocks: Tensors, rows: torch.Tensor, see: Seen) -> None:
-    """Show ``see`` the outputs of every block, batch by batch."""
-    put(bed.whole, bed, blocks)
-    with ExitStack() as hooks, torch.no_grad():
-        for index, block in enumerate(places(bed)):
-
-            def outputs(_block: Any, _args: Any, out: Any, index: int = index) -> None:
-                see(index, out[0] if isinstance(out, tuple) else out)
-
-            hooks.enter_context(hooked(block.register_forward_hook(outputs)))
-        for batch in rows.split(BATCH_ROWS):
-            bed.whole.base_model(input_ids=batch.to(bed.device), use_cache=False)
+    model, found = bed.stream(), []
+    dense = model.embed(rows, BATCH_ROWS, "dense")
+    own = dense.copy("pruned")
+    for index in range(bed.checkpoint.architecture.depth):
+        model.advance(model.block(index), index, dense)
+        model.advance(model.block(index, blocks[index]), index, own)
+        sums = torch.zeros(2, 2, dtype=torch.float64)  # of squares: error and size, first and others
+        for number in dense.hidden.own:
+            wanted = dense.hidden[number].double()
+            for part, values in enumerate((own.hidden[number].double() - wanted, wanted)):
+                sums[part] += _parts(values)
+        first, others = (sums[0] / sums[1]).tolist()
+        found.append({"first": first, "others": others})
+    return found
 
 
 def sites(bed: Real, rows: torch.Tensor) -> list[Record]:
     """Figures of every site of the dense model."""
-    found: list[Record] = [{} for _ in range(bed.checkpoint.architecture.depth)]
-    put(bed.whole, bed, {})
-    sums: dict[tuple[int, str], list[torch.Tensor]] = {}
-    with ExitStack() as hooks, torch.no_grad():
-        for index, block in enumerate(places(bed)):
-            layout = bed.checkpoint.architecture.layouts[index]
-            for site in layout.sites:
-                reader = layout.consumers(site.name)[0].parameter.removesuffix(".weight")
+    model, found = bed.stream(), []
+    dense = model.embed(rows, BATCH_ROWS, "dense")
+    for index, layout in enumerate(bed.checkpoint.architecture.layouts):
+        inputs_of: dict[str, list[torch.Tensor]] = {}
 
-                def inputs_of(_module: Any, args: Any, key: tuple[int, str] = (index, site.name)) -> None:
-                    squares = args[0].double().square()
-                    sums.setdefault(key, []).append(torch.stack([squares[:, 0].sum(0), squares.sum((0, 1))]))
+        def take(
+            site: Site,
+            x: torch.Tensor,
+            _weights: torch.Tensor | None,
+            inputs_of: dict[str, list[torch.Tensor]] = inputs_of,
+        ) -> None:
+            inputs_of.setdefault(site.name, []).append(x.clone())
 
-                hooks.enter_context(hooked(block.get_submodule(reader).register_forward_pre_hook(inputs_of)))
-        for batch in rows.split(BATCH_ROWS):
-            bed.whole.base_model(input_ids=batch.to(bed.device), use_cache=False)
-    for (index, name), batches in sums.items():
-        first, every = torch.stack(batches).sum(0)
-        share, spread = first.sum() / every.sum(), every.mean() / every.median()
-        found[index][name] = {"share": float(share), "spread": float(spread)}
+        block = model.block(index)
+        with tapped(block, layout.sites, take):
+            model.advance(block, index, dense)
+        found.append({name: _figures(torch.cat(batches)) for name, batches in inputs_of.items()})
     return found
 
 
-def places(bed: Real) -> Sequence[nn.Module]:
-    """The blocks of the whole model."""
-    return list(bed.whole.base_model.get_submodule(bed.checkpoint.architecture.blocks).children())
+def _figures(inputs: torch.Tensor) -> Record:
+    """Those of a site with these inputs [N, T, d]."""
+    first, others = _parts(inputs.double()).tolist()
+    diagonal = inputs.double().square().mean((0, 1))
+    return {"share": first / (first + others), "spread": float(diagonal.mean() / diagonal.median())}
 
 
-@contextmanager
-def hooked(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
+def _parts(values: torch.Tensor) -> torch.Tensor:
+    """Σ‖·‖² [2] of values [B, T, D]: of the first tokens, and of all others."""
+    squares = values.square().sum((0, 2)).cpu()
+    return torch.stack([squares[0], squares[1:].sum()])
 
 
 STUDY = Study("sources", cells, measure, texts=(TEXT,), files=inputs)

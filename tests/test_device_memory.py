@@ -37,10 +37,10 @@ from pipeline_lib.planning import device
 from pipeline_lib.planning.estimate import Estimate, Work, estimate, evaluating, pruning
 from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.run import Rows, Source, prune
+from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.stats.lanes import LANES
 from pipeline_lib.stats.settings import CalibrateParams
-from pipeline_lib.stats.shapes import Shapes
 from pipeline_lib.stats.walk import walk
 
 CPU = torch.device("cpu")

@@ -40,9 +40,9 @@ from pipeline_lib.planning.estimate import (
     pruning,
 )
 from pipeline_lib.prune.plan import plan
+from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.recipe.settings import Format, InduceParams, Recipe
 from pipeline_lib.stats.settings import CalibrateParams
-from pipeline_lib.stats.shapes import Shapes
 
 SHIPPED = read_params(ROOT)
 CALIBRATE = CalibrateParams(batch_rows=4, median_tokens=64)
@@ -422,7 +422,7 @@ def test_training_weighs_what_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """
     monkeypatch.setenv("SPARSELINE_ACTIVATION_BYTES", "0")
     how = DistilParams.model_validate(SHIPPED["distil"])
-    shallow, deep = (work(make_model(tmp_path / str(layers), "llama", layers)).shapes for layers in (2, 8))
+    shallow, deep = (work(make_model(tmp_path / str(layers), "llama", layers)).shapes for layers in (4, 10))
     for kind, each in (("float32", 12 + 1 / 8), ("bfloat16", 8 + 1 / 8)):
         few, many = (
             distilling("distil", how.model_copy(update={"state_dtype": kind}), one) for one in (shallow, deep)

@@ -8,7 +8,8 @@ memory in float32, with Adam's states. A step passes forward and then backward t
 like ``measure/backward.py``. Each block takes its Adam step as soon as its gradient is complete, so
 only one block's gradients are in memory. The last blocks keep their graphs from the forward to the
 backward pass, as many as the limits on hidden states allow. The others compute theirs again
-(gradient checkpointing, 1604.06174).
+(gradient checkpointing, 1604.06174). The first step computes all of them again, and counts their
+bytes.
 
 Shape letters: ``B`` samples in a batch, ``T`` tokens per sample, ``D`` channels of the residual
 stream, ``V`` tokens of the vocabulary.
@@ -16,14 +17,16 @@ stream, ``V`` tokens of the vocabulary.
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.adam import adam
 
 from pipeline_lib.core import ranks
-from pipeline_lib.core.products import affords, mixed
+from pipeline_lib.core.products import mixed
 from pipeline_lib.core.random import generator
 from pipeline_lib.core.threads import Map, side_by_side, small
 from pipeline_lib.fit.fit import Pairs, added, minibatches
@@ -31,11 +34,10 @@ from pipeline_lib.fit.scales import Scales
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.fit.zeros import Zeros
 from pipeline_lib.models.architecture import Layout, Matrix
-from pipeline_lib.models.places import Storage
+from pipeline_lib.models.places import Storage, allowed_storage
 from pipeline_lib.models.stream import HEAD_TOKENS, BlockModel, Stream
 from pipeline_lib.solve.grid import Grid
-from pipeline_lib.stats.lanes import LANES, deal, total
-from pipeline_lib.stats.shapes import Shapes
+from pipeline_lib.stats.lanes import LANES, deal, share, total
 
 EPSILON = 1e-12  # Adam's ε: gradients of a mean over tokens are small
 # hidden states [B, T, D] after the last block -> logits [B, T, V]
@@ -193,11 +195,6 @@ class TrainingData:
     def steps(self, params: DistilParams) -> int:
         return params.epochs * -(-len(self.fitting) // _batch_rows(self.fitting, params))
 
-    def kept_graphs(self, params: DistilParams) -> int:
-        room = (self.storage or self.model.storage).room()
-        shapes = Shapes(self.model.checkpoint, len(self.fitting), self.length, params.batch_rows, room=room)
-        return kept_graphs(shapes, affords(self.model.device, params.compute_dtype))
-
 
 def training_data(
     model: BlockModel,
@@ -234,16 +231,11 @@ def training_data(
     return TrainingData(model, seen, judging, storage, every.shape[1])
 
 
-def kept_graphs(shapes: Shapes, bfloat16: bool) -> int:
-    """Number of blocks whose graphs stay in memory from the forward to the backward pass: as many as
-    fit in ``shapes.room``.
-
-    Args:
-        shapes: sizes with the samples of a step as the batch.
-        bfloat16: products are in bfloat16.
-    """
-    each, depth = shapes.graph(shapes.batch_rows, bfloat16), shapes.checkpoint.architecture.depth
-    return int(min(shapes.room, depth * each) // each)
+def storage_of(model: BlockModel, rows: Mapping[str, torch.Tensor], directory: Path | None = None) -> Storage:
+    """The storage that the settings allow for the hidden states of these rows (``training_data``)."""
+    fitting, held_out = (share(rows[name].numel()) for name in ("fit", "held_out"))
+    wanted = stream_bytes(fitting, held_out, model.checkpoint.architecture.width, model.dtype.itemsize)
+    return allowed_storage(model.device, directory, wanted)
 
 
 def stream_bytes(fitting: int, held_out: int, width: int, itemsize: int) -> int:
@@ -264,8 +256,8 @@ def train(
     weights = sum(leaf.numel() for block in blocks for leaf in block.leaves.values())
     number = 0
     with data.model.head() as logits, side_by_side(small(data.model.device, weights)) as each_lane:
-        first = len(blocks) - data.kept_graphs(params)
-        passes = _Passes(data.model, blocks, params, logits, each_lane, first)
+        room = (data.storage or data.model.storage).room()
+        passes = _Passes(data.model, blocks, params, logits, each_lane, room)
         for epoch in range(1, params.epochs + 1):
             random = {lane: generator(params.seed, f"distil:{epoch}:{lane}") for lane in range(LANES)}
             for lanes in minibatches(len(fitting), _batch_rows(fitting, params), random):
@@ -315,7 +307,16 @@ class _Passes:
     params: DistilParams
     logits: Logits
     each_lane: Map[Any, Any]
-    first: int  # this block and all after it keep their graphs
+    room: float  # bytes for graphs
+    sizes: dict[int, int] = field(default_factory=dict)  # block -> bytes of its graph, from the first step on
+
+    @property
+    def first(self) -> int:
+        """The first of the blocks that keep their graphs: from the last block down, as many as fit."""
+        left, first = self.room, len(self.blocks)
+        while first and (size := self.sizes.get(first - 1)) is not None and size <= left:
+            left, first = left - size, first - 1
+        return first
 
     def step(
         self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], tokens: int, rate: float, done: int
@@ -324,11 +325,11 @@ class _Passes:
         and return the mean KL before it. ``tokens`` counts those of all processes.
         """
         states: list[list[Any]] = []
-        hidden = [one for one, _ in pairs]
+        hidden, first = [one for one, _ in pairs], self.first
         for index in range(len(self.blocks)):
-            states.append(self._up(index, hidden))
+            states.append(self._up(index, hidden, index >= first))
             hidden = [out.detach() for _, out in states[-1]]
-            if index < self.first:
+            if index < first:
                 states[-1] = [(x, None) for x, _ in states[-1]]
         sums: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
@@ -349,9 +350,10 @@ class _Passes:
         with mixed(self.model.device, self.params.compute_dtype):  # the autocast state is per thread
             return self.model.call(self.model.templates[index], index, x, self.blocks[index].tensors)
 
-    def _up(self, index: int, inputs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Inputs and outputs of a block; from block ``first`` on, with the graph between them."""
-        kept = index >= self.first
+    def _up(
+        self, index: int, inputs: Sequence[torch.Tensor], kept: bool
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and outputs of a block; if ``kept``, with the graph between them."""
 
         def lane(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             with torch.set_grad_enabled(kept):
@@ -370,13 +372,15 @@ class _Passes:
         outputs are replaced by those at its inputs.
         """
         leaves = list(self.blocks[index].leaves.values())
+        sizes: list[int] = []  # bytes of each lane's graph
 
         def lane(given: tuple[tuple[torch.Tensor, Any], torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
             (x, out), gradient = given
             with torch.enable_grad():
                 if out is None:
                     x = x.detach().requires_grad_()
-                    out = self._call(index, x)
+                    with nullcontext() if index in self.sizes else _counted([x, *leaves], sizes):
+                        out = self._call(index, x)
                 return torch.autograd.grad(out, [x, *leaves], gradient.to(out.dtype), allow_unused=True)
 
         def lanes() -> Iterator[list[torch.Tensor | None]]:
@@ -387,7 +391,28 @@ class _Passes:
                 del below, own
 
         with mixed(self.model.device, self.params.compute_dtype):
-            return added(lanes())
+            found = added(lanes())
+        self.sizes.setdefault(index, sum(sizes))
+        return found
+
+
+@contextmanager
+def _counted(apart: Sequence[torch.Tensor], sizes: list[int]) -> Iterator[None]:
+    """Append to ``sizes`` the bytes that autograd saves in this context for a backward pass. What is
+    in memory anyway (``apart``) does not count.
+    """
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # an output that is saved as it is would refer to itself
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield
+    for tensor in apart:
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    sizes.append(sum(saved.values()))
 
 
 def _divergence(

@@ -20,20 +20,18 @@ from pipeline_lib.fit.distil import (
     Trained,
     TrainingData,
     held_out_divergence,
-    stream_bytes,
+    storage_of,
     train,
     training_data,
 )
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.models.architecture import Architecture
 from pipeline_lib.models.checkpoint import Checkpoint, ShardWriter, open_checkpoint
-from pipeline_lib.models.places import allowed_storage
 from pipeline_lib.models.settings import ModelParams
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.recipe.variants import DistilPart
 from pipeline_lib.solve.grid import Scheme, scheme
 from pipeline_lib.stats.inputs import calibration_file, calibration_rows, open_model
-from pipeline_lib.stats.lanes import share
 
 SECONDS = 300.0  # minimum time between two states on the disk, see ``_States.keep``
 STATES = "states"
@@ -54,15 +52,9 @@ def distil(workspace: Workspace, source: ModelParams, variant: str, part: Distil
         )
     described = f"{part.model_dump_json()} {source.model_dump_json()}"
     inputs = [workspace.model, directory / seals.FILE, calibration_file(workspace)]
-    wanted = stream_bytes(
-        share(rows["fit"].numel()),
-        share(rows["held_out"].numel()),
-        model.checkpoint.architecture.width,
-        model.dtype.itemsize,
-    )
     with scratch.hold("distil", runtime.resume_key("distil", described, inputs), what) as held:
         watched = partial(track, what=f"{what}, dense model", units="blocks")
-        data = training_data(model, rows, params, allowed_storage(model.device, held.own, wanted), watched)
+        data = training_data(model, rows, params, storage_of(model, rows, held.own), watched)
         grid = scheme(part.quantization, pruned.dtype) if part.quantization else None
         blocks = opened(model, pruned, Masks(directory / "masks", pruned), params, grid)
         before = held_out_divergence(data, pruned.block)

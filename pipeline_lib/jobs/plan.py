@@ -21,10 +21,10 @@ from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.planning import device, estimate
 from pipeline_lib.planning.estimate import Estimate, Work, measure_speed
 from pipeline_lib.prune.plan import plan
+from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.recipe import names
 from pipeline_lib.recipe.variants import Variant, read_all
 from pipeline_lib.stats.settings import CalibrateParams
-from pipeline_lib.stats.shapes import Shapes
 from pipeline_lib.texts.texts import TextParams
 
 START = 4  # seconds that a stage takes to start, whatever the model

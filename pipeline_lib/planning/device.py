@@ -15,7 +15,6 @@ import torch
 from pipeline_lib.core import ranks, settings
 from pipeline_lib.core.threads import SMALL
 from pipeline_lib.evaluation.settings import EvaluateParams
-from pipeline_lib.fit.distil import kept_graphs
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.measure.fisher import at_once
 from pipeline_lib.measure.settings import SensitivityParams
@@ -23,9 +22,9 @@ from pipeline_lib.models.checkpoint import Checkpoint
 from pipeline_lib.models.stream import HEAD_TOKENS
 from pipeline_lib.prune.plan import Plan
 from pipeline_lib.prune.run import stream_bytes
+from pipeline_lib.prune.shapes import Shapes, outside
 from pipeline_lib.stats.lanes import LANES
 from pipeline_lib.stats.settings import CalibrateParams
-from pipeline_lib.stats.shapes import Shapes, outside
 
 # bytes of GPU memory that CUDA and its libraries take per process, roughly; torch does not report them
 CONTEXT = 0.6e9
@@ -165,10 +164,22 @@ def trained(params: DistilParams, dtype: torch.dtype | None) -> float:
     return 4 + 2 * getattr(torch, params.state_dtype).itemsize + 1 / 8
 
 
+def kept_graphs(shapes: Shapes, bfloat16: bool) -> int:
+    """Number of blocks whose graphs a distillation step keeps from the forward to the backward pass:
+    as many as fit in ``shapes.room``.
+
+    Args:
+        shapes: sizes with the samples of a step as the batch.
+        bfloat16: products are in bfloat16.
+    """
+    each, depth = shapes.graph(shapes.batch_rows, bfloat16), shapes.checkpoint.architecture.depth
+    return int(min(shapes.room, depth * each) // each)
+
+
 def learning(params: DistilParams, shapes: Shapes, bfloat16: bool) -> float:
     """Bytes of a distillation step besides weights. It holds the inputs of every block for its
-    samples, and the larger of two: the graphs of the last blocks, as many as fit in ``shapes.room``,
-    or the graph of a lane's samples in one block. It also holds six copies of a few tokens' logits:
+    samples, and the larger of two: the graphs that are kept (``kept_graphs``), or the graph of a lane's
+    samples in one block. It also holds six copies of a few tokens' logits:
     both models', their logarithms, probabilities, and gradient.
 
     Args:
@@ -179,7 +190,7 @@ def learning(params: DistilParams, shapes: Shapes, bfloat16: bool) -> float:
     # small models pass their lanes side by side
     at_once = params.batch_rows if shapes.blocks * shapes.block <= SMALL else lane
     kept = kept_graphs(shapes, bfloat16) * shapes.graph(params.batch_rows, bfloat16)
-    graph = max(kept, shapes.graph(at_once, bfloat16))
+    graph = max(kept, 3 * shapes.inner(at_once))
     return boundaries + graph + 6 * 4 * min(shapes.length, HEAD_TOKENS) * shapes.checkpoint.vocabulary
 
 

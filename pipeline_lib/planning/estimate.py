@@ -17,7 +17,6 @@ import torch
 from pipeline_lib.core import settings
 from pipeline_lib.core.products import affords
 from pipeline_lib.evaluation.settings import EvaluateParams, TasksParams
-from pipeline_lib.fit.distil import kept_graphs
 from pipeline_lib.fit.distil import stream_bytes as learning_bytes
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.measure.fisher import at_once
@@ -27,10 +26,10 @@ from pipeline_lib.models.stream import HEAD_TOKENS
 from pipeline_lib.planning import device
 from pipeline_lib.prune.plan import Plan
 from pipeline_lib.prune.run import stream_bytes
+from pipeline_lib.prune.shapes import Shapes, outside
 from pipeline_lib.recipe.settings import InduceParams
 from pipeline_lib.stats.lanes import LANES
 from pipeline_lib.stats.settings import CalibrateParams
-from pipeline_lib.stats.shapes import Shapes, outside
 from pipeline_lib.texts.texts import GeneratedParams, TextParams
 
 # resident size of Python with torch and transformers, measured
@@ -434,7 +433,7 @@ def distilling(
     training = state + (18 if rounded else 10) * shapes.block + device.learning(params, shapes, bfloat16)
     kept = 3 * dtype.itemsize * shapes.length * shapes.batch_rows * width if spilt else streams
     head = 2 * width * checkpoint.vocabulary * shapes.own * shapes.extended
-    again = 1 - kept_graphs(shapes, bfloat16) / checkpoint.architecture.depth
+    again = 1 - device.kept_graphs(shapes, bfloat16) / checkpoint.architecture.depth
     forward, share = shapes.blocks * shapes.forward * shapes.extended + head, 1 - judging / rows
     flops = forward + params.epochs * share * ((3 + again) * forward + head) + 2 * (1 - share or 1) * forward
     disk = checkpoint.parameters * checkpoint.dtype.itemsize + 2 * state + spilt * whole

@@ -11,9 +11,9 @@ from pipeline_lib.fit.fit import Masks, Remask, Sparse, fit
 from pipeline_lib.fit.scales import Scales
 from pipeline_lib.fit.settings import FitParams
 from pipeline_lib.models.architecture import Matrix
+from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.prune.window import Window
 from pipeline_lib.stats.lanes import LANES
-from pipeline_lib.stats.shapes import Shapes
 
 
 @dataclass(frozen=True)

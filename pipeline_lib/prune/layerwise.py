@@ -16,6 +16,7 @@ from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.models.folding import site_factor
 from pipeline_lib.prune.collect import Reference, collect
+from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.prune.window import NO_SCORES, Block, Dealt, Window
 from pipeline_lib.solve import lsq
 from pipeline_lib.solve.factor import ROWS, Factorisation, energy, factorise, layer_error, lost
@@ -25,7 +26,6 @@ from pipeline_lib.solve.order import column_losses, rose_order
 from pipeline_lib.solve.settings import LsqParams
 from pipeline_lib.solve.sweep import target_weight
 from pipeline_lib.stats.moments import Moments
-from pipeline_lib.stats.shapes import Shapes
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from pipeline_lib.masks.scores import Curvature
 from pipeline_lib.masks.settings import SelectionParams
 from pipeline_lib.models.architecture import Matrix
 from pipeline_lib.prune.collect import collect_diagonals
+from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.prune.window import NO_SCORES, Block, Window
 from pipeline_lib.recipe.needs import Moments
 from pipeline_lib.solve.factor import NOT_FINITE, damping_unit, finite
-from pipeline_lib.stats.shapes import Shapes
 
 
 @dataclass(frozen=True)

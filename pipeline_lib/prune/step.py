@@ -2,8 +2,8 @@
 
 from typing import Protocol
 
+from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.prune.window import Window
-from pipeline_lib.stats.shapes import Shapes
 
 
 class Step(Protocol):

@@ -177,17 +177,22 @@ class Shapes:
     def graph(self, rows: int, bfloat16: bool) -> int:
         """Bytes that a block's graph keeps of a batch for the backward pass: every site's inputs, five
         tensors of the stream's width, and for the activation function of the MLP one tensor of its
-        width, or three with a gate. Fused attention kernels keep no attention matrix.
+        width, or three with a gate. Attention matrices, which unfused kernels keep, are not counted.
 
         Args:
             bfloat16: products are in bfloat16. Norms keep float32; the block's weights are kept in
                 bfloat16.
         """
-        widest = max(self.sites)
-        gated = sum(outputs // widest for outputs, _ in self.matrices if outputs % widest == 0) > 1
-        values = sum(self.sites) + (3 if gated else 1) * widest + 5 * self.checkpoint.architecture.width
+        activation = 3 if self._into_mlp > 1 else 1
+        values = sum(self.sites) + activation * max(self.sites) + 5 * self.checkpoint.architecture.width
         whole = 4 * rows * self.length * values
         return 2 * whole // 3 + 2 * self.block if bfloat16 else whole
+
+    @property
+    def _into_mlp(self) -> int:
+        """Number of projections to the widest site: with a gate two, or one that is twice as wide."""
+        widest = max(self.sites)
+        return sum(outputs // widest for outputs, _ in self.matrices if outputs % widest == 0)
 
     def activations(self, rows: int) -> float:
         """Bytes of the tensors of a block's forward pass at its peak, without its input. In the MLP
@@ -197,7 +202,7 @@ class Shapes:
         output). Fused attention kernels store no row of the attention matrix.
         """
         width, widest = self.checkpoint.architecture.width, max(self.sites)
-        tensors = 1 + min(2, sum(outputs // widest for outputs, _ in self.matrices if outputs % widest == 0))
+        tensors = 1 + min(2, self._into_mlp)
         return self.dtype.itemsize * rows * self.length * (max(tensors * widest, 6 * width) + 3 * width)
 
     def stream(self, dtype: torch.dtype) -> int:
