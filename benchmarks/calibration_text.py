@@ -8,8 +8,7 @@ the dense one, has perplexity on three texts, KL(dense ‖ pruned), agreement, a
 
 A cell is recorded (with ``--commit`` also in git) as soon as it is done, and a new run continues
 where the last one ended. The model's own text is written once, by the first cell that needs it.
-Pruning runs in a process of its own. Evaluation holds one whole model, and tasks a second one in
-bfloat16.
+Pruning runs in a process of its own. Evaluation holds one whole model, and tasks a second one.
 """
 
 import tempfile

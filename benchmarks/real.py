@@ -7,7 +7,7 @@ directory SPARSELINE_REAL, by default ``../real/smol``. The *real protocol* of
 900 pages. Of the other rows, ``best`` trains each block on 384 more, and distilled models train on
 760. Choices are made on C4's last 100 pages and on ``mix.valid``, 32 rows of 512 tokens each.
 Results are reported on ``wikitext2.test`` and ``mix.test``, 32 rows of 1,024 tokens each, on every
-device. The nine tasks have 300 items each, in bfloat16.
+device. The nine tasks have 300 items each.
 
 ``run`` computes what the record lacks, cell by cell. Each cell is recorded (with ``--commit`` also
 in git) as soon as it is done. A cell that is named by ``--cell`` is computed again; ``verify``
@@ -517,12 +517,14 @@ def tasked(key: Mapping[str, Any]) -> bool:
 
 
 def tasks(bed: Real, blocks: Tensors) -> Record:
-    """Accuracies in bfloat16: per task the metric (``acc_norm`` where there is one), its value, and
-    every item's score as a digit; their mean.
+    """Accuracies of the model with weights rounded to bfloat16: per task the metric (``acc_norm``
+    where there is one), its value, and every item's score as a digit; their mean. Products are in
+    float32, so that every processor gives these scores in a fair time.
     """
     model = load_model(bed.path, "bfloat16", bed.device)
     put(model, bed, blocks)
-    how = TasksParams(path=DATA / "tasks", compute_dtype="bfloat16", batch_rows=16)
+    model.float()
+    how = TasksParams(path=DATA / "tasks", compute_dtype="float32", batch_rows=16)
     scores = run_tasks(model, bed.tokenizer, how, TASKS, "tasks").scores
     each: dict[str, Record] = {}
     for name, found in scores.items():
