@@ -57,6 +57,7 @@ class Cell:
     rows: int = 128  # of calibration text
     source: str = MIXTURE
     training: int = 0  # more rows, which only train
+    depth: int | None = None  # prune so many of the first blocks; None: all
 
     @property
     def name(self) -> str:
@@ -154,6 +155,7 @@ class Study:
             cell.rows,
             cell.training,
             cell.source,
+            *([] if cell.depth is None else [cell.depth]),
             *(asked and asked.model_dump(mode="json") for asked in recipes),
         ]
         if any(asked and asked.allocation.method != "uniform" for asked in recipes):

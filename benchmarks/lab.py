@@ -3,6 +3,7 @@ one seed share is measured once.
 """
 
 import functools
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -101,8 +102,9 @@ class Run:
 class Lab:
     """A model with calibration rows, and the measurements on them."""
 
-    def __init__(self, bed: Bed) -> None:
-        self.bed = bed
+    def __init__(self, bed: Bed, depth: int | None = None) -> None:
+        """``depth``: prune so many of the first blocks, and leave the others dense; None: all."""
+        self.bed, self.depth = bed, depth
         self.text: tuple[str, int, int, int] | None = None
         self.shared: dict[Any, tuple[Any, float]] = {}
 
@@ -137,7 +139,8 @@ class Lab:
         if steps.needs.text:
             more = own["training"][: asked.training]
             rows = Rows(own["fit"], own["held_out"], asked.batch_rows, more)
-        return prune(Source(model, self.transforms(asked, kept), kept), rows, steps, finished)
+        blocks = prune(Source(model, self.transforms(asked, kept), kept), rows, steps, finished)
+        return itertools.islice(blocks, self.depth)
 
     def transforms(self, asked: Recipe, kept: Kept) -> list[Transform]:
         """The results of the stages scale and induce."""
@@ -167,15 +170,19 @@ class Lab:
     def allocated(self, asked: Recipe) -> tuple[Kept, float]:
         """Numbers of kept weights, and the wall seconds of the measurements behind them."""
         entries, seconds = self.measured(asked)
+        return self.counts(asked, entries), seconds
+
+    def counts(self, asked: Recipe, entries: Entries) -> Kept:
+        """Numbers of kept weights by these measurements."""
         entry, pattern = self.bed.checkpoint.architecture, asked.selection.shape
-        places = list(entry.places())
+        depth = entry.depth if self.depth is None else self.depth
+        places = [(index, matrix) for index, matrix in entry.places() if index < depth]
         units = []
         for index, matrix in places:
             name, shape = entry.matrix_name(index, matrix), self.bed.checkpoint.matrix_shape(index, matrix)
             units.append(Unit(name, index, shape[0] * shape[1], pattern.quantum(name, shape)))
-        return dict(
-            zip(places, allocate(units, asked.selection.overall, asked.allocation, entries), strict=True)
-        ), seconds
+        kept = allocate(units, asked.selection.overall, asked.allocation, entries)
+        return dict(zip(places, kept, strict=True))
 
     def measured(self, asked: Recipe) -> tuple[Entries, float]:
         """The measurements that the allocation reads, and the seconds that they took."""
@@ -207,7 +214,7 @@ class Lab:
             blocks = walk(
                 self.bed.stream(), self.rows["fit"], self.rows["held_out"], settings("calibrate"), grams=True
             )
-            return [sites for _, sites in blocks]
+            return [sites for _, sites in itertools.islice(blocks, self.depth)]
 
         return self.once("statistics", compute)
 

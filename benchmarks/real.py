@@ -5,7 +5,8 @@ The model is SmolLM2-135M-Instruct as ``../shared/testbed/real/convert.py`` writ
 directory SPARSELINE_REAL, by default ``../real/smol``. The *real protocol* of
 ``../shared/testbed/real/README.md`` applies. Calibration takes 128 rows of 512 tokens of C4's first
 900 pages. Of the other rows, ``best`` trains each block on 384 more, and distilled models train on
-760. Choices are made on C4's last 100 pages and on ``mix.valid``, 32 rows of 512 tokens each.
+760. Choices are made on C4's last 100 pages and on ``mix.valid``, 32 rows of 512 tokens each; most
+levers prune the first ten blocks alone, and distillation tries them on fewer rows.
 Results are reported on ``wikitext2.test`` and ``mix.test``, 32 rows of 1,024 tokens each, on every
 device. The nine tasks have 300 items each.
 
@@ -27,7 +28,7 @@ import shutil
 import statistics as stats
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ from benchmarks.harness import (
     commands,
     selection,
 )
-from benchmarks.lab import Changes, Lab, section
+from benchmarks.lab import Changes, Entries, Lab, section
 from benchmarks.rivals import BLOCKWISE, LLMCOMPRESSOR, VERSION_1, compressed
 from benchmarks.studies import ALLOCATIONS, BASES
 from benchmarks.testbed import RANDOM, Bed, Tensors
@@ -68,6 +69,7 @@ from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.models.start import Start, start
 from pipeline_lib.models.tokenizer import load_tokenizer
 from pipeline_lib.models.whole import load_model
+from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.texts.own import Author
 from pipeline_lib.texts.prompts import prompts
 from pipeline_lib.texts.rows import encode, rows_of
@@ -112,8 +114,9 @@ OWN = {
 # how documents are cut into rows
 CUT: Changes = {"packing": "concatenate", "chat_template": False, "distinct": 1, "training": 0}
 MASK = "mask:"  # before a parameter's name, in the files of a pruned block
+MEASURES = ("calibrate", "sensitivity", "curves")  # stages that allocations read
 # stages whose code determines a pruned model
-CODE = ("calibrate", "sensitivity", "curves", "allocate", "induce", "prune")
+CODE = (*MEASURES, "allocate", "induce", "prune")
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class Method:
     rows: int = 128
     source: str = C4  # of calibration rows; `name:length` for another length
     training: int = 0  # more rows, which only train blocks and models
+    depth: int | None = None  # prune so many of the first blocks; None: all
 
 
 TRAINING = 760  # as in params.yaml
@@ -160,53 +164,82 @@ SPARSITY = {
     name: Method("sparsegpt", {"allocation": ALLOCATIONS[name]})
     for name in ("uniform", "weight", "layer", "predicted")
 }
+# Levers are tried one at a time, on validation texts at 50%: those of `fast` and `best` on the first
+# blocks (the others stay dense), and those of distillation on 192 rows in all.
+FIRST = 10
+FEW = 96
 
 
-def _fast(name: str, changes: Changes, **more: Any) -> dict[str, Method]:
-    return {f"fast, {name}": Method("fast", changes, **more)}
+def _first(variant: str, levers: Mapping[str, Method]) -> dict[str, Method]:
+    """A variant on the first blocks, as it is and with each lever."""
+    plain = replace(MAIN[variant], depth=FIRST)
+    return {f"{variant}, first {FIRST} blocks": plain} | {
+        f"{variant}, first {FIRST} blocks, {name}": replace(how, variant=variant, depth=FIRST)
+        for name, how in levers.items()
+    }
 
 
-def _best(name: str, finetune: Changes) -> dict[str, Method]:
-    return {f"best, {name}": Method("best", {"reconstruction": {"finetune": finetune}}, training=TRAINING)}
+def _finetuned(changes: Changes) -> Method:
+    return Method(None, {"reconstruction": {"finetune": changes}}, training=TRAINING)
 
 
-def _distil(name: str, distil: Changes, training: int = TRAINING) -> dict[str, Method]:
-    return {f"sparsegpt+distil, {name}": Method("sparsegpt", distil=distil, training=training)}
+def _distilled(levers: Mapping[str, Changes]) -> dict[str, Method]:
+    return {
+        f"sparsegpt+distil, {name}": Method("sparsegpt", distil=changes, training=FEW)
+        for name, changes in levers.items()
+    }
 
 
-ABLATION = {  # one lever each, on validation texts at 50%
+ABLATION = {
     "sparsegpt": MAIN["sparsegpt"],
     "fast": MAIN["fast"],
-    **_fast("uniform", UNIFORM),
-    **_fast("Algorithm 1", {"allocation": VERSION_1["allocation"]}),
-    **_fast("statistics per block", {"reconstruction": BLOCKWISE}),
-    **_fast("as in version 1", VERSION_1),
-    **_fast("pruned stream", {"reconstruction": {"dense_target": 0.0}}),
-    **_fast("dense stream", {"reconstruction": {"dense_target": 1.0}}),
-    **_fast("damping 0.001", {"selection": {"damping": 0.001}}),
-    **_fast("damping 0.1", {"selection": {"damping": 0.1}}),
-    **_fast("damping of each diagonal entry", {"selection": {"damping_of": "diagonal"}}),
-    **_fast("alpha 0.05", {"allocation": {"alpha": 0.05}}),
-    **_fast("densities 0.35 to 0.75", {"allocation": {"density_bounds": [0.35, 0.75]}}),
-    **_fast("sweep's mask", {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
-    **_fast("256 rows", {}, rows=256),
-    **_fast("64 rows of 1,024", {}, rows=64, source=f"{C4}:1024"),
-    **_fast("mix.calib", {}, source="mix.calib"),
-    **_fast("WikiText-2", {}, source="wikitext2.train-part"),
-    **_fast("random tokens", {}, source=RANDOM),
+    "fast, uniform": Method("fast", UNIFORM),
+    "fast, as in version 1": Method("fast", VERSION_1),
     "best": MAIN["best"],
-    "best, no more rows, 8 epochs": Method("best", EIGHT_EPOCHS),
-    **_best("rate 0.005", {"rate": 0.005}),
-    **_best("4 epochs", {"epochs": 4}),
-    **_best("windows of 2", {"window": 2}),
-    "sparsegpt+distil": MAIN["sparsegpt+distil"],
-    **_distil("rate 0.0005", {"rate": 0.0005}),
-    **_distil("rate 0.002", {"rate": 0.002}),
-    **_distil("no more rows, 4 epochs", {"epochs": 4}, training=0),
-    **_distil("2 epochs", {"epochs": 2}),
-    **_distil("batches of 8", {"batch_rows": 8}),
-    **_distil("norms only", {"parts": ["norms"]}),
-    **_distil("states in bfloat16", {"state_dtype": "bfloat16"}),
+    **_first("sparsegpt", {}),
+    **_first(
+        "fast",
+        {
+            "uniform": Method(None, UNIFORM),
+            "Algorithm 1": Method(None, {"allocation": VERSION_1["allocation"]}),
+            "statistics per block": Method(None, {"reconstruction": BLOCKWISE}),
+            "as in version 1": Method(None, VERSION_1),
+            "pruned stream": Method(None, {"reconstruction": {"dense_target": 0.0}}),
+            "dense stream": Method(None, {"reconstruction": {"dense_target": 1.0}}),
+            "damping 0.001": Method(None, {"selection": {"damping": 0.001}}),
+            "damping 0.1": Method(None, {"selection": {"damping": 0.1}}),
+            "damping of each diagonal entry": Method(None, {"selection": {"damping_of": "diagonal"}}),
+            "alpha 0.05": Method(None, {"allocation": {"alpha": 0.05}}),
+            "densities 0.35 to 0.75": Method(None, {"allocation": {"density_bounds": [0.35, 0.75]}}),
+            "sweep's mask": Method(None, {"reconstruction": {"lsq": {"mask_iterations": 0}}}),
+            "256 rows": Method(None, rows=256),
+            "64 rows of 1,024": Method(None, rows=64, source=f"{C4}:1024"),
+            "mix.calib": Method(None, source="mix.calib"),
+            "WikiText-2": Method(None, source="wikitext2.train-part"),
+            "random tokens": Method(None, source=RANDOM),
+        },
+    ),
+    **_first(
+        "best",
+        {
+            "no more rows, 8 epochs": Method(None, EIGHT_EPOCHS),
+            "rate 0.005": _finetuned({"rate": 0.005}),
+            "4 epochs": _finetuned({"epochs": 4}),
+            "windows of 2": _finetuned({"window": 2}),
+        },
+    ),
+    **_distilled(
+        {
+            f"{FEW + 96} rows": {},
+            "rate 0.0005": {"rate": 0.0005},
+            "rate 0.002": {"rate": 0.002},
+            "2 epochs": {"epochs": 2},
+            "batches of 8": {"batch_rows": 8},
+            "norms only": {"parts": ["norms"]},
+            "states in bfloat16": {"state_dtype": "bfloat16"},
+        }
+    ),
+    "sparsegpt+distil, no more rows, 2 epochs": Method("sparsegpt", distil={"epochs": 2}),
 }
 METHODS = {"main": MAIN, "induction": INDUCTION, "sparsity": SPARSITY, "ablation": ABLATION}
 
@@ -321,13 +354,14 @@ def cell(table: str, method: str, pattern: str, seed: int) -> Cell:
     """The cell of a table. N:M is N:M in every matrix, as hardware needs it."""
     how = METHODS[table][method]
     key = {"table": table, "model": NAME, "method": method, "pattern": pattern, "seed": seed}
+    plain = Cell(key, {}, how.variant, how.rows, how.source, how.training, how.depth)
     if method == "dense" or method in LLMCOMPRESSOR:
-        return Cell(key, {}, rows=how.rows, source=how.source)
+        return plain
     changes = merge(
         merge(how.changes, selection(pattern)),
         UNIFORM if (PATTERNS | MORE)[pattern][1] != "unstructured" else {},
     )
-    return Cell(key, {"ppl": changes}, how.variant, how.rows, how.source, how.training)
+    return replace(plain, arms={"ppl": changes})
 
 
 def cells() -> Iterator[Cell]:
@@ -351,7 +385,8 @@ def cells() -> Iterator[Cell]:
 def lab(asked: Cell) -> Lab:
     """The model on a cell's calibration rows."""
     source, _, length = asked.source.partition(":")
-    return Lab(Real(int(length or LENGTH))).at(source, asked.rows, asked.key.get("seed", 0), asked.training)
+    bed = Real(int(length or LENGTH))
+    return Lab(bed, asked.depth).at(source, asked.rows, asked.key.get("seed", 0), asked.training)
 
 
 def prune(asked: Cell, out: Path) -> Record:
@@ -362,22 +397,18 @@ def prune(asked: Cell, out: Path) -> Record:
     """
     here, how = lab(asked), asked.recipe("ppl")
     assert how is not None
-    meter, spent, counts = Meter(here.bed.device), out / "spent.json", out / "kept.json"
-    before = json.loads(spent.read_text(encoding="utf-8")) if spent.exists() else None
+    entries, before = measured(asked, here, how)
+    kept, spent = here.counts(how, entries), out / "spent.json"
+    if spent.exists():
+        before = json.loads(spent.read_text(encoding="utf-8"))
+    if how.induce is None:
+        here.forget()  # stage prune does not hold the measurements of the allocation either
+    meter = Meter(here.bed.device)
 
     def tell() -> Record:
         found = meter.read() if before is None else summed(before, meter.read())
         write_json(spent, found)
         return found
-
-    places = list(here.bed.checkpoint.architecture.places())
-    if not counts.exists():
-        kept, _ = here.allocated(how)
-        write_json(counts, [kept[place] for place in places])
-        tell()
-    kept = dict(zip(places, json.loads(counts.read_text(encoding="utf-8")), strict=True))
-    if how.induce is None:
-        here.forget()  # stage prune does not hold the measurements of the allocation either
 
     def finished(index: int) -> Mapping[str, torch.Tensor] | None:
         file = out / f"{index}.safetensors"
@@ -388,6 +419,31 @@ def prune(asked: Cell, out: Path) -> Record:
         write_tensors(out / f"{index}.safetensors", block.tensors | masks)
         tell()
     return tell()
+
+
+def measured(asked: Cell, here: Lab, how: Recipe) -> tuple[Entries, Record | None]:
+    """What the allocation of a cell reads, and its cost; nothing for a uniform one. Cells whose
+    allocations read the same share a file below ``results/cells``; each counts the whole cost.
+    """
+    if how.allocation.method == "uniform":
+        return {}, None
+    said = [
+        how.allocation.method,
+        how.selection.model_copy(update={"sparsity": 0.5}).model_dump(mode="json"),
+        how.reconstruction.steps,
+        *(section(name) for name in MEASURES),
+        *map(code.digest, MEASURES),
+        *(asked.rows, asked.training, asked.source, asked.key.get("seed", 0), asked.depth),
+        *map(sha256, inputs(asked)),
+    ]
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
+    kept = STUDY.home / "cells" / f"measured-{digest}.json"
+    if not kept.exists():
+        meter = Meter(here.bed.device)
+        entries, _ = here.measured(how)
+        write_json(kept, {"entries": entries, "cost": meter.read()})
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    return found["entries"], found["cost"]
 
 
 def distil(asked: Cell, start: Path, out: Path) -> Record:
@@ -551,10 +607,13 @@ def _error(items: Sequence[Any]) -> float:
 
 def base(record: Record) -> Record:
     """The baseline of a record, which closes nothing of the gap in its table."""
-    method = {"induction": record["method"].removesuffix(INDUCED), "sparsity": "uniform"}.get(
-        record["table"], "sparsegpt"
-    )
-    return {"method": method}
+    part = f", first {FIRST} blocks"
+    method = {
+        "induction": record["method"].removesuffix(INDUCED),
+        "sparsity": "uniform",
+        "ablation": f"sparsegpt{part}" if part in record["method"] else "sparsegpt",
+    }
+    return {"method": method.get(record["table"], "sparsegpt")}
 
 
 def inputs(asked: Cell) -> list[Path]:

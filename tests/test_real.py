@@ -174,6 +174,38 @@ def test_a_distilled_model_starts_from_what_was_kept(
     assert found[0]["ppl"] != base[0]["ppl"]
 
 
+def test_levers_prune_the_first_blocks_alone(
+    ran: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They meet the budget there, and measure once what their allocations share. Oracle: the dense
+    blocks, and the cells one by one.
+    """
+    names = ["fast, first 10 blocks", "fast, first 10 blocks, dense stream"]
+    few = {name: dataclasses.replace(real.ABLATION[name], depth=1) for name in names}
+    monkeypatch.setitem(real.METHODS, "ablation", real.ABLATION | few)
+    found, times = {}, []
+    perplexity, measured = real.Real.perplexity, real.Lab.measured
+
+    def noted(bed: real.Real, blocks: real.Tensors, name: str, *_: Any) -> float:
+        value = perplexity(bed, blocks, name)
+        if blocks:
+            found[value] = blocks
+        return value
+
+    monkeypatch.setattr(real.Real, "perplexity", noted)
+    monkeypatch.setattr(real.Lab, "measured", lambda lab, how: times.append(how) or measured(lab, how))
+    records = [record for name in names for record in ran("--only", f"method={name}")[1][-2:]]
+    assert len(times) == 1
+    for blocks in found.values():
+        assert list(blocks) == [0]
+        weights = [tensor for name, tensor in blocks[0].items() if tensor.ndim == 2]
+        zeros = sum(int((tensor == 0).sum()) for tensor in weights)
+        assert zeros / sum(map(torch.Tensor.numel, weights)) == pytest.approx(0.5, abs=1e-3)
+    assert [record["text"] for record in records] == [*real.CHOSEN] * 2
+    assert [record["ppl"] for record in records] == list(found) and len(found) == 4
+    assert all(record["ppl"] != record["dense"] for record in records)
+
+
 def test_an_evaluation_that_fails_does_not_cost_the_pruning(
     ran: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
