@@ -5,10 +5,10 @@ The model is SmolLM2-135M-Instruct as ``../shared/testbed/real/convert.py`` writ
 directory SPARSELINE_REAL, by default ``../real/smol``. The *real protocol* of
 ``../shared/testbed/real/README.md`` applies. Calibration takes 128 rows of 512 tokens of C4's first
 900 pages. Of the other rows, ``best`` trains each block on 384 more, and distilled models train on
-760. Choices are made on C4's last 100 pages and on ``mix.valid``, 32 rows of 512 tokens each; most
-levers prune the first ten blocks alone, and distillation tries them on fewer rows.
-Results are reported on ``wikitext2.test`` and ``mix.test``, 32 rows of 1,024 tokens each, on every
-device. The nine tasks have 300 items each.
+760. Choices are made on C4's last 100 pages and on ``mix.valid``, 32 rows of 512 tokens each. Most
+levers are tried on the first ten blocks, or, for distillation, on fewer rows. Results are reported
+on ``wikitext2.test`` and ``mix.test``, 32 rows of 1,024 tokens each, on every device. The nine
+tasks have 300 items each.
 
 ``run`` computes what the record lacks, cell by cell. Each cell is recorded (with ``--commit`` also
 in git) as soon as it is done. A cell that is named by ``--cell`` is computed again; ``verify``
