@@ -133,12 +133,8 @@ class Lab:
         self, asked: Recipe, kept: Kept, finished: Finished = lambda _: None
     ) -> Iterator[tuple[int, Block]]:
         """The pruned blocks that are not yet finished, one after the other."""
-        model, own = self.bed.stream(), self.rows
-        steps = plan(asked, model.checkpoint.dtype)
-        rows = None
-        if steps.needs.text:
-            more = own["training"][: asked.training]
-            rows = Rows(own["fit"], own["held_out"], asked.batch_rows, more)
+        model, steps = self.bed.stream(), plan(asked, self.bed.checkpoint.dtype)
+        rows = Rows.of(self.rows, asked) if steps.needs.text else None
         blocks = prune(Source(model, self.transforms(asked, kept), kept), rows, steps, finished)
         return itertools.islice(blocks, self.depth)
 

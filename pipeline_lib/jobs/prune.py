@@ -46,8 +46,7 @@ def prune_variant(workspace: Workspace, source: ModelParams, variant: str, recip
     rows, wanted = None, 0
     if steps.needs.text:
         found = calibration_rows(workspace)
-        more = found["training"][: recipe.training]
-        rows = Rows(found["fit"], found["held_out"], recipe.batch_rows, more)
+        rows = Rows.of(found, recipe)
         inputs.append(calibration_file(workspace))
         tokens = rows.dealt(steps.judged)[0].numel()
         wanted = stream_bytes(steps, share(tokens), entry.width, model.dtype.itemsize)

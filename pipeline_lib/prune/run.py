@@ -15,6 +15,7 @@ from pipeline_lib.models.transform import Transform
 from pipeline_lib.prune.collect import Reference
 from pipeline_lib.prune.plan import Plan
 from pipeline_lib.prune.window import Block, Streams, Window
+from pipeline_lib.recipe.settings import Recipe
 from pipeline_lib.stats.lanes import Dealt, deal, together
 
 
@@ -26,6 +27,11 @@ class Rows:
     held_out: torch.Tensor  # samples that judge fits; no statistic of a judged fit uses them
     batch_rows: int  # rows per forward pass; a batch never mixes splits or lanes
     training: torch.Tensor | None = None  # samples that only train blocks, a multiple of four
+
+    @classmethod
+    def of(cls, split: Mapping[str, torch.Tensor], recipe: Recipe) -> "Rows":
+        """The samples of calibration, without those for training that the recipe does not use."""
+        return cls(split["fit"], split["held_out"], recipe.batch_rows, split["training"][: recipe.training])
 
     def dealt(self, trains: bool) -> tuple[torch.Tensor, Dealt, Dealt]:
         """All samples, and the training and held-out ones in batches; the held-out batches come last.
