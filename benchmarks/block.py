@@ -5,13 +5,10 @@ The block has random weights; its rows are random tokens, whose embeddings have 
 channels. It is pruned to 60%, uniformly, by variants of params.yaml through the library's own
 functions. Everything is float32, in memory at the start, and in a process of its own.
 
-The *floor* is the work that SparseGPT cannot avoid, as bare library calls. It has the forward
-passes of the library for a model of one block: one that ends before the last product, and one batch
-through the pruned block. It has Gram matrices, two Cholesky factorisations and an inverse per site,
-and per matrix [R, C] one product with R·C²/2 multiply-adds. ``rival_s`` is llm-compressor's
-SparseGPT on the same files (``make rivals-environment``). ``planned_bytes`` is the peak that `make
-plan` predicts. Floor and rival are measured once per run for all methods of a shape and number of
-tokens.
+The *floor* is the work that SparseGPT cannot avoid (``benchmarks.floor``). ``rival_s`` is
+llm-compressor's SparseGPT on the same files (``make rivals-environment``). ``planned_bytes`` is the
+peak that `make plan` predicts. Floor and rival are measured once per run for all methods of a shape
+and number of tokens.
 
 Without names, every row runs that ``results/block.json`` lacks for this device (SPARSELINE_DEVICE).
 Named rows are measured again.
@@ -20,19 +17,17 @@ Named rows are measured again.
 import functools
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.alone import alone, cost, wait
+from benchmarks.alone import alone, cost
+from benchmarks.floor import least
 from benchmarks.harness import RESULTS, ROOT, UNIFORM, Cell, Record, Study, selection
 from benchmarks.lab import Lab
 from benchmarks.rivals import PYTHON, called
@@ -45,7 +40,6 @@ from pipeline_lib.planning.estimate import LIBRARIES, pruning
 from pipeline_lib.prune.plan import plan
 from pipeline_lib.prune.shapes import Shapes
 from pipeline_lib.recipe.settings import Recipe
-from pipeline_lib.stats.lanes import deal
 
 LENGTH = 2048  # tokens in a row
 OUTLIERS, LARGER = 8, 20.0  # channels of the embeddings, and how much larger these are
@@ -114,75 +108,9 @@ def prune(files: Files, asked: Recipe) -> Record:
     return cost(work, here.bed.device) | {"threads": torch.get_num_threads()}
 
 
-class _Enough(Exception):
-    """Raised when a forward pass has reached the inputs of the block's last product."""
-
-
-@torch.inference_mode()
 def floor(files: Files) -> Record:
-    """Seconds of SparseGPT's forward passes, Gram matrices, factorisations and products on a model
-    of one block, in this process.
-    """
-    device = runtime.compute()
-    # the batches of the variant sparsegpt
-    batches = torch.cat(list(files.lab().rows.values())).split(deal(files.rows, 4).sizes)
-    model = LlamaForCausalLM.from_pretrained(files.path, dtype=torch.float32).to(device).eval()
-    layer = model.model.layers[0]
-    attention, mlp = layer.self_attn, layer.mlp
-    sites = (
-        (attention.q_proj, attention.k_proj, attention.v_proj),
-        (attention.o_proj,),
-        (mlp.gate_proj, mlp.up_proj),
-        (mlp.down_proj,),
-    )
-    parts = dict.fromkeys(("forward", "gram", "factor", "products"), 0.0)
-    inputs: dict[torch.nn.Module, torch.Tensor] = {}
-
-    @contextmanager
-    def timed(part: str) -> Iterator[None]:
-        wait(device)
-        started = time.perf_counter()
-        yield
-        wait(device)
-        parts[part] += time.perf_counter() - started
-
-    def see(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        inputs[module] = args[0].flatten(0, 1)
-        if module is mlp.down_proj:
-            raise _Enough
-
-    def forward(batch: torch.Tensor) -> None:
-        with suppress(_Enough):
-            model.model(input_ids=batch.to(device), use_cache=False)
-
-    def work() -> None:
-        sizes = {first: first.weight.shape[1] for first, *_ in sites}
-        grams = {first: torch.zeros(size, size, device=device) for first, size in sizes.items()}
-        handles = [first.register_forward_pre_hook(see) for first in sizes]
-        for batch in batches:
-            with timed("forward"):
-                forward(batch)
-            with timed("gram"):
-                for first, x in inputs.items():
-                    grams[first].addmm_(x.T, x)
-        for handle in handles:
-            handle.remove()
-        inputs.clear()
-        for site in sites:
-            with timed("factor"):
-                gram = grams.pop(site[0])
-                gram.diagonal().add_(gram.diagonal().mean(), alpha=0.01)
-                upper = torch.linalg.cholesky_ex(
-                    torch.cholesky_inverse(torch.linalg.cholesky_ex(gram).L), upper=True
-                ).L
-                half = upper[:, : upper.shape[0] // 2]
-            with timed("products"):
-                for linear in site:
-                    torch.mm(linear.weight, half)
-        with timed("forward"):
-            forward(batches[0])
-
-    return cost(work, device) | {"parts": {part: round(seconds, 3) for part, seconds in parts.items()}}
+    """The cost of SparseGPT's floor, in this process."""
+    return least(files.lab())
 
 
 def rival(files: Files, sparsity: float, limit: float | None = None) -> Record | None:

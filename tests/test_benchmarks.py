@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import block, gpu, latency, papers, planned, processes
+from benchmarks import block, floor, gpu, latency, papers, planned, processes
 from benchmarks.alone import alone
 from benchmarks.harness import Cell, Record, Study
 from benchmarks.studies import STUDIES, main
@@ -248,11 +248,12 @@ SHAPE = block.Shape(64, 160, 4, 2, vocabulary=128)
 MATRICES = ((64, 64), (32, 64), (32, 64), (64, 64), (160, 64), (160, 64), (64, 160))
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
 def test_the_floor_does_what_sparsegpt_cannot_do_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: FLOPs by hand. All products but the last for all eight rows, and all of them for a
-    batch of two; X Xᵀ per site; R·C²/2 multiply-adds per matrix.
+    """Oracle: FLOPs by hand. In every block all products but the last for all eight rows, then all of
+    them, in the last block for a batch of two; X Xᵀ per site; R·C²/2 multiply-adds per matrix.
     """
 
     def added(_sum: torch.Size, a: torch.Size, b: torch.Size, **_: Any) -> int:
@@ -266,14 +267,16 @@ def test_the_floor_does_what_sparsegpt_cannot_do_without(
         return {}
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(block, "cost", counted)
-    block.save(SHAPE, tmp_path)
+    monkeypatch.setattr(floor, "cost", counted)
+    block.save(replace(SHAPE, blocks=blocks), tmp_path)
     found = block.floor(block.Files(tmp_path, 8, 32))
     weights, last, tokens = sum(r * c for r, c in MATRICES), 64 * 160, 8 * 32
-    forward, gram = 2 * tokens * (weights - last) + 2 * 2 * 32 * weights, 2 * tokens * (3 * 64**2 + 160**2)
+    first, again = blocks * (weights - last), (blocks - 1) * weights
+    forward = 2 * tokens * (first + again) + 2 * 2 * 32 * weights
+    gram = blocks * 2 * tokens * (3 * 64**2 + 160**2)
     counts: dict[Any, int] = counter.get_flop_counts()["Global"]
     assert counts[torch.ops.aten.addmm_] == gram
-    assert counts[torch.ops.aten.mm] == forward + sum(r * c * c for r, c in MATRICES)
+    assert counts[torch.ops.aten.mm] == forward + blocks * sum(r * c * c for r, c in MATRICES)
     assert found["parts"].keys() == {"forward", "gram", "factor", "products"}
 
 
