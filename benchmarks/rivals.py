@@ -340,11 +340,7 @@ def costs(records: list[Record]) -> str:
         "| over llm-compressor's SparseGPT | wall, median (largest) | CPU | peak memory |",
         "|---|---|---|---|",
     ]
-    known = {
-        (r["testbed"], r["pattern"], r["method"], r["seed"]): r
-        for r in records
-        if r["text"] in ("test", None)
-    }
+    known = {(r["testbed"], r["pattern"], r["method"], r["seed"]): r for r in records}
     for method in COSTS:
         own = [
             (r, known.get((t, p, "llm-compressor sparsegpt", s)))
@@ -377,7 +373,6 @@ RIVALS = Study(
     columns=("testbed", "pattern"),
     base=same_text,
     beside=("cpu_s", "CPU s"),
-    more=lambda records: [costs(records)],
 )
 BY_ROWS = Study(
     "rivals_rows",
