@@ -33,11 +33,11 @@ from pipeline_lib.fit.distil import (
 from pipeline_lib.fit.settings import DistilParams
 from pipeline_lib.fit.zeros import Zeros
 from pipeline_lib.jobs import distil as job
-from pipeline_lib.jobs import prune as prune_job
 from pipeline_lib.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline_lib.models.places import Storage
 from pipeline_lib.models.stream import BlockModel
 from pipeline_lib.models.tokenizer import load_tokenizer
+from pipeline_lib.prune.run import Rows
 from pipeline_lib.recipe.variants import read as read_variant
 from pipeline_lib.recipe.variants import read_all
 from pipeline_lib.solve.grid import Scheme
@@ -599,14 +599,15 @@ def test_blocks_train_on_the_first_samples_for_training(
     """``prune.training`` of them. Oracle: the file of the samples."""
     change_params(workspace, "texts.calibration.training", 8)
     change_params(workspace, "prune.training", 4)
-    given: list[torch.Tensor] = []
-    real = prune_job.Rows
+    given: list[Any] = []
+    of = Rows.of
 
-    def seen(*rows: Any) -> Any:
-        given.append(rows[-1])
-        return real(*rows)
+    def seen(split: Any, recipe: Any) -> Rows:
+        rows = of(split, recipe)
+        given.append(rows.training)
+        return rows
 
-    monkeypatch.setattr(prune_job, "Rows", seen)
+    monkeypatch.setattr(Rows, "of", seen)
     build("keys", "text calibration", "prune wanda")
     samples = artifacts.read_tensors(workspace / "build/texts/calibrate/calibration.safetensors")[0][
         "training"
