@@ -62,14 +62,13 @@ def least(here: Lab) -> Record:
         with timed("forward"):
             calls = [embedded(batch) for batch in batches]
         for index, block in enumerate(blocks):
-            products = dict(block.named_modules())
+            layout = entry.layouts[index]
             sites = [
                 [
-                    products[matrix.parameter.removesuffix(".weight")]
-                    for matrix in entry.layouts[index].matrices
-                    if matrix.site == site.name
+                    block.get_submodule(matrix.parameter.removesuffix(".weight"))
+                    for matrix in layout.consumers(site.name)
                 ]
-                for site in entry.layouts[index].sites
+                for site in layout.sites
             ]
             inputs: dict[Any, torch.Tensor] = {}
 

@@ -155,7 +155,7 @@ class Study:
             cell.rows,
             cell.training,
             cell.source,
-            *([] if cell.depth is None else [cell.depth]),
+            cell.depth,
             *(asked and asked.model_dump(mode="json") for asked in recipes),
         ]
         if any(asked and asked.allocation.method != "uniform" for asked in recipes):
